@@ -1,0 +1,1 @@
+"""Host adapters: one file per host, each imports the core and (lazily) its host only."""

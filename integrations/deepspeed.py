@@ -1,0 +1,267 @@
+"""DeepSpeed: what ZeRO 0-3 and the half-precision wrappers leave on each rank, as boxes of the model's parameters.
+
+DeepSpeed builds the optimizer from the model's parameters and then replaces these in ``param_groups`` by flat
+float32 partitions. All wrappers call ``step()`` on the inner optimizer after averaging, overflow check and clipping,
+so nothing of DeepSpeed is patched; this file only works out which flat interval is whose. File names below are
+DeepSpeed's (0.19.8). It never imports DeepSpeed: where DeepSpeed is in use, it is in ``sys.modules``.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shampoo_deepspeed.boxes import interval_to_boxes
+from shampoo_deepspeed.config import TRAINER_NO_DECAY
+from shampoo_deepspeed.hosts import Entry, Fresh, Layout, LayoutError, Parameter, Shard, whole_tensors
+
+
+class DeepSpeedHost:
+    """The adapter; one instance serves all optimizers of a process."""
+
+    def __init__(self) -> None:
+        self._engines: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
+        """The model of the engine that is building an optimizer from its JSON right now, if one is.
+
+        DeepSpeed hands over one list of all parameters, so weight decay would also hit norms and biases; unless
+        ``no_decay`` is given they are left out, as the Trainer's own two groups do elsewhere.
+
+        Raises:
+            LayoutError: for engine settings under which no optimizer but DeepSpeed's own can work.
+        """
+        engine = _engine_at_work()
+        if engine is None:
+            return None
+        _refuse_unsupported(engine)
+        self._engines.add(engine)
+        if _is_one_list(given):
+            options.setdefault("no_decay", TRAINER_NO_DECAY)
+        module: nn.Module = engine.module
+        return module
+
+    def admit(self, optimizer_class: type) -> None:
+        """Put the class on DeepSpeed's list of optimizers that may run under ZeRO (runtime/zero/utils.py)."""
+        zero = sys.modules.get("deepspeed.runtime.zero.utils")
+        supported = getattr(zero, "ZERO_SUPPORTED_OPTIMIZERS", None)
+        if supported is not None and optimizer_class not in supported:
+            supported.append(optimizer_class)
+
+    def global_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
+        """The full shape of a parameter that ZeRO-3 or zero.Init has emptied."""
+        shape = getattr(parameter, "ds_shape", None)
+        return tuple(shape) if shape is not None else None
+
+    def layouts(self, entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[Layout] | None:
+        """One layout per flat partition; one for all tensors of an unsharded (stage 0) engine."""
+        if "deepspeed" not in sys.modules:
+            return None
+        flat = [item for item in fresh if _is_partition(item, entries)]
+        if flat:
+            return [_partition_layout(item, entries) for item in flat]
+        return self._unsharded(entries, fresh)
+
+    def _unsharded(self, entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[Layout] | None:
+        """Stage 0: whole tensors (FP16_UnfusedOptimizer: float32 copies), the same on all data-parallel ranks."""
+        pairs = _paired(entries, fresh)
+        if pairs is None:
+            return None
+        engine = next((e for e in self._engines if _holds(e.module, pairs[0][0])), None)
+        if engine is None and all(entry.reference() is item.tensor for entry, item in pairs):
+            return None  # nothing of DeepSpeed's is to be seen here
+        by_group: dict[int, tuple[dist.ProcessGroup | None, list[tuple[Entry, Fresh]]]] = {}
+        for entry, item in pairs:
+            group = _replica_group(engine, entry.reference()) if engine is not None else None
+            by_group.setdefault(id(group), (group, []))[1].append((entry, item))
+        layouts = []
+        for group, members in by_group.values():
+            layout = whole_tensors([entry.parameter for entry, _ in members], [item for _, item in members])
+            layout.process_group = group
+            layout.one_rank_saves = True
+            layouts.append(layout)
+        return layouts
+
+
+def _engine_at_work() -> Any:
+    """The DeepSpeedEngine whose ``_configure_basic_optimizer`` is calling us, or None.
+
+    DeepSpeed tells an optimizer neither the model nor its configuration; the calling frame has both. This is the one
+    place that looks there, and everything works (with less knowledge) where it finds nothing.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(8):
+        if frame is None:
+            return None
+        if frame.f_code.co_name == "_configure_basic_optimizer":
+            return frame.f_locals.get("self")
+        frame = frame.f_back
+    return None
+
+
+def _refuse_unsupported(engine: Any) -> None:
+    zero = engine._config.zero_config
+    offload = zero.offload_optimizer
+    reasons = []
+    if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
+        reasons.append("offload_optimizer.device = 'nvme' (the swapper moves only flat state; use 'cpu')")
+    if offload is not None and getattr(offload, "super_offload", False):
+        reasons.append("offload_optimizer.super_offload = true (it runs DeepSpeedCPUAdam)")
+    if offload is not None and getattr(offload, "ratio", 1.0) < 1.0:
+        reasons.append(f"offload_optimizer.ratio = {offload.ratio} (partial offload runs DeepSpeedCPUAdam; use 1.0)")
+    if getattr(zero, "zenflow", None) is not None:
+        reasons.append("zero_optimization.zenflow (it runs its own CPU Adam on transposed gradients)")
+    if engine.autotp_size() > 1:
+        reasons.append(f"tensor_parallel.autotp_size = {engine.autotp_size()} (weights are cut before ZeRO sees them)")
+    if reasons:
+        raise LayoutError("Shampoo cannot run with this DeepSpeed configuration: " + "; ".join(reasons))
+
+
+def _is_one_list(given: Sequence[Any]) -> bool:
+    """Whether the user gave no groups: one flat list, perhaps split off from experts by DeepSpeed (moe/utils.py)."""
+    groups = [g for g in given if isinstance(g, dict)]
+    if not groups:
+        return True
+    return any(g.get("name") == "dense-params" for g in groups) and all("name" in g for g in groups)
+
+
+def _originals(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, Tensor]]:
+    """The trainable, non-empty parameters of a group, in order: those that DeepSpeed optimizes (runtime/utils.py)."""
+    found = []
+    for entry in entries:
+        tensor = entry.reference()
+        if entry.parameter.group == group and tensor is not None and tensor.requires_grad and 0 not in entry.parameter.shape:
+            found.append((entry.parameter, tensor))
+    return found
+
+
+def _is_partition(item: Fresh, entries: Sequence[Entry]) -> bool:
+    """Whether a tensor is a flat partition that ZeRO-1/2/3 or BF16_Optimizer has put into ``param_groups``."""
+    if item.tensor.ndim != 1 or any(entry.reference() is item.tensor for entry in entries):
+        return False
+    if isinstance(getattr(item.tensor, "ds_id", None), str):
+        return True
+    originals = _originals(entries, item.group)
+    return bool(originals) and all(hasattr(tensor, "_dp_group") for _, tensor in originals)
+
+
+def _partition_layout(item: Fresh, entries: Sequence[Entry]) -> Layout:
+    if isinstance(getattr(item.tensor, "ds_id", None), str):
+        return _stage3_layout(item, entries)
+    return _stage12_layout(item, _originals(entries, item.group))
+
+
+def _stage12_layout(item: Fresh, originals: Sequence[tuple[Parameter, Tensor]]) -> Layout:
+    """ZeRO-1/2 and BF16_Optimizer: equal contiguous partitions of one flat buffer.
+
+    The model's parameters are views of that buffer, so their storage offsets are the layout of all ranks, also with
+    reordered (``round_robin_gradients``) or aligned parameters, where DeepSpeed's own ``_hp_mapping`` may be wrong.
+    """
+    flat = item.tensor
+    group = originals[0][1]._dp_group  # type: ignore[attr-defined]
+    rank, size = dist.get_rank(group), flat.numel()
+    layout = Layout([p for p, _ in originals], [flat], [item.group], [], _or_none(group), may_probe=False)
+    storages = {tensor.untyped_storage().data_ptr() for _, tensor in originals}
+    if len(storages) != 1:
+        layout.problem = f"the {len(originals)} parameters of group {item.group} do not share one flat buffer"
+        return layout
+    base = min(tensor.storage_offset() for _, tensor in originals)
+    for number, (parameter, tensor) in enumerate(originals):
+        begin = tensor.storage_offset() - base
+        start, stop = max(begin, rank * size), min(begin + tensor.numel(), (rank + 1) * size)
+        if start < stop:
+            master = flat[start - rank * size : stop - rank * size]
+            _place(layout, number, start - begin, stop - begin, start - rank * size)
+            _check_master(layout, parameter, master, tensor.detach().reshape(-1)[start - begin : stop - begin])
+    return layout
+
+
+def _stage3_layout(item: Fresh, entries: Sequence[Entry]) -> Layout:
+    """ZeRO-3: every parameter is cut evenly over its ranks; a sub-group's partitions are concatenated.
+
+    Padding behind a partition is uninitialised memory and is never read or written.
+    """
+    known = {id(entry.reference()): entry.parameter for entry in entries}
+    owner = next(t._z3_optimizer for e in entries if (t := e.reference()) is not None and hasattr(t, "_z3_optimizer"))
+    number = next(n for n, flat in enumerate(owner.fp32_partitioned_groups_flat) if flat is item.tensor)
+    members = owner.fp16_groups[number]
+    group = members[0].ds_process_group
+    rank = dist.get_rank(group)
+    parameters = [known[id(member)] for member in members]
+    layout = Layout(parameters, [item.tensor], [parameters[0].group], [], _or_none(group), may_probe=False)
+    offset = 0
+    for index, (parameter, member) in enumerate(zip(parameters, members, strict=True)):
+        part = member.ds_tensor.ds_numel
+        start, stop = rank * part, min((rank + 1) * part, member.ds_numel)
+        if start < stop:
+            _place(layout, index, start, stop, offset)
+            master = item.tensor[offset : offset + stop - start]
+            _check_master(layout, parameter, master, member.ds_tensor.detach().reshape(-1)[: stop - start])
+        offset += part
+    if {p.group for p in parameters} != {item.group}:
+        layout.problem = f"sub-group {item.tensor.ds_id} has parameters of several groups"  # type: ignore[attr-defined]
+    return layout
+
+
+def _place(layout: Layout, number: int, start: int, stop: int, offset: int) -> None:
+    """Add the flat interval [start, stop) of a parameter, which lies at ``offset`` of the layout's one tensor."""
+    for box in interval_to_boxes(layout.parameters[number].shape, start, stop):
+        layout.shards.append(Shard(number, box, 0, offset))
+        offset += box.numel
+
+
+def _check_master(layout: Layout, parameter: Parameter, master: Tensor, low: Tensor) -> None:
+    """The master copy must be this very piece of the parameter; ZenFlow's transposed layout would fail here."""
+    cast = master.detach().to(low.dtype).to(low.device)
+    if low.numel() == cast.numel() and bool(((cast == low) | (cast.isnan() & low.isnan())).all()):
+        return
+    layout.problem = layout.problem or (
+        f"the float32 partition does not hold what the model's parameter {parameter.key} holds; DeepSpeed has laid it "
+        "out in a way that this version does not know"
+    )
+
+
+def _paired(entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[tuple[Entry, Fresh]] | None:
+    """Each fresh tensor with its entry: itself, or the float32 copy at the same place of its group."""
+    own = {id(entry.reference()): entry for entry in entries}
+    if all(id(item.tensor) in own for item in fresh):
+        return [(own[id(item.tensor)], item) for item in fresh]
+    pairs = []
+    for group in dict.fromkeys(item.group for item in fresh):
+        copies = [item for item in fresh if item.group == group]
+        originals = {id(t): p for p, t in _originals(entries, group)}
+        sources = [own[key] for key in originals]
+        if [tuple(item.tensor.shape) for item in copies] != [s.parameter.shape for s in sources]:
+            return None
+        pairs += list(zip(sources, copies, strict=True))
+    return pairs
+
+
+def _holds(module: nn.Module, entry: Entry) -> bool:
+    tensor = entry.reference()
+    return any(parameter is tensor for parameter in module.parameters())
+
+
+def _replica_group(engine: Any, parameter: Tensor | None) -> dist.ProcessGroup | None:
+    """The ranks that hold the same copy of a parameter: all data-parallel ones, for an expert those of its group."""
+    if getattr(parameter, "allreduce", True) is False:
+        return _or_none(engine.expert_data_parallel_group[parameter.group_name])  # type: ignore[union-attr]
+    return _or_none(engine.seq_data_parallel_group)
+
+
+def _or_none(group: Any) -> dist.ProcessGroup | None:
+    """The group, or None where it has one rank only: then nothing needs to be communicated."""
+    if dist.get_world_size(group) == 1:
+        return None
+    found: dist.ProcessGroup = group if group is not None else torch.distributed.group.WORLD
+    return found
+
+
+HOST = DeepSpeedHost()

@@ -1,0 +1,35 @@
+"""Shampoo for DeepSpeed ZeRO and PyTorch FSDP: exact under every sharding, one line to switch on.
+
+Importing the package registers ``torch.optim.Shampoo`` (which DeepSpeed's JSON looks up); everything else is
+imported when first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from shampoo_deepspeed._autoload import register
+
+if TYPE_CHECKING:
+    from shampoo_deepspeed.config import OptionError, ShampooConfig
+    from shampoo_deepspeed.hosts import LayoutError
+    from shampoo_deepspeed.optimizer import Shampoo
+
+__version__ = "0.1.0"
+__all__ = ["LayoutError", "OptionError", "Shampoo", "ShampooConfig", "register"]
+
+_HOMES = {
+    "Shampoo": "shampoo_deepspeed.optimizer",
+    "ShampooConfig": "shampoo_deepspeed.config",
+    "OptionError": "shampoo_deepspeed.config",
+    "LayoutError": "shampoo_deepspeed.hosts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+register()

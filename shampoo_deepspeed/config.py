@@ -1,0 +1,281 @@
+"""The one list of options: names, defaults, meaning and validation of everything that a user can set."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GRAFTING_METHODS = (
+    "none",
+    "sgd",
+    "adagrad",
+    "rmsprop",
+    "adam",
+    "normalized_adagrad",
+    "normalized_rmsprop",
+    "normalized_adam",
+)
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+# Embeddings and output heads have one row per token: their factor matrices would be huge and their gradients
+# are sparse in rows, so every production system trains them element-wise.
+DEFAULT_EXCLUDE = ("kind:embedding", "kind:lm_head", "*embed*", "*lm_head*", "*wte*", "*wpe*")
+
+# The Hugging Face Trainer's own rule (Trainer.get_decay_parameter_names), as name patterns.
+TRAINER_NO_DECAY = (
+    "kind:layernorm",
+    "*bias*",
+    "*layernorm*",
+    "*rmsnorm*",
+    "norm",
+    "norm.*",
+    "*.norm",
+    "*.norm.*",
+    "*_norm",
+    "*_norm.*",
+)
+
+# Names that other packages use for the same thing.
+ALIASES = {
+    "grafting_epsilon": "eps",
+    "use_decoupled_weight_decay": "decoupled_weight_decay",
+    "use_nesterov": "nesterov",
+    "grafting_type": "grafting",
+}
+# What hosts pass to every torch optimizer and what means nothing here: all kernels are already batched.
+IGNORED = ("foreach", "fused", "capturable", "differentiable", "maximize")
+
+
+class OptionError(ValueError):
+    """An option has an unknown name or a value that is not allowed; the message names key, value and what is."""
+
+
+def _bad(key: str, value: object, allowed: str) -> OptionError:
+    return OptionError(f"Shampoo option {key!r} = {value!r} is not allowed: {allowed}.")
+
+
+def _number(key: str, value: object, low: float, high: float, allowed: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        hint = "; only the Hugging Face Trainer fills in 'auto'" if value == "auto" else ""
+        raise _bad(key, value, f"{allowed}{hint}")
+    if not low <= value <= high:
+        raise _bad(key, value, allowed)
+    return float(value)
+
+
+def _non_negative(key: str, value: object) -> float:
+    return _number(key, value, 0.0, 1e300, "a number >= 0")
+
+
+def _learning_rate(key: str, value: object) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise _bad(key, value, "a number >= 0 or a Tensor with one element")
+        return value
+    return _non_negative(key, value)
+
+
+def _positive_int(key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _bad(key, value, "an integer >= 1")
+    return value
+
+
+def _start_step(key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
+        raise _bad(key, value, "an integer >= precondition_frequency, or -1 for precondition_frequency itself")
+    return value
+
+
+def _fraction(key: str, value: object) -> float:
+    number = _number(key, value, 0.0, 1.0, "a number in [0, 1)")
+    if number == 1.0:
+        raise _bad(key, value, "a number in [0, 1)")
+    return number
+
+
+def _betas(key: str, value: object) -> tuple[float, float]:
+    allowed = "two numbers [beta1, beta2] with 0 <= beta1 < 1 and 0 < beta2 <= 1 (1: an AdaGrad sum)"
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise _bad(key, value, allowed)
+    beta1, beta2 = (_number(key, v, 0.0, 1.0, allowed) for v in value)
+    if beta1 == 1.0 or beta2 == 0.0:
+        raise _bad(key, value, allowed)
+    return beta1, beta2
+
+
+def _optional_beta2(key: str, value: object) -> float | None:
+    if value is None:
+        return None
+    number = _number(key, value, 0.0, 1.0, "null or a number in (0, 1)")
+    if number in (0.0, 1.0):
+        raise _bad(key, value, "null or a number in (0, 1)")
+    return number
+
+
+def _flag(key: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _bad(key, value, "true or false")
+    return value
+
+
+def _optional_root(key: str, value: object) -> float | None:
+    if value is None:
+        return None
+    return _number(key, value, 1e-3, 1e3, "null or a number p > 0, the root in A^(-1/p)")
+
+
+def _method(key: str, value: object) -> str:
+    if not isinstance(value, str) or value.lower() not in GRAFTING_METHODS:
+        raise _bad(key, value, f"one of {', '.join(GRAFTING_METHODS)}")
+    return value.lower()
+
+
+def _optional_method(key: str, value: object) -> str | None:
+    return None if value is None else _method(key, value)
+
+
+def _patterns(key: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
+        raise _bad(key, value, "a list of name patterns such as \"*embed*\" or kinds such as \"kind:embedding\"")
+    return tuple(value)
+
+
+def _dtype(key: str, value: object) -> str:
+    name = str(value).removeprefix("torch.")
+    if name not in DTYPES:
+        raise _bad(key, value, f"one of {', '.join(DTYPES)}")
+    return name
+
+
+def _optional_dtype(key: str, value: object) -> str | None:
+    return None if value is None else _dtype(key, value)
+
+
+def _option(default: Any, check: Callable[[str, object], Any], doc: str) -> Any:
+    return field(default=default, metadata={"check": check, "doc": doc})
+
+
+@dataclass(frozen=True)
+class ShampooConfig:
+    """The options of one parameter group; names follow the Distributed Shampoo README (arXiv 2309.06497).
+
+    ``eps``, ``epsilon`` and ``relative_epsilon`` are three different things. ``eps`` is AdamW's: it is added to
+    the square root in the grafting (and element-wise) direction. ``epsilon`` and ``relative_epsilon`` regularise
+    factor matrices, by the one formula of all solvers: with eigenvalues l, the root is taken of
+    ``l - min(l_min, 0) + max(epsilon, relative_epsilon * l_max)``. The relative part is what guards float32:
+    a float32 factor matrix carries eigenvalues down to about 1e-7 of its largest, below that is rounding noise,
+    and gradients have no fixed scale that an absolute number could fit.
+
+    Raises:
+        OptionError: an unknown option, a wrong type, or a value out of range.
+    """
+
+    lr: float | Tensor = _option(1e-3, _learning_rate, "learning rate, read every step; AdamW's scale when grafted")
+    betas: tuple[float, float] = _option((0.9, 0.999), _betas, "decay of the first moment, of the factor matrices")
+    eps: float = _option(1e-8, _non_negative, "added to the square root of the grafting second moment, as in AdamW")
+    weight_decay: float = _option(0.0, _non_negative, "weight decay")
+    decoupled_weight_decay: bool = _option(True, _flag, "AdamW's decay; false: L2, added to the gradient")
+    no_decay: tuple[str, ...] = _option((), _patterns, "patterns of parameters without weight decay")
+    epsilon: float = _option(1e-12, _non_negative, "absolute floor of the factor matrices' regularisation")
+    relative_epsilon: float = _option(1e-6, _fraction, "regularisation relative to the largest eigenvalue")
+    max_preconditioner_dim: int = _option(1024, _positive_int, "block size: larger dims are cut, small ones merged")
+    precondition_frequency: int = _option(10, _positive_int, "steps between two refreshes of the inverse roots")
+    start_preconditioning_step: int = _option(-1, _start_step, "first preconditioned step; -1: the frequency")
+    grafting: str = _option("adam", _method, "whose step length each block takes")
+    grafting_beta2: float | None = _option(None, _optional_beta2, "grafting second moment's decay; null: betas[1]")
+    elementwise: str | None = _option(None, _optional_method, "method of unpreconditioned parameters; null: grafting")
+    momentum: float = _option(0.0, _fraction, "momentum on the finished direction")
+    dampening: float = _option(0.0, _fraction, "dampening of momentum")
+    nesterov: bool = _option(False, _flag, "Nesterov momentum")
+    use_bias_correction: bool = _option(True, _flag, "correct first moment and factor matrices for their zero start")
+    exponent_override: float | None = _option(None, _optional_root, "the p of A^(-1/p); null: twice the order")
+    exclude: tuple[str, ...] = _option(DEFAULT_EXCLUDE, _patterns, "patterns of parameters that stay element-wise")
+    factor_dtype: str = _option("float32", _dtype, "dtype of factor matrices")
+    root_dtype: str = _option("float32", _dtype, "dtype of inverse roots")
+    communication_dtype: str | None = _option(None, _optional_dtype, "dtype between ranks; null: that of the moments")
+    bucket_mb: float = _option(64.0, _non_negative, "megabytes of gradient in flight at a time between ranks")
+    failure_limit: int = _option(10, _positive_int, "rejected steps or failed roots in a row before an error")
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            checked = option.metadata["check"](option.name, getattr(self, option.name))
+            object.__setattr__(self, option.name, checked)
+        if self.start_preconditioning_step not in (-1,) and self.start < self.precondition_frequency:
+            raise _bad(
+                "start_preconditioning_step",
+                self.start_preconditioning_step,
+                f"-1 or an integer >= precondition_frequency, which is {self.precondition_frequency}",
+            )
+        if self.nesterov and self.momentum == 0.0:
+            raise _bad("nesterov", self.nesterov, "true only together with momentum > 0")
+
+    @property
+    def start(self) -> int:
+        """The first preconditioned step, counted from 1."""
+        start = self.start_preconditioning_step
+        return self.precondition_frequency if start == -1 else start
+
+    @property
+    def second_moment_beta(self) -> float:
+        """Decay of the grafting second moment."""
+        if self.grafting_beta2 is not None:
+            return self.grafting_beta2
+        return self.betas[1] if self.betas[1] < 1.0 else 0.999
+
+    @property
+    def elementwise_method(self) -> str:
+        """The method of parameters (and of blocks before their first refresh) that have no inverse root."""
+        if self.elementwise is not None:
+            return self.elementwise
+        return "adam" if self.grafting == "none" else self.grafting
+
+    def refreshes_at(self, step: int) -> bool:
+        """Whether inverse roots are recomputed at this step (counted from 1)."""
+        return step >= self.start and (step == self.start or step % self.precondition_frequency == 0)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> ShampooConfig:
+        """Build from keyword or JSON options.
+
+        Raises:
+            OptionError: naming the first wrong key, its value and what is allowed.
+        """
+        return cls(**canonical(options))
+
+    def to_json(self) -> dict[str, Any]:
+        """All options as JSON types; ``from_options`` reads them back."""
+        out = dataclasses.asdict(self)
+        out["lr"] = float(self.lr)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in out.items()}
+
+
+OPTION_NAMES = tuple(f.name for f in fields(ShampooConfig))
+# These shape what ranks exchange, so one optimizer has one value of each.
+GLOBAL_OPTIONS = ("communication_dtype", "bucket_mb", "failure_limit")
+
+
+def canonical(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under our names, values unchecked; aliases are replaced, unknown names raise ``OptionError``."""
+    out: dict[str, Any] = {}
+    for key, value in options.items():
+        name = ALIASES.get(key, key)
+        if name not in OPTION_NAMES:
+            raise OptionError(f"Unknown Shampoo option {key!r} = {value!r}{_suggest(key)}")
+        if name in out:
+            raise OptionError(f"Shampoo option {name!r} is given twice (as {key!r} = {value!r} too).")
+        out[name] = value
+    return out
+
+
+def _suggest(key: str, names: Iterable[str] = OPTION_NAMES) -> str:
+    close = difflib.get_close_matches(key, list(names), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"{hint} Allowed: {', '.join(names)}."

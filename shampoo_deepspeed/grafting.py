@@ -1,0 +1,88 @@
+"""Element-wise methods (SGD, AdaGrad, RMSProp, Adam, normalized): grafting directions and second moments.
+
+Pure functions on lists of tensors. A block stack passes one tensor [B, *block], element-wise parameters pass one
+view each. The direction of a grafting method gives each block its step length (arXiv 2309.06497, section 2.4.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shampoo_deepspeed.verdict import Verdict
+
+
+def has_second_moment(method: str) -> bool:
+    """Whether the method keeps a second moment at all."""
+    return method not in ("none", "sgd")
+
+
+def is_normalized(method: str) -> bool:
+    """Whether the second moment is that of G / ||G||."""
+    return method.startswith("normalized_")
+
+
+def accumulate(
+    method: str, second: Sequence[Tensor], gradients: Sequence[Tensor], beta2: float, verdict: Verdict
+) -> None:
+    """Update second moments in place: v + G*G (AdaGrad), or b2 * v + (1 - b2) G*G (RMSProp, Adam).
+
+    The normalized methods take gradients that the caller has normalized.
+    """
+    if not has_second_moment(method):
+        return
+    weight = 1.0
+    if not method.endswith("adagrad"):
+        torch._foreach_mul_(list(second), verdict.keep(beta2))
+        weight = 1.0 - beta2
+    torch._foreach_addcmul_(list(second), list(gradients), list(gradients), value=weight)
+
+
+def direction(
+    method: str, moments: Sequence[Tensor], second: Sequence[Tensor], step: int, beta2: float, eps: float
+) -> list[Tensor]:
+    """The method's direction M / (sqrt(v) + eps), with Adam's v corrected for its zero start; M for SGD.
+
+    Args:
+        moments: first moments M (already bias-corrected), shapes as ``second``.
+        step: t >= 1.
+        eps: added to the square root; with 0, elements without any gradient so far get 0.
+    """
+    if not has_second_moment(method):
+        return list(moments)
+    roots = torch._foreach_sqrt(list(second))
+    if method.endswith("adam"):
+        torch._foreach_div_(roots, math.sqrt(1.0 - beta2**step))
+    if eps > 0:
+        torch._foreach_add_(roots, eps)
+        return list(torch._foreach_div(list(moments), roots))
+    return [torch.where(r > 0, m / r, 0.0) for m, r in zip(moments, roots, strict=True)]
+
+
+def normalized(gradient: Tensor, norm: Tensor) -> Tensor:
+    """G / norm, zero where the norm is zero; ``norm`` broadcasts against ``gradient``."""
+    return torch.where(norm > 0, gradient / norm, 0.0)
+
+
+def first_moment(
+    moments: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    beta1: float,
+    step: int,
+    bias_correction: bool,
+    verdict: Verdict,
+) -> list[Tensor]:
+    """Update m = b1 * m + (1 - b1) G in place and return M, that is m corrected for its zero start if asked.
+
+    With beta1 = 0 there is no moment, and M is G.
+    """
+    if beta1 == 0.0:
+        return list(gradients)
+    torch._foreach_mul_(list(moments), verdict.keep(beta1))
+    torch._foreach_add_(list(moments), list(gradients), alpha=1.0 - beta1)
+    if not bias_correction:
+        return list(moments)
+    return list(torch._foreach_div(list(moments), 1.0 - beta1**step))

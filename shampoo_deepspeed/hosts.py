@@ -1,0 +1,166 @@
+"""What a host (DeepSpeed, FSDP, ...) tells the engine: which boxes of which parameter this rank holds.
+
+A host adapter describes; it does no mathematics. Adapters are asked at the first step of new tensors, because hosts
+swap parameters after the optimizer is built. Where none claims the tensors, they are whole (`plain_layouts`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shampoo_deepspeed.boxes import Box, whole
+
+
+class LayoutError(RuntimeError):
+    """The host's shards cannot be what they should be, or cannot be used; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A model parameter by its global shape; the same on all ranks.
+
+    ``group`` is the optimizer's number of its parameter group, ``name`` is None where no names are known.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    group: int
+    name: str | None = None
+    kinds: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One box of a parameter that this rank holds.
+
+    The box is contiguous (row-major) from element ``offset`` on in the flattened local tensor number ``tensor``.
+    """
+
+    parameter: int
+    box: Box
+    tensor: int
+    offset: int
+
+
+@dataclass
+class Layout:
+    """A step unit: tensors that are stepped together, and what lies in them on this rank.
+
+    Args:
+        parameters: all of the unit, also those of which this rank holds nothing; the same list on all ranks.
+        tensors: local tensors that the optimizer updates, all on one device.
+        groups: parameter group number of each tensor.
+        shards: what lies where in the tensors.
+        process_group: the ranks whose shards make up the parameters; None where this rank holds all of them alone.
+        may_probe: whether a host or tool may make a first call with zero gradients that must do nothing.
+        one_rank_saves: whether the host stores only one rank's state dict, though ranks own different blocks.
+        problem: what is wrong on this rank; raised on all ranks together, so that none waits for another.
+    """
+
+    parameters: list[Parameter]
+    tensors: list[Tensor]
+    groups: list[int]
+    shards: list[Shard]
+    process_group: dist.ProcessGroup | None = None
+    may_probe: bool = True
+    one_rank_saves: bool = False
+    problem: str | None = None
+
+
+@dataclass
+class Entry:
+    """A parameter as the optimizer was given it; the reference is weak, so nothing unsharded is kept alive."""
+
+    parameter: Parameter
+    reference: weakref.ref[Tensor] = field(repr=False)
+
+
+@dataclass
+class Fresh:
+    """A tensor in the current step that belongs to no unit yet, and the number of its parameter group."""
+
+    tensor: Tensor
+    group: int
+
+
+class Host(Protocol):
+    """An adapter. All methods are called on all ranks alike."""
+
+    def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
+        """Called when an optimizer is built: the model whose parameters it is given, where the host knows it.
+
+        May complete ``options`` with defaults that hold under this host only.
+        """
+        ...
+
+    def admit(self, optimizer_class: type) -> None:
+        """Tell the host that this class is one that it can work with."""
+        ...
+
+    def global_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
+        """The unsharded shape, where the host hides it; None for a parameter that is not the host's."""
+        ...
+
+    def layouts(self, entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[Layout] | None:
+        """Layouts that together hold all fresh tensors, or None where these tensors are not this host's."""
+        ...
+
+
+@cache
+def hosts() -> tuple[Host, ...]:
+    """All adapters that are installed: the entry points of the group ``shampoo_deepspeed.hosts``, ours and others'.
+
+    Entry points keep the core free of imports of what stands above it.
+    """
+    return tuple(point.load() for point in sorted(entry_points(group="shampoo_deepspeed.hosts"), key=lambda p: p.name))
+
+
+def plain_layouts(entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[Layout]:
+    """Whole parameters on this rank: a single process, or replicas that each do the same work.
+
+    Raises:
+        LayoutError: for tensors that some wrapper has sharded.
+    """
+    known = {id(e.reference()): e.parameter for e in entries}
+    units: dict[tuple[torch.device, torch.dtype], list[Fresh]] = defaultdict(list)
+    for item in fresh:
+        _refuse_sharded(item.tensor)
+        units[item.tensor.device, compute_dtype(item.tensor)].append(item)
+    layouts = []
+    for items in units.values():
+        parameters = [known[id(item.tensor)] for item in items if id(item.tensor) in known]
+        if len(parameters) != len(items):
+            raise LayoutError(
+                "some tensors in param_groups are not the parameters that the optimizer was built with, and no known "
+                "host has put them there; build the optimizer after wrapping the model"
+            )
+        layouts.append(whole_tensors(parameters, items))
+    return layouts
+
+
+def whole_tensors(parameters: list[Parameter], items: Sequence[Fresh]) -> Layout:
+    """The layout of unsharded tensors, one parameter each."""
+    shards = [Shard(n, whole(item.tensor.shape), n, 0) for n, item in enumerate(items) if item.tensor.numel()]
+    return Layout(parameters, [i.tensor for i in items], [i.group for i in items], shards)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Moments and directions are kept in float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _refuse_sharded(tensor: Tensor) -> None:
+    if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
+        raise LayoutError("FSDP2 and tensor-parallel parameters (DTensor) have no adapter in this version")
+    if getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_fsdp_flattened", False):
+        raise LayoutError("FSDP1 parameters have no adapter in this version; they would be trained as flat vectors")

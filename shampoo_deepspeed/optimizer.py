@@ -1,0 +1,458 @@
+"""class Shampoo: a torch optimizer that preconditions blocks wherever their shards lie. Read `step` first."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shampoo_deepspeed import status
+from shampoo_deepspeed.config import (
+    GLOBAL_OPTIONS,
+    IGNORED,
+    OPTION_NAMES,
+    OptionError,
+    ShampooConfig,
+    canonical,
+)
+from shampoo_deepspeed.exchange import CommStats
+from shampoo_deepspeed.hosts import Entry, Fresh, Parameter, hosts, plain_layouts
+from shampoo_deepspeed.naming import clean_name, names_and_kinds
+from shampoo_deepspeed.report import treatment_table
+from shampoo_deepspeed.roots import full_precision
+from shampoo_deepspeed.saved import SavedState
+from shampoo_deepspeed.unit import Unit
+from shampoo_deepspeed.verdict import Verdict
+
+logger = logging.getLogger("shampoo_deepspeed")
+
+
+class Shampoo(torch.optim.Optimizer):
+    r"""Shampoo (arXiv 1802.09568, 2309.06497), exact under every sharding.
+
+    For each block G (a piece of at most ``max_preconditioner_dim`` along each dim of a parameter of order k):
+
+    .. math::
+        A_i \leftarrow \beta_2 A_i + (1-\beta_2)\, G_{(i)} G_{(i)}^\top, \qquad
+        m \leftarrow \beta_1 m + (1-\beta_1)\, G, \\
+        U = m \times_1 A_1^{-1/2k} \cdots \times_k A_k^{-1/2k}, \qquad
+        W \leftarrow W - \mathit{lr}\left(\frac{\|D\|_F}{\|U\|_F}\, U + \mathit{wd}\, W\right)
+
+    where D is the direction of the grafting method (AdamW's by default), which gives each block its step length.
+    Inverse roots are recomputed every ``precondition_frequency`` steps from ``start_preconditioning_step`` on; before
+    that the direction is D. Vectors, scalars, embeddings and output heads get D always.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or parameter groups. Names let ``exclude`` and ``no_decay``
+            work and become the keys of the state.
+        lr: learning rate.
+        model: the model that holds the parameters, for names and module types where ``params`` has none. It is not
+            kept.
+        **options: the fields of :class:`ShampooConfig`; groups may have their own.
+
+    Raises:
+        OptionError: an unknown option or a value out of range (a ValueError).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = ShampooConfig.lr,
+        *,
+        model: nn.Module | None = None,
+        **options: Any,
+    ) -> None:
+        options = dict(options)
+        for name in IGNORED:
+            if options.pop(name, None):
+                logger.info("Shampoo ignores %r: its kernels are batched over blocks already", name)
+        given = params if isinstance(params, Tensor) else list(params)  # a lone Tensor: torch's own error
+        options = canonical({"lr": lr, **options})
+        for host in hosts():
+            host.admit(type(self))
+            model = model or host.model_under_construction(options, given)
+        self._known = names_and_kinds(model) if model is not None else {}
+        self._entries: list[Entry] = []
+        self._units: list[Unit] = []
+        self._unit_of: dict[int, Unit] = {}
+        self._saved: SavedState | None = None  # loaded, and not yet handed out to units
+        self._consolidated: SavedState | None = None
+        self._configs: dict[int, tuple[tuple[Any, ...], ShampooConfig]] = {}
+        self._reported = False
+        self.rejected_steps = 0
+        super().__init__(given, _group_options(ShampooConfig.from_options(options)))
+        self._known = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of all tensors in ``param_groups`` that have a gradient.
+
+        Raises:
+            LayoutError: at the first step, where the host's shards are not what they should be.
+            RuntimeError: where ``failure_limit`` steps in a row were rejected or roots of a block failed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        units = self._units_in_step()
+        configs = {group["shampoo_group"]: self._config(group) for group in self.param_groups}
+        rates = {group["shampoo_group"]: group["lr"] for group in self.param_groups}
+        self._settle(units)
+        self._consolidated = None
+        work = [(unit, *_shard_gradients(unit, configs)) for unit in units]
+        report = status.agree(work, configs)
+        for unit, gradients, active in work:
+            if unit.fresh and unit.layout.may_probe and not report.any_gradient():
+                continue
+            with full_precision(unit.device.type):
+                verdict = report.verdict(unit)
+                directions = [torch.empty(t.numel(), dtype=unit.dtype, device=t.device) for t in unit.tensors]
+                _precondition(unit, gradients, directions, active, configs, verdict)
+                norms = report.squared_norms(unit)
+                unit.elementwise.step(gradients, directions, active, configs, verdict, norms)
+                _update(unit, directions, active, configs, rates, verdict)
+            unit.pending, unit.pending_active = report.values, active
+        return loss
+
+    def _units_in_step(self) -> list[Unit]:
+        """The units of the current ``param_groups``; new tensors with a gradient get theirs here."""
+        fresh: list[Fresh] = []
+        units: dict[int, Unit] = {}
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                unit = self._unit_of.get(id(tensor))
+                if unit is not None:
+                    units[id(unit)] = unit
+                elif tensor.grad is not None:
+                    fresh.append(Fresh(tensor, group["shampoo_group"]))
+        if not fresh:
+            return list(units.values())
+        candidates = (host.layouts(self._entries, fresh) for host in hosts())
+        layouts = next((found for found in candidates if found is not None), None)
+        if layouts is None:
+            layouts = plain_layouts(self._entries, fresh)
+        configs = self._configs_by_group()
+        for layout in layouts:
+            unit = Unit(layout, configs)
+            self._units.append(unit)
+            self._unit_of.update((id(t), unit) for t in unit.tensors)
+            units[id(unit)] = unit
+            self._hand_out(unit)
+        self._report(configs)
+        return list(units.values())
+
+    def _hand_out(self, unit: Unit) -> None:
+        if self._saved is not None:
+            self._saved.load(unit)
+            self._saved = self._saved.without({p.key for p in unit.parameters})
+
+    def _settle(self, units: Iterable[Unit]) -> None:
+        """Count the outcome of these units' last step: its flags are on the host by now."""
+        limit = self.defaults["failure_limit"]
+        for pending in {id(u.pending): u.pending for u in units if u.pending is not None}.values():
+            bad, failures = status.read(pending)
+            in_a_row = 0
+            for unit in units:
+                if unit.pending is pending:
+                    unit.settle(bad)
+                    in_a_row = max(in_a_row, unit.rejected_in_a_row)
+            if bad:
+                self.rejected_steps += 1
+                logger.warning("a step was rejected: a gradient was not finite (%d so far)", self.rejected_steps)
+            if in_a_row >= limit:
+                raise RuntimeError(
+                    f"{in_a_row} steps in a row were rejected because a gradient was not finite (failure_limit = {limit})"
+                )
+            if failures:
+                raise RuntimeError(
+                    f"the inverse roots of {failures} blocks failed {limit} times in a row (failure_limit = {limit}; "
+                    "the owner's log names them): their factor matrices are not finite or too ill-conditioned; "
+                    "lower the learning rate or raise relative_epsilon"
+                )
+
+    def _report(self, configs: Mapping[int, ShampooConfig]) -> None:
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if first and not self._reported:
+            trained = [e.parameter for e in self._entries if _trains(e.reference())]
+            logger.info("Shampoo preconditions:\n%s", treatment_table(trained, configs))
+        self._reported = True
+
+    def _config(self, group: dict[str, Any]) -> ShampooConfig:
+        """The group's options, checked again only when one has changed; lr may be a live Tensor."""
+        values = tuple(group[name] for name in OPTION_NAMES if name != "lr")
+        cached = self._configs.get(group["shampoo_group"])
+        if cached is None or cached[0] != values:
+            config = ShampooConfig(**{name: group[name] for name in OPTION_NAMES})
+            cached = self._configs[group["shampoo_group"]] = (values, config)
+        return cached[1]
+
+    def _configs_by_group(self) -> dict[int, ShampooConfig]:
+        for group in self.param_groups:
+            self._config(group)
+        return {number: config for number, (_, config) in self._configs.items()}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, at any time; its tensors join at their first gradient.
+
+        Raises:
+            OptionError: for an option that is unknown, out of range, or that all groups must share.
+        """
+        group = _checked_group(param_group, self.defaults)
+        super().add_param_group(group)
+        added = self.param_groups[-1]
+        number = len(self._configs)
+        added["shampoo_group"] = number
+        self._config(added)
+        names = added.get("param_names", [None] * len(added["params"]))
+        taken = {entry.parameter.key for entry in self._entries}
+        for index, (tensor, given) in enumerate(zip(added["params"], names, strict=True)):
+            known, kinds = self._known.get(id(tensor), (None, frozenset()))
+            name = clean_name(given) if given is not None else known
+            key = name if name is not None else f"group{number}.{index}"
+            if key in taken:
+                raise OptionError(f"two parameters have the name {key!r}; names must differ, they are keys of the state")
+            taken.add(key)
+            parameter = Parameter(key, _global_shape(tensor), number, name, kinds)
+            self._entries.append(Entry(parameter, weakref.ref(tensor)))
+
+    def comm_stats(self) -> dict[str, int]:
+        """Bytes that this rank sent and received in the last step of all its units, as counted and as planned."""
+        out = {"bytes_sent": 0, "bytes_received": 0, "collectives": 0, "planned_bytes_sent": 0, "planned_bytes_received": 0}
+        for unit in self._units:
+            stats, (sent, received) = unit.exchange.stats, unit.plan.elements_moved(unit.rank)
+            item = unit.exchange.dtype.itemsize
+            out["bytes_sent"] += stats.bytes_sent
+            out["bytes_received"] += stats.bytes_received
+            out["collectives"] += stats.collectives
+            out["planned_bytes_sent"] += sent * item
+            out["planned_bytes_received"] += received * item
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict, with this rank's block and element-wise state under ``"shampoo"``.
+
+        Runs no collective and holds tensors and builtins only. Tensors are the live ones.
+
+        Raises:
+            RuntimeError: where ranks own different blocks, the host stores one rank's dict only (replicas), and
+                ``consolidate_state_dict`` was not called since the last step.
+        """
+        self._settle(self._units)
+        state = super().state_dict()
+        if self._consolidated is None and any(u.layout.one_rank_saves and u.world_size > 1 for u in self._units):
+            raise RuntimeError(
+                "each rank owns the Shampoo state of some blocks only, but here one rank's state dict is stored for all; "
+                "call optimizer.consolidate_state_dict() on all ranks first"
+            )
+        state["shampoo"] = (self._consolidated or self._own_state()).to_dict()
+        return state
+
+    def _own_state(self) -> SavedState:
+        own = SavedState.of_units(self._units, self.rejected_steps)
+        return own if self._saved is None else own.joined([self._saved])
+
+    def consolidate_state_dict(self) -> None:
+        """Gather all ranks' state, for the next ``state_dict()``; a collective, to be called on all ranks.
+
+        As in torch's ZeroRedundancyOptimizer. The copy is dropped at the next step.
+        """
+        self._settle(self._units)
+        own = self._own_state()
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            self._consolidated = own
+            return
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, own.to_dict())
+        parts = [SavedState.parse({"shampoo": part}) for part in gathered]
+        self._consolidated = parts[0].joined(parts[1:])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take options and state; blocks are handed out to their owners at the next step.
+
+        Raises:
+            ValueError: where this is not a Shampoo state dict, or (at the next step) does not fit the parameters.
+        """
+        saved = SavedState.parse(state_dict)
+        numbers = [group["shampoo_group"] for group in self.param_groups]
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "shampoo"})
+        for group, number in zip(self.param_groups, numbers, strict=True):
+            group["shampoo_group"] = number
+            self._config(group)
+        self._saved = saved
+        self.rejected_steps = saved.rejected_steps
+        for unit in self._units:
+            unit.pending = None
+            self._hand_out(unit)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle(self._units)
+        base = super().__getstate__()
+        return {**base, "shampoo": self._own_state().to_dict(), "entries": [asdict(e.parameter) for e in self._entries]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved, parameters = state.pop("shampoo", None), state.pop("entries", None)
+        super().__setstate__(state)
+        if parameters is None:
+            return
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        if len(tensors) != len(parameters):
+            raise RuntimeError("this optimizer cannot be copied while a host has replaced its parameters by flat shards")
+        self._known, self._units, self._unit_of, self._configs = {}, [], {}, {}
+        self._reported, self._consolidated = True, None
+        self._entries = [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
+        self._saved = SavedState.parse({"shampoo": saved})
+        self.rejected_steps = self._saved.rejected_steps
+
+
+def _shard_gradients(unit: Unit, configs: Mapping[int, ShampooConfig]) -> tuple[list[Tensor], list[bool]]:
+    """Flat gradients of the unit's tensors (with L2 decay where coupled), and which parameters take part."""
+    flat = []
+    active = [True] * len(unit.parameters)
+    for shard in unit.layout.shards:
+        if unit.tensors[shard.tensor].grad is None:
+            active[shard.parameter] = False
+    for tensor in unit.tensors:
+        if tensor.grad is None:
+            flat.append(torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.numel()))
+            continue
+        if tensor.grad.layout is not torch.strided:
+            raise RuntimeError("Shampoo takes no sparse gradients; build the embedding with sparse=False")
+        flat.append(tensor.grad.detach().reshape(-1))
+    decayed = [g for g, c in configs.items() if c.weight_decay and not c.decoupled_weight_decay]
+    if decayed:
+        flat = [g.to(unit.dtype, copy=True) for g in flat]
+        for tensor, start, stop, _, decays in unit.updates:
+            group = unit.layout.groups[tensor]
+            if decays and group in decayed:
+                weights = unit.tensors[tensor].detach().reshape(-1)[start:stop]
+                flat[tensor][start:stop].add_(weights, alpha=configs[group].weight_decay)
+    return flat, active
+
+
+def _precondition(
+    unit: Unit,
+    gradients: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    active: Sequence[bool],
+    configs: Mapping[int, ShampooConfig],
+    verdict: Verdict,
+) -> None:
+    """Gradients to owners, one step of their stacks, directions back: while a bucket is computed, the next arrives
+    and the last one leaves."""
+    exchange = unit.exchange
+    exchange.stats = CommStats()
+    arriving = exchange.send_gradients(exchange.buckets[0], gradients) if exchange.buckets else None
+    leaving = None
+    for number, bucket in enumerate(exchange.buckets):
+        shapes = [(stop - first, *unit.stacks[stack].shape) for stack, first, stop in bucket.rows]
+        blocks = [torch.empty(shape, dtype=unit.dtype, device=unit.device) for shape in shapes]
+        assert arriving is not None
+        exchange.receive_gradients(bucket, arriving, gradients, blocks)
+        if number + 1 < len(exchange.buckets):
+            arriving = exchange.send_gradients(exchange.buckets[number + 1], gradients)
+        verdict.clean_(blocks)
+        made = []
+        for (stack, first, stop), block in zip(bucket.rows, blocks, strict=True):
+            taking_part = unit.rows_active(stack, active)
+            rows = taking_part[first:stop] if taking_part is not None else None
+            config = configs[unit.plan.blocks[exchange.stacks[stack][0]].group]
+            made.append(unit.stacks[stack].step(first, block, rows, config, verdict).contiguous())
+        if leaving is not None:
+            exchange.receive_directions(*leaving, directions)
+        leaving = (bucket, exchange.send_directions(bucket, made, directions))
+    if leaving is not None:
+        exchange.receive_directions(*leaving, directions)
+
+
+def _update(
+    unit: Unit,
+    directions: Sequence[Tensor],
+    active: Sequence[bool],
+    configs: Mapping[int, ShampooConfig],
+    rates: Mapping[int, float | Tensor],
+    verdict: Verdict,
+) -> None:
+    """Steps 7 to 9 of the rule on the shards: decoupled decay, momentum, and W <- W - lr * direction."""
+    for tensor, start, stop, parameter, decays in unit.updates:
+        if not active[parameter]:
+            continue
+        group = unit.layout.groups[tensor]
+        config = configs[group]
+        target = unit.tensors[tensor].detach()
+        part = directions[tensor][start:stop]
+        # A region that is a whole tensor keeps the tensor's own strides; flat shards are contiguous.
+        weights = target if stop - start == target.numel() else target.view(-1)[start:stop]
+        step = part.view(weights.shape)
+        if config.decoupled_weight_decay and decays and config.weight_decay:
+            step.add_(weights, alpha=config.weight_decay)
+        if config.momentum:
+            step = _with_momentum(unit, tensor, start, stop, step, config, verdict)
+        weights.add_(step.mul_(verdict.scale(rates[group])), alpha=-1.0)
+
+
+def _with_momentum(
+    unit: Unit, tensor: int, start: int, stop: int, step: Tensor, config: ShampooConfig, verdict: Verdict
+) -> Tensor:
+    """Step 8: B <- mu * B + (1 - dampening) * U; B, or with Nesterov (1 - dampening) * U + mu * B."""
+    buffer = unit.momentum_buffer(tensor)[start:stop].view(step.shape)
+    step.mul_(1.0 - config.dampening)
+    buffer.mul_(verdict.keep(config.momentum)).add_(step * verdict.scale(1.0))
+    return step.add_(buffer, alpha=config.momentum) if config.nesterov else buffer.clone()
+
+
+def _group_options(config: ShampooConfig) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def _checked_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with aliases replaced and all options present and checked; other keys belong to the host."""
+    group = dict(group)
+    own = {}
+    for key in list(group):
+        if key in OPTION_NAMES or key in ("grafting_epsilon", "use_decoupled_weight_decay", "use_nesterov", "grafting_type"):
+            own[key] = group.pop(key)
+        elif key not in ("params", "param_names") and difflib.get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.85):
+            canonical({key: group[key]})
+    options = {**{name: defaults[name] for name in OPTION_NAMES}, **canonical(own)}
+    for name in GLOBAL_OPTIONS:
+        if options[name] != defaults[name]:
+            raise OptionError(
+                f"Shampoo option {name!r} = {options[name]!r} in a parameter group is not allowed: all groups share one "
+                f"value, here {defaults[name]!r}."
+            )
+    return {**group, **_group_options(ShampooConfig.from_options(options))}
+
+
+def _global_shape(tensor: Tensor) -> tuple[int, ...]:
+    for host in hosts():
+        shape = host.global_shape(tensor)
+        if shape is not None:
+            return shape
+    return tuple(tensor.shape)
+
+
+def _trains(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
+
+
+def _signature() -> inspect.Signature:
+    """The constructor's signature with every option, so that help() and editors show them."""
+    own = inspect.signature(Shampoo.__init__)
+    kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(ShampooConfig)
+        if f.name != "lr"
+    ]
+    return inspect.Signature([*kept[1:], *options])
+
+
+Shampoo.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -1,0 +1,125 @@
+"""State dicts: live units to builtins and tensors, and saved state back to whoever owns it now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shampoo_deepspeed.unit import Unit
+
+FORMAT = 1
+
+
+@dataclass
+class SavedState:
+    """The ``"shampoo"`` part of a state dict: lists of exported stacks, element-wise parts and momentum buffers."""
+
+    stacks: list[dict[str, Any]]
+    elementwise: list[dict[str, Any]]
+    momenta: list[dict[str, Any]]
+    rejected_steps: int = 0
+
+    @classmethod
+    def of_units(cls, units: Sequence[Unit], rejected_steps: int) -> SavedState:
+        """This rank's state; tensors are the live ones."""
+        saved = cls([], [], [], rejected_steps)
+        for unit in units:
+            keys = [p.key for p in unit.parameters]
+            saved.stacks += [stack.export() for stack in unit.stacks]
+            saved.elementwise.append(unit.elementwise.export(keys))
+            saved.momenta += [_momentum(unit, tensor, buffer, keys) for tensor, buffer in unit.momenta.items()]
+        return saved
+
+    @classmethod
+    def parse(cls, state_dict: Mapping[str, Any]) -> SavedState:
+        """Take a state dict apart.
+
+        Raises:
+            ValueError: where it has no Shampoo state, or one of another format.
+        """
+        found = state_dict.get("shampoo")
+        if not isinstance(found, Mapping):
+            raise ValueError("this state dict has no 'shampoo' entry: it was not saved by Shampoo")
+        if found.get("format") != FORMAT:
+            raise ValueError(f"Shampoo state format {found.get('format')!r} is unknown here; this version reads {FORMAT}")
+        lists = [list(found[name]) for name in ("stacks", "elementwise", "momenta")]
+        return cls(*lists, int(found["rejected_steps"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Builtins and tensors; ``parse`` reads them back."""
+        parts = {"stacks": self.stacks, "elementwise": self.elementwise, "momenta": self.momenta}
+        return {"format": FORMAT, "rejected_steps": self.rejected_steps, **parts}
+
+    def joined(self, others: Sequence[SavedState]) -> SavedState:
+        """This state and those of other ranks (or of parameters without a step so far) as one."""
+        everything = [self, *others]
+        return SavedState(
+            [stack for s in everything for stack in s.stacks],
+            [part for s in everything for part in s.elementwise],
+            [buffer for s in everything for buffer in s.momenta],
+            self.rejected_steps,
+        )
+
+    def without(self, keys: set[str]) -> SavedState | None:
+        """What is left when the parameters ``keys`` are taken out; None where nothing is."""
+        stacks = []
+        for stack in self.stacks:
+            kept = [row for row, key in enumerate(stack["keys"]) if parameter_of(key) not in keys]
+            if kept:
+                rows = {name: [stack[name][row] for row in kept] for name in ("keys", "steps", "refreshed", "failures")}
+                tensors = {name: t[torch.tensor(kept, device=t.device)] for name, t in stack["tensors"].items()}
+                stacks.append({**stack, **rows, "tensors": tensors})
+        left = SavedState(
+            stacks,
+            [part for part in self.elementwise if not set(part["steps"]) <= keys],
+            [m for m in self.momenta if not {shard[0] for shard in m["shards"]} <= keys],
+            self.rejected_steps,
+        )
+        return left if left.stacks or left.elementwise or left.momenta else None
+
+    def load(self, unit: Unit) -> None:
+        """Hand a unit its state. Parameters that the state does not know at all start anew.
+
+        Raises:
+            ValueError: where a parameter's state is there in part only, or does not fit the options.
+        """
+        rows = {key: (stack, row) for stack in self.stacks for row, key in enumerate(stack["keys"])}
+        known = {parameter_of(key) for key in rows}
+        for stack in unit.stacks:
+            for row, key in enumerate(stack.keys):
+                if key in rows:
+                    stack.load_row(row, *rows[key])
+                elif parameter_of(key) in known:
+                    raise ValueError(f"the saved state has other blocks of {parameter_of(key)!r}, but not {key!r}")
+        unit.elementwise.load(self.elementwise, [p.key for p in unit.parameters])
+        self._load_momenta(unit)
+
+    def _load_momenta(self, unit: Unit) -> None:
+        pieces = {}
+        for saved in self.momenta:
+            for key, offsets, lengths, offset in saved["shards"]:
+                pieces[key, tuple(offsets), tuple(lengths)] = (saved["buffer"], offset)
+        for shard in unit.layout.shards:
+            found = pieces.get((unit.parameters[shard.parameter].key, shard.box.offsets, shard.box.lengths))
+            if found is not None:
+                buffer, offset = found
+                target = unit.momentum_buffer(shard.tensor).narrow(0, shard.offset, shard.box.numel)
+                target.copy_(buffer.narrow(0, offset, shard.box.numel))
+
+
+def parameter_of(block_key: str) -> str:
+    """The parameter's key within a block key, ``"parameter/index"``."""
+    return block_key.rsplit("/", 1)[0]
+
+
+def _momentum(unit: Unit, tensor: int, buffer: Tensor, keys: Sequence[str]) -> dict[str, Any]:
+    shards = [
+        [keys[s.parameter], list(s.box.offsets), list(s.box.lengths), s.offset]
+        for s in unit.layout.shards
+        if s.tensor == tensor
+    ]
+    return {"shards": shards, "buffer": buffer}

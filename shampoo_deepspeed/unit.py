@@ -1,0 +1,243 @@
+"""A step unit: local tensors that are stepped together, with their plan, exchange, stacks and element-wise parts.
+
+Built once, from a host's layout, at the first step of its tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shampoo_deepspeed.blocks import merge_small_dims
+from shampoo_deepspeed.boxes import Box, Placed, merged_places, tiling_error
+from shampoo_deepspeed.config import DTYPES, ShampooConfig
+from shampoo_deepspeed.elementwise import Elementwise, Segment
+from shampoo_deepspeed.exchange import Exchange
+from shampoo_deepspeed.grafting import is_normalized
+from shampoo_deepspeed.hosts import Layout, LayoutError, Parameter, compute_dtype
+from shampoo_deepspeed.naming import matching
+from shampoo_deepspeed.plan import Matrix, Plan
+from shampoo_deepspeed.stacks import BlockStack
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What happens to a parameter: its merged shape where preconditioned, else why it is element-wise."""
+
+    merged: tuple[int, ...]
+    dims: tuple[tuple[int, ...], ...]
+    reason: str | None
+    decays: bool
+
+    @property
+    def preconditioned(self) -> bool:
+        return self.reason is None
+
+
+def treat(parameter: Parameter, config: ShampooConfig) -> Treatment:
+    """Decide by shape, name and kind alone whether a parameter is preconditioned and whether it decays."""
+    if parameter.name is None and not parameter.kinds and config.no_decay:
+        decays = sum(n > 1 for n in parameter.shape) > 1  # no names: the usual rule of thumb
+    else:
+        decays = matching(config.no_decay, parameter.name, parameter.kinds) is None
+    pattern = matching(config.exclude, parameter.name, parameter.kinds)
+    merged, dims = merge_small_dims(parameter.shape, config.max_preconditioner_dim)
+    if pattern is None and len(merged) >= 2:
+        return Treatment(merged, dims, None, decays)
+    reason = f"excluded by {pattern!r}" if pattern else "fewer than two dims larger than 1"
+    return Treatment((math.prod(parameter.shape),), (tuple(range(len(parameter.shape))),), reason, decays)
+
+
+class Unit:
+    """Everything that one step of these tensors needs.
+
+    Args:
+        layout: what the host says of this rank.
+        configs: options by parameter group number; the same on all ranks.
+
+    Raises:
+        LayoutError: on all ranks alike, where ranks disagree or the shards do not tile the parameters.
+    """
+
+    def __init__(self, layout: Layout, configs: Mapping[int, ShampooConfig]) -> None:
+        self.layout = layout
+        self.tensors = layout.tensors
+        self.parameters = layout.parameters
+        self.group = layout.process_group
+        self.rank = dist.get_rank(self.group) if self.group is not None else 0
+        self.world_size = dist.get_world_size(self.group) if self.group is not None else 1
+        self.device = layout.tensors[0].device if layout.tensors else torch.device("cpu")
+        self.dtype = compute_dtype(layout.tensors[0]) if layout.tensors else torch.float32
+        self.treatments = [treat(p, configs[p.group]) for p in self.parameters]
+        self.pending: Tensor | None = None
+        self.pending_active: list[bool] | None = None
+        self.rejected_in_a_row = 0
+        self.momenta: dict[int, Tensor] = {}
+        self._build(configs)
+
+    def _build(self, configs: Mapping[int, ShampooConfig]) -> None:
+        places = self._placed_shards()
+        everyone = self._gather(places, configs)
+        self._check_tiling(everyone)
+        number_of = {p: n for n, p in enumerate(p for p, t in enumerate(self.treatments) if t.preconditioned)}
+        matrices = [self._matrix(p, configs) for p in number_of]
+        held = [[(number_of[p], box) for p, box in shards if p in number_of] for shards in everyone]
+        first = configs[self.parameters[0].group]
+        item = torch.empty((), dtype=self.dtype).element_size()
+        self.plan = Plan(matrices, held, max(1, int(first.bucket_mb * 2**20 / item)))
+        wire = DTYPES[first.communication_dtype] if first.communication_dtype else self.dtype
+        own = [(tensor, place) for p, tensor, place in places if p in number_of]
+        self.exchange = Exchange(self.plan, self.rank, own, self.group, wire)
+        self.block_parameters = list(number_of)
+        self.stacks = [self._stack(blocks, configs) for blocks in self.exchange.stacks]
+        self.elementwise = self._elementwise_part(places, everyone, configs)
+        self.updates = self._update_regions()
+        groups = {self.parameters[p].group for p in self.elementwise.steps}
+        self.needs_norms = any(is_normalized(configs[g].elementwise_method) for g in groups)
+
+    def _placed_shards(self) -> list[tuple[int, int, Placed]]:
+        """This rank's shards as (parameter, tensor, place in its merged shape)."""
+        placed = []
+        for shard in self.layout.shards:
+            treatment, shape = self.treatments[shard.parameter], self.parameters[shard.parameter].shape
+            if not shape:
+                placed.append((shard.parameter, shard.tensor, Placed(Box((0,), (1,)), shard.offset, (1,))))
+                continue
+            for place in merged_places(shard.box, shape, treatment.dims, shard.offset):
+                placed.append((shard.parameter, shard.tensor, place))
+        return placed
+
+    def _gather(
+        self, places: Sequence[tuple[int, int, Placed]], configs: Mapping[int, ShampooConfig]
+    ) -> list[list[tuple[int, Box]]]:
+        """All ranks' shards; raises on all of them where any two see other parameters or options."""
+        mine = [(p, place.box) for p, _, place in places]
+        if self.world_size == 1:
+            if self.layout.problem:
+                raise LayoutError(self.layout.problem)
+            return [mine]
+        options = {g: str(sorted(c.to_json().items())) for g, c in configs.items()}
+        signature = [(p.key, p.shape, p.group, options[p.group]) for p in self.parameters]
+        plain = [(p, box.offsets, box.lengths) for p, box in mine]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, (signature, str(self.dtype), plain, self.layout.problem), group=self.group)
+        for rank, (other, dtype, _, problem) in enumerate(gathered):
+            if problem:
+                raise LayoutError(f"rank {rank}: {problem}")
+            if other != gathered[0][0] or dtype != gathered[0][1]:
+                raise LayoutError(f"ranks 0 and {rank} disagree: {_first_difference(gathered[0], gathered[rank])}")
+        return [[(p, Box(tuple(o), tuple(n))) for p, o, n in shards] for _, _, shards, _ in gathered]
+
+    def _check_tiling(self, everyone: Sequence[Sequence[tuple[int, Box]]]) -> None:
+        boxes: dict[int, set[Box]] = defaultdict(set)
+        for shards in everyone:
+            for p, box in shards:
+                boxes[p].add(box)
+        wrong = []
+        for p, parameter in enumerate(self.parameters):
+            error = tiling_error(self.treatments[p].merged, boxes[p])
+            if error:
+                wrong.append(f"{parameter.key} {parameter.shape}: {error}")
+        if wrong:
+            raise LayoutError(
+                "the host's shards do not cover every element of these parameters exactly once:\n  " + "\n  ".join(wrong)
+            )
+
+    def _matrix(self, p: int, configs: Mapping[int, ShampooConfig]) -> Matrix:
+        parameter, config = self.parameters[p], configs[self.parameters[p].group]
+        return Matrix(
+            self.treatments[p].merged, config.max_preconditioner_dim, parameter.group, config.precondition_frequency
+        )
+
+    def block_key(self, block: int) -> str:
+        """The key of a block of the plan: parameter key and index of the block within it."""
+        found = self.plan.blocks[block]
+        return f"{self.parameters[self.block_parameters[found.parameter]].key}/{found.index}"
+
+    def _stack(self, blocks: Sequence[int], configs: Mapping[int, ShampooConfig]) -> BlockStack:
+        group, shape = self.plan.blocks[blocks[0]].stack
+        keys = [self.block_key(b) for b in blocks]
+        return BlockStack(keys, shape, configs[group], self.device, self.dtype)
+
+    def _elementwise_part(
+        self,
+        places: Sequence[tuple[int, int, Placed]],
+        everyone: Sequence[Sequence[tuple[int, Box]]],
+        configs: Mapping[int, ShampooConfig],
+    ) -> Elementwise:
+        copies: dict[tuple[int, Box], int] = defaultdict(int)
+        for shards in everyone:
+            for held in shards:
+                copies[held] += 1
+        segments = []
+        for p, tensor, place in places:
+            if not self.treatments[p].preconditioned:
+                parameter, (start,), (numel,) = self.parameters[p], place.box.offsets, place.box.lengths
+                share = 1.0 / copies[p, place.box]
+                segments.append(
+                    Segment(p, parameter.key, parameter.group, start, numel, tensor, place.offset, share)
+                )
+        flat = [p for p, t in enumerate(self.treatments) if not t.preconditioned]
+        return Elementwise(segments, flat, configs, self.device, self.dtype)
+
+    def _update_regions(self) -> list[tuple[int, int, int, int, bool]]:
+        """Covered regions of the local tensors, joined where they touch: (tensor, start, stop, parameter, decays)."""
+        spans = []
+        for shard in self.layout.shards:
+            decays = self.treatments[shard.parameter].decays
+            spans.append((shard.tensor, shard.offset, shard.offset + shard.box.numel, shard.parameter, decays))
+        joined: list[tuple[int, int, int, int, bool]] = []
+        for span in sorted(spans):
+            last = joined[-1] if joined else None
+            if last and (last[0], last[2], last[4]) == (span[0], span[1], span[4]):
+                joined[-1] = (last[0], last[1], span[2], last[3], last[4])
+            else:
+                joined.append(span)
+        return joined
+
+    def momentum_buffer(self, tensor: int) -> Tensor:
+        """The flat momentum buffer of a local tensor; it lies with the shard."""
+        if tensor not in self.momenta:
+            size = self.tensors[tensor].numel()
+            self.momenta[tensor] = torch.zeros(size, dtype=self.dtype, device=self.device)
+        return self.momenta[tensor]
+
+    @property
+    def fresh(self) -> bool:
+        """Whether no step has been taken yet."""
+        return not any(any(s.steps) for s in self.stacks) and not any(self.elementwise.steps.values())
+
+    def rows_active(self, stack: int, active: Sequence[bool]) -> list[bool] | None:
+        """Which rows of a stack take part, given which parameters do; None for all."""
+        if all(active):
+            return None
+        blocks = self.exchange.stacks[stack]
+        return [active[self.block_parameters[self.plan.blocks[b].parameter]] for b in blocks]
+
+    def settle(self, rejected: bool) -> None:
+        """Note the outcome of the last step; a rejected one has changed no tensor, its counters are undone here."""
+        active = self.pending_active or []
+        self.pending = self.pending_active = None
+        self.rejected_in_a_row = self.rejected_in_a_row + 1 if rejected else 0
+        if not rejected:
+            return
+        for number, stack in enumerate(self.stacks):
+            stack.take_back(self.rows_active(number, active))
+        self.elementwise.take_back(active)
+
+
+def _first_difference(left: Any, right: Any) -> str:
+    for a, b in zip(left[0], right[0], strict=False):
+        if a != b:
+            return f"{a} against {b}"
+    return f"{len(left[0])} parameters in {left[1]} against {len(right[0])} in {right[1]}"

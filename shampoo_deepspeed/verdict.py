@@ -1,0 +1,57 @@
+"""Whether a step is accepted, decided on the device: a rejected step changes nothing, without a host read.
+
+A non-finite gradient on any rank rejects the step on all ranks. The flag masks the update where it is computed:
+gradients become zero and decays become one, so that accumulators keep their values to the bit. The host reads the
+flag one step later, when it is long there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Verdict:
+    """One `step()` call's flag on one device, for tensors of one dtype.
+
+    Args:
+        rejected: 0-d bool tensor.
+        dtype: dtype of the scalars that `keep` and `scale` give.
+    """
+
+    def __init__(self, rejected: Tensor, dtype: torch.dtype) -> None:
+        self._flag = rejected
+        self._dtype = dtype
+        self._keeps: dict[float, Tensor] = {}
+
+    @property
+    def rejected(self) -> bool:
+        """Read the flag on the host; this waits for the device."""
+        return bool(self._flag)
+
+    def clean_(self, gradients: Sequence[Tensor]) -> None:
+        """Zero the gradients of a rejected step in place."""
+        for gradient in gradients:
+            gradient.masked_fill_(self._flag, 0.0)
+
+    def cleaned(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients, zero where the step is rejected."""
+        return [g.masked_fill(self._flag, 0.0) for g in gradients]
+
+    def keep(self, decay: float) -> Tensor:
+        """``decay``, or 1 where the step is rejected, as a 0-d tensor."""
+        if decay not in self._keeps:
+            scalar = torch.full((), decay, dtype=self._dtype, device=self._flag.device)
+            self._keeps[decay] = scalar.masked_fill_(self._flag, 1.0)
+        return self._keeps[decay]
+
+    def scale(self, factor: float | Tensor) -> Tensor:
+        """``factor``, or 0 where the step is rejected, as a 0-d tensor."""
+        device = self._flag.device
+        if isinstance(factor, Tensor):
+            scalar = factor.detach().to(device=device, dtype=self._dtype).reshape(())
+        else:
+            scalar = torch.full((), factor, dtype=self._dtype, device=device)
+        return scalar.masked_fill(self._flag, 0.0)
