@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -137,7 +136,12 @@ def _originals(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, Te
     found = []
     for entry in entries:
         tensor = entry.reference()
-        if entry.parameter.group == group and tensor is not None and tensor.requires_grad and 0 not in entry.parameter.shape:
+        if (
+            entry.parameter.group == group
+            and tensor is not None
+            and tensor.requires_grad
+            and 0 not in entry.parameter.shape
+        ):
             found.append((entry.parameter, tensor))
     return found
 
@@ -165,16 +169,17 @@ def _stage12_layout(item: Fresh, originals: Sequence[tuple[Parameter, Tensor]]) 
     reordered (``round_robin_gradients``) or aligned parameters, where DeepSpeed's own ``_hp_mapping`` may be wrong.
     """
     flat = item.tensor
-    group = originals[0][1]._dp_group  # type: ignore[attr-defined]
+    first: Any = originals[0][1]
+    group = first._dp_group
     rank, size = dist.get_rank(group), flat.numel()
     layout = Layout([p for p, _ in originals], [flat], [item.group], [], _or_none(group), may_probe=False)
     storages = {tensor.untyped_storage().data_ptr() for _, tensor in originals}
     if len(storages) != 1:
         layout.problem = f"the {len(originals)} parameters of group {item.group} do not share one flat buffer"
         return layout
-    base = min(tensor.storage_offset() for _, tensor in originals)
+    base = min(int(tensor.storage_offset()) for _, tensor in originals)
     for number, (parameter, tensor) in enumerate(originals):
-        begin = tensor.storage_offset() - base
+        begin = int(tensor.storage_offset()) - base
         start, stop = max(begin, rank * size), min(begin + tensor.numel(), (rank + 1) * size)
         if start < stop:
             master = flat[start - rank * size : stop - rank * size]
@@ -206,7 +211,7 @@ def _stage3_layout(item: Fresh, entries: Sequence[Entry]) -> Layout:
             _check_master(layout, parameter, master, member.ds_tensor.detach().reshape(-1)[: stop - start])
         offset += part
     if {p.group for p in parameters} != {item.group}:
-        layout.problem = f"sub-group {item.tensor.ds_id} has parameters of several groups"  # type: ignore[attr-defined]
+        layout.problem = f"the ZeRO-3 sub-group that begins with {parameters[0].key} mixes parameter groups"
     return layout
 
 
@@ -249,10 +254,10 @@ def _holds(module: nn.Module, entry: Entry) -> bool:
     return any(parameter is tensor for parameter in module.parameters())
 
 
-def _replica_group(engine: Any, parameter: Tensor | None) -> dist.ProcessGroup | None:
+def _replica_group(engine: Any, parameter: Any) -> dist.ProcessGroup | None:
     """The ranks that hold the same copy of a parameter: all data-parallel ones, for an expert those of its group."""
     if getattr(parameter, "allreduce", True) is False:
-        return _or_none(engine.expert_data_parallel_group[parameter.group_name])  # type: ignore[union-attr]
+        return _or_none(engine.expert_data_parallel_group[parameter.group_name])
     return _or_none(engine.seq_data_parallel_group)
 
 
@@ -260,8 +265,7 @@ def _or_none(group: Any) -> dist.ProcessGroup | None:
     """The group, or None where it has one rank only: then nothing needs to be communicated."""
     if dist.get_world_size(group) == 1:
         return None
-    found: dist.ProcessGroup = group if group is not None else torch.distributed.group.WORLD
-    return found
+    return dist.group.WORLD if group is None else group
 
 
 HOST = DeepSpeedHost()

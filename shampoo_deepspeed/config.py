@@ -144,7 +144,7 @@ def _optional_method(key: str, value: object) -> str | None:
 
 def _patterns(key: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
-        raise _bad(key, value, "a list of name patterns such as \"*embed*\" or kinds such as \"kind:embedding\"")
+        raise _bad(key, value, 'a list of name patterns such as "*embed*" or kinds such as "kind:embedding"')
     return tuple(value)
 
 

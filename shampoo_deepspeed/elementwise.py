@@ -159,7 +159,8 @@ class Elementwise:
                 continue
             if set(tensors) != set(self.tensors):
                 raise ValueError(
-                    f"saved state of {segment.key} has {sorted(tensors)}, the options now ask for {sorted(self.tensors)}"
+                    f"saved state of {segment.key} has {sorted(tensors)}, "
+                    f"the options now ask for {sorted(self.tensors)}"
                 )
             for name, source in tensors.items():
                 target = self._views[name][number].narrow(0, low - segment.start, high - low)
@@ -167,6 +168,6 @@ class Elementwise:
             filled += high - low
         if filled != segment.numel:
             raise ValueError(
-                f"the saved state holds {filled} of the {segment.numel} elements of {segment.key} that this rank needs; "
-                "it was saved with another sharding"
+                f"the saved state holds {filled} of the {segment.numel} elements of {segment.key} that this rank "
+                "needs; it was saved with another sharding"
             )

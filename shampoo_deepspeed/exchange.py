@@ -7,9 +7,9 @@ one fused copy each way, and `all_to_all_single` with uneven splits on the group
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from shampoo_deepspeed.boxes import Placed, row_major
 from shampoo_deepspeed.plan import Piece, Plan, Transfers
+
+Pieces: TypeAlias = dict[int, list[Piece]]
 
 
 class Address(NamedTuple):
@@ -26,6 +28,9 @@ class Address(NamedTuple):
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
+
+
+Resolver: TypeAlias = Callable[[Piece], Address]
 
 
 def views(bases: Sequence[Tensor], addresses: Sequence[Address]) -> list[Tensor]:
@@ -139,7 +144,7 @@ class Exchange:
             part = place.part(piece.box)
             return Address(base, part.offset, piece.box.lengths, part.strides)
 
-        def route(out: dict[int, list[Piece]], sender, into: dict[int, list[Piece]], receiver) -> Route:  # type: ignore[no-untyped-def]
+        def route(out: Pieces, sender: Resolver, into: Pieces, receiver: Resolver) -> Route:
             made = Route()
             for peer in range(self.plan.world_size):
                 leaving, coming = out.get(peer, []), into.get(peer, [])
@@ -221,5 +226,7 @@ def communication_device(group: dist.ProcessGroup | None, home: torch.device) ->
         return home
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
-        raise RuntimeError(f"process group with backend {backend!r} cannot move CPU tensors, and no accelerator is here")
+        raise RuntimeError(
+            f"process group with backend {backend!r} cannot move CPU tensors, and no accelerator is here"
+        )
     return torch.device(accelerator.type, torch.accelerator.current_device_index())

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shampoo_deepspeed import status
-from shampoo_deepspeed.config import (
-    GLOBAL_OPTIONS,
-    IGNORED,
-    OPTION_NAMES,
-    OptionError,
-    ShampooConfig,
-    canonical,
-)
+from shampoo_deepspeed.config import IGNORED, OPTION_NAMES, OptionError, ShampooConfig, canonical
 from shampoo_deepspeed.exchange import CommStats
+from shampoo_deepspeed.groups import checked_group, group_options, signature_with_options
 from shampoo_deepspeed.hosts import Entry, Fresh, Parameter, hosts, plain_layouts
 from shampoo_deepspeed.naming import clean_name, names_and_kinds
 from shampoo_deepspeed.report import treatment_table
 from shampoo_deepspeed.roots import full_precision
 from shampoo_deepspeed.saved import SavedState
+from shampoo_deepspeed.shards import shard_gradients, update
 from shampoo_deepspeed.unit import Unit
 from shampoo_deepspeed.verdict import Verdict
 
@@ -73,7 +66,9 @@ class Shampoo(torch.optim.Optimizer):
         for name in IGNORED:
             if options.pop(name, None):
                 logger.info("Shampoo ignores %r: its kernels are batched over blocks already", name)
-        given = params if isinstance(params, Tensor) else list(params)  # a lone Tensor: torch's own error
+        if isinstance(params, Tensor):
+            raise TypeError("params is a Tensor; give an iterable of parameters, (name, parameter) pairs or groups")
+        given = list(params)
         options = canonical({"lr": lr, **options})
         for host in hosts():
             host.admit(type(self))
@@ -87,7 +82,7 @@ class Shampoo(torch.optim.Optimizer):
         self._configs: dict[int, tuple[tuple[Any, ...], ShampooConfig]] = {}
         self._reported = False
         self.rejected_steps = 0
-        super().__init__(given, _group_options(ShampooConfig.from_options(options)))
+        super().__init__(given, group_options(ShampooConfig.from_options(options)))
         self._known = {}
 
     @torch.no_grad()
@@ -107,7 +102,7 @@ class Shampoo(torch.optim.Optimizer):
         rates = {group["shampoo_group"]: group["lr"] for group in self.param_groups}
         self._settle(units)
         self._consolidated = None
-        work = [(unit, *_shard_gradients(unit, configs)) for unit in units]
+        work = [(unit, *shard_gradients(unit, configs)) for unit in units]
         report = status.agree(work, configs)
         for unit, gradients, active in work:
             if unit.fresh and unit.layout.may_probe and not report.any_gradient():
@@ -118,7 +113,7 @@ class Shampoo(torch.optim.Optimizer):
                 _precondition(unit, gradients, directions, active, configs, verdict)
                 norms = report.squared_norms(unit)
                 unit.elementwise.step(gradients, directions, active, configs, verdict, norms)
-                _update(unit, directions, active, configs, rates, verdict)
+                update(unit, directions, active, configs, rates, verdict)
             unit.pending, unit.pending_active = report.values, active
         return loss
 
@@ -169,7 +164,8 @@ class Shampoo(torch.optim.Optimizer):
                 logger.warning("a step was rejected: a gradient was not finite (%d so far)", self.rejected_steps)
             if in_a_row >= limit:
                 raise RuntimeError(
-                    f"{in_a_row} steps in a row were rejected because a gradient was not finite (failure_limit = {limit})"
+                    f"{in_a_row} steps in a row were rejected because a gradient was not finite "
+                    f"(failure_limit = {limit})"
                 )
             if failures:
                 raise RuntimeError(
@@ -205,7 +201,7 @@ class Shampoo(torch.optim.Optimizer):
         Raises:
             OptionError: for an option that is unknown, out of range, or that all groups must share.
         """
-        group = _checked_group(param_group, self.defaults)
+        group = checked_group(param_group, self.defaults)
         super().add_param_group(group)
         added = self.param_groups[-1]
         number = len(self._configs)
@@ -218,14 +214,22 @@ class Shampoo(torch.optim.Optimizer):
             name = clean_name(given) if given is not None else known
             key = name if name is not None else f"group{number}.{index}"
             if key in taken:
-                raise OptionError(f"two parameters have the name {key!r}; names must differ, they are keys of the state")
+                raise OptionError(
+                    f"two parameters have the name {key!r}; names must differ, they are keys of the state"
+                )
             taken.add(key)
             parameter = Parameter(key, _global_shape(tensor), number, name, kinds)
             self._entries.append(Entry(parameter, weakref.ref(tensor)))
 
     def comm_stats(self) -> dict[str, int]:
         """Bytes that this rank sent and received in the last step of all its units, as counted and as planned."""
-        out = {"bytes_sent": 0, "bytes_received": 0, "collectives": 0, "planned_bytes_sent": 0, "planned_bytes_received": 0}
+        out = {
+            "bytes_sent": 0,
+            "bytes_received": 0,
+            "collectives": 0,
+            "planned_bytes_sent": 0,
+            "planned_bytes_received": 0,
+        }
         for unit in self._units:
             stats, (sent, received) = unit.exchange.stats, unit.plan.elements_moved(unit.rank)
             item = unit.exchange.dtype.itemsize
@@ -249,8 +253,8 @@ class Shampoo(torch.optim.Optimizer):
         state = super().state_dict()
         if self._consolidated is None and any(u.layout.one_rank_saves and u.world_size > 1 for u in self._units):
             raise RuntimeError(
-                "each rank owns the Shampoo state of some blocks only, but here one rank's state dict is stored for all; "
-                "call optimizer.consolidate_state_dict() on all ranks first"
+                "each rank owns the Shampoo state of some blocks only, but here one rank's state dict is stored for "
+                "all; call optimizer.consolidate_state_dict() on all ranks first"
             )
         state["shampoo"] = (self._consolidated or self._own_state()).to_dict()
         return state
@@ -304,37 +308,14 @@ class Shampoo(torch.optim.Optimizer):
             return
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         if len(tensors) != len(parameters):
-            raise RuntimeError("this optimizer cannot be copied while a host has replaced its parameters by flat shards")
+            raise RuntimeError(
+                "this optimizer cannot be copied while a host has replaced its parameters by flat shards"
+            )
         self._known, self._units, self._unit_of, self._configs = {}, [], {}, {}
         self._reported, self._consolidated = True, None
         self._entries = [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
         self._saved = SavedState.parse({"shampoo": saved})
         self.rejected_steps = self._saved.rejected_steps
-
-
-def _shard_gradients(unit: Unit, configs: Mapping[int, ShampooConfig]) -> tuple[list[Tensor], list[bool]]:
-    """Flat gradients of the unit's tensors (with L2 decay where coupled), and which parameters take part."""
-    flat = []
-    active = [True] * len(unit.parameters)
-    for shard in unit.layout.shards:
-        if unit.tensors[shard.tensor].grad is None:
-            active[shard.parameter] = False
-    for tensor in unit.tensors:
-        if tensor.grad is None:
-            flat.append(torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.numel()))
-            continue
-        if tensor.grad.layout is not torch.strided:
-            raise RuntimeError("Shampoo takes no sparse gradients; build the embedding with sparse=False")
-        flat.append(tensor.grad.detach().reshape(-1))
-    decayed = [g for g, c in configs.items() if c.weight_decay and not c.decoupled_weight_decay]
-    if decayed:
-        flat = [g.to(unit.dtype, copy=True) for g in flat]
-        for tensor, start, stop, _, decays in unit.updates:
-            group = unit.layout.groups[tensor]
-            if decays and group in decayed:
-                weights = unit.tensors[tensor].detach().reshape(-1)[start:stop]
-                flat[tensor][start:stop].add_(weights, alpha=configs[group].weight_decay)
-    return flat, active
 
 
 def _precondition(
@@ -372,65 +353,6 @@ def _precondition(
         exchange.receive_directions(*leaving, directions)
 
 
-def _update(
-    unit: Unit,
-    directions: Sequence[Tensor],
-    active: Sequence[bool],
-    configs: Mapping[int, ShampooConfig],
-    rates: Mapping[int, float | Tensor],
-    verdict: Verdict,
-) -> None:
-    """Steps 7 to 9 of the rule on the shards: decoupled decay, momentum, and W <- W - lr * direction."""
-    for tensor, start, stop, parameter, decays in unit.updates:
-        if not active[parameter]:
-            continue
-        group = unit.layout.groups[tensor]
-        config = configs[group]
-        target = unit.tensors[tensor].detach()
-        part = directions[tensor][start:stop]
-        # A region that is a whole tensor keeps the tensor's own strides; flat shards are contiguous.
-        weights = target if stop - start == target.numel() else target.view(-1)[start:stop]
-        step = part.view(weights.shape)
-        if config.decoupled_weight_decay and decays and config.weight_decay:
-            step.add_(weights, alpha=config.weight_decay)
-        if config.momentum:
-            step = _with_momentum(unit, tensor, start, stop, step, config, verdict)
-        weights.add_(step.mul_(verdict.scale(rates[group])), alpha=-1.0)
-
-
-def _with_momentum(
-    unit: Unit, tensor: int, start: int, stop: int, step: Tensor, config: ShampooConfig, verdict: Verdict
-) -> Tensor:
-    """Step 8: B <- mu * B + (1 - dampening) * U; B, or with Nesterov (1 - dampening) * U + mu * B."""
-    buffer = unit.momentum_buffer(tensor)[start:stop].view(step.shape)
-    step.mul_(1.0 - config.dampening)
-    buffer.mul_(verdict.keep(config.momentum)).add_(step * verdict.scale(1.0))
-    return step.add_(buffer, alpha=config.momentum) if config.nesterov else buffer.clone()
-
-
-def _group_options(config: ShampooConfig) -> dict[str, Any]:
-    return {f.name: getattr(config, f.name) for f in fields(config)}
-
-
-def _checked_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A group with aliases replaced and all options present and checked; other keys belong to the host."""
-    group = dict(group)
-    own = {}
-    for key in list(group):
-        if key in OPTION_NAMES or key in ("grafting_epsilon", "use_decoupled_weight_decay", "use_nesterov", "grafting_type"):
-            own[key] = group.pop(key)
-        elif key not in ("params", "param_names") and difflib.get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.85):
-            canonical({key: group[key]})
-    options = {**{name: defaults[name] for name in OPTION_NAMES}, **canonical(own)}
-    for name in GLOBAL_OPTIONS:
-        if options[name] != defaults[name]:
-            raise OptionError(
-                f"Shampoo option {name!r} = {options[name]!r} in a parameter group is not allowed: all groups share one "
-                f"value, here {defaults[name]!r}."
-            )
-    return {**group, **_group_options(ShampooConfig.from_options(options))}
-
-
 def _global_shape(tensor: Tensor) -> tuple[int, ...]:
     for host in hosts():
         shape = host.global_shape(tensor)
@@ -443,16 +365,4 @@ def _trains(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad
 
 
-def _signature() -> inspect.Signature:
-    """The constructor's signature with every option, so that help() and editors show them."""
-    own = inspect.signature(Shampoo.__init__)
-    kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    options = [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-        for f in fields(ShampooConfig)
-        if f.name != "lr"
-    ]
-    return inspect.Signature([*kept[1:], *options])
-
-
-Shampoo.__signature__ = _signature()  # type: ignore[attr-defined]
+Shampoo.__signature__ = signature_with_options(Shampoo.__init__)  # type: ignore[attr-defined]

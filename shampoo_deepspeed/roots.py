@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ def full_precision(device_type: str) -> Iterator[None]:
     Inverse roots amplify rounding: with TF32 products Newton iterations diverge and eigenvalues below 1e-3 of the
     largest are noise, and a switch that the host flips for its own matmuls must not change the optimizer.
     """
-    matmuls = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    matmuls: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     saved = [backend.fp32_precision for backend in matmuls]
     try:
         for backend in matmuls:

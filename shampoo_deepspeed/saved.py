@@ -45,9 +45,11 @@ class SavedState:
         if not isinstance(found, Mapping):
             raise ValueError("this state dict has no 'shampoo' entry: it was not saved by Shampoo")
         if found.get("format") != FORMAT:
-            raise ValueError(f"Shampoo state format {found.get('format')!r} is unknown here; this version reads {FORMAT}")
-        lists = [list(found[name]) for name in ("stacks", "elementwise", "momenta")]
-        return cls(*lists, int(found["rejected_steps"]))
+            raise ValueError(
+                f"Shampoo state format {found.get('format')!r} is unknown here; this version reads {FORMAT}"
+            )
+        stacks, elementwise, momenta = (list(found[name]) for name in ("stacks", "elementwise", "momenta"))
+        return cls(stacks, elementwise, momenta, int(found["rejected_steps"]))
 
     def to_dict(self) -> dict[str, Any]:
         """Builtins and tensors; ``parse`` reads them back."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -93,32 +93,33 @@ class BlockStack:
         # A refresh waits for the device anyway, so here the host may as well read the verdict.
         if config.refreshes_at(step) and not verdict.rejected:
             self._note_refresh(rows, set(preconditioner.refresh(state, step)))
-        method = warm_method(config)
-        second = [state["second_moment"]] if "second_moment" in state else []
-        if second:
-            own = grafting.normalized(gradients, block_norms(gradients)) if grafting.is_normalized(method) else gradients
-            grafting.accumulate(method, second, [own], config.second_moment_beta, verdict)
-        moments = grafting.first_moment(
-            [state["exp_avg"]] if "exp_avg" in state else [],
-            [gradients],
-            config.betas[0] if "exp_avg" in state else 0.0,
-            step,
-            config.use_bias_correction,
-            verdict,
-        )
+        moments, graft = self._moments(state, gradients, step, config, verdict)
         ready = [self.refreshed[row] for row in rows]
         if not any(ready):
-            return grafting.direction(method, moments, second, step, config.second_moment_beta, config.eps)[0]
-        direction = preconditioner.apply(state, moments[0])
-        if config.grafting == "none" and all(ready):
-            return direction
-        graft = grafting.direction(method, moments, second, step, config.second_moment_beta, config.eps)[0]
+            return graft()
+        direction = preconditioner.apply(state, moments)
         if config.grafting != "none":
-            direction = direction * _ratio(block_norms(graft), block_norms(direction))
+            warm = graft()
+            direction = direction * _ratio(block_norms(warm), block_norms(direction))
         if all(ready):
             return direction
-        mask = torch.tensor(ready, device=graft.device).view(-1, *[1] * len(self.shape))
-        return torch.where(mask, direction, graft)
+        mask = torch.tensor(ready, device=direction.device).view(-1, *[1] * len(self.shape))
+        return torch.where(mask, direction, graft())
+
+    def _moments(
+        self, state: dict[str, Tensor], gradients: Tensor, step: int, config: ShampooConfig, verdict: Verdict
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Steps 4 and 5: update both moments; gives M, and what computes the grafting direction."""
+        method, beta2 = warm_method(config), config.second_moment_beta
+        second = [state["second_moment"]] if "second_moment" in state else []
+        own = gradients
+        if second and grafting.is_normalized(method):
+            own = grafting.normalized(gradients, block_norms(gradients))
+        grafting.accumulate(method, second, [own], beta2, verdict)
+        first = [state["exp_avg"]] if "exp_avg" in state else []
+        beta1 = config.betas[0] if first else 0.0
+        moments = grafting.first_moment(first, [gradients], beta1, step, config.use_bias_correction, verdict)
+        return moments[0], lambda: grafting.direction(method, moments, second, step, beta2, config.eps)[0]
 
     def _note_refresh(self, rows: Sequence[int], failed: set[int]) -> None:
         for position, row in enumerate(rows):
@@ -158,7 +159,8 @@ class BlockStack:
         """
         if tuple(saved["shape"]) != self.shape or set(saved["tensors"]) != set(self.tensors):
             raise ValueError(
-                f"saved state of block {self.keys[row]} has shape {tuple(saved['shape'])} and {sorted(saved['tensors'])}; "
+                f"saved state of block {self.keys[row]} has shape {tuple(saved['shape'])} "
+                f"and {sorted(saved['tensors'])}; "
                 f"the options now ask for {self.shape} and {sorted(self.tensors)} "
                 "(max_preconditioner_dim, betas or grafting changed)"
             )

@@ -150,7 +150,8 @@ class Unit:
                 wrong.append(f"{parameter.key} {parameter.shape}: {error}")
         if wrong:
             raise LayoutError(
-                "the host's shards do not cover every element of these parameters exactly once:\n  " + "\n  ".join(wrong)
+                "the host's shards do not cover every element of these parameters exactly once:\n  "
+                + "\n  ".join(wrong)
             )
 
     def _matrix(self, p: int, configs: Mapping[int, ShampooConfig]) -> Matrix:
@@ -184,9 +185,7 @@ class Unit:
             if not self.treatments[p].preconditioned:
                 parameter, (start,), (numel,) = self.parameters[p], place.box.offsets, place.box.lengths
                 share = 1.0 / copies[p, place.box]
-                segments.append(
-                    Segment(p, parameter.key, parameter.group, start, numel, tensor, place.offset, share)
-                )
+                segments.append(Segment(p, parameter.key, parameter.group, start, numel, tensor, place.offset, share))
         flat = [p for p, t in enumerate(self.treatments) if not t.preconditioned]
         return Elementwise(segments, flat, configs, self.device, self.dtype)
 

@@ -1,0 +1,33 @@
+# One command per task; each makes the virtual environment that it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+export PIP_DEFAULT_TIMEOUT ?= 180
+
+.PHONY: demo test lint bench
+
+# Trains one causal language model with Shampoo and with AdamW and draws both curves: demo_output/.
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py --output_dir demo_output
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+# torch comes first: DeepSpeed's source build looks for it, and the constraint picks its version.
+# pip repeats nothing that is already there, so a stale stamp costs seconds.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e ".[test]"
+	touch $@

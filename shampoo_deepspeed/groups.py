@@ -1,0 +1,47 @@
+"""Parameter groups and the constructor's signature: from user's options to complete, checked group dicts."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from shampoo_deepspeed.config import ALIASES, GLOBAL_OPTIONS, OPTION_NAMES, OptionError, ShampooConfig, canonical
+
+
+def group_options(config: ShampooConfig) -> dict[str, Any]:
+    """The options as a parameter group holds them."""
+    return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def checked_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with aliases replaced and all options present and checked; other keys belong to the host."""
+    group = dict(group)
+    own = {}
+    for key in list(group):
+        if key in OPTION_NAMES or key in ALIASES:
+            own[key] = group.pop(key)
+        elif key not in ("params", "param_names") and difflib.get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.85):
+            canonical({key: group[key]})
+    options = {**{name: defaults[name] for name in OPTION_NAMES}, **canonical(own)}
+    for name in GLOBAL_OPTIONS:
+        if options[name] != defaults[name]:
+            raise OptionError(
+                f"Shampoo option {name!r} = {options[name]!r} in a parameter group is not allowed: all groups share "
+                f"one value, here {defaults[name]!r}."
+            )
+    return {**group, **group_options(ShampooConfig.from_options(options))}
+
+
+def signature_with_options(function: Callable[..., Any]) -> inspect.Signature:
+    """A method's signature with every option in place of ``**options``, so that help() and editors show them."""
+    own = inspect.signature(function)
+    kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(ShampooConfig)
+        if f.name != "lr"
+    ]
+    return inspect.Signature([*kept[1:], *options])
