@@ -1,0 +1,38 @@
+"""The fixture that gives a test the outcome of its check; all selected checks of a rank count share one launch."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.distributed.launch import Check, Outcome, run_checks
+
+Ask = Callable[[Check], list[Any]]
+
+
+@pytest.fixture(scope="session")
+def ask(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ask:
+    """`ask(check)` gives the values of all ranks; the check must be a parameter of a selected test."""
+    done: dict[int, dict[str, Outcome]] = {}
+
+    def values(check: Check) -> list[Any]:
+        if check.ranks not in done:
+            wanted = selected(request.session, check.ranks)
+            done[check.ranks] = run_checks(list(wanted.values()), tmp_path_factory.mktemp(f"ranks{check.ranks}"))
+        outcome = done[check.ranks][check.name]
+        if outcome.failure is not None:
+            pytest.fail(f"{check.name}: {outcome.failure}", pytrace=False)
+        return outcome.values
+
+    return values
+
+
+def selected(session: pytest.Session, ranks: int) -> dict[str, Check]:
+    """The checks among the parameters of the tests that will run."""
+    found: dict[str, Check] = {}
+    for item in session.items:
+        for value in getattr(getattr(item, "callspec", None), "params", {}).values():
+            if isinstance(value, Check) and value.ranks == ranks:
+                assert found.setdefault(value.name, value) == value, f"two checks are named {value.name}"
+    return found

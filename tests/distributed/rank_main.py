@@ -1,0 +1,71 @@
+"""One rank of a launch: joins the process group, runs the checks in order and writes one result file for each."""
+from __future__ import annotations
+
+import faulthandler
+import gc
+import importlib
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.distributed.launch import Check, RankResult
+
+AGREE_SECONDS = 3.0
+
+
+def main(folder: Path) -> None:
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+    (folder / f"ready.{rank}").touch()
+    for index, check in enumerate(pickle.loads((folder / "checks.pickle").read_bytes())):
+        result = attempt(check)
+        write(folder / f"{index}.{rank}.pickle", result)
+        if result.failure is not None and not all_failed_alike(folder, index, result):
+            os._exit(1)  # others may wait in a collective: the parent ends the launch
+        gc.collect()
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def attempt(check: Check) -> RankResult:
+    module, _, name = check.function.partition(":")
+    value: Any = None
+    failure = None
+    try:
+        print(f"===== {check.name}", flush=True)
+        value = getattr(importlib.import_module(f"tests.distributed.ranks.{module}"), name)(check.argument)
+    except BaseException:
+        failure = traceback.format_exc()
+    return RankResult(value, failure, time.time())
+
+
+def write(path: Path, result: RankResult) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(pickle.dumps(result))
+    temporary.rename(path)  # the parent never sees half a file
+
+
+def all_failed_alike(folder: Path, index: int, result: RankResult) -> bool:
+    """Whether every rank failed with the same traceback: then none waits for another and the launch can go on."""
+    files = [folder / f"{index}.{r}.pickle" for r in range(dist.get_world_size())]
+    deadline = time.monotonic() + AGREE_SECONDS
+    while time.monotonic() < deadline:
+        if all(f.exists() for f in files):
+            return all(pickle.loads(f.read_bytes()).failure == result.failure for f in files)
+        time.sleep(0.02)
+    return False
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

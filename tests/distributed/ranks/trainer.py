@@ -1,0 +1,147 @@
+"""What a rank does in the Trainer checks: trains with a stock Trainer and gives back all that can be seen of it."""
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from tests.distributed.trainings import Training, make_data, make_model
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an inference kernel that would be compiled for a minute
+
+
+class Watch(TrainerCallback):
+    """Looks at the innermost optimizer, as DeepSpeed has it, and at each of its steps."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer
+        self.seen: dict[str, Any] = {"rates": [], "losses": [], "norms": []}
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        engine = self.trainer.model_wrapped
+        optimizer = engine.basic_optimizer
+        inner = engine.optimizer
+        while not isinstance(inner, torch.optim.Optimizer):
+            inner = inner.optimizer
+        group = optimizer.param_groups[0]
+        self.seen |= {
+            "class": f"{type(inner).__module__}.{type(inner).__name__}",
+            "innermost": inner is optimizer,
+            "groups": len(optimizer.param_groups),
+            "options": {k: group[k] for k in optimizer.defaults} | {"lr": group["initial_lr"]},
+            "names": [entry.parameter.key for entry in optimizer._entries],
+        }
+        optimizer.register_step_pre_hook(lambda o, *_: self.seen["rates"].append(o.param_groups[0]["lr"]))
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        if "loss" in logs:
+            self.seen["losses"].append(logs["loss"])
+            self.seen["norms"].append(logs["grad_norm"])
+
+
+def train(training: Training) -> dict[str, Any]:
+    """Trains, and with `save_at` once more from there; gives what the last Trainer saw."""
+    with shared_folder() as folder, logged() as messages:
+        seen = train_once(training, folder)
+        if training.save_at:
+            whole, messages[:] = seen, []
+            shutil.rmtree(folder / f"own{dist.get_rank()}", ignore_errors=True)
+            seen = train_once(training, folder, resume=True) | {"whole": whole}
+    return seen | {"messages": messages}
+
+
+def train_once(training: Training, folder: Path, resume: bool = False) -> dict[str, Any]:
+    with trainer_of(training, folder) as (trainer, watch):
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{training.save_at}") if resume else None)
+        return watch.seen | {"parameters": full_parameters(trainer.model)}
+
+
+@contextmanager
+def trainer_of(training: Training, folder: Path) -> Iterator[tuple[Trainer, Watch]]:
+    """A stock Trainer; afterwards nothing is left of it in this process, in which others follow."""
+    environment, linear = dict(os.environ), F.linear
+    config: Any = training.deepspeed_config()
+    if training.file:
+        config = write_json(config, folder)
+    arguments = TrainingArguments(str(folder), deepspeed=config, **training.arguments(dist.get_world_size()))
+    watch = Watch()
+    trainer = Trainer(load(training, folder), arguments, train_dataset=make_data(training.steps), callbacks=[watch])
+    watch.trainer = trainer
+    try:
+        yield trainer, watch
+    finally:
+        if hasattr(trainer.model_wrapped, "destroy"):
+            trainer.model_wrapped.destroy()
+        F.linear = linear  # ZeRO-3 replaces it for good
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        unset_hf_deepspeed_config()
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def load(training: Training, folder: Path) -> nn.Module:
+    model = make_model(training.model)
+    if not training.loaded:
+        return model
+    own = folder / f"own{dist.get_rank()}"
+    model.save_pretrained(own)
+    return AutoModelForCausalLM.from_pretrained(own)
+
+
+def full_parameters(model: nn.Module) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    sharded = [p for p in named.values() if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
+        return {n: p.detach().clone().cpu() for n, p in named.items()}
+
+
+def write_json(config: dict[str, Any], folder: Path) -> str:
+    path = folder / f"config{dist.get_rank()}.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """A temporary folder that all ranks use."""
+    path = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(path)
+    try:
+        yield Path(path[0])
+    finally:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(path[0])
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What the package logs meanwhile."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("shampoo_deepspeed")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

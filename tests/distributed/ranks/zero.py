@@ -1,0 +1,145 @@
+"""What a rank does in the DeepSpeed checks: trains a scenario with an engine and gives back the full parameters."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import shampoo_deepspeed  # noqa: F401  registers the optimizer
+from tests.distributed.scenarios import SECOND_GROUP, BadStep, Scenario
+from tests.zoo import MODELS, cast, make_batch, make_model, micro_batches
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an inference kernel that would be compiled for a minute
+type(get_accelerator()).is_fp16_supported = lambda self: True  # the kernels are there; DeepSpeed asks for fast ones
+
+
+def build(scenario: Scenario) -> nn.Module:
+    """The model, partitioned from birth if the scenario says so."""
+    model = make_model(scenario.model)
+    if not scenario.zero_init:
+        return model
+    with deepspeed.zero.Init(config_dict_or_path=scenario.deepspeed_config()):
+        sharded = MODELS[scenario.model]()
+    values = dict(model.named_parameters())
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(list(sharded.parameters()), modifier_rank=0):
+        for name, p in sharded.named_parameters():
+            if dist.get_rank() == 0:
+                p.copy_(values[name])
+            p.requires_grad_(values[name].requires_grad)
+    return sharded
+
+
+def parameters(scenario: Scenario, model: nn.Module) -> list[Any]:
+    if not scenario.groups:
+        return list(model.parameters())
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    second = scenario.second_group(list(trained))
+    return [{"params": [p for n, p in trained.items() if n not in second]},
+            {"params": [trained[n] for n in second], **SECOND_GROUP}]
+
+
+@contextmanager
+def engine_of(scenario: Scenario, model: nn.Module | None = None) -> Iterator[Any]:
+    linear = F.linear
+    model = model or build(scenario)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters(scenario, model), config=scenario.deepspeed_config())
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+        F.linear = linear  # ZeRO-3 replaces it for good, by one that rounds 16-bit results differently
+
+
+def train(engine: Any, scenario: Scenario, steps: range) -> None:
+    """Steps of the scenario; as a scheduler would, `decay` multiplies the learning rates after each."""
+    for step in steps:
+        for loss in losses(engine, scenario, step):
+            engine.backward(loss)
+            engine.step()
+        for group in engine.optimizer.param_groups:
+            group["lr"] *= scenario.decay
+
+
+def losses(engine: Any, scenario: Scenario, step: int) -> Iterator[Tensor]:
+    """The losses of this rank's micro-batches of one step."""
+    batch = cast(make_batch(scenario.model, step, scenario.sometimes), scenario.dtype)
+    for piece in micro_batches(batch, dist.get_rank(), dist.get_world_size(), scenario.accumulate):
+        yield engine(**piece)
+
+
+def full_parameters(engine: Any) -> dict[str, Tensor]:
+    """The model's own parameters: in float32 training they are the masters."""
+    named = dict(engine.module.named_parameters())
+    sharded = [p for p in named.values() if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
+        return {n: p.detach().clone().cpu() for n, p in named.items()}
+
+
+def full_masters(engine: Any) -> dict[str, Tensor]:
+    """The float32 masters of 16-bit training."""
+    named = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+    if engine.zero_optimization_stage() == 0 and hasattr(engine.optimizer, "fp16_groups"):
+        pairs = [pair for groups in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups) for pair in zip(*groups)]
+        masters = {id(low): high for low, high in pairs}
+        return {n: masters[id(p)].detach().clone() for n, p in named.items()}
+    return {n: safe_get_full_fp32_param(p).detach().clone() for n, p in named.items()}
+
+
+def final_parameters(scenario: Scenario) -> dict[str, Tensor]:
+    with engine_of(scenario) as engine:
+        train(engine, scenario, range(scenario.steps))
+        return full_masters(engine) if scenario.half else full_parameters(engine)
+
+
+def reject(bad: BadStep) -> dict[str, Any]:
+    """Trains, puts one step with a non-finite gradient on the last rank in between, and trains on."""
+    scenario, last = bad.scenario, dist.get_world_size() - 1
+    with engine_of(scenario) as engine:
+        train(engine, scenario, range(4))
+        before = full_parameters(engine)
+        for loss in losses(engine, scenario, 99):
+            engine.backward(loss * bad.value if bad.parameter is None and dist.get_rank() == last else loss)
+            if bad.parameter is not None and dist.get_rank() == last:
+                gradient = dict(engine.module.named_parameters())[bad.parameter].grad
+                gradient.view(-1)[-1] = bad.value  # behind DeepSpeed's back: the other ranks' gradients stay finite
+            engine.step()
+        after = full_parameters(engine)
+        unchanged = all(torch.equal(before[n], after[n]) for n in before)
+        train(engine, scenario, range(4, scenario.steps))
+        return {"unchanged": unchanged, "final": full_parameters(engine)}
+
+
+def traffic(scenario: Scenario) -> dict[str, Any]:
+    """Bytes of the last of some steps: as the optimizer counts and plans them, and as seen at all_to_all_single."""
+    with engine_of(scenario) as engine:
+        train(engine, scenario, range(scenario.steps - 1))
+        with watched_traffic() as seen:
+            train(engine, scenario, range(scenario.steps - 1, scenario.steps))
+        return dict(engine.basic_optimizer.comm_stats()) | seen
+
+
+@contextmanager
+def watched_traffic() -> Iterator[dict[str, int]]:
+    """Counts what this rank sends to and receives from others by uneven exchanges; DeepSpeed itself uses none."""
+    seen = {"seen_sent": 0, "seen_received": 0}
+    original = dist.all_to_all_single
+
+    def counting(output: Tensor, input: Tensor, output_splits: Any = None, input_splits: Any = None, group: Any = None, **rest: Any) -> Any:
+        own = dist.get_rank(group)
+        seen["seen_sent"] += sum(n for r, n in enumerate(input_splits) if r != own) * input.element_size()
+        seen["seen_received"] += sum(n for r, n in enumerate(output_splits) if r != own) * output.element_size()
+        return original(output, input, output_splits, input_splits, group=group, **rest)
+
+    dist.all_to_all_single = counting
+    try:
+        yield seen
+    finally:
+        dist.all_to_all_single = original

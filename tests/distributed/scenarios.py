@@ -1,0 +1,126 @@
+"""The training runs of the DeepSpeed exactness tests, and the unsharded float64 run that each must equal."""
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.reference import Reference
+from tests.zoo import GLOBAL_BATCH, gradients, make_batch, make_model
+
+STRICT = {"relative_epsilon": 1e-3, "eps": 1e-4}
+BOUND = {"strict": 1e-5, "default": 2e-3}
+SECOND_GROUP = {"lr": 3e-3, "weight_decay": 0.05}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One run: what changes the trajectory (first half) and how it is sharded (second half)."""
+
+    model: str = "odd"
+    settings: str = "strict"
+    steps: int = 8
+    clip: float = 0.0
+    groups: bool = False  # two parameter groups, every other parameter in the second one
+    sometimes: bool = False  # one layer without gradient on every third step
+    decay: float = 1.0  # the learning rates are multiplied by it after every step
+    options: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "Shampoo"
+    half: str = ""  # "bf16" or "fp16": the model's dtype; masters stay float32
+
+    ranks: int = 2
+    stage: int = 0
+    accumulate: int = 1
+    zero: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    zero_init: bool = False
+
+    def optimizer_options(self) -> dict[str, Any]:
+        base: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "precondition_frequency": 3}
+        base["max_preconditioner_dim"] = 8 if self.model == "odd" else 16
+        return base | (STRICT if self.settings == "strict" else {}) | self.options
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        micro = GLOBAL_BATCH // (self.ranks * self.accumulate)
+        options = self.optimizer_options()
+        if self.optimizer != "Shampoo":  # a control run with torch's own optimizer
+            options = {k: options[k] for k in ("lr", "weight_decay", "eps")} | {"torch_adam": True}
+        return {
+            "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": self.accumulate,
+            "gradient_clipping": self.clip, "steps_per_print": 10_000,
+            "optimizer": {"type": self.optimizer, "params": options},
+            "zero_optimization": {"stage": self.stage, **self.zero},
+            **({self.half: {"enabled": True}} if self.half else {}), **self.config,
+        }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.half]
+
+    def second_group(self, names: list[str]) -> list[str]:
+        return names[1::2] if self.groups else []
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step whose gradient is not finite: through the loss of one rank, or in one element there."""
+
+    scenario: Scenario
+    value: float
+    parameter: str | None = None
+
+
+_expected: dict[str, dict[str, Tensor]] = {}
+
+
+def expected(scenario: Scenario) -> dict[str, Tensor]:
+    """The final parameters of the unsharded float64 run; computed once for all ways of sharding it."""
+    sharding = ("ranks", "stage", "accumulate", "zero", "config", "zero_init")
+    key = json.dumps({k: v for k, v in asdict(scenario).items() if k not in sharding}, sort_keys=True)
+    if key not in _expected:
+        _expected[key] = reference_run(scenario)
+    return _expected[key]
+
+
+def reference_run(scenario: Scenario) -> dict[str, Tensor]:
+    assert not scenario.half, "16-bit gradients depend on how they are summed"
+    model = make_model(scenario.model, torch.float64)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    reference = make_reference(scenario, trained)
+    clipped = 0
+    for step in range(scenario.steps):
+        grads = gradients(model, make_batch(scenario.model, step, scenario.sometimes), zeros=True)
+        clipped += clip(grads, scenario.clip)
+        reference.step(grads)
+        for name, p in reference.params.items():
+            trained[name].data.copy_(p.value)
+            p.options = replace(p.options, lr=p.options.lr * scenario.decay)
+    assert clipped > 0 or scenario.clip == 0.0, "the clipping of this scenario never clips"
+    return {n: p.detach() for n, p in model.named_parameters()}
+
+
+def make_reference(scenario: Scenario, trained: dict[str, Tensor]) -> Reference:
+    """Groups decay what they say; without groups biases and norms are not decayed, as with the Trainer."""
+    options = scenario.optimizer_options()
+    if scenario.optimizer != "Shampoo":
+        options |= {"start_preconditioning_step": 10_000}
+    overrides: dict[str, dict[str, Any]] = {n: dict(SECOND_GROUP) for n in scenario.second_group(list(trained))}
+    if not scenario.groups and scenario.optimizer == "Shampoo":
+        overrides = {n: {"weight_decay": 0.0} for n in trained if n.endswith("bias") or n.startswith("norm")}
+    options.pop("bucket_mb", None)  # how much travels at a time is no part of the rule
+    exclude = ("embed.weight",) if options.pop("exclude", None) is None else ()
+    return Reference(trained, overrides, exclude, **options)
+
+
+def clip(grads: dict[str, Tensor | None], limit: float) -> bool:
+    """Scales to a global norm of at most `limit`, with DeepSpeed's 1e-6; tells whether it did."""
+    present = [g for g in grads.values() if g is not None]
+    norm = torch.stack([g.norm() for g in present]).norm()
+    if limit == 0.0 or norm <= limit:
+        return False
+    for g in present:
+        g *= limit / (norm + 1e-6)
+    return True

@@ -1,0 +1,157 @@
+"""Under DeepSpeed, with an unmodified configuration, every ZeRO stage takes the trajectory of the unsharded reference."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.conftest import Ask
+from tests.distributed.launch import Check
+from tests.distributed.scenarios import BOUND, BadStep, Scenario, expected
+from tests.zoo import relative_error
+
+SMALL_PIECES = {"sub_group_size": 50, "stage3_param_persistence_threshold": 0}
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
+OFFLOADED_ALL = {**OFFLOADED, "offload_param": {"device": "cpu"}}
+GRAFT_NONE = {"grafting": "none", "lr": 1e-3}
+EVERYTHING = {"momentum": 0.8, "nesterov": True, "betas": [0.8, 0.99], "start_preconditioning_step": 4, "eps": 1e-4}
+
+
+def final(scenario: Scenario, name: str) -> Check:
+    return Check(f"{name}_zero{scenario.stage}_{scenario.ranks}ranks", scenario.ranks, "zero:final_parameters", scenario)
+
+
+def matrix() -> list[Check]:
+    """What every stage must do, on 2 and on 4 ranks."""
+    checks = []
+    for ranks in (2, 4):
+        for stage in range(4):
+            base = Scenario(ranks=ranks, stage=stage)
+            checks += [
+                final(replace(base, sometimes=stage < 3), "odd"),  # ZeRO-3 gives last step's gradient where there is none
+                final(replace(base, settings="default"), "defaults"),
+                final(replace(base, model="wide", settings="default"), "wide_defaults"),
+                final(replace(base, model="wide", accumulate=4, clip=0.5, groups=True), "accumulate_clip_groups"),
+            ]
+    return checks
+
+
+def sharding() -> list[Check]:
+    """DeepSpeed's own ways to lay out and to move the same numbers."""
+    checks = []
+    for stage in (1, 2, 3):
+        plain = {"contiguous_gradients": False, "overlap_comm": False}
+        overlap = {"contiguous_gradients": True, "overlap_comm": True}
+        offload = OFFLOADED_ALL if stage == 3 else OFFLOADED
+        checks += [
+            final(Scenario(stage=stage, zero=plain, accumulate=2), "plain_gradients"),
+            final(Scenario(stage=stage, zero=overlap, groups=True), "overlap"),
+            final(Scenario(stage=stage, zero={"reduce_scatter": False}), "no_reduce_scatter"),
+            final(Scenario(stage=stage, zero=offload, clip=0.5), "offload"),
+        ]
+    for ranks in (2, 4):
+        base = Scenario(ranks=ranks)
+        checks += [
+            final(replace(base, stage=1, zero={"round_robin_gradients": True}, groups=True), "round_robin"),
+            final(replace(base, stage=2, zero={"round_robin_gradients": True}, groups=True), "round_robin"),
+            final(replace(base, stage=3, zero=SMALL_PIECES), "sub_groups"),
+            final(replace(base, stage=3, zero=SMALL_PIECES, model="wide", groups=True), "wide_sub_groups"),
+            final(replace(base, stage=3, zero_init=True), "zero_init"),
+            final(replace(base, stage=3, zero={**SMALL_PIECES, **OFFLOADED_ALL}, zero_init=True), "zero_init_offload"),
+        ]
+    return checks
+
+
+def options() -> list[Check]:
+    """Options that change what a rank keeps or exchanges."""
+    variants: dict[str, dict[str, Any]] = {
+        "momentum": EVERYTHING,
+        "coupled_decay": {"weight_decay": 0.3, "decoupled_weight_decay": False},
+        "graft_none": GRAFT_NONE,
+        "graft_normalized": {"grafting": "normalized_adam", "lr": 1e-3},
+        "one_block_each": {"max_preconditioner_dim": 1024},
+        "sums": {"betas": [0.0, 1.0], "grafting": "adagrad", "precondition_frequency": 2},
+        "no_exclusion": {"exclude": []},
+        "tiny_buckets": {"bucket_mb": 0.0005},
+    }
+    checks = [final(Scenario(stage=stage, options=o), name) for name, o in variants.items() for stage in (0, 2, 3)]
+    return checks + [final(Scenario(stage=stage, decay=0.8, groups=True), "learning_rate_decay") for stage in (0, 1, 3)]
+
+
+ALONE = [final(Scenario(ranks=1, stage=stage, zero=OFFLOADED if stage > 1 else {}), "alone") for stage in range(4)]
+EXACT = matrix() + sharding() + options() + ALONE
+CONTROL = [final(Scenario(stage=stage, optimizer="AdamW", sometimes=stage < 3, groups=True), "control") for stage in range(4)]
+BAD = [
+    Check(f"bad_{name}_zero{bad.scenario.stage}", 2, "zero:reject", bad)
+    for name, bad in {
+        **{f"loss{stage}": BadStep(Scenario(stage=stage), float("nan")) for stage in range(4)},
+        "matrix": BadStep(Scenario(), float("inf"), "up.weight"),
+        "vector": BadStep(Scenario(options=EVERYTHING), float("nan"), "norm.bias"),
+        "wide": BadStep(Scenario(model="wide"), float("-inf"), "down.weight"),
+    }.items()
+]
+TRAFFIC = [
+    Check(f"traffic_zero{stage}_{ranks}ranks", ranks, "zero:traffic", Scenario(ranks=ranks, stage=stage, groups=stage == 2))
+    for ranks in (2, 4) for stage in range(4)
+]
+
+
+def deviations(values: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
+    assert values.keys() == wanted.keys()
+    return {name: relative_error(values[name], wanted[name]) for name in wanted}
+
+
+def assert_ranks_agree(values: list[dict[str, Tensor]]) -> None:
+    for other in values[1:]:
+        assert all(torch.equal(values[0][n], other[n]) for n in values[0]), "ranks hold different parameters"
+
+
+def assert_exact(values: Mapping[str, Tensor], scenario: Scenario) -> None:
+    found = deviations(values, expected(scenario))
+    worst = max(found, key=lambda n: found[n] if found[n] == found[n] else float("inf"))
+    print(f"{scenario.settings}: {worst} deviates by {found[worst]:.1e}")  # shown by pytest -rP
+    assert found[worst] <= BOUND[scenario.settings], f"{worst} deviates by {found[worst]:.2e}; all: {found}"
+
+
+def named(check: Check) -> str:
+    return check.name
+
+
+@pytest.mark.parametrize("check", CONTROL, ids=named)
+def test_the_harness_is_exact_for_adamw(check: Check, ask: Ask) -> None:
+    values = ask(check)
+    assert_ranks_agree(values)
+    assert_exact(values[0], check.argument)
+
+
+@pytest.mark.parametrize("check", EXACT, ids=named)
+def test_the_trajectory_is_that_of_the_reference(check: Check, ask: Ask) -> None:
+    values = ask(check)
+    assert_ranks_agree(values)
+    assert_exact(values[0], check.argument)
+
+
+@pytest.mark.parametrize("check", BAD, ids=named)
+def test_a_non_finite_gradient_on_one_rank_rejects_the_step_on_all(check: Check, ask: Ask) -> None:
+    """Nothing has changed: not the parameters, and, as the rest of the run shows, no state and no counter."""
+    values = ask(check)
+    assert all(v["unchanged"] for v in values)
+    assert_ranks_agree([v["final"] for v in values])
+    assert_exact(values[0]["final"], check.argument.scenario)
+
+
+@pytest.mark.parametrize("check", TRAFFIC, ids=named)
+def test_the_bytes_that_move_are_those_of_the_plan(check: Check, ask: Ask) -> None:
+    values = ask(check)
+    for v in values:
+        assert v["bytes_sent"] == v["planned_bytes_sent"] == v["seen_sent"]
+        assert v["bytes_received"] == v["planned_bytes_received"] == v["seen_received"]
+    assert sum(v["bytes_sent"] for v in values) == sum(v["bytes_received"] for v in values)
+    scenario: Scenario = check.argument
+    matrices = sum(w.numel() for w in expected(scenario).values() if w.ndim > 1)
+    copies = scenario.ranks - 1 if scenario.stage == 0 else 2  # directions to all others; or gradient in, direction out
+    assert 0 < sum(v["bytes_received"] for v in values) <= 4 * copies * matrices

@@ -1,0 +1,45 @@
+"""Hypothesis strategies of geometry: shapes, cuts of flat intervals over ranks, replicas."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import strategies as st
+
+from shampoo_deepspeed.boxes import Box, interval_to_boxes
+
+shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
+matrix_shapes = st.lists(st.integers(2, 8), min_size=2, max_size=3).map(tuple)
+
+
+@st.composite
+def flat_cuts(draw: st.DrawFn, numel: int, ranks: int) -> list[tuple[int, int]]:
+    """Consecutive intervals of [0, numel), one a rank, some perhaps empty."""
+    inner = sorted(draw(st.lists(st.integers(0, numel), min_size=ranks - 1, max_size=ranks - 1)))
+    bounds = [0, *inner, numel]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+@st.composite
+def sharded(
+    draw: st.DrawFn, ranks: int, replicas: int = 1
+) -> tuple[list[tuple[int, ...]], list[list[tuple[int, Box]]]]:
+    """Matrices, and for each rank its shards: the concatenation cut at any place (ZeRO-1/2), or each one (ZeRO-3).
+
+    With replicas, rank r and rank r + ranks hold the same.
+    """
+    matrices = draw(st.lists(matrix_shapes, min_size=1, max_size=3))
+    held: list[list[tuple[int, Box]]] = [[] for _ in range(ranks)]
+    if draw(st.booleans()):
+        cuts = draw(flat_cuts(sum(map(math.prod, matrices)), ranks))
+        begin = 0
+        for number, shape in enumerate(matrices):
+            for rank, (low, high) in enumerate(cuts):
+                start, stop = max(low - begin, 0), min(high - begin, math.prod(shape))
+                held[rank] += [(number, box) for box in interval_to_boxes(shape, start, stop)]
+            begin += math.prod(shape)
+    else:
+        for number, shape in enumerate(matrices):
+            for rank, (start, stop) in enumerate(draw(flat_cuts(math.prod(shape), ranks))):
+                held[rank] += [(number, box) for box in interval_to_boxes(shape, start, stop)]
+    return matrices, held * replicas

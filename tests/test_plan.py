@@ -1,0 +1,158 @@
+"""Plans: every element of a gradient reaches its owner once, every holder gets its direction, ranks agree, loads balance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shampoo_deepspeed.boxes import Box, tiling_error, whole
+from shampoo_deepspeed.plan import LOCALITY_TOLERANCE, Matrix, Piece, Plan, Transfers
+from tests.strategies import sharded
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[Plan, list[list[tuple[int, Box]]]]:
+    ranks, replicas = draw(st.integers(1, 5)), draw(st.integers(1, 2))
+    shapes, shards = draw(sharded(ranks, replicas))
+    max_dim, groups = draw(st.integers(2, 8)), draw(st.integers(1, 2))
+    matrices = [Matrix(shape, max_dim, n % groups, 10) for n, shape in enumerate(shapes)]
+    return Plan(matrices, shards, draw(st.integers(1, 200))), shards
+
+
+def moved(plan: Plan, transfers: list[list[Transfers]], kind: str) -> Iterable[tuple[int, int, int, list[Piece]]]:
+    for rank in range(plan.world_size):
+        for number, bucket in enumerate(transfers[rank]):
+            for peer, pieces in getattr(bucket, kind).items():
+                yield rank, peer, number, pieces
+
+
+@settings(max_examples=100)
+@given(plans())
+def test_what_is_sent_is_what_is_received(made: tuple[Plan, list[list[tuple[int, Box]]]]) -> None:
+    plan, _ = made
+    transfers = [plan.transfers(rank) for rank in range(plan.world_size)]
+    for out, into in (("gradients_out", "gradients_in"), ("directions_out", "directions_in")):
+        sent = {(r, p, b): [(x.block, x.box) for x in pieces] for r, p, b, pieces in moved(plan, transfers, out)}
+        got = {(p, r, b): [(x.block, x.box) for x in pieces] for r, p, b, pieces in moved(plan, transfers, into)}
+        assert sent == got
+    totals = [plan.elements_moved(rank) for rank in range(plan.world_size)]
+    assert sum(s for s, _ in totals) == sum(r for _, r in totals)
+
+
+@settings(max_examples=100)
+@given(plans())
+def test_every_block_gets_each_gradient_element_once(made: tuple[Plan, list[list[tuple[int, Box]]]]) -> None:
+    plan, _ = made
+    arrived: dict[int, list[Box]] = {b: [] for b in range(len(plan.blocks))}
+    for rank in range(plan.world_size):
+        for bucket in plan.transfers(rank):
+            for piece in [*bucket.local, *(p for ps in bucket.gradients_in.values() for p in ps)]:
+                assert plan.owners[piece.block] == rank
+                corner = plan.blocks[piece.block].box
+                arrived[piece.block].append(Box(piece.box.within(corner), piece.box.lengths))
+    for block, boxes in arrived.items():
+        assert tiling_error(plan.blocks[block].box.lengths, boxes) is None
+
+
+@settings(max_examples=100)
+@given(plans())
+def test_every_shard_element_gets_its_direction_once(made: tuple[Plan, list[list[tuple[int, Box]]]]) -> None:
+    plan, shards = made
+    for rank, held in enumerate(shards):
+        covered: dict[int, list[Box]] = {n: [] for n in range(len(held))}
+        for bucket in plan.transfers(rank):
+            for piece in [*bucket.local, *(p for ps in bucket.directions_in.values() for p in ps)]:
+                corner = held[piece.shard][1]
+                covered[piece.shard].append(Box(piece.box.within(corner), piece.box.lengths))
+        for shard, boxes in covered.items():
+            assert tiling_error(held[shard][1].lengths, boxes) is None
+
+
+@given(plans())
+def test_all_ranks_compute_the_same_plan(made: tuple[Plan, list[list[tuple[int, Box]]]]) -> None:
+    plan, shards = made
+    again = Plan(plan.matrices, [list(s) for s in shards], 1 << 62)
+    assert (again.owners, again.loads, again.blocks) == (plan.owners, plan.loads, plan.blocks)
+
+
+@settings(max_examples=100)
+@given(plans())
+def test_blocks_that_lie_whole_with_their_owner_move_nothing(made: tuple[Plan, list[list[tuple[int, Box]]]]) -> None:
+    plan, shards = made
+    for number, moves in enumerate(plan.moving):
+        travelling = [
+            pieces
+            for rank in range(plan.world_size)
+            for kind in ("gradients_out", "directions_out")
+            for pieces in getattr(plan.transfers(rank)[number], kind).values()
+        ]
+        assert moves == any(travelling)
+    if plan.world_size == 1:
+        assert not any(plan.moving)
+
+
+@settings(max_examples=100)
+@given(plans())
+def test_buckets_are_slices_of_the_owners_stacks(made: tuple[Plan, list[list[tuple[int, Box]]]]) -> None:
+    plan, _ = made
+    for owned in plan.owned:
+        keys = [(plan.blocks[b].stack, b) for b in owned]
+        assert keys == sorted(keys)
+        buckets = [plan.buckets[b] for b in owned]
+        assert buckets == sorted(buckets)
+    assert sorted(b for owned in plan.owned for b in owned) == list(range(len(plan.blocks)))
+
+
+@settings(max_examples=100)
+@given(plans())
+def test_the_slowest_rank_is_within_the_bound(made: tuple[Plan, list[list[tuple[int, Box]]]]) -> None:
+    """Within 10 % of the best possible, or, where single blocks are too large for that, of the mean and one block."""
+    plan, _ = made
+    costs = [b.cost for b in plan.blocks]
+    mean = sum(costs) / plan.world_size
+    best = max(mean, *costs)
+    assert sum(plan.loads) == pytest.approx(sum(costs))
+    assert max(plan.loads) <= max((1 + LOCALITY_TOLERANCE) * best, mean + max(costs)) * (1 + 1e-9)
+
+
+@settings(max_examples=50)
+@given(st.integers(2, 8), st.integers(0, 3), st.data())
+def test_many_small_blocks_balance_to_ten_percent(ranks: int, skew: int, data: st.DataObject) -> None:
+    """With blocks of at most a twentieth of a rank's share, whatever the sharding, nobody exceeds the mean by 10 %."""
+    rows = [20 * ranks * (1 + (n * skew) % 3) for n in range(3)]
+    matrices = [Matrix((n, 4), 4, 0, 10) for n in rows]
+    held: list[list[tuple[int, Box]]] = [[] for _ in range(ranks)]
+    for number, n in enumerate(rows):
+        cut = data.draw(st.integers(0, n))
+        first = data.draw(st.integers(0, ranks - 1))
+        second = data.draw(st.integers(0, ranks - 1))
+        for rank, box in ((first, Box((0, 0), (cut, 4))), (second, Box((cut, 0), (n - cut, 4)))):
+            if box.numel:
+                held[rank].append((number, box))
+    plan = Plan(matrices, held)
+    assert max(b.cost for b in plan.blocks) <= 0.1 * sum(plan.loads) / ranks
+    assert plan.imbalance <= 1.1 + 1e-9
+
+
+def test_a_block_stays_where_it_lies_when_balance_allows() -> None:
+    matrices = [Matrix((8, 8), 4, 0, 10)] * 2
+    plan = Plan(matrices, [[(0, whole((8, 8)))], [(1, whole((8, 8)))]])
+    assert plan.owners == [0] * 4 + [1] * 4
+    assert not any(plan.moving)
+    assert plan.elements_moved(0) == (0, 0)
+
+
+def test_replicas_share_the_work_and_each_gets_the_others_directions() -> None:
+    plan = Plan([Matrix((8, 8), 4, 0, 10)], [[(0, whole((8, 8)))]] * 2)
+    assert sorted(plan.owners) == [0, 0, 1, 1]
+    assert plan.elements_moved(0) == (32, 32)
+    assert all(not t.gradients_out and not t.gradients_in for rank in (0, 1) for t in plan.transfers(rank))
+
+
+@pytest.mark.parametrize("held", [[], [(0, Box((0, 0), (2, 4)))], [(0, Box((0, 0), (4, 4))), (0, Box((3, 0), (1, 4)))]])
+def test_shards_that_do_not_tile_are_refused(held: list[tuple[int, Box]]) -> None:
+    with pytest.raises(ValueError, match="do not tile"):
+        Plan([Matrix((4, 4), 4, 0, 10)], [held])
