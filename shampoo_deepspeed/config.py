@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 GRAFTING_METHODS = (
     "none",
@@ -49,8 +52,10 @@ ALIASES = {
     "use_nesterov": "nesterov",
     "grafting_type": "grafting",
 }
-# What hosts pass to every torch optimizer and what means nothing here: all kernels are already batched.
-IGNORED = ("foreach", "fused", "capturable", "differentiable", "maximize")
+# What hosts pass to every torch optimizer. The first mean nothing here, as all kernels are already batched; the
+# second change what a step does, so that only their default can be taken.
+IGNORED = ("foreach", "fused")
+ONLY_FALSE = ("capturable", "differentiable", "maximize")
 
 
 class OptionError(ValueError):
@@ -263,9 +268,20 @@ GLOBAL_OPTIONS = ("communication_dtype", "bucket_mb", "failure_limit")
 
 
 def canonical(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options under our names, values unchecked; aliases are replaced, unknown names raise ``OptionError``."""
+    """Options under our names, values unchecked; aliases are replaced, unknown names raise ``OptionError``.
+
+    What torch's own optimizers take and this one has no use for is left out.
+    """
     out: dict[str, Any] = {}
     for key, value in options.items():
+        if key in IGNORED:
+            if value:
+                logger.info("Shampoo ignores %r: its kernels are batched over blocks already", key)
+            continue
+        if key in ONLY_FALSE:
+            if value:
+                raise _bad(key, value, "false; Shampoo has no such mode")
+            continue
         name = ALIASES.get(key, key)
         if name not in OPTION_NAMES:
             raise OptionError(f"Unknown Shampoo option {key!r} = {value!r}{_suggest(key)}")

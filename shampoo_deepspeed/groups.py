@@ -8,7 +8,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from shampoo_deepspeed.config import ALIASES, GLOBAL_OPTIONS, OPTION_NAMES, OptionError, ShampooConfig, canonical
+from shampoo_deepspeed.config import (
+    ALIASES,
+    GLOBAL_OPTIONS,
+    IGNORED,
+    ONLY_FALSE,
+    OPTION_NAMES,
+    OptionError,
+    ShampooConfig,
+    canonical,
+)
 
 
 def group_options(config: ShampooConfig) -> dict[str, Any]:
@@ -21,7 +30,7 @@ def checked_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[st
     group = dict(group)
     own = {}
     for key in list(group):
-        if key in OPTION_NAMES or key in ALIASES:
+        if key in OPTION_NAMES or key in ALIASES or key in IGNORED or key in ONLY_FALSE:
             own[key] = group.pop(key)
         elif key not in ("params", "param_names") and difflib.get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.85):
             canonical({key: group[key]})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shampoo_deepspeed import status
-from shampoo_deepspeed.config import IGNORED, OPTION_NAMES, OptionError, ShampooConfig, canonical
+from shampoo_deepspeed.config import OPTION_NAMES, OptionError, ShampooConfig, canonical
 from shampoo_deepspeed.exchange import CommStats
 from shampoo_deepspeed.groups import checked_group, group_options, signature_with_options
 from shampoo_deepspeed.hosts import Entry, Fresh, Parameter, hosts, plain_layouts
@@ -62,10 +62,6 @@ class Shampoo(torch.optim.Optimizer):
         model: nn.Module | None = None,
         **options: Any,
     ) -> None:
-        options = dict(options)
-        for name in IGNORED:
-            if options.pop(name, None):
-                logger.info("Shampoo ignores %r: its kernels are batched over blocks already", name)
         if isinstance(params, Tensor):
             raise TypeError("params is a Tensor; give an iterable of parameters, (name, parameter) pairs or groups")
         given = list(params)
@@ -204,12 +200,22 @@ class Shampoo(torch.optim.Optimizer):
         group = checked_group(param_group, self.defaults)
         super().add_param_group(group)
         added = self.param_groups[-1]
-        number = len(self._configs)
-        added["shampoo_group"] = number
+        try:
+            self._entries += self._new_entries(added, len(self._configs))
+        except OptionError:
+            self.param_groups.pop()
+            raise
+        added["shampoo_group"] = len(self._configs)
         self._config(added)
-        names = added.get("param_names", [None] * len(added["params"]))
+
+    def _new_entries(self, group: dict[str, Any], number: int) -> list[Entry]:
+        """The entries of a new group's parameters."""
+        names = group.get("param_names", [None] * len(group["params"]))
         taken = {entry.parameter.key for entry in self._entries}
-        for index, (tensor, given) in enumerate(zip(added["params"], names, strict=True)):
+        entries = []
+        for index, (tensor, given) in enumerate(zip(group["params"], names, strict=True)):
+            if tensor.is_complex():
+                raise OptionError(f"parameter {given or index} is complex; Shampoo takes real parameters only")
             known, kinds = self._known.get(id(tensor), (None, frozenset()))
             name = clean_name(given) if given is not None else known
             key = name if name is not None else f"group{number}.{index}"
@@ -219,7 +225,8 @@ class Shampoo(torch.optim.Optimizer):
                 )
             taken.add(key)
             parameter = Parameter(key, _global_shape(tensor), number, name, kinds)
-            self._entries.append(Entry(parameter, weakref.ref(tensor)))
+            entries.append(Entry(parameter, weakref.ref(tensor)))
+        return entries
 
     def comm_stats(self) -> dict[str, int]:
         """Bytes that this rank sent and received in the last step of all its units, as counted and as planned."""
@@ -250,14 +257,18 @@ class Shampoo(torch.optim.Optimizer):
                 ``consolidate_state_dict`` was not called since the last step.
         """
         self._settle(self._units)
-        state = super().state_dict()
         if self._consolidated is None and any(u.layout.one_rank_saves and u.world_size > 1 for u in self._units):
             raise RuntimeError(
                 "each rank owns the Shampoo state of some blocks only, but here one rank's state dict is stored for "
                 "all; call optimizer.consolidate_state_dict() on all ranks first"
             )
-        state["shampoo"] = (self._consolidated or self._own_state()).to_dict()
-        return state
+        own = (self._consolidated or self._own_state()).to_dict()
+        # First of the hooks, so that those of the user see the whole state dict.
+        handle = self.register_state_dict_post_hook(lambda _, state: state.update(shampoo=own), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def _own_state(self) -> SavedState:
         own = SavedState.of_units(self._units, self.rejected_steps)
@@ -281,20 +292,42 @@ class Shampoo(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take options and state; blocks are handed out to their owners at the next step.
 
+        Parameters that had no gradient when the state was saved start anew.
+
         Raises:
-            ValueError: where this is not a Shampoo state dict, or (at the next step) does not fit the parameters.
+            ValueError: where this is not a Shampoo state dict, or (for parameters without a step so far: at the next
+                step) does not fit the parameters.
         """
-        saved = SavedState.parse(state_dict)
+        parsed: list[SavedState] = []
+        # Last of the hooks, so that those of the user see the whole state dict and may replace it.
+        handle = self.register_load_state_dict_pre_hook(lambda _, state: self._take_apart(state, parsed))
         numbers = [group["shampoo_group"] for group in self.param_groups]
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "shampoo"})
+        try:
+            super().load_state_dict(state_dict)  # type: ignore[arg-type]
+        finally:
+            handle.remove()
         for group, number in zip(self.param_groups, numbers, strict=True):
             group["shampoo_group"] = number
-            self._config(group)
-        self._saved = saved
-        self.rejected_steps = saved.rejected_steps
+        self._saved, self._consolidated = parsed[0], None
+        self.rejected_steps = parsed[0].rejected_steps
+        configs = self._configs_by_group()
         for unit in self._units:
-            unit.pending = None
+            unit.reset(configs)
             self._hand_out(unit)
+
+    def _take_apart(self, state_dict: Mapping[str, Any], parsed: list[SavedState]) -> dict[str, Any]:
+        """Our part goes to ``parsed``, once it is known to fit; the rest is torch's."""
+        saved = SavedState.parse(state_dict)
+        strange = saved.parameter_keys() - {entry.parameter.key for entry in self._entries}
+        if strange:
+            raise ValueError(
+                f"the saved state is that of other parameters: {', '.join(sorted(strange)[:5])}"
+                f"{', ...' if len(strange) > 5 else ''} are not here; build the optimizer with the same names"
+            )
+        for unit in self._units:
+            saved.check(unit)
+        parsed.append(saved)
+        return {key: value for key, value in state_dict.items() if key != "shampoo"}
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle(self._units)
@@ -316,6 +349,7 @@ class Shampoo(torch.optim.Optimizer):
         self._entries = [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
         self._saved = SavedState.parse({"shampoo": saved})
         self.rejected_steps = self._saved.rejected_steps
+        self._configs_by_group()
 
 
 def _precondition(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,11 +78,43 @@ class SavedState:
                 stacks.append({**stack, **rows, "tensors": tensors})
         left = SavedState(
             stacks,
-            [part for part in self.elementwise if not set(part["steps"]) <= keys],
+            [part for whole in self.elementwise if (part := _elementwise_without(whole, keys))["steps"]],
             [m for m in self.momenta if not {shard[0] for shard in m["shards"]} <= keys],
             self.rejected_steps,
         )
         return left if left.stacks or left.elementwise or left.momenta else None
+
+    def parameter_keys(self) -> set[str]:
+        """The keys of all parameters that have state here."""
+        keys = {parameter_of(key) for stack in self.stacks for key in stack["keys"]}
+        return keys.union(*(part["steps"] for part in self.elementwise))
+
+    def check(self, unit: Unit) -> None:
+        """Whether the state fits a unit's parameters, by their shapes and blocks.
+
+        Raises:
+            ValueError: naming the first parameter that has other blocks or another size, or only some of its blocks.
+        """
+        shapes = {unit.block_key(n): block.box.lengths for n, block in enumerate(unit.plan.blocks)}
+        own = {p.key: p.shape for p in unit.parameters}
+        whole = {p.key for p, t in zip(unit.parameters, unit.treatments, strict=True) if not t.preconditioned}
+        saved = {key: tuple(stack["shape"]) for stack in self.stacks for key in stack["keys"]}
+        known = {parameter_of(key) for key in saved}
+        for key, shape in saved.items():
+            if parameter_of(key) in own and shapes.get(key) != shape:
+                raise ValueError(
+                    f"the saved state has block {key} of shape {shape}, which the parameter {own[parameter_of(key)]} has "
+                    "not here (its shape or max_preconditioner_dim is another, or it is excluded here)"
+                )
+        for key in (key for stack in unit.stacks for key in stack.keys):
+            if key not in saved and parameter_of(key) in known:
+                raise ValueError(f"the saved state has other blocks of {parameter_of(key)!r}, but not {key!r}")
+        for key, start, numel in (segment for part in self.elementwise for segment in part["segments"]):
+            if key in own and (key not in whole or start + numel > math.prod(own[key])):
+                raise ValueError(
+                    f"the saved state has element-wise state of {key!r} up to element {start + numel}, but here its shape "
+                    f"is {own[key]} and it is {'' if key in whole else 'not '}element-wise"
+                )
 
     def load(self, unit: Unit) -> None:
         """Hand a unit its state. Parameters that the state does not know at all start anew.
@@ -89,14 +122,12 @@ class SavedState:
         Raises:
             ValueError: where a parameter's state is there in part only, or does not fit the options.
         """
+        self.check(unit)
         rows = {key: (stack, row) for stack in self.stacks for row, key in enumerate(stack["keys"])}
-        known = {parameter_of(key) for key in rows}
         for stack in unit.stacks:
             for row, key in enumerate(stack.keys):
                 if key in rows:
                     stack.load_row(row, *rows[key])
-                elif parameter_of(key) in known:
-                    raise ValueError(f"the saved state has other blocks of {parameter_of(key)!r}, but not {key!r}")
         unit.elementwise.load(self.elementwise, [p.key for p in unit.parameters])
         self._load_momenta(unit)
 
@@ -116,6 +147,20 @@ class SavedState:
 def parameter_of(block_key: str) -> str:
     """The parameter's key within a block key, ``"parameter/index"``."""
     return block_key.rsplit("/", 1)[0]
+
+
+def _elementwise_without(part: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
+    """An exported element-wise part without the parameters ``keys``."""
+    if keys.isdisjoint(part["steps"]):
+        return dict(part)
+    kept = [number for number, segment in enumerate(part["segments"]) if segment[0] not in keys]
+    sizes = [numel for _, _, numel in part["segments"]]
+    tensors = {}
+    for name, tensor in part["tensors"].items():
+        pieces = torch.split(tensor, sizes)
+        tensors[name] = torch.cat([pieces[n] for n in kept]) if kept else tensor.new_empty(0)
+    steps = {key: step for key, step in part["steps"].items() if key not in keys}
+    return {"steps": steps, "segments": [part["segments"][n] for n in kept], "tensors": tensors}
 
 
 def _momentum(unit: Unit, tensor: int, buffer: Tensor, keys: Sequence[str]) -> dict[str, Any]:

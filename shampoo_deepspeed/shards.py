@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from shampoo_deepspeed.config import ShampooConfig
-from shampoo_deepspeed.unit import Unit
+from shampoo_deepspeed.unit import Region, Unit
 from shampoo_deepspeed.verdict import Verdict
 
 
@@ -25,7 +26,7 @@ def shard_gradients(unit: Unit, configs: Mapping[int, ShampooConfig]) -> tuple[l
             active[shard.parameter] = False
     for tensor in unit.tensors:
         if tensor.grad is None:
-            flat.append(torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.numel()))
+            flat.append(torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device))
             continue
         if tensor.grad.layout is not torch.strided:
             raise RuntimeError("Shampoo takes no sparse gradients; build the embedding with sparse=False")
@@ -33,11 +34,11 @@ def shard_gradients(unit: Unit, configs: Mapping[int, ShampooConfig]) -> tuple[l
     decayed = [g for g, c in configs.items() if c.weight_decay and not c.decoupled_weight_decay]
     if decayed:
         flat = [g.to(unit.dtype, copy=True) for g in flat]
-        for number, start, stop, _, decays in unit.updates:
-            group = unit.layout.groups[number]
-            if decays and group in decayed:
-                weights = unit.tensors[number].detach().reshape(-1)[start:stop]
-                flat[number][start:stop].add_(weights, alpha=configs[group].weight_decay)
+        for r in unit.regions:
+            group = unit.layout.groups[r.tensor]
+            if r.decays and group in decayed:
+                weights = unit.tensors[r.tensor].detach().reshape(-1)[r.start : r.stop]
+                flat[r.tensor][r.start : r.stop].add_(weights, alpha=configs[group].weight_decay)
     return flat, active
 
 
@@ -49,29 +50,49 @@ def update(
     rates: Mapping[int, float | Tensor],
     verdict: Verdict,
 ) -> None:
-    """Steps 7 to 9 of the rule on the shards: decoupled decay, momentum, and W <- W - lr * direction."""
-    for tensor, start, stop, parameter, decays in unit.updates:
-        if not active[parameter]:
-            continue
-        group = unit.layout.groups[tensor]
+    """Steps 7 to 9 of the rule on the shards: decoupled decay, momentum, and W <- W - lr * direction.
+
+    ``directions`` are used up: their content is undefined afterwards.
+    """
+    for group, regions in _regions_by_group(unit, active).items():
         config = configs[group]
-        target = unit.tensors[tensor].detach()
-        part = directions[tensor][start:stop]
-        # A region that is a whole tensor keeps the tensor's own strides; flat shards are contiguous.
-        weights = target if stop - start == target.numel() else target.view(-1)[start:stop]
-        step = part.view(weights.shape)
-        if config.decoupled_weight_decay and decays and config.weight_decay:
-            step.add_(weights, alpha=config.weight_decay)
+        weights = [_region(unit.tensors[r.tensor].detach(), r) for r in regions]
+        steps = [directions[r.tensor][r.start : r.stop].view_as(w) for r, w in zip(regions, weights, strict=True)]
+        if config.decoupled_weight_decay and config.weight_decay:
+            decaying = [n for n, r in enumerate(regions) if r.decays]
+            if decaying:
+                decayed = [weights[n] for n in decaying]
+                torch._foreach_add_([steps[n] for n in decaying], decayed, alpha=config.weight_decay)
         if config.momentum:
-            step = _with_momentum(unit, tensor, start, stop, step, config, verdict)
-        weights.add_(step.mul_(verdict.scale(rates[group])), alpha=-1.0)
+            steps = _with_momentum(unit, regions, steps, config, verdict)
+        torch._foreach_mul_(steps, verdict.scale(rates[group]))
+        torch._foreach_sub_(weights, steps)
+
+
+def _regions_by_group(unit: Unit, active: Sequence[bool]) -> dict[int, list[Region]]:
+    chosen: dict[int, list[Region]] = defaultdict(list)
+    for region in unit.regions:
+        if active[region.parameter]:
+            chosen[unit.layout.groups[region.tensor]].append(region)
+    return chosen
+
+
+def _region(tensor: Tensor, region: Region) -> Tensor:
+    """A region that is a whole tensor keeps the tensor's own strides; flat shards are contiguous."""
+    return tensor if region.stop - region.start == tensor.numel() else tensor.view(-1)[region.start : region.stop]
 
 
 def _with_momentum(
-    unit: Unit, tensor: int, start: int, stop: int, step: Tensor, config: ShampooConfig, verdict: Verdict
-) -> Tensor:
-    """Step 8: B <- mu * B + (1 - dampening) * U; B, or with Nesterov (1 - dampening) * U + mu * B."""
-    buffer = unit.momentum_buffer(tensor)[start:stop].view(step.shape)
-    step.mul_(1.0 - config.dampening)
-    buffer.mul_(verdict.keep(config.momentum)).add_(step * verdict.scale(1.0))
-    return step.add_(buffer, alpha=config.momentum) if config.nesterov else buffer.clone()
+    unit: Unit, regions: Sequence[Region], steps: list[Tensor], config: ShampooConfig, verdict: Verdict
+) -> list[Tensor]:
+    """Step 8: B <- mu * B + (1 - dampening) * U; gives B, or with Nesterov (1 - dampening) * U + mu * B."""
+    buffers = [
+        unit.momentum_buffer(r.tensor)[r.start : r.stop].view_as(step) for r, step in zip(regions, steps, strict=True)
+    ]
+    torch._foreach_mul_(steps, 1.0 - config.dampening)
+    torch._foreach_mul_(buffers, verdict.keep(config.momentum))
+    torch._foreach_add_(buffers, torch._foreach_mul(steps, verdict.scale(1.0)))
+    if not config.nesterov:
+        return [b.clone() for b in buffers]
+    torch._foreach_add_(steps, buffers, alpha=config.momentum)
+    return steps

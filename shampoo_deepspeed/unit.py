@@ -9,7 +9,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,20 @@ class Treatment:
     @property
     def preconditioned(self) -> bool:
         return self.reason is None
+
+
+@dataclass(frozen=True)
+class Region:
+    """Elements [start, stop) of a flattened local tensor that are updated alike; all take part or none does.
+
+    ``parameter`` is the first of those that lie in it.
+    """
+
+    tensor: int
+    start: int
+    stop: int
+    parameter: int
+    decays: bool
 
 
 def treat(parameter: Parameter, config: ShampooConfig) -> Treatment:
@@ -101,7 +115,7 @@ class Unit:
         self.block_parameters = list(number_of)
         self.stacks = [self._stack(blocks, configs) for blocks in self.exchange.stacks]
         self.elementwise = self._elementwise_part(places, everyone, configs)
-        self.updates = self._update_regions()
+        self.regions = self._joined_regions()
         groups = {self.parameters[p].group for p in self.elementwise.steps}
         self.needs_norms = any(is_normalized(configs[g].elementwise_method) for g in groups)
 
@@ -189,19 +203,17 @@ class Unit:
         flat = [p for p, t in enumerate(self.treatments) if not t.preconditioned]
         return Elementwise(segments, flat, configs, self.device, self.dtype)
 
-    def _update_regions(self) -> list[tuple[int, int, int, int, bool]]:
-        """Covered regions of the local tensors, joined where they touch: (tensor, start, stop, parameter, decays)."""
-        spans = []
-        for shard in self.layout.shards:
+    def _joined_regions(self) -> list[Region]:
+        """What the shards cover of the local tensors; neighbours that decay alike are joined, padding is left out."""
+        joined: list[Region] = []
+        for shard in sorted(self.layout.shards, key=lambda s: (s.tensor, s.offset)):
             decays = self.treatments[shard.parameter].decays
-            spans.append((shard.tensor, shard.offset, shard.offset + shard.box.numel, shard.parameter, decays))
-        joined: list[tuple[int, int, int, int, bool]] = []
-        for span in sorted(spans):
+            region = Region(shard.tensor, shard.offset, shard.offset + shard.box.numel, shard.parameter, decays)
             last = joined[-1] if joined else None
-            if last and (last[0], last[2], last[4]) == (span[0], span[1], span[4]):
-                joined[-1] = (last[0], last[1], span[2], last[3], last[4])
+            if last and (last.tensor, last.stop, last.decays) == (region.tensor, region.start, decays):
+                joined[-1] = replace(last, stop=region.stop)
             else:
-                joined.append(span)
+                joined.append(region)
         return joined
 
     def momentum_buffer(self, tensor: int) -> Tensor:
@@ -210,6 +222,16 @@ class Unit:
             size = self.tensors[tensor].numel()
             self.momenta[tensor] = torch.zeros(size, dtype=self.dtype, device=self.device)
         return self.momenta[tensor]
+
+    def reset(self, configs: Mapping[int, ShampooConfig]) -> None:
+        """Back to the state before the first step, under these options."""
+        self.stacks.clear()
+        self.stacks += [self._stack(blocks, configs) for blocks in self.exchange.stacks]
+        segments, flat = self.elementwise.segments, list(self.elementwise.steps)
+        self.elementwise = Elementwise(segments, flat, configs, self.device, self.dtype)
+        self.momenta.clear()
+        self.pending = self.pending_active = None
+        self.rejected_in_a_row = 0
 
     @property
     def fresh(self) -> bool:

@@ -81,14 +81,14 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model.to(dtype)
 
 
-def make_batch(kind: str, step: int, sometimes: bool = False) -> dict[str, Any]:
-    """The global batch of a step; with `sometimes` the odd model leaves one layer unused on every third step."""
+def make_batch(kind: str, step: int, unused: int | None = None) -> dict[str, Any]:
+    """The global batch of a step; the odd model leaves its layer `sometimes` unused on steps unused, unused + 3, ..."""
     generator = torch.Generator().manual_seed(1000 + step)
     shape = (GLOBAL_BATCH, LENGTH)
     targets = torch.randint(VOCABULARY, shape, generator=generator)
     if kind == "odd":
         tokens = torch.randint(VOCABULARY, shape, generator=generator)
-        return {"tokens": tokens, "targets": targets, "use_sometimes": not (sometimes and step % 3 == 2)}
+        return {"tokens": tokens, "targets": targets, "use_sometimes": unused is None or step % 3 != unused}
     return {"x": torch.randn(*shape, WIDTH, generator=generator), "targets": targets}
 
 

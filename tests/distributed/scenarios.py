@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.reference import Reference
-from tests.zoo import GLOBAL_BATCH, gradients, make_batch, make_model
+from tests.zoo import GLOBAL_BATCH, gradients, make_batch, make_model, micro_batches
 
 STRICT = {"relative_epsilon": 1e-3, "eps": 1e-4}
 BOUND = {"strict": 1e-5, "default": 2e-3}
@@ -25,7 +25,8 @@ class Scenario:
     steps: int = 8
     clip: float = 0.0
     groups: bool = False  # two parameter groups, every other parameter in the second one
-    sometimes: bool = False  # one layer without gradient on every third step
+    unused: int | None = None  # on this and every third step after it one layer has no gradient
+    late_first: bool = False  # that layer is the first parameter group, all others the second one
     decay: float = 1.0  # the learning rates are multiplied by it after every step
     options: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "Shampoo"
@@ -61,6 +62,8 @@ class Scenario:
         return {"": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.half]
 
     def second_group(self, names: list[str]) -> list[str]:
+        if self.late_first:
+            return [n for n in names if not n.startswith("sometimes")]
         return names[1::2] if self.groups else []
 
 
@@ -86,20 +89,29 @@ def expected(scenario: Scenario) -> dict[str, Tensor]:
 
 
 def reference_run(scenario: Scenario) -> dict[str, Tensor]:
-    assert not scenario.half, "16-bit gradients depend on how they are summed"
-    model = make_model(scenario.model, torch.float64)
+    model = make_model(scenario.model, scenario.dtype if scenario.half else torch.float64)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     reference = make_reference(scenario, trained)
     clipped = 0
     for step in range(scenario.steps):
-        grads = gradients(model, make_batch(scenario.model, step, scenario.sometimes), zeros=True)
+        batch = make_batch(scenario.model, step, scenario.unused)
+        grads = rounded_mean(scenario, model, batch) if scenario.half else gradients(model, batch, zeros=True)
         clipped += clip(grads, scenario.clip)
         reference.step(grads)
         for name, p in reference.params.items():
             trained[name].data.copy_(p.value)
             p.options = replace(p.options, lr=p.options.lr * scenario.decay)
     assert clipped > 0 or scenario.clip == 0.0, "the clipping of this scenario never clips"
-    return {n: p.detach() for n, p in model.named_parameters()}
+    masters = reference.values()
+    return {n: masters.get(n, p.detach()) for n, p in model.named_parameters()}
+
+
+def rounded_mean(scenario: Scenario, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor | None]:
+    """The ranks' 16-bit gradients, averaged in 16 bit as DeepSpeed does; only for two ranks without accumulation."""
+    assert scenario.ranks == 2 and scenario.accumulate == 1, "other sums round in an order of DeepSpeed's own"
+    pieces = [piece for rank in range(2) for piece in micro_batches(batch, rank, 2)]
+    one, other = ({n: g.clone() for n, g in gradients(model, p, zeros=True).items()} for p in pieces)
+    return {n: one[n] / 2 + other[n] / 2 for n in one}
 
 
 def make_reference(scenario: Scenario, trained: dict[str, Tensor]) -> Reference:
@@ -108,7 +120,7 @@ def make_reference(scenario: Scenario, trained: dict[str, Tensor]) -> Reference:
     if scenario.optimizer != "Shampoo":
         options |= {"start_preconditioning_step": 10_000}
     overrides: dict[str, dict[str, Any]] = {n: dict(SECOND_GROUP) for n in scenario.second_group(list(trained))}
-    if not scenario.groups and scenario.optimizer == "Shampoo":
+    if not overrides and scenario.optimizer == "Shampoo":
         overrides = {n: {"weight_decay": 0.0} for n in trained if n.endswith("bias") or n.startswith("norm")}
     options.pop("bucket_mb", None)  # how much travels at a time is no part of the rule
     exclude = ("embed.weight",) if options.pop("exclude", None) is None else ()

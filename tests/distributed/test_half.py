@@ -8,30 +8,50 @@ import pytest
 
 from tests.distributed.conftest import Ask
 from tests.distributed.launch import Check
-from tests.distributed.scenarios import Scenario
-from tests.distributed.test_zero import SMALL_PIECES, assert_ranks_agree, deviations, final, named
-from tests.zoo import relative_error
-FP16 = {"fp16": {"enabled": True, "loss_scale": 1.0}}
-FP32_SUM = {"data_types": {"grad_accum_dtype": "fp32"}}
-SAME = {"memory_efficient_linear": False}
-def pairs():
-    out=[]
-    for model in ("odd","wide"):
-      for acc in (1, 2):
-        b = Scenario(model=model, half="bf16", accumulate=acc)
-        base = final(replace(b, stage=1), f"bf16_{model}_acc{acc}")
-        for st in (0,2,3):
-            out.append((final(replace(b, stage=st, zero=SAME if st==3 else {}), f"bf16_{model}_acc{acc}"), base))
-        out.append((final(replace(b, stage=1, config=FP32_SUM), f"bf16_{model}_acc{acc}_sum"), base))
-        b = Scenario(model=model, half="fp16", accumulate=acc, config=FP16)
-        base = final(replace(b, stage=1), f"fp16_{model}_acc{acc}")
-        for st in (0,2,3):
-            out.append((final(replace(b, stage=st, zero=SAME if st==3 else {}), f"fp16_{model}_acc{acc}"), base))
-    return out
+from tests.distributed.scenarios import BadStep, Scenario, expected
+from tests.distributed.test_zero import OFFLOADED, OFFLOADED_ALL, SMALL_PIECES, assert_ranks_agree, deviations, final, named
 
-@pytest.mark.parametrize("check, baseline", pairs(), ids=lambda c: c.name)
-def test_h(check, baseline, ask):
-    a, b = ask(check), ask(baseline)
-    assert_ranks_agree(a)
-    d = deviations(a[0], b[0]); w=max(d,key=d.get); print(check.name, w, d[w])
-    assert d[w] <= 1e-5
+# Stage 0 does not scale the loss, but divides gradients by the scale; so only without a scale it trains as the others.
+UNSCALED: dict[str, Any] = {"fp16": {"enabled": True, "loss_scale": 1.0}}
+SCALED: dict[str, Any] = {"fp16": {"enabled": True, "loss_scale": 1024.0}}
+FLOAT32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}  # at stage 1: BF16_Optimizer
+BOUND_OF_STAGES = 1e-5
+# Masters that differ in the eighth digit may round to 16-bit weights that differ in the third.
+BOUND_OF_ROUNDING = 2e-3
+
+Pair = tuple[Check, Check]
+
+
+def at_stage(scenario: Scenario, stage: int, **zero: Any) -> Scenario:
+    """ZeRO-3's own linear layer would round the forward pass differently."""
+    return replace(scenario, stage=stage, zero={**zero, **({"memory_efficient_linear": False} if stage == 3 else {})})
+
+
+def family(name: str, first: Scenario, others: dict[str, Scenario]) -> list[Pair]:
+    baseline = final(first, name)
+    return [(final(other, f"{name}{suffix}"), baseline) for suffix, other in others.items()]
+
+
+def pairs() -> list[Pair]:
+    found = []
+    for model in ("odd", "wide"):
+        bf16 = Scenario(model=model, half="bf16", stage=1)
+        found += family(f"bf16_{model}", bf16, {
+            "_plain": at_stage(bf16, 0), "_gradients": at_stage(bf16, 2), "_parameters": at_stage(bf16, 3),
+            "_float32_sums": replace(bf16, config=FLOAT32_SUMS), "_offload": at_stage(bf16, 2, **OFFLOADED),
+            "_offload_all": at_stage(bf16, 3, **OFFLOADED_ALL), "_sub_groups": at_stage(bf16, 3, **SMALL_PIECES),
+        })
+        scaled = Scenario(model=model, half="fp16", stage=1, config=SCALED, groups=True)
+        found += family(f"fp16_{model}", scaled, {
+            "_gradients": at_stage(scaled, 2), "_parameters": at_stage(scaled, 3), "_offload": at_stage(scaled, 2, **OFFLOADED),
+        })
+    # Sums of micro-batches are rounded before the ranks' mean in stages 0 and 1, after it in 2 and 3.
+    early = Scenario(half="bf16", stage=1, accumulate=2, clip=0.5)
+    found += family("bf16_accumulate", early, {"_plain": at_stage(early, 0), "_float32_sums": replace(early, config=FLOAT32_SUMS)})
+    found += family("bf16_accumulate_late", at_stage(early, 2), {"_parameters": at_stage(early, 3)})
+    unscaled = Scenario(half="fp16", stage=1, config=UNSCALED)
+    return found + family("fp16_unscaled", unscaled, {"_plain": at_stage(unscaled, 0), "_gradients": at_stage(unscaled, 2)})
+
+
+PAIRS = pairs()
+NEAR = [c for c in dict.fromkeys_by_name] if False else []

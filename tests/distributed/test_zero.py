@@ -32,7 +32,7 @@ def matrix() -> list[Check]:
         for stage in range(4):
             base = Scenario(ranks=ranks, stage=stage)
             checks += [
-                final(replace(base, sometimes=stage < 3), "odd"),  # ZeRO-3 gives last step's gradient where there is none
+                final(replace(base, unused=2 if stage < 3 else None), "odd"),  # ZeRO-3 gives last step's gradient where there is none
                 final(replace(base, settings="default"), "defaults"),
                 final(replace(base, model="wide", settings="default"), "wide_defaults"),
                 final(replace(base, model="wide", accumulate=4, clip=0.5, groups=True), "accumulate_clip_groups"),
@@ -79,12 +79,13 @@ def options() -> list[Check]:
         "tiny_buckets": {"bucket_mb": 0.0005},
     }
     checks = [final(Scenario(stage=stage, options=o), name) for name, o in variants.items() for stage in (0, 2, 3)]
+    checks += [final(Scenario(stage=stage, unused=0, late_first=True), "late_group") for stage in (0, 1, 2)]
     return checks + [final(Scenario(stage=stage, decay=0.8, groups=True), "learning_rate_decay") for stage in (0, 1, 3)]
 
 
 ALONE = [final(Scenario(ranks=1, stage=stage, zero=OFFLOADED if stage > 1 else {}), "alone") for stage in range(4)]
 EXACT = matrix() + sharding() + options() + ALONE
-CONTROL = [final(Scenario(stage=stage, optimizer="AdamW", sometimes=stage < 3, groups=True), "control") for stage in range(4)]
+CONTROL = [final(Scenario(stage=stage, optimizer="AdamW", groups=True), "control") for stage in range(4)]
 BAD = [
     Check(f"bad_{name}_zero{bad.scenario.stage}", 2, "zero:reject", bad)
     for name, bad in {

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from shampoo_deepspeed.config import OPTION_NAMES
 from tests.distributed.trainings import Training, make_data, make_model
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an inference kernel that would be compiled for a minute
@@ -43,7 +44,7 @@ class Watch(TrainerCallback):
             "class": f"{type(inner).__module__}.{type(inner).__name__}",
             "innermost": inner is optimizer,
             "groups": len(optimizer.param_groups),
-            "options": {k: group[k] for k in optimizer.defaults} | {"lr": group["initial_lr"]},
+            "options": {k: group[k] for k in OPTION_NAMES} | {"lr": group["initial_lr"]},
             "names": [entry.parameter.key for entry in optimizer._entries],
         }
         optimizer.register_step_pre_hook(lambda o, *_: self.seen["rates"].append(o.param_groups[0]["lr"]))
@@ -51,7 +52,7 @@ class Watch(TrainerCallback):
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
         if "loss" in logs:
             self.seen["losses"].append(logs["loss"])
-            self.seen["norms"].append(logs["grad_norm"])
+            self.seen["norms"].append(logs.get("grad_norm"))
 
 
 def train(training: Training) -> dict[str, Any]:
@@ -76,11 +77,16 @@ def trainer_of(training: Training, folder: Path) -> Iterator[tuple[Trainer, Watc
     """A stock Trainer; afterwards nothing is left of it in this process, in which others follow."""
     environment, linear = dict(os.environ), F.linear
     config: Any = training.deepspeed_config()
+    model = make_model(training.model)
+    if training.loaded:
+        model.save_pretrained(folder / f"own{dist.get_rank()}")
     if training.file:
         config = write_json(config, folder)
     arguments = TrainingArguments(str(folder), deepspeed=config, **training.arguments(dist.get_world_size()))
     watch = Watch()
-    trainer = Trainer(load(training, folder), arguments, train_dataset=make_data(training.steps), callbacks=[watch])
+    if training.loaded:
+        model = AutoModelForCausalLM.from_pretrained(folder / f"own{dist.get_rank()}")
+    trainer = Trainer(model, arguments, train_dataset=make_data(training.steps), callbacks=[watch])
     watch.trainer = trainer
     try:
         yield trainer, watch
@@ -93,15 +99,6 @@ def trainer_of(training: Training, folder: Path) -> Iterator[tuple[Trainer, Watc
         unset_hf_deepspeed_config()
         os.environ.clear()
         os.environ.update(environment)
-
-
-def load(training: Training, folder: Path) -> nn.Module:
-    model = make_model(training.model)
-    if not training.loaded:
-        return model
-    own = folder / f"own{dist.get_rank()}"
-    model.save_pretrained(own)
-    return AutoModelForCausalLM.from_pretrained(own)
 
 
 def full_parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -38,10 +38,10 @@ def build(scenario: Scenario) -> nn.Module:
 
 
 def parameters(scenario: Scenario, model: nn.Module) -> list[Any]:
-    if not scenario.groups:
-        return list(model.parameters())
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     second = scenario.second_group(list(trained))
+    if not second:
+        return list(model.parameters())
     return [{"params": [p for n, p in trained.items() if n not in second]},
             {"params": [trained[n] for n in second], **SECOND_GROUP}]
 
@@ -70,7 +70,7 @@ def train(engine: Any, scenario: Scenario, steps: range) -> None:
 
 def losses(engine: Any, scenario: Scenario, step: int) -> Iterator[Tensor]:
     """The losses of this rank's micro-batches of one step."""
-    batch = cast(make_batch(scenario.model, step, scenario.sometimes), scenario.dtype)
+    batch = cast(make_batch(scenario.model, step, scenario.unused), scenario.dtype)
     for piece in micro_batches(batch, dist.get_rank(), dist.get_world_size(), scenario.accumulate):
         yield engine(**piece)
 
@@ -104,17 +104,18 @@ def reject(bad: BadStep) -> dict[str, Any]:
     scenario, last = bad.scenario, dist.get_world_size() - 1
     with engine_of(scenario) as engine:
         train(engine, scenario, range(4))
-        before = full_parameters(engine)
+        read = full_masters if scenario.half else full_parameters
+        before = read(engine)
         for loss in losses(engine, scenario, 99):
             engine.backward(loss * bad.value if bad.parameter is None and dist.get_rank() == last else loss)
             if bad.parameter is not None and dist.get_rank() == last:
                 gradient = dict(engine.module.named_parameters())[bad.parameter].grad
                 gradient.view(-1)[-1] = bad.value  # behind DeepSpeed's back: the other ranks' gradients stay finite
             engine.step()
-        after = full_parameters(engine)
+        after = read(engine)
         unchanged = all(torch.equal(before[n], after[n]) for n in before)
         train(engine, scenario, range(4, scenario.steps))
-        return {"unchanged": unchanged, "final": full_parameters(engine)}
+        return {"unchanged": unchanged, "final": read(engine)}
 
 
 def traffic(scenario: Scenario) -> dict[str, Any]:

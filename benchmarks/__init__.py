@@ -1,0 +1,1 @@
+"""Benchmarks: each prints ratios against torch's AdamW measured in the same run."""

@@ -1,0 +1,24 @@
+"""Under DeepSpeed's expert parallelism the experts and the rest take the trajectory of a dense unsharded mixture."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed.conftest import Ask
+from tests.distributed.launch import Check
+from tests.distributed.moe import expected
+from tests.zoo import relative_error
+
+CHECKS = [Check(f"experts_zero{stage}", 4, "moe:train", stage) for stage in (0, 1, 2)]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+def test_the_trajectory_is_that_of_the_dense_mixture(check: Check, ask: Ask) -> None:
+    values, wanted = ask(check), expected()
+    assert set().union(*values) == set(wanted)
+    found = {(rank, n): relative_error(v[n], wanted[n]) for rank, v in enumerate(values) for n in v}
+    worst = max(found, key=lambda k: found[k])
+    print(f"{worst} deviates by {found[worst]:.1e}")  # shown by pytest -rP
+    assert max(found.values()) <= 1e-5, found
+    for one, other in ((0, 2), (1, 3)):  # the replicas of the experts
+        assert all(torch.equal(values[one][n], values[other][n]) for n in values[one])
