@@ -3,12 +3,13 @@
 Shares no code with the package. `Reference.step` reads as the numbered steps of the rule; everything
 happens per block, one after another, and nothing is batched.
 """
+
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
-from math import prod
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,8 +104,14 @@ def inverse_root(a: Tensor, p: float, o: Options) -> Tensor:
 class Reference:
     """Shampoo on named tensors; `overrides` holds options per name, `exclude` the element-wise names."""
 
-    def __init__(self, params: Mapping[str, Tensor], overrides: Mapping[str, Mapping[str, Any]] | None = None,
-                 exclude: tuple[str, ...] = (), dtype: torch.dtype = torch.float64, **options: Any) -> None:
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        exclude: tuple[str, ...] = (),
+        dtype: torch.dtype = torch.float64,
+        **options: Any,
+    ) -> None:
         base = Options(**options)
         self.params: dict[str, Parameter] = {}
         for name, p in params.items():
@@ -112,7 +119,9 @@ class Reference:
             value = p.detach().to(dtype).clone()
             merged = merge(tuple(value.shape), o.max_preconditioner_dim)
             elementwise = name in exclude or len(merged) < 2
-            self.params[name] = Parameter(value, o, tuple(value.shape) if elementwise else merged, [], torch.zeros_like(value))
+            self.params[name] = Parameter(
+                value, o, tuple(value.shape) if elementwise else merged, [], torch.zeros_like(value)
+            )
             self.params[name].blocks = self._blocks(self.params[name], elementwise)
 
     @staticmethod
@@ -125,7 +134,9 @@ class Reference:
         for box in cut(p.merged, o.max_preconditioner_dim):
             zero = torch.zeros_like(p.value.view(p.merged)[box])
             factors = [zero.new_zeros(d, d) for d in zero.shape]
-            blocks.append(Block(box, fallback if o.grafting == "none" else o.grafting, factors, zero.clone(), zero.clone()))
+            blocks.append(
+                Block(box, fallback if o.grafting == "none" else o.grafting, factors, zero.clone(), zero.clone())
+            )
         return blocks
 
     def values(self) -> dict[str, Tensor]:
@@ -193,13 +204,13 @@ class Reference:
         if beta1 == 0.0:
             return g
         block.first.mul_(beta1).add_(g, alpha=1.0 - beta1)
-        return block.first / (1.0 - beta1 ** t if o.use_bias_correction else 1.0)
+        return block.first / (1.0 - beta1**t if o.use_bias_correction else 1.0)
 
     @staticmethod
     def _direction(block: Block, m: Tensor, t: int, o: Options) -> Tensor:
         graft = m
         if block.method != "sgd":
-            correct = 1.0 - o.graft_beta2 ** t if block.method.endswith("adam") else 1.0
+            correct = 1.0 - o.graft_beta2**t if block.method.endswith("adam") else 1.0
             graft = m / ((block.second / correct).sqrt() + o.eps)
         if not block.factors or t < o.start:
             return graft

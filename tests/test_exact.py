@@ -1,4 +1,5 @@
 """In one process, in float64, every option takes the very trajectory of the plain reference."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,4 +1,5 @@
 """The oracle itself: a case by hand, torch's own optimizers, closed forms and invariances."""
+
 from __future__ import annotations
 
 import math
@@ -23,15 +24,31 @@ def run(params: dict[str, Tensor], grads: list[dict[str, Tensor]], **options: An
 
 def random_problem(*shape: int, steps: int = 6) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     generator = torch.Generator().manual_seed(3)
-    draw = lambda: {"w": torch.randn(*shape, generator=generator, dtype=torch.float64)}
+
+    def draw() -> dict[str, Tensor]:
+        return {"w": torch.randn(*shape, generator=generator, dtype=torch.float64)}
+
     return draw(), [draw() for _ in range(steps)]
 
 
-@pytest.mark.parametrize("shape, limit, expected", [
-    ((17, 9), 1024, (17, 9)), ((4, 4), 1024, (4, 4)), ((7, 9, 3), 1024, (7, 27)), ((7, 9, 3), 8, (7, 9, 3)),
-    ((1, 5), 1024, (5,)), ((8, 1, 5), 4, (8, 5)), ((2, 3, 4, 5), 20, (6, 20)), ((8, 4, 3, 3), 16, (8, 4, 9)), ((3,), 8, (3,)), ((), 8, ()),
-])
-def test_small_dims_are_merged_but_never_to_a_vector(shape: tuple[int, ...], limit: int, expected: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "shape, limit, expected",
+    [
+        ((17, 9), 1024, (17, 9)),
+        ((4, 4), 1024, (4, 4)),
+        ((7, 9, 3), 1024, (7, 27)),
+        ((7, 9, 3), 8, (7, 9, 3)),
+        ((1, 5), 1024, (5,)),
+        ((8, 1, 5), 4, (8, 5)),
+        ((2, 3, 4, 5), 20, (6, 20)),
+        ((8, 4, 3, 3), 16, (8, 4, 9)),
+        ((3,), 8, (3,)),
+        ((), 8, ()),
+    ],
+)
+def test_small_dims_are_merged_but_never_to_a_vector(
+    shape: tuple[int, ...], limit: int, expected: tuple[int, ...]
+) -> None:
     assert merge(shape, limit) == expected
 
 
@@ -46,48 +63,96 @@ def test_blocks_tile_the_parameter_with_a_shorter_last_piece() -> None:
 def test_a_step_by_hand() -> None:
     """W = 0, G = diag(3, 4), sums of outer products: roots diag(9, 16)^(-1/4), twice, so U = diag(1, 1)."""
     grad = torch.diag(torch.tensor([3.0, 4.0]))
-    options: dict[str, Any] = dict(lr=0.5, betas=(0.0, 1.0), precondition_frequency=1, epsilon=0.0, relative_epsilon=0.0)
+    options: dict[str, Any] = dict(
+        lr=0.5, betas=(0.0, 1.0), precondition_frequency=1, epsilon=0.0, relative_epsilon=0.0
+    )
     plain = run({"w": torch.zeros(2, 2)}, [{"w": grad}], grafting="none", **options)["w"]
     torch.testing.assert_close(plain, -0.5 * torch.eye(2, dtype=torch.float64))
     grafted = run({"w": torch.zeros(2, 2)}, [{"w": grad}], grafting="sgd", **options)["w"]
     torch.testing.assert_close(grafted, -0.5 * 5.0 / math.sqrt(2.0) * torch.eye(2, dtype=torch.float64))
     # the second step doubles both factors, so the direction of the same gradient shrinks by 2^(-1/2)
     twice = run({"w": torch.zeros(2, 2)}, [{"w": grad}] * 2, grafting="none", **options)["w"]
-    torch.testing.assert_close(twice, -0.5 * (1 + 2 ** -0.5) * torch.eye(2, dtype=torch.float64))
+    torch.testing.assert_close(twice, -0.5 * (1 + 2**-0.5) * torch.eye(2, dtype=torch.float64))
 
 
 def test_a_zero_eigenvalue_without_epsilon_gets_root_zero() -> None:
     grad = torch.diag(torch.tensor([3.0, 0.0]))
-    result = run({"w": torch.zeros(2, 2)}, [{"w": grad}], lr=1.0, betas=(0.0, 1.0), precondition_frequency=1,
-                 epsilon=0.0, relative_epsilon=0.0, grafting="none")["w"]
+    result = run(
+        {"w": torch.zeros(2, 2)},
+        [{"w": grad}],
+        lr=1.0,
+        betas=(0.0, 1.0),
+        precondition_frequency=1,
+        epsilon=0.0,
+        relative_epsilon=0.0,
+        grafting="none",
+    )["w"]
     torch.testing.assert_close(result, torch.diag(torch.tensor([-1.0, 0.0], dtype=torch.float64)))
 
 
-@pytest.mark.parametrize("name, make, options", [
-    ("adam", lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.2), dict(betas=(0.8, 0.9), weight_decay=0.2)),
-    ("adam", lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.2),
-     dict(betas=(0.8, 0.9), weight_decay=0.2, decoupled_weight_decay=False)),
-    ("rmsprop", lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.9, eps=1e-3), dict(betas=(0.0, 0.9))),
-    ("rmsprop", lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.7, eps=1e-3, momentum=0.5), dict(betas=(0.0, 0.9), grafting_beta2=0.7, momentum=0.5)),
-    ("adagrad", lambda p: torch.optim.Adagrad(p, lr=0.1, eps=1e-3), dict(betas=(0.0, 0.9))),
-    ("sgd", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.6, nesterov=True), dict(betas=(0.0, 0.9), momentum=0.6, nesterov=True)),
-])
+@pytest.mark.parametrize(
+    "name, make, options",
+    [
+        (
+            "adam",
+            lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.2),
+            dict(betas=(0.8, 0.9), weight_decay=0.2),
+        ),
+        (
+            "adam",
+            lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.2),
+            dict(betas=(0.8, 0.9), weight_decay=0.2, decoupled_weight_decay=False),
+        ),
+        ("rmsprop", lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.9, eps=1e-3), dict(betas=(0.0, 0.9))),
+        (
+            "rmsprop",
+            lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.7, eps=1e-3, momentum=0.5),
+            dict(betas=(0.0, 0.9), grafting_beta2=0.7, momentum=0.5),
+        ),
+        ("adagrad", lambda p: torch.optim.Adagrad(p, lr=0.1, eps=1e-3), dict(betas=(0.0, 0.9))),
+        (
+            "sgd",
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.6, nesterov=True),
+            dict(betas=(0.0, 0.9), momentum=0.6, nesterov=True),
+        ),
+    ],
+)
 @pytest.mark.parametrize("exclude", [(), ("w",)])
-def test_grafting_alone_is_torchs_own_optimizer(name: str, make: Any, options: dict[str, Any], exclude: tuple[str, ...]) -> None:
+def test_grafting_alone_is_torchs_own_optimizer(
+    name: str, make: Any, options: dict[str, Any], exclude: tuple[str, ...]
+) -> None:
     params, grads = random_problem(5, 7)
     weight = params["w"].clone().requires_grad_()
     optimizer = make([weight])
     for g in grads:
         weight.grad = g["w"].clone()
         optimizer.step()
-    result = run(params, grads, lr=0.1, eps=1e-3, grafting=name, start_preconditioning_step=NEVER, exclude=exclude,
-                 max_preconditioner_dim=4, **options)
+    result = run(
+        params,
+        grads,
+        lr=0.1,
+        eps=1e-3,
+        grafting=name,
+        start_preconditioning_step=NEVER,
+        exclude=exclude,
+        max_preconditioner_dim=4,
+        **options,
+    )
     assert relative_error(result["w"], weight.detach()) < 1e-14
 
 
 def test_the_first_preconditioned_direction_is_the_polar_factor() -> None:
     params, grads = random_problem(6, 6, steps=1)
-    result = run(params, grads, lr=1.0, betas=(0.0, 1.0), precondition_frequency=1, epsilon=0.0, relative_epsilon=0.0, grafting="none")
+    result = run(
+        params,
+        grads,
+        lr=1.0,
+        betas=(0.0, 1.0),
+        precondition_frequency=1,
+        epsilon=0.0,
+        relative_epsilon=0.0,
+        grafting="none",
+    )
     u, _, v = torch.linalg.svd(grads[0]["w"])
     assert relative_error(params["w"] - result["w"], u @ v) < 1e-10
 
@@ -103,7 +168,9 @@ def test_rotated_gradients_give_rotated_directions() -> None:
 
 def test_an_order_three_block_is_preconditioned_along_every_mode() -> None:
     params, grads = random_problem(3, 4, 5, steps=1)
-    result = run(params, grads, lr=1.0, betas=(0.0, 1.0), precondition_frequency=1, max_preconditioner_dim=5, grafting="none")
+    result = run(
+        params, grads, lr=1.0, betas=(0.0, 1.0), precondition_frequency=1, max_preconditioner_dim=5, grafting="none"
+    )
     g, o = grads[0]["w"], (1e-12, 1e-6)
     expected = g
     for dim in range(3):
@@ -126,12 +193,19 @@ def test_a_missing_gradient_skips_and_leading_zeros_do_nothing() -> None:
     torch.testing.assert_close(reference.values()["w"], run(params, grads, **options)["w"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind, change", [
-    ("odd", dict(max_preconditioner_dim=1024)), ("wide", dict(max_preconditioner_dim=12)), ("odd", dict(precondition_frequency=2)),
-    ("wide", dict(start_preconditioning_step=NEVER)), ("wide", dict(grafting="rmsprop")),
-])
+@pytest.mark.parametrize(
+    "kind, change",
+    [
+        ("odd", dict(max_preconditioner_dim=1024)),
+        ("wide", dict(max_preconditioner_dim=12)),
+        ("odd", dict(precondition_frequency=2)),
+        ("wide", dict(start_preconditioning_step=NEVER)),
+        ("wide", dict(grafting="rmsprop")),
+    ],
+)
 def test_the_models_tell_different_rules_apart(kind: str, change: dict[str, Any]) -> None:
     """A wrong block size, refresh or grafting must show far above the bounds of the exactness tests."""
+
     def final(**options: Any) -> dict[str, Tensor]:
         model = make_model(kind, torch.float64)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}

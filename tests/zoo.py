@@ -1,4 +1,5 @@
 """Small deterministic models and batches of the exactness tests."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ WIDTH = 24
 
 
 class OddModel(nn.Module):
-    """Every awkward parameter at once: odd shapes, a conv, an embedding tied to the head, one frozen, one not always used."""
+    """Every awkward parameter at once: odd shapes, a conv, a tied embedding, a frozen layer, one not always used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class WideModel(nn.Module):
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        weights = torch.softmax(q @ k.transpose(1, 2) / WIDTH ** 0.5, dim=-1)
+        weights = torch.softmax(q @ k.transpose(1, 2) / WIDTH**0.5, dim=-1)
         x = x + self.project(weights @ v)
         x = x + self.down(F.gelu(self.up(self.norm(x))))
         return F.cross_entropy(self.readout(x).flatten(0, 1), targets.flatten())

@@ -1,4 +1,5 @@
 """The fixture that gives a test the outcome of its check; all selected checks of a rank count share one launch."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -4,6 +4,7 @@ A launch is a set of plain Python processes in one process group. They work thro
 one result file per check and rank. When a check fails on some ranks only, hangs, or kills a rank, the others may
 sit in a collective for ever; so the parent ends that launch, blames that check, and starts anew with the rest.
 """
+
 from __future__ import annotations
 
 import os
@@ -20,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 180.0  # importing torch and deepspeed on a loaded machine
+AGREE_SECONDS = 5.0  # all ranks that fail for the same reason fail within this time
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,23 @@ class Launch:
         port = free_port()
         for rank in range(self.ranks):
             env = os.environ | {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": str(self.ranks),
-                "LOCAL_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(self.folder / "extensions"),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(self.ranks),
+                "LOCAL_WORLD_SIZE": str(self.ranks),
+                "LOCAL_SIZE": str(self.ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "DS_ACCELERATOR": "cpu",
+                "OMP_NUM_THREADS": "1",
+                "TORCH_EXTENSIONS_DIR": str(self.folder / "extensions"),
                 "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             }
             with open(self.folder / f"rank{rank}.log", "wb") as log:
                 command = [sys.executable, "-m", "tests.distributed.rank_main", str(self.folder)]
-                self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
+                self.processes.append(
+                    subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+                )
 
     def collect(self) -> dict[str, Outcome]:
         """Outcomes up to the first check that ended the launch."""
@@ -104,13 +115,20 @@ class Launch:
         """Waits for a check; tells why the launch can not go on, or None."""
         while True:
             missing = [r for r in range(self.ranks) if not self._file(index, r).exists()]
-            dead = [r for r, p in enumerate(self.processes) if p.poll() is not None and (r in missing or p.returncode != 0)]
+            dead = [
+                r for r, p in enumerate(self.processes) if p.poll() is not None and (r in missing or p.returncode != 0)
+            ]
             if dead:
                 time.sleep(0.5)  # what the others have to say
                 return f"ranks {dead} ended with codes {[self.processes[r].returncode for r in dead]}"
+            failures = {self._read(index, r).failure for r in range(self.ranks) if r not in missing}
+            if not missing and len(failures) == 1:
+                (self.folder / f"{index}.go").touch()  # the same everywhere: no rank waits for another
+                return None
             if not missing:
-                different = len({self._read(index, r).failure for r in range(self.ranks)}) > 1
-                return "the ranks failed differently" if different else None
+                return "the ranks failed differently"
+            if failures - {None}:
+                deadline = min(deadline, time.monotonic() + AGREE_SECONDS)
             if time.monotonic() > deadline:
                 self._dump_stacks(missing)
                 return f"no result in time from ranks {missing}; their stacks are below"
@@ -127,7 +145,7 @@ class Launch:
         if not failures and (ended is None or len(found) == self.ranks):
             return Outcome([found[r].value for r in range(self.ranks)])
         lines = [f"rank {rank} failed:\n{text}" for _, rank, text in failures]
-        if ended is not None and not failures:
+        if ended is not None:
             lines.append(ended)
             lines += [f"end of the log of rank {r}:\n{self._log(r)}" for r in range(self.ranks) if r not in found]
         return Outcome(failure="\n".join(lines))

@@ -1,4 +1,5 @@
 """The dense float64 twin of a mixture of experts: every token goes to its best expert, weighted by the gate."""
+
 from __future__ import annotations
 
 import torch
@@ -9,8 +10,14 @@ from tests.reference import Reference
 from tests.zoo import VOCABULARY, WIDTH, gradients, make_batch
 
 HIDDEN, EXPERTS, STEPS = 10, 4, 8
-OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "precondition_frequency": 3, "max_preconditioner_dim": 8,
-           "relative_epsilon": 1e-3, "eps": 1e-4}
+OPTIONS = {
+    "lr": 1e-2,
+    "weight_decay": 0.1,
+    "precondition_frequency": 3,
+    "max_preconditioner_dim": 8,
+    "relative_epsilon": 1e-3,
+    "eps": 1e-4,
+}
 
 
 def make_expert() -> nn.Module:

@@ -1,4 +1,5 @@
 """The training runs of the DeepSpeed exactness tests, and the unsharded float64 run that each must equal."""
+
 from __future__ import annotations
 
 import json
@@ -50,11 +51,14 @@ class Scenario:
         if self.optimizer != "Shampoo":  # a control run with torch's own optimizer
             options = {k: options[k] for k in ("lr", "weight_decay", "eps")} | {"torch_adam": True}
         return {
-            "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": self.accumulate,
-            "gradient_clipping": self.clip, "steps_per_print": 10_000,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": self.accumulate,
+            "gradient_clipping": self.clip,
+            "steps_per_print": 10_000,
             "optimizer": {"type": self.optimizer, "params": options},
             "zero_optimization": {"stage": self.stage, **self.zero},
-            **({self.half: {"enabled": True}} if self.half else {}), **self.config,
+            **({self.half: {"enabled": True}} if self.half else {}),
+            **self.config,
         }
 
     @property

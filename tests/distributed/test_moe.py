@@ -1,4 +1,5 @@
 """Under DeepSpeed's expert parallelism the experts and the rest take the trajectory of a dense unsharded mixture."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,5 @@
-"""Under DeepSpeed, with an unmodified configuration, every ZeRO stage takes the trajectory of the unsharded reference."""
+"""Under DeepSpeed, its configuration unmodified, every ZeRO stage takes the trajectory of the unsharded reference."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -17,12 +18,14 @@ from tests.zoo import relative_error
 SMALL_PIECES = {"sub_group_size": 50, "stage3_param_persistence_threshold": 0}
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 OFFLOADED_ALL = {**OFFLOADED, "offload_param": {"device": "cpu"}}
-GRAFT_NONE = {"grafting": "none", "lr": 1e-3}
+NORMALIZED = {"grafting": "normalized_adam", "lr": 1e-3}
 EVERYTHING = {"momentum": 0.8, "nesterov": True, "betas": [0.8, 0.99], "start_preconditioning_step": 4, "eps": 1e-4}
 
 
 def final(scenario: Scenario, name: str) -> Check:
-    return Check(f"{name}_zero{scenario.stage}_{scenario.ranks}ranks", scenario.ranks, "zero:final_parameters", scenario)
+    return Check(
+        f"{name}_zero{scenario.stage}_{scenario.ranks}ranks", scenario.ranks, "zero:final_parameters", scenario
+    )
 
 
 def matrix() -> list[Check]:
@@ -32,7 +35,8 @@ def matrix() -> list[Check]:
         for stage in range(4):
             base = Scenario(ranks=ranks, stage=stage)
             checks += [
-                final(replace(base, unused=2 if stage < 3 else None), "odd"),  # ZeRO-3 gives last step's gradient where there is none
+                # Where a layer has no gradient ZeRO-3 gives that of the step before.
+                final(replace(base, unused=2 if stage < 3 else None), "odd"),
                 final(replace(base, settings="default"), "defaults"),
                 final(replace(base, model="wide", settings="default"), "wide_defaults"),
                 final(replace(base, model="wide", accumulate=4, clip=0.5, groups=True), "accumulate_clip_groups"),
@@ -71,8 +75,8 @@ def options() -> list[Check]:
     variants: dict[str, dict[str, Any]] = {
         "momentum": EVERYTHING,
         "coupled_decay": {"weight_decay": 0.3, "decoupled_weight_decay": False},
-        "graft_none": GRAFT_NONE,
-        "graft_normalized": {"grafting": "normalized_adam", "lr": 1e-3},
+        "graft_none": {"grafting": "none", "lr": 1e-3},
+        "graft_normalized": NORMALIZED,
         "one_block_each": {"max_preconditioner_dim": 1024},
         "sums": {"betas": [0.0, 1.0], "grafting": "adagrad", "precondition_frequency": 2},
         "no_exclusion": {"exclude": []},
@@ -92,12 +96,19 @@ BAD = [
         **{f"loss{stage}": BadStep(Scenario(stage=stage), float("nan")) for stage in range(4)},
         "matrix": BadStep(Scenario(), float("inf"), "up.weight"),
         "vector": BadStep(Scenario(options=EVERYTHING), float("nan"), "norm.bias"),
+        "normalized": BadStep(Scenario(options=NORMALIZED), float("nan"), "up.bias"),
         "wide": BadStep(Scenario(model="wide"), float("-inf"), "down.weight"),
     }.items()
 ]
 TRAFFIC = [
-    Check(f"traffic_zero{stage}_{ranks}ranks", ranks, "zero:traffic", Scenario(ranks=ranks, stage=stage, groups=stage == 2))
-    for ranks in (2, 4) for stage in range(4)
+    Check(
+        f"traffic_zero{stage}_{ranks}ranks",
+        ranks,
+        "zero:traffic",
+        Scenario(ranks=ranks, stage=stage, groups=stage == 2),
+    )
+    for ranks in (2, 4)
+    for stage in range(4)
 ]
 
 

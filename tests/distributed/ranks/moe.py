@@ -1,4 +1,5 @@
 """What a rank does in the checks of expert parallelism: DeepSpeed's MoE layer, two of four experts on each rank."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -49,8 +50,10 @@ def train(stage: int) -> dict[str, Tensor]:
         for name, p in model.named_parameters():
             p.copy_(values[dense_name(name)])
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // dist.get_world_size(), "gradient_clipping": 0.0,
-        "optimizer": {"type": "Shampoo", "params": {**OPTIONS, "no_decay": ["*bias"]}}, "zero_optimization": {"stage": stage},
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // dist.get_world_size(),
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "Shampoo", "params": {**OPTIONS, "no_decay": ["*bias"]}},
+        "zero_optimization": {"stage": stage},
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
     assert groups._get_expert_parallel_rank(f"ep_size_{EXPERT_RANKS}") == dist.get_rank() % EXPERT_RANKS

@@ -1,4 +1,5 @@
 """Checks that go wrong in every way that the launcher must survive."""
+
 from __future__ import annotations
 
 import os

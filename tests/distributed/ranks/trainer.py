@@ -1,4 +1,5 @@
 """What a rank does in the Trainer checks: trains with a stock Trainer and gives back all that can be seen of it."""
+
 from __future__ import annotations
 
 import json
@@ -23,7 +24,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from shampoo_deepspeed.config import OPTION_NAMES
 from tests.distributed.trainings import Training, make_data, make_model
 
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an inference kernel that would be compiled for a minute
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+    False  # an inference kernel that would be compiled for a minute
+)
 
 
 class Watch(TrainerCallback):
@@ -43,7 +46,7 @@ class Watch(TrainerCallback):
         self.seen |= {
             "class": f"{type(inner).__module__}.{type(inner).__name__}",
             "innermost": inner is optimizer,
-            "groups": len(optimizer.param_groups),
+            "untested": engine.zero_allow_untested_optimizer(),
             "options": {k: group[k] for k in OPTION_NAMES} | {"lr": group["initial_lr"]},
             "names": [entry.parameter.key for entry in optimizer._entries],
         }
@@ -56,19 +59,30 @@ class Watch(TrainerCallback):
 
 
 def train(training: Training) -> dict[str, Any]:
-    """Trains, and with `save_at` once more from there; gives what the last Trainer saw."""
+    """Trains; with `save_at` once more from there, and `whole` is then what the uninterrupted run saw."""
+    deepspeed.init_distributed("gloo")
     with shared_folder() as folder, logged() as messages:
         seen = train_once(training, folder)
         if training.save_at:
-            whole, messages[:] = seen, []
-            shutil.rmtree(folder / f"own{dist.get_rank()}", ignore_errors=True)
-            seen = train_once(training, folder, resume=True) | {"whole": whole}
+            drop(folder / f"checkpoint-{training.steps}")
+            seen = train_once(training, folder, resume=True) | {"whole": seen}
     return seen | {"messages": messages}
+
+
+def refused(training: Training) -> dict[str, str]:
+    """The error of Trainer.train()."""
+    deepspeed.init_distributed("gloo")
+    with shared_folder() as folder:
+        try:
+            train_once(training, folder)
+        except Exception as error:
+            return {"kind": type(error).__name__, "message": str(error)}
+    return {"kind": "nothing was refused", "message": ""}
 
 
 def train_once(training: Training, folder: Path, resume: bool = False) -> dict[str, Any]:
     with trainer_of(training, folder) as (trainer, watch):
-        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{training.save_at}") if resume else None)
+        trainer.train(resume_from_checkpoint=resume)
         return watch.seen | {"parameters": full_parameters(trainer.model)}
 
 
@@ -79,13 +93,14 @@ def trainer_of(training: Training, folder: Path) -> Iterator[tuple[Trainer, Watc
     config: Any = training.deepspeed_config()
     model = make_model(training.model)
     if training.loaded:
-        model.save_pretrained(folder / f"own{dist.get_rank()}")
+        model.save_pretrained(folder / "start")  # on the first rank only
+        dist.barrier()
     if training.file:
         config = write_json(config, folder)
     arguments = TrainingArguments(str(folder), deepspeed=config, **training.arguments(dist.get_world_size()))
     watch = Watch()
     if training.loaded:
-        model = AutoModelForCausalLM.from_pretrained(folder / f"own{dist.get_rank()}")
+        model = AutoModelForCausalLM.from_pretrained(folder / "start")
     trainer = Trainer(model, arguments, train_dataset=make_data(training.steps), callbacks=[watch])
     watch.trainer = trainer
     try:
@@ -112,6 +127,14 @@ def write_json(config: dict[str, Any], folder: Path) -> str:
     path = folder / f"config{dist.get_rank()}.json"
     path.write_text(json.dumps(config))
     return str(path)
+
+
+def drop(checkpoint: Path) -> None:
+    """Removes the last checkpoint, so that the Trainer resumes from the one before."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(checkpoint)
+    dist.barrier()
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """What a rank does in the DeepSpeed checks: trains a scenario with an engine and gives back the full parameters."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import deepspeed
@@ -17,7 +19,8 @@ import shampoo_deepspeed  # noqa: F401  registers the optimizer
 from tests.distributed.scenarios import SECOND_GROUP, BadStep, Scenario
 from tests.zoo import MODELS, cast, make_batch, make_model, micro_batches
 
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an inference kernel that would be compiled for a minute
+# An inference kernel that DeepSpeed would compile for a minute.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 type(get_accelerator()).is_fp16_supported = lambda self: True  # the kernels are there; DeepSpeed asks for fast ones
 
 
@@ -42,15 +45,19 @@ def parameters(scenario: Scenario, model: nn.Module) -> list[Any]:
     second = scenario.second_group(list(trained))
     if not second:
         return list(model.parameters())
-    return [{"params": [p for n, p in trained.items() if n not in second]},
-            {"params": [trained[n] for n in second], **SECOND_GROUP}]
+    return [
+        {"params": [p for n, p in trained.items() if n not in second]},
+        {"params": [trained[n] for n in second], **SECOND_GROUP},
+    ]
 
 
 @contextmanager
 def engine_of(scenario: Scenario, model: nn.Module | None = None) -> Iterator[Any]:
     linear = F.linear
     model = model or build(scenario)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters(scenario, model), config=scenario.deepspeed_config())
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=parameters(scenario, model), config=scenario.deepspeed_config()
+    )
     try:
         yield engine
     finally:
@@ -87,8 +94,8 @@ def full_masters(engine: Any) -> dict[str, Tensor]:
     """The float32 masters of 16-bit training."""
     named = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
     if engine.zero_optimization_stage() == 0 and hasattr(engine.optimizer, "fp16_groups"):
-        pairs = [pair for groups in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups) for pair in zip(*groups)]
-        masters = {id(low): high for low, high in pairs}
+        lows, highs = (chain(*groups) for groups in (engine.optimizer.fp16_groups, engine.optimizer.fp32_groups))
+        masters = {id(low): high for low, high in zip(lows, highs, strict=True)}
         return {n: masters[id(p)].detach().clone() for n, p in named.items()}
     return {n: safe_get_full_fp32_param(p).detach().clone() for n, p in named.items()}
 
@@ -129,11 +136,18 @@ def traffic(scenario: Scenario) -> dict[str, Any]:
 
 @contextmanager
 def watched_traffic() -> Iterator[dict[str, int]]:
-    """Counts what this rank sends to and receives from others by uneven exchanges; DeepSpeed itself uses none."""
+    """Counts what this rank sends to and receives from others by uneven exchanges; DeepSpeed's step uses none."""
     seen = {"seen_sent": 0, "seen_received": 0}
     original = dist.all_to_all_single
 
-    def counting(output: Tensor, input: Tensor, output_splits: Any = None, input_splits: Any = None, group: Any = None, **rest: Any) -> Any:
+    def counting(
+        output: Tensor,
+        input: Tensor,
+        output_splits: Any = None,
+        input_splits: Any = None,
+        group: Any = None,
+        **rest: Any,
+    ) -> Any:
         own = dist.get_rank(group)
         seen["seen_sent"] += sum(n for r, n in enumerate(input_splits) if r != own) * input.element_size()
         seen["seen_received"] += sum(n for r, n in enumerate(output_splits) if r != own) * output.element_size()

@@ -1,0 +1,66 @@
+"""What a rank does in the refusal checks: starts DeepSpeed with something that is wrong and gives back the error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.module_inject import layers
+from deepspeed.utils import groups
+from torch import nn
+
+from tests.distributed.ranks.zero import engine_of, train
+from tests.distributed.scenarios import Scenario
+from tests.distributed.trainings import make_model as make_transformer
+from tests.zoo import make_model
+
+
+def refused(scenario: Scenario) -> dict[str, Any]:
+    """The error of deepspeed.initialize; nothing has been computed by then."""
+    model = make_transformer("llama") if "tensor_parallel" in scenario.config else make_model(scenario.model)
+    forwards: list[nn.Module] = []
+    model.register_forward_pre_hook(lambda module, _: forwards.append(module))
+    with global_groups():
+        try:
+            with engine_of(scenario, model):
+                return {"kind": "nothing was refused", "message": ""}
+        except Exception as error:
+            return described(error) | {"forwards": len(forwards)}
+
+
+def corrupted(scenario: Scenario) -> dict[str, Any]:
+    """The error of the first step after one element of the last rank's float32 partition was changed."""
+    with engine_of(scenario) as engine:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            partition(engine)[1] += 1.0
+        try:
+            train(engine, scenario, range(1))
+        except Exception as error:
+            return described(error)
+    return {"kind": "nothing was refused", "message": ""}
+
+
+def partition(engine: Any) -> torch.Tensor:
+    """The first flat float32 partition; ZeRO-3 keeps it out of `param_groups` between steps."""
+    flat: list[torch.Tensor] = (
+        engine.basic_optimizer.param_groups[0]["params"] or engine.optimizer.fp32_partitioned_groups_flat
+    )
+    return flat[0].detach()
+
+
+def described(error: Exception) -> dict[str, Any]:
+    return {"kind": type(error).__name__, "message": str(error)}
+
+
+@contextmanager
+def global_groups() -> Iterator[None]:
+    """Undoes what a tensor-parallel engine sets for the whole process."""
+    before, mode = dict(vars(groups)), layers.DEEPSPEED_AUTOTP_MODE
+    try:
+        yield
+    finally:
+        vars(groups).update(before)
+        layers.DEEPSPEED_AUTOTP_MODE = mode

@@ -1,0 +1,281 @@
+"""Options: every bad value is an error that names key, value and what is allowed; good ones survive JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
+from shampoo_deepspeed.config import ALIASES, DTYPES, GLOBAL_OPTIONS, GRAFTING_METHODS, OPTION_NAMES
+from tests.stepping import parameter
+
+NUMBER = "a number >= 0"
+FRACTION = "a number in [0, 1)"
+BETAS = "two numbers [beta1, beta2] with 0 <= beta1 < 1 and 0 < beta2 <= 1"
+COUNT = "an integer >= 1"
+FLAG = "true or false"
+METHODS = "one of none, sgd, adagrad, rmsprop, adam"
+PATTERNS = "a list of name patterns"
+DTYPE = "one of float32, float64, bfloat16"
+
+# (key, bad value, what the message says is allowed)
+BAD_VALUES: list[tuple[str, Any, str]] = [
+    ("lr", -1e-3, NUMBER),
+    ("lr", "0.001", NUMBER),
+    ("lr", None, NUMBER),
+    ("lr", True, NUMBER),
+    ("lr", math.nan, NUMBER),
+    ("lr", math.inf, NUMBER),
+    ("lr", 10**400, NUMBER),
+    ("lr", torch.ones(2), "a Tensor with one element"),
+    ("betas", 0.9, BETAS),
+    ("betas", [0.9], BETAS),
+    ("betas", [0.9, 0.99, 0.999], BETAS),
+    ("betas", [1.0, 0.999], BETAS),
+    ("betas", [-0.1, 0.999], BETAS),
+    ("betas", [0.9, 0.0], BETAS),
+    ("betas", [0.9, 1.1], BETAS),
+    ("betas", ["0.9", 0.999], BETAS),
+    ("eps", -1e-8, NUMBER),
+    ("eps", "1e-8", NUMBER),
+    ("weight_decay", -0.1, NUMBER),
+    ("decoupled_weight_decay", 1, FLAG),
+    ("decoupled_weight_decay", "true", FLAG),
+    ("no_decay", "*bias*", PATTERNS),
+    ("no_decay", [1], PATTERNS),
+    ("epsilon", -1e-12, NUMBER),
+    ("relative_epsilon", 1.0, FRACTION),
+    ("relative_epsilon", -1e-6, FRACTION),
+    ("max_preconditioner_dim", 0, COUNT),
+    ("max_preconditioner_dim", -1, COUNT),
+    ("max_preconditioner_dim", 128.0, COUNT),
+    ("max_preconditioner_dim", "1024", COUNT),
+    ("max_preconditioner_dim", True, COUNT),
+    ("precondition_frequency", 0, COUNT),
+    ("precondition_frequency", 2.5, COUNT),
+    ("start_preconditioning_step", 0, "an integer >= precondition_frequency, or -1"),
+    ("start_preconditioning_step", -2, "an integer >= precondition_frequency, or -1"),
+    ("start_preconditioning_step", 5.0, "an integer >= precondition_frequency, or -1"),
+    ("start_preconditioning_step", 9, "-1 or an integer >= precondition_frequency, which is 10"),
+    ("grafting", "lamb", METHODS),
+    ("grafting", None, METHODS),
+    ("grafting", 1, METHODS),
+    ("grafting_beta2", 0.0, "null or a number in (0, 1)"),
+    ("grafting_beta2", 1.0, "null or a number in (0, 1)"),
+    ("grafting_beta2", "0.9", "null or a number in (0, 1)"),
+    ("elementwise", "adamw", METHODS),
+    ("momentum", 1.0, FRACTION),
+    ("momentum", -0.1, FRACTION),
+    ("momentum", False, FRACTION),
+    ("dampening", 1.0, FRACTION),
+    ("nesterov", "yes", FLAG),
+    ("nesterov", True, "true only together with momentum > 0"),
+    ("use_bias_correction", 0, FLAG),
+    ("exponent_override", 0, "null or a number p > 0"),
+    ("exponent_override", -2.0, "null or a number p > 0"),
+    ("exclude", "*embed*", PATTERNS),
+    ("exclude", [None], PATTERNS),
+    ("factor_dtype", "float16", DTYPE),
+    ("factor_dtype", torch.int64, DTYPE),
+    ("root_dtype", "fp32", DTYPE),
+    ("root_dtype", None, DTYPE),
+    ("communication_dtype", "int8", DTYPE),
+    ("bucket_mb", -1, NUMBER),
+    ("failure_limit", 0, COUNT),
+]
+IDS = [f"{key}-{n}" for n, (key, _, _) in enumerate(BAD_VALUES)]
+
+
+def message_of(error: pytest.ExceptionInfo[OptionError], key: str, value: object, allowed: str) -> None:
+    text = str(error.value)
+    assert repr(key) in text, text
+    assert repr(value) in text, text
+    assert allowed in text, text
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), BAD_VALUES, ids=IDS)
+def test_a_bad_value_is_an_error_that_names_key_value_and_what_is_allowed(key: str, value: Any, allowed: str) -> None:
+    with pytest.raises(OptionError) as error:
+        Shampoo([parameter(3)], **{key: value})
+    message_of(error, key, value, allowed)
+    assert isinstance(error.value, ValueError)  # what torch's own optimizers raise
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), BAD_VALUES, ids=IDS)
+def test_a_bad_value_in_a_group_is_the_same_error(key: str, value: Any, allowed: str) -> None:
+    if key in GLOBAL_OPTIONS:
+        allowed = "all groups share one value"
+    with pytest.raises(OptionError) as error:
+        Shampoo([{"params": [parameter(3)]}, {"params": [parameter(4)], key: value}])
+    message_of(error, key, value, allowed)
+
+
+def test_every_option_has_a_bad_value_above() -> None:
+    assert {key for key, _, _ in BAD_VALUES} == set(OPTION_NAMES)
+
+
+IN_JSON = [(k, v) for k, v, _ in BAD_VALUES if not isinstance(v, torch.Tensor) and v != 10**400]
+
+
+@pytest.mark.parametrize(("key", "value"), IN_JSON)
+def test_a_bad_value_from_json_is_the_same_error(key: str, value: Any) -> None:
+    if isinstance(value, torch.dtype):
+        value = str(value)
+    with pytest.raises(OptionError, match=re.escape(repr(key))):
+        ShampooConfig.from_options(json.loads(json.dumps({key: value})))
+
+
+@pytest.mark.parametrize("key", OPTION_NAMES)
+def test_auto_is_an_error_for_every_option(key: str) -> None:
+    with pytest.raises(OptionError, match=f"{key!r} = 'auto' is not allowed"):
+        ShampooConfig.from_options({key: "auto"})
+
+
+@pytest.mark.parametrize("key", ["lr", "eps", "weight_decay", "momentum"])
+def test_auto_where_the_trainer_would_fill_it_in_says_so(key: str) -> None:
+    with pytest.raises(OptionError, match="only the Hugging Face Trainer fills in 'auto'"):
+        ShampooConfig.from_options({key: "auto"})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("learning_rate", None), ("weight_decy", "weight_decay"), ("precondition_freq", "precondition_frequency")],
+)
+def test_an_unknown_option_is_an_error_that_suggests_the_nearest(wrong: str, meant: str | None) -> None:
+    with pytest.raises(OptionError) as error:
+        Shampoo([parameter(3)], **{wrong: 0.5})
+    text = str(error.value)
+    assert f"Unknown Shampoo option {wrong!r} = 0.5" in text
+    assert ("did you mean" in text) == (meant is not None)
+    assert meant is None or f"did you mean {meant!r}?" in text
+    assert all(name in text for name in OPTION_NAMES)
+
+
+def test_a_misspelt_option_of_a_group_is_an_error_and_a_hosts_own_key_is_not() -> None:
+    with pytest.raises(OptionError, match="did you mean 'weight_decay'"):
+        Shampoo([{"params": [parameter(3)], "weight_decy": 0.1}])
+    optimizer = Shampoo([{"params": [parameter(3)], "name": "experts", "moe": True, "initial_lr": 0.1}])
+    assert (optimizer.param_groups[0]["name"], optimizer.param_groups[0]["moe"]) == ("experts", True)
+
+
+@pytest.mark.parametrize("key", GLOBAL_OPTIONS)
+def test_what_all_groups_share_cannot_differ_in_one(key: str) -> None:
+    value = {"communication_dtype": "bfloat16", "bucket_mb": 1, "failure_limit": 3}[key]
+    Shampoo([{"params": [parameter(3)], key: value}], **{key: value})
+    with pytest.raises(OptionError, match=f"{key!r} = {value!r} in a parameter group.*all groups share one value"):
+        Shampoo([{"params": [parameter(3)], key: value}])
+
+
+def test_a_changed_group_is_checked_at_the_next_step() -> None:
+    optimizer = Shampoo([p := parameter(6, 5)])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.param_groups[0]["betas"] = (0.9, 2.0)
+    before = p.detach().clone()
+    with pytest.raises(OptionError, match="'betas' = \\(0.9, 2.0\\)"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+README_NAMES: list[tuple[str, Any, str]] = [
+    ("grafting_epsilon", 1e-6, "eps"),
+    ("use_decoupled_weight_decay", False, "decoupled_weight_decay"),
+    ("use_nesterov", False, "nesterov"),
+    ("grafting_type", "rmsprop", "grafting"),
+]
+
+
+@pytest.mark.parametrize(("alias", "value", "name"), README_NAMES)
+def test_names_of_the_distributed_shampoo_readme_are_taken(alias: str, value: Any, name: str) -> None:
+    assert getattr(ShampooConfig.from_options({alias: value}), name) == value
+    group = Shampoo([{"params": [parameter(3)], alias: value}]).param_groups[0]
+    assert group[name] == value and alias not in group
+    with pytest.raises(OptionError, match=f"option {name!r} is given twice \\(as {alias!r}"):
+        ShampooConfig.from_options({name: value, alias: value})
+
+
+def test_every_alias_is_tested_and_names_an_option() -> None:
+    assert {alias: name for alias, _, name in README_NAMES} == ALIASES
+    assert set(ALIASES.values()) <= set(OPTION_NAMES)
+
+
+def test_json_lists_and_dtypes_become_what_the_code_uses() -> None:
+    options = json.loads('{"betas": [0.8, 1], "exclude": ["*head*"], "no_decay": [], "lr": 1, "grafting": "Adam"}')
+    config = ShampooConfig.from_options({**options, "root_dtype": torch.bfloat16, "factor_dtype": "torch.float64"})
+    assert (config.betas, config.exclude, config.no_decay, config.lr) == ((0.8, 1.0), ("*head*",), (), 1.0)
+    assert (config.grafting, config.root_dtype, config.factor_dtype) == ("adam", "bfloat16", "float64")
+
+
+numbers = st.floats(0, 1e6)
+fractions = st.floats(0, 1, exclude_max=True)
+counts = st.integers(1, 10_000)
+patterns = st.lists(st.sampled_from(["*embed*", "kind:layernorm", "gamma\u00e9", '"*"']), max_size=3).map(tuple)
+methods = st.sampled_from(GRAFTING_METHODS)
+dtypes = st.sampled_from(list(DTYPES))
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "lr": numbers,
+    "betas": st.tuples(fractions, st.floats(0, 1, exclude_min=True)),
+    "eps": numbers,
+    "weight_decay": numbers,
+    "decoupled_weight_decay": st.booleans(),
+    "no_decay": patterns,
+    "epsilon": numbers,
+    "relative_epsilon": fractions,
+    "max_preconditioner_dim": counts,
+    "precondition_frequency": counts,
+    "start_preconditioning_step": st.just(-1) | st.integers(10_000, 20_000),
+    "grafting": methods,
+    "grafting_beta2": st.none() | st.floats(0, 1, exclude_min=True, exclude_max=True),
+    "elementwise": st.none() | methods,
+    "momentum": st.floats(0, 1, exclude_min=True, exclude_max=True),
+    "dampening": fractions,
+    "nesterov": st.booleans(),
+    "use_bias_correction": st.booleans(),
+    "exponent_override": st.none() | st.floats(0.1, 100),
+    "exclude": patterns,
+    "factor_dtype": dtypes,
+    "root_dtype": dtypes,
+    "communication_dtype": st.none() | dtypes,
+    "bucket_mb": numbers,
+    "failure_limit": counts,
+}
+
+
+@given(st.fixed_dictionaries(VALUES))
+def test_options_survive_json(options: dict[str, Any]) -> None:
+    assert VALUES.keys() == set(OPTION_NAMES)
+    config = ShampooConfig.from_options(options)
+    assert {name: getattr(config, name) for name in OPTION_NAMES} == options
+    assert ShampooConfig.from_options(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_a_tensor_learning_rate_becomes_a_number_in_json() -> None:
+    assert json.loads(json.dumps(ShampooConfig(lr=torch.tensor(0.5)).to_json()))["lr"] == 0.5
+
+
+@given(st.integers(1, 9), st.integers(0, 30) | st.just(-1), st.integers(1, 60))
+def test_refreshes_come_at_the_start_step_and_at_multiples_of_the_frequency(freq: int, late: int, step: int) -> None:
+    start = -1 if late == -1 else freq + late
+    config = ShampooConfig(precondition_frequency=freq, start_preconditioning_step=start)
+    first = freq if start == -1 else start
+    assert config.start == first
+    assert config.refreshes_at(step) == (step == first or (step > first and step % freq == 0))
+
+
+def test_the_grafting_second_moment_decays_as_the_factors_do_unless_told_otherwise() -> None:
+    assert ShampooConfig(betas=(0.9, 0.95)).second_moment_beta == 0.95
+    assert ShampooConfig(betas=(0.9, 1.0)).second_moment_beta == 0.999  # an EMA with decay 1 would never move
+    assert ShampooConfig(betas=(0.9, 0.95), grafting_beta2=0.5).second_moment_beta == 0.5
+
+
+def test_elementwise_parameters_follow_the_grafting_method_unless_told_otherwise() -> None:
+    assert ShampooConfig(grafting="rmsprop").elementwise_method == "rmsprop"
+    assert ShampooConfig(grafting="none").elementwise_method == "adam"
+    assert ShampooConfig(grafting="none", elementwise="sgd").elementwise_method == "sgd"
