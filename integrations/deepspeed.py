@@ -8,9 +8,11 @@ DeepSpeed's (0.19.8). It never imports DeepSpeed: where DeepSpeed is in use, it 
 
 from __future__ import annotations
 
+import logging
 import sys
 import weakref
 from collections.abc import Sequence
+from functools import wraps
 from types import FrameType
 from typing import Any
 
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 from shampoo_deepspeed.boxes import interval_to_boxes
 from shampoo_deepspeed.config import TRAINER_NO_DECAY
 from shampoo_deepspeed.hosts import Entry, Fresh, Layout, LayoutError, Parameter, Shard, whole_tensors
+
+logger = logging.getLogger("shampoo_deepspeed")
 
 
 class DeepSpeedHost:
@@ -42,6 +46,14 @@ class DeepSpeedHost:
             return None
         _refuse_unsupported(engine)
         self._engines.add(engine)
+        if "lr" not in (engine.optimizer_params() or {}):
+            logger.warning(
+                "the DeepSpeed configuration gives Shampoo no 'lr': %s is used; under the HF Trainer write \"lr\": "
+                '"auto" to get its learning_rate',
+                options["lr"],
+            )
+        if engine.zero_optimization_stage() == 0:
+            _consolidate_before_saving(engine)
         if _is_one_list(given):
             options.setdefault("no_decay", TRAINER_NO_DECAY)
         module: nn.Module = engine.module
@@ -121,6 +133,21 @@ def _refuse_unsupported(engine: Any) -> None:
         reasons.append(f"tensor_parallel.autotp_size = {engine.autotp_size()} (weights are cut before ZeRO sees them)")
     if reasons:
         raise LayoutError("Shampoo cannot run with this DeepSpeed configuration: " + "; ".join(reasons))
+
+
+def _consolidate_before_saving(engine: Any) -> None:
+    """At stage 0 rank 0 alone writes the optimizer's state, so ``save_checkpoint`` must gather all blocks first."""
+    reference = weakref.ref(engine)
+    original = type(engine).save_checkpoint
+
+    @wraps(original)
+    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        itself = reference()
+        assert itself is not None
+        itself.basic_optimizer.consolidate_state_dict()
+        return original(itself, *args, **kwargs)
+
+    engine.save_checkpoint = save_checkpoint
 
 
 def _is_one_list(given: Sequence[Any]) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -67,10 +66,10 @@ def _bad(key: str, value: object, allowed: str) -> OptionError:
 
 
 def _number(key: str, value: object, low: float, high: float, allowed: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         hint = "; only the Hugging Face Trainer fills in 'auto'" if value == "auto" else ""
         raise _bad(key, value, f"{allowed}{hint}")
-    if not low <= value <= high:
+    if not low <= value <= high:  # NaN fails too
         raise _bad(key, value, allowed)
     return float(value)
 
@@ -110,7 +109,10 @@ def _betas(key: str, value: object) -> tuple[float, float]:
     allowed = "two numbers [beta1, beta2] with 0 <= beta1 < 1 and 0 < beta2 <= 1 (1: an AdaGrad sum)"
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise _bad(key, value, allowed)
-    beta1, beta2 = (_number(key, v, 0.0, 1.0, allowed) for v in value)
+    try:
+        beta1, beta2 = (_number(key, v, 0.0, 1.0, allowed) for v in value)
+    except OptionError:
+        raise _bad(key, value, allowed) from None
     if beta1 == 1.0 or beta2 == 0.0:
         raise _bad(key, value, allowed)
     return beta1, beta2

@@ -48,13 +48,9 @@ class Elementwise:
         self.steps = dict.fromkeys(parameters, 0)
         self._dtype = dtype
         sizes = [s.numel for s in segments]
-        uses = {
-            "exp_avg": any(configs[s.group].betas[0] for s in segments),
-            "second_moment": any(grafting.has_second_moment(configs[s.group].elementwise_method) for s in segments),
-        }
-        self.tensors = {
-            name: torch.zeros(sum(sizes), dtype=dtype, device=device) for name, used in uses.items() if used
-        }
+        self._needs = {s.group: _moments_of(configs[s.group]) for s in segments}
+        used = [name for name in ("exp_avg", "second_moment") if any(name in needs for needs in self._needs.values())]
+        self.tensors = {name: torch.zeros(sum(sizes), dtype=dtype, device=device) for name in used}
         self._views = {name: list(torch.split(t, sizes)) if sizes else [] for name, t in self.tensors.items()}
 
     def squared_norms(self, gradients: Sequence[Tensor], count: int) -> Tensor:
@@ -132,7 +128,7 @@ class Elementwise:
         """Take what the exported states hold for this rank's segments; gives the keys that were found.
 
         Raises:
-            ValueError: where a segment's parameter is saved, but not this interval of it or not this state.
+            ValueError: where a segment is saved without a moment that the options ask for.
         """
         where: dict[str, list[tuple[int, int, int, dict[str, Tensor]]]] = defaultdict(list)
         steps: dict[str, int] = {}
@@ -152,22 +148,22 @@ class Elementwise:
     def _load_segment(
         self, number: int, segment: Segment, saved: Sequence[tuple[int, int, int, dict[str, Tensor]]]
     ) -> None:
-        filled = 0
         for start, numel, position, tensors in saved:
             low, high = max(start, segment.start), min(start + numel, segment.start + segment.numel)
             if low >= high:
                 continue
-            if set(tensors) != set(self.tensors):
+            missing = self._needs[segment.group] - set(tensors)
+            if missing:
                 raise ValueError(
                     f"saved state of {segment.key} has {sorted(tensors)}, "
-                    f"the options now ask for {sorted(self.tensors)}"
+                    f"the options now ask for {sorted(missing)} too"
                 )
-            for name, source in tensors.items():
+            for name in self._needs[segment.group]:
                 target = self._views[name][number].narrow(0, low - segment.start, high - low)
-                target.copy_(source.narrow(0, position + low - start, high - low))
-            filled += high - low
-        if filled != segment.numel:
-            raise ValueError(
-                f"the saved state holds {filled} of the {segment.numel} elements of {segment.key} that this rank "
-                "needs; it was saved with another sharding"
-            )
+                target.copy_(tensors[name].narrow(0, position + low - start, high - low))
+
+
+def _moments_of(config: ShampooConfig) -> set[str]:
+    """The moments that an element-wise parameter has under these options."""
+    needs = {"exp_avg"} if config.betas[0] else set()
+    return needs | {"second_moment"} if grafting.has_second_moment(config.elementwise_method) else needs

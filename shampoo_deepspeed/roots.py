@@ -56,10 +56,11 @@ def inverse_root(
     failed = []
     for row in suspects:
         retried = _stack_root(work[row : row + 1].double(), root, epsilon, relative_epsilon)
-        if retried is None or _non_finite(retried):
+        narrow = None if retried is None else retried.to(roots.dtype)  # which may overflow
+        if narrow is None or _non_finite(narrow):
             failed.append(row)
         else:
-            roots[row] = retried[0].to(roots.dtype)
+            roots[row] = narrow[0]
     return roots.to(dtype), failed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,14 +59,16 @@ class SavedState:
         return {"format": FORMAT, "rejected_steps": self.rejected_steps, **parts}
 
     def joined(self, others: Sequence[SavedState]) -> SavedState:
-        """This state and those of other ranks (or of parameters without a step so far) as one."""
+        """This state and those of other ranks (or of parameters without a step so far) as one; copies count once."""
         everything = [self, *others]
-        return SavedState(
-            [stack for s in everything for stack in s.stacks],
-            [part for s in everything for part in s.elementwise],
-            [buffer for s in everything for buffer in s.momenta],
-            self.rejected_steps,
-        )
+        elementwise: dict[str, dict[str, Any]] = {}
+        momenta: dict[str, dict[str, Any]] = {}
+        for part in (part for s in everything for part in s.elementwise):
+            elementwise.setdefault(str((part["segments"], sorted(part["steps"]))), part)
+        for buffer in (buffer for s in everything for buffer in s.momenta):
+            momenta.setdefault(str(buffer["shards"]), buffer)
+        stacks = [stack for s in everything for stack in s.stacks]
+        return SavedState(stacks, list(elementwise.values()), list(momenta.values()), self.rejected_steps)
 
     def without(self, keys: set[str]) -> SavedState | None:
         """What is left when the parameters ``keys`` are taken out; None where nothing is."""
@@ -103,8 +106,8 @@ class SavedState:
         for key, shape in saved.items():
             if parameter_of(key) in own and shapes.get(key) != shape:
                 raise ValueError(
-                    f"the saved state has block {key} of shape {shape}, which the parameter {own[parameter_of(key)]} has "
-                    "not here (its shape or max_preconditioner_dim is another, or it is excluded here)"
+                    f"the saved state has block {key} of shape {shape}, which the parameter of shape "
+                    f"{own[parameter_of(key)]} does not have here; its shape, max_preconditioner_dim or exclude differ"
                 )
         for key in (key for stack in unit.stacks for key in stack.keys):
             if key not in saved and parameter_of(key) in known:
@@ -112,8 +115,23 @@ class SavedState:
         for key, start, numel in (segment for part in self.elementwise for segment in part["segments"]):
             if key in own and (key not in whole or start + numel > math.prod(own[key])):
                 raise ValueError(
-                    f"the saved state has element-wise state of {key!r} up to element {start + numel}, but here its shape "
-                    f"is {own[key]} and it is {'' if key in whole else 'not '}element-wise"
+                    f"the saved state has element-wise state of {key!r} up to element {start + numel}, but here it "
+                    f"is {'element-wise' if key in whole else 'preconditioned'} with shape {own[key]}"
+                )
+
+        self._check_segments(unit)
+
+    def _check_segments(self, unit: Unit) -> None:
+        held: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for key, start, numel in (segment for part in self.elementwise for segment in part["segments"]):
+            held[key].append((start, start + numel))
+        for s in unit.elementwise.segments:
+            overlaps = [min(stop, s.start + s.numel) - max(start, s.start) for start, stop in held.get(s.key, [])]
+            filled = sum(n for n in overlaps if n > 0)
+            if s.key in held and filled != s.numel:
+                raise ValueError(
+                    f"the saved state holds {filled} of the {s.numel} elements of {s.key} that this rank needs; its "
+                    "shape is another, or it was saved with another sharding"
                 )
 
     def load(self, unit: Unit) -> None:

@@ -30,7 +30,7 @@ def shard_gradients(unit: Unit, configs: Mapping[int, ShampooConfig]) -> tuple[l
             continue
         if tensor.grad.layout is not torch.strided:
             raise RuntimeError("Shampoo takes no sparse gradients; build the embedding with sparse=False")
-        flat.append(tensor.grad.detach().reshape(-1))
+        flat.append(tensor.grad.detach().reshape(-1).contiguous())  # strides of 0 or 2 survive a reshape
     decayed = [g for g, c in configs.items() if c.weight_decay and not c.decoupled_weight_decay]
     if decayed:
         flat = [g.to(unit.dtype, copy=True) for g in flat]

@@ -66,7 +66,7 @@ def treat(parameter: Parameter, config: ShampooConfig) -> Treatment:
         decays = matching(config.no_decay, parameter.name, parameter.kinds) is None
     pattern = matching(config.exclude, parameter.name, parameter.kinds)
     merged, dims = merge_small_dims(parameter.shape, config.max_preconditioner_dim)
-    if pattern is None and len(merged) >= 2:
+    if pattern is None and len(merged) >= 2 and 0 not in merged:
         return Treatment(merged, dims, None, decays)
     reason = f"excluded by {pattern!r}" if pattern else "fewer than two dims larger than 1"
     return Treatment((math.prod(parameter.shape),), (tuple(range(len(parameter.shape))),), reason, decays)

@@ -50,7 +50,7 @@ EXACT = [
     run("no_clipping", Training(clip=0.0)),
     run("from_pretrained", Training(stage=3, loaded=True)),
 ]  # fmt: skip
-RESUMED = [run("resumed", Training(stage=stage, save_at=4, options={"momentum": 0.5})) for stage in (1, 2, 3)]
+RESUMED = [run("resumed", Training(stage=stage, save_at=4, options={"momentum": 0.5})) for stage in range(4)]
 PAIRS = [(stages[0], other) for stages in (LLAMA, TIED_LLAMA, GPT) for other in stages[1:]]
 
 

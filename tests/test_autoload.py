@@ -1,0 +1,133 @@
+"""Registration: `torch.optim.Shampoo` works in any script, costs nothing, breaks nothing and can be switched off."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import shampoo_deepspeed
+
+
+def run(script: str, **environment: str) -> str:
+    """What a fresh interpreter prints; it must not fail, nor warn."""
+    env = {k: v for k, v in os.environ.items() if not k.endswith("_AUTOLOAD")} | environment
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    return done.stdout.strip()
+
+
+def test_torch_optim_has_the_optimizer_without_any_import_of_ours() -> None:
+    """One process for all: each import of torch takes seconds. DeepSpeed asks for a lower-case name at times."""
+    script = """
+import sys
+import torch
+loaded = sorted(name for name in sys.modules if name.startswith("shampoo_deepspeed"))
+assert loaded == ["shampoo_deepspeed", "shampoo_deepspeed._autoload"], loaded
+for wrong in ("NoSuchOptimizer", "shampo"):
+    try:
+        getattr(torch.optim, wrong)
+    except AttributeError as error:
+        assert str(error) == f"module 'torch.optim' has no attribute {wrong!r}", error
+    else:
+        raise AssertionError(wrong)
+assert not hasattr(torch.optim, "SOAPP")
+assert "shampoo_deepspeed.optimizer" not in sys.modules
+assert torch.optim.AdamW.__module__ == "torch.optim.adamw"
+optimizer = torch.optim.Shampoo([torch.nn.Parameter(torch.ones(2, 2))], lr=0.5)
+assert isinstance(optimizer, torch.optim.Optimizer)
+from shampoo_deepspeed import Shampoo
+assert torch.optim.Shampoo is torch.optim.shampoo is getattr(torch.optim, "Shampoo") is Shampoo
+print("done")
+"""
+    assert run(script) == "done"
+
+
+@pytest.mark.parametrize("variable", ["SHAMPOO_DEEPSPEED_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
+def test_it_can_be_switched_off_and_an_import_of_ours_switches_it_on(variable: str) -> None:
+    script = """
+import torch
+print(hasattr(torch.optim, "Shampoo"))
+import shampoo_deepspeed
+print(hasattr(torch.optim, "Shampoo"))
+"""
+    assert run(script, **{variable: "0"}).split() == ["False", "True"]
+
+
+def test_an_import_of_ours_before_torch_works_too() -> None:
+    assert run("import shampoo_deepspeed, torch; print(torch.optim.Shampoo.__name__)") == "Shampoo"
+
+
+def test_everything_works_where_no_host_is_installed() -> None:
+    """The adapters are there, but neither DeepSpeed nor anything else that they serve can be imported."""
+    script = """
+import sys
+BLOCKED = {"deepspeed", "transformers", "accelerate", "datasets"}
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocker())
+import torch
+weight = torch.nn.Parameter(torch.ones(4, 4))
+optimizer = torch.optim.Shampoo([weight], precondition_frequency=1)
+weight.grad = torch.eye(4)
+optimizer.step()
+assert not torch.equal(weight, torch.ones(4, 4))
+optimizer.load_state_dict(optimizer.state_dict())
+assert BLOCKED.isdisjoint(sys.modules)
+print("done")
+"""
+    assert run(script) == "done"
+
+
+def test_the_hook_takes_less_than_five_milliseconds() -> None:
+    """Its own time, import of its module included: the least of several fresh interpreters, as machines are busy."""
+    script = """
+import time
+import torch, sys
+for name in [n for n in sys.modules if n.startswith("shampoo_deepspeed")]:
+    del sys.modules[name]
+if hasattr(torch.optim, "__getattr__"):
+    del torch.optim.__getattr__
+begin = time.perf_counter()
+from shampoo_deepspeed._autoload import autoload
+autoload()
+print(time.perf_counter() - begin)
+assert "Shampoo" in str(torch.optim.Shampoo)
+"""
+    assert min(float(run(script, SHAMPOO_DEEPSPEED_AUTOLOAD="0")) for _ in range(3)) < 0.005
+
+
+def test_registering_twice_is_registering_once() -> None:
+    import torch
+
+    hook = torch.optim.__getattr__  # type: ignore[attr-defined]
+    shampoo_deepspeed.register()
+    assert torch.optim.__getattr__ is hook  # type: ignore[attr-defined]
+
+
+def test_another_packages_hook_is_still_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def other(name: str) -> object:
+        if name == "TheirOptimizer":
+            return "theirs"
+        raise AttributeError(name)
+
+    monkeypatch.setattr(torch.optim, "__getattr__", other, raising=False)
+    shampoo_deepspeed.register()
+    assert torch.optim.TheirOptimizer == "theirs"  # type: ignore[attr-defined]
+    assert torch.optim.Shampoo is shampoo_deepspeed.Shampoo  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError):
+        torch.optim.NobodysOptimizer  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_the_package_gives_its_names_lazily_and_no_others() -> None:
+    for name in shampoo_deepspeed.__all__:
+        assert getattr(shampoo_deepspeed, name) is not None
+    with pytest.raises(AttributeError, match="module 'shampoo_deepspeed' has no attribute 'Shampo'"):
+        shampoo_deepspeed.Shampo  # noqa: B018
