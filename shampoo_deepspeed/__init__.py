@@ -1,12 +1,12 @@
 """Shampoo for DeepSpeed ZeRO and PyTorch FSDP: exact under every sharding, one line to switch on.
 
-Importing the package registers ``torch.optim.Shampoo`` (which DeepSpeed's JSON looks up); everything else is
-imported when first used.
+Importing the package registers ``torch.optim.Shampoo`` (which DeepSpeed's JSON looks up), unless the environment
+says ``SHAMPOO_DEEPSPEED_AUTOLOAD=0``; everything else is imported when first used.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from shampoo_deepspeed._autoload import register
+from shampoo_deepspeed._autoload import autoload, register
 
 if TYPE_CHECKING:
     from shampoo_deepspeed.config import OptionError, ShampooConfig
@@ -32,4 +32,5 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOMES[name]), name)
 
 
-register()
+# torch's hook imports this package to find its function: what switches the hook off must hold here too.
+autoload()

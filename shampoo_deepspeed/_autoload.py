@@ -2,7 +2,8 @@
 
 torch loads every entry point of the group ``torch.backends`` when it is imported. DeepSpeed looks the optimizer's
 JSON type up on ``torch.optim``, so this is all that an unmodified script needs. Nothing is imported until the name
-is asked for. ``SHAMPOO_DEEPSPEED_AUTOLOAD=0`` switches the hook off, ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` all of them.
+is asked for. ``SHAMPOO_DEEPSPEED_AUTOLOAD=0`` switches the hook off, ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` all of them;
+``shampoo_deepspeed.register()`` works all the same.
 """
 
 import os

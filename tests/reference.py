@@ -53,7 +53,7 @@ class Options:
 class Block:
     """One box of a (merged) parameter; no factors means that the whole parameter is element-wise."""
 
-    box: tuple[slice, ...]
+    box: tuple[Any, ...]  # slices, or (...,) for the whole parameter
     method: str
     factors: list[Tensor]
     second: Tensor

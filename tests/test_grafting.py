@@ -67,15 +67,17 @@ def test_first_moments_are_those_of_the_plain_formula(beta1: float, corrected: b
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_using_a_first_moment_up_does_not_change_it() -> None:
-    """Directions are made in place later on; the state must not be among them."""
-    state = [torch.zeros(3, 4)]
-    for method in GRAFTING_METHODS:
-        second = [torch.ones(3, 4)] if grafting.has_second_moment(method) else []
-        (moment,) = grafting.first_moment(state, [torch.ones(3, 4)], 0.5, 1, True, ACCEPTED)
-        held = state[0].clone()
-        grafting.direction(method, [moment], second, 1, BETA2, EPS)[0].mul_(7.0)
-        assert torch.equal(state[0], held)
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("method", ["sgd", "adam"])
+def test_what_follows_the_direction_does_not_reach_the_first_moment(method: str, corrected: bool) -> None:
+    """Without correction SGD's direction is the stored moment itself; decay, momentum and lr are applied in place."""
+    p, bias = parameter(6, 5, dtype=F64), parameter(5, dtype=F64)
+    optimizer = shampoo([p, bias], grafting=method, use_bias_correction=corrected, momentum=0.9, nesterov=True)
+    drive(optimizer, [p, bias], range(5))
+    own = optimizer.state_dict()["shampoo"]
+    for part, like, salt in ((own["stacks"][0], p, 0), (own["elementwise"][0], bias, 1)):
+        expected = sum(0.1 * 0.9 ** (4 - step) * made_up(like, step, salt) for step in range(5))
+        torch.testing.assert_close(part["tensors"]["exp_avg"].view_as(like), expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("method", WITH_MOMENT)

@@ -78,7 +78,7 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         with torch.no_grad():
             for p in model.parameters():
                 if p.ndim == 1:  # away from 0 and 1, so that relative deviations of biases and norms mean something
-                    p += 0.3 * torch.randn_like(p)
+                    p.add_(torch.randn_like(p), alpha=0.3)
     return model.to(dtype)
 
 

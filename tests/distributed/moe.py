@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,7 +12,7 @@ from tests.reference import Reference
 from tests.zoo import VOCABULARY, WIDTH, gradients, make_batch
 
 HIDDEN, EXPERTS, STEPS = 10, 4, 8
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "lr": 1e-2,
     "weight_decay": 0.1,
     "precondition_frequency": 3,

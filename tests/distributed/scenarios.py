@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -114,11 +115,11 @@ def rounded_mean(scenario: Scenario, model: nn.Module, batch: dict[str, Any]) ->
     """The ranks' 16-bit gradients, averaged in 16 bit as DeepSpeed does; only for two ranks without accumulation."""
     assert scenario.ranks == 2 and scenario.accumulate == 1, "other sums round in an order of DeepSpeed's own"
     pieces = [piece for rank in range(2) for piece in micro_batches(batch, rank, 2)]
-    one, other = ({n: g.clone() for n, g in gradients(model, p, zeros=True).items()} for p in pieces)
+    one, other = ({n: g.clone() for n, g in gradients(model, p, zeros=True).items() if g is not None} for p in pieces)
     return {n: one[n] / 2 + other[n] / 2 for n in one}
 
 
-def make_reference(scenario: Scenario, trained: dict[str, Tensor]) -> Reference:
+def make_reference(scenario: Scenario, trained: Mapping[str, Tensor]) -> Reference:
     """Groups decay what they say; without groups biases and norms are not decayed, as with the Trainer."""
     options = scenario.optimizer_options()
     if scenario.optimizer != "Shampoo":

@@ -138,7 +138,7 @@ def traffic(scenario: Scenario) -> dict[str, Any]:
 def watched_traffic() -> Iterator[dict[str, int]]:
     """Counts what this rank sends to and receives from others by uneven exchanges; DeepSpeed's step uses none."""
     seen = {"seen_sent": 0, "seen_received": 0}
-    original = dist.all_to_all_single
+    original: Any = dist.all_to_all_single
 
     def counting(
         output: Tensor,
@@ -153,7 +153,7 @@ def watched_traffic() -> Iterator[dict[str, int]]:
         seen["seen_received"] += sum(n for r, n in enumerate(output_splits) if r != own) * output.element_size()
         return original(output, input, output_splits, input_splits, group=group, **rest)
 
-    dist.all_to_all_single = counting
+    dist.all_to_all_single = counting  # type: ignore[assignment]
     try:
         yield seen
     finally:
