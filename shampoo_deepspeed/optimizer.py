@@ -337,6 +337,9 @@ class Shampoo(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved, parameters = state.pop("shampoo", None), state.pop("entries", None)
         super().__setstate__(state)
+        for group in (self.defaults, *self.param_groups):  # may be from before an option existed
+            for name, value in group_options(ShampooConfig()).items():
+                group.setdefault(name, value)
         if parameters is None:
             return
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]

@@ -114,6 +114,16 @@ def test_options_of_the_state_dict_win_as_in_torch() -> None:
     assert torch.equal(p, other)
 
 
+def test_an_option_that_an_older_state_does_not_know_has_its_default() -> None:
+    p = parameter(12, 10)
+    saved = shampoo([parameter(12, 10)]).state_dict()
+    del saved["param_groups"][0]["relative_epsilon"]
+    optimizer = shampoo([p], relative_epsilon=0.5)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["relative_epsilon"] == 1e-6
+    drive(optimizer, [p], range(4))
+
+
 def test_the_state_dict_holds_builtins_and_tensors_only() -> None:
     model = make_model("odd")
     optimizer = shampoo(model.named_parameters(), lr=torch.tensor(0.01), momentum=0.9)
