@@ -17,13 +17,26 @@ def full_precision(device_type: str) -> Iterator[None]:
     Inverse roots amplify rounding: with TF32 products Newton iterations diverge and eigenvalues below 1e-3 of the
     largest are noise, and a switch that the host flips for its own matmuls must not change the optimizer.
     """
+    with _ieee_products(), torch.autocast(device_type=device_type, enabled=False):
+        yield
+
+
+@contextmanager
+def _ieee_products() -> Iterator[None]:
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8 has the one older switch only
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
     matmuls: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     saved = [backend.fp32_precision for backend in matmuls]
     try:
         for backend in matmuls:
             backend.fp32_precision = "ieee"
-        with torch.autocast(device_type=device_type, enabled=False):
-            yield
+        yield
     finally:
         for backend, precision in zip(matmuls, saved, strict=True):
             backend.fp32_precision = "none"  # reads as what it inherits now: torch.backends.fp32_precision

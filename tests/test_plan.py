@@ -1,4 +1,4 @@
-"""Plans: every element of a gradient reaches its owner once, every holder gets its direction, ranks agree, loads balance."""
+"""Plans: each gradient element reaches its owner once, each holder gets its direction, ranks agree, loads balance."""
 
 from __future__ import annotations
 
