@@ -1,0 +1,93 @@
+"""Turns local text files into a tokenizer and packed token sequences for a causal language model."""
+
+from __future__ import annotations
+
+import sysconfig
+from itertools import chain
+from pathlib import Path
+
+from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+# Test data of the standard library holds files in deliberately broken encodings.
+NOT_LIBRARY_SOURCE = {"site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3"}
+
+
+def find_text_files(text: str | None) -> list[str]:
+    """Files to train on: `text` itself, all text files below it, or the sources of Python's library."""
+    if text is None:
+        root = Path(sysconfig.get_path("stdlib"))
+        files = [p for p in root.rglob("*.py") if NOT_LIBRARY_SOURCE.isdisjoint(p.relative_to(root).parts)]
+    elif Path(text).is_file():
+        files = [Path(text)]
+    elif Path(text).is_dir():
+        files = [p for p in Path(text).rglob("*") if p.is_file() and _is_visible_text(p, Path(text))]
+    else:
+        raise FileNotFoundError(f"--text {text}: no such file or folder")
+    if not files:
+        raise ValueError(f"no text files below {text or root}")
+    return sorted(str(p) for p in files)
+
+
+def _is_visible_text(path: Path, root: Path) -> bool:
+    if any(part.startswith(".") for part in path.relative_to(root).parts):
+        return False
+    with path.open("rb") as file:
+        head = file.read(4096)
+    return bool(head) and b"\0" not in head
+
+
+def load_documents(files: list[str], cache_dir: Path) -> Dataset:
+    """One row per file. Everything is read from the disk; no hub is asked."""
+    # Its bar would say "Downloading" of local files.
+    disable_progress_bars()
+    documents = load_dataset(
+        "text",
+        data_files=files,
+        split="train",
+        sample_by="document",
+        encoding_errors="replace",
+        cache_dir=str(cache_dir),
+    )
+    enable_progress_bars()
+    return documents
+
+
+def train_tokenizer(documents: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: any text can be encoded, whatever it was trained on."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((batch["text"] for batch in documents.iter(batch_size=64)), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+
+
+def pack_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+    """Joins the tokens of the documents and cuts them into rows of `length` tokens, without padding."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def pack(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        encoded = tokenizer(batch["text"], return_attention_mask=False, verbose=False)["input_ids"]
+        tokens = list(chain.from_iterable(ids + end for ids in encoded))
+        rows = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
+        return {"input_ids": rows, "labels": rows}
+
+    # Batches of many documents, for what is left over at the end of a batch is dropped.
+    return documents.map(pack, batched=True, batch_size=1000, remove_columns=documents.column_names, desc="Tokenizing")
+
+
+def split_held_out(rows: Dataset, fraction: float, at_most: int) -> tuple[Dataset, Dataset]:
+    """The last rows are held out: with documents in random order these are documents never trained on."""
+    held_out = min(at_most, int(len(rows) * fraction))
+    if held_out < 1:
+        raise ValueError(f"the text gives {len(rows)} sequences, too few to train on and to hold some out")
+    first = len(rows) - held_out
+    return rows.select(range(first)), rows.select(range(first, len(rows)))
