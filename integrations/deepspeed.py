@@ -16,6 +16,7 @@ from functools import wraps
 from types import FrameType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ class DeepSpeedHost:
     """The adapter; one instance serves all optimizers of a process."""
 
     def __init__(self) -> None:
-        self._engines: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._engines: list[weakref.ref[Any]] = []
 
     def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
         """The model of the engine that is building an optimizer from its JSON right now, if one is.
@@ -41,19 +42,16 @@ class DeepSpeedHost:
         Raises:
             LayoutError: for engine settings under which no optimizer but DeepSpeed's own can work.
         """
-        engine = _engine_at_work()
+        engine = _engine_at_work("_configure_basic_optimizer")
         if engine is None:
             return None
-        _refuse_unsupported(engine)
-        self._engines.add(engine)
+        self._adopt(engine)
         if "lr" not in (engine.optimizer_params() or {}):
             logger.warning(
                 "the DeepSpeed configuration gives Shampoo no 'lr': %s is used; under the HF Trainer write \"lr\": "
                 '"auto" to get its learning_rate',
                 options["lr"],
             )
-        if engine.zero_optimization_stage() == 0:
-            _consolidate_before_saving(engine)
         if _is_one_list(given):
             options.setdefault("no_decay", TRAINER_NO_DECAY)
         module: nn.Module = engine.module
@@ -72,47 +70,77 @@ class DeepSpeedHost:
         return tuple(shape) if shape is not None else None
 
     def layouts(self, entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[Layout] | None:
-        """One layout per flat partition; one for all tensors of an unsharded (stage 0) engine."""
+        """One layout per flat partition; one for all tensors of an unsharded (stage 0) engine.
+
+        Raises:
+            LayoutError: for engine settings under which no optimizer but DeepSpeed's own can work, and for tensors
+                that are neither partitions nor the model's own.
+        """
         if "deepspeed" not in sys.modules:
             return None
-        flat = [item for item in fresh if _is_partition(item, entries)]
-        if flat:
-            return [_partition_layout(item, entries) for item in flat]
-        return self._unsharded(entries, fresh)
-
-    def _unsharded(self, entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[Layout] | None:
-        """Stage 0: whole tensors (FP16_UnfusedOptimizer: float32 copies), the same on all data-parallel ranks."""
-        pairs = _paired(entries, fresh)
-        if pairs is None:
+        engine = self._engine_of(entries)
+        pairs = None if engine is not None and engine.zero_optimization_stage() > 0 else _paired(entries, fresh)
+        if pairs is not None:
+            if engine is None and all(entry.reference() is item.tensor for entry, item in pairs):
+                return None  # nothing of DeepSpeed's is to be seen here
+            return _replicated(engine, pairs)
+        partitions = [item for item in fresh if _is_partition(item, entries)]
+        if engine is None and not partitions:
             return None
-        engine = next((e for e in self._engines if _holds(e.module, pairs[0][0])), None)
-        if engine is None and all(entry.reference() is item.tensor for entry, item in pairs):
-            return None  # nothing of DeepSpeed's is to be seen here
-        by_group: dict[int, tuple[dist.ProcessGroup | None, list[tuple[Entry, Fresh]]]] = {}
-        for entry, item in pairs:
-            group = _replica_group(engine, entry.reference()) if engine is not None else None
-            by_group.setdefault(id(group), (group, []))[1].append((entry, item))
-        layouts = []
-        for group, members in by_group.values():
-            layout = whole_tensors([entry.parameter for entry, _ in members], [item for _, item in members])
-            layout.process_group = group
-            layout.one_rank_saves = True
-            layouts.append(layout)
-        return layouts
+        if len(partitions) != len(fresh):
+            shapes = [tuple(item.tensor.shape) for item in fresh if item not in partitions]
+            raise LayoutError(f"DeepSpeed has put tensors into param_groups that are no ZeRO partitions: {shapes}")
+        return [_partition_layout(item, entries) for item in partitions]
+
+    def _engine_of(self, entries: Sequence[Entry]) -> Any:
+        """The engine that steps these parameters: the one at work now, else the last that was seen with them."""
+        engine = _engine_at_work("_take_model_step", "_configure_fp16_optimizer")
+        if engine is not None:
+            if all(reference() is not engine for reference in self._engines):
+                self._adopt(engine)  # it was given a finished optimizer
+            return engine
+        known = [found for reference in reversed(self._engines) if (found := reference()) is not None]
+        return next((found for found in known if any(_holds(found.module, entry) for entry in entries[:1])), None)
+
+    def _adopt(self, engine: Any) -> None:
+        _refuse_unsupported(engine)
+        self._engines = [reference for reference in self._engines if reference() is not None]
+        self._engines.append(weakref.ref(engine))
+        if engine.zero_optimization_stage() == 0:
+            _consolidate_before_saving(engine)
 
 
-def _engine_at_work() -> Any:
-    """The DeepSpeedEngine whose ``_configure_basic_optimizer`` is calling us, or None.
+def _replicated(engine: Any, pairs: Sequence[tuple[Entry, Fresh]]) -> list[Layout]:
+    """Stage 0: whole tensors (FP16_UnfusedOptimizer: float32 copies), the same on all data-parallel ranks."""
+    by_group: dict[int, tuple[dist.ProcessGroup | None, list[tuple[Entry, Fresh]]]] = {}
+    for entry, item in pairs:
+        group = _replica_group(engine, entry.reference()) if engine is not None else None
+        by_group.setdefault(id(group), (group, []))[1].append((entry, item))
+    layouts = []
+    for group, members in by_group.values():
+        layout = whole_tensors([entry.parameter for entry, _ in members], [item for _, item in members])
+        layout.process_group = group
+        layout.one_rank_saves = True
+        for entry, item in members:
+            original = entry.reference()
+            if original is not None and original is not item.tensor:
+                _check_master(layout, entry.parameter, item.tensor, original.detach())
+        layouts.append(layout)
+    return layouts
+
+
+def _engine_at_work(*methods: str) -> Any:
+    """The DeepSpeedEngine one of whose ``methods`` is calling us, or None.
 
     DeepSpeed tells an optimizer neither the model nor its configuration; the calling frame has both. This is the one
     place that looks there, and everything works (with less knowledge) where it finds nothing.
     """
     frame: FrameType | None = sys._getframe(1)
-    for _ in range(8):
+    for _ in range(24):
         if frame is None:
             return None
-        if frame.f_code.co_name == "_configure_basic_optimizer":
-            return frame.f_locals.get("self")
+        if frame.f_code.co_name in methods and hasattr(frame.f_locals.get("self"), "zero_optimization_stage"):
+            return frame.f_locals["self"]
         frame = frame.f_back
     return None
 
@@ -127,6 +155,12 @@ def _refuse_unsupported(engine: Any) -> None:
         reasons.append("offload_optimizer.super_offload = true (it runs DeepSpeedCPUAdam)")
     if offload is not None and getattr(offload, "ratio", 1.0) < 1.0:
         reasons.append(f"offload_optimizer.ratio = {offload.ratio} (partial offload runs DeepSpeedCPUAdam; use 1.0)")
+    weights = zero.offload_param
+    if weights is not None and str(getattr(weights.device, "value", weights.device)) == "nvme":
+        reasons.append("offload_param.device = 'nvme' (the partitions are not in memory at the step; use 'cpu')")
+    sixteen = engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16
+    if sixteen and zero.stage > 0 and not engine.zero_compute_grad_norm():
+        reasons.append("compute_grad_norm = false with float16 autocast (each rank would skip steps on its own)")
     if getattr(zero, "zenflow", None) is not None:
         reasons.append("zero_optimization.zenflow (it runs its own CPU Adam on transposed gradients)")
     if engine.autotp_size() > 1:
@@ -173,39 +207,52 @@ def _originals(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, Te
     return found
 
 
+def _flat_members(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, Any]]:
+    """The parameters of a group that lie in its flat buffer: all that were trainable when DeepSpeed built it.
+
+    They carry ``_dp_group``, as may leftovers of an earlier engine, which lie elsewhere. Whether they are trainable
+    now says nothing: layers may be frozen for a while.
+    """
+    tensors = [(e.parameter, e.reference()) for e in entries if e.parameter.group == group]
+    marked = [(p, t) for p, t in tensors if t is not None and hasattr(t, "_dp_group") and t.numel()]
+    if not marked:
+        return []
+    anchor = next((t for _, t in marked if t.requires_grad), marked[0][1])
+    buffer = anchor.untyped_storage().data_ptr()
+    return [(p, t) for p, t in marked if t.untyped_storage().data_ptr() == buffer]
+
+
 def _is_partition(item: Fresh, entries: Sequence[Entry]) -> bool:
     """Whether a tensor is a flat partition that ZeRO-1/2/3 or BF16_Optimizer has put into ``param_groups``."""
     if item.tensor.ndim != 1 or any(entry.reference() is item.tensor for entry in entries):
         return False
     if isinstance(getattr(item.tensor, "ds_id", None), str):
         return True
-    originals = _originals(entries, item.group)
-    return bool(originals) and all(hasattr(tensor, "_dp_group") for _, tensor in originals)
+    return bool(_flat_members(entries, item.group))
 
 
 def _partition_layout(item: Fresh, entries: Sequence[Entry]) -> Layout:
     if isinstance(getattr(item.tensor, "ds_id", None), str):
         return _stage3_layout(item, entries)
-    return _stage12_layout(item, _originals(entries, item.group))
+    return _stage12_layout(item, entries)
 
 
-def _stage12_layout(item: Fresh, originals: Sequence[tuple[Parameter, Tensor]]) -> Layout:
+def _stage12_layout(item: Fresh, entries: Sequence[Entry]) -> Layout:
     """ZeRO-1/2 and BF16_Optimizer: equal contiguous partitions of one flat buffer.
 
     The model's parameters are views of that buffer, so their storage offsets are the layout of all ranks, also with
     reordered (``round_robin_gradients``) or aligned parameters, where DeepSpeed's own ``_hp_mapping`` may be wrong.
     """
-    flat = item.tensor
-    first: Any = originals[0][1]
-    group = first._dp_group
+    members = _flat_members(entries, item.group)
+    flat, group = item.tensor, members[0][1]._dp_group
     rank, size = dist.get_rank(group), flat.numel()
-    layout = Layout([p for p, _ in originals], [flat], [item.group], [], _or_none(group), may_probe=False)
-    storages = {tensor.untyped_storage().data_ptr() for _, tensor in originals}
-    if len(storages) != 1:
-        layout.problem = f"the {len(originals)} parameters of group {item.group} do not share one flat buffer"
+    layout = Layout([p for p, _ in members], [flat], [item.group], [], _or_none(group), may_probe=False)
+    outside = {p.key for p, _ in _originals(entries, item.group)} - {p.key for p, _ in members}
+    if outside:
+        layout.problem = f"these parameters are not in the flat buffer of their group: {', '.join(sorted(outside))}"
         return layout
-    base = min(int(tensor.storage_offset()) for _, tensor in originals)
-    for number, (parameter, tensor) in enumerate(originals):
+    base = min(int(tensor.storage_offset()) for _, tensor in members)
+    for number, (parameter, tensor) in enumerate(members):
         begin = int(tensor.storage_offset()) - base
         start, stop = max(begin, rank * size), min(begin + tensor.numel(), (rank + 1) * size)
         if start < stop:
@@ -255,8 +302,8 @@ def _check_master(layout: Layout, parameter: Parameter, master: Tensor, low: Ten
     if low.numel() == cast.numel() and bool(((cast == low) | (cast.isnan() & low.isnan())).all()):
         return
     layout.problem = layout.problem or (
-        f"the float32 partition does not hold what the model's parameter {parameter.key} holds; DeepSpeed has laid it "
-        "out in a way that this version does not know"
+        f"the float32 master does not hold what the model's parameter {parameter.key} holds: the model's weights were "
+        "changed after deepspeed.initialize, or DeepSpeed has laid it out in a way that this version does not know"
     )
 
 

@@ -1,4 +1,4 @@
-"""Shampoo for DeepSpeed ZeRO and PyTorch FSDP: exact under every sharding, one line to switch on.
+"""Shampoo for DeepSpeed ZeRO and the Hugging Face Trainer: exact under every sharding, one line to switch on.
 
 Importing the package registers ``torch.optim.Shampoo`` (which DeepSpeed's JSON looks up), unless the environment
 says ``SHAMPOO_DEEPSPEED_AUTOLOAD=0``; everything else is imported when first used.

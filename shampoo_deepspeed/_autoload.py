@@ -20,8 +20,10 @@ def autoload() -> None:
 
 def register() -> None:
     """Make ``torch.optim.Shampoo`` (and ``shampoo``) give our class; does nothing a second time."""
-    optim = sys.modules.get("torch.optim")
-    if optim is None or getattr(optim.__dict__.get("__getattr__"), "_shampoo_deepspeed", False):
+    import torch.optim  # noqa: F401  (a script may import us before torch)
+
+    optim = sys.modules["torch.optim"]
+    if getattr(optim.__dict__.get("__getattr__"), "_shampoo_deepspeed", False):
         return
     previous = optim.__dict__.get("__getattr__")
 

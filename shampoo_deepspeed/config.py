@@ -162,6 +162,14 @@ def _dtype(key: str, value: object) -> str:
     return name
 
 
+def _wide_dtype(key: str, value: object) -> str:
+    name = str(value).removeprefix("torch.")
+    if name not in ("float32", "float64"):
+        # In 16 bits a slow average neither decays nor takes small terms.
+        raise _bad(key, value, "one of float32, float64")
+    return name
+
+
 def _optional_dtype(key: str, value: object) -> str | None:
     return None if value is None else _dtype(key, value)
 
@@ -205,7 +213,7 @@ class ShampooConfig:
     use_bias_correction: bool = _option(True, _flag, "correct first moment and factor matrices for their zero start")
     exponent_override: float | None = _option(None, _optional_root, "the p of A^(-1/p); null: twice the order")
     exclude: tuple[str, ...] = _option(DEFAULT_EXCLUDE, _patterns, "patterns of parameters that stay element-wise")
-    factor_dtype: str = _option("float32", _dtype, "dtype of factor matrices")
+    factor_dtype: str = _option("float32", _wide_dtype, "dtype of factor matrices")
     root_dtype: str = _option("float32", _dtype, "dtype of inverse roots")
     communication_dtype: str | None = _option(None, _optional_dtype, "dtype between ranks; null: that of the moments")
     bucket_mb: float = _option(64.0, _non_negative, "megabytes of gradient in flight at a time between ranks")

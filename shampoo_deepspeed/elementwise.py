@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,13 +39,11 @@ class Elementwise:
     def __init__(
         self,
         segments: Sequence[Segment],
-        parameters: Sequence[int],
         configs: Mapping[int, ShampooConfig],
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.segments = tuple(segments)
-        self.steps = dict.fromkeys(parameters, 0)
         self._dtype = dtype
         sizes = [s.numel for s in segments]
         self._needs = {s.group: _moments_of(configs[s.group]) for s in segments}
@@ -66,18 +64,20 @@ class Elementwise:
         self,
         gradients: Sequence[Tensor],
         directions: Sequence[Tensor],
-        active: Sequence[bool],
+        steps: Sequence[int],
         configs: Mapping[int, ShampooConfig],
         verdict: Verdict,
         squared_norms: Tensor | None,
     ) -> None:
-        """Write the segments' directions, given flat gradients and flat direction buffers of the unit's tensors."""
-        for parameter in self.steps:
-            self.steps[parameter] += active[parameter]
+        """Write the segments' directions, given flat gradients and flat direction buffers of the unit's tensors.
+
+        Args:
+            steps: the number of each parameter's step, counted from 1; those with 0 take no part.
+        """
         cohorts: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, segment in enumerate(self.segments):
-            if active[segment.parameter]:
-                cohorts[segment.group, self.steps[segment.parameter]].append(number)
+            if steps[segment.parameter] > 0:
+                cohorts[segment.group, steps[segment.parameter]].append(number)
         parts, targets = self._parts(gradients), self._parts(directions)
         for (group, step), numbers in cohorts.items():
             own = verdict.cleaned([parts[n].to(self._dtype) for n in numbers])
@@ -111,56 +111,60 @@ class Elementwise:
     def _parts(self, bases: Sequence[Tensor]) -> list[Tensor]:
         return [bases[s.tensor].narrow(0, s.offset, s.numel) for s in self.segments]
 
-    def take_back(self, active: Sequence[bool]) -> None:
-        """Undo the count of a step that turned out to be rejected."""
-        for parameter in self.steps:
-            self.steps[parameter] -= active[parameter]
+    def export(self) -> dict[str, Any]:
+        """State as tensors and builtins; tensors are the live ones."""
+        return {"segments": [[s.key, s.start, s.numel] for s in self.segments], "tensors": dict(self.tensors)}
 
-    def export(self, keys: Sequence[str]) -> dict[str, Any]:
-        """State as tensors and builtins; tensors are the live ones. ``keys`` names the unit's parameters."""
-        return {
-            "steps": {keys[p]: step for p, step in self.steps.items()},
-            "segments": [[s.key, s.start, s.numel] for s in self.segments],
-            "tensors": dict(self.tensors),
-        }
+    def misfit(self, saved: Sequence[dict[str, Any]], stepped: Mapping[str, int]) -> str | None:
+        """Why exported states cannot be taken over for this rank's segments, or None.
 
-    def load(self, saved: Sequence[dict[str, Any]], keys: Sequence[str]) -> set[str]:
-        """Take what the exported states hold for this rank's segments; gives the keys that were found.
-
-        Raises:
-            ValueError: where a segment is saved without a moment that the options ask for.
+        Args:
+            stepped: steps by parameter key; of a parameter with steps every element must be there.
         """
-        where: dict[str, list[tuple[int, int, int, dict[str, Tensor]]]] = defaultdict(list)
-        steps: dict[str, int] = {}
-        for state in saved:
-            steps.update(state["steps"])
-            position = 0
-            for key, start, numel in state["segments"]:
-                where[key].append((start, numel, position, state["tensors"]))
-                position += numel
-        for number, segment in enumerate(self.segments):
-            if segment.key in where:
-                self._load_segment(number, segment, where[segment.key])
-        for parameter in self.steps:
-            self.steps[parameter] = int(steps.get(keys[parameter], 0))
-        return set(steps)
-
-    def _load_segment(
-        self, number: int, segment: Segment, saved: Sequence[tuple[int, int, int, dict[str, Tensor]]]
-    ) -> None:
-        for start, numel, position, tensors in saved:
-            low, high = max(start, segment.start), min(start + numel, segment.start + segment.numel)
-            if low >= high:
-                continue
-            missing = self._needs[segment.group] - set(tensors)
-            if missing:
-                raise ValueError(
-                    f"saved state of {segment.key} has {sorted(tensors)}, "
-                    f"the options now ask for {sorted(missing)} too"
+        where = _intervals(saved)
+        for segment in self.segments:
+            filled = 0
+            for start, numel, _, tensors in where[segment.key]:
+                overlap = min(start + numel, segment.start + segment.numel) - max(start, segment.start)
+                filled += max(0, overlap)
+                missing = self._needs[segment.group] - set(tensors)
+                if overlap > 0 and missing:
+                    return (
+                        f"saved state of {segment.key} has {sorted(tensors)}, "
+                        f"the options now ask for {sorted(missing)} too"
+                    )
+            if filled != segment.numel and stepped.get(segment.key):
+                return (
+                    f"the saved state holds {filled} of the {segment.numel} elements of {segment.key} that this rank "
+                    "needs; its shape is another, or it was saved with another sharding"
                 )
-            for name in self._needs[segment.group]:
-                target = self._views[name][number].narrow(0, low - segment.start, high - low)
-                target.copy_(tensors[name].narrow(0, position + low - start, high - low))
+        return None
+
+    def load(self, saved: Sequence[dict[str, Any]]) -> None:
+        """Take what exported states, which must fit, hold for this rank's segments."""
+        where = _intervals(saved)
+        for number, segment in enumerate(self.segments):
+            for start, numel, position, tensors in where[segment.key]:
+                low, high = max(start, segment.start), min(start + numel, segment.start + segment.numel)
+                if low >= high:
+                    continue
+                for name in self._needs[segment.group]:
+                    target = self._views[name][number].narrow(0, low - segment.start, high - low)
+                    target.copy_(tensors[name].narrow(0, position + low - start, high - low))
+
+
+Interval: TypeAlias = tuple[int, int, int, dict[str, Tensor]]
+
+
+def _intervals(saved: Sequence[dict[str, Any]]) -> dict[str, list[Interval]]:
+    """By parameter key: (start, numel, place in the buffers, buffers) of each saved interval."""
+    where: dict[str, list[Interval]] = defaultdict(list)
+    for state in saved:
+        position = 0
+        for key, start, numel in state["segments"]:
+            where[key].append((start, numel, position, state["tensors"]))
+            position += numel
+    return where
 
 
 def _moments_of(config: ShampooConfig) -> set[str]:

@@ -1,7 +1,7 @@
 """Executes a plan: packs pieces of gradients, moves them to the owners in buckets, and directions back.
 
 Everything that moves is described once, at the first step, as addresses in flat buffers; a step only makes views,
-one fused copy each way, and `all_to_all_single` with uneven splits on the group that spans the shards.
+packs them in one call, and runs `all_to_all_single` with uneven splits on the group that spans the shards.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Bucket:
 
 @dataclass
 class CommStats:
-    """Bytes that this rank sent to and received from other ranks in the last step."""
+    """Bytes that this rank sent to and received from other ranks in the last step, and by how many collectives."""
 
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -95,6 +95,7 @@ class Exchange:
         shards: this rank's shards as (base tensor index, place), in the order given to the plan.
         group: process group that spans the shards; None where there is one rank only.
         dtype: what travels.
+        device: where the base tensors and the stacks lie, also where this rank has none.
     """
 
     def __init__(
@@ -104,8 +105,9 @@ class Exchange:
         shards: Sequence[tuple[int, Placed]],
         group: dist.ProcessGroup | None,
         dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.plan, self.rank, self.group, self.dtype = plan, rank, group, dtype
+        self.plan, self.rank, self.group, self.dtype, self.device = plan, rank, group, dtype, device
         self._shards = shards
         self._place_of_block: dict[int, tuple[int, int]] = {}
         self.stacks: list[list[int]] = []
@@ -171,14 +173,14 @@ class Exchange:
         self, bucket: Bucket, transit: Transit, shard_gradients: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> None:
         """Fill the block gradients (one tensor [rows, *block shape] per entry of ``bucket.rows``)."""
-        _copy(views(gradients, bucket.local_blocks), views(shard_gradients, bucket.local_shards))
+        _copy(views(gradients, bucket.local_blocks), self._rounded(views(shard_gradients, bucket.local_shards)))
         self._finish(transit, bucket.gradients, gradients)
 
     def send_directions(
         self, bucket: Bucket, directions: Sequence[Tensor], shard_directions: Sequence[Tensor]
     ) -> Transit:
         """Start moving directions from the owners to all holders; what stays here is copied at once."""
-        _copy(views(shard_directions, bucket.local_shards), views(directions, bucket.local_blocks))
+        _copy(views(shard_directions, bucket.local_shards), self._rounded(views(directions, bucket.local_blocks)))
         return self._start(bucket, bucket.directions, directions)
 
     def receive_directions(self, bucket: Bucket, transit: Transit, shard_directions: Sequence[Tensor]) -> None:
@@ -188,10 +190,11 @@ class Exchange:
     def _start(self, bucket: Bucket, route: Route, bases: Sequence[Tensor]) -> Transit:
         if not bucket.moves:
             return Transit(None, None, None)
-        device = self._device(bases)
-        outgoing = torch.empty(sum(route.send_splits), dtype=self.dtype, device=device)
-        _copy(_cut(outgoing, route.send), views(bases, route.send))
-        incoming = torch.empty(sum(route.receive_splits), dtype=self.dtype, device=device)
+        packed = torch.empty(sum(route.send_splits), dtype=self.dtype, device=self.device)
+        _copy(_cut(packed, route.send), views(bases, route.send))
+        wire = communication_device(self.group, self.device)
+        outgoing = packed.to(wire)
+        incoming = torch.empty(sum(route.receive_splits), dtype=self.dtype, device=wire)
         work = dist.all_to_all_single(
             incoming, outgoing, route.receive_splits, route.send_splits, group=self.group, async_op=True
         )
@@ -204,11 +207,13 @@ class Exchange:
         if transit.work is None or transit.incoming is None:
             return
         transit.work.wait()
-        _copy(views(bases, route.receive), _cut(transit.incoming, route.receive))
+        _copy(views(bases, route.receive), _cut(transit.incoming.to(self.device), route.receive))
 
-    def _device(self, bases: Sequence[Tensor]) -> torch.device:
-        """Where collectives of this group run: CPU tensors of an accelerator's group travel through its memory."""
-        return communication_device(self.group, bases[0].device if bases else torch.device("cpu"))
+    def _rounded(self, pieces: list[Tensor]) -> list[Tensor]:
+        """Pieces that stay are rounded like those that travel: else replicas and owners would drift apart."""
+        if self.plan.world_size == 1:
+            return pieces
+        return [p.to(self.dtype) if p.dtype.itemsize > self.dtype.itemsize else p for p in pieces]
 
 
 class Transit(NamedTuple):
@@ -220,13 +225,8 @@ class Transit(NamedTuple):
 
 
 def communication_device(group: dist.ProcessGroup | None, home: torch.device) -> torch.device:
-    """The device on which this group can move tensors that live on ``home``."""
-    backend = dist.get_backend(group) if group is not None else "gloo"
-    if home.type != "cpu" or "gloo" in backend or "cpu:" in backend:
-        return home
+    """Where this group can move tensors that live on ``home``: an accelerator's group moves CPU tensors through it."""
     accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
-        raise RuntimeError(
-            f"process group with backend {backend!r} cannot move CPU tensors, and no accelerator is here"
-        )
+    if home.type != "cpu" or accelerator is None or "cpu" in dist.get_backend_config(group):
+        return home
     return torch.device(accelerator.type, torch.accelerator.current_device_index())

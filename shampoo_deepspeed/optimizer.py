@@ -19,9 +19,9 @@ from shampoo_deepspeed.hosts import Entry, Fresh, Parameter, hosts, plain_layout
 from shampoo_deepspeed.naming import clean_name, names_and_kinds
 from shampoo_deepspeed.report import treatment_table
 from shampoo_deepspeed.roots import full_precision
-from shampoo_deepspeed.saved import SavedState
+from shampoo_deepspeed.saved import SavedState, consolidated, hand_out, lacking
 from shampoo_deepspeed.shards import shard_gradients, update
-from shampoo_deepspeed.unit import Unit
+from shampoo_deepspeed.unit import Pending, Unit
 from shampoo_deepspeed.verdict import Verdict
 
 logger = logging.getLogger("shampoo_deepspeed")
@@ -38,7 +38,7 @@ class Shampoo(torch.optim.Optimizer):
         U = m \times_1 A_1^{-1/2k} \cdots \times_k A_k^{-1/2k}, \qquad
         W \leftarrow W - \mathit{lr}\left(\frac{\|D\|_F}{\|U\|_F}\, U + \mathit{wd}\, W\right)
 
-    where D is the direction of the grafting method (AdamW's by default), which gives each block its step length.
+    where D is the direction of the grafting method (Adam's by default), which gives each block its step length.
     Inverse roots are recomputed every ``precondition_frequency`` steps from ``start_preconditioning_step`` on; before
     that the direction is D. Vectors, scalars, embeddings and output heads get D always.
 
@@ -75,6 +75,7 @@ class Shampoo(torch.optim.Optimizer):
         self._unit_of: dict[int, Unit] = {}
         self._saved: SavedState | None = None  # loaded, and not yet handed out to units
         self._consolidated: SavedState | None = None
+        self._loads: dict[int, list[float]] = {}  # of each process group's ranks, by all units so far
         self._configs: dict[int, tuple[tuple[Any, ...], ShampooConfig]] = {}
         self._reported = False
         self.rejected_steps = 0
@@ -106,11 +107,15 @@ class Shampoo(torch.optim.Optimizer):
             with full_precision(unit.device.type):
                 verdict = report.verdict(unit)
                 directions = [torch.empty(t.numel(), dtype=unit.dtype, device=t.device) for t in unit.tensors]
-                _precondition(unit, gradients, directions, active, configs, verdict)
+                steps = unit.count(active)
+                _precondition(unit, gradients, directions, steps, configs, verdict)
                 norms = report.squared_norms(unit)
-                unit.elementwise.step(gradients, directions, active, configs, verdict, norms)
+                unit.elementwise.step(gradients, directions, steps, configs, verdict, norms)
                 update(unit, directions, active, configs, rates, verdict)
-            unit.pending, unit.pending_active = report.values, active
+            unit.pending = Pending(report.outcome, active)
+            for tensor in unit.tensors:
+                # Tools of torch take an empty state for that of an optimizer before its first step.
+                self.state[tensor]["step"] = unit.clock
         return loss
 
     def _units_in_step(self) -> list[Unit]:
@@ -132,27 +137,26 @@ class Shampoo(torch.optim.Optimizer):
             layouts = plain_layouts(self._entries, fresh)
         configs = self._configs_by_group()
         for layout in layouts:
-            unit = Unit(layout, configs)
+            carried = self._loads.get(id(layout.process_group))
+            unit = Unit(layout, configs, carried)
+            if self._saved is not None:
+                hand_out(self._saved, unit)
+                self._saved = self._saved.without({p.key for p in unit.parameters})
+            self._loads[id(layout.process_group)] = unit.loads_so_far
             self._units.append(unit)
             self._unit_of.update((id(t), unit) for t in unit.tensors)
             units[id(unit)] = unit
-            self._hand_out(unit)
         self._report(configs)
         return list(units.values())
 
-    def _hand_out(self, unit: Unit) -> None:
-        if self._saved is not None:
-            self._saved.load(unit)
-            self._saved = self._saved.without({p.key for p in unit.parameters})
-
     def _settle(self, units: Iterable[Unit]) -> None:
-        """Count the outcome of these units' last step: its flags are on the host by now."""
-        limit = self.defaults["failure_limit"]
-        for pending in {id(u.pending): u.pending for u in units if u.pending is not None}.values():
-            bad, failures = status.read(pending)
+        """Count the outcome of these units' last step: its flags have long been copied to the host."""
+        limit = self.param_groups[0]["failure_limit"]
+        for outcome in {id(u.pending.outcome): u.pending.outcome for u in units if u.pending is not None}.values():
+            bad, failures = status.read(outcome)
             in_a_row = 0
             for unit in units:
-                if unit.pending is pending:
+                if unit.pending is not None and unit.pending.outcome is outcome:
                     unit.settle(bad)
                     in_a_row = max(in_a_row, unit.rejected_in_a_row)
             if bad:
@@ -165,8 +169,8 @@ class Shampoo(torch.optim.Optimizer):
                 )
             if failures:
                 raise RuntimeError(
-                    f"the inverse roots of {failures} blocks failed {limit} times in a row (failure_limit = {limit}; "
-                    "the owner's log names them): their factor matrices are not finite or too ill-conditioned; "
+                    f"inverse roots of blocks failed {limit} times in a row (failure_limit = {limit}; their owners' "
+                    "logs name them): their factor matrices are not finite or too ill-conditioned; "
                     "lower the learning rate or raise relative_epsilon"
                 )
 
@@ -275,19 +279,14 @@ class Shampoo(torch.optim.Optimizer):
         return own if self._saved is None else own.joined([self._saved])
 
     def consolidate_state_dict(self) -> None:
-        """Gather all ranks' state, for the next ``state_dict()``; a collective, to be called on all ranks.
+        """Gather the state of all ranks that share parameters, for the next ``state_dict()``; call it on all ranks.
 
-        As in torch's ZeroRedundancyOptimizer. The copy is dropped at the next step.
+        As in torch's ZeroRedundancyOptimizer. The copy lies on the CPU and is dropped at the next step.
         """
         self._settle(self._units)
-        own = self._own_state()
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-            self._consolidated = own
-            return
-        gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, own.to_dict())
-        parts = [SavedState.parse({"shampoo": part}) for part in gathered]
-        self._consolidated = parts[0].joined(parts[1:])
+        parts = [consolidated(unit, SavedState.of_units([unit], self.rejected_steps)) for unit in self._units]
+        waiting = [] if self._saved is None else [self._saved]
+        self._consolidated = SavedState({}, [], [], [], self.rejected_steps).joined([*parts, *waiting])
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take options and state; blocks are handed out to their owners at the next step.
@@ -308,24 +307,27 @@ class Shampoo(torch.optim.Optimizer):
             handle.remove()
         for group, number in zip(self.param_groups, numbers, strict=True):
             group["shampoo_group"] = number
+            self._config(group)
         self._saved, self._consolidated = parsed[0], None
         self.rejected_steps = parsed[0].rejected_steps
-        configs = self._configs_by_group()
-        for unit in self._units:
-            unit.reset(configs)
-            self._hand_out(unit)
+        # Units are built anew at the next step, on all ranks together: handing out state needs communication.
+        self._units, self._unit_of, self._loads = [], {}, {}
+        self.state.clear()
 
     def _take_apart(self, state_dict: Mapping[str, Any], parsed: list[SavedState]) -> dict[str, Any]:
         """Our part goes to ``parsed``, once it is known to fit; the rest is torch's."""
         saved = SavedState.parse(state_dict)
-        strange = saved.parameter_keys() - {entry.parameter.key for entry in self._entries}
+        strange = set(saved.steps) - {entry.parameter.key for entry in self._entries}
         if strange:
             raise ValueError(
                 f"the saved state is that of other parameters: {', '.join(sorted(strange)[:5])}"
                 f"{', ...' if len(strange) > 5 else ''} are not here; build the optimizer with the same names"
             )
         for unit in self._units:
-            saved.check(unit)
+            problem = saved.problem(unit) if unit.group is None else None
+            missing = saved.missing(unit) if unit.group is None else []
+            if problem or missing:
+                raise ValueError(problem or lacking(missing[0]))
         parsed.append(saved)
         return {key: value for key, value in state_dict.items() if key != "shampoo"}
 
@@ -347,7 +349,7 @@ class Shampoo(torch.optim.Optimizer):
             raise RuntimeError(
                 "this optimizer cannot be copied while a host has replaced its parameters by flat shards"
             )
-        self._known, self._units, self._unit_of, self._configs = {}, [], {}, {}
+        self._known, self._units, self._unit_of, self._configs, self._loads = {}, [], {}, {}, {}
         self._reported, self._consolidated = True, None
         self._entries = [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
         self._saved = SavedState.parse({"shampoo": saved})
@@ -359,7 +361,7 @@ def _precondition(
     unit: Unit,
     gradients: Sequence[Tensor],
     directions: Sequence[Tensor],
-    active: Sequence[bool],
+    steps: Sequence[int],
     configs: Mapping[int, ShampooConfig],
     verdict: Verdict,
 ) -> None:
@@ -379,9 +381,8 @@ def _precondition(
         verdict.clean_(blocks)
         made = []
         for (stack, first, stop), block in zip(bucket.rows, blocks, strict=True):
-            taking_part = unit.rows_active(stack, active)
-            rows = taking_part[first:stop] if taking_part is not None else None
             config = configs[unit.plan.blocks[exchange.stacks[stack][0]].group]
+            rows = unit.row_steps(stack, steps)[first:stop]
             made.append(unit.stacks[stack].step(first, block, rows, config, verdict).contiguous())
         if leaving is not None:
             exchange.receive_directions(*leaving, directions)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shampoo_deepspeed.blocks import blocks_touching, cut_into_blocks
-from shampoo_deepspeed.boxes import Box, tiling_error
+from shampoo_deepspeed.boxes import Box
 
 # A batched eigendecomposition with the rebuild of the root costs about as many FLOPs as this many d^3.
 REFRESH_CUBES = 25.0
@@ -79,10 +79,9 @@ class Plan:
     Args:
         matrices: the preconditioned parameters, the same list on all ranks.
         shards: for each rank the boxes it holds, as (index of the matrix, box in its merged shape).
+            Together they must cover every matrix exactly once; replicas of one box count once.
         bucket_elements: a bucket is closed when an owner's blocks in it reach this many elements.
-
-    Raises:
-        ValueError: where the shards do not cover a matrix exactly once (replicas of one box count once).
+        carried: loads of earlier units, which decide between ranks that are equal in this one.
     """
 
     def __init__(
@@ -90,8 +89,10 @@ class Plan:
         matrices: Sequence[Matrix],
         shards: Sequence[Sequence[tuple[int, Box]]],
         bucket_elements: int = 1 << 62,
+        carried: Sequence[float] | None = None,
     ) -> None:
         self.world_size = len(shards)
+        self._carried = list(carried or [0.0] * self.world_size)
         self.matrices = tuple(matrices)
         self.blocks: list[Block] = []
         self._first: list[int] = []
@@ -116,10 +117,6 @@ class Plan:
         for rank, held in enumerate(shards):
             for shard, (number, box) in enumerate(held):
                 holders[number].setdefault(box, []).append((rank, shard))
-        for number, by_box in enumerate(holders):
-            wrong = tiling_error(self.matrices[number].shape, by_box)
-            if wrong:
-                raise ValueError(f"shards of parameter {number} do not tile it: {wrong}")
         return holders
 
     def _cut_pieces(self) -> list[list[tuple[Box, list[tuple[int, int]]]]]:
@@ -145,14 +142,15 @@ class Plan:
         limit = (1.0 + LOCALITY_TOLERANCE) * best
         loads = [0.0] * self.world_size
         owners = [0] * len(self.blocks)
-        heap = [(0.0, rank) for rank in range(self.world_size)]
+        heap = [(0.0, self._carried[rank], rank) for rank in range(self.world_size)]
+        heapq.heapify(heap)
         for block in sorted(range(len(self.blocks)), key=lambda b: (-self.blocks[b].cost, b)):
             cost = self.blocks[block].cost
             owner = self._local_candidate(block, loads, limit - cost)
             if owner is None:
-                while heap[0][0] != loads[heap[0][1]]:
-                    heapq.heapreplace(heap, (loads[heap[0][1]], heap[0][1]))
-                owner = heap[0][1]
+                while heap[0][0] != loads[heap[0][2]]:
+                    heapq.heapreplace(heap, (loads[heap[0][2]], *heap[0][1:]))
+                owner = heap[0][2]
             loads[owner] += cost
             owners[block] = owner
         return owners, loads
@@ -165,8 +163,8 @@ class Plan:
         for box, holders in pieces:
             for rank, _ in holders:
                 held[rank] += box.numel
-        fitting = [(-elements, loads[rank], rank) for rank, elements in held.items() if loads[rank] <= room]
-        return min(fitting)[2] if fitting else None
+        fitting = [(-n, loads[rank], self._carried[rank], rank) for rank, n in held.items() if loads[rank] <= room]
+        return min(fitting)[3] if fitting else None
 
     def _owned_in_stack_order(self) -> list[list[int]]:
         owned: list[list[int]] = [[] for _ in range(self.world_size)]

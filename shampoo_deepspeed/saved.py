@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from shampoo_deepspeed.boxes import Box, Placed, row_major
 from shampoo_deepspeed.unit import Unit
 
 FORMAT = 1
@@ -18,8 +19,9 @@ FORMAT = 1
 
 @dataclass
 class SavedState:
-    """The ``"shampoo"`` part of a state dict: lists of exported stacks, element-wise parts and momentum buffers."""
+    """The ``"shampoo"`` part of a state dict: steps by parameter key, and lists of what ranks and units exported."""
 
+    steps: dict[str, int]
     stacks: list[dict[str, Any]]
     elementwise: list[dict[str, Any]]
     momenta: list[dict[str, Any]]
@@ -27,13 +29,13 @@ class SavedState:
 
     @classmethod
     def of_units(cls, units: Sequence[Unit], rejected_steps: int) -> SavedState:
-        """This rank's state; tensors are the live ones."""
-        saved = cls([], [], [], rejected_steps)
+        """This rank's state; tensors are the live ones. ``steps`` names all parameters, of whatever owner."""
+        saved = cls({}, [], [], [], rejected_steps)
         for unit in units:
-            keys = [p.key for p in unit.parameters]
+            saved.steps.update((p.key, n) for p, n in zip(unit.parameters, unit.steps, strict=True))
             saved.stacks += [stack.export() for stack in unit.stacks]
-            saved.elementwise.append(unit.elementwise.export(keys))
-            saved.momenta += [_momentum(unit, tensor, buffer, keys) for tensor, buffer in unit.momenta.items()]
+            saved.elementwise.append(unit.elementwise.export())
+            saved.momenta += [_momentum(unit, tensor, buffer) for tensor, buffer in unit.momenta.items()]
         return saved
 
     @classmethod
@@ -51,115 +53,161 @@ class SavedState:
                 f"Shampoo state format {found.get('format')!r} is unknown here; this version reads {FORMAT}"
             )
         stacks, elementwise, momenta = (list(found[name]) for name in ("stacks", "elementwise", "momenta"))
-        return cls(stacks, elementwise, momenta, int(found["rejected_steps"]))
+        return cls(dict(found["steps"]), stacks, elementwise, momenta, int(found["rejected_steps"]))
 
     def to_dict(self) -> dict[str, Any]:
         """Builtins and tensors; ``parse`` reads them back."""
-        parts = {"stacks": self.stacks, "elementwise": self.elementwise, "momenta": self.momenta}
-        return {"format": FORMAT, "rejected_steps": self.rejected_steps, **parts}
+        names = ("steps", "stacks", "elementwise", "momenta", "rejected_steps")
+        return {"format": FORMAT, **{name: getattr(self, name) for name in names}}
 
     def joined(self, others: Sequence[SavedState]) -> SavedState:
         """This state and those of other ranks (or of parameters without a step so far) as one; copies count once."""
         everything = [self, *others]
-        elementwise: dict[str, dict[str, Any]] = {}
-        momenta: dict[str, dict[str, Any]] = {}
-        for part in (part for s in everything for part in s.elementwise):
-            elementwise.setdefault(str((part["segments"], sorted(part["steps"]))), part)
-        for buffer in (buffer for s in everything for buffer in s.momenta):
-            momenta.setdefault(str(buffer["shards"]), buffer)
-        stacks = [stack for s in everything for stack in s.stacks]
-        return SavedState(stacks, list(elementwise.values()), list(momenta.values()), self.rejected_steps)
-
-    def without(self, keys: set[str]) -> SavedState | None:
-        """What is left when the parameters ``keys`` are taken out; None where nothing is."""
-        stacks = []
-        for stack in self.stacks:
-            kept = [row for row, key in enumerate(stack["keys"]) if parameter_of(key) not in keys]
-            if kept:
-                rows = {name: [stack[name][row] for row in kept] for name in ("keys", "steps", "refreshed", "failures")}
-                tensors = {name: t[torch.tensor(kept, device=t.device)] for name, t in stack["tensors"].items()}
-                stacks.append({**stack, **rows, "tensors": tensors})
-        left = SavedState(
-            stacks,
-            [part for whole in self.elementwise if (part := _elementwise_without(whole, keys))["steps"]],
-            [m for m in self.momenta if not {shard[0] for shard in m["shards"]} <= keys],
+        return SavedState(
+            {key: n for s in everything for key, n in s.steps.items()},
+            [stack for s in everything for stack in s.stacks],
+            list({str(part["segments"]): part for s in everything for part in s.elementwise}.values()),
+            list({str(buffer["shards"]): buffer for s in everything for buffer in s.momenta}.values()),
             self.rejected_steps,
         )
-        return left if left.stacks or left.elementwise or left.momenta else None
 
-    def parameter_keys(self) -> set[str]:
-        """The keys of all parameters that have state here."""
-        keys = {parameter_of(key) for stack in self.stacks for key in stack["keys"]}
-        return keys.union(*(part["steps"] for part in self.elementwise))
+    def without(self, keys: set[str]) -> SavedState:
+        """What is left when the parameters ``keys`` are taken out; what they do not touch is not copied."""
+        stacks = [_stack_rows(stack, lambda key: parameter_of(key) not in keys) for stack in self.stacks]
+        parts = [_elementwise_without(part, keys) for part in self.elementwise]
+        return replace(
+            self,
+            steps={key: n for key, n in self.steps.items() if key not in keys},
+            stacks=[stack for stack in stacks if stack["keys"]],
+            elementwise=[part for part in parts if part["segments"]],
+            momenta=[m for m in self.momenta if not {shard[0] for shard in m["shards"]} <= keys],
+        )
 
-    def check(self, unit: Unit) -> None:
-        """Whether the state fits a unit's parameters, by their shapes and blocks.
+    def on_cpu(self) -> SavedState:
+        """A copy whose tensors can travel as Python objects."""
+        return replace(
+            self,
+            stacks=[_moved(stack) for stack in self.stacks],
+            elementwise=[_moved(part) for part in self.elementwise],
+            momenta=[{**m, "buffer": m["buffer"].cpu()} for m in self.momenta],
+        )
 
-        Raises:
-            ValueError: naming the first parameter that has other blocks or another size, or only some of its blocks.
-        """
+    def problem(self, unit: Unit) -> str | None:
+        """Why this rank cannot hand a unit its state, or None; blocks that are missing here are no problem yet."""
         shapes = {unit.block_key(n): block.box.lengths for n, block in enumerate(unit.plan.blocks)}
         own = {p.key: p.shape for p in unit.parameters}
-        whole = {p.key for p, t in zip(unit.parameters, unit.treatments, strict=True) if not t.preconditioned}
-        saved = {key: tuple(stack["shape"]) for stack in self.stacks for key in stack["keys"]}
-        known = {parameter_of(key) for key in saved}
-        for key, shape in saved.items():
+        flat = {p.key for p, t in zip(unit.parameters, unit.treatments, strict=True) if not t.preconditioned}
+        for key, shape in ((key, tuple(stack["shape"])) for stack in self.stacks for key in stack["keys"]):
             if parameter_of(key) in own and shapes.get(key) != shape:
-                raise ValueError(
+                return (
                     f"the saved state has block {key} of shape {shape}, which the parameter of shape "
                     f"{own[parameter_of(key)]} does not have here; its shape, max_preconditioner_dim or exclude differ"
                 )
-        for key in (key for stack in unit.stacks for key in stack.keys):
-            if key not in saved and parameter_of(key) in known:
-                raise ValueError(f"the saved state has other blocks of {parameter_of(key)!r}, but not {key!r}")
         for key, start, numel in (segment for part in self.elementwise for segment in part["segments"]):
-            if key in own and (key not in whole or start + numel > math.prod(own[key])):
-                raise ValueError(
+            if key in own and (key not in flat or start + numel > math.prod(own[key])):
+                return (
                     f"the saved state has element-wise state of {key!r} up to element {start + numel}, but here it "
-                    f"is {'element-wise' if key in whole else 'preconditioned'} with shape {own[key]}"
+                    f"is {'element-wise' if key in flat else 'preconditioned'} with shape {own[key]}"
                 )
+        rows = self._rows()
+        misfits = (stack.misfit(rows[key][0]) for stack in unit.stacks for key in stack.keys if key in rows)
+        found = next((misfit for misfit in misfits if misfit), None)
+        return found or unit.elementwise.misfit(self.elementwise, self.steps) or self._momentum_problem(unit)
 
-        self._check_segments(unit)
+    def missing(self, unit: Unit) -> list[str]:
+        """Keys of blocks that this rank owns in the unit, that have taken steps, and whose state is not here."""
+        rows = self._rows()
+        keys = [key for stack in unit.stacks for key in stack.keys]
+        return [key for key in keys if key not in rows and self.steps.get(parameter_of(key))]
 
-    def _check_segments(self, unit: Unit) -> None:
-        held: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        for key, start, numel in (segment for part in self.elementwise for segment in part["segments"]):
-            held[key].append((start, start + numel))
-        for s in unit.elementwise.segments:
-            overlaps = [min(stop, s.start + s.numel) - max(start, s.start) for start, stop in held.get(s.key, [])]
-            filled = sum(n for n in overlaps if n > 0)
-            if s.key in held and filled != s.numel:
-                raise ValueError(
-                    f"the saved state holds {filled} of the {s.numel} elements of {s.key} that this rank needs; its "
-                    "shape is another, or it was saved with another sharding"
-                )
+    def blocks(self, keys: set[str]) -> list[dict[str, Any]]:
+        """What of these blocks is here, on the CPU."""
+        stacks = [_stack_rows(stack, lambda key: key in keys) for stack in self.stacks]
+        return [_moved(stack) for stack in stacks if stack["keys"]]
 
     def load(self, unit: Unit) -> None:
-        """Hand a unit its state. Parameters that the state does not know at all start anew.
-
-        Raises:
-            ValueError: where a parameter's state is there in part only, or does not fit the options.
-        """
-        self.check(unit)
-        rows = {key: (stack, row) for stack in self.stacks for row, key in enumerate(stack["keys"])}
+        """Hand a unit its state, which must fit. Parameters that the state does not know at all start anew."""
+        rows = self._rows()
+        unit.steps = [int(self.steps.get(p.key, 0)) for p in unit.parameters]
         for stack in unit.stacks:
             for row, key in enumerate(stack.keys):
                 if key in rows:
                     stack.load_row(row, *rows[key])
-        unit.elementwise.load(self.elementwise, [p.key for p in unit.parameters])
-        self._load_momenta(unit)
+        unit.elementwise.load(self.elementwise)
+        for shard, pieces in self._momentum_pieces(unit):
+            target = Placed(shard.box, shard.offset, row_major(shard.box.lengths))
+            for common, place, buffer in pieces:
+                _view(unit.momentum_buffer(shard.tensor), target.part(common)).copy_(_view(buffer, place))
 
-    def _load_momenta(self, unit: Unit) -> None:
-        pieces = {}
-        for saved in self.momenta:
-            for key, offsets, lengths, offset in saved["shards"]:
-                pieces[key, tuple(offsets), tuple(lengths)] = (saved["buffer"], offset)
+    def _rows(self) -> dict[str, tuple[dict[str, Any], int]]:
+        return {key: (stack, row) for stack in self.stacks for row, key in enumerate(stack["keys"])}
+
+    def _momentum_pieces(self, unit: Unit) -> list[tuple[Any, list[tuple[Box, Placed, Tensor]]]]:
+        """For each shard of a unit the common boxes with saved momentum, and where that lies."""
+        saved: dict[str, list[tuple[Placed, Tensor]]] = {}
+        for momentum in self.momenta:
+            for key, offsets, lengths, offset in momentum["shards"]:
+                place = Placed(Box(tuple(offsets), tuple(lengths)), offset, row_major(lengths))
+                saved.setdefault(key, []).append((place, momentum["buffer"]))
+        found = []
         for shard in unit.layout.shards:
-            found = pieces.get((unit.parameters[shard.parameter].key, shard.box.offsets, shard.box.lengths))
-            if found is not None:
-                buffer, offset = found
-                target = unit.momentum_buffer(shard.tensor).narrow(0, shard.offset, shard.box.numel)
-                target.copy_(buffer.narrow(0, offset, shard.box.numel))
+            pieces = []
+            for place, buffer in saved.get(unit.parameters[shard.parameter].key, []):
+                common = place.box.intersect(shard.box)
+                if common is not None:
+                    pieces.append((common, place.part(common), buffer))
+            found.append((shard, pieces))
+        return found
+
+    def _momentum_problem(self, unit: Unit) -> str | None:
+        known = {shard[0] for momentum in self.momenta for shard in momentum["shards"]}
+        for shard, pieces in self._momentum_pieces(unit):
+            key, filled = unit.parameters[shard.parameter].key, sum(common.numel for common, _, _ in pieces)
+            if known and self.steps.get(key) and filled != shard.box.numel:
+                return f"the saved momentum of {key!r} covers {filled} of the {shard.box.numel} elements needed here"
+        return None
+
+
+def hand_out(saved: SavedState, unit: Unit) -> None:
+    """Give a unit what is saved of it, on all ranks of its group together; blocks travel to their owners of today.
+
+    Raises:
+        ValueError: on all ranks alike, where the state does not fit the parameters or the options, or lacks a block.
+    """
+    everyones = _everyones((saved.problem(unit), saved.missing(unit)), unit)
+    for problem, _ in everyones:
+        if problem:
+            raise ValueError(problem)
+    wanted = {key for _, missing in everyones for key in missing}
+    if wanted:
+        offers = [stack for stacks in _everyones(saved.blocks(wanted), unit) for stack in stacks]
+        lost = sorted(wanted - {key for stack in offers for key in stack["keys"]})
+        if lost:
+            raise ValueError(lacking(lost[0]))
+        saved = replace(saved, stacks=saved.stacks + offers)
+        problem = next((p for p in _everyones(saved.problem(unit), unit) if p), None)
+        if problem:
+            raise ValueError(problem)
+    saved.load(unit)
+
+
+def lacking(block_key: str) -> str:
+    """What to say of a block that a saved state should hold and does not."""
+    return f"the saved state has steps of {parameter_of(block_key)!r}, but not its block {block_key!r}"
+
+
+def consolidated(unit: Unit, own: SavedState) -> SavedState:
+    """A unit's state of all ranks of its group; a collective."""
+    parts = [SavedState.parse({"shampoo": part}) for part in _everyones(own.on_cpu().to_dict(), unit)]
+    return parts[0].joined(parts[1:])
+
+
+def _everyones(mine: Any, unit: Unit) -> list[Any]:
+    if unit.group is None:
+        return [mine]
+    gathered: list[Any] = [None] * unit.world_size
+    dist.all_gather_object(gathered, mine, group=unit.group)
+    return gathered
 
 
 def parameter_of(block_key: str) -> str:
@@ -167,23 +215,40 @@ def parameter_of(block_key: str) -> str:
     return block_key.rsplit("/", 1)[0]
 
 
-def _elementwise_without(part: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
+def _stack_rows(stack: dict[str, Any], wanted: Callable[[str], bool]) -> dict[str, Any]:
+    """An exported stack with the wanted rows only."""
+    kept = [row for row, key in enumerate(stack["keys"]) if wanted(key)]
+    if len(kept) == len(stack["keys"]):
+        return stack
+    rows = {name: [stack[name][row] for row in kept] for name in ("keys", "refreshed", "failures")}
+    tensors = {name: t[torch.tensor(kept, dtype=torch.long, device=t.device)] for name, t in stack["tensors"].items()}
+    return {**stack, **rows, "tensors": tensors}
+
+
+def _elementwise_without(part: dict[str, Any], keys: set[str]) -> dict[str, Any]:
     """An exported element-wise part without the parameters ``keys``."""
-    if keys.isdisjoint(part["steps"]):
-        return dict(part)
     kept = [number for number, segment in enumerate(part["segments"]) if segment[0] not in keys]
+    if len(kept) == len(part["segments"]):
+        return part
     sizes = [numel for _, _, numel in part["segments"]]
     tensors = {}
     for name, tensor in part["tensors"].items():
         pieces = torch.split(tensor, sizes)
         tensors[name] = torch.cat([pieces[n] for n in kept]) if kept else tensor.new_empty(0)
-    steps = {key: step for key, step in part["steps"].items() if key not in keys}
-    return {"steps": steps, "segments": [part["segments"][n] for n in kept], "tensors": tensors}
+    return {"segments": [part["segments"][n] for n in kept], "tensors": tensors}
 
 
-def _momentum(unit: Unit, tensor: int, buffer: Tensor, keys: Sequence[str]) -> dict[str, Any]:
+def _moved(part: dict[str, Any]) -> dict[str, Any]:
+    return {**part, "tensors": {name: tensor.cpu() for name, tensor in part["tensors"].items()}}
+
+
+def _view(buffer: Tensor, place: Placed) -> Tensor:
+    return buffer.as_strided(place.box.lengths, place.strides, buffer.storage_offset() + place.offset)
+
+
+def _momentum(unit: Unit, tensor: int, buffer: Tensor) -> dict[str, Any]:
     shards = [
-        [keys[s.parameter], list(s.box.offsets), list(s.box.lengths), s.offset]
+        [unit.parameters[s.parameter].key, list(s.box.offsets), list(s.box.lengths), s.offset]
         for s in unit.layout.shards
         if s.tensor == tensor
     ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed import grafting
-from shampoo_deepspeed.config import ShampooConfig
+from shampoo_deepspeed.config import OptionError, ShampooConfig
 from shampoo_deepspeed.preconditioners import build
 from shampoo_deepspeed.verdict import Verdict
 
@@ -44,50 +44,40 @@ class BlockStack:
             self.tensors["exp_avg"] = torch.zeros(count, *shape, dtype=dtype, device=device)
         if grafting.has_second_moment(warm_method(config)):
             self.tensors["second_moment"] = torch.zeros(count, *shape, dtype=dtype, device=device)
-        # Host-side counters: all ranks and the device agree on them without a read.
-        self.steps = [0] * count
         self.refreshed = [False] * count
         self.failures = [0] * count
 
     def step(
-        self, first: int, gradients: Tensor, active: Sequence[bool] | None, config: ShampooConfig, verdict: Verdict
+        self, first: int, gradients: Tensor, steps: Sequence[int], config: ShampooConfig, verdict: Verdict
     ) -> Tensor:
-        """Directions of the rows from ``first`` on, given their gradients [n, *shape]; counts their steps.
+        """Directions of the rows from ``first`` on, given their gradients [n, *shape].
 
         Args:
-            active: which of these rows take part; the others get direction 0 and keep their state. None: all.
+            steps: the number of each row's step, counted from 1; rows with 0 take no part: they get direction 0 and
+                keep their state.
+
+        Raises:
+            OptionError: where options that shape the state were changed after the first step.
         """
-        cohorts: dict[tuple[int, bool], list[int]] = defaultdict(list)
-        for row in range(len(gradients)):
-            if active is None or active[row]:
-                self.steps[first + row] += 1
-                cohorts[(self.steps[first + row], self.refreshed[first + row])].append(row)
-        if len(cohorts) == 1 and len(next(iter(cohorts.values()))) == len(gradients):
-            ((step, _),) = cohorts
-            state = {name: t[first : first + len(gradients)] for name, t in self.tensors.items()}
-            return self._advance(state, range(first, first + len(gradients)), gradients, step, config, verdict)
+        if grafting.has_second_moment(warm_method(config)) and "second_moment" not in self.tensors:
+            raise OptionError(
+                f"Shampoo option 'grafting' = {config.grafting!r} is not allowed: it cannot change on the way."
+            )
+        if min(steps) == max(steps) > 0:
+            return self._advance(first, gradients, steps[0], config, verdict)
         directions = torch.zeros_like(gradients)
-        for (step, _), rows in cohorts.items():
-            index = torch.tensor(rows, device=gradients.device)
-            at = index + first
-            state = {name: t.index_select(0, at) for name, t in self.tensors.items()}
-            chosen = gradients.index_select(0, index)
-            made = self._advance(state, [first + row for row in rows], chosen, step, config, verdict)
-            directions.index_copy_(0, index, made)
-            for name, tensor in self.tensors.items():
-                tensor.index_copy_(0, at, state[name])
+        begin = 0
+        for step, run in itertools.groupby(steps):
+            end = begin + len(list(run))
+            if step > 0:
+                directions[begin:end] = self._advance(first + begin, gradients[begin:end], step, config, verdict)
+            begin = end
         return directions
 
-    def _advance(
-        self,
-        state: dict[str, Tensor],
-        rows: Sequence[int],
-        gradients: Tensor,
-        step: int,
-        config: ShampooConfig,
-        verdict: Verdict,
-    ) -> Tensor:
-        """Steps 2 to 6 of the rule for rows that share a step count (and whether they were ever refreshed)."""
+    def _advance(self, first: int, gradients: Tensor, step: int, config: ShampooConfig, verdict: Verdict) -> Tensor:
+        """Steps 2 to 6 of the rule for neighbouring rows that share a step count."""
+        rows = range(first, first + len(gradients))
+        state = {name: tensor[first : rows.stop] for name, tensor in self.tensors.items()}
         preconditioner = build(config)
         preconditioner.accumulate(state, gradients, verdict)
         # A refresh waits for the device anyway, so here the host may as well read the verdict.
@@ -134,39 +124,31 @@ class BlockStack:
                 self.failures[row],
             )
 
-    def take_back(self, active: Sequence[bool] | None) -> None:
-        """Undo the count of a step that turned out to be rejected."""
-        for row in range(len(self.keys)):
-            if active is None or active[row]:
-                self.steps[row] -= 1
-
     def export(self) -> dict[str, Any]:
         """State as tensors and builtins; tensors are the live ones."""
         return {
             "keys": list(self.keys),
             "shape": list(self.shape),
-            "steps": list(self.steps),
             "refreshed": list(self.refreshed),
             "failures": list(self.failures),
             "tensors": dict(self.tensors),
         }
 
-    def load_row(self, row: int, saved: dict[str, Any], saved_row: int) -> None:
-        """Take one block's state from an exported stack that holds it at ``saved_row``.
+    def misfit(self, saved: dict[str, Any]) -> str | None:
+        """Why an exported stack's blocks cannot be taken over here, or None."""
+        if tuple(saved["shape"]) == self.shape and set(saved["tensors"]) == set(self.tensors):
+            return None
+        return (
+            f"saved state of block {saved['keys'][0]} has shape {tuple(saved['shape'])} "
+            f"and {sorted(saved['tensors'])}; "
+            f"the options now ask for {self.shape} and {sorted(self.tensors)} "
+            "(max_preconditioner_dim, betas or grafting changed)"
+        )
 
-        Raises:
-            ValueError: where the saved block has another shape or other state than the options now ask for.
-        """
-        if tuple(saved["shape"]) != self.shape or set(saved["tensors"]) != set(self.tensors):
-            raise ValueError(
-                f"saved state of block {self.keys[row]} has shape {tuple(saved['shape'])} "
-                f"and {sorted(saved['tensors'])}; "
-                f"the options now ask for {self.shape} and {sorted(self.tensors)} "
-                "(max_preconditioner_dim, betas or grafting changed)"
-            )
+    def load_row(self, row: int, saved: dict[str, Any], saved_row: int) -> None:
+        """Take one block's state from an exported stack, which must fit, that holds it at ``saved_row``."""
         for name, tensor in self.tensors.items():
             tensor[row].copy_(saved["tensors"][name][saved_row])
-        self.steps[row] = int(saved["steps"][saved_row])
         self.refreshed[row] = bool(saved["refreshed"][saved_row])
         self.failures[row] = int(saved["failures"][saved_row])
 

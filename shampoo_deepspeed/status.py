@@ -11,8 +11,9 @@ from torch import Tensor
 from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.exchange import communication_device
 from shampoo_deepspeed.unit import Unit
-from shampoo_deepspeed.verdict import Verdict
+from shampoo_deepspeed.verdict import Outcome, Verdict
 
+# What a unit's status holds before its squared norms.
 _BAD, _NONZERO, _FAILING = range(3)
 _FLAGS = 3
 
@@ -21,82 +22,72 @@ class Report:
     """The agreed status of one `step()` call.
 
     Args:
-        values: [flags and squared norms], summed over ranks.
-        norms: where each unit's squared norms begin in ``values``.
+        flags: [bad, nonzero, failing], each 0 where there is none on any rank of any unit of the call.
+        norms: for each unit that needs it, ||G||^2 of its parameters.
     """
 
-    def __init__(self, values: Tensor, norms: Mapping[int, tuple[int, int]]) -> None:
-        self.values = values
+    def __init__(self, flags: Tensor, norms: Mapping[int, Tensor]) -> None:
+        self._flags = flags
         self._norms = norms
+        self.outcome = Outcome(flags)
 
     def verdict(self, unit: Unit) -> Verdict:
         """The device-side verdict for a unit's tensors."""
-        return Verdict((self.values[_BAD] > 0).to(unit.device), unit.dtype)
+        return Verdict((self._flags[_BAD] > 0).to(unit.device), unit.dtype)
 
     def any_gradient(self) -> bool:
         """Whether any element of any gradient is not zero; read on the host, so only asked at first steps."""
-        return bool(self.values[_NONZERO] > 0)
+        return bool(self._flags[_NONZERO] > 0)
 
     def squared_norms(self, unit: Unit) -> Tensor | None:
         """||G||^2 of each of the unit's parameters, where a normalized method needs it."""
-        if id(unit) not in self._norms:
-            return None
-        start, stop = self._norms[id(unit)]
-        return self.values[start:stop].to(device=unit.device, dtype=unit.dtype)
+        return self._norms.get(id(unit))
 
 
 def agree(work: Sequence[tuple[Unit, list[Tensor], list[bool]]], configs: Mapping[int, ShampooConfig]) -> Report:
     """Combine this rank's status with that of all ranks that share a unit of this call.
 
-    One small all-reduce where the ranks are those of one group; none with a single rank.
+    One small all-reduce for each unit with several ranks; none with a single rank.
     """
-    parts: list[Tensor] = []
-    norms: dict[int, tuple[int, int]] = {}
-    groups: dict[int, dist.ProcessGroup] = {}
     home = work[0][0].device if work else torch.device("cpu")
-    flags = torch.zeros(_FLAGS, dtype=torch.float64, device=home)
-    end = _FLAGS
+    flags = torch.zeros(_FLAGS, device=home)
+    norms: dict[int, Tensor] = {}
     for unit, gradients, active in work:
         flags += _flags(unit, gradients, active, configs).to(home)
-        if unit.world_size > 1 and unit.group is not None:
-            groups[id(unit.group)] = unit.group
+    # Small groups first: what an expert's ranks know then reaches all ranks through the larger group around them.
+    for unit, gradients, _ in sorted(work, key=lambda item: item[0].world_size):
+        squares = torch.empty(0, dtype=unit.dtype, device=unit.device)
         if unit.needs_norms:
-            squares = unit.elementwise.squared_norms(gradients, len(unit.parameters))
-            parts.append(squares.to(device=home, dtype=torch.float64))
-            norms[id(unit)] = (end, end + len(unit.parameters))
-            end += len(unit.parameters)
-    values = torch.cat([flags, *parts])
-    for group in groups.values():
-        values = _summed(values, group)
-    if len(groups) > 1:
-        # Units on different groups (experts beside dense layers): a rejection must reach every rank.
-        values = torch.cat([_summed(values[:_FLAGS].clone(), None), values[_FLAGS:]])
-    return Report(values, norms)
+            squares = unit.elementwise.squared_norms(gradients, len(unit.parameters)).to(unit.device)
+        if unit.group is not None:
+            summed = _summed(torch.cat([flags.to(squares), squares]), unit.group)
+            flags, squares = summed[:_FLAGS].clamp_max(1e6).to(flags), summed[_FLAGS:]
+        norms[id(unit)] = squares
+    return Report(flags, {key: n for key, n in norms.items() if n.numel()})
 
 
 def _flags(
     unit: Unit, gradients: Sequence[Tensor], active: Sequence[bool], configs: Mapping[int, ShampooConfig]
 ) -> Tensor:
-    used = {shard.tensor for shard in unit.layout.shards if active[shard.parameter]}
-    largest = [torch.linalg.vector_norm(gradients[t], float("inf")) for t in sorted(used) if gradients[t].numel()]
-    peak = torch.stack([v.double() for v in largest]) if largest else torch.zeros(1, dtype=torch.float64)
+    used = sorted({shard.tensor for shard in unit.layout.shards if active[shard.parameter]})
+    largest = torch._foreach_norm([gradients[t] for t in used], float("inf")) if used else ()
+    peak = torch.stack([v.float() for v in largest]) if largest else torch.zeros(1, device=unit.device)
     failing = sum(
         failures >= configs[unit.plan.blocks[unit.exchange.stacks[number][0]].group].failure_limit
         for number, stack in enumerate(unit.stacks)
         for failures in stack.failures
     )
     bad, some = (~torch.isfinite(peak)).any(), (peak != 0).any()
-    return torch.stack([bad.double(), some.double(), torch.full_like(peak[0], failing)])
+    return torch.stack([bad.float(), some.float(), torch.full_like(peak[0], failing)])
 
 
-def _summed(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    device = communication_device(group or dist.group.WORLD, values.device)
-    moved = values.to(device)
+def _summed(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    moved = values.to(communication_device(group, values.device))
     dist.all_reduce(moved, group=group)
     return moved.to(values.device)
 
 
-def read(values: Tensor) -> tuple[bool, int]:
-    """(rejected, number of failing blocks) of a past step's agreed values."""
-    flags = values[:_FLAGS].tolist()
+def read(outcome: Outcome) -> tuple[bool, int]:
+    """(rejected, at least how many blocks fail) of a past step."""
+    flags = outcome.read()
     return flags[_BAD] > 0, int(flags[_FAILING])

@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from shampoo_deepspeed.hosts import Layout, LayoutError, Parameter, compute_dtyp
 from shampoo_deepspeed.naming import matching
 from shampoo_deepspeed.plan import Matrix, Plan
 from shampoo_deepspeed.stacks import BlockStack
+from shampoo_deepspeed.verdict import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,13 @@ class Treatment:
     @property
     def preconditioned(self) -> bool:
         return self.reason is None
+
+
+class Pending(NamedTuple):
+    """A step whose outcome the host has not read yet, and which parameters took part in it."""
+
+    outcome: Outcome
+    active: list[bool]
 
 
 @dataclass(frozen=True)
@@ -78,12 +86,15 @@ class Unit:
     Args:
         layout: what the host says of this rank.
         configs: options by parameter group number; the same on all ranks.
+        carried: each rank's load from units built before.
 
     Raises:
         LayoutError: on all ranks alike, where ranks disagree or the shards do not tile the parameters.
     """
 
-    def __init__(self, layout: Layout, configs: Mapping[int, ShampooConfig]) -> None:
+    def __init__(
+        self, layout: Layout, configs: Mapping[int, ShampooConfig], carried: Sequence[float] | None = None
+    ) -> None:
         self.layout = layout
         self.tensors = layout.tensors
         self.parameters = layout.parameters
@@ -93,13 +104,15 @@ class Unit:
         self.device = layout.tensors[0].device if layout.tensors else torch.device("cpu")
         self.dtype = compute_dtype(layout.tensors[0]) if layout.tensors else torch.float32
         self.treatments = [treat(p, configs[p.group]) for p in self.parameters]
-        self.pending: Tensor | None = None
-        self.pending_active: list[bool] | None = None
+        # Steps taken by each parameter. All ranks count alike, without a read of the device.
+        self.steps = [0] * len(self.parameters)
+        self.clock = torch.zeros(())  # the largest of them, as torch's tools know it
+        self.pending: Pending | None = None
         self.rejected_in_a_row = 0
         self.momenta: dict[int, Tensor] = {}
-        self._build(configs)
+        self._build(configs, carried or [0.0] * self.world_size)
 
-    def _build(self, configs: Mapping[int, ShampooConfig]) -> None:
+    def _build(self, configs: Mapping[int, ShampooConfig], carried: Sequence[float]) -> None:
         places = self._placed_shards()
         everyone = self._gather(places, configs)
         self._check_tiling(everyone)
@@ -108,15 +121,16 @@ class Unit:
         held = [[(number_of[p], box) for p, box in shards if p in number_of] for shards in everyone]
         first = configs[self.parameters[0].group]
         item = torch.empty((), dtype=self.dtype).element_size()
-        self.plan = Plan(matrices, held, max(1, int(first.bucket_mb * 2**20 / item)))
+        self.plan = Plan(matrices, held, max(1, int(first.bucket_mb * 2**20 / item)), carried)
         wire = DTYPES[first.communication_dtype] if first.communication_dtype else self.dtype
         own = [(tensor, place) for p, tensor, place in places if p in number_of]
-        self.exchange = Exchange(self.plan, self.rank, own, self.group, wire)
+        self.loads_so_far = [a + b for a, b in zip(carried, self.plan.loads, strict=True)]
+        self.exchange = Exchange(self.plan, self.rank, own, self.group, wire, self.device)
         self.block_parameters = list(number_of)
         self.stacks = [self._stack(blocks, configs) for blocks in self.exchange.stacks]
         self.elementwise = self._elementwise_part(places, everyone, configs)
         self.regions = self._joined_regions()
-        groups = {self.parameters[p].group for p in self.elementwise.steps}
+        groups = {p.group for p, t in zip(self.parameters, self.treatments, strict=True) if not t.preconditioned}
         self.needs_norms = any(is_normalized(configs[g].elementwise_method) for g in groups)
 
     def _placed_shards(self) -> list[tuple[int, int, Placed]]:
@@ -200,8 +214,7 @@ class Unit:
                 parameter, (start,), (numel,) = self.parameters[p], place.box.offsets, place.box.lengths
                 share = 1.0 / copies[p, place.box]
                 segments.append(Segment(p, parameter.key, parameter.group, start, numel, tensor, place.offset, share))
-        flat = [p for p, t in enumerate(self.treatments) if not t.preconditioned]
-        return Elementwise(segments, flat, configs, self.device, self.dtype)
+        return Elementwise(segments, configs, self.device, self.dtype)
 
     def _joined_regions(self) -> list[Region]:
         """What the shards cover of the local tensors; neighbours that decay alike are joined, padding is left out."""
@@ -223,38 +236,30 @@ class Unit:
             self.momenta[tensor] = torch.zeros(size, dtype=self.dtype, device=self.device)
         return self.momenta[tensor]
 
-    def reset(self, configs: Mapping[int, ShampooConfig]) -> None:
-        """Back to the state before the first step, under these options."""
-        self.stacks.clear()
-        self.stacks += [self._stack(blocks, configs) for blocks in self.exchange.stacks]
-        segments, flat = self.elementwise.segments, list(self.elementwise.steps)
-        self.elementwise = Elementwise(segments, flat, configs, self.device, self.dtype)
-        self.momenta.clear()
-        self.pending = self.pending_active = None
-        self.rejected_in_a_row = 0
-
     @property
     def fresh(self) -> bool:
         """Whether no step has been taken yet."""
-        return not any(any(s.steps) for s in self.stacks) and not any(self.elementwise.steps.values())
+        return not any(self.steps)
 
-    def rows_active(self, stack: int, active: Sequence[bool]) -> list[bool] | None:
-        """Which rows of a stack take part, given which parameters do; None for all."""
-        if all(active):
-            return None
+    def count(self, active: Sequence[bool]) -> list[int]:
+        """Count a step of the parameters that take part; gives each one's step number, 0 for the others."""
+        self.steps = [step + part for step, part in zip(self.steps, active, strict=True)]
+        self.clock.fill_(max(self.steps))
+        return [step if part else 0 for step, part in zip(self.steps, active, strict=True)]
+
+    def row_steps(self, stack: int, steps: Sequence[int]) -> list[int]:
+        """The parameters' ``steps`` for each row of a stack."""
         blocks = self.exchange.stacks[stack]
-        return [active[self.block_parameters[self.plan.blocks[b].parameter]] for b in blocks]
+        return [steps[self.block_parameters[self.plan.blocks[b].parameter]] for b in blocks]
 
     def settle(self, rejected: bool) -> None:
-        """Note the outcome of the last step; a rejected one has changed no tensor, its counters are undone here."""
-        active = self.pending_active or []
-        self.pending = self.pending_active = None
+        """Note the outcome of the last step; a rejected one has changed no tensor, its counts are undone here."""
+        assert self.pending is not None
+        if rejected:
+            self.steps = [step - part for step, part in zip(self.steps, self.pending.active, strict=True)]
+            self.clock.fill_(max(self.steps))
         self.rejected_in_a_row = self.rejected_in_a_row + 1 if rejected else 0
-        if not rejected:
-            return
-        for number, stack in enumerate(self.stacks):
-            stack.take_back(self.rows_active(number, active))
-        self.elementwise.take_back(active)
+        self.pending = None
 
 
 def _first_difference(left: Any, right: Any) -> str:

@@ -8,6 +8,7 @@ flag one step later, when it is long there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,9 +27,9 @@ class Verdict:
         self._dtype = dtype
         self._keeps: dict[float, Tensor] = {}
 
-    @property
+    @cached_property
     def rejected(self) -> bool:
-        """Read the flag on the host; this waits for the device."""
+        """The flag on the host; the first read waits for the device."""
         return bool(self._flag)
 
     def clean_(self, gradients: Sequence[Tensor]) -> None:
@@ -55,3 +56,28 @@ class Verdict:
         else:
             scalar = torch.full((), factor, dtype=self._dtype, device=device)
         return scalar.masked_fill(self._flag, 0.0)
+
+
+class Outcome:
+    """Flags on their way to the host, to be read at the next step.
+
+    Args:
+        flags: 1-D tensor; on an accelerator it is copied aside at once and nothing waits before ``read``.
+    """
+
+    def __init__(self, flags: Tensor) -> None:
+        self._event: torch.Event | None = None
+        if flags.device.type == "cpu":
+            self._flags = flags.clone()
+            return
+        self._flags = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        self._flags.copy_(flags, non_blocking=True)
+        self._event = torch.Event(flags.device)
+        self._event.record()
+
+    def read(self) -> list[float]:
+        """The values; waits for that copy only, not for what was queued since."""
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[float] = self._flags.tolist()
+        return values

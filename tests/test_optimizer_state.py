@@ -158,7 +158,7 @@ MISFITS: dict[str, tuple[Shapes, dict[str, Any], Shapes, str]] = {
     "other_blocks": ({"p": (12, 10)}, {"max_preconditioner_dim": 5}, {"p": (12, 10)}, "max_preconditioner_dim"),
     "other_rows": ({"p": (11, 10)}, {}, {"p": (12, 10)}, r"block p/\d of shape .* shape \(12, 10\) does not have"),
     "more_blocks": ({"p": (16, 8)}, {}, {"p": (8, 8)}, r"block p/1 of shape \(8, 8\).*shape \(8, 8\) does not have"),
-    "fewer_blocks": ({"p": (8, 8)}, {}, {"p": (16, 8)}, "other blocks of 'p', but not 'p/1'"),
+    "fewer_blocks": ({"p": (8, 8)}, {}, {"p": (16, 8)}, "steps of 'p', but not its block 'p/1'"),
     "flattened": ({"p": (8, 8)}, {}, {"p": (64,)}, r"block p/0 .* parameter of shape \(64,\) does not have"),
     "excluded": ({"p": (12, 10)}, {"exclude": ["p"]}, {"p": (12, 10)}, "up to element 120, but .* preconditioned"),
     "longer": ({"p": (6,)}, {}, {"p": (5,)}, r"'p' up to element 6, but .* element-wise with shape \(5,\)"),
@@ -287,14 +287,15 @@ def by_key(optimizer: Shampoo) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for stack in own["stacks"]:
         for row, key in enumerate(stack["keys"]):
-            out[key] = {name: stack[name][row] for name in ("steps", "refreshed", "failures")}
+            out[key] = {name: stack[name][row] for name in ("refreshed", "failures")}
+            out[key]["steps"] = own["steps"][key.rsplit("/", 1)[0]]
             out[key] |= {name: tensor[row] for name, tensor in stack["tensors"].items()}
     for part in own["elementwise"]:
         begin = 0
         for key, _, numel in part["segments"]:
             tensors = {name: tensor[begin : begin + numel] for name, tensor in part["tensors"].items()}
             assert key not in out, f"{key} has state twice"
-            out[key] = {"steps": part["steps"][key], **tensors}
+            out[key] = {"steps": own["steps"][key], **tensors}
             begin += numel
     for buffer in own["momenta"]:
         for key, _, _, _ in buffer["shards"]:

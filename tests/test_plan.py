@@ -152,7 +152,12 @@ def test_replicas_share_the_work_and_each_gets_the_others_directions() -> None:
     assert all(not t.gradients_out and not t.gradients_in for rank in (0, 1) for t in plan.transfers(rank))
 
 
-@pytest.mark.parametrize("held", [[], [(0, Box((0, 0), (2, 4)))], [(0, Box((0, 0), (4, 4))), (0, Box((3, 0), (1, 4)))]])
-def test_shards_that_do_not_tile_are_refused(held: list[tuple[int, Box]]) -> None:
-    with pytest.raises(ValueError, match="do not tile"):
-        Plan([Matrix((4, 4), 4, 0, 10)], [held])
+def test_ranks_that_are_equal_in_a_unit_take_turns_over_units() -> None:
+    """Else all blocks of small units (ZeRO-3 sub-groups) would lie on the first rank."""
+    owners, carried = [], [0.0] * 4
+    for _ in range(8):
+        held = [[(0, box)] for box in (Box((2 * rank, 0), (2, 8)) for rank in range(4))]
+        plan = Plan([Matrix((8, 8), 8, 0, 10)], held, carried=carried)
+        owners += plan.owners
+        carried = [a + b for a, b in zip(carried, plan.loads, strict=True)]
+    assert sorted(owners) == [0, 0, 1, 1, 2, 2, 3, 3]

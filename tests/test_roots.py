@@ -221,7 +221,7 @@ def test_a_failed_refresh_keeps_the_last_good_root_and_training_goes_on(
     for mode in (0, 1):
         assert torch.equal(stack["tensors"][f"root_{mode}"], good[f"root_{mode}"])
         assert not torch.equal(stack["tensors"][f"factor_{mode}"], good[f"factor_{mode}"])
-    assert stack["failures"] == [2] and stack["steps"] == [5]
+    assert stack["failures"] == [2] and set(optimizer.state_dict()["shampoo"]["steps"].values()) == {5}
     assert [r.getMessage().split(":")[0] for r in caplog.records] == ["no inverse root of block group0.0/0"] * 2
     assert "failed 2 times in a row, last good one kept" in caplog.records[-1].getMessage()
 
@@ -236,7 +236,7 @@ def test_failures_in_a_row_become_an_error_agreed_one_step_late(monkeypatch: pyt
     optimizer = trained({3: no_eigh}, 7, monkeypatch)
     p = optimizer.param_groups[0]["params"][0]
     before = snapshot([p])
-    with pytest.raises(RuntimeError, match=r"inverse roots of 1 blocks failed 3 times in a row \(failure_limit = 3"):
+    with pytest.raises(RuntimeError, match=r"inverse roots of blocks failed 3 times in a row \(failure_limit = 3"):
         optimizer.step()
     assert same_bits(snapshot([p]), before)
 

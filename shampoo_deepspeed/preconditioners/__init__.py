@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.config import ShampooConfig
+from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner
 from shampoo_deepspeed.verdict import Verdict
 
 
@@ -36,6 +37,4 @@ class Preconditioner(Protocol):
 
 def build(config: ShampooConfig) -> Preconditioner:
     """The preconditioner that the options ask for."""
-    from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner
-
     return ShampooPreconditioner(config)

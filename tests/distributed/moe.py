@@ -48,10 +48,11 @@ def make_dense(dtype: torch.dtype) -> nn.Module:
         return DenseMixture().to(dtype)
 
 
-def expected() -> dict[str, Tensor]:
+def expected(extra: dict[str, Any]) -> dict[str, Tensor]:
     model = make_dense(torch.float64)
     named = dict(model.named_parameters())
-    reference = Reference(named, {n: {"weight_decay": 0.0} for n in named if n.endswith("bias")}, **OPTIONS)
+    undecayed = {n: {"weight_decay": 0.0} for n in named if n.endswith("bias")}
+    reference = Reference(named, undecayed, **{**OPTIONS, **extra})
     for step in range(STEPS):
         reference.step(gradients(model, make_batch("wide", step)))
         for name, value in reference.values().items():

@@ -15,6 +15,7 @@ from tests.zoo import GLOBAL_BATCH, gradients, make_batch, make_model, micro_bat
 
 STRICT = {"relative_epsilon": 1e-3, "eps": 1e-4}
 BOUND = {"strict": 1e-5, "default": 2e-3}
+FROZEN_STEPS = 2  # for how long a layer is frozen where one is
 SECOND_GROUP = {"lr": 3e-3, "weight_decay": 0.05}
 
 
@@ -93,7 +94,8 @@ def expected(scenario: Scenario) -> dict[str, Tensor]:
     return _expected[key]
 
 
-def reference_run(scenario: Scenario) -> dict[str, Tensor]:
+def reference_run(scenario: Scenario, without: Mapping[str, range] | None = None) -> dict[str, Tensor]:
+    """`without` names parameters that get zero gradients in some steps."""
     model = make_model(scenario.model, scenario.dtype if scenario.half else torch.float64)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     reference = make_reference(scenario, trained)
@@ -101,6 +103,8 @@ def reference_run(scenario: Scenario) -> dict[str, Tensor]:
     for step in range(scenario.steps):
         batch = make_batch(scenario.model, step, scenario.unused)
         grads = rounded_mean(scenario, model, batch) if scenario.half else gradients(model, batch, zeros=True)
+        for name, steps in (without or {}).items():
+            grads[name] = torch.zeros_like(trained[name]) if step in steps else grads[name]
         clipped += clip(grads, scenario.clip)
         reference.step(grads)
         for name, p in reference.params.items():
@@ -127,7 +131,8 @@ def make_reference(scenario: Scenario, trained: Mapping[str, Tensor]) -> Referen
     overrides: dict[str, dict[str, Any]] = {n: dict(SECOND_GROUP) for n in scenario.second_group(list(trained))}
     if not overrides and scenario.optimizer == "Shampoo":
         overrides = {n: {"weight_decay": 0.0} for n in trained if n.endswith("bias") or n.startswith("norm")}
-    options.pop("bucket_mb", None)  # how much travels at a time is no part of the rule
+    for name in ("bucket_mb", "communication_dtype"):  # how much travels at a time, and how, is no part of the rule
+        options.pop(name, None)
     exclude = ("embed.weight",) if options.pop("exclude", None) is None else ()
     return Reference(trained, overrides, exclude, **options)
 

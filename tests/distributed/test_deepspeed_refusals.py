@@ -70,6 +70,22 @@ SETTINGS = [
         "use 'cpu'",
     ),
     setting(
+        "nvme_parameters",
+        3,
+        {"offload_param": {"device": "nvme", "nvme_path": "/nowhere"}, "offload_optimizer": CPU},
+        "offload_param.device = 'nvme'",
+        "use 'cpu'",
+    ),
+    (
+        "ranks_that_skip_alone",
+        Scenario(
+            stage=2,
+            zero={"compute_grad_norm": False},
+            config={"torch_autocast": {"enabled": True, "dtype": "float16"}},
+        ),
+        ("compute_grad_norm = false", "skip steps on its own"),
+    ),
+    setting(
         "zenflow",
         2,
         {"offload_optimizer": CPU, "zenflow": {"topk_ratio": 0.1}},
@@ -132,6 +148,6 @@ def test_a_partition_that_holds_something_else_is_an_error_on_all_ranks(check: C
     for value in ask(check):
         assert value["kind"] == "LayoutError", value
         assert (
-            f"rank 1: the float32 partition does not hold what the model's parameter {parameter} holds"
+            f"rank 1: the float32 master does not hold what the model's parameter {parameter} holds"
             in value["message"]
         )

@@ -10,12 +10,17 @@ from tests.distributed.launch import Check
 from tests.distributed.moe import expected
 from tests.zoo import relative_error
 
-CHECKS = [Check(f"experts_zero{stage}", 4, "moe:train", stage) for stage in (0, 1, 2)]
+NORMALIZED = {"grafting": "normalized_adam", "lr": 1e-3}
+CHECKS = [
+    *(Check(f"experts_zero{stage}", 4, "moe:train", (stage, {}, False)) for stage in (0, 1, 2)),
+    *(Check(f"experts_reloaded_zero{stage}", 4, "moe:train", (stage, {}, True)) for stage in (0, 2)),
+    *(Check(f"experts_normalized_zero{stage}", 4, "moe:train", (stage, NORMALIZED, False)) for stage in (0, 1)),
+]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 def test_the_trajectory_is_that_of_the_dense_mixture(check: Check, ask: Ask) -> None:
-    values, wanted = ask(check), expected()
+    values, wanted = ask(check), expected(check.argument[1])
     assert set().union(*values) == set(wanted)
     found = {(rank, n): relative_error(v[n], wanted[n]) for rank, v in enumerate(values) for n in v}
     worst = max(found, key=lambda k: found[k])

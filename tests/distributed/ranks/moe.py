@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import deepspeed
@@ -42,8 +43,9 @@ def dense_name(name: str) -> str:
     return f"experts.{dist.get_rank() % EXPERT_RANKS * LOCAL + int(local)}.{tail}"
 
 
-def train(stage: int) -> dict[str, Tensor]:
-    """This rank's parameters after training, by their names in the twin."""
+def train(argument: tuple[int, dict[str, Any], bool]) -> dict[str, Tensor]:
+    """This rank's parameters after training (with a state that went through a state dict), by their twin's names."""
+    stage, extra, reload = argument
     values = dict(make_dense(torch.float32).named_parameters())
     model = Mixture()
     with torch.no_grad():
@@ -52,12 +54,15 @@ def train(stage: int) -> dict[str, Tensor]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": GLOBAL_BATCH // dist.get_world_size(),
         "gradient_clipping": 0.0,
-        "optimizer": {"type": "Shampoo", "params": {**OPTIONS, "no_decay": ["*bias"]}},
+        "optimizer": {"type": "Shampoo", "params": {**OPTIONS, **extra, "no_decay": ["*bias"]}},
         "zero_optimization": {"stage": stage},
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
     assert groups._get_expert_parallel_rank(f"ep_size_{EXPERT_RANKS}") == dist.get_rank() % EXPERT_RANKS
     for step in range(STEPS):
+        if reload and step == STEPS // 2:
+            engine.basic_optimizer.consolidate_state_dict()
+            engine.basic_optimizer.load_state_dict(copy.deepcopy(engine.basic_optimizer.state_dict()))
         for piece in micro_batches(make_batch("wide", step), dist.get_rank(), dist.get_world_size()):
             engine.backward(engine(**piece))
             engine.step()

@@ -1,0 +1,128 @@
+"""What a rank does in checks of unusual situations: client optimizers, shuffled state, layers frozen on the way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shampoo_deepspeed import Shampoo
+from tests.distributed.ranks.zero import build, engine_of, full_parameters, train
+from tests.distributed.scenarios import FROZEN_STEPS, Scenario
+
+
+def client_optimizer(scenario: Scenario) -> dict[str, Tensor]:
+    """An optimizer that the user has built, instead of one from the JSON."""
+    model = build(scenario)
+    config = scenario.deepspeed_config()
+    options = {**config.pop("optimizer")["params"], "no_decay": ["*bias", "norm*"]}
+    optimizer = Shampoo(model.named_parameters(), **options)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    assert engine.basic_optimizer is optimizer
+    train(engine, scenario, range(scenario.steps))
+    final = full_parameters(engine)
+    engine.destroy()
+    return final
+
+
+def with_state_elsewhere(scenario: Scenario) -> dict[str, Any]:
+    """Goes on from a state dict whose blocks lie with other ranks than those that own them."""
+    with engine_of(scenario) as engine:
+        train(engine, scenario, range(4))
+        with whole_groups(engine):
+            saved = copy.deepcopy(engine.basic_optimizer.state_dict())
+            stacks = gathered(saved["shampoo"]["stacks"])
+            assert any(stacks), "no rank owns a block"
+            saved["shampoo"]["stacks"] = stacks[dist.get_rank() - 1]
+            engine.basic_optimizer.load_state_dict(saved)
+        train(engine, scenario, range(4, scenario.steps))
+        return full_parameters(engine)
+
+
+def with_a_lost_block(scenario: Scenario) -> str:
+    """The words of the error where one rank's state lacks a block; every rank must get it."""
+    with engine_of(scenario) as engine:
+        train(engine, scenario, range(4))
+        with whole_groups(engine):
+            saved = copy.deepcopy(engine.basic_optimizer.state_dict())
+            if dist.get_rank() == 1:
+                saved["shampoo"]["stacks"] = saved["shampoo"]["stacks"][1:]
+            engine.basic_optimizer.load_state_dict(saved)
+        try:
+            train(engine, scenario, range(4, 5))
+        except ValueError as error:
+            return str(error)
+        return ""
+
+
+@contextmanager
+def whole_groups(engine: Any) -> Iterator[None]:
+    """ZeRO-3 empties ``param_groups`` between steps; its own saving and loading fill them like this."""
+    stage3 = engine.zero_optimization_stage() == 3
+    if stage3:
+        engine.optimizer._set_fp32_optimizer_param_groups()
+    yield
+    if stage3:
+        engine.optimizer._clear_fp32_optimizer_param_groups()
+
+
+def frozen_for_a_while(argument: tuple[Scenario, str]) -> dict[str, Tensor]:
+    """Freezes one parameter after the engine is built, and thaws it later."""
+    scenario, name = argument
+    with engine_of(scenario) as engine:
+        parameter = dict(engine.module.named_parameters())[name]
+        parameter.requires_grad_(False)
+        train(engine, scenario, range(FROZEN_STEPS))
+        parameter.requires_grad_(True)
+        train(engine, scenario, range(FROZEN_STEPS, scenario.steps))
+        return full_parameters(engine)
+
+
+def engines_in_turn(scenarios: list[Scenario]) -> list[dict[str, Tensor]]:
+    """Trains one model by one engine after another."""
+    model = build(scenarios[0])
+    seen = []
+    for scenario in scenarios:
+        with engine_of(scenario, model) as engine:
+            train(engine, scenario, range(scenario.steps))
+            seen.append(full_parameters(engine))
+    return seen
+
+
+def gathered(mine: Any) -> list[Any]:
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    return everyones
+
+
+def plain_collectives(_: None) -> dict[str, int]:
+    """Collectives that a process group of one rank sees in a few steps of a plain model."""
+    count = {"calls": 0}
+    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_to_all_single", "all_gather_object")}
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            count["calls"] += 1
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in originals:
+        setattr(dist, name, counting(name))
+    try:
+        with engine_of(Scenario(ranks=1, stage=2)) as engine:
+            before = count["calls"]
+            for _ in range(4):
+                for parameter in engine.basic_optimizer.param_groups[0]["params"]:
+                    parameter.grad = torch.ones_like(parameter)
+                engine.basic_optimizer.step()
+            return {"calls": count["calls"] - before}
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)

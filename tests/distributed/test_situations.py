@@ -1,0 +1,105 @@
+"""Unusual situations under DeepSpeed: client optimizers, shuffled or damaged state, freezing, engines in turn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.distributed.conftest import Ask
+from tests.distributed.launch import Check
+from tests.distributed.scenarios import FROZEN_STEPS, Scenario, reference_run
+from tests.distributed.test_zero import assert_exact, assert_ranks_agree, named
+from tests.zoo import relative_error
+
+CLIENT = [
+    Check(f"client_optimizer_zero{stage}", 2, "situations:client_optimizer", Scenario(stage=stage))
+    for stage in range(4)
+]
+ELSEWHERE = [
+    Check(f"state_elsewhere_{name}_zero{stage}", 2, "situations:with_state_elsewhere", Scenario(stage=stage, options=o))
+    for stage in (1, 2, 3)
+    for name, o in (("plain", {}), ("momentum", {"momentum": 0.8, "nesterov": True}))
+]
+LOST = [Check(f"lost_block_zero{s}", 2, "situations:with_a_lost_block", Scenario(stage=s)) for s in (2, 3)]
+FROZEN = [
+    Check(f"frozen_{name}_zero{stage}", 2, "situations:frozen_for_a_while", (Scenario(model="wide", stage=stage), name))
+    for stage in (1, 2)
+    for name in ("qkv.weight", "up.weight")
+]
+HALF = {"model": "wide", "half": "bf16", "steps": 3}
+IN_TURN = Check(
+    "engines_in_turn",
+    2,
+    "situations:engines_in_turn",
+    [Scenario(stage=stage, **HALF) for stage in (2, 0, 1)],
+)
+NARROW = [
+    Check(
+        f"narrow_wire_zero{s}",
+        2,
+        "zero:final_parameters",
+        Scenario(stage=s, options={"communication_dtype": "bfloat16"}),
+    )
+    for s in (0, 1, 2, 3)
+]
+ALONE = Check("alone_without_collectives", 1, "situations:plain_collectives", None)
+
+
+@pytest.mark.parametrize("check", CLIENT, ids=named)
+def test_an_optimizer_that_the_user_built_takes_the_same_trajectory(check: Check, ask: Ask) -> None:
+    values = ask(check)
+    assert_ranks_agree(values)
+    assert_exact(values[0], check.argument)
+
+
+@pytest.mark.parametrize("check", ELSEWHERE, ids=named)
+def test_blocks_find_their_owners_again(check: Check, ask: Ask) -> None:
+    """A later version may place blocks differently: state that lies with another rank travels, and is not lost."""
+    values = ask(check)
+    assert_ranks_agree(values)
+    assert_exact(values[0], check.argument)
+
+
+@pytest.mark.parametrize("check", LOST, ids=named)
+def test_a_lost_block_is_an_error_on_all_ranks(check: Check, ask: Ask) -> None:
+    first, second = ask(check)
+    assert first == second
+    assert "the saved state has steps of" in first and "but not its block" in first
+
+
+@pytest.mark.parametrize("check", FROZEN, ids=named)
+def test_a_layer_frozen_for_a_while_trains_again(check: Check, ask: Ask) -> None:
+    """While it is frozen ZeRO hands over zeros for it, as for any parameter without a gradient."""
+    scenario, name = check.argument
+    values = ask(check)
+    assert_ranks_agree(values)
+    wanted = reference_run(scenario, without={name: range(FROZEN_STEPS)})
+    found = {n: relative_error(values[0][n], wanted[n]) for n in wanted}
+    assert max(found.values()) <= 1e-5, found
+
+
+@pytest.mark.parametrize("check", [IN_TURN], ids=named)
+def test_engines_of_other_stages_train_one_model_in_turn(check: Check, ask: Ask) -> None:
+    """What an engine leaves on the parameters must not mislead the optimizer of the next one."""
+    values = ask(check)
+    for turn in range(3):
+        assert_ranks_agree([v[turn] for v in values])
+    for before, after in zip(values[0], values[0][1:], strict=False):
+        assert all(not torch.equal(before[n], after[n]) for n in before if n != "norm.bias")
+
+
+@pytest.mark.parametrize("check", NARROW, ids=named)
+def test_a_narrow_wire_keeps_replicas_together(check: Check, ask: Ask) -> None:
+    """Where a block's owner sits must not matter, or replicas drift apart: what stays is rounded as what travels."""
+    values = ask(check)
+    assert_ranks_agree(values)
+    wide = reference_run(replace(check.argument, options={}))
+    found = {n: relative_error(values[0][n], wide[n]) for n in wide}
+    assert 1e-6 < max(found.values()) < 2e-2, found
+
+
+@pytest.mark.parametrize("check", [ALONE], ids=named)
+def test_one_rank_issues_no_collective(check: Check, ask: Ask) -> None:
+    assert ask(check) == [{"calls": 0}]
