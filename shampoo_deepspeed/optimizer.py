@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shampoo_deepspeed import status
-from shampoo_deepspeed.config import OPTION_NAMES, OptionError, ShampooConfig, canonical
+from shampoo_deepspeed.base import BlockOptimizer
+from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.exchange import CommStats
-from shampoo_deepspeed.groups import checked_group, group_options, signature_with_options
-from shampoo_deepspeed.hosts import Entry, Fresh, Parameter, hosts, plain_layouts
-from shampoo_deepspeed.naming import clean_name, names_and_kinds
-from shampoo_deepspeed.report import treatment_table
+from shampoo_deepspeed.groups import signature_with_options
 from shampoo_deepspeed.roots import full_precision
-from shampoo_deepspeed.saved import SavedState, consolidated, hand_out, lacking
 from shampoo_deepspeed.shards import shard_gradients, update
 from shampoo_deepspeed.unit import Pending, Unit
 from shampoo_deepspeed.verdict import Verdict
 
-logger = logging.getLogger("shampoo_deepspeed")
 
-
-class Shampoo(torch.optim.Optimizer):
+class Shampoo(BlockOptimizer):
     r"""Shampoo (arXiv 1802.09568, 2309.06497), exact under every sharding.
 
     For each block G (a piece of at most ``max_preconditioner_dim`` along each dim of a parameter of order k):
@@ -62,25 +54,7 @@ class Shampoo(torch.optim.Optimizer):
         model: nn.Module | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(params, Tensor):
-            raise TypeError("params is a Tensor; give an iterable of parameters, (name, parameter) pairs or groups")
-        given = list(params)
-        options = canonical({"lr": lr, **options})
-        for host in hosts():
-            host.admit(type(self))
-            model = model or host.model_under_construction(options, given)
-        self._known = names_and_kinds(model) if model is not None else {}
-        self._entries: list[Entry] = []
-        self._units: list[Unit] = []
-        self._unit_of: dict[int, Unit] = {}
-        self._saved: SavedState | None = None  # loaded, and not yet handed out to units
-        self._consolidated: SavedState | None = None
-        self._loads: dict[int, list[float]] = {}  # of each process group's ranks, by all units so far
-        self._configs: dict[int, tuple[tuple[Any, ...], ShampooConfig]] = {}
-        self._reported = False
-        self.rejected_steps = 0
-        super().__init__(given, group_options(ShampooConfig.from_options(options)))
-        self._known = {}
+        super().__init__(params, model, {"lr": lr, **options})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -94,7 +68,7 @@ class Shampoo(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        units = self._units_in_step()
+        units = self._units_in_step()  # the first time: boxes of shards, owners of blocks, what travels where
         configs = {group["shampoo_group"]: self._config(group) for group in self.param_groups}
         rates = {group["shampoo_group"]: group["lr"] for group in self.param_groups}
         self._settle(units)
@@ -103,7 +77,7 @@ class Shampoo(torch.optim.Optimizer):
         report = status.agree(work, configs)
         for unit, gradients, active in work:
             if unit.fresh and unit.layout.may_probe and not report.any_gradient():
-                continue
+                continue  # a tool's hidden first call, which only wants the state to exist
             with full_precision(unit.device.type):
                 verdict = report.verdict(unit)
                 directions = [torch.empty(t.numel(), dtype=unit.dtype, device=t.device) for t in unit.tensors]
@@ -117,244 +91,6 @@ class Shampoo(torch.optim.Optimizer):
                 # Tools of torch take an empty state for that of an optimizer before its first step.
                 self.state[tensor]["step"] = unit.clock
         return loss
-
-    def _units_in_step(self) -> list[Unit]:
-        """The units of the current ``param_groups``; new tensors with a gradient get theirs here."""
-        fresh: list[Fresh] = []
-        units: dict[int, Unit] = {}
-        for group in self.param_groups:
-            for tensor in group["params"]:
-                unit = self._unit_of.get(id(tensor))
-                if unit is not None:
-                    units[id(unit)] = unit
-                elif tensor.grad is not None:
-                    fresh.append(Fresh(tensor, group["shampoo_group"]))
-        if not fresh:
-            return list(units.values())
-        candidates = (host.layouts(self._entries, fresh) for host in hosts())
-        layouts = next((found for found in candidates if found is not None), None)
-        if layouts is None:
-            layouts = plain_layouts(self._entries, fresh)
-        configs = self._configs_by_group()
-        for layout in layouts:
-            carried = self._loads.get(id(layout.process_group))
-            unit = Unit(layout, configs, carried)
-            if self._saved is not None:
-                hand_out(self._saved, unit)
-                self._saved = self._saved.without({p.key for p in unit.parameters})
-            self._loads[id(layout.process_group)] = unit.loads_so_far
-            self._units.append(unit)
-            self._unit_of.update((id(t), unit) for t in unit.tensors)
-            units[id(unit)] = unit
-        self._report(configs)
-        return list(units.values())
-
-    def _settle(self, units: Iterable[Unit]) -> None:
-        """Count the outcome of these units' last step: its flags have long been copied to the host."""
-        limit = self.param_groups[0]["failure_limit"]
-        for outcome in {id(u.pending.outcome): u.pending.outcome for u in units if u.pending is not None}.values():
-            bad, failures = status.read(outcome)
-            in_a_row = 0
-            for unit in units:
-                if unit.pending is not None and unit.pending.outcome is outcome:
-                    unit.settle(bad)
-                    in_a_row = max(in_a_row, unit.rejected_in_a_row)
-            if bad:
-                self.rejected_steps += 1
-                logger.warning("a step was rejected: a gradient was not finite (%d so far)", self.rejected_steps)
-            if in_a_row >= limit:
-                raise RuntimeError(
-                    f"{in_a_row} steps in a row were rejected because a gradient was not finite "
-                    f"(failure_limit = {limit})"
-                )
-            if failures:
-                raise RuntimeError(
-                    f"inverse roots of blocks failed {limit} times in a row (failure_limit = {limit}; their owners' "
-                    "logs name them): their factor matrices are not finite or too ill-conditioned; "
-                    "lower the learning rate or raise relative_epsilon"
-                )
-
-    def _report(self, configs: Mapping[int, ShampooConfig]) -> None:
-        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        if first and not self._reported:
-            trained = [e.parameter for e in self._entries if _trains(e.reference())]
-            logger.info("Shampoo preconditions:\n%s", treatment_table(trained, configs))
-        self._reported = True
-
-    def _config(self, group: dict[str, Any]) -> ShampooConfig:
-        """The group's options, checked again only when one has changed; lr may be a live Tensor."""
-        values = tuple(group[name] for name in OPTION_NAMES if name != "lr")
-        cached = self._configs.get(group["shampoo_group"])
-        if cached is None or cached[0] != values:
-            config = ShampooConfig(**{name: group[name] for name in OPTION_NAMES})
-            cached = self._configs[group["shampoo_group"]] = (values, config)
-        return cached[1]
-
-    def _configs_by_group(self) -> dict[int, ShampooConfig]:
-        for group in self.param_groups:
-            self._config(group)
-        return {number: config for number, (_, config) in self._configs.items()}
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, at any time; its tensors join at their first gradient.
-
-        Raises:
-            OptionError: for an option that is unknown, out of range, or that all groups must share.
-        """
-        group = checked_group(param_group, self.defaults)
-        super().add_param_group(group)
-        added = self.param_groups[-1]
-        try:
-            self._entries += self._new_entries(added, len(self._configs))
-        except OptionError:
-            self.param_groups.pop()
-            raise
-        added["shampoo_group"] = len(self._configs)
-        self._config(added)
-
-    def _new_entries(self, group: dict[str, Any], number: int) -> list[Entry]:
-        """The entries of a new group's parameters."""
-        names = group.get("param_names", [None] * len(group["params"]))
-        taken = {entry.parameter.key for entry in self._entries}
-        entries = []
-        for index, (tensor, given) in enumerate(zip(group["params"], names, strict=True)):
-            if tensor.is_complex():
-                raise OptionError(f"parameter {given or index} is complex; Shampoo takes real parameters only")
-            known, kinds = self._known.get(id(tensor), (None, frozenset()))
-            name = clean_name(given) if given is not None else known
-            key = name if name is not None else f"group{number}.{index}"
-            if key in taken:
-                raise OptionError(
-                    f"two parameters have the name {key!r}; names must differ, they are keys of the state"
-                )
-            taken.add(key)
-            parameter = Parameter(key, _global_shape(tensor), number, name, kinds)
-            entries.append(Entry(parameter, weakref.ref(tensor)))
-        return entries
-
-    def comm_stats(self) -> dict[str, int]:
-        """Bytes that this rank sent and received in the last step of all its units, as counted and as planned."""
-        out = {
-            "bytes_sent": 0,
-            "bytes_received": 0,
-            "collectives": 0,
-            "planned_bytes_sent": 0,
-            "planned_bytes_received": 0,
-        }
-        for unit in self._units:
-            stats, (sent, received) = unit.exchange.stats, unit.plan.elements_moved(unit.rank)
-            item = unit.exchange.dtype.itemsize
-            out["bytes_sent"] += stats.bytes_sent
-            out["bytes_received"] += stats.bytes_received
-            out["collectives"] += stats.collectives
-            out["planned_bytes_sent"] += sent * item
-            out["planned_bytes_received"] += received * item
-        return out
-
-    def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, with this rank's block and element-wise state under ``"shampoo"``.
-
-        Runs no collective and holds tensors and builtins only. Tensors are the live ones.
-
-        Raises:
-            RuntimeError: where ranks own different blocks, the host stores one rank's dict only (replicas), and
-                ``consolidate_state_dict`` was not called since the last step.
-        """
-        self._settle(self._units)
-        if self._consolidated is None and any(u.layout.one_rank_saves and u.world_size > 1 for u in self._units):
-            raise RuntimeError(
-                "each rank owns the Shampoo state of some blocks only, but here one rank's state dict is stored for "
-                "all; call optimizer.consolidate_state_dict() on all ranks first"
-            )
-        own = (self._consolidated or self._own_state()).to_dict()
-        # First of the hooks, so that those of the user see the whole state dict.
-        handle = self.register_state_dict_post_hook(lambda _, state: state.update(shampoo=own), prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
-
-    def _own_state(self) -> SavedState:
-        own = SavedState.of_units(self._units, self.rejected_steps)
-        return own if self._saved is None else own.joined([self._saved])
-
-    def consolidate_state_dict(self) -> None:
-        """Gather the state of all ranks that share parameters, for the next ``state_dict()``; call it on all ranks.
-
-        As in torch's ZeroRedundancyOptimizer. The copy lies on the CPU and is dropped at the next step.
-        """
-        self._settle(self._units)
-        parts = [consolidated(unit, SavedState.of_units([unit], self.rejected_steps)) for unit in self._units]
-        waiting = [] if self._saved is None else [self._saved]
-        self._consolidated = SavedState({}, [], [], [], self.rejected_steps).joined([*parts, *waiting])
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take options and state; blocks are handed out to their owners at the next step.
-
-        Parameters that had no gradient when the state was saved start anew.
-
-        Raises:
-            ValueError: where this is not a Shampoo state dict, or (for parameters without a step so far: at the next
-                step) does not fit the parameters.
-        """
-        parsed: list[SavedState] = []
-        # Last of the hooks, so that those of the user see the whole state dict and may replace it.
-        handle = self.register_load_state_dict_pre_hook(lambda _, state: self._take_apart(state, parsed))
-        numbers = [group["shampoo_group"] for group in self.param_groups]
-        try:
-            super().load_state_dict(state_dict)  # type: ignore[arg-type]
-        finally:
-            handle.remove()
-        for group, number in zip(self.param_groups, numbers, strict=True):
-            group["shampoo_group"] = number
-            self._config(group)
-        self._saved, self._consolidated = parsed[0], None
-        self.rejected_steps = parsed[0].rejected_steps
-        # Units are built anew at the next step, on all ranks together: handing out state needs communication.
-        self._units, self._unit_of, self._loads = [], {}, {}
-        self.state.clear()
-
-    def _take_apart(self, state_dict: Mapping[str, Any], parsed: list[SavedState]) -> dict[str, Any]:
-        """Our part goes to ``parsed``, once it is known to fit; the rest is torch's."""
-        saved = SavedState.parse(state_dict)
-        strange = set(saved.steps) - {entry.parameter.key for entry in self._entries}
-        if strange:
-            raise ValueError(
-                f"the saved state is that of other parameters: {', '.join(sorted(strange)[:5])}"
-                f"{', ...' if len(strange) > 5 else ''} are not here; build the optimizer with the same names"
-            )
-        for unit in self._units:
-            problem = saved.problem(unit) if unit.group is None else None
-            missing = saved.missing(unit) if unit.group is None else []
-            if problem or missing:
-                raise ValueError(problem or lacking(missing[0]))
-        parsed.append(saved)
-        return {key: value for key, value in state_dict.items() if key != "shampoo"}
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._settle(self._units)
-        base = super().__getstate__()
-        return {**base, "shampoo": self._own_state().to_dict(), "entries": [asdict(e.parameter) for e in self._entries]}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        saved, parameters = state.pop("shampoo", None), state.pop("entries", None)
-        super().__setstate__(state)
-        for group in (self.defaults, *self.param_groups):  # may be from before an option existed
-            for name, value in group_options(ShampooConfig()).items():
-                group.setdefault(name, value)
-        if parameters is None:
-            return
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        if len(tensors) != len(parameters):
-            raise RuntimeError(
-                "this optimizer cannot be copied while a host has replaced its parameters by flat shards"
-            )
-        self._known, self._units, self._unit_of, self._configs, self._loads = {}, [], {}, {}, {}
-        self._reported, self._consolidated = True, None
-        self._entries = [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
-        self._saved = SavedState.parse({"shampoo": saved})
-        self.rejected_steps = self._saved.rejected_steps
-        self._configs_by_group()
 
 
 def _precondition(
@@ -389,18 +125,6 @@ def _precondition(
         leaving = (bucket, exchange.send_directions(bucket, made, directions))
     if leaving is not None:
         exchange.receive_directions(*leaving, directions)
-
-
-def _global_shape(tensor: Tensor) -> tuple[int, ...]:
-    for host in hosts():
-        shape = host.global_shape(tensor)
-        if shape is not None:
-            return shape
-    return tuple(tensor.shape)
-
-
-def _trains(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
 
 
 Shampoo.__signature__ = signature_with_options(Shampoo.__init__)  # type: ignore[attr-defined]

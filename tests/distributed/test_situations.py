@@ -10,7 +10,7 @@ import torch
 from tests.distributed.conftest import Ask
 from tests.distributed.launch import Check
 from tests.distributed.scenarios import FROZEN_STEPS, Scenario, reference_run
-from tests.distributed.test_zero import assert_exact, assert_ranks_agree, named
+from tests.distributed.test_zero import assert_on_trajectory, assert_ranks_agree, named
 from tests.zoo import relative_error
 
 CLIENT = [
@@ -49,17 +49,13 @@ ALONE = Check("alone_without_collectives", 1, "situations:plain_collectives", No
 
 @pytest.mark.parametrize("check", CLIENT, ids=named)
 def test_an_optimizer_that_the_user_built_takes_the_same_trajectory(check: Check, ask: Ask) -> None:
-    values = ask(check)
-    assert_ranks_agree(values)
-    assert_exact(values[0], check.argument)
+    assert_on_trajectory(check, ask)
 
 
 @pytest.mark.parametrize("check", ELSEWHERE, ids=named)
 def test_blocks_find_their_owners_again(check: Check, ask: Ask) -> None:
     """A later version may place blocks differently: state that lies with another rank travels, and is not lost."""
-    values = ask(check)
-    assert_ranks_agree(values)
-    assert_exact(values[0], check.argument)
+    assert_on_trajectory(check, ask)
 
 
 @pytest.mark.parametrize("check", LOST, ids=named)
