@@ -53,3 +53,24 @@ def test_the_trajectory_is_that_of_the_reference(name: str, kind: str) -> None:
         optimizer.step()
     deviations = {n: relative_error(trained[n].detach(), value) for n, value in reference.values().items()}
     assert max(deviations.values()) < 1e-10, deviations
+
+
+@pytest.mark.parametrize("kind", ["odd", "wide"])
+@pytest.mark.parametrize(("settings", "bound"), [({"relative_epsilon": 1e-3, "eps": 1e-4}, 1e-5), ({}, 2e-3)])
+def test_float32_stays_with_a_float64_run_of_its_own(settings: dict[str, Any], bound: float, kind: str) -> None:
+    """Each run computes its gradients at its own parameters, so that deviations feed back."""
+    options = {"lr": 1e-2, "weight_decay": 0.1, "precondition_frequency": 3, "max_preconditioner_dim": 8, **settings}
+    model, exact = make_model(kind), make_model(kind, torch.float64)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    values = {n: p for n, p in exact.named_parameters() if p.requires_grad}
+    reference = Reference(values, exclude=("embed.weight",), **options)
+    optimizer = Shampoo(trained.items(), **options)
+    for step in range(9):
+        batch = make_batch(kind, step, unused=2)
+        gradients(model, batch)
+        optimizer.step()
+        reference.step(gradients(exact, batch))
+        for name, value in reference.values().items():
+            values[name].data.copy_(value)
+    deviations = {n: relative_error(trained[n].detach(), value) for n, value in reference.values().items()}
+    assert max(deviations.values()) <= bound, deviations
