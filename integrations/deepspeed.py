@@ -69,7 +69,9 @@ class DeepSpeedHost:
         shape = getattr(parameter, "ds_shape", None)
         return tuple(shape) if shape is not None else None
 
-    def layouts(self, entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[Layout] | None:
+    def layouts(
+        self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[Fresh]
+    ) -> list[Layout] | None:
         """One layout per flat partition; one for all tensors of an unsharded (stage 0) engine.
 
         Raises:
@@ -78,7 +80,7 @@ class DeepSpeedHost:
         """
         if "deepspeed" not in sys.modules:
             return None
-        engine = self._engine_of(entries)
+        engine = self._engine_of(optimizer)
         pairs = None if engine is not None and engine.zero_optimization_stage() > 0 else _paired(entries, fresh)
         if pairs is not None:
             if engine is None and all(entry.reference() is item.tensor for entry, item in pairs):
@@ -92,15 +94,14 @@ class DeepSpeedHost:
             raise LayoutError(f"DeepSpeed has put tensors into param_groups that are no ZeRO partitions: {shapes}")
         return [_partition_layout(item, entries) for item in partitions]
 
-    def _engine_of(self, entries: Sequence[Entry]) -> Any:
-        """The engine that steps these parameters: the one at work now, else the last that was seen with them."""
+    def _engine_of(self, optimizer: torch.optim.Optimizer) -> Any:
+        """The engine whose inner optimizer this is: the one at work now, or one that was seen before."""
         engine = _engine_at_work("_take_model_step", "_configure_fp16_optimizer")
-        if engine is not None:
-            if all(reference() is not engine for reference in self._engines):
-                self._adopt(engine)  # it was given a finished optimizer
-            return engine
-        known = [found for reference in reversed(self._engines) if (found := reference()) is not None]
-        return next((found for found in known if any(_holds(found.module, entry) for entry in entries[:1])), None)
+        known = [reference() for reference in self._engines]
+        if engine is not None and engine.basic_optimizer is optimizer and all(found is not engine for found in known):
+            self._adopt(engine)  # it was given a finished optimizer
+        candidates = [engine, *known]
+        return next((e for e in candidates if e is not None and e.basic_optimizer is optimizer), None)
 
     def _adopt(self, engine: Any) -> None:
         _refuse_unsupported(engine)
@@ -124,6 +125,7 @@ def _replicated(engine: Any, pairs: Sequence[tuple[Entry, Fresh]]) -> list[Layou
         for entry, item in members:
             original = entry.reference()
             if original is not None and original is not item.tensor:
+                entry.stand_in = weakref.ref(item.tensor)
                 _check_master(layout, entry.parameter, item.tensor, original.detach())
         layouts.append(layout)
     return layouts
@@ -308,8 +310,9 @@ def _check_master(layout: Layout, parameter: Parameter, master: Tensor, low: Ten
 
 
 def _paired(entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[tuple[Entry, Fresh]] | None:
-    """Each fresh tensor with its entry: itself, or the float32 copy at the same place of its group."""
+    """Each fresh tensor with its entry: itself, or the float32 copy, at first by its place in the group."""
     own = {id(entry.reference()): entry for entry in entries}
+    own |= {id(entry.stand_in()): entry for entry in entries if entry.stand_in is not None}
     if all(id(item.tensor) in own for item in fresh):
         return [(own[id(item.tensor)], item) for item in fresh]
     pairs = []
@@ -321,11 +324,6 @@ def _paired(entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[tuple[Entr
             return None
         pairs += list(zip(sources, copies, strict=True))
     return pairs
-
-
-def _holds(module: nn.Module, entry: Entry) -> bool:
-    tensor = entry.reference()
-    return any(parameter is tensor for parameter in module.parameters())
 
 
 def _replica_group(engine: Any, parameter: Any) -> dist.ProcessGroup | None:

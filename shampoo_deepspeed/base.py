@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +18,7 @@ from shampoo_deepspeed.hosts import Entry, Fresh, Parameter, hosts, plain_layout
 from shampoo_deepspeed.naming import clean_name, names_and_kinds
 from shampoo_deepspeed.report import treatment_table
 from shampoo_deepspeed.saved import SavedState, consolidated, hand_out, lacking
-from shampoo_deepspeed.unit import Unit
+from shampoo_deepspeed.unit import Unit, treat
 
 logger = logging.getLogger("shampoo_deepspeed")
 
@@ -63,7 +63,7 @@ class BlockOptimizer(torch.optim.Optimizer):
                     fresh.append(Fresh(tensor, group["shampoo_group"]))
         if not fresh:
             return list(units.values())
-        candidates = (host.layouts(self._entries, fresh) for host in hosts())
+        candidates = (host.layouts(self, self._entries, fresh) for host in hosts())
         layouts = next((found for found in candidates if found is not None), None)
         if layouts is None:
             layouts = plain_layouts(self._entries, fresh)
@@ -119,8 +119,13 @@ class BlockOptimizer(torch.optim.Optimizer):
         cached = self._configs.get(group["shampoo_group"])
         if cached is None or cached[0] != values:
             config = ShampooConfig(**{name: group[name] for name in OPTION_NAMES})
+            if cached is not None and self._has_state(group["shampoo_group"]):
+                _refuse_reshaping(cached[1], config)
             cached = self._configs[group["shampoo_group"]] = (values, config)
         return cached[1]
+
+    def _has_state(self, group: int) -> bool:
+        return any(parameter.group == group for unit in self._units for parameter in unit.parameters)
 
     def _configs_by_group(self) -> dict[int, ShampooConfig]:
         for group in self.param_groups:
@@ -213,7 +218,8 @@ class BlockOptimizer(torch.optim.Optimizer):
     def consolidate_state_dict(self) -> None:
         """Gather the state of all ranks that share parameters, for the next ``state_dict()``; call it on all ranks.
 
-        As in torch's ZeroRedundancyOptimizer. The copy lies on the CPU and is dropped at the next step.
+        As in torch's ZeroRedundancyOptimizer: the first rank of each group then has all of it, to be saved. The copy
+        lies on the CPU and is dropped at the next step.
         """
         self._settle(self._units)
         parts = [consolidated(unit, SavedState.of_units([unit], self.rejected_steps)) for unit in self._units]
@@ -237,14 +243,16 @@ class BlockOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)  # type: ignore[arg-type]
         finally:
             handle.remove()
+        # Units are built anew at the next step, on all ranks together: handing out state needs communication.
+        self._units, self._unit_of, self._loads = [], {}, {}
         for group, number in zip(self.param_groups, numbers, strict=True):
             group["shampoo_group"] = number
             self._config(group)
         self._saved, self._consolidated = parsed[0], None
         self.rejected_steps = parsed[0].rejected_steps
-        # Units are built anew at the next step, on all ranks together: handing out state needs communication.
-        self._units, self._unit_of, self._loads = [], {}, {}
         self.state.clear()
+        for tensor in (tensor for group in self.param_groups for tensor in group["params"] if parsed[0].steps):
+            self.state[tensor]["step"] = torch.tensor(float(max(parsed[0].steps.values())))
 
     def _take_apart(self, state_dict: Mapping[str, Any], parsed: list[SavedState]) -> dict[str, Any]:
         """Our part goes to ``parsed``, once it is known to fit; the rest is torch's."""
@@ -255,13 +263,26 @@ class BlockOptimizer(torch.optim.Optimizer):
                 f"the saved state is that of other parameters: {', '.join(sorted(strange)[:5])}"
                 f"{', ...' if len(strange) > 5 else ''} are not here; build the optimizer with the same names"
             )
-        for unit in self._units:
-            problem = saved.problem(unit) if unit.group is None else None
-            missing = saved.missing(unit) if unit.group is None else []
-            if problem or missing:
-                raise ValueError(problem or lacking(missing[0]))
+        defaults = group_options(ShampooConfig())
+        configs = [ShampooConfig(**{n: g.get(n, v) for n, v in defaults.items()}) for g in state_dict["param_groups"]]
+        if len(configs) == len(self.param_groups):
+            self._check_units(saved, configs)
         parsed.append(saved)
         return {key: value for key, value in state_dict.items() if key != "shampoo"}
+
+    def _check_units(self, saved: SavedState, configs: Sequence[ShampooConfig]) -> None:
+        """Raise early where a unit stays as it is under these options and no other rank is needed.
+
+        Else the next step finds out, on all ranks together.
+        """
+        after = {group["shampoo_group"]: config for group, config in zip(self.param_groups, configs, strict=True)}
+        before = {number: config for number, (_, config) in self._configs.items()}
+        for unit in self._units:
+            if unit.group is not None or any(_reshaped(p, before[p.group], after[p.group]) for p in unit.parameters):
+                continue
+            problem, missing = saved.problem(unit), saved.missing(unit)
+            if problem or missing:
+                raise ValueError(problem or lacking(missing[0]))
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle(self._units)
@@ -295,6 +316,24 @@ def _global_shape(tensor: Tensor) -> tuple[int, ...]:
         if shape is not None:
             return shape
     return tuple(tensor.shape)
+
+
+def _refuse_reshaping(before: ShampooConfig, after: ShampooConfig) -> None:
+    """All ranks raise this before they exchange anything."""
+    shape = before.shape_of_state()
+    for name, value in after.shape_of_state().items():
+        if value != shape[name]:
+            raise OptionError(
+                f"Shampoo option {name!r} = {getattr(after, name)!r} is not allowed: it was {getattr(before, name)!r} "
+                "at the first step, and blocks and state have that shape; load a state dict to start with other options"
+            )
+
+
+def _reshaped(parameter: Parameter, before: ShampooConfig, after: ShampooConfig) -> bool:
+    """Whether a parameter's blocks or state would be others under other options."""
+    patterns = {"exclude": None, "no_decay": None}  # these count by their effect
+    same = {**before.shape_of_state(), **patterns} == {**after.shape_of_state(), **patterns}
+    return not same or treat(parameter, before) != treat(parameter, after)
 
 
 def _trains(tensor: Tensor | None) -> bool:

@@ -252,6 +252,14 @@ class ShampooConfig:
             return self.elementwise
         return "adam" if self.grafting == "none" else self.grafting
 
+    def shape_of_state(self) -> dict[str, Any]:
+        """What may not change once there is state, by option."""
+        plain = ("none", "sgd")  # no second moment
+        warm = self.elementwise_method if self.grafting == "none" else self.grafting
+        fixed = {name: getattr(self, name) for name in FIXED_OPTIONS}
+        kinds = {"grafting": warm in plain, "elementwise": self.elementwise_method in plain}
+        return {**fixed, "betas": self.betas[0] == 0.0, **kinds}
+
     def refreshes_at(self, step: int) -> bool:
         """Whether inverse roots are recomputed at this step (counted from 1)."""
         return step >= self.start and (step == self.start or step % self.precondition_frequency == 0)
@@ -273,6 +281,17 @@ class ShampooConfig:
 
 
 OPTION_NAMES = tuple(f.name for f in fields(ShampooConfig))
+# These shape blocks and state, so they are fixed from a group's first step on; whether there is a first moment or a
+# second one is fixed too.
+FIXED_OPTIONS = (
+    "max_preconditioner_dim",
+    "exclude",
+    "no_decay",
+    "factor_dtype",
+    "root_dtype",
+    "communication_dtype",
+    "bucket_mb",
+)
 # These shape what ranks exchange, so one optimizer has one value of each.
 GLOBAL_OPTIONS = ("communication_dtype", "bucket_mb", "failure_limit")
 

@@ -79,10 +79,14 @@ class Layout:
 
 @dataclass
 class Entry:
-    """A parameter as the optimizer was given it; the reference is weak, so nothing unsharded is kept alive."""
+    """A parameter as the optimizer was given it; the reference is weak, so nothing unsharded is kept alive.
+
+    ``stand_in`` is a host's copy of it in ``param_groups``, once a host has found that out.
+    """
 
     parameter: Parameter
     reference: weakref.ref[Tensor] = field(repr=False)
+    stand_in: weakref.ref[Tensor] | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -111,7 +115,9 @@ class Host(Protocol):
         """The unsharded shape, where the host hides it; None for a parameter that is not the host's."""
         ...
 
-    def layouts(self, entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[Layout] | None:
+    def layouts(
+        self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[Fresh]
+    ) -> list[Layout] | None:
         """Layouts that together hold all fresh tensors, or None where these tensors are not this host's."""
         ...
 

@@ -73,9 +73,9 @@ class Shampoo(BlockOptimizer):
         rates = {group["shampoo_group"]: group["lr"] for group in self.param_groups}
         self._settle(units)
         self._consolidated = None
-        work = [(unit, *shard_gradients(unit, configs)) for unit in units]
+        work = [(unit, shard_gradients(unit, configs)) for unit in units]
         report = status.agree(work, configs)
-        for unit, gradients, active in work:
+        for unit, (_, gradients, active) in work:
             if unit.fresh and unit.layout.may_probe and not report.any_gradient():
                 continue  # a tool's hidden first call, which only wants the state to exist
             with full_precision(unit.device.type):

@@ -83,6 +83,10 @@ def _stack_root(matrices: Tensor, root: float, epsilon: float, relative_epsilon:
         values, vectors = torch.linalg.eigh(matrices)
     except torch.linalg.LinAlgError:
         return None
+    except RuntimeError as error:
+        if "cusolver" not in str(error).lower():
+            raise
+        return None  # some cuSOLVER versions say so instead of LinAlgError
     values = regularised(values, epsilon, relative_epsilon)
     scales = torch.where(values > 0, values.clamp_min(torch.finfo(values.dtype).tiny).pow(-1.0 / root), 0.0)
     return (vectors * scales.unsqueeze(-2)) @ vectors.mT

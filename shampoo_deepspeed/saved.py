@@ -163,7 +163,7 @@ class SavedState:
         known = {shard[0] for momentum in self.momenta for shard in momentum["shards"]}
         for shard, pieces in self._momentum_pieces(unit):
             key, filled = unit.parameters[shard.parameter].key, sum(common.numel for common, _, _ in pieces)
-            if known and self.steps.get(key) and filled != shard.box.numel:
+            if key in known and filled != shard.box.numel:
                 return f"the saved momentum of {key!r} covers {filled} of the {shard.box.numel} elements needed here"
         return None
 
@@ -197,9 +197,32 @@ def lacking(block_key: str) -> str:
 
 
 def consolidated(unit: Unit, own: SavedState) -> SavedState:
-    """A unit's state of all ranks of its group; a collective."""
-    parts = [SavedState.parse({"shampoo": part}) for part in _everyones(own.on_cpu().to_dict(), unit)]
+    """A unit's state of all ranks, on the first rank of its group; on the others their own. A collective."""
+    own = own.on_cpu()
+    if unit.group is None:
+        return own
+    gathered: list[Any] | None = [None] * unit.world_size if unit.rank == 0 else None
+    first = dist.get_global_rank(unit.group, 0)
+    dist.gather_object(own.to_dict(), gathered, dst=first, group=_cpu_group(unit.group))
+    if gathered is None:
+        return own
+    parts = [SavedState.parse({"shampoo": part}) for part in gathered]
     return parts[0].joined(parts[1:])
+
+
+_CPU_GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
+def _cpu_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks for large objects: an accelerator's group would move them through its memory."""
+    if "cpu" in dist.get_backend_config(group):
+        return group
+    if group not in _CPU_GROUPS:
+        ranks = dist.get_process_group_ranks(group)
+        made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        assert made is not None
+        _CPU_GROUPS[group] = made
+    return _CPU_GROUPS[group]
 
 
 def _everyones(mine: Any, unit: Unit) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +14,22 @@ from shampoo_deepspeed.unit import Region, Unit
 from shampoo_deepspeed.verdict import Verdict
 
 
-def shard_gradients(unit: Unit, configs: Mapping[int, ShampooConfig]) -> tuple[list[Tensor], list[bool]]:
-    """Flat gradients of the unit's tensors (step 1: with L2 decay where coupled), and which parameters take part.
+class ShardGradients(NamedTuple):
+    """Flat gradients of a unit's tensors as the host gave them, with L2 decay, and which parameters take part."""
+
+    raw: list[Tensor]
+    decayed: list[Tensor]
+    active: list[bool]
+
+
+def shard_gradients(unit: Unit, configs: Mapping[int, ShampooConfig]) -> ShardGradients:
+    """Collect the gradients, and add weight decay where it is coupled (step 1 of the rule).
 
     Raises:
         RuntimeError: for a sparse gradient.
     """
     flat = []
-    active = [True] * len(unit.parameters)
+    active = [any(tensor.grad is not None for tensor in unit.tensors)] * len(unit.parameters)
     for shard in unit.layout.shards:
         if unit.tensors[shard.tensor].grad is None:
             active[shard.parameter] = False
@@ -31,15 +40,16 @@ def shard_gradients(unit: Unit, configs: Mapping[int, ShampooConfig]) -> tuple[l
         if tensor.grad.layout is not torch.strided:
             raise RuntimeError("Shampoo takes no sparse gradients; build the embedding with sparse=False")
         flat.append(tensor.grad.detach().reshape(-1).contiguous())  # strides of 0 or 2 survive a reshape
-    decayed = [g for g, c in configs.items() if c.weight_decay and not c.decoupled_weight_decay]
-    if decayed:
-        flat = [g.to(unit.dtype, copy=True) for g in flat]
-        for r in unit.regions:
-            group = unit.layout.groups[r.tensor]
-            if r.decays and group in decayed:
-                weights = unit.tensors[r.tensor].detach().reshape(-1)[r.start : r.stop]
-                flat[r.tensor][r.start : r.stop].add_(weights, alpha=configs[group].weight_decay)
-    return flat, active
+    coupled = [g for g, c in configs.items() if c.weight_decay and not c.decoupled_weight_decay]
+    if not coupled:
+        return ShardGradients(flat, flat, active)
+    decayed = [g.to(unit.dtype, copy=True) for g in flat]
+    for r in unit.regions:
+        group = unit.layout.groups[r.tensor]
+        if r.decays and group in coupled:
+            weights = unit.tensors[r.tensor].detach().reshape(-1)[r.start : r.stop]
+            decayed[r.tensor][r.start : r.stop].add_(weights, alpha=configs[group].weight_decay)
+    return ShardGradients(flat, decayed, active)
 
 
 def update(

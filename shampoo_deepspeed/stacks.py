@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed import grafting
-from shampoo_deepspeed.config import OptionError, ShampooConfig
+from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.preconditioners import build
 from shampoo_deepspeed.verdict import Verdict
 
@@ -24,7 +24,7 @@ class BlockStack:
     Args:
         keys: block keys, ``"parameter/index"``, in row order.
         shape: the blocks' shape.
-        config: options at the time of building; later changes of betas and the like are honoured by ``step``.
+        config: options at the time of building; those that do not shape state may change, ``step`` gets them.
         dtype: dtype of moments and directions, float32 or float64.
     """
 
@@ -55,14 +55,7 @@ class BlockStack:
         Args:
             steps: the number of each row's step, counted from 1; rows with 0 take no part: they get direction 0 and
                 keep their state.
-
-        Raises:
-            OptionError: where options that shape the state were changed after the first step.
         """
-        if grafting.has_second_moment(warm_method(config)) and "second_moment" not in self.tensors:
-            raise OptionError(
-                f"Shampoo option 'grafting' = {config.grafting!r} is not allowed: it cannot change on the way."
-            )
         if min(steps) == max(steps) > 0:
             return self._advance(first, gradients, steps[0], config, verdict)
         directions = torch.zeros_like(gradients)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.exchange import communication_device
+from shampoo_deepspeed.shards import ShardGradients
 from shampoo_deepspeed.unit import Unit
 from shampoo_deepspeed.verdict import Outcome, Verdict
 
@@ -44,7 +45,7 @@ class Report:
         return self._norms.get(id(unit))
 
 
-def agree(work: Sequence[tuple[Unit, list[Tensor], list[bool]]], configs: Mapping[int, ShampooConfig]) -> Report:
+def agree(work: Sequence[tuple[Unit, ShardGradients]], configs: Mapping[int, ShampooConfig]) -> Report:
     """Combine this rank's status with that of all ranks that share a unit of this call.
 
     One small all-reduce for each unit with several ranks; none with a single rank.
@@ -52,13 +53,13 @@ def agree(work: Sequence[tuple[Unit, list[Tensor], list[bool]]], configs: Mappin
     home = work[0][0].device if work else torch.device("cpu")
     flags = torch.zeros(_FLAGS, device=home)
     norms: dict[int, Tensor] = {}
-    for unit, gradients, active in work:
-        flags += _flags(unit, gradients, active, configs).to(home)
+    for unit, gradients in work:
+        flags += _flags(unit, gradients, configs).to(home)
     # Small groups first: what an expert's ranks know then reaches all ranks through the larger group around them.
-    for unit, gradients, _ in sorted(work, key=lambda item: item[0].world_size):
+    for unit, gradients in sorted(work, key=lambda item: item[0].world_size):
         squares = torch.empty(0, dtype=unit.dtype, device=unit.device)
         if unit.needs_norms:
-            squares = unit.elementwise.squared_norms(gradients, len(unit.parameters)).to(unit.device)
+            squares = unit.elementwise.squared_norms(gradients.decayed, len(unit.parameters)).to(unit.device)
         if unit.group is not None:
             summed = _summed(torch.cat([flags.to(squares), squares]), unit.group)
             flags, squares = summed[:_FLAGS].clamp_max(1e6).to(flags), summed[_FLAGS:]
@@ -66,11 +67,9 @@ def agree(work: Sequence[tuple[Unit, list[Tensor], list[bool]]], configs: Mappin
     return Report(flags, {key: n for key, n in norms.items() if n.numel()})
 
 
-def _flags(
-    unit: Unit, gradients: Sequence[Tensor], active: Sequence[bool], configs: Mapping[int, ShampooConfig]
-) -> Tensor:
-    used = sorted({shard.tensor for shard in unit.layout.shards if active[shard.parameter]})
-    largest = torch._foreach_norm([gradients[t] for t in used], float("inf")) if used else ()
+def _flags(unit: Unit, gradients: ShardGradients, configs: Mapping[int, ShampooConfig]) -> Tensor:
+    used = sorted({shard.tensor for shard in unit.layout.shards if gradients.active[shard.parameter]})
+    largest = torch._foreach_norm([gradients.raw[t] for t in used], float("inf")) if used else ()
     peak = torch.stack([v.float() for v in largest]) if largest else torch.zeros(1, device=unit.device)
     failing = sum(
         failures >= configs[unit.plan.blocks[unit.exchange.stacks[number][0]].group].failure_limit

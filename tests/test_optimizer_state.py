@@ -302,3 +302,67 @@ def by_key(optimizer: Shampoo) -> dict[str, Any]:
             assert ("momentum", key) not in out, f"{key} has momentum twice"
             out["momentum", key] = buffer["buffer"]  # type: ignore[index]
     return out
+
+
+def test_groups_with_and_without_momentum_go_on_together() -> None:
+    def build() -> tuple[Shampoo, list[torch.nn.Parameter]]:
+        one, two = parameter(12, 10), parameter(10, 9)
+        return shampoo([{"params": [one], "momentum": 0.9}, {"params": [two]}]), [one, two]
+
+    optimizer, params = build()
+    fresh, copies = build()
+    drive(optimizer, params, range(4))
+    fresh.load_state_dict(through_a_file(optimizer.state_dict()))
+    for p, copied in zip(params, copies, strict=True):
+        copied.data.copy_(p)
+    drive(optimizer, params, range(4, 8))
+    drive(fresh, copies, range(4, 8))
+    assert same_bits(snapshot(params), snapshot(copies))
+
+
+@pytest.mark.parametrize(
+    ("at_first", "later"),
+    [
+        ({"grafting": "sgd"}, {"grafting": "adam"}),
+        ({"betas": (0.0, 0.9)}, {"betas": (0.9, 0.9)}),
+        ({}, {"max_preconditioner_dim": 4}),
+        ({}, {"exclude": ("*",)}),
+        ({}, {"no_decay": ("*",)}),
+        ({}, {"factor_dtype": "float64"}),
+    ],
+)
+def test_options_that_shape_state_cannot_change_on_the_way(at_first: dict[str, Any], later: dict[str, Any]) -> None:
+    p = parameter(12, 10)
+    optimizer = shampoo([p], **at_first)
+    drive(optimizer, [p], range(2))
+    optimizer.param_groups[0].update(later)
+    (name,) = later
+    values = snapshot([p])
+    with pytest.raises(ValueError, match=f"{name}.* is not allowed: it was "):
+        drive(optimizer, [p], range(2, 3))
+    assert same_bits(snapshot([p]), values)
+
+
+def test_a_state_dict_with_a_bad_option_changes_nothing() -> None:
+    p = parameter(12, 10)
+    optimizer = shampoo([p])
+    drive(optimizer, [p], range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["eps"] = -1.0
+    with pytest.raises(ValueError, match="'eps' = -1.0"):
+        optimizer.load_state_dict(saved)
+    drive(optimizer, [p], range(2, 4))
+    assert optimizer.param_groups[0]["eps"] >= 0
+
+
+def test_a_state_dict_may_bring_other_options_to_an_optimizer_that_has_stepped() -> None:
+    saving, own = parameter(12, 10), parameter(12, 10)
+    other = shampoo([saving], grafting="sgd")
+    drive(other, [saving], range(3))
+    optimizer = shampoo([own])
+    drive(optimizer, [own], range(2))
+    optimizer.load_state_dict(through_a_file(other.state_dict()))
+    own.data.copy_(saving)
+    drive(other, [saving], range(3, 7))
+    drive(optimizer, [own], range(3, 7))
+    assert same_bits(snapshot([own]), snapshot([saving]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from typing import Any
@@ -205,3 +206,26 @@ def test_torchs_checkpoint_helper_takes_no_hidden_step_of_a_trained_optimizer() 
     get_optimizer_state_dict(model, optimizer)
     assert same_bits(state_of(optimizer), before)
     assert same_bits(snapshot(model.parameters()), values)
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_the_hidden_first_call_does_nothing_with_any_weight_decay(decoupled: bool) -> None:
+    """L2 decay makes the decayed gradient non-zero; the host's own is what counts."""
+    p = parameter(12, 10)
+    optimizer = shampoo([p], weight_decay=0.3, decoupled_weight_decay=decoupled)
+    before = p.detach().clone()
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(p.detach(), before)
+    assert set(state_of(optimizer)["steps"].values()) == {0}
+
+
+def test_torchs_checkpoint_helper_takes_no_hidden_step_of_a_loaded_optimizer() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
+    optimizer = shampoo(model.named_parameters())
+    drive(optimizer, list(model.parameters()), range(4))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.zero_grad()
+    before = state_of(optimizer)
+    get_optimizer_state_dict(model, optimizer)
+    assert same_bits(state_of(optimizer), before)

@@ -167,6 +167,23 @@ def test_only_the_row_that_failed_is_done_again(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(found, expected)
 
 
+def test_what_cusolver_reports_in_its_own_words_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.linalg.eigh
+
+    def failing(matrices: torch.Tensor) -> Any:
+        if matrices.dtype == torch.float32:
+            raise RuntimeError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED")
+        return real(matrices)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    found, failed = inverse_root(torch.eye(3).unsqueeze(0) * 4.0, 2.0, 0.0, 0.0, torch.float32)
+    assert failed == []
+    torch.testing.assert_close(found, torch.eye(3).unsqueeze(0) * 0.5)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda _: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        inverse_root(torch.eye(3).unsqueeze(0), 2.0, 0.0, 0.0, torch.float32)
+
+
 def test_rows_that_fail_for_good_are_reported_and_the_others_are_right() -> None:
     stack = torch.stack([torch.eye(3) * 4.0, torch.full((3, 3), math.nan), torch.eye(3) * 16.0])
     found, failed = inverse_root(stack, 2.0, 0.0, 0.0, torch.float32)

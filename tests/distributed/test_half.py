@@ -58,6 +58,8 @@ def pairs() -> list[Pair]:
                 "_sub_groups": at_stage(bf16, 3, **SMALL_PIECES),
             },
         )
+        coupled = replace(bf16, options={"decoupled_weight_decay": False})
+        found += family(f"bf16_{model}_coupled", coupled, {"_plain": at_stage(coupled, 0)})
         scaled = Scenario(model=model, half="fp16", stage=1, config=SCALED, groups=True)
         found += family(
             f"fp16_{model}",

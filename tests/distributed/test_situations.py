@@ -44,6 +44,10 @@ NARROW = [
     )
     for s in (0, 1, 2, 3)
 ]
+RESUMED = [Check(f"resumed_groups_zero{s}", 2, "situations:resumed", Scenario(stage=s)) for s in range(4)]
+AFTERWARDS = [
+    Check(f"plain_afterwards_zero{s}", 2, "situations:plain_after_an_engine", Scenario(stage=s)) for s in (0, 2)
+]
 ALONE = Check("alone_without_collectives", 1, "situations:plain_collectives", None)
 
 
@@ -94,6 +98,19 @@ def test_a_narrow_wire_keeps_replicas_together(check: Check, ask: Ask) -> None:
     wide = reference_run(replace(check.argument, options={}))
     found = {n: relative_error(values[0][n], wide[n]) for n in wide}
     assert 1e-6 < max(found.values()) < 2e-2, found
+
+
+@pytest.mark.parametrize("check", RESUMED, ids=named)
+def test_a_checkpoint_of_mixed_groups_goes_on_to_the_bit(check: Check, ask: Ask) -> None:
+    for value in ask(check):
+        assert all(torch.equal(value["whole"][n], value["again"][n]) for n in value["whole"])
+
+
+@pytest.mark.parametrize("check", AFTERWARDS, ids=named)
+def test_a_finished_engine_does_not_capture_a_plain_optimizer(check: Check, ask: Ask) -> None:
+    """Only one rank steps it, which would hang if it were taken for the engine's."""
+    stepped, untouched = ask(check)
+    assert all(not torch.equal(stepped[n], untouched[n]) for n in ("up.weight", "down.weight", "norm.weight"))
 
 
 @pytest.mark.parametrize("check", [ALONE], ids=named)

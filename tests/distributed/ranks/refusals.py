@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.module_inject import layers
+from deepspeed.runtime import torch_autocast
 from deepspeed.utils import groups
 from torch import nn
 
@@ -57,10 +58,11 @@ def described(error: Exception) -> dict[str, Any]:
 
 @contextmanager
 def global_groups() -> Iterator[None]:
-    """Undoes what a tensor-parallel engine sets for the whole process."""
-    before, mode = dict(vars(groups)), layers.DEEPSPEED_AUTOTP_MODE
+    """Undoes what tensor-parallel and autocast engines set for the whole process."""
+    before, autocast, mode = dict(vars(groups)), dict(vars(torch_autocast)), layers.DEEPSPEED_AUTOTP_MODE
     try:
         yield
     finally:
         vars(groups).update(before)
+        vars(torch_autocast).update(autocast)
         layers.DEEPSPEED_AUTOTP_MODE = mode

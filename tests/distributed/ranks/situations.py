@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from shampoo_deepspeed import Shampoo
 from tests.distributed.ranks.zero import build, engine_of, full_parameters, train
 from tests.distributed.scenarios import FROZEN_STEPS, Scenario
+from tests.zoo import gradients, make_batch
 
 
 def client_optimizer(scenario: Scenario) -> dict[str, Tensor]:
@@ -82,6 +84,49 @@ def frozen_for_a_while(argument: tuple[Scenario, str]) -> dict[str, Tensor]:
         parameter.requires_grad_(True)
         train(engine, scenario, range(FROZEN_STEPS, scenario.steps))
         return full_parameters(engine)
+
+
+def resumed(scenario: Scenario) -> dict[str, Any]:
+    """An uninterrupted run and one through a checkpoint of DeepSpeed's; only the second group has momentum."""
+
+    def build_engine() -> Any:
+        model = build(scenario)
+        matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+        others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+        given = [{"params": others}, {"params": matrices, "momentum": 0.8}]
+        return deepspeed.initialize(model=model, model_parameters=given, config=scenario.deepspeed_config())[0]
+
+    folder = gathered(tempfile.mkdtemp() if dist.get_rank() == 0 else None)[0]
+    engine = build_engine()
+    train(engine, scenario, range(4))
+    engine.save_checkpoint(folder)
+    train(engine, scenario, range(4, scenario.steps))
+    whole = full_parameters(engine)
+    engine.destroy()
+    engine = build_engine()
+    engine.load_checkpoint(folder)
+    train(engine, scenario, range(4, scenario.steps))
+    again = full_parameters(engine)
+    engine.destroy()
+    return {"whole": whole, "again": again}
+
+
+def plain_after_an_engine(scenario: Scenario) -> dict[str, Tensor]:
+    """A plain optimizer on the parameters of an engine that is done, but still referenced; one rank steps it."""
+    model = build(scenario)
+    with engine_of(scenario, model) as engine:
+        train(engine, scenario, range(2))
+    named = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in model.named_parameters():
+        if name in named:
+            parameter.data = named[name].detach().clone()
+    optimizer = Shampoo(model.named_parameters(), **scenario.optimizer_options())
+    if dist.get_rank() == 0:
+        for step in range(3):
+            gradients(model, make_batch(scenario.model, step))
+            optimizer.step()
+    assert engine is not None
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
 def engines_in_turn(scenarios: list[Scenario]) -> list[dict[str, Tensor]]:
