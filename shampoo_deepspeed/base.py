@@ -55,12 +55,12 @@ class BlockOptimizer(torch.optim.Optimizer):
         fresh: list[Fresh] = []
         units: dict[int, Unit] = {}
         for group in self.param_groups:
-            for tensor in group["params"]:
+            for place, tensor in enumerate(group["params"]):
                 unit = self._unit_of.get(id(tensor))
                 if unit is not None:
                     units[id(unit)] = unit
                 elif tensor.grad is not None:
-                    fresh.append(Fresh(tensor, group["shampoo_group"]))
+                    fresh.append(Fresh(tensor, group["shampoo_group"], place))
         if not fresh:
             return list(units.values())
         candidates = (host.layouts(self, self._entries, fresh) for host in hosts())

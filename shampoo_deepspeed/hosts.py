@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -52,18 +52,25 @@ class Shard:
     offset: int
 
 
+def _local_gradient(tensor: Tensor) -> Tensor | None:
+    return tensor.grad
+
+
 @dataclass
 class Layout:
     """A step unit: tensors that are stepped together, and what lies in them on this rank.
 
     Args:
         parameters: all of the unit, also those of which this rank holds nothing; the same list on all ranks.
-        tensors: local tensors that the optimizer updates, all on one device.
+        tensors: what stands in ``param_groups``; their local parts are all on one device.
         groups: parameter group number of each tensor.
         shards: what lies where in the tensors.
         process_group: the ranks whose shards make up the parameters; None where this rank holds all of them alone.
         may_probe: whether a host or tool may make a first call with zero gradients that must do nothing.
         one_rank_saves: whether the host stores only one rank's state dict, though ranks own different blocks.
+        one_each: whether tensor n is parameter n, also where this rank's part of it is empty.
+        local: the local part of a tensor in ``param_groups``, as a view that can be updated.
+        gradient: the gradient of that part, None where the tensor takes no part in the step.
         problem: what is wrong on this rank; raised on all ranks together, so that none waits for another.
     """
 
@@ -74,6 +81,9 @@ class Layout:
     process_group: dist.ProcessGroup | None = None
     may_probe: bool = True
     one_rank_saves: bool = False
+    one_each: bool = False
+    local: Callable[[Tensor], Tensor] = Tensor.detach
+    gradient: Callable[[Tensor], Tensor | None] = _local_gradient
     problem: str | None = None
 
 
@@ -91,10 +101,11 @@ class Entry:
 
 @dataclass
 class Fresh:
-    """A tensor in the current step that belongs to no unit yet, and the number of its parameter group."""
+    """A tensor in the current step that belongs to no unit yet, its group's number, and its place in the group."""
 
     tensor: Tensor
     group: int
+    place: int
 
 
 class Host(Protocol):
@@ -157,7 +168,7 @@ def plain_layouts(entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[Layo
 def whole_tensors(parameters: list[Parameter], items: Sequence[Fresh]) -> Layout:
     """The layout of unsharded tensors, one parameter each."""
     shards = [Shard(n, whole(item.tensor.shape), n, 0) for n, item in enumerate(items) if item.tensor.numel()]
-    return Layout(parameters, [i.tensor for i in items], [i.group for i in items], shards)
+    return Layout(parameters, [i.tensor for i in items], [i.group for i in items], shards, one_each=True)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -167,6 +178,6 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 def _refuse_sharded(tensor: Tensor) -> None:
     if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
-        raise LayoutError("FSDP2 and tensor-parallel parameters (DTensor) have no adapter in this version")
+        raise LayoutError("these parameters are DTensors, and no installed adapter has taken them")
     if getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_fsdp_flattened", False):
         raise LayoutError("FSDP1 parameters have no adapter in this version; they would be trained as flat vectors")

@@ -80,7 +80,7 @@ class Shampoo(BlockOptimizer):
                 continue  # a tool's hidden first call, which only wants the state to exist
             with full_precision(unit.device.type):
                 verdict = report.verdict(unit)
-                directions = [torch.empty(t.numel(), dtype=unit.dtype, device=t.device) for t in unit.tensors]
+                directions = [torch.empty(n, dtype=unit.dtype, device=unit.device) for n in unit.sizes]
                 steps = unit.count(active)
                 _precondition(unit, gradients, directions, steps, configs, verdict)
                 norms = report.squared_norms(unit)

@@ -28,28 +28,37 @@ def shard_gradients(unit: Unit, configs: Mapping[int, ShampooConfig]) -> ShardGr
     Raises:
         RuntimeError: for a sparse gradient.
     """
+    gradients = [unit.layout.gradient(tensor) for tensor in unit.tensors]
+    active = _taking_part(unit, gradients)
     flat = []
-    active = [any(tensor.grad is not None for tensor in unit.tensors)] * len(unit.parameters)
-    for shard in unit.layout.shards:
-        if unit.tensors[shard.tensor].grad is None:
-            active[shard.parameter] = False
-    for tensor in unit.tensors:
-        if tensor.grad is None:
-            flat.append(torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device))
+    for size, gradient in zip(unit.sizes, gradients, strict=True):
+        if gradient is None:
+            flat.append(torch.zeros(size, dtype=unit.dtype, device=unit.device))
             continue
-        if tensor.grad.layout is not torch.strided:
+        if gradient.layout is not torch.strided:
             raise RuntimeError("Shampoo takes no sparse gradients; build the embedding with sparse=False")
-        flat.append(tensor.grad.detach().reshape(-1).contiguous())  # strides of 0 or 2 survive a reshape
+        flat.append(gradient.detach().reshape(-1).contiguous())  # strides of 0 or 2 survive a reshape
     coupled = [g for g, c in configs.items() if c.weight_decay and not c.decoupled_weight_decay]
     if not coupled:
         return ShardGradients(flat, flat, active)
     decayed = [g.to(unit.dtype, copy=True) for g in flat]
+    values = unit.local_tensors()
     for r in unit.regions:
         group = unit.layout.groups[r.tensor]
         if r.decays and group in coupled:
-            weights = unit.tensors[r.tensor].detach().reshape(-1)[r.start : r.stop]
+            weights = values[r.tensor].reshape(-1)[r.start : r.stop]
             decayed[r.tensor][r.start : r.stop].add_(weights, alpha=configs[group].weight_decay)
     return ShardGradients(flat, decayed, active)
+
+
+def _taking_part(unit: Unit, gradients: Sequence[Tensor | None]) -> list[bool]:
+    """Which parameters step; ranks that hold nothing of one must say the same as the others."""
+    if unit.layout.one_each:
+        return [gradient is not None for gradient in gradients]
+    active = [any(gradient is not None for gradient in gradients)] * len(unit.parameters)
+    for shard in unit.layout.shards:
+        active[shard.parameter] &= gradients[shard.tensor] is not None
+    return active
 
 
 def update(
@@ -64,9 +73,10 @@ def update(
 
     ``directions`` are used up: their content is undefined afterwards.
     """
+    values = unit.local_tensors()
     for group, regions in _regions_by_group(unit, active).items():
         config = configs[group]
-        weights = [_region(unit.tensors[r.tensor].detach(), r) for r in regions]
+        weights = [_region(values[r.tensor], r) for r in regions]
         steps = [directions[r.tensor][r.start : r.stop].view_as(w) for r, w in zip(regions, weights, strict=True)]
         if config.decoupled_weight_decay and config.weight_decay:
             decaying = [n for n, r in enumerate(regions) if r.decays]

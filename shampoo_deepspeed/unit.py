@@ -101,8 +101,10 @@ class Unit:
         self.group = layout.process_group
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
         self.world_size = dist.get_world_size(self.group) if self.group is not None else 1
-        self.device = layout.tensors[0].device if layout.tensors else torch.device("cpu")
-        self.dtype = compute_dtype(layout.tensors[0]) if layout.tensors else torch.float32
+        locals_ = self.local_tensors()
+        self.sizes = [t.numel() for t in locals_]
+        self.device = locals_[0].device if locals_ else torch.device("cpu")
+        self.dtype = compute_dtype(locals_[0]) if locals_ else torch.float32
         self.treatments = [treat(p, configs[p.group]) for p in self.parameters]
         # Steps taken by each parameter. All ranks count alike, without a read of the device.
         self.steps = [0] * len(self.parameters)
@@ -229,11 +231,14 @@ class Unit:
                 joined.append(region)
         return joined
 
+    def local_tensors(self) -> list[Tensor]:
+        """The local parts of the unit's tensors, as they are now; views that can be updated."""
+        return [self.layout.local(tensor) for tensor in self.tensors]
+
     def momentum_buffer(self, tensor: int) -> Tensor:
         """The flat momentum buffer of a local tensor; it lies with the shard."""
         if tensor not in self.momenta:
-            size = self.tensors[tensor].numel()
-            self.momenta[tensor] = torch.zeros(size, dtype=self.dtype, device=self.device)
+            self.momenta[tensor] = torch.zeros(self.sizes[tensor], dtype=self.dtype, device=self.device)
         return self.momenta[tensor]
 
     @property

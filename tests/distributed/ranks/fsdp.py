@@ -1,0 +1,85 @@
+"""What a rank does in the FSDP2 and tensor-parallel checks: trains a sharded model and gives back full parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from shampoo_deepspeed import Shampoo
+from tests.distributed.fsdp_runs import Run
+from tests.zoo import cast, make_batch, make_model, micro_batches
+
+
+def sharded(run: Run) -> tuple[nn.Module, DeviceMesh]:
+    """The model, and the mesh over which batches are divided."""
+    world = dist.get_world_size()
+    model = make_model(run.model, run.torch_dtype)
+    if run.layout == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, mesh=mesh)
+        return model, mesh
+    if run.layout == "tensor_parallel":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+        parallelize_module(model, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["data"])
+        return model, mesh["data"]
+    mesh = init_device_mesh("cpu", (world,))
+    if run.layout == "columns":
+        fully_shard(model, mesh=mesh, shard_placement_fn=by_columns)
+    else:
+        for child in (m for m in model.children() if run.layout == "nested" and any(True for _ in m.parameters())):
+            fully_shard(child, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model, mesh
+
+
+def by_columns(parameter: nn.Parameter) -> Shard | None:
+    """Cut the second dim where it divides evenly, as FSDP2 demands."""
+    return Shard(1) if parameter.ndim == 2 and parameter.shape[1] % dist.get_world_size() == 0 else None
+
+
+def final_parameters(run: Run) -> dict[str, Tensor]:
+    if run.built_before:
+        return trained(*built_before_sharding(run), run)
+    model, mesh = sharded(run)
+    return trained(model, Shampoo(model.named_parameters(), **run.options()), mesh, run)
+
+
+def built_before_sharding(run: Run) -> tuple[nn.Module, Shampoo, DeviceMesh]:
+    """The optimizer sees whole parameters, and its groups get the sharded ones later, as accelerate does it."""
+    whole = make_model(run.model, run.torch_dtype)
+    optimizer = Shampoo([(n, p) for n, p in whole.named_parameters() if p.requires_grad], **run.options())
+    model, mesh = sharded(run)
+    optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
+    return model, optimizer, mesh
+
+
+def trained(model: nn.Module, optimizer: Shampoo, mesh: DeviceMesh, run: Run) -> dict[str, Tensor]:
+    divided, rank = mesh.size(), dist.get_rank() if run.layout != "tensor_parallel" else mesh.get_local_rank()
+    for step in range(run.steps):
+        batch: dict[str, Any] = cast(make_batch(run.model, step, run.unused), run.torch_dtype)
+        (piece,) = micro_batches(batch, rank, divided)
+        optimizer.zero_grad()
+        model(**piece).backward()
+        optimizer.step()
+    return {n: full(p) for n, p in model.named_parameters()}
+
+
+def full(parameter: Any) -> Tensor:
+    """The whole parameter; frozen ones are not sharded in every layout."""
+    whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole.detach().clone()
+
+
+def traffic(run: Run) -> dict[str, int]:
+    """What the last step moved."""
+    model, mesh = sharded(run)
+    optimizer = Shampoo(model.named_parameters(), **run.options())
+    trained(model, optimizer, mesh, run)
+    return optimizer.comm_stats()

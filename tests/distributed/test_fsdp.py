@@ -1,0 +1,65 @@
+"""Under FSDP2, HSDP and tensor parallelism the trajectory is that of the unsharded reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.distributed.conftest import Ask
+from tests.distributed.fsdp_runs import Run, expected
+from tests.distributed.launch import Check
+from tests.distributed.test_zero import assert_ranks_agree, named
+from tests.zoo import relative_error
+
+BOUND = {("strict", "float32"): 1e-5, ("default", "float32"): 2e-3, ("default", "float64"): 1e-10}
+SETTINGS = [Run(settings=settings, dtype=dtype) for settings, dtype in BOUND]
+
+
+def final(name: str, run: Run, ranks: int) -> Check:
+    return Check(f"{name}_{run.settings}_{run.dtype}_{ranks}ranks", ranks, "fsdp:final_parameters", run)
+
+
+def checks() -> list[Check]:
+    found = []
+    for ranks in (2, 4):
+        for base in SETTINGS:
+            wide = replace(base, model="wide")
+            found += [
+                final("fsdp2_odd", replace(base, unused=2), ranks),
+                final("fsdp2_nested", replace(wide, layout="nested"), ranks),
+                final("fsdp2_columns", replace(wide, layout="columns"), ranks),
+                final("fsdp2_built_before", replace(base, built_before=True), ranks),
+            ]
+    for base in SETTINGS:
+        found += [
+            final("hsdp", replace(base, layout="hsdp"), 4),
+            final("tensor_parallel", replace(base, model="wide", layout="tensor_parallel"), 4),
+        ]
+    options = {"momentum": 0.8, "nesterov": True, "grafting": "normalized_adam", "lr": 1e-3}
+    found.append(final("fsdp2_momentum", Run(settings="default", dtype="float64", extra=options), 2))
+    coupled = {"weight_decay": 0.3, "decoupled_weight_decay": False}
+    found.append(final("hsdp_coupled", Run(settings="default", dtype="float64", extra=coupled, layout="hsdp"), 4))
+    return found
+
+
+ALIGNED = Check("fsdp2_aligned", 2, "fsdp:traffic", Run(model="wide", extra={"max_preconditioner_dim": 4}, steps=3))
+
+
+@pytest.mark.parametrize("check", checks(), ids=named)
+def test_the_trajectory_is_that_of_the_reference(check: Check, ask: Ask) -> None:
+    run: Run = check.argument
+    values, wanted = ask(check), expected(run)
+    assert_ranks_agree(values)
+    found = {n: relative_error(values[0][n], wanted[n]) for n in wanted}
+    worst = max(found, key=lambda n: found[n])
+    print(f"{worst} deviates by {found[worst]:.1e}")  # shown by pytest -rP
+    assert found[worst] <= BOUND[run.settings, run.dtype], found
+
+
+@pytest.mark.parametrize("check", [ALIGNED], ids=named)
+def test_shards_that_line_up_with_blocks_move_nothing(check: Check, ask: Ask) -> None:
+    """All matrices have 12, 20 or 36 rows a rank, multiples of the block size, but for the readout's 13."""
+    for stats in ask(check):
+        assert stats["bytes_sent"] == stats["planned_bytes_sent"]
+        assert stats["bytes_sent"] + stats["bytes_received"] <= 4 * 2 * 4 * 24
