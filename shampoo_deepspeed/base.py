@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo_deepspeed import status
@@ -29,7 +30,13 @@ class BlockOptimizer(torch.optim.Optimizer):
     Holds weak references to parameters only: hosts replace them by shards, and nothing unsharded may stay alive.
     """
 
-    def __init__(self, params: Iterable[Any], model: nn.Module | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        model: nn.Module | None,
+        process_group: dist.ProcessGroup | None,
+        options: dict[str, Any],
+    ) -> None:
         if isinstance(params, Tensor):
             raise TypeError("params is a Tensor; give an iterable of parameters, (name, parameter) pairs or groups")
         given = list(params)
@@ -37,6 +44,9 @@ class BlockOptimizer(torch.optim.Optimizer):
         for host in hosts():
             host.admit(type(self))
             model = model or host.model_under_construction(options, given)
+        if process_group is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            process_group = model.process_group
+        self._replicas = process_group
         self._known = names_and_kinds(model) if model is not None else {}
         self._entries: list[Entry] = []
         self._units: list[Unit] = []
@@ -66,7 +76,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         candidates = (host.layouts(self, self._entries, fresh) for host in hosts())
         layouts = next((found for found in candidates if found is not None), None)
         if layouts is None:
-            layouts = plain_layouts(self._entries, fresh)
+            layouts = plain_layouts(self._entries, fresh, self._replicas)
         configs = self._configs_by_group()
         for layout in layouts:
             carried = self._loads.get(id(layout.process_group))
@@ -285,6 +295,8 @@ class BlockOptimizer(torch.optim.Optimizer):
                 raise ValueError(problem or lacking(missing[0]))
 
     def __getstate__(self) -> dict[str, Any]:
+        if any(unit.group is not None for unit in self._units):
+            raise RuntimeError("this optimizer cannot be copied: its state is divided among ranks; use state_dict()")
         self._settle(self._units)
         base = super().__getstate__()
         return {**base, "shampoo": self._own_state().to_dict(), "entries": [asdict(e.parameter) for e in self._entries]}
@@ -303,7 +315,7 @@ class BlockOptimizer(torch.optim.Optimizer):
                 "this optimizer cannot be copied while a host has replaced its parameters by flat shards"
             )
         self._known, self._units, self._unit_of, self._configs, self._loads = {}, [], {}, {}, {}
-        self._reported, self._consolidated = True, None
+        self._reported, self._consolidated, self._replicas = True, None, None
         self._entries = [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
         self._saved = SavedState.parse({"shampoo": saved})
         self.rejected_steps = self._saved.rejected_steps

@@ -142,8 +142,8 @@ def hosts() -> tuple[Host, ...]:
     return tuple(point.load() for point in sorted(entry_points(group="shampoo_deepspeed.hosts"), key=lambda p: p.name))
 
 
-def plain_layouts(entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[Layout]:
-    """Whole parameters on this rank: a single process, or replicas that each do the same work.
+def plain_layouts(entries: Sequence[Entry], fresh: Sequence[Fresh], replicas: dist.ProcessGroup | None) -> list[Layout]:
+    """Whole parameters on this rank: a single process, or replicas, which divide the work where their group is known.
 
     Raises:
         LayoutError: for tensors that some wrapper has sharded.
@@ -161,7 +161,10 @@ def plain_layouts(entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[Layo
                 "some tensors in param_groups are not the parameters that the optimizer was built with, and no known "
                 "host has put them there; build the optimizer after wrapping the model"
             )
-        layouts.append(whole_tensors(parameters, items))
+        layout = whole_tensors(parameters, items)
+        if replicas is not None and dist.get_world_size(replicas) > 1:
+            layout.process_group, layout.one_rank_saves = replicas, True
+        layouts.append(layout)
     return layouts
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo_deepspeed import status
@@ -40,6 +41,9 @@ class Shampoo(BlockOptimizer):
         lr: learning rate.
         model: the model that holds the parameters, for names and module types where ``params`` has none. It is not
             kept.
+        process_group: ranks that hold replicas of unsharded parameters and get equal gradients, among which the work is
+            then divided. A ``model`` wrapped in DistributedDataParallel brings its own. Without it every rank does all
+            of the work, which is as exact. Sharded parameters know their ranks themselves.
         **options: the fields of :class:`ShampooConfig`; groups may have their own.
 
     Raises:
@@ -52,9 +56,10 @@ class Shampoo(BlockOptimizer):
         lr: float | Tensor = ShampooConfig.lr,
         *,
         model: nn.Module | None = None,
+        process_group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(params, model, {"lr": lr, **options})
+        super().__init__(params, model, process_group, {"lr": lr, **options})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

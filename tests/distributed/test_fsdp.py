@@ -1,4 +1,4 @@
-"""Under FSDP2, HSDP and tensor parallelism the trajectory is that of the unsharded reference."""
+"""Under DDP, FSDP2, HSDP and tensor parallelism the trajectory is that of the unsharded reference."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def checks() -> list[Check]:
                 final("fsdp2_odd", replace(base, unused=2), ranks),
                 final("fsdp2_nested", replace(wide, layout="nested"), ranks),
                 final("fsdp2_columns", replace(wide, layout="columns"), ranks),
+                final("replicas_odd", replace(base, unused=2, layout="replicas"), ranks),
                 final("fsdp2_built_before", replace(base, built_before=True), ranks),
             ]
     for base in SETTINGS:
@@ -43,6 +44,7 @@ def checks() -> list[Check]:
     return found
 
 
+DIVIDED = [Check(f"replicas_traffic_{n}ranks", n, "fsdp:traffic", Run(layout="replicas", steps=3)) for n in (2, 4)]
 ALIGNED = Check("fsdp2_aligned", 2, "fsdp:traffic", Run(model="wide", extra={"max_preconditioner_dim": 4}, steps=3))
 
 
@@ -63,3 +65,13 @@ def test_shards_that_line_up_with_blocks_move_nothing(check: Check, ask: Ask) ->
     for stats in ask(check):
         assert stats["bytes_sent"] == stats["planned_bytes_sent"]
         assert stats["bytes_sent"] + stats["bytes_received"] <= 4 * 2 * 4 * 24
+
+
+@pytest.mark.parametrize("check", DIVIDED, ids=named)
+def test_replicas_divide_the_work_and_exchange_directions_only(check: Check, ask: Ask) -> None:
+    """A rank receives the directions of the others' blocks, each once: together N - 1 times all of them."""
+    stats, run = ask(check), check.argument
+    matrices = sum(w.numel() for n, w in expected(run).items() if w.squeeze().ndim > 1 and n != "embed.weight")
+    assert sum(s["bytes_received"] for s in stats) == (check.ranks - 1) * matrices * 4
+    assert all(0 < s["bytes_received"] < matrices * 4 for s in stats)
+    assert all(s["bytes_received"] == s["planned_bytes_received"] for s in stats)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.naming import clean_name
 from tests.distributed.fsdp_runs import Run
 from tests.zoo import cast, make_batch, make_model, micro_batches
 
@@ -30,6 +31,8 @@ def sharded(run: Run) -> tuple[nn.Module, DeviceMesh]:
         fully_shard(model, mesh=mesh["data"])
         return model, mesh["data"]
     mesh = init_device_mesh("cpu", (world,))
+    if run.layout == "replicas":
+        return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True), mesh
     if run.layout == "columns":
         fully_shard(model, mesh=mesh, shard_placement_fn=by_columns)
     else:
@@ -48,7 +51,7 @@ def final_parameters(run: Run) -> dict[str, Tensor]:
     if run.built_before:
         return trained(*built_before_sharding(run), run)
     model, mesh = sharded(run)
-    return trained(model, Shampoo(model.named_parameters(), **run.options()), mesh, run)
+    return trained(model, Shampoo(model.named_parameters(), model=model, **run.options()), mesh, run)
 
 
 def built_before_sharding(run: Run) -> tuple[nn.Module, Shampoo, DeviceMesh]:
@@ -68,7 +71,7 @@ def trained(model: nn.Module, optimizer: Shampoo, mesh: DeviceMesh, run: Run) ->
         optimizer.zero_grad()
         model(**piece).backward()
         optimizer.step()
-    return {n: full(p) for n, p in model.named_parameters()}
+    return {clean_name(n): full(p) for n, p in model.named_parameters()}
 
 
 def full(parameter: Any) -> Tensor:
@@ -80,6 +83,6 @@ def full(parameter: Any) -> Tensor:
 def traffic(run: Run) -> dict[str, int]:
     """What the last step moved."""
     model, mesh = sharded(run)
-    optimizer = Shampoo(model.named_parameters(), **run.options())
+    optimizer = Shampoo(model.named_parameters(), model=model, **run.options())
     trained(model, optimizer, mesh, run)
     return optimizer.comm_stats()

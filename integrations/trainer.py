@@ -1,0 +1,213 @@
+"""The Hugging Face Trainer: ``optimizers=`` under every host, a factory for the stock Trainer, and a check at the start.
+
+The stock Trainer takes a finished optimizer in a single process and under DDP only: under FSDP it raises, under
+DeepSpeed it trains with AdamW and says nothing. Its ``optimizer_cls_and_kwargs=`` works everywhere, so all ways here
+lead there. It calls what it is given without arguments, and the result with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from shampoo_deepspeed import Shampoo
+
+# Names of weight-decayed parameters, as Trainer.get_decay_parameter_names gives them for a model.
+DecayRule = Callable[[nn.Module], list[str]]
+
+
+class ShampooFactory:
+    """``Trainer(..., optimizer_cls_and_kwargs=(ShampooFactory, {"lr": 1e-3, "weight_decay": 0.1}))``.
+
+    Builds Shampoo from the model, with the Trainer's two groups: norms and biases have no weight decay. With
+    ``no_decay`` among the options these patterns hold instead. Frozen parameters are left out. The learning rate
+    and weight decay of TrainingArguments are not known here, so they must be given.
+    """
+
+    def __call__(self, model: nn.Module, **options: Any) -> Shampoo:
+        return build(model, options, _trainer_rule)
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """Shampoo to be built from the model once the Trainer has one; made by :func:`deferred`."""
+
+    options: Mapping[str, Any]
+
+    def filled(self, arguments: TrainingArguments) -> dict[str, Any]:
+        """The options, with the values of TrainingArguments in place of ``"auto"``, as in DeepSpeed's JSON."""
+        known = {
+            "lr": arguments.learning_rate,
+            "betas": (arguments.adam_beta1, arguments.adam_beta2),
+            "eps": arguments.adam_epsilon,
+            "weight_decay": arguments.weight_decay,
+        }
+        return {k: known[k] if k in known and v == "auto" else v for k, v in self.options.items()}
+
+
+def deferred(lr: float | str, **options: Any) -> Deferred:
+    """``ShampooTrainer(..., optimizers=(deferred(lr=1e-3, weight_decay=0.1), None))``: no parameters needed yet.
+
+    Args:
+        lr: learning rate; ``"auto"`` takes that of TrainingArguments, as it does for betas, eps and weight_decay.
+        **options: as those of :class:`ShampooFactory`.
+    """
+    return Deferred({"lr": lr, **options})
+
+
+class ShampooTrainerMixin:
+    """Before any Trainer class: ``class MyTrainer(ShampooTrainerMixin, SFTTrainer)``.
+
+    ``optimizers=(Shampoo(...) or deferred(...), scheduler or None)`` then works in a single process and under DDP,
+    FSDP2 and DeepSpeed (without "optimizer" in its JSON). Other optimizers go to the Trainer as they are.
+
+    Raises:
+        ValueError: where the optimizer or its scheduler would not be the one that trains.
+    """
+
+    _given_scheduler: Any = None
+
+    def __init__(self, *args: Any, optimizers: tuple[Any, Any] = (None, None), **kwargs: Any) -> None:
+        if any(isinstance(value, tuple) and value and _is_ours(value[0]) for value in args):
+            raise TypeError("give optimizers=(...) by keyword")
+        optimizer, scheduler = optimizers
+        if not _is_ours(optimizer):
+            super().__init__(*args, optimizers=optimizers, **kwargs)  # type: ignore[call-arg]
+            return
+        _check_scheduler(optimizer, scheduler)
+        super().__init__(*args, **kwargs)
+        self._take(optimizer, scheduler)
+
+    def _take(self: Any, optimizer: Shampoo | Deferred, scheduler: Any) -> None:
+        if self.optimizer_cls_and_kwargs is not None:
+            raise ValueError("both optimizers= and optimizer_cls_and_kwargs= are given; leave one out")
+        state = self.accelerator.state
+        _refuse_deepspeed(getattr(state, "deepspeed_plugin", None), scheduler)
+        if isinstance(optimizer, Shampoo):
+            _refuse_flat_fsdp(getattr(state, "fsdp_plugin", None))
+            self.optimizer_cls_and_kwargs = (_Prebuilt(optimizer), {})
+        else:
+            options = optimizer.filled(self.args)
+            rule = self.get_decay_parameter_names
+            self.optimizer_cls_and_kwargs = (lambda: lambda model, **_: build(model, options, rule), {})
+        self.lr_scheduler = self.callback_handler.lr_scheduler = self._given_scheduler = scheduler
+        if not any(isinstance(callback, ShampooCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(ShampooCallback)
+
+    def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The scheduler that was given, also under DeepSpeed, where the Trainer has dropped it by now."""
+        if self.lr_scheduler is None and self._given_scheduler is not None:
+            self.lr_scheduler = self._given_scheduler
+        return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
+
+
+class ShampooTrainer(ShampooTrainerMixin, Trainer):
+    """A Trainer that takes ``optimizers=(Shampoo(...) or deferred(...), scheduler or None)`` under every host."""
+
+
+class ShampooCallback(TrainerCallback):
+    """Raises at the start of training where it is not Shampoo that trains: some hosts replace an optimizer silently."""
+
+    def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        inner = innermost(optimizer)
+        if not isinstance(inner, Shampoo):
+            found = f"{type(inner).__module__}.{type(inner).__qualname__}"
+            raise RuntimeError(
+                f"the optimizer that trains is {found}, not Shampoo; give it by optimizer_cls_and_kwargs=(ShampooFactory,"
+                ' {...}), by ShampooTrainer(optimizers=...), or as "optimizer": {"type": "Shampoo"} in DeepSpeed\'s JSON'
+            )
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of accelerate and DeepSpeed, each of which keeps the next as ``optimizer``."""
+    while getattr(optimizer, "optimizer", None) is not None:
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def build(model: nn.Module, options: Mapping[str, Any], rule: DecayRule) -> Shampoo:
+    """Shampoo for a model's trainable parameters, without weight decay for those that the rule leaves out."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    decayed = {n for n, _ in named} if "no_decay" in options else set(rule(model))
+    groups: list[dict[str, Any]] = [
+        {"params": [(n, p) for n, p in named if n in decayed]},
+        {"params": [(n, p) for n, p in named if n not in decayed], "weight_decay": 0.0},
+    ]
+    return Shampoo([group for group in groups if group["params"]], model=model, **options)
+
+
+@dataclass(frozen=True)
+class _Prebuilt:
+    """A finished optimizer in the form of a factory."""
+
+    optimizer: Shampoo = field(repr=False)
+
+    def __call__(self) -> Callable[..., Shampoo]:
+        return self.for_model
+
+    def for_model(self, model: nn.Module, **_: Any) -> Shampoo:
+        own = {id(p) for p in model.parameters()}
+        given = [p for group in self.optimizer.param_groups for p in group["params"]]
+        foreign = sum(id(p) not in own for p in given)
+        if foreign:
+            raise ValueError(
+                f"{foreign} of the {len(given)} parameters of optimizers=(Shampoo(...), ...) are not the model's: it was "
+                "built from another model (model_init= makes a new one), or a wrapper has replaced them (an earlier "
+                "train() under DeepSpeed does); use optimizers=(deferred(lr=...), None)"
+            )
+        return self.optimizer
+
+
+def _trainer_rule(model: nn.Module) -> list[str]:
+    """The Trainer's own rule, which looks at the model only."""
+    names: list[str] = Trainer.get_decay_parameter_names(object.__new__(Trainer), model)
+    return names
+
+
+def _is_ours(optimizer: Any) -> bool:
+    return isinstance(optimizer, (Shampoo, Deferred))
+
+
+def _check_scheduler(optimizer: Shampoo | Deferred, scheduler: Any) -> None:
+    if scheduler is None or isinstance(optimizer, Shampoo) and getattr(scheduler, "optimizer", None) is optimizer:
+        return
+    raise ValueError(
+        "the scheduler in optimizers= was built for another optimizer and would not set this one's learning rate; "
+        "leave it out for the one of TrainingArguments, or give Shampoo(...) with a scheduler built for it"
+    )
+
+
+def _refuse_deepspeed(plugin: Any, scheduler: Any) -> None:
+    """What of DeepSpeed's JSON would silently win over ``optimizers=``."""
+    if plugin is None:
+        return
+    config: Mapping[str, Any] = plugin.hf_ds_config.config
+    if "optimizer" in config:
+        raise ValueError(
+            'the DeepSpeed JSON has an "optimizer" section, and the Trainer would take that one and drop optimizers=; '
+            "leave out one of them"
+        )
+    if scheduler is not None and "scheduler" in config:
+        raise ValueError(
+            'the DeepSpeed JSON has a "scheduler" section, and the Trainer would take that one and drop the scheduler '
+            "in optimizers=; leave out one of them"
+        )
+    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    if str(offload.get("device", "none")) != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+        raise ValueError(
+            "with offload_optimizer accelerate replaces Shampoo by DeepSpeedCPUAdam; "
+            'write "zero_force_ds_cpu_optimizer": false into the DeepSpeed JSON'
+        )
+
+
+def _refuse_flat_fsdp(plugin: Any) -> None:
+    """FSDP1 makes new parameters unless it is told to keep the model's; FSDP2's are found by their place."""
+    if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1 and not plugin.use_orig_params:
+        raise ValueError(
+            "FSDP1 with use_orig_params = false replaces the model's parameters, so that a finished Shampoo would train "
+            "nothing; use FSDP2 (fsdp_version 2), or use_orig_params = true, or optimizers=(deferred(lr=...), None)"
+        )
