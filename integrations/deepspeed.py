@@ -57,6 +57,9 @@ class DeepSpeedHost:
         module: nn.Module = engine.module
         return module
 
+    def note_model(self, model: nn.Module) -> None:
+        """The engine's own model is all that this host needs."""
+
     def admit(self, optimizer_class: type) -> None:
         """Put the class on DeepSpeed's list of optimizers that may run under ZeRO (runtime/zero/utils.py)."""
         zero = sys.modules.get("deepspeed.runtime.zero.utils")

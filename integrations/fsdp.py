@@ -1,6 +1,7 @@
-"""FSDP2 and tensor parallelism: DTensor parameters as boxes, on meshes of any dims (FSDP2, HSDP, TP, FSDP2 x TP).
+"""FSDP1, FSDP2, HSDP and tensor parallelism: what each leaves on a rank, as boxes of the model's parameters.
 
-A DTensor says by its placements which box of the global tensor lies in its local one; replicas hold equal boxes.
+A DTensor (FSDP2, tensor parallel) says by its placements which box of the global tensor lies in its local one; replicas
+hold equal boxes. An FSDP1 parameter is a flat interval, which the wrapped model tells.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo_deepspeed.boxes import Box
+from shampoo_deepspeed.boxes import Box, interval_to_boxes
 from shampoo_deepspeed.hosts import Entry, Fresh, Layout, LayoutError, Parameter, Shard, compute_dtype
 
 
@@ -27,6 +29,9 @@ class DTensorHost:
     def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
         """FSDP2 builds no optimizers."""
         return None
+
+    def note_model(self, model: nn.Module) -> None:
+        """DTensors tell all about themselves."""
 
     def admit(self, optimizer_class: type) -> None:
         """FSDP2 takes every optimizer."""
@@ -161,4 +166,96 @@ def _parameter_of(item: Fresh, entries: Sequence[Entry]) -> Parameter:
     )
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """What FSDP1 knows of an original parameter: its flat interval [start, stop) on this rank, and the ranks."""
+
+    parameter: weakref.ref[Tensor]
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    group: dist.ProcessGroup
+
+
+class FullyShardedHost:
+    """FSDP1 with ``use_orig_params=True``: parameters are 1-D pieces that only the wrapped model can explain.
+
+    Hybrid sharding is over the world: replicas of a shard group hold equal intervals.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, _Piece] = {}
+
+    def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
+        """FSDP1 builds no optimizers."""
+        return None
+
+    def note_model(self, model: nn.Module) -> None:
+        """Learn the intervals of a wrapped model's parameters (torch/distributed/fsdp/_flat_param.py)."""
+        module = sys.modules.get("torch.distributed.fsdp")
+        if module is None:
+            return
+        self._pieces = {key: piece for key, piece in self._pieces.items() if piece.parameter() is not None}
+        for wrapped in module.FullyShardedDataParallel.fsdp_modules(model):
+            handle = wrapped._handle
+            if handle is None or not handle._use_orig_params:
+                continue
+            hybrid = getattr(wrapped, "_inter_node_pg", None) is not None
+            group: Any = dist.group.WORLD if hybrid else wrapped.process_group
+            flat = handle.flat_param
+            for parameter, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
+                start, stop = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)
+                self._pieces[id(parameter)] = _Piece(weakref.ref(parameter), tuple(shape), start, stop, group)
+
+    def admit(self, optimizer_class: type) -> None:
+        """FSDP1 takes every optimizer."""
+
+    def global_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
+        """The shape before flattening."""
+        piece = self._piece(parameter)
+        return piece.shape if piece is not None else None
+
+    def layouts(
+        self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[Fresh]
+    ) -> list[Layout] | None:
+        """One layout for each process group and dtype of the optimizer's wrapped parameters; None where there is none.
+
+        All trainable parameters join at once, also those of which this rank holds nothing, as their gradient never
+        shows here.
+        """
+        if not any(self._piece(item.tensor) is not None for item in fresh):
+            return None
+        units: dict[tuple[int, torch.dtype], list[tuple[Entry, Tensor, _Piece]]] = {}
+        for entry in entries:
+            tensor = entry.reference()
+            piece = self._piece(tensor) if tensor is not None else None
+            if tensor is not None and piece is not None and tensor.requires_grad:
+                units.setdefault((id(piece.group), compute_dtype(tensor)), []).append((entry, tensor, piece))
+        return [_fsdp1_layout(members) for members in units.values()]
+
+    def _piece(self, tensor: Tensor) -> _Piece | None:
+        piece = self._pieces.get(id(tensor))
+        return piece if piece is not None and piece.parameter() is tensor else None
+
+
+def _fsdp1_layout(members: Sequence[tuple[Entry, Tensor, _Piece]]) -> Layout:
+    group = members[0][2].group
+    layout = Layout(
+        [entry.parameter for entry, _, _ in members],
+        [tensor for _, tensor, _ in members],
+        [entry.parameter.group for entry, _, _ in members],
+        [],
+        group if dist.get_world_size(group) > 1 else None,
+        agrees=True,
+        one_each=True,
+    )
+    for number, (_, _, piece) in enumerate(members):
+        offset = 0
+        for box in interval_to_boxes(piece.shape, piece.start, piece.stop):
+            layout.shards.append(Shard(number, box, number, offset))
+            offset += box.numel
+    return layout
+
+
 HOST = DTensorHost()
+FSDP1_HOST = FullyShardedHost()

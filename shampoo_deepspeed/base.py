@@ -47,6 +47,9 @@ class BlockOptimizer(torch.optim.Optimizer):
         if process_group is None and isinstance(model, nn.parallel.DistributedDataParallel):
             process_group = model.process_group
         self._replicas = process_group
+        if model is not None:
+            for host in hosts():
+                host.note_model(model)
         self._known = names_and_kinds(model) if model is not None else {}
         self._entries: list[Entry] = []
         self._units: list[Unit] = []

@@ -68,6 +68,8 @@ class Layout:
         process_group: the ranks whose shards make up the parameters; None where this rank holds all of them alone.
         may_probe: whether a host or tool may make a first call with zero gradients that must do nothing.
         one_rank_saves: whether the host stores only one rank's state dict, though ranks own different blocks.
+        agrees: whether ranks must ask each other which parameters take part, because a gradient is None also where a
+            rank holds nothing; costs a small all-reduce and a host read per step.
         one_each: whether tensor n is parameter n, also where this rank's part of it is empty.
         local: the local part of a tensor in ``param_groups``, as a view that can be updated.
         gradient: the gradient of that part, None where the tensor takes no part in the step.
@@ -81,6 +83,7 @@ class Layout:
     process_group: dist.ProcessGroup | None = None
     may_probe: bool = True
     one_rank_saves: bool = False
+    agrees: bool = False
     one_each: bool = False
     local: Callable[[Tensor], Tensor] = Tensor.detach
     gradient: Callable[[Tensor], Tensor | None] = _local_gradient
@@ -116,6 +119,10 @@ class Host(Protocol):
 
         May complete ``options`` with defaults that hold under this host only.
         """
+        ...
+
+    def note_model(self, model: nn.Module) -> None:
+        """Called before an optimizer takes parameters, with the model that holds them, where that is known."""
         ...
 
     def admit(self, optimizer_class: type) -> None:
@@ -183,4 +190,7 @@ def _refuse_sharded(tensor: Tensor) -> None:
     if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
         raise LayoutError("these parameters are DTensors, and no installed adapter has taken them")
     if getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_fsdp_flattened", False):
-        raise LayoutError("FSDP1 parameters have no adapter in this version; they would be trained as flat vectors")
+        raise LayoutError(
+            "these are FSDP1 parameters, which do not show what they are pieces of: give the optimizer the wrapped "
+            "model, Shampoo(model.named_parameters(), model=model, ...), and wrap it with use_orig_params=True"
+        )

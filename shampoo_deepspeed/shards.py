@@ -54,7 +54,8 @@ def shard_gradients(unit: Unit, configs: Mapping[int, ShampooConfig]) -> ShardGr
 def _taking_part(unit: Unit, gradients: Sequence[Tensor | None]) -> list[bool]:
     """Which parameters step; ranks that hold nothing of one must say the same as the others."""
     if unit.layout.one_each:
-        return [gradient is not None for gradient in gradients]
+        mine = [gradient is not None for gradient in gradients]
+        return unit.any_rank(mine) if unit.layout.agrees else mine
     active = [any(gradient is not None for gradient in gradients)] * len(unit.parameters)
     for shard in unit.layout.shards:
         active[shard.parameter] &= gradients[shard.tensor] is not None

@@ -20,7 +20,7 @@ from shampoo_deepspeed.blocks import merge_small_dims
 from shampoo_deepspeed.boxes import Box, Placed, merged_places, tiling_error
 from shampoo_deepspeed.config import DTYPES, ShampooConfig
 from shampoo_deepspeed.elementwise import Elementwise, Segment
-from shampoo_deepspeed.exchange import Exchange
+from shampoo_deepspeed.exchange import Exchange, communication_device
 from shampoo_deepspeed.grafting import is_normalized
 from shampoo_deepspeed.hosts import Layout, LayoutError, Parameter, compute_dtype
 from shampoo_deepspeed.naming import matching
@@ -234,6 +234,14 @@ class Unit:
     def local_tensors(self) -> list[Tensor]:
         """The local parts of the unit's tensors, as they are now; views that can be updated."""
         return [self.layout.local(tensor) for tensor in self.tensors]
+
+    def any_rank(self, flags: Sequence[bool]) -> list[bool]:
+        """For each flag whether it is set on any rank of the unit; read on the host."""
+        if self.group is None:
+            return list(flags)
+        values = torch.tensor(flags, dtype=torch.float32, device=communication_device(self.group, self.device))
+        dist.all_reduce(values, group=self.group)
+        return [value > 0 for value in values.tolist()]
 
     def momentum_buffer(self, tensor: int) -> Tensor:
         """The flat momentum buffer of a local tensor; it lies with the shard."""

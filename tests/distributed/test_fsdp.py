@@ -30,11 +30,16 @@ def checks() -> list[Check]:
                 final("fsdp2_nested", replace(wide, layout="nested"), ranks),
                 final("fsdp2_columns", replace(wide, layout="columns"), ranks),
                 final("replicas_odd", replace(base, unused=2, layout="replicas"), ranks),
+                *(
+                    final(f"fsdp1_{strategy}", replace(base, unused=2, layout=f"fsdp1_{strategy}"), ranks)
+                    for strategy in ("full_shard", "shard_grad_op", "no_shard")
+                ),
                 final("fsdp2_built_before", replace(base, built_before=True), ranks),
             ]
     for base in SETTINGS:
         found += [
             final("hsdp", replace(base, layout="hsdp"), 4),
+            final("fsdp1_hybrid_shard", replace(base, unused=2, layout="fsdp1_hybrid_shard"), 4),
             final("tensor_parallel", replace(base, model="wide", layout="tensor_parallel"), 4),
         ]
     options = {"momentum": 0.8, "nesterov": True, "grafting": "normalized_adam", "lr": 1e-3}
@@ -44,6 +49,7 @@ def checks() -> list[Check]:
     return found
 
 
+REFUSED = [Check(f"fsdp1_refused_{uop}", 2, "fsdp:refused", uop) for uop in (True, False)]
 DIVIDED = [Check(f"replicas_traffic_{n}ranks", n, "fsdp:traffic", Run(layout="replicas", steps=3)) for n in (2, 4)]
 ALIGNED = Check("fsdp2_aligned", 2, "fsdp:traffic", Run(model="wide", extra={"max_preconditioner_dim": 4}, steps=3))
 
@@ -75,3 +81,9 @@ def test_replicas_divide_the_work_and_exchange_directions_only(check: Check, ask
     assert sum(s["bytes_received"] for s in stats) == (check.ranks - 1) * matrices * 4
     assert all(0 < s["bytes_received"] < matrices * 4 for s in stats)
     assert all(s["bytes_received"] == s["planned_bytes_received"] for s in stats)
+
+
+@pytest.mark.parametrize("check", REFUSED, ids=named)
+def test_unexplained_fsdp1_parameters_are_never_trained_as_vectors(check: Check, ask: Ask) -> None:
+    for message in ask(check):
+        assert "give the optimizer the wrapped model" in message and "use_orig_params=True" in message

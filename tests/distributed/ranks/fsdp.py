@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed import LayoutError, Shampoo
 from shampoo_deepspeed.naming import clean_name
 from tests.distributed.fsdp_runs import Run
 from tests.zoo import cast, make_batch, make_model, micro_batches
@@ -33,6 +35,8 @@ def sharded(run: Run) -> tuple[nn.Module, DeviceMesh]:
     mesh = init_device_mesh("cpu", (world,))
     if run.layout == "replicas":
         return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True), mesh
+    if run.layout.startswith("fsdp1"):
+        return fsdp1(model, run.layout), mesh
     if run.layout == "columns":
         fully_shard(model, mesh=mesh, shard_placement_fn=by_columns)
     else:
@@ -40,6 +44,23 @@ def sharded(run: Run) -> tuple[nn.Module, DeviceMesh]:
             fully_shard(child, mesh=mesh)
         fully_shard(model, mesh=mesh)
     return model, mesh
+
+
+def fsdp1(model: nn.Module, layout: str) -> nn.Module:
+    """The strategy is the layout's end; the frozen layer of the odd model is a unit of its own, as FSDP1 may ask."""
+    strategy = ShardingStrategy[layout.removeprefix("fsdp1_").upper()]
+    mesh = None
+    if strategy is ShardingStrategy.HYBRID_SHARD:
+        mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+    policy = ModuleWrapPolicy({nn.LayerNorm, nn.Conv1d})
+    return FullyShardedDataParallel(
+        model,
+        sharding_strategy=strategy,
+        auto_wrap_policy=policy,
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+        device_mesh=mesh,
+    )
 
 
 def by_columns(parameter: nn.Parameter) -> Shard | None:
@@ -71,6 +92,9 @@ def trained(model: nn.Module, optimizer: Shampoo, mesh: DeviceMesh, run: Run) ->
         optimizer.zero_grad()
         model(**piece).backward()
         optimizer.step()
+    if run.layout.startswith("fsdp1"):
+        with FullyShardedDataParallel.summon_full_params(model):
+            return {clean_name(n): p.detach().clone() for n, p in model.named_parameters()}
     return {clean_name(n): full(p) for n, p in model.named_parameters()}
 
 
@@ -78,6 +102,19 @@ def full(parameter: Any) -> Tensor:
     """The whole parameter; frozen ones are not sharded in every layout."""
     whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
     return whole.detach().clone()
+
+
+def refused(use_orig_params: bool) -> str:
+    """The error of the first step of FSDP1 parameters that nobody has explained to the optimizer."""
+    model = FullyShardedDataParallel(make_model("wide"), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    optimizer = Shampoo(model.named_parameters(), model=None if use_orig_params else model)
+    (piece,) = micro_batches(make_batch("wide", 0), dist.get_rank(), dist.get_world_size())
+    model(**piece).backward()
+    try:
+        optimizer.step()
+    except LayoutError as error:
+        return str(error)
+    return ""
 
 
 def traffic(run: Run) -> dict[str, int]:
