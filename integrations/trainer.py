@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer: ``optimizers=`` under every host, a factory for the stock Trainer, and a check at the start.
+"""The Hugging Face Trainer: ``optimizers=`` under every host, a factory for the stock Trainer, a check at the start.
 
 The stock Trainer takes a finished optimizer in a single process and under DDP only: under FSDP it raises, under
 DeepSpeed it trains with AdamW and says nothing. Its ``optimizer_cls_and_kwargs=`` works everywhere, so all ways here
@@ -7,14 +7,21 @@ lead there. It calls what it is given without arguments, and the result with the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.distributed as dist
+from accelerate.state import DistributedType
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.hosts import hosts
+from shampoo_deepspeed.naming import clean_name
+
+logger = logging.getLogger("shampoo_deepspeed")
 
 # Names of weight-decayed parameters, as Trainer.get_decay_parameter_names gives them for a model.
 DecayRule = Callable[[nn.Module], list[str]]
@@ -63,7 +70,8 @@ class ShampooTrainerMixin:
     """Before any Trainer class: ``class MyTrainer(ShampooTrainerMixin, SFTTrainer)``.
 
     ``optimizers=(Shampoo(...) or deferred(...), scheduler or None)`` then works in a single process and under DDP,
-    FSDP2 and DeepSpeed (without "optimizer" in its JSON). Other optimizers go to the Trainer as they are.
+    FSDP and DeepSpeed (without "optimizer" in its JSON). Other optimizers go to the Trainer as they are. Under DDP a
+    deferred one divides its work over the replicas; a finished one does where it was given a ``process_group``.
 
     Raises:
         ValueError: where the optimizer or its scheduler would not be the one that trains.
@@ -87,16 +95,29 @@ class ShampooTrainerMixin:
             raise ValueError("both optimizers= and optimizer_cls_and_kwargs= are given; leave one out")
         state = self.accelerator.state
         _refuse_deepspeed(getattr(state, "deepspeed_plugin", None), scheduler)
+        _refuse_flat_fsdp(getattr(state, "fsdp_plugin", None))
         if isinstance(optimizer, Shampoo):
-            _refuse_flat_fsdp(getattr(state, "fsdp_plugin", None))
-            self.optimizer_cls_and_kwargs = (_Prebuilt(optimizer), {})
+            factory: Callable[[], Callable[..., Shampoo]] = _Prebuilt(optimizer)
         else:
-            options = optimizer.filled(self.args)
-            rule = self.get_decay_parameter_names
-            self.optimizer_cls_and_kwargs = (lambda: lambda model, **_: build(model, options, rule), {})
+            options, rule = optimizer.filled(self.args), self.get_decay_parameter_names
+            if self.accelerator.distributed_type.value.startswith("MULTI_"):  # DDP
+                options.setdefault("process_group", dist.group.WORLD)
+
+            def factory() -> Callable[..., Shampoo]:
+                return lambda model, **_: build(model, options, rule)
+
+        no_options: dict[str, Any] = {}
+        self.optimizer_cls_and_kwargs = (factory, no_options)
         self.lr_scheduler = self.callback_handler.lr_scheduler = self._given_scheduler = scheduler
         if not any(isinstance(callback, ShampooCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(ShampooCallback)
+
+    def _save_optimizer_and_scheduler(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Under DDP one rank's state dict is saved, so all blocks must be in it."""
+        optimizer = innermost(self.optimizer)
+        if isinstance(optimizer, Shampoo) and self.accelerator.distributed_type.value.startswith("MULTI_"):
+            optimizer.consolidate_state_dict()
+        super()._save_optimizer_and_scheduler(*args, **kwargs)  # type: ignore[misc]
 
     def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The scheduler that was given, also under DeepSpeed, where the Trainer has dropped it by now."""
@@ -112,13 +133,20 @@ class ShampooTrainer(ShampooTrainerMixin, Trainer):
 class ShampooCallback(TrainerCallback):
     """Raises at the start of training where it is not Shampoo that trains: some hosts replace an optimizer silently."""
 
-    def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, *_: Any, optimizer: Any = None, **__: Any) -> None:
         inner = innermost(optimizer)
         if not isinstance(inner, Shampoo):
             found = f"{type(inner).__module__}.{type(inner).__qualname__}"
             raise RuntimeError(
-                f"the optimizer that trains is {found}, not Shampoo; give it by optimizer_cls_and_kwargs=(ShampooFactory,"
-                ' {...}), by ShampooTrainer(optimizers=...), or as "optimizer": {"type": "Shampoo"} in DeepSpeed\'s JSON'
+                f"the optimizer that trains is {found}, not Shampoo; give it by ShampooTrainer(optimizers=...), by "
+                "Trainer(optimizer_cls_and_kwargs=(ShampooFactory, {...})), or, under DeepSpeed, as "
+                '"optimizer": {"type": "Shampoo"} in its JSON'
+            )
+        host = getattr(getattr(optimizer, "accelerator_state", None), "distributed_type", None)
+        if host == DistributedType.FSDP and args.save_strategy != "no" and not args.save_only_model:
+            logger.warning(
+                "checkpoints of the Trainer under FSDP do not hold Shampoo's state in this version, so that training "
+                "cannot go on from them; save_only_model=True writes the model alone"
             )
 
 
@@ -131,8 +159,9 @@ def innermost(optimizer: Any) -> Any:
 
 def build(model: nn.Module, options: Mapping[str, Any], rule: DecayRule) -> Shampoo:
     """Shampoo for a model's trainable parameters, without weight decay for those that the rule leaves out."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    decayed = {n for n, _ in named} if "no_decay" in options else set(rule(model))
+    # FSDP1 leaves its own part out of some names.
+    named = [(clean_name(n), p) for n, p in model.named_parameters() if p.requires_grad]
+    decayed = {clean_name(n) for n in (dict(named) if "no_decay" in options else rule(model))}
     groups: list[dict[str, Any]] = [
         {"params": [(n, p) for n, p in named if n in decayed]},
         {"params": [(n, p) for n, p in named if n not in decayed], "weight_decay": 0.0},
@@ -155,10 +184,12 @@ class _Prebuilt:
         foreign = sum(id(p) not in own for p in given)
         if foreign:
             raise ValueError(
-                f"{foreign} of the {len(given)} parameters of optimizers=(Shampoo(...), ...) are not the model's: it was "
-                "built from another model (model_init= makes a new one), or a wrapper has replaced them (an earlier "
-                "train() under DeepSpeed does); use optimizers=(deferred(lr=...), None)"
+                f"{foreign} of the {len(given)} parameters in optimizers=(Shampoo(...), ...) are not the model's: "
+                "Shampoo was built from another model (model_init= makes a new one), or a wrapper has replaced them; "
+                "use optimizers=(deferred(lr=...), None)"
             )
+        for host in hosts():
+            host.note_model(model)  # under FSDP1 it is wrapped by now
         return self.optimizer
 
 
@@ -205,9 +236,9 @@ def _refuse_deepspeed(plugin: Any, scheduler: Any) -> None:
 
 
 def _refuse_flat_fsdp(plugin: Any) -> None:
-    """FSDP1 makes new parameters unless it is told to keep the model's; FSDP2's are found by their place."""
+    """A finished optimizer would train nothing there and say nothing; a deferred one would see flat vectors."""
     if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1 and not plugin.use_orig_params:
         raise ValueError(
-            "FSDP1 with use_orig_params = false replaces the model's parameters, so that a finished Shampoo would train "
-            "nothing; use FSDP2 (fsdp_version 2), or use_orig_params = true, or optimizers=(deferred(lr=...), None)"
+            "FSDP1 with use_orig_params = false replaces the model's parameters by flat vectors, which Shampoo cannot "
+            "precondition; set use_orig_params = true, or use FSDP2 (version 2)"
         )

@@ -1,0 +1,161 @@
+"""What a rank does in the checks of `optimizers=`: one training, asked for in each way and sharded in each way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.integrations.trainer import (
+    ShampooCallback,
+    ShampooFactory,
+    ShampooTrainer,
+    deferred,
+    innermost,
+)
+from shampoo_deepspeed.naming import clean_name
+from tests.distributed.ranks.trainer import drop, full_parameters, shared_folder
+from tests.distributed.trainings import Training, make_data, make_model, trainer_groups
+
+
+class Losses(ShampooCallback):
+    """Also keeps what is logged, and the learning rate of each step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+
+    def on_train_begin(self, args: TrainingArguments, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        super().on_train_begin(args, optimizer=optimizer)
+        innermost(optimizer).register_step_pre_hook(self.note_rate)
+
+    def note_rate(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """ZeRO steps once per parameter group, with one and the same rate."""
+        rate = optimizer.param_groups[0]["lr"]
+        if self.rates[-1:] != [rate]:
+            self.rates.append(rate)
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+def train(argument: tuple[str, str, Training]) -> dict[str, Any]:
+    """What is seen of a training; with `save_at` of one that goes on from there, and `whole` is the one before."""
+    training = argument[2]
+    deepspeed.init_distributed("gloo")
+    with shared_folder() as folder:
+        seen = train_once(*argument, folder)
+        if training.save_at:
+            drop(folder / f"checkpoint-{training.steps}")
+            seen = train_once(*argument, folder, resume=True) | {"whole": seen}
+    return seen
+
+
+def train_once(route: str, host: str, training: Training, folder: Path, resume: bool = False) -> dict[str, Any]:
+    with clean_process():
+        seen = Losses()
+        trainer = make_trainer(route, host, training, folder, [seen])
+        trainer.train(resume_from_checkpoint=resume)
+        wrapped = trainer.model_wrapped
+        result = {"losses": seen.losses, "rates": seen.rates, "wrapper": type(wrapped).__name__}
+        result |= {"parameters": whole(trainer.model), "traffic": innermost(trainer.optimizer).comm_stats()}
+        if hasattr(wrapped, "destroy"):
+            wrapped.destroy()
+        return result
+
+
+def refused(argument: tuple[str, dict[str, Any]]) -> str:
+    """The error of a ShampooTrainer, or of its train(), under a DeepSpeed configuration."""
+    route, change = argument
+    deepspeed.init_distributed("gloo")
+    with shared_folder() as folder, clean_process():
+        training = Training(stage=2, steps=1)
+        try:
+            make_trainer(route, "zero2", training, folder, [ShampooCallback()], change).train()
+        except (ValueError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+    return "nothing was refused"
+
+
+def make_trainer(
+    route: str, host: str, training: Training, folder: Path, callbacks: list[Any], change: dict[str, Any] | None = None
+) -> Trainer:
+    options = training.trainer_options() | training.own_options()
+    config: Any = None
+    if host.startswith("zero"):
+        config = training.deepspeed_config() | {"zero_optimization": {"stage": int(host[4])}}
+        if host.endswith("offload"):
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+            config["zero_force_ds_cpu_optimizer"] = False
+        if route != "json":
+            del config["optimizer"]
+        config |= change or {}
+    common = training.arguments(dist.get_world_size())
+    fsdp = host.startswith("fsdp")
+    sharding = {"fsdp": True, "fsdp_config": {"version": int(host[4]), "sync_module_states": False}} if fsdp else {}
+    arguments = TrainingArguments(str(folder), deepspeed=config, **sharding, **common)
+    if fsdp:
+        pretend_to_have_accelerators(arguments)
+    model = make_model(training.model)
+    given: dict[str, Any] = {"train_dataset": make_data(training.steps), "callbacks": callbacks}
+    if route in ("json", "factory"):
+        if route == "factory":
+            given["optimizer_cls_and_kwargs"] = (ShampooFactory, options)
+        return Trainer(model, arguments, **given)
+    if route == "deferred":
+        return ShampooTrainer(model, arguments, optimizers=(deferred(**options), None), **given)
+    optimizer = Shampoo(trainer_groups(model), model=model, **options)
+    scheduler = None
+    if route == "scheduler":  # another one than that of the arguments
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, halved)
+    return ShampooTrainer(model, arguments, optimizers=(optimizer, scheduler), **given)
+
+
+def halved(step: int) -> float:
+    return 0.5**step
+
+
+def pretend_to_have_accelerators(arguments: TrainingArguments) -> None:
+    """accelerate shards nothing on CPUs: its FSDP plugin is ignored there, although FSDP2 itself works."""
+    assert arguments.device.type == "cpu"
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    PartialState._shared_state["device"] = torch.device("cpu")
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """Full parameters under every host."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            return {clean_name(n): p.detach().clone() for n, p in model.named_parameters()}
+    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return full_parameters(model)
+    return {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()}  # type: ignore[attr-defined]
+
+
+@contextmanager
+def clean_process() -> Iterator[None]:
+    """Nothing of a Trainer is left afterwards in this process, in which others follow."""
+    environment, linear = dict(os.environ), F.linear
+    try:
+        yield
+    finally:
+        F.linear = linear  # ZeRO-3 replaces it for good
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        unset_hf_deepspeed_config()
+        os.environ.clear()
+        os.environ.update(environment)

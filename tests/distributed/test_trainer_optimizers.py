@@ -1,0 +1,106 @@
+"""`optimizers=`, a deferred Shampoo, the factory and the JSON are one training under DDP, ZeRO and FSDP2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.distributed.conftest import Ask
+from tests.distributed.launch import Check
+from tests.distributed.trainings import BOUND, RATE, Expected, Training, expected
+from tests.zoo import relative_error
+
+TRAINING = Training(steps=7)
+HOSTS = ("ddp", "zero1", "zero3", "fsdp1", "fsdp2")
+WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
+
+
+def run(route: str, host: str, training: Training = TRAINING, name: str = "optimizers") -> Check:
+    return Check(f"{name}_{route}_{host}", 2, "trainer_optimizers:train", (route, host, training))
+
+
+FIRST = run("prebuilt", "ddp")
+ROUTES = [run(route, host) for host in HOSTS for route in ("prebuilt", "deferred", "factory")]
+OFFLOAD = [run("prebuilt", "zero2_offload"), run("deferred", "zero3_offload")]
+JSON = [run("json", "zero1"), run("json", "zero3")]
+SAVED = Training(save_at=4, options={"momentum": 0.5})  # between two refreshes
+RESUMED = [run("scheduler", host, SAVED, "resumed") for host in ("ddp", "zero1", "zero3")]
+RESUMED += [run("deferred", "ddp", SAVED, "resumed")]
+DIVIDED = [run("prebuilt", "ddp"), run("deferred", "ddp")]
+OWN_SCHEDULE = [run("scheduler", host) for host in HOSTS]
+
+
+def refusal(name: str, route: str, change: dict[str, Any]) -> Check:
+    return Check(f"optimizers_refused_{name}", 2, "trainer_optimizers:refused", (route, change))
+
+
+OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+IN_JSON = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}}  # others would be compiled
+SCHEDULED = {"scheduler": {"type": "WarmupLR", "params": {}}}
+REFUSED = [
+    (refusal("json_optimizer", "prebuilt", IN_JSON), 'ValueError: the DeepSpeed JSON has an "optimizer" section'),
+    (refusal("json_and_deferred", "deferred", IN_JSON), 'ValueError: the DeepSpeed JSON has an "optimizer" section'),
+    (
+        refusal("json_and_factory", "factory", IN_JSON),
+        "RuntimeError: the optimizer that trains is torch.optim.adamw.AdamW",
+    ),
+    (refusal("two_schedulers", "scheduler", SCHEDULED), 'ValueError: the DeepSpeed JSON has a "scheduler" section'),
+    (refusal("offload", "prebuilt", OFFLOADED), 'write "zero_force_ds_cpu_optimizer": false'),
+]
+
+
+def named(value: object) -> str | None:
+    return value.name if isinstance(value, Check) else None
+
+
+def assert_is(wanted: Expected, seen: dict[str, Any], record_property: Any) -> None:
+    bound = BOUND["strict"]
+    error, name = max((relative_error(p, wanted.parameters[n]), n) for n, p in seen["parameters"].items())
+    record_property("worst", f"{name} {error:.1e}")
+    assert seen["parameters"].keys() == wanted.parameters.keys()
+    assert error <= bound, f"{name} deviates by {error:.2e}"
+    assert seen["losses"] == pytest.approx(wanted.losses, rel=bound)
+
+
+@pytest.mark.parametrize("check", ROUTES + OFFLOAD + JSON, ids=named)
+def test_every_way_is_the_training_of_one_process(check: Check, ask: Ask, record_property: Any) -> None:
+    for seen in ask(check):
+        assert seen["wrapper"] == WRAPPERS.get(check.argument[1], "DeepSpeedEngine")
+        assert_is(expected(TRAINING), seen, record_property)
+
+
+@pytest.mark.parametrize("first, check", [(FIRST, other) for other in ROUTES[1:] + OFFLOAD + JSON], ids=named)
+def test_all_ways_agree(first: Check, check: Check, ask: Ask) -> None:
+    wanted, seen = ask(first)[0], ask(check)[0]
+    assert seen["losses"] == pytest.approx(wanted["losses"], rel=BOUND["strict"])
+
+
+@pytest.mark.parametrize("check", OWN_SCHEDULE, ids=named)
+def test_a_given_scheduler_sets_the_rate(check: Check, ask: Ask) -> None:
+    """The Trainer drops it under DeepSpeed and refuses it under FSDP."""
+    for seen in ask(check):
+        assert seen["rates"] == pytest.approx([RATE * 0.5**step for step in range(TRAINING.steps)])
+
+
+@pytest.mark.parametrize("check, message", REFUSED, ids=named)
+def test_what_would_silently_replace_shampoo_is_refused(check: Check, message: str, ask: Ask) -> None:
+    for seen in ask(check):
+        assert message in seen
+
+
+@pytest.mark.parametrize("check", RESUMED, ids=named)
+def test_a_resumed_run_goes_on_as_the_uninterrupted_one(check: Check, ask: Ask) -> None:
+    for seen in ask(check):
+        left, uninterrupted = SAVED.steps - SAVED.save_at, seen["whole"]
+        assert seen["losses"][-left:] == pytest.approx(uninterrupted["losses"][-left:], rel=1e-6)
+        assert seen["rates"] == pytest.approx(uninterrupted["rates"][-left:], rel=1e-12)
+        parameters = seen["parameters"].items()
+        assert max(relative_error(p, uninterrupted["parameters"][n]) for n, p in parameters) <= 1e-6
+
+
+@pytest.mark.parametrize("alone, divided", [DIVIDED], ids=named)
+def test_a_deferred_one_divides_its_work_over_the_replicas(alone: Check, divided: Check, ask: Ask) -> None:
+    """Each rank receives the directions of the other's blocks; a finished one without process_group does it all."""
+    assert not any(seen["traffic"]["bytes_received"] for seen in ask(alone))
+    assert all(seen["traffic"]["bytes_received"] for seen in ask(divided))
