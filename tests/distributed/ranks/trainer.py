@@ -81,15 +81,29 @@ def refused(training: Training) -> dict[str, str]:
 
 
 def train_once(training: Training, folder: Path, resume: bool = False) -> dict[str, Any]:
-    with trainer_of(training, folder) as (trainer, watch):
+    with clean_process(), trainer_of(training, folder) as (trainer, watch):
         trainer.train(resume_from_checkpoint=resume)
         return watch.seen | {"parameters": full_parameters(trainer.model)}
 
 
 @contextmanager
-def trainer_of(training: Training, folder: Path) -> Iterator[tuple[Trainer, Watch]]:
-    """A stock Trainer; afterwards nothing is left of it in this process, in which others follow."""
+def clean_process() -> Iterator[None]:
+    """Nothing of a Trainer is left afterwards in this process, in which others follow."""
     environment, linear = dict(os.environ), F.linear
+    try:
+        yield
+    finally:
+        F.linear = linear  # ZeRO-3 replaces it for good
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        unset_hf_deepspeed_config()
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+@contextmanager
+def trainer_of(training: Training, folder: Path) -> Iterator[tuple[Trainer, Watch]]:
+    """A stock Trainer, whose engine is destroyed afterwards."""
     config: Any = training.deepspeed_config()
     model = make_model(training.model)
     if training.loaded:
@@ -108,12 +122,6 @@ def trainer_of(training: Training, folder: Path) -> Iterator[tuple[Trainer, Watc
     finally:
         if hasattr(trainer.model_wrapped, "destroy"):
             trainer.model_wrapped.destroy()
-        F.linear = linear  # ZeRO-3 replaces it for good
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        unset_hf_deepspeed_config()
-        os.environ.clear()
-        os.environ.update(environment)
 
 
 def full_parameters(model: nn.Module) -> dict[str, Tensor]:

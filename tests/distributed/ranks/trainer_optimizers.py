@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from accelerate.state import DistributedType, PartialState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.integrations.trainer import (
@@ -27,7 +22,7 @@ from shampoo_deepspeed.integrations.trainer import (
     innermost,
 )
 from shampoo_deepspeed.naming import clean_name
-from tests.distributed.ranks.trainer import drop, full_parameters, shared_folder
+from tests.distributed.ranks.trainer import clean_process, drop, full_parameters, shared_folder
 from tests.distributed.trainings import Training, make_data, make_model, trainer_groups
 
 
@@ -144,18 +139,3 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
     if not any(hasattr(p, "full_tensor") for p in model.parameters()):
         return full_parameters(model)
     return {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()}  # type: ignore[attr-defined]
-
-
-@contextmanager
-def clean_process() -> Iterator[None]:
-    """Nothing of a Trainer is left afterwards in this process, in which others follow."""
-    environment, linear = dict(os.environ), F.linear
-    try:
-        yield
-    finally:
-        F.linear = linear  # ZeRO-3 replaces it for good
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        unset_hf_deepspeed_config()
-        os.environ.clear()
-        os.environ.update(environment)
