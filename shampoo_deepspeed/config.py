@@ -215,6 +215,8 @@ class ShampooConfig:
     exclude: tuple[str, ...] = _option(DEFAULT_EXCLUDE, _patterns, "patterns of parameters that stay element-wise")
     factor_dtype: str = _option("float32", _wide_dtype, "dtype of factor matrices")
     root_dtype: str = _option("float32", _dtype, "dtype of inverse roots")
+    master_weights: bool = _option(True, _flag, "keep a float32 copy of 16-bit parameters that the host keeps none of")
+    stochastic_rounding: bool = _option(False, _flag, "without master_weights: round bfloat16 parameters at random")
     communication_dtype: str | None = _option(None, _optional_dtype, "dtype between ranks; null: that of the moments")
     bucket_mb: float = _option(64.0, _non_negative, "megabytes of gradient in flight at a time between ranks")
     failure_limit: int = _option(10, _positive_int, "rejected steps or failed roots in a row before an error")
@@ -231,6 +233,10 @@ class ShampooConfig:
             )
         if self.nesterov and self.momentum == 0.0:
             raise _bad("nesterov", self.nesterov, "true only together with momentum > 0")
+        if self.stochastic_rounding and self.master_weights:
+            raise _bad(
+                "stochastic_rounding", self.stochastic_rounding, "true only together with master_weights = false"
+            )
 
     @property
     def start(self) -> int:

@@ -24,7 +24,7 @@ class SavedState:
     steps: dict[str, int]
     stacks: list[dict[str, Any]]
     elementwise: list[dict[str, Any]]
-    momenta: list[dict[str, Any]]
+    buffers: list[dict[str, Any]]
     rejected_steps: int = 0
 
     @classmethod
@@ -35,7 +35,11 @@ class SavedState:
             saved.steps.update((p.key, n) for p, n in zip(unit.parameters, unit.steps, strict=True))
             saved.stacks += [stack.export() for stack in unit.stacks]
             saved.elementwise.append(unit.elementwise.export())
-            saved.momenta += [_momentum(unit, tensor, buffer) for tensor, buffer in unit.momenta.items()]
+            saved.buffers += [
+                _buffer(unit, kind, tensor, buffer)
+                for kind, buffers in unit.buffers.items()
+                for tensor, buffer in buffers.items()
+            ]
         return saved
 
     @classmethod
@@ -52,12 +56,12 @@ class SavedState:
             raise ValueError(
                 f"Shampoo state format {found.get('format')!r} is unknown here; this version reads {FORMAT}"
             )
-        stacks, elementwise, momenta = (list(found[name]) for name in ("stacks", "elementwise", "momenta"))
-        return cls(dict(found["steps"]), stacks, elementwise, momenta, int(found["rejected_steps"]))
+        stacks, elementwise, buffers = (list(found[name]) for name in ("stacks", "elementwise", "buffers"))
+        return cls(dict(found["steps"]), stacks, elementwise, buffers, int(found["rejected_steps"]))
 
     def to_dict(self) -> dict[str, Any]:
         """Builtins and tensors; ``parse`` reads them back."""
-        names = ("steps", "stacks", "elementwise", "momenta", "rejected_steps")
+        names = ("steps", "stacks", "elementwise", "buffers", "rejected_steps")
         return {"format": FORMAT, **{name: getattr(self, name) for name in names}}
 
     def joined(self, others: Sequence[SavedState]) -> SavedState:
@@ -67,7 +71,7 @@ class SavedState:
             {key: n for s in everything for key, n in s.steps.items()},
             [stack for s in everything for stack in s.stacks],
             list({str(part["segments"]): part for s in everything for part in s.elementwise}.values()),
-            list({str(buffer["shards"]): buffer for s in everything for buffer in s.momenta}.values()),
+            list({str((b["kind"], b["shards"])): b for s in everything for b in s.buffers}.values()),
             self.rejected_steps,
         )
 
@@ -80,7 +84,7 @@ class SavedState:
             steps={key: n for key, n in self.steps.items() if key not in keys},
             stacks=[stack for stack in stacks if stack["keys"]],
             elementwise=[part for part in parts if part["segments"]],
-            momenta=[m for m in self.momenta if not {shard[0] for shard in m["shards"]} <= keys],
+            buffers=[b for b in self.buffers if not {shard[0] for shard in b["shards"]} <= keys],
         )
 
     def on_cpu(self) -> SavedState:
@@ -89,7 +93,7 @@ class SavedState:
             self,
             stacks=[_moved(stack) for stack in self.stacks],
             elementwise=[_moved(part) for part in self.elementwise],
-            momenta=[{**m, "buffer": m["buffer"].cpu()} for m in self.momenta],
+            buffers=[{**b, "buffer": b["buffer"].cpu()} for b in self.buffers],
         )
 
     def problem(self, unit: Unit) -> str | None:
@@ -112,7 +116,7 @@ class SavedState:
         rows = self._rows()
         misfits = (stack.misfit(rows[key][0]) for stack in unit.stacks for key in stack.keys if key in rows)
         found = next((misfit for misfit in misfits if misfit), None)
-        return found or unit.elementwise.misfit(self.elementwise, self.steps) or self._momentum_problem(unit)
+        return found or unit.elementwise.misfit(self.elementwise, self.steps) or self._buffer_problem(unit)
 
     def missing(self, unit: Unit) -> list[str]:
         """Keys of blocks that this rank owns in the unit, that have taken steps, and whose state is not here."""
@@ -134,37 +138,39 @@ class SavedState:
                 if key in rows:
                     stack.load_row(row, *rows[key])
         unit.elementwise.load(self.elementwise)
-        for shard, pieces in self._momentum_pieces(unit):
-            target = Placed(shard.box, shard.offset, row_major(shard.box.lengths))
-            for common, place, buffer in pieces:
-                _view(unit.momentum_buffer(shard.tensor), target.part(common)).copy_(_view(buffer, place))
+        for kind in unit.buffers:
+            for shard, pieces in self._buffer_pieces(unit, kind):
+                target = Placed(shard.box, shard.offset, row_major(shard.box.lengths))
+                for common, place, buffer in pieces:
+                    view_of(unit.buffer(kind, shard.tensor), target.part(common)).copy_(view_of(buffer, place))
 
     def _rows(self) -> dict[str, tuple[dict[str, Any], int]]:
         return {key: (stack, row) for stack in self.stacks for row, key in enumerate(stack["keys"])}
 
-    def _momentum_pieces(self, unit: Unit) -> list[tuple[Any, list[tuple[Box, Placed, Tensor]]]]:
-        """For each shard of a unit the common boxes with saved momentum, and where that lies."""
+    def _buffer_pieces(self, unit: Unit, kind: str) -> list[tuple[Any, list[tuple[Box, Placed, Tensor]]]]:
+        """For each shard of a unit the common boxes with saved buffers of a kind, and where those lie."""
         saved: dict[str, list[tuple[Placed, Tensor]]] = {}
-        for momentum in self.momenta:
-            for key, offsets, lengths, offset in momentum["shards"]:
+        for found in (b for b in self.buffers if b["kind"] == kind):
+            for key, offsets, lengths, offset in found["shards"]:
                 place = Placed(Box(tuple(offsets), tuple(lengths)), offset, row_major(lengths))
-                saved.setdefault(key, []).append((place, momentum["buffer"]))
-        found = []
+                saved.setdefault(key, []).append((place, found["buffer"]))
+        out = []
         for shard in unit.layout.shards:
             pieces = []
             for place, buffer in saved.get(unit.parameters[shard.parameter].key, []):
                 common = place.box.intersect(shard.box)
                 if common is not None:
                     pieces.append((common, place.part(common), buffer))
-            found.append((shard, pieces))
-        return found
+            out.append((shard, pieces))
+        return out
 
-    def _momentum_problem(self, unit: Unit) -> str | None:
-        known = {shard[0] for momentum in self.momenta for shard in momentum["shards"]}
-        for shard, pieces in self._momentum_pieces(unit):
-            key, filled = unit.parameters[shard.parameter].key, sum(common.numel for common, _, _ in pieces)
-            if key in known and filled != shard.box.numel:
-                return f"the saved momentum of {key!r} covers {filled} of the {shard.box.numel} elements needed here"
+    def _buffer_problem(self, unit: Unit) -> str | None:
+        for kind in unit.buffers:
+            known = {shard[0] for b in self.buffers if b["kind"] == kind for shard in b["shards"]}
+            for shard, pieces in self._buffer_pieces(unit, kind):
+                key, filled = unit.parameters[shard.parameter].key, sum(common.numel for common, _, _ in pieces)
+                if key in known and filled != shard.box.numel:
+                    return f"the saved {kind} of {key!r} covers {filled} of the {shard.box.numel} elements needed here"
         return None
 
 
@@ -265,14 +271,15 @@ def _moved(part: dict[str, Any]) -> dict[str, Any]:
     return {**part, "tensors": {name: tensor.cpu() for name, tensor in part["tensors"].items()}}
 
 
-def _view(buffer: Tensor, place: Placed) -> Tensor:
+def view_of(buffer: Tensor, place: Placed) -> Tensor:
+    """A box within a flat buffer."""
     return buffer.as_strided(place.box.lengths, place.strides, buffer.storage_offset() + place.offset)
 
 
-def _momentum(unit: Unit, tensor: int, buffer: Tensor) -> dict[str, Any]:
+def _buffer(unit: Unit, kind: str, tensor: int, buffer: Tensor) -> dict[str, Any]:
     shards = [
         [unit.parameters[s.parameter].key, list(s.box.offsets), list(s.box.lengths), s.offset]
         for s in unit.layout.shards
         if s.tensor == tensor
     ]
-    return {"shards": shards, "buffer": buffer}
+    return {"kind": kind, "shards": shards, "buffer": buffer}

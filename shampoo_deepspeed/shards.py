@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.config import ShampooConfig
+from shampoo_deepspeed.rounding import wide_weights, write_back
 from shampoo_deepspeed.unit import Region, Unit
 from shampoo_deepspeed.verdict import Verdict
 
@@ -42,7 +43,7 @@ def shard_gradients(unit: Unit, configs: Mapping[int, ShampooConfig]) -> ShardGr
     if not coupled:
         return ShardGradients(flat, flat, active)
     decayed = [g.to(unit.dtype, copy=True) for g in flat]
-    values = unit.local_tensors()
+    values = wide_weights(unit, configs)
     for r in unit.regions:
         group = unit.layout.groups[r.tensor]
         if r.decays and group in coupled:
@@ -74,7 +75,7 @@ def update(
 
     ``directions`` are used up: their content is undefined afterwards.
     """
-    values = unit.local_tensors()
+    values = wide_weights(unit, configs)
     for group, regions in _regions_by_group(unit, active).items():
         config = configs[group]
         weights = [_region(values[r.tensor], r) for r in regions]
@@ -88,6 +89,7 @@ def update(
             steps = _with_momentum(unit, regions, steps, config, verdict)
         torch._foreach_mul_(steps, verdict.scale(rates[group]))
         torch._foreach_sub_(weights, steps)
+    write_back(unit, values, configs)
 
 
 def _regions_by_group(unit: Unit, active: Sequence[bool]) -> dict[int, list[Region]]:
@@ -108,7 +110,8 @@ def _with_momentum(
 ) -> list[Tensor]:
     """Step 8: B <- mu * B + (1 - dampening) * U; gives B, or with Nesterov (1 - dampening) * U + mu * B."""
     buffers = [
-        unit.momentum_buffer(r.tensor)[r.start : r.stop].view_as(step) for r, step in zip(regions, steps, strict=True)
+        unit.buffer("momentum", r.tensor)[r.start : r.stop].view_as(step)
+        for r, step in zip(regions, steps, strict=True)
     ]
     torch._foreach_mul_(steps, 1.0 - config.dampening)
     torch._foreach_mul_(buffers, verdict.keep(config.momentum))

@@ -111,7 +111,8 @@ class Unit:
         self.clock = torch.zeros(())  # the largest of them, as torch's tools know it
         self.pending: Pending | None = None
         self.rejected_in_a_row = 0
-        self.momenta: dict[int, Tensor] = {}
+        # Flat buffers that lie with the shard, by kind ("momentum", "master") and local tensor.
+        self.buffers: dict[str, dict[int, Tensor]] = {"momentum": {}, "master": {}}
         self._build(configs, carried or [0.0] * self.world_size)
 
     def _build(self, configs: Mapping[int, ShampooConfig], carried: Sequence[float]) -> None:
@@ -243,11 +244,12 @@ class Unit:
         dist.all_reduce(values, group=self.group)
         return [value > 0 for value in values.tolist()]
 
-    def momentum_buffer(self, tensor: int) -> Tensor:
-        """The flat momentum buffer of a local tensor; it lies with the shard."""
-        if tensor not in self.momenta:
-            self.momenta[tensor] = torch.zeros(self.sizes[tensor], dtype=self.dtype, device=self.device)
-        return self.momenta[tensor]
+    def buffer(self, kind: str, tensor: int) -> Tensor:
+        """The flat buffer of a kind for a local tensor, zeros at first; it lies with the shard."""
+        buffers = self.buffers[kind]
+        if tensor not in buffers:
+            buffers[tensor] = torch.zeros(self.sizes[tensor], dtype=self.dtype, device=self.device)
+        return buffers[tensor]
 
     @property
     def fresh(self) -> bool:

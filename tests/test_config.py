@@ -89,6 +89,9 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("root_dtype", None, DTYPE),
     ("communication_dtype", "int8", DTYPE),
     ("bucket_mb", -1, NUMBER),
+    ("master_weights", "no", FLAG),
+    ("stochastic_rounding", 1, FLAG),
+    ("stochastic_rounding", True, "true only together with master_weights = false"),
     ("failure_limit", 0, COUNT),
 ]
 IDS = [f"{key}-{n}" for n, (key, _, _) in enumerate(BAD_VALUES)]
@@ -243,6 +246,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "exclude": patterns,
     "factor_dtype": st.sampled_from(["float32", "float64"]),
     "root_dtype": dtypes,
+    "master_weights": st.just(False),
+    "stochastic_rounding": st.booleans(),
     "communication_dtype": st.none() | dtypes,
     "bucket_mb": numbers,
     "failure_limit": counts,

@@ -272,7 +272,7 @@ def test_half_precision_parameters_have_float32_state_and_move(dtype: torch.dtyp
             assert torch.equal(p, wide.to(dtype)) and torch.equal(bias, wide_bias.to(dtype))
     own = state_of(optimizer)
     parts = [*own["stacks"], *own["elementwise"]]
-    dtypes = {t.dtype for part in parts for t in part["tensors"].values()} | {m["buffer"].dtype for m in own["momenta"]}
+    dtypes = {t.dtype for part in parts for t in part["tensors"].values()} | {m["buffer"].dtype for m in own["buffers"]}
     assert dtypes == {torch.float32}
     assert (p != before[0]).float().mean() > 0.9 and (bias != before[1]).all()
     assert relative_error(p.detach(), wide.detach()) < 5 * torch.finfo(dtype).eps

@@ -297,7 +297,7 @@ def by_key(optimizer: Shampoo) -> dict[str, Any]:
             assert key not in out, f"{key} has state twice"
             out[key] = {"steps": own["steps"][key], **tensors}
             begin += numel
-    for buffer in own["momenta"]:
+    for buffer in own["buffers"]:
         for key, _, _, _ in buffer["shards"]:
             assert ("momentum", key) not in out, f"{key} has momentum twice"
             out["momentum", key] = buffer["buffer"]  # type: ignore[index]

@@ -73,7 +73,7 @@ def test_a_rejected_first_step_leaves_state_that_has_seen_nothing() -> None:
     assert own["steps"] and not any(own["steps"].values())
     assert not any(any(s["refreshed"]) for s in own["stacks"])
     tensors = [t for part in own["stacks"] + own["elementwise"] for t in part["tensors"].values()]
-    assert not any(t.any() for t in tensors + [m["buffer"] for m in own["momenta"]])
+    assert not any(t.any() for t in tensors + [m["buffer"] for m in own["buffers"]])
 
 
 def test_a_bad_gradient_of_one_parameter_rejects_those_of_all_groups_and_dtypes() -> None:
