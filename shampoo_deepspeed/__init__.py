@@ -9,18 +9,32 @@ from typing import TYPE_CHECKING, Any
 from shampoo_deepspeed._autoload import autoload, register
 
 if TYPE_CHECKING:
+    from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
     from shampoo_deepspeed.config import OptionError, ShampooConfig
     from shampoo_deepspeed.hosts import LayoutError
+    from shampoo_deepspeed.manifest import CheckpointError
     from shampoo_deepspeed.optimizer import Shampoo
 
 __version__ = "0.1.0"
-__all__ = ["LayoutError", "OptionError", "Shampoo", "ShampooConfig", "register"]
+__all__ = [
+    "CheckpointError",
+    "LayoutError",
+    "OptionError",
+    "Shampoo",
+    "ShampooConfig",
+    "load_shampoo",
+    "register",
+    "save_shampoo",
+]
 
 _HOMES = {
     "Shampoo": "shampoo_deepspeed.optimizer",
     "ShampooConfig": "shampoo_deepspeed.config",
     "OptionError": "shampoo_deepspeed.config",
     "LayoutError": "shampoo_deepspeed.hosts",
+    "CheckpointError": "shampoo_deepspeed.manifest",
+    "load_shampoo": "shampoo_deepspeed.checkpoint",
+    "save_shampoo": "shampoo_deepspeed.checkpoint",
 }
 
 

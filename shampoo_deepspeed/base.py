@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +19,7 @@ from shampoo_deepspeed.groups import checked_group, group_options
 from shampoo_deepspeed.hosts import Entry, Fresh, Parameter, hosts, plain_layouts
 from shampoo_deepspeed.naming import clean_name, names_and_kinds
 from shampoo_deepspeed.report import treatment_table
-from shampoo_deepspeed.saved import SavedState, consolidated, hand_out, lacking
+from shampoo_deepspeed.saved import FORMAT, SavedState, StateSource, consolidated, lacking
 from shampoo_deepspeed.unit import Unit, treat
 
 logger = logging.getLogger("shampoo_deepspeed")
@@ -51,10 +52,12 @@ class BlockOptimizer(torch.optim.Optimizer):
             for host in hosts():
                 host.note_model(model)
         self._known = names_and_kinds(model) if model is not None else {}
-        self._entries: list[Entry] = []
-        self._units: list[Unit] = []
+        self.entries: list[Entry] = []
+        self.units: list[Unit] = []
         self._unit_of: dict[int, Unit] = {}
-        self._saved: SavedState | None = None  # loaded, and not yet handed out to units
+        self.waiting_state: StateSource | None = None  # loaded, and not yet handed out to units
+        self._elsewhere: Mapping[str, Any] | None = None  # in effect while a host saves what was saved beside it
+        self._awaited: Mapping[str, Any] | None = None  # where a loaded state dict says that the state is
         self._consolidated: SavedState | None = None
         self._loads: dict[int, list[float]] = {}  # of each process group's ranks, by all units so far
         self._configs: dict[int, tuple[tuple[Any, ...], ShampooConfig]] = {}
@@ -76,23 +79,32 @@ class BlockOptimizer(torch.optim.Optimizer):
                     fresh.append(Fresh(tensor, group["shampoo_group"], place))
         if not fresh:
             return list(units.values())
-        candidates = (host.layouts(self, self._entries, fresh) for host in hosts())
+        if self._awaited is not None:
+            raise RuntimeError(
+                f"the loaded state dict says that the optimizer's state is saved elsewhere ({dict(self._awaited)}); "
+                "call load_shampoo(optimizer, path) on all ranks before the first step"
+            )
+        candidates = (host.layouts(self, self.entries, fresh) for host in hosts())
         layouts = next((found for found in candidates if found is not None), None)
         if layouts is None:
-            layouts = plain_layouts(self._entries, fresh, self._replicas)
-        configs = self._configs_by_group()
+            layouts = plain_layouts(self.entries, fresh, self._replicas)
+        configs = self.configs()
         for layout in layouts:
             carried = self._loads.get(id(layout.process_group))
             unit = Unit(layout, configs, carried)
-            if self._saved is not None:
-                hand_out(self._saved, unit)
-                self._saved = self._saved.without({p.key for p in unit.parameters})
+            if self.waiting_state is not None:
+                self.waiting_state.hand_out(unit)
+                self.waiting_state = self.waiting_state.without({p.key for p in unit.parameters})
             self._loads[id(layout.process_group)] = unit.loads_so_far
-            self._units.append(unit)
+            self.units.append(unit)
             self._unit_of.update((id(t), unit) for t in unit.tensors)
             units[id(unit)] = unit
         self._report(configs)
         return list(units.values())
+
+    def settle(self) -> None:
+        """Read the outcome of the last step, which the host does one step late otherwise. Runs no collective."""
+        self._settle(self.units)
 
     def _settle(self, units: Iterable[Unit]) -> None:
         """Count the outcome of these units' last step: its flags have long been copied to the host."""
@@ -122,7 +134,7 @@ class BlockOptimizer(torch.optim.Optimizer):
     def _report(self, configs: Mapping[int, ShampooConfig]) -> None:
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if first and not self._reported:
-            trained = [e.parameter for e in self._entries if _trains(e.reference())]
+            trained = [e.parameter for e in self.entries if _trains(e.reference())]
             logger.info("Shampoo preconditions:\n%s", treatment_table(trained, configs))
         self._reported = True
 
@@ -138,9 +150,10 @@ class BlockOptimizer(torch.optim.Optimizer):
         return cached[1]
 
     def _has_state(self, group: int) -> bool:
-        return any(parameter.group == group for unit in self._units for parameter in unit.parameters)
+        return any(parameter.group == group for unit in self.units for parameter in unit.parameters)
 
-    def _configs_by_group(self) -> dict[int, ShampooConfig]:
+    def configs(self) -> dict[int, ShampooConfig]:
+        """Options by parameter group number, as the groups say now."""
         for group in self.param_groups:
             self._config(group)
         return {number: config for number, (_, config) in self._configs.items()}
@@ -155,7 +168,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         added = self.param_groups[-1]
         try:
-            self._entries += self._new_entries(added, len(self._configs))
+            self.entries += self._new_entries(added, len(self._configs))
         except OptionError:
             self.param_groups.pop()
             raise
@@ -165,7 +178,7 @@ class BlockOptimizer(torch.optim.Optimizer):
     def _new_entries(self, group: dict[str, Any], number: int) -> list[Entry]:
         """The entries of a new group's parameters."""
         names = group.get("param_names", [None] * len(group["params"]))
-        taken = {entry.parameter.key for entry in self._entries}
+        taken = {entry.parameter.key for entry in self.entries}
         entries = []
         for index, (tensor, given) in enumerate(zip(group["params"], names, strict=True)):
             if tensor.is_complex():
@@ -191,7 +204,7 @@ class BlockOptimizer(torch.optim.Optimizer):
             "planned_bytes_sent": 0,
             "planned_bytes_received": 0,
         }
-        for unit in self._units:
+        for unit in self.units:
             stats, (sent, received) = unit.exchange.stats, unit.plan.elements_moved(unit.rank)
             item = unit.exchange.dtype.itemsize
             out["bytes_sent"] += stats.bytes_sent
@@ -210,13 +223,17 @@ class BlockOptimizer(torch.optim.Optimizer):
             RuntimeError: where ranks own different blocks, the host stores one rank's dict only (replicas), and
                 ``consolidate_state_dict`` was not called since the last step.
         """
-        self._settle(self._units)
-        if self._consolidated is None and any(u.layout.one_rank_saves and u.world_size > 1 for u in self._units):
+        self.settle()
+        if self._elsewhere is not None:
+            return self._torch_state_dict({"format": FORMAT, "elsewhere": dict(self._elsewhere)})
+        if self._consolidated is None and any(u.layout.one_rank_saves and u.world_size > 1 for u in self.units):
             raise RuntimeError(
                 "each rank owns the Shampoo state of some blocks only, but here one rank's state dict is stored for "
                 "all; call optimizer.consolidate_state_dict() on all ranks first"
             )
-        own = (self._consolidated or self._own_state()).to_dict()
+        return self._torch_state_dict((self._consolidated or self._own_state()).to_dict())
+
+    def _torch_state_dict(self, own: Mapping[str, Any]) -> dict[str, Any]:
         # First of the hooks, so that those of the user see the whole state dict.
         handle = self.register_state_dict_post_hook(lambda _, state: state.update(shampoo=own), prepend=True)
         try:
@@ -225,8 +242,20 @@ class BlockOptimizer(torch.optim.Optimizer):
             handle.remove()
 
     def _own_state(self) -> SavedState:
-        own = SavedState.of_units(self._units, self.rejected_steps)
-        return own if self._saved is None else own.joined([self._saved])
+        own = SavedState.of_units(self.units, self.rejected_steps)
+        return own if self.waiting_state is None else own.joined([self.waiting_state.everything()])
+
+    @contextmanager
+    def state_saved_elsewhere(self, where: Mapping[str, Any]) -> Iterator[None]:
+        """Within it ``state_dict()`` holds the options, the steps, and ``where`` (builtins) in place of the state.
+
+        For hosts whose own checkpoint keeps the state dict, beside which ``save_shampoo`` has written.
+        """
+        before, self._elsewhere = self._elsewhere, where
+        try:
+            yield
+        finally:
+            self._elsewhere = before
 
     def consolidate_state_dict(self) -> None:
         """Gather the state of all ranks that share parameters, for the next ``state_dict()``; call it on all ranks.
@@ -234,9 +263,9 @@ class BlockOptimizer(torch.optim.Optimizer):
         As in torch's ZeroRedundancyOptimizer: the first rank of each group then has all of it, to be saved. The copy
         lies on the CPU and is dropped at the next step.
         """
-        self._settle(self._units)
-        parts = [consolidated(unit, SavedState.of_units([unit], self.rejected_steps)) for unit in self._units]
-        waiting = [] if self._saved is None else [self._saved]
+        self.settle()
+        parts = [consolidated(unit, SavedState.of_units([unit], self.rejected_steps)) for unit in self.units]
+        waiting = [] if self.waiting_state is None else [self.waiting_state.everything()]
         self._consolidated = SavedState({}, [], [], [], self.rejected_steps).joined([*parts, *waiting])
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -256,21 +285,33 @@ class BlockOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)  # type: ignore[arg-type]
         finally:
             handle.remove()
-        # Units are built anew at the next step, on all ranks together: handing out state needs communication.
-        self._units, self._unit_of, self._loads = [], {}, {}
+        self._forget_units()
         for group, number in zip(self.param_groups, numbers, strict=True):
             group["shampoo_group"] = number
             self._config(group)
-        self._saved, self._consolidated = parsed[0], None
-        self.rejected_steps = parsed[0].rejected_steps
+        self.take_state(parsed[0])
+        self._awaited = parsed[0].elsewhere
+
+    def take_state(self, source: StateSource) -> None:
+        """Go on from this state, from the next step on; call it on all ranks. What was there is dropped."""
+        self._forget_units()
+        self.waiting_state, self._awaited, self._consolidated = source, None, None
+        self.rejected_steps = source.rejected_steps
         self.state.clear()
-        for tensor in (tensor for group in self.param_groups for tensor in group["params"] if parsed[0].steps):
-            self.state[tensor]["step"] = torch.tensor(float(max(parsed[0].steps.values())))
+        for tensor in (tensor for group in self.param_groups for tensor in group["params"] if source.steps):
+            self.state[tensor]["step"] = torch.tensor(float(max(source.steps.values())))
+
+    def _forget_units(self) -> None:
+        """Units are built anew at the next step, on all ranks together: handing out state needs communication."""
+        self.units, self._unit_of, self._loads = [], {}, {}
 
     def _take_apart(self, state_dict: Mapping[str, Any], parsed: list[SavedState]) -> dict[str, Any]:
         """Our part goes to ``parsed``, once it is known to fit; the rest is torch's."""
         saved = SavedState.parse(state_dict)
-        strange = set(saved.steps) - {entry.parameter.key for entry in self._entries}
+        if saved.elsewhere is not None:
+            parsed.append(saved)
+            return {key: value for key, value in state_dict.items() if key != "shampoo"}
+        strange = set(saved.steps) - {entry.parameter.key for entry in self.entries}
         if strange:
             raise ValueError(
                 f"the saved state is that of other parameters: {', '.join(sorted(strange)[:5])}"
@@ -290,7 +331,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         """
         after = {group["shampoo_group"]: config for group, config in zip(self.param_groups, configs, strict=True)}
         before = {number: config for number, (_, config) in self._configs.items()}
-        for unit in self._units:
+        for unit in self.units:
             if unit.group is not None or any(_reshaped(p, before[p.group], after[p.group]) for p in unit.parameters):
                 continue
             problem, missing = saved.problem(unit), saved.missing(unit)
@@ -298,11 +339,11 @@ class BlockOptimizer(torch.optim.Optimizer):
                 raise ValueError(problem or lacking(missing[0]))
 
     def __getstate__(self) -> dict[str, Any]:
-        if any(unit.group is not None for unit in self._units):
+        if any(unit.group is not None for unit in self.units):
             raise RuntimeError("this optimizer cannot be copied: its state is divided among ranks; use state_dict()")
-        self._settle(self._units)
+        self.settle()
         base = super().__getstate__()
-        return {**base, "shampoo": self._own_state().to_dict(), "entries": [asdict(e.parameter) for e in self._entries]}
+        return {**base, "shampoo": self._own_state().to_dict(), "entries": [asdict(e.parameter) for e in self.entries]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved, parameters = state.pop("shampoo", None), state.pop("entries", None)
@@ -317,12 +358,13 @@ class BlockOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 "this optimizer cannot be copied while a host has replaced its parameters by flat shards"
             )
-        self._known, self._units, self._unit_of, self._configs, self._loads = {}, [], {}, {}, {}
+        self._known, self.units, self._unit_of, self._configs, self._loads = {}, [], {}, {}, {}
         self._reported, self._consolidated, self._replicas = True, None, None
-        self._entries = [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
-        self._saved = SavedState.parse({"shampoo": saved})
-        self.rejected_steps = self._saved.rejected_steps
-        self._configs_by_group()
+        self.entries = [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
+        waiting = SavedState.parse({"shampoo": saved})
+        self.waiting_state, self._elsewhere, self._awaited = waiting, None, None
+        self.rejected_steps = waiting.rejected_steps
+        self.configs()
 
 
 def _global_shape(tensor: Tensor) -> tuple[int, ...]:

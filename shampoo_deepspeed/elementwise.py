@@ -46,10 +46,10 @@ class Elementwise:
         self.segments = tuple(segments)
         self._dtype = dtype
         sizes = [s.numel for s in segments]
-        self._needs = {s.group: _moments_of(configs[s.group]) for s in segments}
-        used = [name for name in ("exp_avg", "second_moment") if any(name in needs for needs in self._needs.values())]
+        self.needs = {s.group: _moments_of(configs[s.group]) for s in segments}
+        used = [name for name in ("exp_avg", "second_moment") if any(name in needs for needs in self.needs.values())]
         self.tensors = {name: torch.zeros(sum(sizes), dtype=dtype, device=device) for name in used}
-        self._views = {name: list(torch.split(t, sizes)) if sizes else [] for name, t in self.tensors.items()}
+        self.views = {name: list(torch.split(t, sizes)) if sizes else [] for name, t in self.tensors.items()}
 
     def squared_norms(self, gradients: Sequence[Tensor], count: int) -> Tensor:
         """This rank's share of each parameter's ||G||^2, as [count] with one entry per parameter of the unit."""
@@ -94,7 +94,7 @@ class Elementwise:
         squared_norms: Tensor | None,
     ) -> list[Tensor]:
         method = config.elementwise_method
-        second = [self._views["second_moment"][n] for n in numbers] if grafting.has_second_moment(method) else []
+        second = [self.views["second_moment"][n] for n in numbers] if grafting.has_second_moment(method) else []
         scaled = gradients
         if grafting.is_normalized(method) and squared_norms is not None:
             norms = squared_norms.sqrt()
@@ -103,8 +103,8 @@ class Elementwise:
                 for n, g in zip(numbers, gradients, strict=True)
             ]
         grafting.accumulate(method, second, scaled, config.second_moment_beta, verdict)
-        beta1 = config.betas[0] if "exp_avg" in self._views else 0.0
-        first = [self._views["exp_avg"][n] for n in numbers] if beta1 else []
+        beta1 = config.betas[0] if "exp_avg" in self.views else 0.0
+        first = [self.views["exp_avg"][n] for n in numbers] if beta1 else []
         moments = grafting.first_moment(first, gradients, beta1, step, config.use_bias_correction, verdict)
         return grafting.direction(method, moments, second, step, config.second_moment_beta, config.eps)
 
@@ -127,7 +127,7 @@ class Elementwise:
             for start, numel, _, tensors in where[segment.key]:
                 overlap = min(start + numel, segment.start + segment.numel) - max(start, segment.start)
                 filled += max(0, overlap)
-                missing = self._needs[segment.group] - set(tensors)
+                missing = self.needs[segment.group] - set(tensors)
                 if overlap > 0 and missing:
                     return (
                         f"saved state of {segment.key} has {sorted(tensors)}, "
@@ -148,8 +148,8 @@ class Elementwise:
                 low, high = max(start, segment.start), min(start + numel, segment.start + segment.numel)
                 if low >= high:
                     continue
-                for name in self._needs[segment.group]:
-                    target = self._views[name][number].narrow(0, low - segment.start, high - low)
+                for name in self.needs[segment.group]:
+                    target = self.views[name][number].narrow(0, low - segment.start, high - low)
                     target.copy_(tensors[name].narrow(0, position + low - start, high - low))
 
 

@@ -71,6 +71,8 @@ class Layout:
         agrees: whether ranks must ask each other which parameters take part, because a gradient is None also where a
             rank holds nothing; costs a small all-reduce and a host read per step.
         one_each: whether tensor n is parameter n, also where this rank's part of it is empty.
+        part: which of several equally named sets of parameters this is: with expert parallelism ranks hold different
+            experts under the same names.
         local: the local part of a tensor in ``param_groups``, as a view that can be updated.
         gradient: the gradient of that part, None where the tensor takes no part in the step.
         problem: what is wrong on this rank; raised on all ranks together, so that none waits for another.
@@ -85,6 +87,7 @@ class Layout:
     one_rank_saves: bool = False
     agrees: bool = False
     one_each: bool = False
+    part: int | None = None
     local: Callable[[Tensor], Tensor] = Tensor.detach
     gradient: Callable[[Tensor], Tensor | None] = _local_gradient
     problem: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,15 +17,49 @@ from shampoo_deepspeed.unit import Unit
 FORMAT = 1
 
 
+class StateSource(Protocol):
+    """Loaded state that waits for its units, which are built at the next step."""
+
+    @property
+    def steps(self) -> Mapping[str, int]:
+        """Steps taken so far, by parameter key."""
+        ...
+
+    @property
+    def rejected_steps(self) -> int:
+        """How many steps were rejected so far."""
+        ...
+
+    def hand_out(self, unit: Unit) -> None:
+        """Give a unit its state, on all ranks of its group together.
+
+        Raises:
+            ValueError: on all ranks alike, where the state does not fit the parameters or the options.
+        """
+        ...
+
+    def without(self, keys: set[str]) -> StateSource:
+        """What is left when the parameters ``keys`` are taken out."""
+        ...
+
+    def everything(self) -> SavedState:
+        """What is left, in memory."""
+        ...
+
+
 @dataclass
 class SavedState:
-    """The ``"shampoo"`` part of a state dict: steps by parameter key, and lists of what ranks and units exported."""
+    """The ``"shampoo"`` part of a state dict: steps by parameter key, and lists of what ranks and units exported.
+
+    ``elsewhere`` is set where the state dict only says where the state is.
+    """
 
     steps: dict[str, int]
     stacks: list[dict[str, Any]]
     elementwise: list[dict[str, Any]]
     buffers: list[dict[str, Any]]
     rejected_steps: int = 0
+    elsewhere: Mapping[str, Any] | None = None
 
     @classmethod
     def of_units(cls, units: Sequence[Unit], rejected_steps: int) -> SavedState:
@@ -56,6 +90,8 @@ class SavedState:
             raise ValueError(
                 f"Shampoo state format {found.get('format')!r} is unknown here; this version reads {FORMAT}"
             )
+        if "elsewhere" in found:
+            return cls({}, [], [], [], elsewhere=found["elsewhere"])
         stacks, elementwise, buffers = (list(found[name]) for name in ("stacks", "elementwise", "buffers"))
         return cls(dict(found["steps"]), stacks, elementwise, buffers, int(found["rejected_steps"]))
 
@@ -144,6 +180,29 @@ class SavedState:
                 for common, place, buffer in pieces:
                     view_of(unit.buffer(kind, shard.tensor), target.part(common)).copy_(view_of(buffer, place))
 
+    def hand_out(self, unit: Unit) -> None:
+        """Give a unit what is saved of it; blocks travel to their owners of today."""
+        everyones = everyones_word((self.problem(unit), self.missing(unit)), unit)
+        for problem, _ in everyones:
+            if problem:
+                raise ValueError(problem)
+        wanted = {key for _, missing in everyones for key in missing}
+        if not wanted:
+            return self.load(unit)
+        offers = [stack for stacks in everyones_word(self.blocks(wanted), unit) for stack in stacks]
+        lost = sorted(wanted - {key for stack in offers for key in stack["keys"]})
+        if lost:
+            raise ValueError(lacking(lost[0]))
+        complete = replace(self, stacks=self.stacks + offers)
+        problem = next((p for p in everyones_word(complete.problem(unit), unit) if p), None)
+        if problem:
+            raise ValueError(problem)
+        complete.load(unit)
+
+    def everything(self) -> SavedState:
+        """All of it is in memory."""
+        return self
+
     def _rows(self) -> dict[str, tuple[dict[str, Any], int]]:
         return {key: (stack, row) for stack in self.stacks for row, key in enumerate(stack["keys"])}
 
@@ -174,29 +233,6 @@ class SavedState:
         return None
 
 
-def hand_out(saved: SavedState, unit: Unit) -> None:
-    """Give a unit what is saved of it, on all ranks of its group together; blocks travel to their owners of today.
-
-    Raises:
-        ValueError: on all ranks alike, where the state does not fit the parameters or the options, or lacks a block.
-    """
-    everyones = _everyones((saved.problem(unit), saved.missing(unit)), unit)
-    for problem, _ in everyones:
-        if problem:
-            raise ValueError(problem)
-    wanted = {key for _, missing in everyones for key in missing}
-    if wanted:
-        offers = [stack for stacks in _everyones(saved.blocks(wanted), unit) for stack in stacks]
-        lost = sorted(wanted - {key for stack in offers for key in stack["keys"]})
-        if lost:
-            raise ValueError(lacking(lost[0]))
-        saved = replace(saved, stacks=saved.stacks + offers)
-        problem = next((p for p in _everyones(saved.problem(unit), unit) if p), None)
-        if problem:
-            raise ValueError(problem)
-    saved.load(unit)
-
-
 def lacking(block_key: str) -> str:
     """What to say of a block that a saved state should hold and does not."""
     return f"the saved state has steps of {parameter_of(block_key)!r}, but not its block {block_key!r}"
@@ -209,7 +245,7 @@ def consolidated(unit: Unit, own: SavedState) -> SavedState:
         return own
     gathered: list[Any] | None = [None] * unit.world_size if unit.rank == 0 else None
     first = dist.get_global_rank(unit.group, 0)
-    dist.gather_object(own.to_dict(), gathered, dst=first, group=_cpu_group(unit.group))
+    dist.gather_object(own.to_dict(), gathered, dst=first, group=cpu_group(unit.group))
     if gathered is None:
         return own
     parts = [SavedState.parse({"shampoo": part}) for part in gathered]
@@ -219,7 +255,7 @@ def consolidated(unit: Unit, own: SavedState) -> SavedState:
 _CPU_GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
 
-def _cpu_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+def cpu_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A group of the same ranks for large objects: an accelerator's group would move them through its memory."""
     if "cpu" in dist.get_backend_config(group):
         return group
@@ -231,7 +267,8 @@ def _cpu_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     return _CPU_GROUPS[group]
 
 
-def _everyones(mine: Any, unit: Unit) -> list[Any]:
+def everyones_word(mine: Any, unit: Unit) -> list[Any]:
+    """What all ranks of a unit's group say. A collective."""
     if unit.group is None:
         return [mine]
     gathered: list[Any] = [None] * unit.world_size

@@ -102,7 +102,7 @@ def test_the_factory_knows_module_types() -> None:
     """As it is given the model, kinds in patterns work."""
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
     optimizer = ShampooFactory()(model, lr=0.1)
-    kinds = {entry.parameter.key: entry.parameter.kinds for entry in optimizer._entries}
+    kinds = {entry.parameter.key: entry.parameter.kinds for entry in optimizer.entries}
     assert kinds["0.weight"] == {"embedding"} and not kinds["1.weight"]
 
 

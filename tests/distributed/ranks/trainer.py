@@ -48,7 +48,7 @@ class Watch(TrainerCallback):
             "innermost": inner is optimizer,
             "untested": engine.zero_allow_untested_optimizer(),
             "options": {k: group[k] for k in OPTION_NAMES} | {"lr": group["initial_lr"]},
-            "names": [entry.parameter.key for entry in optimizer._entries],
+            "names": [entry.parameter.key for entry in optimizer.entries],
         }
         optimizer.register_step_pre_hook(lambda o, *_: self.seen["rates"].append(o.param_groups[0]["lr"]))
 

@@ -1,0 +1,109 @@
+"""What a checkpoint is: one JSON file beside the tensors, whose appearance makes a save complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+NAME = "manifest.json"
+
+# A block's tensors as they lie in its stored bytes, one after the other: name, dtype, shape.
+BlockLayout = list[tuple[str, str, tuple[int, ...]]]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is incomplete, damaged, of an unknown format, or does not fit; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of ``manifest.json``.
+
+    Args:
+        directory: name of the folder beside this file that holds the tensors.
+        world_size: number of ranks that saved.
+        groups: options of each parameter group, by its number.
+        parameters: by key ``shape``, ``group``, ``steps``, and (None where element-wise) ``merged``, the shape that is
+            cut into blocks, and ``max_dim``, their size.
+        layouts: a block's bytes, by ``"group:shape"`` as ``layout_key`` gives it.
+        files: ``bytes`` and ``crc32`` of each file in the folder.
+        versions: of what wrote it; for people.
+    """
+
+    directory: str
+    world_size: int
+    rejected_steps: int
+    groups: Mapping[str, Mapping[str, Any]]
+    parameters: Mapping[str, Mapping[str, Any]]
+    layouts: Mapping[str, BlockLayout]
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read the manifest of a checkpoint.
+
+        Raises:
+            CheckpointError: where there is none, or it is damaged or of another format.
+        """
+        file = path / NAME
+        if not file.is_file():
+            begun = any(path.glob("data-*")) if path.is_dir() else False
+            raise CheckpointError(
+                f"{path} holds no complete Shampoo checkpoint: it has no {NAME}"
+                + ("; a save into it was interrupted" if begun else "")
+            )
+        try:
+            content = json.loads(file.read_bytes())
+            body = content["body"]
+            intact = content["crc32"] == _checksum(body)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file} is damaged: {error!r}") from error
+        if not intact:
+            raise CheckpointError(f"{file} is damaged: its checksum is not the one that was saved")
+        if body.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{file} has format {body.get('format')!r}, and this version of shampoo_deepspeed reads {FORMAT}"
+            )
+        known = {name: body[name] for name in (f.name for f in fields(cls))}
+        known["layouts"] = {
+            key: [(name, dtype, tuple(shape)) for name, dtype, shape in layout]
+            for key, layout in body["layouts"].items()
+        }
+        return cls(**known)
+
+    def commit(self, path: Path) -> None:
+        """Put the manifest in its place in one step, so that a reader sees the old checkpoint or the new one."""
+        body = {"format": FORMAT, **asdict(self)}
+        content = json.dumps({"crc32": _checksum(body), "body": body}, indent=1)
+        aside = path / f"{NAME}.{self.directory}"
+        with aside.open("w", encoding="utf-8") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, path / NAME)
+        sync_directory(path)
+
+
+def layout_key(group: int | str, shape: Sequence[int]) -> str:
+    """The key of a block layout: saved group number and block shape."""
+    return f"{group}:{'x'.join(map(str, shape))}"
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(body: Any) -> str:
+    return f"{zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x}"
