@@ -194,7 +194,9 @@ def _tables(optimizer: BlockOptimizer, moments: torch.dtype | None) -> dict[str,
             name = stored_name(parameter.key, unit.layout.part)
             parameters[name] = _record(parameter, count, configs[parameter.group])
         layouts |= _layouts(SavedState.of_units([unit], 0), known, moments)
-    groups = {str(number): config.to_json() for number, config in configs.items()}
+    # The rate is read from the group at every step and is not part of what is kept of its options.
+    rates = {group["shampoo_group"]: float(group["lr"]) for group in optimizer.param_groups}
+    groups = {str(number): {**config.to_json(), "lr": rates[number]} for number, config in configs.items()}
     return {
         "parameters": parameters,
         "layouts": layouts,

@@ -1,0 +1,64 @@
+"""A run saved under one host and world size goes on under every other as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from torch import Tensor
+
+from tests.distributed.launch import Check, Outcome, run_checks
+from tests.distributed.moves import RANKS, Move, unbroken
+from tests.distributed.ranks import moves as here
+from tests.distributed.test_zero import assert_ranks_agree
+from tests.zoo import relative_error
+
+BOUND = {"strict": 1e-5, "default": 2e-3}
+# Every second pair, so that each host goes on from itself and from half of the others, and the other way round.
+PAIRS = [(s, t) for i, s in enumerate(RANKS) for j, t in enumerate(RANKS) if (i + j) % 2 == 0]
+RING = list(zip(RANKS, [*list(RANKS)[1:], "single"], strict=True))
+MOVES = [Move(*pair, "strict", "") for pair in PAIRS] + [Move(*pair, "default", "") for pair in RING]
+
+Parameters = Callable[[Move], list[dict[str, Tensor]]]
+
+
+@pytest.fixture(scope="module")
+def parameters(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Parameters:
+    """Final parameters of each selected move on all ranks. All first halves run before any second half."""
+    selected = [getattr(item, "callspec", None) for item in request.session.items]
+    moves = [spec.params["move"] for spec in selected if spec is not None and "move" in spec.params]
+    folder = tmp_path_factory.mktemp("moves")
+    found: dict[str, Outcome] = {}
+    for settings in BOUND:
+        (folder / settings).mkdir()
+    placed = [replace(move, folder=str(folder / move.settings)) for move in moves]
+    starts = {(m.source, m.settings): replace(m, target=m.source) for m in placed}
+    for half, wanted in (("first_half", list(starts.values())), ("second_half", placed)):
+        for ranks in sorted(set(RANKS.values())):
+            own = [move for move in wanted if RANKS[move.target] == ranks]
+            if ranks == 1:
+                found |= {f"{half} {move.name}": Outcome([getattr(here, half)(move)]) for move in own}
+            else:
+                checks = [Check(f"{half} {move.name}", ranks, f"moves:{half}", move) for move in own]
+                found |= run_checks(checks, folder / f"{half}{ranks}")
+        failures = [f"{name}: {outcome.failure}" for name, outcome in found.items() if outcome.failure]
+        assert half == "second_half" or not failures, "\n".join(failures)
+
+    def get(move: Move) -> list[dict[str, Tensor]]:
+        outcome = found[f"second_half {move.name}"]
+        if outcome.failure is not None:
+            pytest.fail(outcome.failure, pytrace=False)
+        return outcome.values
+
+    return get
+
+
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.name)
+def test_the_trajectory_is_the_unbroken_one(move: Move, parameters: Parameters) -> None:
+    values, wanted = parameters(move), unbroken(move.settings)
+    assert_ranks_agree(values)
+    errors = {name: relative_error(values[0][name], value) for name, value in wanted.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    print(f"{worst} deviates by {errors[worst]:.1e}")  # shown by pytest -rP
+    assert errors[worst] <= BOUND[move.settings], errors
