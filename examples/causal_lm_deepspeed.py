@@ -1,7 +1,7 @@
 """Trains a causal language model with the Hugging Face Trainer on DeepSpeed; the JSON names the optimizer.
 
     deepspeed examples/causal_lm_deepspeed.py --output_dir out                  # every GPU of this machine
-    deepspeed examples/causal_lm_deepspeed.py --model HuggingFaceTB/SmolLM2-135M --text my_texts/ --bf16
+    deepspeed examples/causal_lm_deepspeed.py --model HuggingFaceTB/SmolLM2-135M --text_dir my_texts/ --bf16
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/causal_lm_deepspeed.py       # two CPU ranks
 
 Nothing here knows Shampoo: `"type": "Shampoo"` in ds_zero2_shampoo.json is enough where shampoo-deepspeed is
@@ -18,14 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, load_from_disk
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
-    LlamaConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
     Trainer,
@@ -35,6 +31,8 @@ from transformers import (
     set_seed,
 )
 
+from deepspeed_on_cpu import HAS_ACCELERATOR, prepare_for_cpu
+from language_model import LanguageModelArguments, build_model
 from text_data import (
     find_text_files,
     load_documents,
@@ -44,7 +42,6 @@ from text_data import (
 )
 
 HERE = Path(__file__).resolve().parent
-HAS_ACCELERATOR = torch.accelerator.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 # What differs from the Trainer's own defaults; the command line overrides each.
 DEFAULTS: dict[str, Any] = {
@@ -63,16 +60,10 @@ DEFAULTS: dict[str, Any] = {
 
 
 @dataclass
-class ExampleArguments:
+class ExampleArguments(LanguageModelArguments):
     """What to train and on which text."""
 
-    model: str | None = field(default=None, metadata={"help": "Hub id or folder; default: a small new Llama"})
-    text: str | None = field(default=None, metadata={"help": "File or folder; default: Python's library"})
-    sequence_length: int = field(default=128, metadata={"help": "Tokens per training sequence"})
     eval_sequences: int = field(default=256, metadata={"help": "Held-out sequences, at most a twentieth of all"})
-    vocab_size: int = field(default=2048, metadata={"help": "Of the tokenizer trained for a new model"})
-    hidden_size: int = field(default=192, metadata={"help": "Of a new model; a multiple of 32"})
-    num_layers: int = field(default=4, metadata={"help": "Of a new model"})
 
 
 class LossInProgressBar(ProgressCallback):
@@ -109,14 +100,16 @@ def prepare_data(
     example: ExampleArguments, training: TrainingArguments
 ) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset]:
     """One rank per machine writes the tokenizer and the sequences; all of them read these files."""
-    files = find_text_files(example.text)
+    files = find_text_files(example.text_dir)
     folder = Path(training.output_dir) / "data"
     tokenizer_at, rows_at = folder / "tokenizer", folder / "sequences"
     with training.main_process_first(desc="tokenizing"):
         if training.local_process_index == 0:
             documents = load_documents(files, folder / "cache").shuffle(seed=training.seed)
             if example.model is None:
-                tokenizer = train_tokenizer(documents, example.vocab_size)
+                tokenizer = train_tokenizer(
+                    (batch["text"] for batch in documents.iter(batch_size=64)), example.vocab_size
+                )
             else:
                 tokenizer = AutoTokenizer.from_pretrained(example.model)
             tokenizer.save_pretrained(tokenizer_at)
@@ -125,37 +118,6 @@ def prepare_data(
         rows = load_from_disk(rows_at)
     train, held_out = split_held_out(rows, 0.05, example.eval_sequences)
     return tokenizer, train, held_out
-
-
-def build_model(example: ExampleArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The given model, or a new small Llama; weights in float32, which DeepSpeed casts under --bf16."""
-    if example.model is not None:
-        return AutoModelForCausalLM.from_pretrained(example.model, dtype=torch.float32)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=example.hidden_size,
-        intermediate_size=example.hidden_size * 8 // 3,
-        num_hidden_layers=example.num_layers,
-        num_attention_heads=example.hidden_size // 32,
-        max_position_embeddings=example.sequence_length,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return AutoModelForCausalLM.from_config(config)
-
-
-def prepare_for_cpu() -> None:
-    """What DeepSpeed needs to be told where it is not to use an accelerator."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    import deepspeed
-
-    # Spares a minute of C++ build: this extension only speeds up inference on CPUs.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # On GPUs the Trainer does this; without it ZeRO-3 would build the model as if there were one rank.
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 
 def main() -> None:

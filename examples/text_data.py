@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import sysconfig
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
@@ -25,7 +29,7 @@ def find_text_files(text: str | None) -> list[str]:
     elif Path(text).is_dir():
         files = [p for p in Path(text).rglob("*") if p.is_file() and _is_visible_text(p, Path(text))]
     else:
-        raise FileNotFoundError(f"--text {text}: no such file or folder")
+        raise FileNotFoundError(f"--text_dir {text}: no such file or folder")
     if not files:
         raise ValueError(f"no text files below {text or root}")
     return sorted(str(p) for p in files)
@@ -55,7 +59,22 @@ def load_documents(files: list[str], cache_dir: Path) -> Dataset:
     return documents
 
 
-def train_tokenizer(documents: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
+def read_documents(files: list[str], seed: int) -> Iterator[str]:
+    """The files' texts in a random order; the same on every rank, and no more is read than is used."""
+    for file in random.Random(seed).sample(files, len(files)):
+        yield Path(file).read_text(encoding="utf-8", errors="replace")
+
+
+def first_characters(documents: Iterable[str], characters: int) -> Iterator[str]:
+    """Documents until there are that many characters."""
+    for document in documents:
+        yield document
+        characters -= len(document)
+        if characters <= 0:
+            return
+
+
+def train_tokenizer(texts: Iterable[str] | Iterable[list[str]], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE: any text can be encoded, whatever it was trained on."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -66,7 +85,7 @@ def train_tokenizer(documents: Dataset, vocab_size: int) -> PreTrainedTokenizerF
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator((batch["text"] for batch in documents.iter(batch_size=64)), trainer)
+    bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
 
@@ -82,6 +101,21 @@ def pack_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: 
 
     # Batches of many documents, for what is left over at the end of a batch is dropped.
     return documents.map(pack, batched=True, batch_size=1000, remove_columns=documents.column_names, desc="Tokenizing")
+
+
+def token_rows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> Tensor:
+    """The first `rows` sequences of `length` tokens, as int64 [rows, length], in memory.
+
+    Raises:
+        ValueError: if the text is shorter.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens: list[int] = []
+    for document in documents:
+        tokens += tokenizer(document, return_attention_mask=False, verbose=False)["input_ids"] + end
+        if len(tokens) >= rows * length:
+            return torch.tensor(tokens[: rows * length]).view(rows, length)
+    raise ValueError(f"the text has {len(tokens)} tokens, and {rows} sequences of {length} need {rows * length}")
 
 
 def split_held_out(rows: Dataset, fraction: float, at_most: int) -> tuple[Dataset, Dataset]:

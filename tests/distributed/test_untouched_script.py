@@ -1,21 +1,19 @@
-"""Another project's script needs no line of code: the name in its JSON is enough where the package is installed."""
+"""Another project's script needs no line of code for DeepSpeed, where the name in its JSON is enough, else one line."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.distributed.launch import free_port
+from tests.distributed.commands import run, torchrun
 
 STANDIN = Path(__file__).resolve().parent / "standin"
 SCRIPT, CONFIG = STANDIN / "run_clm.py", STANDIN / "ds_config_zero2.json"
+ONE_LINE_SCRIPT = STANDIN / "finetune_lm.py"
 STEPS = 12
 # DeepSpeed would compile, for a minute, a kernel that only speeds up inference; the script itself stays untouched.
 SITE = """
@@ -27,12 +25,17 @@ if "RANK" in os.environ:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of one run of the script, with torchrun on two ranks."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("untouched")
+    prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    """The output folder of one run of the script, with torchrun on two ranks."""
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(SITE)
-    prepare(folder)
     arguments = {
         "config_name": "model",
         "tokenizer_name": "model",
@@ -48,23 +51,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "per_device_train_batch_size": 4,
         "report_to": "none",
     }
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
     given = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
-    command = [*torchrun, str(SCRIPT), *given, "--do_train", "--use_cpu"]
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder / "site"),
-        "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
-    }  # fmt: skip
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    command = [*torchrun(2), SCRIPT, *given, "--do_train", "--use_cpu"]
+    run(command, folder, LOCAL_SIZE="2", PYTHONPATH=str(folder / "site"))
     return folder / "out"
 
 
@@ -92,17 +81,32 @@ def test_the_script_and_its_json_know_nothing_of_this_package() -> None:
     assert "zero_allow_untested_optimizer" not in CONFIG.read_text()
 
 
-def test_it_trains_with_shampoo(run: Path) -> None:
+def test_it_trains_with_shampoo(trained: Path) -> None:
     """The state that DeepSpeed saved is Shampoo's: blocks of the model's matrices, by name."""
-    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    assert len(losses) == STEPS and losses[-1] < 0.6 * losses[0]
-    files = sorted((run / f"checkpoint-{STEPS}" / f"global_step{STEPS}").glob("*_optim_states.pt"))
+    history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
+    assert_learned([entry["loss"] for entry in history if "loss" in entry])
+    files = sorted((trained / f"checkpoint-{STEPS}" / f"global_step{STEPS}").glob("*_optim_states.pt"))
     assert len(files) == 2
     saved = [torch.load(file, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"] for file in files]
     for matrix in ("0.self_attn.o_proj", "0.mlp.up_proj", "1.self_attn.o_proj", "1.mlp.up_proj"):
         block = f"model.layers.{matrix}.weight/0"
         assert sum(block in texts(state["shampoo"]) for state in saved) == 1, "one rank owns a block"
+
+
+def test_one_line_makes_a_stock_trainer_use_shampoo(folder: Path) -> None:
+    """The second stand-in names the factory in `optimizer_cls_and_kwargs=` and knows nothing else of this package."""
+    lines = [line for line in ONE_LINE_SCRIPT.read_text().splitlines() if "shampoo" in line.lower()]
+    assert len(lines) == 2 and lines[0].startswith("from shampoo_deepspeed.integrations.trainer import")
+    given = ["--model_dir", "model", "--train_file", "text.txt", "--output_dir", "out2", "--max_steps", str(STEPS)]
+    run([*torchrun(2), ONE_LINE_SCRIPT, *given], folder)
+    state = torch.load(folder / "out2" / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True)
+    assert "model.layers.1.mlp.up_proj.weight/0" in texts(state["shampoo"])
+    history = json.loads((folder / "out2" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+    assert_learned([entry["loss"] for entry in history if "loss" in entry])
+
+
+def assert_learned(losses: list[float]) -> None:
+    assert len(losses) == STEPS and losses[-1] < 0.6 * losses[0]
 
 
 def texts(value: Any) -> set[str]:

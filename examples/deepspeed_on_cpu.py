@@ -1,0 +1,21 @@
+"""What DeepSpeed must be told where it is not to use an accelerator."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+HAS_ACCELERATOR = torch.accelerator.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+def prepare_for_cpu() -> None:
+    """Makes the process one of DeepSpeed's CPU ranks; call it before a model is built."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    import deepspeed
+
+    # Spares a minute of C++ build: this extension only speeds up inference on CPUs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # On GPUs the Trainer does this; without it ZeRO-3 would build the model as if there were one rank.
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)

@@ -1,0 +1,73 @@
+"""Trains a causal language model with the Hugging Face Trainer under FSDP2; Shampoo is its `optimizers=`.
+
+    accelerate launch --config_file examples/fsdp2.yaml --num_processes 8 examples/fsdp2_trainer.py --bf16
+    torchrun --nproc_per_node 8 examples/fsdp2_trainer.py --model HuggingFaceTB/SmolLM2-135M --text_dir my_texts/
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/fsdp2_trainer.py      # two CPU ranks: DDP, see below
+
+The first line takes FSDP's settings from the YAML file, the second one from the Trainer's `--fsdp` (which is on here)
+and `--fsdp_config`. The stock Trainer refuses `optimizers=` under FSDP; ShampooTrainer takes it, and `deferred` builds
+Shampoo once the model is there. All arguments of the Trainer work (`--learning_rate`, `--max_steps`, ...).
+
+accelerate ignores FSDP on CPUs without a word and replicates the model: there this is a DDP training.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+from language_model import (
+    LanguageModelArguments,
+    PrintLoss,
+    ShampooArguments,
+    as_dataset,
+    build_model,
+    load_text,
+)
+from shampoo_deepspeed.integrations.trainer import ShampooTrainer, deferred
+
+NOWHERE = str(Path(tempfile.gettempdir()) / "shampoo_example")  # the Trainer wants a folder though nothing is saved
+
+# What differs from the Trainer's own defaults; the command line overrides each.
+DEFAULTS: dict[str, Any] = {
+    "output_dir": NOWHERE,
+    "save_strategy": "no",
+    "max_steps": 100,
+    "learning_rate": 3e-3,
+    "weight_decay": 0.1,
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,
+    "report_to": "none",
+    # Under `accelerate launch` its own file says how to shard.
+    "fsdp": "ACCELERATE_USE_FSDP" not in os.environ,
+}
+
+
+def main() -> None:
+    parser = HfArgumentParser((LanguageModelArguments, ShampooArguments, TrainingArguments))
+    parser.set_defaults(**DEFAULTS)
+    example, shampoo, training = parser.parse_args_into_dataclasses()
+    set_seed(training.seed)
+    rows = training.max_steps * training.train_batch_size * training.world_size * training.gradient_accumulation_steps
+    tokenizer, sequences = load_text(example, rows, training.seed)
+    model = build_model(example, tokenizer)
+
+    trainer = ShampooTrainer(
+        model=model,
+        args=training,
+        train_dataset=as_dataset(sequences),
+        processing_class=tokenizer,
+        callbacks=[PrintLoss],
+        optimizers=(deferred(lr="auto", weight_decay="auto", **shampoo.options()), None),
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if training.output_dir != NOWHERE:
+        trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()

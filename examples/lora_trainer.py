@@ -1,0 +1,121 @@
+"""Fine-tunes LoRA adapters of a causal language model with Shampoo: plain, under DDP, or under DeepSpeed ZeRO-2.
+
+    python examples/lora_trainer.py --model HuggingFaceTB/SmolLM2-135M --text_dir my_texts/
+    deepspeed examples/lora_trainer.py --deepspeed examples/ds_zero2.json --model HuggingFaceTB/SmolLM2-135M
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/lora_trainer.py --deepspeed examples/ds_zero2.json
+
+An adapter of rank r on a layer of width d is a pair of matrices, A [r, d] and B [d, r]. Their short side has a factor
+matrix of r x r numbers; the long side would have one of d x d, many times the adapter itself. Shampoo cuts long sides
+into blocks of `max_preconditioner_dim`, so that is the option to set: d / b factor matrices of b x b, that is d * b
+numbers for the d * r of the adapter. For r = 16 and d = 4096, one matrix of 65,536 numbers:
+
+    --max_preconditioner_dim    numbers in factor matrices
+    4096                        16.8 million (256 times the matrix)
+    1024, Shampoo's default      4.2 million (64 times)
+    64, the default here         0.28 million (4 times)
+    16, the rank                 0.13 million (twice)
+
+A block size below the rank would cut the short side too, which gains nothing. DeepSpeed's JSON holds no "optimizer"
+here: Shampoo is the Trainer's `optimizers=`, with or without DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+from deepspeed_on_cpu import HAS_ACCELERATOR, prepare_for_cpu
+from language_model import LanguageModelArguments, PrintLoss, as_dataset, build_model, load_text
+from shampoo_deepspeed.blocks import cut_into_blocks
+from shampoo_deepspeed.integrations.trainer import ShampooTrainer, deferred
+
+NOWHERE = str(Path(tempfile.gettempdir()) / "shampoo_example")  # the Trainer wants a folder though nothing is saved
+
+# What differs from the Trainer's own defaults; the command line overrides each.
+DEFAULTS: dict[str, Any] = {
+    "output_dir": NOWHERE,
+    "save_strategy": "no",
+    "max_steps": 100,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,
+    "report_to": "none",
+    "use_cpu": not HAS_ACCELERATOR,
+}
+
+
+@dataclass
+class LoraArguments:
+    """The adapters, and how Shampoo treats them."""
+
+    lora_rank: int = field(default=16, metadata={"help": "r"})
+    lora_alpha: int = field(default=32, metadata={"help": "Adapters count lora_alpha / r times"})
+    lora_dropout: float = field(default=0.0)
+    target_modules: str = field(default="all-linear", metadata={"help": "Which layers get an adapter"})
+    precondition_frequency: int = field(default=10, metadata={"help": "Steps between two refreshes of the roots"})
+    max_preconditioner_dim: int | None = field(
+        default=None, metadata={"help": "Block size; default: four times the rank"}
+    )
+
+
+def preconditioning(lora: LoraArguments) -> dict[str, Any]:
+    """Shampoo's options for matrices with one short side; everything that is special about LoRA is here."""
+    return {
+        "max_preconditioner_dim": lora.max_preconditioner_dim or 4 * lora.lora_rank,
+        "precondition_frequency": lora.precondition_frequency,
+    }
+
+
+def numbers_in_factors(model: nn.Module, block: int) -> int:
+    """How many numbers the factor matrices of the trained matrices have, at a block size."""
+    matrices = [tuple(p.shape) for p in model.parameters() if p.requires_grad and p.ndim == 2]
+    return sum(n * n for shape in matrices for box in cut_into_blocks(shape, block) for n in box.lengths)
+
+
+def main() -> None:
+    parser = HfArgumentParser((LanguageModelArguments, LoraArguments, TrainingArguments))
+    parser.set_defaults(**DEFAULTS)
+    example, lora, training = parser.parse_args_into_dataclasses()
+    if training.deepspeed and "RANK" not in os.environ:
+        raise SystemExit("DeepSpeed needs a launcher, on one device too: start with deepspeed or torchrun")
+    if training.deepspeed and training.use_cpu:
+        prepare_for_cpu()
+    set_seed(training.seed)
+    rows = training.max_steps * training.train_batch_size * training.world_size * training.gradient_accumulation_steps
+    tokenizer, sequences = load_text(example, rows, training.seed)
+    adapters = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.lora_rank,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.target_modules,
+    )
+    model = get_peft_model(build_model(example, tokenizer), adapters)
+    options = preconditioning(lora)
+
+    trainer = ShampooTrainer(
+        model=model,
+        args=training,
+        train_dataset=as_dataset(sequences),
+        processing_class=tokenizer,
+        callbacks=[PrintLoss],
+        optimizers=(deferred(lr="auto", weight_decay="auto", **options), None),
+    )
+    if trainer.is_world_process_zero():
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        factors = numbers_in_factors(model, options["max_preconditioner_dim"])
+        print(f"{trained} trained parameters, {factors} numbers in factor matrices", flush=True)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if training.output_dir != NOWHERE:
+        trainer.save_model()  # the adapters alone
+
+
+if __name__ == "__main__":
+    main()

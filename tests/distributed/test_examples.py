@@ -1,0 +1,119 @@
+"""Every example, started as its docstring says, trains a tiny model on CPU ranks, and all ways agree."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from shampoo_deepspeed.blocks import cut_into_blocks
+from tests.distributed.commands import accelerate_launch, losses, run, torchrun
+from tests.distributed.launch import ROOT, free_port
+from tests.zoo import relative_error
+
+EXAMPLES = ROOT / "examples"
+STEPS, GLOBAL_BATCH = 4, 8
+LINE = "shampoo keeps one factor matrix per side of a weight and divides its gradient by their roots"
+NEW_MODEL = ["--hidden_size", "32", "--num_layers", "1", "--vocab_size", "300"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "text").mkdir()
+    (folder / "text" / "lines.txt").write_text("\n".join([LINE] * 200))
+    (folder / "work").mkdir()
+    return folder
+
+
+def arguments(folder: Path, ranks: int) -> list[str]:
+    return [
+        "--text_dir", str(folder / "text"), "--sequence_length", "16", "--max_steps", str(STEPS), "--use_cpu",
+        "--per_device_train_batch_size", str(GLOBAL_BATCH // ranks),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ddp(folder: Path) -> tuple[list[float], Path]:
+    """The losses of two replicas, and the folder of the trained model."""
+    saved = folder / "ddp"
+    given = [*arguments(folder, 2), *NEW_MODEL, "--precondition_frequency", "2", "--output_dir", str(saved)]
+    return losses(run([*torchrun(2), EXAMPLES / "ddp_loop.py", *given], folder / "work")), saved
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[float]:
+    """The same loop on one rank, without a launcher."""
+    given = [*arguments(folder, 1), *NEW_MODEL, "--precondition_frequency", "2"]
+    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, EXAMPLES / "ddp_loop.py", *given]
+    return losses(run(command, folder / "work", MASTER_PORT=str(free_port()), **group))
+
+
+def assert_falling(found: list[float]) -> None:
+    assert len(found) == STEPS and all(0.0 < loss < 10.0 for loss in found)
+    assert found[-1] < found[0]
+
+
+def test_ddp_is_the_training_of_one_process(ddp: tuple[list[float], Path], alone: list[float]) -> None:
+    assert_falling(alone)
+    assert ddp[0] == pytest.approx(alone, rel=1e-4)
+
+
+def test_fully_shard_is_the_training_of_ddp(ddp: tuple[list[float], Path], folder: Path) -> None:
+    """The saved models too."""
+    from safetensors.torch import load_file
+
+    saved = folder / "fsdp2"
+    given = [*arguments(folder, 2), *NEW_MODEL, "--precondition_frequency", "2", "--output_dir", str(saved)]
+    found = losses(run([*torchrun(2), EXAMPLES / "fully_shard_loop.py", *given], folder / "work"))
+    assert found == pytest.approx(ddp[0], rel=1e-4)
+    ours, theirs = (load_file(place / "model.safetensors") for place in (saved, ddp[1]))
+    assert ours.keys() == theirs.keys()
+    assert max(relative_error(ours[n], theirs[n]) for n in theirs) <= 2e-3
+
+
+def test_fsdp2_trainer_under_accelerate_launch(folder: Path) -> None:
+    script = [ROOT / "tests" / "distributed" / "fsdp_on_cpu.py", EXAMPLES / "fsdp2_trainer.py"]
+    given = [*arguments(folder, 2), *NEW_MODEL, "--precondition_frequency", "2"]
+    printed = run([*accelerate_launch(EXAMPLES / "fsdp2.yaml"), *script, *given], folder / "work")
+    assert printed.count("sharded: LlamaDecoderLayer") == 2  # on each rank, and the whole model after its layers
+    assert_falling(losses(printed))
+
+
+def test_lora_is_the_same_plain_and_under_zero2(ddp: tuple[list[float], Path], folder: Path) -> None:
+    """The adapters of a model that an example has saved; four steps with a refresh at each second one."""
+    own = ["--model", str(ddp[1]), "--lora_rank", "4", "--learning_rate", "1e-2", "--precondition_frequency", "2"]
+    script = EXAMPLES / "lora_trainer.py"
+    plain = run([sys.executable, script, *arguments(folder, 1), *own], folder / "work")
+    assert "2428 trained parameters, 10187 numbers in factor matrices" in plain
+    zero = ["--deepspeed", str(EXAMPLES / "ds_zero2.json")]
+    sharded = run([*torchrun(2), script, *arguments(folder, 2), *own, *zero], folder / "work")
+    assert_falling(losses(plain))
+    assert losses(sharded) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_causal_lm_deepspeed(folder: Path) -> None:
+    saved = folder / "deepspeed"
+    given = [*arguments(folder, 2), *NEW_MODEL, "--output_dir", str(saved), "--logging_steps", "1"]
+    run([*torchrun(2), EXAMPLES / "causal_lm_deepspeed.py", *given, "--eval_sequences", "4"], folder / "work")
+    log = json.loads((saved / "loss_log.json").read_text())
+    assert_falling([record["loss"] for record in log["train"]])
+    assert log["ranks"] == 2 and log["eval_loss"] < log["train"][0]["loss"]
+
+
+def test_nothing_is_written_unless_asked(folder: Path) -> None:
+    """The last test of this file: those before it ran their examples here."""
+    assert not any((folder / "work").iterdir())
+
+
+def test_the_table_of_block_sizes_in_the_lora_example_is_true() -> None:
+    """Numbers in the factor matrices of a 16 x 4096 matrix."""
+    rows = re.findall(r"^    (\d+)\S* .*?(\d+\.\d+) million", (EXAMPLES / "lora_trainer.py").read_text(), re.MULTILINE)
+    assert [int(block) for block, _ in rows] == [4096, 1024, 64, 16]
+    for block, millions in rows:
+        numbers = sum(n * n for box in cut_into_blocks((16, 4096), int(block)) for n in box.lengths)
+        assert f"{numbers / 1e6:.1f}" == millions or f"{numbers / 1e6:.2f}" == millions
