@@ -81,14 +81,15 @@ class PrintLoss(TrainerCallback):
 
 
 def load_text(arguments: LanguageModelArguments, rows: int, seed: int) -> tuple[PreTrainedTokenizerBase, Tensor]:
-    """The tokenizer, and int64 [rows, sequence_length]; the same on every rank, nothing is written."""
+    """The tokenizer, and int64 [rows, sequence_length] in random order; the same on every rank, nothing is written."""
     files = find_text_files(arguments.text_dir)
     if arguments.model is not None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     else:
         texts = first_characters(read_documents(files, seed), TOKENIZER_CHARACTERS)
         tokenizer = train_tokenizer(texts, arguments.vocab_size)
-    return tokenizer, token_rows(read_documents(files, seed), tokenizer, rows, arguments.sequence_length)
+    sequences = token_rows(read_documents(files, seed), tokenizer, rows, arguments.sequence_length)
+    return tokenizer, sequences[torch.randperm(rows, generator=torch.Generator().manual_seed(seed))]
 
 
 def build_model(arguments: LanguageModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -31,9 +31,9 @@ def run(command: Sequence[str | Path], folder: Path, **environment: str) -> str:
     temporary = folder.parent / f"{folder.name}_temporary"
     temporary.mkdir(exist_ok=True)
     given = {
-        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(temporary / "cache"), "TORCH_EXTENSIONS_DIR": str(temporary / "extensions"),
-        "TMPDIR": str(temporary),
+        "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1", "HF_HOME": str(temporary / "cache"),
+        "TORCH_EXTENSIONS_DIR": str(temporary / "extensions"), "TMPDIR": str(temporary),
     }  # fmt: skip
     done = subprocess.run(
         list(map(str, command)),

@@ -88,6 +88,7 @@ class Launch:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "DS_ACCELERATOR": "cpu",
+                "CUDA_VISIBLE_DEVICES": "",
                 "OMP_NUM_THREADS": "1",
                 "TORCH_EXTENSIONS_DIR": str(self.folder / "extensions"),
                 "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),

@@ -1,0 +1,130 @@
+"""How far each host's run ends from the dense single-process reference: the exactness tests, as one Markdown table.
+
+    python -m benchmarks.exactness [--ranks 1 2 4]
+
+The checks are those of tests/distributed (8 or 9 steps with several refreshes, odd shapes included); a number is the
+largest |W - W_ref| / |W_ref| of any parameter in any of a host's runs. W_ref is the float64 run of tests/reference.py,
+which shares no code with the package; in the Trainer's rows it is a plain float64 loop with the Trainer's own
+parameter groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tests.distributed import (
+    fsdp_runs,
+    scenarios,
+    test_fsdp,
+    test_trainer,
+    test_trainer_optimizers,
+    test_zero,
+    trainings,
+)
+from tests.distributed.launch import Check, Outcome, run_checks
+from tests.zoo import relative_error
+
+SETTINGS = ("strict float32", "default float32", "default float64")
+FSDP_HOSTS = {
+    "replicas": "DDP",
+    "rows": "FSDP2",
+    "nested": "FSDP2",
+    "columns": "FSDP2",
+    "hsdp": "HSDP (FSDP2)",
+    "tensor_parallel": "FSDP2 x tensor parallel",
+}
+TRAINER_HOSTS = {"ddp": "DDP", "fsdp1": "FSDP1", "fsdp2": "FSDP2"}
+Key = tuple[str, int]  # host and ranks
+
+
+def checks() -> list[Check]:
+    """All runs that start from the same numbers on every host; options of their own are left to the tests."""
+    alone = [test_fsdp.final("alone", replace(run, layout="replicas"), 1) for run in test_fsdp.SETTINGS]
+    plain = [c for c in test_fsdp.checks() if not c.argument.extra]
+    trainer = [c for c in test_trainer.EXACT if not c.argument.options]
+    return [*alone, *plain, *test_zero.matrix(), *test_zero.sharding(), *trainer, *test_trainer_optimizers.ROUTES]
+
+
+def host(check: Check) -> str:
+    argument = check.argument
+    if isinstance(argument, scenarios.Scenario):
+        return f"DeepSpeed ZeRO-{argument.stage}"
+    if isinstance(argument, trainings.Training):
+        return f"Trainer, JSON, ZeRO-{argument.stage}"
+    if isinstance(argument, tuple):
+        name = argument[1]
+        return f"Trainer, `optimizers=` or factory, {TRAINER_HOSTS.get(name) or name.replace('zero', 'ZeRO-')}"
+    if check.ranks == 1:
+        return "one process"
+    if argument.layout.startswith("fsdp1_"):
+        return f"FSDP1 {argument.layout.removeprefix('fsdp1_').upper()}"
+    return FSDP_HOSTS[argument.layout]
+
+
+def settings(check: Check) -> str:
+    argument = check.argument[2] if isinstance(check.argument, tuple) else check.argument
+    return f"{argument.settings} {getattr(argument, 'dtype', 'float32')}".replace("torch.", "")
+
+
+def wanted(check: Check) -> Mapping[str, Tensor]:
+    argument: Any = check.argument[2] if isinstance(check.argument, tuple) else check.argument
+    if isinstance(argument, scenarios.Scenario):
+        return scenarios.expected(argument)
+    if isinstance(argument, trainings.Training):
+        return trainings.expected(argument).parameters
+    return fsdp_runs.expected(argument)
+
+
+def deviation(check: Check, outcome: Outcome) -> float:
+    """The largest of all parameters on all ranks; a run that failed ends the benchmark."""
+    if outcome.failure is not None:
+        raise RuntimeError(f"{check.name}: {outcome.failure}")
+    expected = wanted(check)
+    final = [value.get("parameters", value) for value in outcome.values]
+    return max(relative_error(found[name], expected[name]) for found in final for name in expected)
+
+
+def measured(found: Iterable[tuple[Check, float]]) -> dict[Key, dict[str, list[float]]]:
+    table: dict[Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for check, value in found:
+        table[host(check), check.ranks][settings(check)].append(value)
+    return table
+
+
+def markdown(table: Mapping[Key, Mapping[str, list[float]]]) -> str:
+    """A row for each host and number of ranks; a dash where a host has no such run."""
+    lines = [f"| host | ranks | runs | {' | '.join(SETTINGS)} |", "|---|---|---|---|---|---|"]
+    hosts = list(dict.fromkeys(name for name, _ in table))
+    for (name, ranks), row in sorted(table.items(), key=lambda item: (hosts.index(item[0][0]), item[0][1])):
+        numbers = [f"{max(row[s]):.1e}" if s in row else "-" for s in SETTINGS]
+        lines.append(f"| {name} | {ranks} | {sum(map(len, row.values()))} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="which rank counts to run")
+    ranks_wanted = parser.parse_args().ranks
+    selected = [c for c in checks() if c.ranks in ranks_wanted]
+    outcomes: dict[str, Outcome] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in sorted(set(ranks_wanted)):
+            same = [c for c in selected if c.ranks == ranks]
+            outcomes |= run_checks(same, Path(folder) / f"ranks{ranks}")
+    found = [(check, deviation(check, outcomes[check.name])) for check in selected]
+    strays = {s for c, _ in found if (s := settings(c)) not in SETTINGS}
+    assert not strays, f"no column for {strays}"
+    print(f"CPU, gloo, {os.cpu_count()} cores\n\n{markdown(measured(found))}")
+
+
+if __name__ == "__main__":
+    main()
