@@ -14,13 +14,12 @@ accelerate ignores FSDP on CPUs without a word and replicates the model: there t
 from __future__ import annotations
 
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from language_model import (
+    NOWHERE,
     LanguageModelArguments,
     PrintLoss,
     ShampooArguments,
@@ -29,8 +28,6 @@ from language_model import (
     load_text,
 )
 from shampoo_deepspeed.integrations.trainer import ShampooTrainer, deferred
-
-NOWHERE = str(Path(tempfile.gettempdir()) / "shampoo_example")  # the Trainer wants a folder though nothing is saved
 
 # What differs from the Trainer's own defaults; the command line overrides each.
 DEFAULTS: dict[str, Any] = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from transformers import (
 from text_data import find_text_files, first_characters, read_documents, token_rows, train_tokenizer
 
 TOKENIZER_CHARACTERS = 2_000_000  # what a new tokenizer is trained on
+NOWHERE = str(Path(tempfile.gettempdir()) / "shampoo_example")  # the Trainer wants a folder where nothing is saved too
 
 
 @dataclass

@@ -22,9 +22,7 @@ here: Shampoo is the Trainer's `optimizers=`, with or without DeepSpeed.
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
@@ -32,11 +30,9 @@ from torch import nn
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from deepspeed_on_cpu import HAS_ACCELERATOR, prepare_for_cpu
-from language_model import LanguageModelArguments, PrintLoss, as_dataset, build_model, load_text
+from language_model import NOWHERE, LanguageModelArguments, PrintLoss, as_dataset, build_model, load_text
 from shampoo_deepspeed.blocks import cut_into_blocks
 from shampoo_deepspeed.integrations.trainer import ShampooTrainer, deferred
-
-NOWHERE = str(Path(tempfile.gettempdir()) / "shampoo_example")  # the Trainer wants a folder though nothing is saved
 
 # What differs from the Trainer's own defaults; the command line overrides each.
 DEFAULTS: dict[str, Any] = {

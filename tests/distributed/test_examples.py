@@ -1,10 +1,11 @@
-"""Every example, started as its docstring says, trains a tiny model on CPU ranks, and all ways agree."""
+"""Every example, started as its docstring says, trains a tiny model on CPU ranks; all ways agree, none leaves files."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def ddp(folder: Path) -> tuple[list[float], Path]:
     """The losses of two replicas, and the folder of the trained model."""
     saved = folder / "ddp"
     given = [*arguments(folder, 2), *NEW_MODEL, "--precondition_frequency", "2", "--output_dir", str(saved)]
-    return losses(run([*torchrun(2), EXAMPLES / "ddp_loop.py", *given], folder / "work")), saved
+    return losses(start([*torchrun(2), EXAMPLES / "ddp_loop.py", *given], folder)), saved
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,14 @@ def alone(folder: Path) -> list[float]:
     given = [*arguments(folder, 1), *NEW_MODEL, "--precondition_frequency", "2"]
     group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     command = [sys.executable, EXAMPLES / "ddp_loop.py", *given]
-    return losses(run(command, folder / "work", MASTER_PORT=str(free_port()), **group))
+    return losses(start(command, folder, MASTER_PORT=str(free_port()), **group))
+
+
+def start(command: Sequence[str | Path], folder: Path, **environment: str) -> str:
+    """What the example prints; it leaves nothing where it was started."""
+    printed = run(command, folder / "work", **environment)
+    assert not any((folder / "work").iterdir())
+    return printed
 
 
 def assert_falling(found: list[float]) -> None:
@@ -69,7 +77,7 @@ def test_fully_shard_is_the_training_of_ddp(ddp: tuple[list[float], Path], folde
 
     saved = folder / "fsdp2"
     given = [*arguments(folder, 2), *NEW_MODEL, "--precondition_frequency", "2", "--output_dir", str(saved)]
-    found = losses(run([*torchrun(2), EXAMPLES / "fully_shard_loop.py", *given], folder / "work"))
+    found = losses(start([*torchrun(2), EXAMPLES / "fully_shard_loop.py", *given], folder))
     assert found == pytest.approx(ddp[0], rel=1e-4)
     ours, theirs = (load_file(place / "model.safetensors") for place in (saved, ddp[1]))
     assert ours.keys() == theirs.keys()
@@ -79,7 +87,7 @@ def test_fully_shard_is_the_training_of_ddp(ddp: tuple[list[float], Path], folde
 def test_fsdp2_trainer_under_accelerate_launch(folder: Path) -> None:
     script = [ROOT / "tests" / "distributed" / "fsdp_on_cpu.py", EXAMPLES / "fsdp2_trainer.py"]
     given = [*arguments(folder, 2), *NEW_MODEL, "--precondition_frequency", "2"]
-    printed = run([*accelerate_launch(EXAMPLES / "fsdp2.yaml"), *script, *given], folder / "work")
+    printed = start([*accelerate_launch(EXAMPLES / "fsdp2.yaml"), *script, *given], folder)
     assert printed.count("sharded: LlamaDecoderLayer") == 2  # on each rank, and the whole model after its layers
     assert_falling(losses(printed))
 
@@ -88,10 +96,10 @@ def test_lora_is_the_same_plain_and_under_zero2(ddp: tuple[list[float], Path], f
     """The adapters of a model that an example has saved; four steps with a refresh at each second one."""
     own = ["--model", str(ddp[1]), "--lora_rank", "4", "--learning_rate", "1e-2", "--precondition_frequency", "2"]
     script = EXAMPLES / "lora_trainer.py"
-    plain = run([sys.executable, script, *arguments(folder, 1), *own], folder / "work")
+    plain = start([sys.executable, script, *arguments(folder, 1), *own], folder)
     assert "2428 trained parameters, 10187 numbers in factor matrices" in plain
     zero = ["--deepspeed", str(EXAMPLES / "ds_zero2.json")]
-    sharded = run([*torchrun(2), script, *arguments(folder, 2), *own, *zero], folder / "work")
+    sharded = start([*torchrun(2), script, *arguments(folder, 2), *own, *zero], folder)
     assert_falling(losses(plain))
     assert losses(sharded) == pytest.approx(losses(plain), rel=1e-4)
 
@@ -99,15 +107,10 @@ def test_lora_is_the_same_plain_and_under_zero2(ddp: tuple[list[float], Path], f
 def test_causal_lm_deepspeed(folder: Path) -> None:
     saved = folder / "deepspeed"
     given = [*arguments(folder, 2), *NEW_MODEL, "--output_dir", str(saved), "--logging_steps", "1"]
-    run([*torchrun(2), EXAMPLES / "causal_lm_deepspeed.py", *given, "--eval_sequences", "4"], folder / "work")
+    start([*torchrun(2), EXAMPLES / "causal_lm_deepspeed.py", *given, "--eval_sequences", "4"], folder)
     log = json.loads((saved / "loss_log.json").read_text())
     assert_falling([record["loss"] for record in log["train"]])
     assert log["ranks"] == 2 and log["eval_loss"] < log["train"][0]["loss"]
-
-
-def test_nothing_is_written_unless_asked(folder: Path) -> None:
-    """The last test of this file: those before it ran their examples here."""
-    assert not any((folder / "work").iterdir())
 
 
 def test_the_table_of_block_sizes_in_the_lora_example_is_true() -> None:
