@@ -4,8 +4,8 @@
 
 The checks are those of tests/distributed (8 or 9 steps with several refreshes, odd shapes included); a number is the
 largest |W - W_ref| / |W_ref| of any parameter in any of a host's runs. W_ref is the float64 run of tests/reference.py,
-which shares no code with the package; in the Trainer's rows it is a plain float64 loop with the Trainer's own
-parameter groups.
+which shares no code with the package; in the Trainer's rows it is the package's own Shampoo in one process, in a plain
+loop with float64 weights and the Trainer's own parameter groups.
 """
 
 from __future__ import annotations
