@@ -104,7 +104,7 @@ def seen_of(wrapped: Any, optimizer: Any, losses: list[float]) -> dict[str, Any]
     seen = {
         "wrapper": type(wrapped).__name__,
         "class": type(optimizer).__name__,
-        "preconditioned": sum(len(stack.export()["keys"]) for unit in optimizer._units for stack in unit.stacks),
+        "preconditioned": sum(len(unit.plan.blocks) for unit in optimizer.units),
         "losses": losses,
         "sum": [p.double().sum().item() for p in parameters.values()],
         "bytes": optimizer.comm_stats()["bytes_received"],
