@@ -19,8 +19,9 @@ from torch import nn
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
 from shampoo_deepspeed.contents import describe
 from shampoo_deepspeed.manifest import Manifest
+from tests import kept_checkpoint as kept
 from tests.stepping import drive, parameter, same_bits, shampoo, snapshot, state_of, train
-from tests.zoo import make_model
+from tests.zoo import make_model, relative_error
 
 FORMS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -365,3 +366,16 @@ def test_inspect_tells_what_a_checkpoint_holds(tmp_path: Path) -> None:
     assert "momentum = 0.9" in text
     assert re.search(r"w +8x6 +0 +4 +1 block, largest 8x6", text)
     assert re.search(r"b +6 +0 +4 +element-wise", text)
+
+
+def test_the_kept_checkpoint_of_format_1_loads_for_ever(tmp_path: Path) -> None:
+    weights = torch.load(kept.FOLDER / "weights.pt", weights_only=True)
+    params = {name: nn.Parameter(value.clone()) for name, value in weights.items()}
+    optimizer = kept.optimizer(params)
+    report = load_shampoo(optimizer, kept.FOLDER / "shampoo")
+    assert set(report.loaded) == set(params)
+    drive(optimizer, list(params.values()), range(kept.SAVED_AT, kept.STEPS))
+    for name, value in torch.load(kept.FOLDER / "expected.pt", weights_only=True).items():
+        bound = 1e-5 if value.dtype == torch.float32 else 2e-3  # other machines may round other elements up
+        assert relative_error(params[name].detach(), value) < bound, name
+    assert "cube" in describe(kept.FOLDER / "shampoo")
