@@ -72,6 +72,16 @@ class DeepSpeedHost:
         shape = getattr(parameter, "ds_shape", None)
         return tuple(shape) if shape is not None else None
 
+    def parts(self, tensor: Tensor, name: str | None) -> None:
+        """Optimizers are built from the model's own parameters."""
+
+    def joining(self, waiting: Sequence[Fresh]) -> list[Fresh]:
+        """None: averaging is a collective, after which all ranks have a gradient (of a partition always) or none.
+
+        At stage 0 the engine fills in zeros on ranks that have not used a parameter (``_get_gradients_for_reduction``).
+        """
+        return []
+
     def layouts(
         self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[Fresh]
     ) -> list[Layout] | None:

@@ -1,7 +1,6 @@
-"""FSDP1, FSDP2, HSDP and tensor parallelism: what each leaves on a rank, as boxes of the model's parameters.
+"""FSDP2, HSDP and tensor parallelism: DTensors as boxes of the model's parameters. FSDP1 is in fsdp1.py.
 
-A DTensor (FSDP2, tensor parallel) says by its placements which box of the global tensor lies in its local one; replicas
-hold equal boxes. An FSDP1 parameter is a flat interval, which the wrapped model tells.
+A DTensor says by its placements which boxes of the global tensor lie in its local one; replicas hold equal boxes.
 """
 
 from __future__ import annotations
@@ -9,15 +8,19 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo_deepspeed.boxes import Box, interval_to_boxes
+from shampoo_deepspeed.boxes import Box
 from shampoo_deepspeed.hosts import Entry, Fresh, Layout, LayoutError, Parameter, Shard, compute_dtype
+
+from .fsdp1 import FSDP1_HOST
+from .placements import local_boxes
+
+__all__ = ["FSDP1_HOST", "HOST", "DTensorHost"]
 
 
 class DTensorHost:
@@ -40,6 +43,18 @@ class DTensorHost:
         """A DTensor's own shape is the global one already."""
         return None
 
+    def parts(self, tensor: Tensor, name: str | None) -> None:
+        """A DTensor is one parameter."""
+
+    def joining(self, waiting: Sequence[Fresh]) -> list[Fresh]:
+        """None: all ranks of a mesh have a gradient or none has, also where the local part is empty.
+
+        FSDP2 sets it after a reduce-scatter, of all or of none of a module's ranks; where ranks use different
+        parameters ``set_reduce_scatter_unused_params`` gives zeros to those that have not. Tensor parallelism runs the
+        same operations on all ranks.
+        """
+        return []
+
     def layouts(
         self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[Fresh]
     ) -> list[Layout] | None:
@@ -57,7 +72,8 @@ class DTensorHost:
                 "others are DTensors; call fully_shard on the root module too"
             )
         units: dict[tuple[Any, torch.dtype], list[Fresh]] = {}
-        for item in sharded:
+        # A rank outside of a mesh holds nothing and takes no part.
+        for item in (item for item in sharded if _dtensor(item.tensor).device_mesh.get_coordinate() is not None):
             units.setdefault((_dtensor(item.tensor).device_mesh, compute_dtype(item.tensor)), []).append(item)
         return [self._layout(mesh, items, entries) for (mesh, _), items in units.items()]
 
@@ -70,17 +86,15 @@ class DTensorHost:
             [item.group for item in items],
             [],
             self._group(mesh),
-            one_each=True,
+            homes=list(range(len(items))),
             local=_local,
             gradient=_local_gradient,
         )
         for number, tensor in enumerate(tensors):
-            box = _local_box(tensor)
-            held = tuple(_local(tensor).shape)
-            if held != box.lengths and 0 not in (*held, *box.lengths):
-                layout.problem = f"{parameters[number].key} holds {held} where its placements say {box.lengths}"
-            elif 0 not in box.lengths:
-                layout.shards.append(Shard(number, box, number, 0))
+            try:
+                layout.shards += [Shard(number, box, number, offset) for box, offset in _boxes(tensor)]
+            except LayoutError as error:  # raised on all ranks together
+                layout.problem = f"{parameters[number].key}: {error}"
         return layout
 
     def _group(self, mesh: Any) -> dist.ProcessGroup | None:
@@ -127,28 +141,10 @@ def _local_gradient(tensor: Tensor) -> Tensor | None:
     return part
 
 
-def _local_box(tensor: Tensor) -> Box:
-    """The box of the global tensor that lies on this rank; a length is 0 where it holds nothing.
-
-    Each mesh dim cuts as torch.chunk does. FSDP2 over tensor parallelism cuts from the right to the left, which a
-    placement of its own (``_StridedShard``) tells.
-    """
+def _boxes(tensor: Tensor) -> list[tuple[Box, int]]:
+    """What of the global tensor lies in the local one, and where."""
     mesh, placements = _dtensor(tensor).device_mesh, _dtensor(tensor).placements
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        return Box((0,) * tensor.ndim, (0,) * tensor.ndim)
-    offsets, lengths = [0] * tensor.ndim, list(tensor.shape)
-    cuts = [(n, p) for n, p in enumerate(placements) if not p.is_replicate()]
-    strided = [cut for cut in cuts if hasattr(cut[1], "split_factor")]
-    for mesh_dim, placement in [c for c in cuts if c not in strided] + strided[::-1]:
-        dim = getattr(placement, "dim", None)
-        if dim is None:
-            raise LayoutError(f"a parameter with placement {placement} is neither sharded nor replicated")
-        chunk = -(-lengths[dim] // mesh.size(mesh_dim))
-        start = min(chunk * coordinate[mesh_dim], lengths[dim])
-        offsets[dim] += start
-        lengths[dim] = min(chunk, lengths[dim] - start)
-    return Box(tuple(offsets), tuple(lengths))
+    return local_boxes(tensor.shape, placements, mesh.shape, mesh.get_coordinate(), _local(tensor).shape)
 
 
 def _parameter_of(item: Fresh, entries: Sequence[Entry]) -> Parameter:
@@ -166,96 +162,4 @@ def _parameter_of(item: Fresh, entries: Sequence[Entry]) -> Parameter:
     )
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """What FSDP1 knows of an original parameter: its flat interval [start, stop) on this rank, and the ranks."""
-
-    parameter: weakref.ref[Tensor]
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-    group: dist.ProcessGroup
-
-
-class FullyShardedHost:
-    """FSDP1 with ``use_orig_params=True``: parameters are 1-D pieces that only the wrapped model can explain.
-
-    Hybrid sharding is over the world: replicas of a shard group hold equal intervals.
-    """
-
-    def __init__(self) -> None:
-        self._pieces: dict[int, _Piece] = {}
-
-    def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
-        """FSDP1 builds no optimizers."""
-        return None
-
-    def note_model(self, model: nn.Module) -> None:
-        """Learn the intervals of a wrapped model's parameters (torch/distributed/fsdp/_flat_param.py)."""
-        module = sys.modules.get("torch.distributed.fsdp")
-        if module is None:
-            return
-        self._pieces = {key: piece for key, piece in self._pieces.items() if piece.parameter() is not None}
-        for wrapped in module.FullyShardedDataParallel.fsdp_modules(model):
-            handle = wrapped._handle
-            if handle is None or not handle._use_orig_params:
-                continue
-            hybrid = getattr(wrapped, "_inter_node_pg", None) is not None
-            group: Any = dist.group.WORLD if hybrid else wrapped.process_group
-            flat = handle.flat_param
-            for parameter, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
-                start, stop = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)
-                self._pieces[id(parameter)] = _Piece(weakref.ref(parameter), tuple(shape), start, stop, group)
-
-    def admit(self, optimizer_class: type) -> None:
-        """FSDP1 takes every optimizer."""
-
-    def global_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
-        """The shape before flattening."""
-        piece = self._piece(parameter)
-        return piece.shape if piece is not None else None
-
-    def layouts(
-        self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[Fresh]
-    ) -> list[Layout] | None:
-        """One layout for each process group and dtype of the optimizer's wrapped parameters; None where there is none.
-
-        All trainable parameters join at once, also those of which this rank holds nothing, as their gradient never
-        shows here.
-        """
-        if not any(self._piece(item.tensor) is not None for item in fresh):
-            return None
-        units: dict[tuple[int, torch.dtype], list[tuple[Entry, Tensor, _Piece]]] = {}
-        for entry in entries:
-            tensor = entry.reference()
-            piece = self._piece(tensor) if tensor is not None else None
-            if tensor is not None and piece is not None and tensor.requires_grad:
-                units.setdefault((id(piece.group), compute_dtype(tensor)), []).append((entry, tensor, piece))
-        return [_fsdp1_layout(members) for members in units.values()]
-
-    def _piece(self, tensor: Tensor) -> _Piece | None:
-        piece = self._pieces.get(id(tensor))
-        return piece if piece is not None and piece.parameter() is tensor else None
-
-
-def _fsdp1_layout(members: Sequence[tuple[Entry, Tensor, _Piece]]) -> Layout:
-    group = members[0][2].group
-    layout = Layout(
-        [entry.parameter for entry, _, _ in members],
-        [tensor for _, tensor, _ in members],
-        [entry.parameter.group for entry, _, _ in members],
-        [],
-        group if dist.get_world_size(group) > 1 else None,
-        agrees=True,
-        one_each=True,
-    )
-    for number, (_, _, piece) in enumerate(members):
-        offset = 0
-        for box in interval_to_boxes(piece.shape, piece.start, piece.stop):
-            layout.shards.append(Shard(number, box, number, offset))
-            offset += box.numel
-    return layout
-
-
 HOST = DTensorHost()
-FSDP1_HOST = FullyShardedHost()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from shampoo_deepspeed import status
 from shampoo_deepspeed.config import OPTION_NAMES, OptionError, ShampooConfig, canonical
 from shampoo_deepspeed.groups import checked_group, group_options
-from shampoo_deepspeed.hosts import Entry, Fresh, Parameter, hosts, plain_layouts
+from shampoo_deepspeed.hosts import Entry, Fresh, Parameter, Part, hosts, plain_layouts
 from shampoo_deepspeed.naming import clean_name, names_and_kinds
 from shampoo_deepspeed.report import treatment_table
 from shampoo_deepspeed.saved import FORMAT, SavedState, StateSource, consolidated, lacking
@@ -68,15 +68,17 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def _units_in_step(self) -> list[Unit]:
         """The units of the current ``param_groups``; new tensors with a gradient get theirs here."""
-        fresh: list[Fresh] = []
+        waiting: list[Fresh] = []
         units: dict[int, Unit] = {}
         for group in self.param_groups:
             for place, tensor in enumerate(group["params"]):
                 unit = self._unit_of.get(id(tensor))
                 if unit is not None:
                     units[id(unit)] = unit
-                elif tensor.grad is not None:
-                    fresh.append(Fresh(tensor, group["shampoo_group"], place))
+                elif tensor.requires_grad or tensor.grad is not None:
+                    waiting.append(Fresh(tensor, group["shampoo_group"], place))
+        joining = {id(item) for host in hosts() for item in host.joining(waiting)} if waiting else set()
+        fresh = [item for item in waiting if item.tensor.grad is not None or id(item) in joining]
         if not fresh:
             return list(units.values())
         if self._awaited is not None:
@@ -185,14 +187,16 @@ class BlockOptimizer(torch.optim.Optimizer):
                 raise OptionError(f"parameter {given or index} is complex; Shampoo takes real parameters only")
             known, kinds = self._known.get(id(tensor), (None, frozenset()))
             name = clean_name(given) if given is not None else known
-            key = name if name is not None else f"group{number}.{index}"
-            if key in taken:
-                raise OptionError(
-                    f"two parameters have the name {key!r}; names must differ, they are keys of the state"
-                )
-            taken.add(key)
-            parameter = Parameter(key, _global_shape(tensor), number, name, kinds)
-            entries.append(Entry(parameter, weakref.ref(tensor)))
+            for part in _parts(tensor, name, kinds):
+                unnamed = ".".join(filter(None, (f"group{number}.{index}", part.path)))
+                key = part.name if part.name is not None else unnamed
+                if key in taken:
+                    raise OptionError(
+                        f"two parameters have the name {key!r}; names must differ, they are keys of the state"
+                    )
+                taken.add(key)
+                parameter = Parameter(key, part.shape, number, part.name, part.kinds)
+                entries.append(Entry(parameter, weakref.ref(tensor)))
         return entries
 
     def comm_stats(self) -> dict[str, int]:
@@ -367,12 +371,15 @@ class BlockOptimizer(torch.optim.Optimizer):
         self.configs()
 
 
-def _global_shape(tensor: Tensor) -> tuple[int, ...]:
+def _parts(tensor: Tensor, name: str | None, kinds: frozenset[str]) -> Sequence[Part]:
+    """What a host says that a tensor is made of; else the one parameter that it is, by its unsharded shape."""
     for host in hosts():
-        shape = host.global_shape(tensor)
-        if shape is not None:
-            return shape
-    return tuple(tensor.shape)
+        parts = host.parts(tensor, name)
+        if parts is not None:
+            return parts
+    shapes = (host.global_shape(tensor) for host in hosts())
+    shape = next((shape for shape in shapes if shape is not None), tuple(tensor.shape))
+    return [Part("", shape, name, kinds)]
 
 
 def _refuse_reshaping(before: ShampooConfig, after: ShampooConfig) -> None:

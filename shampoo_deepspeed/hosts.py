@@ -40,6 +40,16 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of the parameters that a tensor given to an optimizer is made of; ``path`` tells it from the others."""
+
+    path: str
+    shape: tuple[int, ...]
+    name: str | None = None
+    kinds: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class Shard:
     """One box of a parameter that this rank holds.
 
@@ -70,7 +80,8 @@ class Layout:
         one_rank_saves: whether the host stores only one rank's state dict, though ranks own different blocks.
         agrees: whether ranks must ask each other which parameters take part, because a gradient is None also where a
             rank holds nothing; costs a small all-reduce and a host read per step.
-        one_each: whether tensor n is parameter n, also where this rank's part of it is empty.
+        homes: the number of the tensor that each parameter lies in, also where this rank's part of it is empty; None
+            where there is one tensor only. Parameters of one tensor take part in a step together.
         part: which of several equally named sets of parameters this is: with expert parallelism ranks hold different
             experts under the same names.
         local: the local part of a tensor in ``param_groups``, as a view that can be updated.
@@ -86,7 +97,7 @@ class Layout:
     may_probe: bool = True
     one_rank_saves: bool = False
     agrees: bool = False
-    one_each: bool = False
+    homes: list[int] | None = None
     part: int | None = None
     local: Callable[[Tensor], Tensor] = Tensor.detach
     gradient: Callable[[Tensor], Tensor | None] = _local_gradient
@@ -107,7 +118,7 @@ class Entry:
 
 @dataclass
 class Fresh:
-    """A tensor in the current step that belongs to no unit yet, its group's number, and its place in the group."""
+    """A trainable tensor that belongs to no unit yet, its group's number, and its place in the group."""
 
     tensor: Tensor
     group: int
@@ -134,6 +145,18 @@ class Host(Protocol):
 
     def global_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
         """The unsharded shape, where the host hides it; None for a parameter that is not the host's."""
+        ...
+
+    def parts(self, tensor: Tensor, name: str | None) -> Sequence[Part] | None:
+        """The parameters that a flat tensor is made of, given the tensor's name; None where it is a single one."""
+        ...
+
+    def joining(self, waiting: Sequence[Fresh]) -> list[Fresh]:
+        """Those of the tensors without a unit and without a gradient here that join, as other ranks have a gradient.
+
+        Called at each step with all trainable tensors that have no unit. Most hosts give all ranks a gradient or none
+        and answer without asking other ranks.
+        """
         ...
 
     def layouts(
@@ -181,7 +204,8 @@ def plain_layouts(entries: Sequence[Entry], fresh: Sequence[Fresh], replicas: di
 def whole_tensors(parameters: list[Parameter], items: Sequence[Fresh]) -> Layout:
     """The layout of unsharded tensors, one parameter each."""
     shards = [Shard(n, whole(item.tensor.shape), n, 0) for n, item in enumerate(items) if item.tensor.numel()]
-    return Layout(parameters, [i.tensor for i in items], [i.group for i in items], shards, one_each=True)
+    homes = list(range(len(items)))
+    return Layout(parameters, [i.tensor for i in items], [i.group for i in items], shards, homes=homes)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -194,6 +218,6 @@ def _refuse_sharded(tensor: Tensor) -> None:
         raise LayoutError("these parameters are DTensors, and no installed adapter has taken them")
     if getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_fsdp_flattened", False):
         raise LayoutError(
-            "these are FSDP1 parameters, which do not show what they are pieces of: give the optimizer the wrapped "
-            "model, Shampoo(model.named_parameters(), model=model, ...), and wrap it with use_orig_params=True"
+            "these are FSDP1 parameters, which do not show what they are pieces of: build the optimizer after wrapping "
+            "and give it the wrapped model, Shampoo(model.named_parameters(), model=model, ...)"
         )

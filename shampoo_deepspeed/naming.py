@@ -28,18 +28,25 @@ def names_and_kinds(model: nn.Module) -> dict[int, tuple[str, frozenset[str]]]:
     """
     kinds: dict[int, set[str]] = defaultdict(set)
     for module in model.modules():
-        kind = _kind_of(module)
+        kind = kind_of(module)
         if kind:
             for parameter in module.parameters(recurse=False):
                 kinds[id(parameter)].add(kind)
-    output = getattr(model, "get_output_embeddings", None)
-    head = output() if callable(output) else None
-    if isinstance(head, nn.Module) and getattr(head, "weight", None) is not None:
+    head = output_head(model)
+    if head is not None and getattr(head, "weight", None) is not None:
         kinds[id(head.weight)].add("lm_head")
     return {id(p): (clean_name(name), frozenset(kinds[id(p)])) for name, p in model.named_parameters()}
 
 
-def _kind_of(module: nn.Module) -> str | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module of a Transformers model whose weight has the kind ``lm_head``."""
+    output = getattr(model, "get_output_embeddings", None)
+    head = output() if callable(output) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The kind of a module's own parameters, None for most."""
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
     return "layernorm" if isinstance(module, nn.LayerNorm) else None

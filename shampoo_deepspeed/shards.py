@@ -53,14 +53,13 @@ def shard_gradients(unit: Unit, configs: Mapping[int, ShampooConfig]) -> ShardGr
 
 
 def _taking_part(unit: Unit, gradients: Sequence[Tensor | None]) -> list[bool]:
-    """Which parameters step; ranks that hold nothing of one must say the same as the others."""
-    if unit.layout.one_each:
-        mine = [gradient is not None for gradient in gradients]
-        return unit.any_rank(mine) if unit.layout.agrees else mine
-    active = [any(gradient is not None for gradient in gradients)] * len(unit.parameters)
-    for shard in unit.layout.shards:
-        active[shard.parameter] &= gradients[shard.tensor] is not None
-    return active
+    """Which parameters step; a parameter steps with its tensor, on all ranks alike.
+
+    Where a host's layout does not ask to agree, its ranks have a gradient of a tensor all together or not at all.
+    """
+    mine = [gradient is not None for gradient in gradients]
+    stepping = unit.any_rank(mine) if unit.layout.agrees else mine
+    return [stepping[home] for home in unit.layout.homes or [0] * len(unit.parameters)]
 
 
 def update(
