@@ -1,0 +1,144 @@
+"""Boxes of DTensors, against what torch itself puts on each rank of a pretended world."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from shampoo_deepspeed import LayoutError
+from shampoo_deepspeed.boxes import tiling_error
+from shampoo_deepspeed.integrations.placements import local_boxes
+
+WORLD = 8
+SIZES = [*range(1, 28), 40, 41, 63]
+
+
+@contextmanager
+def world(rank: int) -> Iterator[None]:
+    """This process as one rank of eight that never talk."""
+    dist.init_process_group("fake", rank=rank, world_size=WORLD, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def numbered(*shape: int) -> Tensor:
+    """Each element is its own flat index."""
+    return torch.arange(float(math.prod(shape))).view(shape)
+
+
+def boxes_of(tensor: Any, mesh: Any) -> list[Any]:
+    """The mesh is given: torch keeps equal ones of earlier worlds, with another rank's coordinate."""
+    assert tensor.device_mesh.shape == mesh.shape
+    return local_boxes(tensor.shape, tensor.placements, mesh.shape, mesh.get_coordinate(), tensor.to_local().shape)
+
+
+def assert_holds(tensor: Any, whole: Tensor, found: Sequence[Any]) -> None:
+    """The boxes, cut out of the whole tensor, are the local one from the first element to the last."""
+    flat = tensor.to_local().detach().reshape(-1)
+    assert sum(box.numel for box, _ in found) == flat.numel()
+    for box, offset in found:
+        part = whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))]
+        assert torch.equal(flat[offset : offset + box.numel], part.reshape(-1))
+
+
+class Rows(nn.Module):
+    """Parameters of many sizes, cut by tensor parallelism along ``dim``."""
+
+    def __init__(self, mesh: DeviceMesh, dim: int) -> None:
+        super().__init__()
+        made = [
+            distribute_tensor(numbered(n, 3) if dim == 0 else numbered(3, n), mesh, [Shard(dim)], src_data_rank=None)
+            for n in SIZES
+        ]
+        self.all = nn.ParameterList([nn.Parameter(tensor) for tensor in made])
+
+
+MESHES = {
+    "2x4": ((2, 4), ("data", "tensor")),
+    "4x2": ((4, 2), ("data", "tensor")),
+    "hybrid": ((2, 2, 2), ("replicate", "data", "tensor")),
+}
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("mesh", list(MESHES))
+def test_rows_that_fsdp2_cuts_out_of_tensor_parallel_ones_are_found(mesh: str, dim: int) -> None:
+    """Also where rows do not divide and the placements tell another number of rows than FSDP2 holds."""
+    shape, names = MESHES[mesh]
+    held: list[set[Any]] = [set() for _ in SIZES]
+    for rank in range(WORLD):
+        with world(rank):
+            whole = init_device_mesh("cpu", shape, mesh_dim_names=names)
+            model = Rows(whole["tensor"], dim)
+            fully_shard(model, mesh=whole[names[:-1]])
+            for number, parameter in enumerate(model.all):
+                assert isinstance(parameter, DTensor)
+                found = boxes_of(parameter, whole)
+                assert_holds(parameter, numbered(*parameter.shape), found)
+                held[number] |= {box for box, _ in found}
+    for size, boxes in zip(SIZES, held, strict=True):
+        assert tiling_error((size, 3) if dim == 0 else (3, size), boxes) is None
+
+
+def strided(dim: int, factor: int) -> Any:
+    return _StridedShard(dim, split_factor=factor)
+
+
+PLACEMENTS: list[list[Any]] = [
+    [Shard(0), Replicate()],
+    [Replicate(), Shard(1)],
+    [Shard(0), Shard(0)],
+    [Shard(1), Shard(0)],
+    [Shard(0), strided(0, 2)],
+    [strided(0, 2), Replicate()],
+    [strided(0, 3), Replicate()],
+    [strided(0, 3), Shard(0)],
+    [strided(0, 3), Shard(1)],
+    [strided(0, 2), strided(0, 3)],
+    [Shard(0), strided(0, 3)],
+    [strided(1, 2), Shard(0)],
+    [strided(1, 3), strided(0, 2)],
+]
+
+
+@pytest.mark.parametrize("placements", PLACEMENTS, ids=str)
+def test_other_strided_shards_are_several_boxes_or_a_clear_error(placements: list[Any]) -> None:
+    described = 0
+    for rank in range(WORLD):
+        with world(rank):
+            mesh = init_device_mesh("cpu", (4, 2))
+            for shape in ((n, m) for n in (1, 5, 8, 12, 17, 24, 31) for m in (1, 6, 7)):
+                tensor: Any = distribute_tensor(numbered(*shape), mesh, placements, src_data_rank=None)
+                try:
+                    found = boxes_of(tensor, mesh)
+                except LayoutError as error:
+                    assert "no row of contiguous boxes" in str(error)
+                    continue
+                described += 1
+                assert_holds(tensor, numbered(*shape), found)
+                _, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+                if found:
+                    assert found[0][0].offsets == offsets
+    assert described >= 50
+
+
+def test_a_local_tensor_that_the_placements_do_not_explain_is_refused() -> None:
+    with pytest.raises(LayoutError, match=r"it holds \(3, 4\) where its placements .* say \(2, 4\)"):
+        local_boxes((4, 4), [Shard(0)], [2], [0], (3, 4))
+    with pytest.raises(LayoutError, match="neither sharded nor replicated"):
+        local_boxes((4, 4), [Partial()], [2], [0], (4, 4))
