@@ -67,7 +67,37 @@ class WideModel(nn.Module):
         return F.cross_entropy(self.readout(x).flatten(0, 1), targets.flatten())
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"odd": OddModel, "wide": WideModel}
+class TinyModel(nn.Module):
+    """Six elements: of some shardings a rank holds none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.only(x[..., :2]).flatten(0, 1), targets.flatten() % 2)
+
+
+class NarrowModel(nn.Module):
+    """A layer of 13 units, which two ranks of tensor parallelism cut into 7 and 6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, VOCABULARY)
+        self.down = nn.Linear(VOCABULARY, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        x = self.norm(x + self.down(F.gelu(self.up(x))))
+        return F.cross_entropy(x.flatten(0, 1), targets.flatten())
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "odd": OddModel,
+    "wide": WideModel,
+    "tiny": TinyModel,
+    "narrow": NarrowModel,
+}
 
 
 def make_model(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shampoo_deepspeed.naming import matching
 from tests.distributed.scenarios import STRICT
 from tests.reference import Reference
 from tests.zoo import gradients, make_batch, make_model
+
+FROZEN = ("up.weight", "up.bias")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,14 @@ class Run:
     extra: dict[str, Any] = field(default_factory=dict)
     layout: str = "rows"
     built_before: bool = False
+    given: str = "model"  # beside named parameters; or "names" or "parameters" alone
+    apart: bool = False  # every second step one half of the ranks, then the other, leaves a layer unused
+    frozen_steps: int = 0  # for how long the layer `up` is frozen at the start
+    resumed_at: int = 0  # the step before which a new optimizer takes over the state
+
+    @property
+    def fsdp1(self) -> bool:
+        return self.layout.startswith(("fsdp1", "flat", "units"))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -43,10 +55,28 @@ class Run:
 def expected(run: Run) -> dict[str, Tensor]:
     model = make_model(run.model, torch.float64)
     values = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    reference = Reference(values, exclude=("embed.weight",), **run.rule())
-    zeros = run.layout.startswith("fsdp1")  # which gives an unused parameter of a used unit zeros, as ZeRO does
+    reference = make_reference(run, values)
+    # FSDP1 gives an unused parameter zeros, as ZeRO does, unless a whole unit is unused.
+    zeros = run.fsdp1 and not run.layout.startswith("units")
     for step in range(run.steps):
-        reference.step(gradients(model, make_batch(run.model, step, run.unused), zeros))
+        found = gradients(model, make_batch(run.model, step, run.unused), zeros)
+        reference.step({n: None if step < run.frozen_steps and n in FROZEN else g for n, g in found.items()})
         for name, value in reference.values().items():
             values[name].data.copy_(value)
     return reference.values()
+
+
+def replayed(run: Run, steps: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The reference with the gradients that a run has seen."""
+    model = make_model(run.model, torch.float64)
+    reference = make_reference(run, {n: p for n, p in model.named_parameters() if p.requires_grad})
+    for seen in steps:
+        reference.step({n: seen[n].double() for n in reference.params})
+    return reference.values()
+
+
+def make_reference(run: Run, values: Mapping[str, Tensor]) -> Reference:
+    options = run.rule()
+    spared = options.pop("no_decay", ())
+    overrides = {n: {"weight_decay": 0.0} for n in values if matching(spared, n, frozenset())}
+    return Reference(values, overrides, () if run.given == "parameters" else ("embed.weight",), **options)

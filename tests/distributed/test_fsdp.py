@@ -1,4 +1,4 @@
-"""Under DDP, FSDP2, HSDP and tensor parallelism the trajectory is that of the unsharded reference."""
+"""Under DDP, FSDP1, FSDP2, HSDP and tensor parallelism the trajectory is that of the unsharded reference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.distributed.conftest import Ask
-from tests.distributed.fsdp_runs import Run, expected
+from tests.distributed.fsdp_runs import Run, expected, replayed
 from tests.distributed.launch import Check
 from tests.distributed.test_zero import assert_ranks_agree, named
 from tests.zoo import relative_error
@@ -37,11 +37,35 @@ def checks() -> list[Check]:
                 final("fsdp2_built_before", replace(base, built_before=True), ranks),
             ]
     for base in SETTINGS:
+        often = replace(base, unused=2)
         found += [
+            *(final(f"flat_{way}", replace(often, layout=f"flat_{way}"), 2) for way in ("shard_grad_op", "no_shard")),
+            *(final(f"flat_{way}", replace(often, layout=f"flat_{way}"), 4) for way in ("full_shard", "hybrid_shard")),
+            final("units_full_shard", replace(often, layout="units_full_shard"), 2),
+            final("tiny_fsdp1", replace(base, model="tiny", layout="fsdp1_full_shard"), 4),
+            final("offload", replace(often, layout="offload"), 2),
             final("hsdp", replace(base, layout="hsdp"), 4),
-            final("fsdp1_hybrid_shard", replace(base, unused=2, layout="fsdp1_hybrid_shard"), 4),
+            final("fsdp1_hybrid_shard", replace(often, layout="fsdp1_hybrid_shard"), 4),
             final("tensor_parallel", replace(base, model="wide", layout="tensor_parallel"), 4),
+            final("uneven_tensor_parallel", replace(base, model="narrow", layout="uneven_tensor_parallel"), 4),
+            final("meshes", replace(base, model="wide", layout="meshes"), 4),
         ]
+    return found + single_features()
+
+
+def single_features() -> list[Check]:
+    """In float64, where any mistake shows."""
+    exact = Run(settings="default", dtype="float64")
+    flat = replace(exact, layout="units_full_shard", unused=2)
+    spared = {"no_decay": ("*bias", "norm*"), "weight_decay": 0.3}
+    found = [
+        final("flat_names", replace(flat, given="names"), 2),
+        final("flat_parameters", replace(flat, given="parameters"), 2),
+        final("flat_no_shard_parameters", replace(flat, given="parameters", layout="units_no_shard"), 2),
+        final("flat_no_decay", replace(flat, extra=spared), 2),
+        final("flat_resumed", replace(flat, resumed_at=4, extra={"momentum": 0.5}), 2),
+        final("fsdp1_unfrozen", replace(exact, layout="fsdp1_full_shard", frozen_steps=3), 4),
+    ]
     options = {"momentum": 0.8, "nesterov": True, "grafting": "normalized_adam", "lr": 1e-3}
     found.append(final("fsdp2_momentum", Run(settings="default", dtype="float64", extra=options), 2))
     coupled = {"weight_decay": 0.3, "decoupled_weight_decay": False}
@@ -49,7 +73,17 @@ def checks() -> list[Check]:
     return found
 
 
-REFUSED = [Check(f"fsdp1_refused_{uop}", 2, "fsdp:refused", uop) for uop in (True, False)]
+REFUSED = [
+    (Check("fsdp1_refused_original", 2, "fsdp:refused", "original"), "build the optimizer after wrapping"),
+    (Check("fsdp1_refused_swapped", 2, "fsdp:refused", "swapped"), "build the optimizer after wrapping"),
+    (Check("fsdp1_refused_ignored", 2, "fsdp:refused", "ignored"), "1 of 2 parameters with a gradient are not FSDP1's"),
+    (Check("fsdp1_refused_hybrid", 4, "fsdp:refused", "hybrid"), "sharded over 2 of 4 ranks"),
+]
+PRECISION = ("bf16", "fsdp1_bf16", "flat_bf16")
+LOW = [Check(f"recorded_{layout}", 2, "fsdp:recorded", Run(layout=layout)) for layout in PRECISION]
+APART = [Check(f"apart_{n}ranks", n, "fsdp:recorded", Run(apart=True)) for n in (2, 4)]
+UNITS = Run(layout="units_full_shard", steps=1)
+KEYS = [Check(f"keys_{given}", 2, "fsdp:keys", replace(UNITS, given=given)) for given in ("model", "names")]
 DIVIDED = [Check(f"replicas_traffic_{n}ranks", n, "fsdp:traffic", Run(layout="replicas", steps=3)) for n in (2, 4)]
 ALIGNED = Check("fsdp2_aligned", 2, "fsdp:traffic", Run(model="wide", extra={"max_preconditioner_dim": 4}, steps=3))
 
@@ -83,7 +117,24 @@ def test_replicas_divide_the_work_and_exchange_directions_only(check: Check, ask
     assert all(s["bytes_received"] == s["planned_bytes_received"] for s in stats)
 
 
-@pytest.mark.parametrize("check", REFUSED, ids=named)
-def test_unexplained_fsdp1_parameters_are_never_trained_as_vectors(check: Check, ask: Ask) -> None:
-    for message in ask(check):
-        assert "give the optimizer the wrapped model" in message and "use_orig_params=True" in message
+@pytest.mark.parametrize("check", LOW + APART, ids=named)
+def test_the_step_is_exact_for_the_gradients_that_were_seen(check: Check, ask: Ask) -> None:
+    """Computed in bfloat16, or on ranks that use different layers: the shards stay in float32."""
+    found = ask(check)
+    assert_ranks_agree([values for values, _ in found])
+    values, seen = found[0]
+    wanted = replayed(check.argument, seen)
+    assert len(seen) == check.argument.steps and all(step.keys() >= wanted.keys() for step in seen)
+    assert max(relative_error(values[n], wanted[n]) for n in wanted) <= BOUND["strict", "float32"]
+
+
+@pytest.mark.parametrize("check", KEYS, ids=named)
+def test_flat_tensors_have_the_state_keys_of_the_plain_model(check: Check, ask: Ask) -> None:
+    for sharded, plain in ask(check):
+        assert sharded == plain and "embed.weight" in plain and "up.bias" in plain
+
+
+@pytest.mark.parametrize("check, message", REFUSED, ids=[check.name for check, _ in REFUSED])
+def test_unexplained_fsdp1_parameters_are_never_trained_as_vectors(check: Check, message: str, ask: Ask) -> None:
+    for found in ask(check):
+        assert message in found

@@ -1,21 +1,30 @@
-"""What a rank does in the FSDP2 and tensor-parallel checks: trains a sharded model and gives back full parameters."""
+"""What a rank does in the FSDP and tensor-parallel checks: trains a sharded model and gives back full parameters."""
 
 from __future__ import annotations
 
+import math
+import pickle
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from shampoo_deepspeed import LayoutError, Shampoo
 from shampoo_deepspeed.naming import clean_name
-from tests.distributed.fsdp_runs import Run
+from tests.distributed.fsdp_runs import FROZEN, Run
 from tests.zoo import cast, make_batch, make_model, micro_batches
 
 
@@ -23,41 +32,62 @@ def sharded(run: Run) -> tuple[nn.Module, DeviceMesh]:
     """The model, and the mesh over which batches are divided."""
     world = dist.get_world_size()
     model = make_model(run.model, run.torch_dtype)
-    if run.layout == "hsdp":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
-        fully_shard(model, mesh=mesh)
-        return model, mesh
-    if run.layout == "tensor_parallel":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
-        parallelize_module(model, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-        fully_shard(model, mesh=mesh["data"])
-        return model, mesh["data"]
+    if run.layout in ("hsdp", "tensor_parallel", "uneven_tensor_parallel", "meshes"):
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
+        return model, over_two_dims(model, run.layout, mesh)
     mesh = init_device_mesh("cpu", (world,))
     if run.layout == "replicas":
         return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True), mesh
-    if run.layout.startswith("fsdp1"):
-        return fsdp1(model, run.layout), mesh
-    if run.layout == "columns":
-        fully_shard(model, mesh=mesh, shard_placement_fn=by_columns)
-    else:
-        for child in (m for m in model.children() if run.layout == "nested" and any(True for _ in m.parameters())):
-            fully_shard(child, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+    if run.fsdp1:
+        return fsdp1(model, run), mesh
+    options: dict[str, Any] = {
+        "columns": {"shard_placement_fn": by_columns},
+        "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+        "bf16": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
+    }.get(run.layout, {})
+    for child in (m for m in model.children() if run.layout == "nested" and any(True for _ in m.parameters())):
+        fully_shard(child, mesh=mesh)
+    fully_shard(model, mesh=mesh, **options)
     return model, mesh
 
 
-def fsdp1(model: nn.Module, layout: str) -> nn.Module:
-    """The strategy is the layout's end; the frozen layer of the odd model is a unit of its own, as FSDP1 may ask."""
-    strategy = ShardingStrategy[layout.removeprefix("fsdp1_").upper()]
+def over_two_dims(model: nn.Module, layout: str, mesh: DeviceMesh) -> DeviceMesh:
+    """Shards over both dims of a mesh; gives the mesh of the batches."""
+    if layout == "hsdp":
+        fully_shard(model, mesh=mesh)
+        return mesh
+    if layout == "meshes":  # ranks of one column get equal batches, so that `up` may lie on the rows alone
+        fully_shard(model.up, mesh=mesh["inner"])
+        fully_shard(model.down, mesh=mesh)
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        return mesh["inner"]
+    up = ColwiseParallel(use_local_output=layout == "tensor_parallel")  # plain tensors cannot be uneven
+    parallelize_module(model, mesh["inner"], {"up": up, "down": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["outer"])
+    return mesh["outer"]
+
+
+def fsdp1(model: nn.Module, run: Run) -> nn.Module:
+    """The strategy is the layout's end. Frozen layers are units of their own where parameters are flat.
+
+    ``units``: all children but the tied ones are units too.
+    """
+    form, _, strategy = run.layout.partition("_")
     mesh = None
-    if strategy is ShardingStrategy.HYBRID_SHARD:
+    if strategy == "hybrid_shard":
         mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
-    policy = ModuleWrapPolicy({nn.LayerNorm, nn.Conv1d})
+    units = {m for m in model.children() if isinstance(m, (nn.LayerNorm, nn.Conv1d))}
+    if form != "fsdp1":
+        units |= {m for m in model.children() if not any(p.requires_grad for p in m.parameters())}
+    if form == "units":
+        units |= {m for n, m in model.named_children() if n not in ("embed", "head")}
+    low = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if strategy == "bf16" else None
     return FullyShardedDataParallel(
         model,
-        sharding_strategy=strategy,
-        auto_wrap_policy=policy,
-        use_orig_params=True,
+        sharding_strategy=ShardingStrategy["FULL_SHARD" if low else strategy.upper()],
+        auto_wrap_policy=CustomPolicy(lambda module: module in units),
+        mixed_precision=low,
+        use_orig_params=form == "fsdp1",
         device_id=torch.device("cpu"),
         device_mesh=mesh,
     )
@@ -72,7 +102,13 @@ def final_parameters(run: Run) -> dict[str, Tensor]:
     if run.built_before:
         return trained(*built_before_sharding(run), run)
     model, mesh = sharded(run)
-    return trained(model, Shampoo(model.named_parameters(), model=model, **run.options()), mesh, run)
+    return trained(model, built(model, run), mesh, run)
+
+
+def built(model: nn.Module, run: Run) -> Shampoo:
+    if run.given == "parameters":
+        return Shampoo(model.parameters(), **run.options())
+    return Shampoo(model.named_parameters(), model=model if run.given == "model" else None, **run.options())
 
 
 def built_before_sharding(run: Run) -> tuple[nn.Module, Shampoo, DeviceMesh]:
@@ -84,18 +120,85 @@ def built_before_sharding(run: Run) -> tuple[nn.Module, Shampoo, DeviceMesh]:
     return model, optimizer, mesh
 
 
-def trained(model: nn.Module, optimizer: Shampoo, mesh: DeviceMesh, run: Run) -> dict[str, Tensor]:
-    divided, rank = mesh.size(), dist.get_rank() if run.layout != "tensor_parallel" else mesh.get_local_rank()
+def trained(
+    model: nn.Module, optimizer: Shampoo, mesh: DeviceMesh, run: Run, seen: list[dict[str, Tensor]] | None = None
+) -> dict[str, Tensor]:
+    """Full parameters after the run; `seen` takes the full gradients of all steps."""
     for step in range(run.steps):
+        if run.frozen_steps:
+            freeze(model, step < run.frozen_steps)
+        if run.resumed_at and step == run.resumed_at:
+            state = pickle.loads(pickle.dumps(optimizer.state_dict()))
+            optimizer = built(model, run)
+            optimizer.load_state_dict(state)
         batch: dict[str, Any] = cast(make_batch(run.model, step, run.unused), run.torch_dtype)
-        (piece,) = micro_batches(batch, rank, divided)
+        (piece,) = micro_batches(batch, mesh_rank(mesh), mesh.size())
+        if run.apart:
+            piece["use_sometimes"] = (step + mesh_rank(mesh)) % 2 == 0
         optimizer.zero_grad()
         model(**piece).backward()
+        if seen is not None:
+            seen.append(full_gradients(model))
         optimizer.step()
-    if run.layout.startswith("fsdp1"):
+    if run.fsdp1:
         with FullyShardedDataParallel.summon_full_params(model):
             return {clean_name(n): p.detach().clone() for n, p in model.named_parameters()}
     return {clean_name(n): full(p) for n, p in model.named_parameters()}
+
+
+def mesh_rank(mesh: DeviceMesh) -> int:
+    """This rank's number among those that get different batches."""
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    return sum(c * math.prod(mesh.shape[n + 1 :]) for n, c in enumerate(coordinate))
+
+
+def freeze(model: nn.Module, frozen: bool) -> None:
+    for name, parameter in model.named_parameters():
+        if clean_name(name) in FROZEN:
+            parameter.requires_grad_(not frozen)
+
+
+def full_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Of FSDP2 by DTensor's own means; of FSDP1 (fully sharded) from the gathered flat gradients."""
+    if not isinstance(model, FullyShardedDataParallel):
+        return {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    found = {}
+    for name, wrapped in model.named_modules():
+        handle = wrapped._handle if isinstance(wrapped, FullyShardedDataParallel) else None
+        if handle is None or not handle.flat_param.requires_grad:
+            continue
+        flat = handle.flat_param
+        parts = [torch.empty_like(flat.grad) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, flat.grad)
+        pieces = iter(zip(flat._fqns, flat._shapes, strict=True))
+        whole = torch.cat(parts)[: sum(flat._numels_with_padding)]
+        for piece, padding in zip(whole.split(flat._numels_with_padding), flat._is_padding_mask, strict=True):
+            if not padding:
+                path, shape = next(pieces)
+                found[clean_name(f"{name}.{path}".lstrip("."))] = piece.view(shape)
+    return found
+
+
+def recorded(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Final parameters, and the gradients that led there, which low precision makes other ones than the reference's."""
+    model, mesh = sharded(run)
+    if run.apart:
+        model.set_reduce_scatter_unused_params(True)
+    seen: list[dict[str, Tensor]] = []
+    return trained(model, built(model, run), mesh, run, seen), seen
+
+
+def keys(run: Run) -> tuple[list[str], list[str]]:
+    """Keys of the state of a sharded model and of the plain one."""
+    model, mesh = sharded(run)
+    optimizer = built(model, run)
+    trained(model, optimizer, mesh, run)
+    plain = make_model(run.model, run.torch_dtype)
+    alone = built(plain, run)
+    plain(**cast(make_batch(run.model, 0), run.torch_dtype)).backward()
+    alone.step()
+    return tuple(sorted(o.state_dict()["shampoo"]["steps"]) for o in (optimizer, alone))
 
 
 def full(parameter: Any) -> Tensor:
@@ -104,11 +207,23 @@ def full(parameter: Any) -> Tensor:
     return whole.detach().clone()
 
 
-def refused(use_orig_params: bool) -> str:
-    """The error of the first step of FSDP1 parameters that nobody has explained to the optimizer."""
-    model = FullyShardedDataParallel(make_model("wide"), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
-    optimizer = Shampoo(model.named_parameters(), model=None if use_orig_params else model)
-    (piece,) = micro_batches(make_batch("wide", 0), dist.get_rank(), dist.get_world_size())
+def refused(case: str) -> str:
+    """The error of the first step of FSDP1 parameters that nobody has explained to the optimizer, or not enough."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, world // 2)) if case == "hybrid" else None
+    plain = make_model("wide")
+    model = FullyShardedDataParallel(
+        plain,
+        use_orig_params=case == "original",
+        device_id=torch.device("cpu"),
+        device_mesh=mesh,
+        sharding_strategy=ShardingStrategy.HYBRID_SHARD if mesh is not None else None,
+        ignored_states=[plain.up.weight] if case == "ignored" else None,
+    )
+    optimizer = Shampoo([torch.zeros(1)] if case == "swapped" else model.parameters())
+    if case == "swapped":
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+    (piece,) = micro_batches(make_batch("wide", 0), dist.get_rank(), world)
     model(**piece).backward()
     try:
         optimizer.step()
@@ -120,6 +235,6 @@ def refused(use_orig_params: bool) -> str:
 def traffic(run: Run) -> dict[str, int]:
     """What the last step moved."""
     model, mesh = sharded(run)
-    optimizer = Shampoo(model.named_parameters(), model=model, **run.options())
+    optimizer = built(model, run)
     trained(model, optimizer, mesh, run)
     return optimizer.comm_stats()
