@@ -112,9 +112,10 @@ class FullyShardedHost:
         found = []
         for group, items in by_group.values():
             here = float(any(item.tensor.grad is not None for item in items))
-            flag = torch.tensor(here, device=communication_device(group, items[0].tensor.device))
-            dist.all_reduce(flag, group=group)
-            found += [item for item in items if flag > 0 and item.tensor.grad is None]
+            anywhere = torch.tensor(here, device=communication_device(group, items[0].tensor.device))
+            dist.all_reduce(anywhere, group=group)
+            if anywhere.item() > 0:
+                found += [item for item in items if item.tensor.grad is None]
         return found
 
     def layouts(
@@ -157,6 +158,11 @@ def _flat(tensor: Tensor) -> Any:
 
 
 def _pieces(flat: Any) -> tuple[_Piece, ...]:
+    if any(extension is not None for extension in flat._param_extensions):
+        raise LayoutError(
+            f"FSDP1 over tensor parallelism flattens pieces of {', '.join(flat._fqns)} and does not show which; use "
+            "FSDP2 (fully_shard)"
+        )
     pieces = []
     for shape, info in zip(flat._shapes, flat._shard_param_infos, strict=True):
         start, stop = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)

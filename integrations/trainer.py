@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.config import TRAINER_NO_DECAY
 from shampoo_deepspeed.hosts import hosts
 from shampoo_deepspeed.naming import clean_name
 
@@ -95,8 +96,8 @@ class ShampooTrainerMixin:
             raise ValueError("both optimizers= and optimizer_cls_and_kwargs= are given; leave one out")
         state = self.accelerator.state
         _refuse_deepspeed(getattr(state, "deepspeed_plugin", None), scheduler)
-        _refuse_flat_fsdp(getattr(state, "fsdp_plugin", None))
         if isinstance(optimizer, Shampoo):
+            _refuse_flat_fsdp(getattr(state, "fsdp_plugin", None))
             factory: Callable[[], Callable[..., Shampoo]] = _Prebuilt(optimizer)
         else:
             options, rule = optimizer.filled(self.args), self.get_decay_parameter_names
@@ -161,6 +162,8 @@ def build(model: nn.Module, options: Mapping[str, Any], rule: DecayRule) -> Sham
     """Shampoo for a model's trainable parameters, without weight decay for those that the rule leaves out."""
     # FSDP1 leaves its own part out of some names.
     named = [(clean_name(n), p) for n, p in model.named_parameters() if p.requires_grad]
+    if any(getattr(p, "_is_flat_param", False) for _, p in named):  # many parameters each: the rule sees none of them
+        options = {"no_decay": TRAINER_NO_DECAY, **options}
     decayed = {clean_name(n) for n in (dict(named) if "no_decay" in options else rule(model))}
     groups: list[dict[str, Any]] = [
         {"params": [(n, p) for n, p in named if n in decayed]},
@@ -236,9 +239,9 @@ def _refuse_deepspeed(plugin: Any, scheduler: Any) -> None:
 
 
 def _refuse_flat_fsdp(plugin: Any) -> None:
-    """A finished optimizer would train nothing there and say nothing; a deferred one would see flat vectors."""
+    """A finished optimizer would train nothing there and say nothing; a deferred one sees the flat vectors."""
     if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1 and not plugin.use_orig_params:
         raise ValueError(
-            "FSDP1 with use_orig_params = false replaces the model's parameters by flat vectors, which Shampoo cannot "
-            "precondition; set use_orig_params = true, or use FSDP2 (version 2)"
+            "FSDP1 with use_orig_params = false replaces the model's parameters by flat vectors after the optimizer "
+            "was built; use optimizers=(deferred(lr=...), None), or set use_orig_params = true"
         )

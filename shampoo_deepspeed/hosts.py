@@ -178,6 +178,9 @@ def hosts() -> tuple[Host, ...]:
 def plain_layouts(entries: Sequence[Entry], fresh: Sequence[Fresh], replicas: dist.ProcessGroup | None) -> list[Layout]:
     """Whole parameters on this rank: a single process, or replicas, which divide the work where their group is known.
 
+    Replicas must all have a gradient or none, which DistributedDataParallel sees to: it asks all ranks which parameters
+    were used (``find_unused_parameters``), and one that was used anywhere gets its gradient everywhere.
+
     Raises:
         LayoutError: for tensors that some wrapper has sharded.
     """

@@ -69,6 +69,7 @@ def single_features() -> list[Check]:
     options = {"momentum": 0.8, "nesterov": True, "grafting": "normalized_adam", "lr": 1e-3}
     found.append(final("fsdp2_momentum", Run(settings="default", dtype="float64", extra=options), 2))
     coupled = {"weight_decay": 0.3, "decoupled_weight_decay": False}
+    found.append(Check("flat_moved_to_fsdp2", 2, "fsdp:moved", MOVED))
     found.append(final("hsdp_coupled", Run(settings="default", dtype="float64", extra=coupled, layout="hsdp"), 4))
     return found
 
@@ -78,12 +79,18 @@ REFUSED = [
     (Check("fsdp1_refused_swapped", 2, "fsdp:refused", "swapped"), "build the optimizer after wrapping"),
     (Check("fsdp1_refused_ignored", 2, "fsdp:refused", "ignored"), "1 of 2 parameters with a gradient are not FSDP1's"),
     (Check("fsdp1_refused_hybrid", 4, "fsdp:refused", "hybrid"), "sharded over 2 of 4 ranks"),
+    (Check("fsdp1_refused_tensor_parallel", 4, "fsdp:refused", "tensor_parallel"), "over tensor parallelism"),
 ]
-PRECISION = ("bf16", "fsdp1_bf16", "flat_bf16")
+PRECISION = ("bf16", "fsdp1_bf16", "flat_bf16", "flat_bf16_gradients")
 LOW = [Check(f"recorded_{layout}", 2, "fsdp:recorded", Run(layout=layout)) for layout in PRECISION]
-APART = [Check(f"apart_{n}ranks", n, "fsdp:recorded", Run(apart=True)) for n in (2, 4)]
+APART = [Check("apart_rows_4ranks", 4, "fsdp:recorded", Run(apart=True))]
+APART += [
+    Check(f"apart_{layout}", 2, "fsdp:recorded", Run(apart=True, layout=layout))
+    for layout in ("rows", "replicas", "fsdp1_full_shard", "flat_full_shard")
+]
 UNITS = Run(layout="units_full_shard", steps=1)
 KEYS = [Check(f"keys_{given}", 2, "fsdp:keys", replace(UNITS, given=given)) for given in ("model", "names")]
+MOVED = Run(settings="default", dtype="float64", layout="units_full_shard", extra={"momentum": 0.5})
 DIVIDED = [Check(f"replicas_traffic_{n}ranks", n, "fsdp:traffic", Run(layout="replicas", steps=3)) for n in (2, 4)]
 ALIGNED = Check("fsdp2_aligned", 2, "fsdp:traffic", Run(model="wide", extra={"max_preconditioner_dim": 4}, steps=3))
 

@@ -14,6 +14,7 @@ from tests.zoo import relative_error
 TRAINING = Training(steps=7)
 HOSTS = ("ddp", "zero1", "zero3", "fsdp1", "fsdp2")
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
+WRAPPERS["fsdp1_flat"] = WRAPPERS["fsdp1"]
 
 
 def run(route: str, host: str, training: Training = TRAINING, name: str = "optimizers") -> Check:
@@ -22,6 +23,7 @@ def run(route: str, host: str, training: Training = TRAINING, name: str = "optim
 
 FIRST = run("prebuilt", "ddp")
 ROUTES = [run(route, host) for host in HOSTS for route in ("prebuilt", "deferred", "factory")]
+FLAT = [run(route, "fsdp1_flat") for route in ("deferred", "factory")]
 OFFLOAD = [run("prebuilt", "zero2_offload"), run("deferred", "zero3_offload")]
 JSON = [run("json", "zero1"), run("json", "zero3")]
 SAVED = Training(save_at=4, options={"momentum": 0.5})  # between two refreshes
@@ -63,14 +65,14 @@ def assert_is(wanted: Expected, seen: dict[str, Any], record_property: Any) -> N
     assert seen["losses"] == pytest.approx(wanted.losses, rel=bound)
 
 
-@pytest.mark.parametrize("check", ROUTES + OFFLOAD + JSON, ids=named)
+@pytest.mark.parametrize("check", ROUTES + FLAT + OFFLOAD + JSON, ids=named)
 def test_every_way_is_the_training_of_one_process(check: Check, ask: Ask, record_property: Any) -> None:
     for seen in ask(check):
         assert seen["wrapper"] == WRAPPERS.get(check.argument[1], "DeepSpeedEngine")
         assert_is(expected(TRAINING), seen, record_property)
 
 
-@pytest.mark.parametrize("first, check", [(FIRST, other) for other in ROUTES[1:] + OFFLOAD + JSON], ids=named)
+@pytest.mark.parametrize("first, check", [(FIRST, other) for other in ROUTES[1:] + FLAT + OFFLOAD + JSON], ids=named)
 def test_all_ways_agree(first: Check, check: Check, ask: Ask) -> None:
     wanted, seen = ask(first)[0], ask(check)[0]
     assert seen["losses"] == pytest.approx(wanted["losses"], rel=BOUND["strict"])

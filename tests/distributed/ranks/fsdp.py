@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     FullyShardedDataParallel,
     MixedPrecision,
     MixedPrecisionPolicy,
@@ -19,12 +21,14 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp.wrap import CustomPolicy
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from shampoo_deepspeed import LayoutError, Shampoo
+from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
 from shampoo_deepspeed.naming import clean_name
 from tests.distributed.fsdp_runs import FROZEN, Run
+from tests.distributed.ranks.folders import shared_folder
 from tests.zoo import cast, make_batch, make_model, micro_batches
 
 
@@ -81,10 +85,14 @@ def fsdp1(model: nn.Module, run: Run) -> nn.Module:
         units |= {m for m in model.children() if not any(p.requires_grad for p in m.parameters())}
     if form == "units":
         units |= {m for n, m in model.named_children() if n not in ("embed", "head")}
-    low = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if strategy == "bf16" else None
+    low = None
+    if strategy.startswith("bf16"):
+        kept = strategy.endswith("gradients")
+        reduced = torch.bfloat16 if kept else torch.float32
+        low = MixedPrecision(torch.bfloat16, reduce_dtype=reduced, keep_low_precision_grads=kept)
     return FullyShardedDataParallel(
         model,
-        sharding_strategy=ShardingStrategy["FULL_SHARD" if low else strategy.upper()],
+        sharding_strategy=getattr(ShardingStrategy, strategy.upper(), ShardingStrategy.FULL_SHARD),
         auto_wrap_policy=CustomPolicy(lambda module: module in units),
         mixed_precision=low,
         use_orig_params=form == "fsdp1",
@@ -121,10 +129,15 @@ def built_before_sharding(run: Run) -> tuple[nn.Module, Shampoo, DeviceMesh]:
 
 
 def trained(
-    model: nn.Module, optimizer: Shampoo, mesh: DeviceMesh, run: Run, seen: list[dict[str, Tensor]] | None = None
+    model: nn.Module,
+    optimizer: Shampoo,
+    mesh: DeviceMesh,
+    run: Run,
+    seen: list[dict[str, Tensor]] | None = None,
+    first: int = 0,
 ) -> dict[str, Tensor]:
     """Full parameters after the run; `seen` takes the full gradients of all steps."""
-    for step in range(run.steps):
+    for step in range(first, run.steps):
         if run.frozen_steps:
             freeze(model, step < run.frozen_steps)
         if run.resumed_at and step == run.resumed_at:
@@ -162,7 +175,7 @@ def freeze(model: nn.Module, frozen: bool) -> None:
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Of FSDP2 by DTensor's own means; of FSDP1 (fully sharded) from the gathered flat gradients."""
     if not isinstance(model, FullyShardedDataParallel):
-        return {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        return {clean_name(n): full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     found = {}
     for name, wrapped in model.named_modules():
         handle = wrapped._handle if isinstance(wrapped, FullyShardedDataParallel) else None
@@ -183,10 +196,27 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor]:
 def recorded(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """Final parameters, and the gradients that led there, which low precision makes other ones than the reference's."""
     model, mesh = sharded(run)
-    if run.apart:
+    if run.apart and isinstance(model, FSDPModule):
         model.set_reduce_scatter_unused_params(True)
     seen: list[dict[str, Tensor]] = []
     return trained(model, built(model, run), mesh, run, seen), seen
+
+
+def moved(run: Run) -> dict[str, Tensor]:
+    """Trains half of the run under its layout, then goes on from a checkpoint under FSDP2."""
+    half, other = replace(run, steps=run.steps // 2), replace(run, layout="rows")
+    model, mesh = sharded(half)
+    optimizer = built(model, half)
+    values = trained(model, optimizer, mesh, half)
+    with shared_folder() as folder:
+        save_shampoo(optimizer, folder)
+        model, mesh = sharded(other)
+        for name, parameter in model.named_parameters():
+            target: Any = parameter.data
+            target.copy_(distribute_tensor(values[name], target.device_mesh, target.placements))
+        optimizer = built(model, other)
+        load_shampoo(optimizer, folder)
+        return trained(model, optimizer, mesh, other, first=half.steps)
 
 
 def keys(run: Run) -> tuple[list[str], list[str]]:
@@ -212,20 +242,24 @@ def refused(case: str) -> str:
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (2, world // 2)) if case == "hybrid" else None
     plain = make_model("wide")
+    if case == "tensor_parallel":
+        both = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
+        parallelize_module(plain, both["inner"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        mesh = both["outer"]
     model = FullyShardedDataParallel(
         plain,
         use_orig_params=case == "original",
         device_id=torch.device("cpu"),
         device_mesh=mesh,
-        sharding_strategy=ShardingStrategy.HYBRID_SHARD if mesh is not None else None,
+        sharding_strategy=ShardingStrategy.HYBRID_SHARD if case == "hybrid" else None,
         ignored_states=[plain.up.weight] if case == "ignored" else None,
     )
-    optimizer = Shampoo([torch.zeros(1)] if case == "swapped" else model.parameters())
-    if case == "swapped":
-        optimizer.param_groups[0]["params"] = list(model.parameters())
-    (piece,) = micro_batches(make_batch("wide", 0), dist.get_rank(), world)
-    model(**piece).backward()
     try:
+        optimizer = Shampoo([torch.zeros(1)] if case == "swapped" else model.parameters())
+        if case == "swapped":
+            optimizer.param_groups[0]["params"] = list(model.parameters())
+        (piece,) = micro_batches(make_batch("wide", 0), dist.get_rank(), world)
+        model(**piece).backward()
         optimizer.step()
     except LayoutError as error:
         return str(error)

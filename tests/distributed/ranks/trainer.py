@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from shampoo_deepspeed.config import OPTION_NAMES
+from tests.distributed.ranks.folders import shared_folder
 from tests.distributed.trainings import Training, make_data, make_model
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
@@ -143,19 +143,6 @@ def drop(checkpoint: Path) -> None:
     if dist.get_rank() == 0:
         shutil.rmtree(checkpoint)
     dist.barrier()
-
-
-@contextmanager
-def shared_folder() -> Iterator[Path]:
-    """A temporary folder that all ranks use."""
-    path = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(path)
-    try:
-        yield Path(path[0])
-    finally:
-        dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(path[0])
 
 
 @contextmanager

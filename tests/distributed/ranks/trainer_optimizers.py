@@ -22,7 +22,8 @@ from shampoo_deepspeed.integrations.trainer import (
     innermost,
 )
 from shampoo_deepspeed.naming import clean_name
-from tests.distributed.ranks.trainer import clean_process, drop, full_parameters, shared_folder
+from tests.distributed.ranks.folders import shared_folder
+from tests.distributed.ranks.trainer import clean_process, drop, full_parameters
 from tests.distributed.trainings import Training, make_data, make_model, trainer_groups
 
 
@@ -101,7 +102,11 @@ def make_trainer(
         config |= change or {}
     common = training.arguments(dist.get_world_size())
     fsdp = host.startswith("fsdp")
-    sharding = {"fsdp": True, "fsdp_config": {"version": int(host[4]), "sync_module_states": False}} if fsdp else {}
+    sharding: dict[str, Any] = {}
+    if fsdp:
+        kept = not host.endswith("flat")
+        config_of_fsdp = {"version": int(host[4]), "use_orig_params": kept, "sync_module_states": False}
+        sharding = {"fsdp": True, "fsdp_config": config_of_fsdp}
     arguments = TrainingArguments(str(folder), deepspeed=config, **sharding, **common)
     if fsdp:
         pretend_to_have_accelerators(arguments)
