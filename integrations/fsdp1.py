@@ -94,7 +94,7 @@ class FullyShardedHost:
         either they have none and are treated as other parameters without a name are.
         """
         known = self._find(tensor)
-        if known is None and getattr(tensor, "_is_flat_param", False):
+        if getattr(tensor, "_is_flat_param", False) and (known is None or known.group is None):
             parts = _parts(_flat(tensor), name.removesuffix(FLAT_NAME) if name is not None else None, None)
             known = self._remember(tensor, _pieces(_flat(tensor)), parts, None)
         return known.parts if known is not None else None

@@ -220,8 +220,9 @@ def moved(run: Run) -> dict[str, Tensor]:
 
 
 def keys(run: Run) -> tuple[list[str], list[str]]:
-    """Keys of the state of a sharded model and of the plain one."""
+    """Keys of the state of a sharded model and of the plain one; an earlier optimizer without names changes nothing."""
     model, mesh = sharded(run)
+    Shampoo(model.parameters())
     optimizer = built(model, run)
     trained(model, optimizer, mesh, run)
     plain = make_model(run.model, run.torch_dtype)
