@@ -40,7 +40,10 @@ FSDP_HOSTS = {
     "nested": "FSDP2",
     "columns": "FSDP2",
     "hsdp": "HSDP (FSDP2)",
+    "offload": "FSDP2, CPU offload",
+    "meshes": "FSDP2, three meshes",
     "tensor_parallel": "FSDP2 x tensor parallel",
+    "uneven_tensor_parallel": "FSDP2 x tensor parallel, uneven rows",
 }
 TRAINER_HOSTS = {"ddp": "DDP", "fsdp1": "FSDP1", "fsdp2": "FSDP2"}
 Key = tuple[str, int]  # host and ranks
@@ -65,8 +68,9 @@ def host(check: Check) -> str:
         return f"Trainer, `optimizers=` or factory, {TRAINER_HOSTS.get(name) or name.replace('zero', 'ZeRO-')}"
     if check.ranks == 1:
         return "one process"
-    if argument.layout.startswith("fsdp1_"):
-        return f"FSDP1 {argument.layout.removeprefix('fsdp1_').upper()}"
+    if argument.fsdp1:
+        form, _, strategy = argument.layout.partition("_")
+        return f"FSDP1 {strategy.upper()}{', flat parameters' if form != 'fsdp1' else ''}"
     return FSDP_HOSTS[argument.layout]
 
 
