@@ -2,7 +2,8 @@
 
 The stock Trainer takes a finished optimizer in a single process and under DDP only: under FSDP it raises, under
 DeepSpeed it trains with AdamW and says nothing. Its ``optimizer_cls_and_kwargs=`` works everywhere, so all ways here
-lead there. It calls what it is given without arguments, and the result with the model.
+lead there. It calls what it is given without arguments, and the result with the model. ``optim="shampoo"`` is one more
+name for the same factory.
 """
 
 from __future__ import annotations
@@ -13,19 +14,36 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
-from accelerate.state import DistributedType
+from accelerate.state import AcceleratorState, DistributedType
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.config import TRAINER_NO_DECAY
 from shampoo_deepspeed.hosts import hosts
 from shampoo_deepspeed.naming import clean_name
 
+from .accelerate import check_innermost, innermost, refuse_offload
+from .transformers_names import NAME, add_name, options_from_text
+
 logger = logging.getLogger("shampoo_deepspeed")
 
 # Names of weight-decayed parameters, as Trainer.get_decay_parameter_names gives them for a model.
 DecayRule = Callable[[nn.Module], list[str]]
+
+PREFIX = "shampoo/"
+
+
+def register_with_transformers() -> None:
+    """Makes ``TrainingArguments(optim="shampoo", optim_args="precondition_frequency=5,betas=0.9;0.95")`` known.
+
+    Call it before TrainingArguments are made, as often as you like. The learning rate, weight decay, betas and eps are
+    those of TrainingArguments unless ``optim_args`` gives them; lists are written with semicolons.
+
+    Raises:
+        RuntimeError: where this version of Transformers keeps its names otherwise.
+    """
+    add_name(lambda arguments: _named(arguments).filled(arguments), ShampooFactory)
 
 
 class ShampooFactory:
@@ -34,9 +52,14 @@ class ShampooFactory:
     Builds Shampoo from the model, with the Trainer's two groups: norms and biases have no weight decay. With
     ``no_decay`` among the options these patterns hold instead. Frozen parameters are left out. The learning rate
     and weight decay of TrainingArguments are not known here, so they must be given.
+
+    Raises:
+        ValueError: where the host would replace the optimizer.
     """
 
     def __call__(self, model: nn.Module, **options: Any) -> Shampoo:
+        if AcceleratorState._shared_state:
+            _refuse_deepspeed(getattr(AcceleratorState(), "deepspeed_plugin", None), None)
         return build(model, options, _trainer_rule)
 
 
@@ -73,6 +96,7 @@ class ShampooTrainerMixin:
     ``optimizers=(Shampoo(...) or deferred(...), scheduler or None)`` then works in a single process and under DDP,
     FSDP and DeepSpeed (without "optimizer" in its JSON). Other optimizers go to the Trainer as they are. Under DDP a
     deferred one divides its work over the replicas; a finished one does where it was given a ``process_group``.
+    ``optim="shampoo"`` is a deferred one. The Trainer's training logs get ``Shampoo.metrics()`` of the rank that logs.
 
     Raises:
         ValueError: where the optimizer or its scheduler would not be the one that trains.
@@ -86,10 +110,18 @@ class ShampooTrainerMixin:
         optimizer, scheduler = optimizers
         if not _is_ours(optimizer):
             super().__init__(*args, optimizers=optimizers, **kwargs)  # type: ignore[call-arg]
+            self._take_name(optimizer, scheduler)
             return
         _check_scheduler(optimizer, scheduler)
         super().__init__(*args, **kwargs)
         self._take(optimizer, scheduler)
+
+    def _take_name(self: Any, optimizer: Any, scheduler: Any) -> None:
+        """``optim="shampoo"``, where nothing else is given."""
+        if optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim == NAME:
+            named = _named(self.args)
+            _check_scheduler(named, scheduler)
+            self._take(named, scheduler)
 
     def _take(self: Any, optimizer: Shampoo | Deferred, scheduler: Any) -> None:
         if self.optimizer_cls_and_kwargs is not None:
@@ -113,6 +145,13 @@ class ShampooTrainerMixin:
         if not any(isinstance(callback, ShampooCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(ShampooCallback)
 
+    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Training logs get the optimizer's metrics since the last one, for all that reads logs."""
+        optimizer = innermost(self.optimizer)
+        if "loss" in logs and isinstance(optimizer, Shampoo):
+            logs = logs | _prefixed(optimizer.metrics())
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
     def _save_optimizer_and_scheduler(self: Any, *args: Any, **kwargs: Any) -> None:
         """Under DDP one rank's state dict is saved, so all blocks must be in it."""
         optimizer = innermost(self.optimizer)
@@ -132,17 +171,22 @@ class ShampooTrainer(ShampooTrainerMixin, Trainer):
 
 
 class ShampooCallback(TrainerCallback):
-    """Raises at the start of training where it is not Shampoo that trains: some hosts replace an optimizer silently."""
+    """Raises at the start of training where it is not Shampoo that trains: some hosts replace an optimizer silently.
+
+    ``history`` holds ``Shampoo.metrics()`` of each training log, with its ``"step"``. The stock Trainer's own logs are
+    written before a callback sees them; for metrics in them take :class:`ShampooTrainerMixin`.
+    """
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, float]] = []
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, optimizer: Any = None, **__: Any) -> None:
-        inner = innermost(optimizer)
-        if not isinstance(inner, Shampoo):
-            found = f"{type(inner).__module__}.{type(inner).__qualname__}"
-            raise RuntimeError(
-                f"the optimizer that trains is {found}, not Shampoo; give it by ShampooTrainer(optimizers=...), by "
-                "Trainer(optimizer_cls_and_kwargs=(ShampooFactory, {...})), or, under DeepSpeed, as "
-                '"optimizer": {"type": "Shampoo"} in its JSON'
-            )
+        check_innermost(
+            optimizer,
+            'give it by optim="shampoo", by ShampooTrainer(optimizers=...), by '
+            "Trainer(optimizer_cls_and_kwargs=(ShampooFactory, {...})), or, under DeepSpeed, as "
+            '"optimizer": {"type": "Shampoo"} in its JSON',
+        )
         host = getattr(getattr(optimizer, "accelerator_state", None), "distributed_type", None)
         if host == DistributedType.FSDP and args.save_strategy != "no" and not args.save_only_model:
             logger.warning(
@@ -150,12 +194,13 @@ class ShampooCallback(TrainerCallback):
                 "cannot go on from them; save_only_model=True writes the model alone"
             )
 
-
-def innermost(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of accelerate and DeepSpeed, each of which keeps the next as ``optimizer``."""
-    while getattr(optimizer, "optimizer", None) is not None:
-        optimizer = optimizer.optimizer
-    return optimizer
+    def on_log(
+        self, _: Any, state: TrainerState, *__: Any, logs: dict[str, float], optimizer: Any = None, **___: Any
+    ) -> None:
+        inner = innermost(optimizer)
+        if "loss" in logs and isinstance(inner, Shampoo):
+            logged = {key: value for key, value in logs.items() if key.startswith(PREFIX)}  # by the mixin
+            self.history.append({"step": state.global_step, **(logged or _prefixed(inner.metrics()))})
 
 
 def build(model: nn.Module, options: Mapping[str, Any], rule: DecayRule) -> Shampoo:
@@ -202,6 +247,16 @@ def _trainer_rule(model: nn.Module) -> list[str]:
     return names
 
 
+def _named(arguments: TrainingArguments) -> Deferred:
+    """What ``optim_args`` asks for; the rest is to come from TrainingArguments."""
+    given = options_from_text(arguments.optim_args or "")
+    return Deferred(dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto") | given)
+
+
+def _prefixed(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {PREFIX + key: value for key, value in metrics.items()}
+
+
 def _is_ours(optimizer: Any) -> bool:
     return isinstance(optimizer, (Shampoo, Deferred))
 
@@ -230,12 +285,7 @@ def _refuse_deepspeed(plugin: Any, scheduler: Any) -> None:
             'the DeepSpeed JSON has a "scheduler" section, and the Trainer would take that one and drop the scheduler '
             "in optimizers=; leave out one of them"
         )
-    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
-    if str(offload.get("device", "none")) != "none" and config.get("zero_force_ds_cpu_optimizer", True):
-        raise ValueError(
-            "with offload_optimizer accelerate replaces Shampoo by DeepSpeedCPUAdam; "
-            'write "zero_force_ds_cpu_optimizer": false into the DeepSpeed JSON'
-        )
+    refuse_offload(config)
 
 
 def _refuse_flat_fsdp(plugin: Any) -> None:

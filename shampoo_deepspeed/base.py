@@ -17,6 +17,7 @@ from shampoo_deepspeed import status
 from shampoo_deepspeed.config import OPTION_NAMES, OptionError, ShampooConfig, canonical
 from shampoo_deepspeed.groups import checked_group, group_options
 from shampoo_deepspeed.hosts import Entry, Fresh, Parameter, Part, hosts, plain_layouts
+from shampoo_deepspeed.metrics import read
 from shampoo_deepspeed.naming import clean_name, names_and_kinds
 from shampoo_deepspeed.report import treatment_table
 from shampoo_deepspeed.saved import FORMAT, SavedState, StateSource, consolidated, lacking
@@ -45,15 +46,12 @@ class BlockOptimizer(torch.optim.Optimizer):
         for host in hosts():
             host.admit(type(self))
             model = model or host.model_under_construction(options, given)
-        if process_group is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            process_group = model.process_group
         self._replicas = process_group
+        self.units: list[Unit] = []
         if model is not None:
-            for host in hosts():
-                host.note_model(model)
+            self.note_model(model)
         self._known = names_and_kinds(model) if model is not None else {}
         self.entries: list[Entry] = []
-        self.units: list[Unit] = []
         self._unit_of: dict[int, Unit] = {}
         self.waiting_state: StateSource | None = None  # loaded, and not yet handed out to units
         self._elsewhere: Mapping[str, Any] | None = None  # in effect while a host saves what was saved beside it
@@ -65,6 +63,19 @@ class BlockOptimizer(torch.optim.Optimizer):
         self.rejected_steps = 0
         super().__init__(given, group_options(ShampooConfig.from_options(options)))
         self._known = {}
+
+    def note_model(self, model: nn.Module) -> None:
+        """Tell, before the first step, the wrapped model of parameters that were given earlier, as ``model=`` does.
+
+        Raises:
+            RuntimeError: after the first step, when it is settled which rank does what.
+        """
+        if self.units:
+            raise RuntimeError("the wrapped model must be told before the first step")
+        if self._replicas is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            self._replicas = model.process_group
+        for host in hosts():
+            host.note_model(model)
 
     def _units_in_step(self) -> list[Unit]:
         """The units of the current ``param_groups``; new tensors with a gradient get theirs here."""
@@ -217,6 +228,19 @@ class BlockOptimizer(torch.optim.Optimizer):
             out["planned_bytes_sent"] += sent * item
             out["planned_bytes_received"] += received * item
         return out
+
+    def metrics(self) -> dict[str, float]:
+        """What this rank's steps took since the last call; cheap, without a collective or a wait for the device.
+
+        Returns:
+            ``refresh_ms``, ``exchange_ms`` and ``bytes_moved`` (sent and received): the mean over these steps of the
+            milliseconds of refreshes, of those spent packing, awaiting and unpacking what moves between ranks, and of
+            its bytes. ``refreshed_share``: of this rank's blocks, how many were refreshed in these steps.
+            ``largest_condition_number``: of any factor matrix, regularised, at its latest refresh; not there before
+            the first one, nor from solvers without eigenvalues. ``rejected_steps``: all so far; the very last step
+            is not known yet.
+        """
+        return read([unit.measured() for unit in self.units], self.rejected_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with this rank's block and element-wise state under ``"shampoo"``.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_deepspeed.boxes import Placed, row_major
+from shampoo_deepspeed.metrics import ExchangeMeter
 from shampoo_deepspeed.plan import Piece, Plan, Transfers
 
 Pieces: TypeAlias = dict[int, list[Piece]]
@@ -114,6 +116,7 @@ class Exchange:
         self._lay_out_stacks()
         self.buckets = [self._resolve(n, t) for n, t in enumerate(plan.transfers(rank))]
         self.stats = CommStats()
+        self.meter = ExchangeMeter()
 
     def _lay_out_stacks(self) -> None:
         keys: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -167,25 +170,32 @@ class Exchange:
 
     def send_gradients(self, bucket: Bucket, shard_gradients: Sequence[Tensor]) -> Transit:
         """Start moving a bucket's gradient pieces from the shards to their owners."""
-        return self._start(bucket, bucket.gradients, shard_gradients)
+        with self._measured(bucket):
+            return self._start(bucket, bucket.gradients, shard_gradients)
 
     def receive_gradients(
         self, bucket: Bucket, transit: Transit, shard_gradients: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> None:
         """Fill the block gradients (one tensor [rows, *block shape] per entry of ``bucket.rows``)."""
         _copy(views(gradients, bucket.local_blocks), self._rounded(views(shard_gradients, bucket.local_shards)))
-        self._finish(transit, bucket.gradients, gradients)
+        with self._measured(bucket):
+            self._finish(transit, bucket.gradients, gradients)
 
     def send_directions(
         self, bucket: Bucket, directions: Sequence[Tensor], shard_directions: Sequence[Tensor]
     ) -> Transit:
         """Start moving directions from the owners to all holders; what stays here is copied at once."""
         _copy(views(shard_directions, bucket.local_shards), self._rounded(views(directions, bucket.local_blocks)))
-        return self._start(bucket, bucket.directions, directions)
+        with self._measured(bucket):
+            return self._start(bucket, bucket.directions, directions)
 
     def receive_directions(self, bucket: Bucket, transit: Transit, shard_directions: Sequence[Tensor]) -> None:
         """Fill this rank's parts of the directions."""
-        self._finish(transit, bucket.directions, shard_directions)
+        with self._measured(bucket):
+            self._finish(transit, bucket.directions, shard_directions)
+
+    def _measured(self, bucket: Bucket) -> AbstractContextManager[None]:
+        return self.meter.watch.span(self.device) if bucket.moves else nullcontext()
 
     def _start(self, bucket: Bucket, route: Route, bases: Sequence[Tensor]) -> Transit:
         if not bucket.moves:
@@ -201,6 +211,7 @@ class Exchange:
         self.stats.bytes_sent += outgoing.nbytes
         self.stats.bytes_received += incoming.nbytes
         self.stats.collectives += 1
+        self.meter.bytes_moved += outgoing.nbytes + incoming.nbytes
         return Transit(work, outgoing, incoming)
 
     def _finish(self, transit: Transit, route: Route, bases: Sequence[Tensor]) -> None:

@@ -110,6 +110,7 @@ def _precondition(
     and the last one leaves."""
     exchange = unit.exchange
     exchange.stats = CommStats()
+    exchange.meter.steps += 1
     arriving = exchange.send_gradients(exchange.buckets[0], gradients) if exchange.buckets else None
     leaving = None
     for number, bucket in enumerate(exchange.buckets):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shampoo_deepspeed.metrics import note_spectrum
+
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
@@ -88,6 +90,7 @@ def _stack_root(matrices: Tensor, root: float, epsilon: float, relative_epsilon:
             raise
         return None  # some cuSOLVER versions say so instead of LinAlgError
     values = regularised(values, epsilon, relative_epsilon)
+    note_spectrum(values)
     scales = torch.where(values > 0, values.clamp_min(torch.finfo(values.dtype).tiny).pow(-1.0 / root), 0.0)
     return (vectors * scales.unsqueeze(-2)) @ vectors.mT
 

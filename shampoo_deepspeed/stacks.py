@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shampoo_deepspeed import grafting
 from shampoo_deepspeed.config import ShampooConfig
+from shampoo_deepspeed.metrics import RefreshMeter
 from shampoo_deepspeed.preconditioners import build
 from shampoo_deepspeed.verdict import Verdict
 
@@ -46,6 +47,7 @@ class BlockStack:
             self.tensors["second_moment"] = torch.zeros(count, *shape, dtype=dtype, device=device)
         self.refreshed = [False] * count
         self.failures = [0] * count
+        self.meter = RefreshMeter()
 
     def step(
         self, first: int, gradients: Tensor, steps: Sequence[int], config: ShampooConfig, verdict: Verdict
@@ -75,7 +77,9 @@ class BlockStack:
         preconditioner.accumulate(state, gradients, verdict)
         # A refresh waits for the device anyway, so here the host may as well read the verdict.
         if config.refreshes_at(step) and not verdict.rejected:
-            self._note_refresh(rows, set(preconditioner.refresh(state, step)))
+            with self.meter.refreshing(gradients.device):
+                failed = set(preconditioner.refresh(state, step))
+            self._note_refresh(rows, failed)
         moments, graft = self._moments(state, gradients, step, config, verdict)
         ready = [self.refreshed[row] for row in rows]
         if not any(ready):
@@ -108,6 +112,7 @@ class BlockStack:
         for position, row in enumerate(rows):
             if position not in failed:
                 self.refreshed[row] = True
+                self.meter.rows.add(row)
                 self.failures[row] = 0
                 continue
             self.failures[row] += 1

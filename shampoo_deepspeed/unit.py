@@ -23,6 +23,7 @@ from shampoo_deepspeed.elementwise import Elementwise, Segment
 from shampoo_deepspeed.exchange import Exchange, communication_device
 from shampoo_deepspeed.grafting import is_normalized
 from shampoo_deepspeed.hosts import Layout, LayoutError, Parameter, compute_dtype
+from shampoo_deepspeed.metrics import Measured
 from shampoo_deepspeed.naming import matching
 from shampoo_deepspeed.plan import Matrix, Plan
 from shampoo_deepspeed.stacks import BlockStack
@@ -266,6 +267,10 @@ class Unit:
         """The parameters' ``steps`` for each row of a stack."""
         blocks = self.exchange.stacks[stack]
         return [steps[self.block_parameters[self.plan.blocks[b].parameter]] for b in blocks]
+
+    def measured(self) -> Measured:
+        """What is measured of this unit's steps on this rank."""
+        return Measured(self.exchange.meter, [stack.meter for stack in self.stacks], len(self.plan.owned[self.rank]))
 
     def settle(self, rejected: bool) -> None:
         """Note the outcome of the last step; a rejected one has changed no tensor, its counts are undone here."""

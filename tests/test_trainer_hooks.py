@@ -1,8 +1,11 @@
-"""The Trainer's factory, `optimizers=` in both forms, a given scheduler, the check at the start, and all refusals."""
+"""The Trainer's factory, `optimizers=` in both forms, `optim="shampoo"`, metrics in logs, and all refusals."""
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +16,10 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, trainer_optimizer, training_args
+from transformers.training_args import OptimizerNames
 
-from shampoo_deepspeed import OptionError, Shampoo
+from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
 from shampoo_deepspeed.integrations.trainer import (
     ShampooCallback,
     ShampooFactory,
@@ -23,11 +27,14 @@ from shampoo_deepspeed.integrations.trainer import (
     ShampooTrainerMixin,
     deferred,
     innermost,
+    register_with_transformers,
 )
+from shampoo_deepspeed.integrations.transformers_names import options_from_text
 from tests.distributed.trainings import DECAY, RATE, Training, make_data, make_model, trainer_groups
 
 TRAINING = Training(steps=4)
 OPTIONS = TRAINING.trainer_options() | TRAINING.own_options()
+NAMED = {"optim": "shampoo", "optim_args": TRAINING.optim_args()}
 
 
 class Losses(TrainerCallback):
@@ -118,15 +125,17 @@ def test_an_unknown_option_is_an_error(arguments: Any) -> None:
 
 def test_all_forms_are_one_training(arguments: Any) -> None:
     runs = []
-    for form in ("stock", "prebuilt", "deferred", "factory"):
+    register_with_transformers()
+    for form in ("stock", "prebuilt", "deferred", "factory", "name", "mixed_name"):
         model = make_model("llama")
-        given: dict[str, Any] = {"optimizers": (deferred(**OPTIONS), None)}
+        asked = arguments(**NAMED) if form.endswith("name") else arguments()
+        given: dict[str, Any] = {} if form.endswith("name") else {"optimizers": (deferred(**OPTIONS), None)}
         if form in ("stock", "prebuilt"):
             given = {"optimizers": (built(model), None)}
         if form == "factory":
             given = {"optimizer_cls_and_kwargs": (ShampooFactory, OPTIONS)}
-        kind = Trainer if form in ("stock", "factory") else ShampooTrainer
-        runs.append(trained(kind, model, arguments(), **given)[1].losses)
+        kind = Trainer if form in ("stock", "factory", "name") else ShampooTrainer
+        runs.append(trained(kind, model, asked, **given)[1].losses)
     assert len(runs[0]) == TRAINING.steps and runs[0][-1] != runs[0][0]
     assert all(run == runs[0] for run in runs)
 
@@ -183,6 +192,103 @@ def test_deferred_works_with_model_init(arguments: Any) -> None:
     trainer = ShampooTrainer(args=arguments(), train_dataset=make_data(TRAINING.steps), **given)
     trainer.train()
     assert isinstance(innermost(trainer.optimizer), Shampoo)
+
+
+def test_the_name_is_registered_once_and_travels() -> None:
+    for _ in range(2):
+        register_with_transformers()
+    member = OptimizerNames("shampoo")
+    assert [m.value for m in OptimizerNames].count("shampoo") == 1 and OptimizerNames["SHAMPOO"] is member
+    assert member == "shampoo" and pickle.loads(pickle.dumps(member)) is copy.deepcopy(member) is member
+    assert OptimizerNames("adamw_torch").value == "adamw_torch"
+
+
+def test_the_name_works_on_the_command_line(tmp_path: Path, arguments: Any) -> None:
+    register_with_transformers()
+    line = ["--output_dir", str(tmp_path), "--use_cpu", "--optim", "shampoo", "--optim_args", "betas=0.8;0.9"]
+    (asked,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(line)
+    group = Trainer(make_model("llama"), asked).create_optimizer().param_groups[0]
+    assert group["betas"] == (0.8, 0.9) and group["lr"] == asked.learning_rate
+
+
+def test_options_as_text_become_what_they_are() -> None:
+    text = (
+        "lr=2e-3, betas=0.9;0.95, max_preconditioner_dim=64, no_decay=*bias*;kind:layernorm, exclude=, "
+        "use_nesterov=true, momentum=.5, grafting=sgd, elementwise=none, grafting_beta2=null, "
+        "communication_dtype=bfloat16"
+    )
+    assert options_from_text(text) == {
+        "lr": 2e-3, "betas": [0.9, 0.95], "max_preconditioner_dim": 64, "no_decay": ["*bias*", "kind:layernorm"],
+        "exclude": [], "nesterov": True, "momentum": 0.5, "grafting": "sgd", "elementwise": "none",
+        "grafting_beta2": None, "communication_dtype": "bfloat16",
+    }  # fmt: skip
+    assert options_from_text("") == {}
+
+
+@pytest.mark.parametrize("option", ShampooConfig().to_json().items(), ids=lambda option: option[0])
+def test_every_option_can_be_written_as_text(option: tuple[str, Any]) -> None:
+    key, value = option
+    as_text = ";".join(map(str, value)) if isinstance(value, list) else json.dumps(value).strip('"')
+    assert ShampooConfig.from_options(options_from_text(f"{key}={as_text}")) == ShampooConfig()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("precondition_frequncy=3", "did you mean 'precondition_frequency'"),
+        ("precondition_frequency=often", "'precondition_frequency' = 'often' is not allowed: an integer"),
+        ("betas=0.9", "'betas' = .0.9. is not allowed: two numbers"),
+        ("nesterov", "'nesterov' in optim_args has no value"),
+    ],
+)
+def test_wrong_text_is_an_error_before_training(text: str, message: str, arguments: Any) -> None:
+    register_with_transformers()
+    for kind in (Trainer, ShampooTrainer) if "=" in text else (ShampooTrainer,):
+        with pytest.raises(OptionError, match=message):
+            trained(kind, make_model("llama"), arguments(optim="shampoo", optim_args=text))
+
+
+@pytest.mark.parametrize("missing", ["OptimizerNames", "_OPTIMIZER_HANDLERS"])
+def test_other_versions_of_transformers_are_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = training_args if missing == "OptimizerNames" else trainer_optimizer
+    monkeypatch.delattr(home, missing)
+    with pytest.raises(RuntimeError, match=r'transformers 5\.\S+ has no place for optim="shampoo"'):
+        register_with_transformers()
+
+
+def test_the_mixin_takes_the_name_as_a_deferred_one(arguments: Any) -> None:
+    register_with_transformers()
+    model = make_model("llama")
+    trainer = ShampooTrainer(model, arguments(**NAMED))
+    assert any(isinstance(c, ShampooCallback) for c in trainer.callback_handler.callbacks)
+    assert isinstance(trainer.create_optimizer(), Shampoo)
+    with pytest.raises(ValueError, match="the scheduler in optimizers= was built for another optimizer"):
+        ShampooTrainer(model, arguments(**NAMED), optimizers=(None, LambdaLR(built(model), float)))
+
+
+def test_training_logs_have_the_metrics(arguments: Any) -> None:
+    """Each training log, and no other; the callback keeps the same."""
+    callback = ShampooCallback()
+    given = {"optimizers": (deferred(**OPTIONS), None), "callbacks": [callback]}
+    trainer = ShampooTrainer(make_model("llama"), arguments(logging_steps=2), train_dataset=make_data(4), **given)
+    trainer.train()
+    first, second, last = trainer.state.log_history
+    assert first["shampoo/refresh_ms"] == 0.0 == first["shampoo/refreshed_share"]
+    assert second["shampoo/refresh_ms"] > 0.0 and second["shampoo/refreshed_share"] == 1.0
+    assert 1.0 < second["shampoo/largest_condition_number"] <= 1001.1  # 1 / relative_epsilon
+    assert not any(key.startswith("shampoo/") for key in last) and "train_loss" in last
+    own = [{k: v for k, v in log.items() if k == "step" or k.startswith("shampoo/")} for log in (first, second)]
+    assert callback.history == own
+
+
+def test_the_stock_trainer_s_callback_keeps_the_metrics(arguments: Any) -> None:
+    callback = ShampooCallback()
+    asked = {"optimizer_cls_and_kwargs": (ShampooFactory, OPTIONS), "callbacks": [callback]}
+    trainer = Trainer(make_model("llama"), arguments(), train_dataset=make_data(4), **asked)
+    trainer.train()
+    assert [entry["step"] for entry in callback.history] == [1, 2, 3, 4]
+    assert [entry["shampoo/refreshed_share"] for entry in callback.history] == [0.0, 0.0, 1.0, 0.0]
+    assert not any(key.startswith("shampoo/") for log in trainer.state.log_history for key in log)
 
 
 def test_the_callback_names_the_optimizer_that_trains_instead(arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""`optimizers=`, a deferred Shampoo, the factory and the JSON are one training under DDP, ZeRO and FSDP2."""
+"""`optimizers=`, a deferred Shampoo, the factory, the name and the JSON are one training under DDP, ZeRO and FSDP."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.distributed.trainings import BOUND, RATE, Expected, Training, expecte
 from tests.zoo import relative_error
 
 TRAINING = Training(steps=7)
+DEFAULT = Training(steps=7, settings="default")
 HOSTS = ("ddp", "zero1", "zero3", "fsdp1", "fsdp2")
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
 WRAPPERS["fsdp1_flat"] = WRAPPERS["fsdp1"]
@@ -22,14 +23,19 @@ def run(route: str, host: str, training: Training = TRAINING, name: str = "optim
 
 
 FIRST = run("prebuilt", "ddp")
-ROUTES = [run(route, host) for host in HOSTS for route in ("prebuilt", "deferred", "factory")]
-FLAT = [run(route, "fsdp1_flat") for route in ("deferred", "factory")]
+ROUTES = [run(route, host) for host in HOSTS for route in ("prebuilt", "deferred", "factory", "name")]
+FLAT = [run(route, "fsdp1_flat") for route in ("deferred", "factory", "name")]
 OFFLOAD = [run("prebuilt", "zero2_offload"), run("deferred", "zero3_offload")]
 JSON = [run("json", "zero1"), run("json", "zero3")]
+DEFAULT_ROUTES = [
+    run(route, host, DEFAULT, "default_optimizers") for host in HOSTS for route in ("prebuilt", "factory", "name")
+]
+DEFAULT_ROUTES += [run("json", host, DEFAULT, "default_optimizers") for host in ("zero1", "zero3")]
 SAVED = Training(save_at=4, options={"momentum": 0.5})  # between two refreshes
 RESUMED = [run("scheduler", host, SAVED, "resumed") for host in ("ddp", "zero1", "zero3")]
 RESUMED += [run("deferred", "ddp", SAVED, "resumed")]
 DIVIDED = [run("prebuilt", "ddp"), run("deferred", "ddp")]
+MEASURED = [run("deferred", "ddp"), run("factory", "zero3"), run("name", "fsdp2")]
 OWN_SCHEDULE = [run("scheduler", host) for host in HOSTS]
 
 
@@ -49,6 +55,7 @@ REFUSED = [
     ),
     (refusal("two_schedulers", "scheduler", SCHEDULED), 'ValueError: the DeepSpeed JSON has a "scheduler" section'),
     (refusal("offload", "prebuilt", OFFLOADED), 'write "zero_force_ds_cpu_optimizer": false'),
+    (refusal("offload_and_name", "name", OFFLOADED), 'write "zero_force_ds_cpu_optimizer": false'),
 ]
 
 
@@ -56,8 +63,7 @@ def named(value: object) -> str | None:
     return value.name if isinstance(value, Check) else None
 
 
-def assert_is(wanted: Expected, seen: dict[str, Any], record_property: Any) -> None:
-    bound = BOUND["strict"]
+def assert_is(wanted: Expected, seen: dict[str, Any], record_property: Any, bound: float) -> None:
     error, name = max((relative_error(p, wanted.parameters[n]), n) for n, p in seen["parameters"].items())
     record_property("worst", f"{name} {error:.1e}")
     assert seen["parameters"].keys() == wanted.parameters.keys()
@@ -65,11 +71,12 @@ def assert_is(wanted: Expected, seen: dict[str, Any], record_property: Any) -> N
     assert seen["losses"] == pytest.approx(wanted.losses, rel=bound)
 
 
-@pytest.mark.parametrize("check", ROUTES + FLAT + OFFLOAD + JSON, ids=named)
+@pytest.mark.parametrize("check", ROUTES + FLAT + OFFLOAD + JSON + DEFAULT_ROUTES, ids=named)
 def test_every_way_is_the_training_of_one_process(check: Check, ask: Ask, record_property: Any) -> None:
     for seen in ask(check):
         assert seen["wrapper"] == WRAPPERS.get(check.argument[1], "DeepSpeedEngine")
-        assert_is(expected(TRAINING), seen, record_property)
+        training = check.argument[2]
+        assert_is(expected(training), seen, record_property, BOUND[training.settings])
 
 
 @pytest.mark.parametrize("first, check", [(FIRST, other) for other in ROUTES[1:] + FLAT + OFFLOAD + JSON], ids=named)
@@ -99,6 +106,22 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(check: Check, ask: Ask) 
         assert seen["rates"] == pytest.approx(uninterrupted["rates"][-left:], rel=1e-12)
         parameters = seen["parameters"].items()
         assert max(relative_error(p, uninterrupted["parameters"][n]) for n, p in parameters) <= 1e-6
+
+
+@pytest.mark.parametrize("check", MEASURED, ids=named)
+def test_each_rank_has_its_metrics(check: Check, ask: Ask) -> None:
+    """In the logs of a Trainer with the mixin, and in the callback of a stock one."""
+    for rank, seen in enumerate(ask(check)):
+        entries = seen["history"]
+        assert [entry["step"] for entry in entries] == list(range(1, TRAINING.steps + 1))
+        moved = seen["traffic"]["bytes_sent"] + seen["traffic"]["bytes_received"]
+        assert all(entry["shampoo/bytes_moved"] == moved for entry in entries)
+        assert all((entry["shampoo/exchange_ms"] > 0) == (moved > 0) for entry in entries)
+        refreshed = [entry["shampoo/refreshed_share"] for entry in entries]
+        assert refreshed == [1.0 if step % 3 == 0 else 0.0 for step in range(1, TRAINING.steps + 1)], f"rank {rank}"
+        logged = [log for log in seen["logs"] if "loss" in log]
+        mixed = check.argument[0] in ("prebuilt", "deferred")
+        assert all(("shampoo/refresh_ms" in log) == mixed for log in logged)
 
 
 @pytest.mark.parametrize("alone, divided", [DIVIDED], ids=named)

@@ -51,6 +51,10 @@ class Training:
         """Options whose values must be those of TrainingArguments."""
         return {"lr": RATE, "betas": list(BETAS), "eps": self.eps, "weight_decay": DECAY}
 
+    def optim_args(self) -> str:
+        """The same as text; the Trainer's own options come from TrainingArguments."""
+        return ",".join(f"{key}={value}" for key, value in self.own_options().items())
+
     def deepspeed_config(self) -> dict[str, Any]:
         values = self.trainer_options()
         filled = values if self.literal else dict.fromkeys(values, "auto")

@@ -20,6 +20,7 @@ from shampoo_deepspeed.integrations.trainer import (
     ShampooTrainer,
     deferred,
     innermost,
+    register_with_transformers,
 )
 from shampoo_deepspeed.naming import clean_name
 from tests.distributed.ranks.folders import shared_folder
@@ -31,6 +32,7 @@ class Losses(ShampooCallback):
     """Also keeps what is logged, and the learning rate of each step."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.losses: list[float] = []
         self.rates: list[float] = []
 
@@ -45,6 +47,7 @@ class Losses(ShampooCallback):
             self.rates.append(rate)
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        super().on_log(*_, logs=logs, **__)
         if "loss" in logs:
             self.losses.append(logs["loss"])
 
@@ -69,6 +72,7 @@ def train_once(route: str, host: str, training: Training, folder: Path, resume: 
         wrapped = trainer.model_wrapped
         result = {"losses": seen.losses, "rates": seen.rates, "wrapper": type(wrapped).__name__}
         result |= {"parameters": whole(trainer.model), "traffic": innermost(trainer.optimizer).comm_stats()}
+        result |= {"history": seen.history, "logs": trainer.state.log_history}
         if hasattr(wrapped, "destroy"):
             wrapped.destroy()
         return result
@@ -107,12 +111,15 @@ def make_trainer(
         kept = not host.endswith("flat")
         config_of_fsdp = {"version": int(host[4]), "use_orig_params": kept, "sync_module_states": False}
         sharding = {"fsdp": True, "fsdp_config": config_of_fsdp}
+    if route == "name":
+        register_with_transformers()
+        common |= {"optim": "shampoo", "optim_args": training.optim_args()}
     arguments = TrainingArguments(str(folder), deepspeed=config, **sharding, **common)
     if fsdp:
         pretend_to_have_accelerators(arguments)
     model = make_model(training.model)
     given: dict[str, Any] = {"train_dataset": make_data(training.steps), "callbacks": callbacks}
-    if route in ("json", "factory"):
+    if route in ("json", "factory", "name"):
         if route == "factory":
             given["optimizer_cls_and_kwargs"] = (ShampooFactory, options)
         return Trainer(model, arguments, **given)

@@ -1,0 +1,95 @@
+"""Plain accelerate loops: ``prepare`` around ``Accelerator.prepare``, and what the Trainer's adapter shares with it.
+
+``accelerator.prepare(model, Shampoo(...))`` alone trains the same parameters in a single process and under DDP, FSDP2
+and DeepSpeed. What it cannot know is the wrapped model, which explains FSDP1's parameters and brings DDP's process
+group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from shampoo_deepspeed import Shampoo
+
+
+def prepare(accelerator: Accelerator, *objects: Any) -> Any:
+    """``model, optimizer, loader = prepare(accelerator, model, Shampoo(model.named_parameters(), ...), loader)``.
+
+    ``accelerator.prepare(*objects)``, of which it returns the result, and more: under DDP the work is divided among
+    the replicas and ``accelerator.save_state`` gathers the state, FSDP1 works with parameters from before, and what
+    would silently train without Shampoo is an error. FSDP1 with ``use_orig_params=False`` needs two steps: first
+    ``model = accelerator.prepare(model)``, then Shampoo is built with ``model=model`` and prepared.
+
+    Raises:
+        TypeError: where not exactly one Shampoo is among the objects, or more than one model.
+        ValueError: where accelerate would replace the optimizer, or the model's parameters without telling it.
+        RuntimeError: where it is not Shampoo that trains afterwards.
+    """
+    optimizers = [o for o in objects if isinstance(innermost(o), Shampoo)]
+    models = [o for o in objects if isinstance(o, nn.Module)]
+    if len(optimizers) != 1 or len(models) > 1:
+        raise TypeError(f"give one Shampoo and its model, here are {len(optimizers)} and {len(models)}")
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None:
+        refuse_offload(plugin.hf_ds_config.config)
+    prepared = accelerator.prepare(*objects)
+    everything = prepared if isinstance(prepared, (tuple, list)) else [prepared]
+    optimizer = everything[objects.index(optimizers[0])]
+    check_innermost(optimizer, 'give prepare() a Shampoo, and leave "optimizer" out of the DeepSpeed configuration')
+    if models and plugin is None:
+        _introduce(accelerator, everything[objects.index(models[0])], innermost(optimizer))
+    return prepared
+
+
+def _introduce(accelerator: Accelerator, model: nn.Module, optimizer: Shampoo) -> None:
+    """Tell an optimizer the wrapped model of its parameters."""
+    own = {id(p) for p in model.parameters()}
+    given = [p for group in optimizer.param_groups for p in group["params"]]
+    foreign = sum(id(p) not in own for p in given)
+    if foreign:
+        raise ValueError(
+            f"{foreign} of the optimizer's {len(given)} parameters are not the prepared model's and would not be "
+            "trained: it was built from another model, or FSDP1 with use_orig_params=False has replaced them by flat "
+            "vectors; prepare the model alone and build Shampoo(model.named_parameters(), model=model) from the result"
+        )
+    optimizer.note_model(model)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        accelerator.register_save_state_pre_hook(lambda *_: optimizer.consolidate_state_dict())
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of accelerate and DeepSpeed, each of which keeps the next as ``optimizer``."""
+    while getattr(optimizer, "optimizer", None) is not None:
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def check_innermost(optimizer: Any, remedy: str) -> Shampoo:
+    """The Shampoo that trains.
+
+    Raises:
+        RuntimeError: where it is another optimizer.
+    """
+    inner = innermost(optimizer)
+    if not isinstance(inner, Shampoo):
+        found = f"{type(inner).__module__}.{type(inner).__qualname__}"
+        raise RuntimeError(f"the optimizer that trains is {found}, not Shampoo; {remedy}")
+    return inner
+
+
+def refuse_offload(config: Mapping[str, Any]) -> None:
+    """A DeepSpeed configuration with which accelerate replaces the optimizer.
+
+    Raises:
+        ValueError: saying what to write.
+    """
+    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    if str(offload.get("device", "none")) != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+        raise ValueError(
+            "with offload_optimizer accelerate replaces Shampoo by DeepSpeedCPUAdam; "
+            'write "zero_force_ds_cpu_optimizer": false into the DeepSpeed JSON'
+        )

@@ -1,0 +1,94 @@
+"""``TrainingArguments(optim="shampoo", optim_args="...")``: the name, and options as text."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import transformers
+from transformers import TrainingArguments
+
+from shampoo_deepspeed import OptionError, ShampooConfig
+from shampoo_deepspeed.config import ALIASES, canonical
+
+NAME = "shampoo"
+_DEFAULTS = {field.name: field.default for field in fields(ShampooConfig)}
+
+
+def options_from_text(text: str) -> dict[str, Any]:
+    """Options of the right types from the Trainer's ``optim_args``, ``"precondition_frequency=5,betas=0.9;0.95"``.
+
+    Lists are written with semicolons, as commas part options; ``exclude=`` is the empty list. Otherwise values are
+    written as in JSON: ``true``, ``false``, ``null``, numbers, and words without quotes.
+
+    Raises:
+        OptionError: for an unknown option, and for text that has not this form.
+    """
+    options: dict[str, Any] = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise OptionError(f"Shampoo option {part!r} in optim_args has no value; write key=value, lists as a;b")
+        options[key] = _value(_DEFAULTS.get(ALIASES.get(key, key)), value)
+    return canonical(options)
+
+
+def _value(default: object, text: str) -> Any:
+    """Text as the type that an option's default has; what it cannot be is left to the option's own check."""
+    if isinstance(default, tuple):
+        parts = [part for part in text.split(";") if part]
+        return [_plain(part) for part in parts] if default and isinstance(default[0], float) else parts
+    if isinstance(default, str):
+        return text
+    return _plain(text)
+
+
+def _plain(text: str) -> Any:
+    words = {"true": True, "false": False, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def add_name(options_of: Callable[[TrainingArguments], dict[str, Any]], factory: type) -> None:
+    """Make ``"shampoo"`` one of Transformers' ``OptimizerNames``; a second call changes nothing.
+
+    Args:
+        options_of: from TrainingArguments to the factory's options.
+        factory: what the Trainer calls without arguments, and the result with the model and these options.
+
+    Raises:
+        RuntimeError: where this version of Transformers keeps its names otherwise.
+    """
+    names, handlers = _tables()
+    if NAME not in names._value2member_map_:
+        member = str.__new__(names, NAME)
+        member._name_, member._value_ = NAME.upper(), NAME
+        names._member_map_[NAME.upper()] = names._value2member_map_[NAME] = member
+        names._member_names_.append(NAME.upper())
+    handlers[names(NAME)] = lambda context: (factory, options_of(context.args))
+
+
+def _tables() -> tuple[Any, dict[Any, Any]]:
+    """The enum of names, and what makes an optimizer of each; neither is public, so both are looked at closely."""
+    try:
+        names = importlib.import_module("transformers.training_args").OptimizerNames
+        handlers = importlib.import_module("transformers.trainer_optimizer")._OPTIMIZER_HANDLERS
+        fits = isinstance(handlers, dict) and names("adamw_torch") in handlers and issubclass(names, str)
+        fits = fits and isinstance(names._value2member_map_, dict) and isinstance(names._member_names_, list)
+    except (ImportError, AttributeError, ValueError):
+        fits = False
+    if not fits:
+        raise RuntimeError(
+            f'transformers {transformers.__version__} has no place for optim="shampoo" that is known here '
+            '(it is known for 5.2 to 5.23); use ShampooTrainer(optimizers=(deferred(lr="auto"), None)) or '
+            "Trainer(optimizer_cls_and_kwargs=(ShampooFactory, {...}))"
+        )
+    return names, handlers

@@ -1,0 +1,134 @@
+"""What the steps of one rank took: time, bytes, refreshed blocks and condition numbers, between two readings.
+
+Measured without a collective and without waiting for the device: times of an accelerator are those of its queue, by
+events that are read once they have passed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Stopwatch:
+    """Adds up spans of time, in milliseconds: of the host for CPU tensors, else of the device's current stream."""
+
+    def __init__(self) -> None:
+        self._milliseconds = 0.0
+        self._running: deque[tuple[torch.Event, torch.Event]] = deque()
+
+    @contextmanager
+    def span(self, device: torch.device) -> Iterator[None]:
+        """Measures what is done inside; on an accelerator, what is queued inside."""
+        if device.type == "cpu":
+            begin = time.perf_counter()
+            yield
+            self._milliseconds += 1e3 * (time.perf_counter() - begin)
+            return
+        start, end = torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True)
+        start.record(torch.accelerator.current_stream(device))
+        yield
+        end.record(torch.accelerator.current_stream(device))
+        self._running.append((start, end))
+        self._add_finished()  # so that their number stays that of the spans in the device's queue
+
+    def _add_finished(self) -> None:
+        while self._running and self._running[0][1].query():
+            start, end = self._running.popleft()
+            self._milliseconds += start.elapsed_time(end)
+
+    def read(self) -> float:
+        """Milliseconds since the last reading; a span that the device has not finished counts at a later one."""
+        self._add_finished()
+        total, self._milliseconds = self._milliseconds, 0.0
+        return total
+
+
+class ExchangeMeter:
+    """Steps of a unit, and what it moved between ranks meanwhile."""
+
+    def __init__(self) -> None:
+        self.watch = Stopwatch()
+        self.steps = 0
+        self.bytes_moved = 0
+
+
+class RefreshMeter:
+    """Refreshes of a stack of blocks."""
+
+    def __init__(self) -> None:
+        self.watch = Stopwatch()
+        self.rows: set[int] = set()
+        self._worst: float | None = None
+        self._read = False
+
+    @contextmanager
+    def refreshing(self, device: torch.device) -> Iterator[None]:
+        """Around a refresh: its time, and the spectra that are noted meanwhile (``note_spectrum``)."""
+        spectra: list[Tensor] = []
+        token = _spectra.set(spectra)
+        try:
+            with self.watch.span(device):
+                yield
+        finally:
+            _spectra.reset(token)
+        if spectra:  # the refresh has waited for the device, so that these are there
+            found = torch.stack([s.double() for s in spectra]).amax().item()
+            self._worst = found if self._read or self._worst is None else max(self._worst, found)
+            self._read = False
+
+    def read_condition(self) -> float | None:
+        """The largest condition number of the refreshes since the last reading, or else what was found then."""
+        self._read = True
+        return self._worst
+
+
+_spectra: ContextVar[list[Tensor] | None] = ContextVar("spectra", default=None)
+
+
+def note_spectrum(values: Tensor) -> None:
+    """Tell the refresh under way the regularised eigenvalues [..., d] of factor matrices, in ascending order.
+
+    Matrices without a condition number (all zero, or not finite) do not count.
+    """
+    spectra = _spectra.get()
+    if spectra is not None and values.numel():
+        spectra.append((values[..., -1] / values[..., 0]).nan_to_num(nan=0.0, posinf=torch.inf).amax())
+
+
+class Measured(NamedTuple):
+    """The meters of one step unit, and how many blocks its stacks hold on this rank."""
+
+    exchange: ExchangeMeter
+    stacks: Sequence[RefreshMeter]
+    blocks: int
+
+
+def read(units: Iterable[Measured], rejected_steps: int) -> dict[str, float]:
+    """The metrics of an optimizer since the last reading; see ``BlockOptimizer.metrics``."""
+    out = {"refresh_ms": 0.0, "exchange_ms": 0.0, "bytes_moved": 0.0}
+    refreshed = held = 0
+    conditions = []
+    for unit in units:
+        steps = max(1, unit.exchange.steps)
+        out["refresh_ms"] += sum(stack.watch.read() for stack in unit.stacks) / steps
+        out["exchange_ms"] += unit.exchange.watch.read() / steps
+        out["bytes_moved"] += unit.exchange.bytes_moved / steps
+        unit.exchange.steps = unit.exchange.bytes_moved = 0
+        held += unit.blocks
+        for stack in unit.stacks:
+            refreshed += len(stack.rows)
+            stack.rows.clear()
+            condition = stack.read_condition()
+            conditions += [] if condition is None else [condition]
+    out["refreshed_share"] = refreshed / max(1, held)
+    if conditions:
+        out["largest_condition_number"] = max(conditions)
+    return {**out, "rejected_steps": float(rejected_steps)}

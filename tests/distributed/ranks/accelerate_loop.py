@@ -1,0 +1,121 @@
+"""What a rank does in the accelerate checks: a plain training loop around `prepare`, or its error."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.state import DistributedType, PartialState
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.config import TRAINER_NO_DECAY
+from shampoo_deepspeed.integrations.accelerate import prepare
+from tests.distributed.ranks.trainer import clean_process, shared_folder
+from tests.distributed.ranks.trainer_optimizers import whole
+from tests.distributed.trainings import GLOBAL_BATCH, Training, make_data, make_model, trainer_groups
+
+
+def train(argument: tuple[str, str, Training]) -> dict[str, Any]:
+    """What is seen of a training by `accelerator.prepare` ("stock") or by `prepare`; maybe resumed in between."""
+    route, host, training = argument
+    deepspeed.init_distributed("gloo")
+    with shared_folder() as folder, clean_process():
+        accelerator = accelerator_for(host, training)
+        model, optimizer, inner = made(route, accelerator, host, training)
+        schedule = get_scheduler(training.schedule, inner, training.warmup, training.steps)
+        losses = []
+        for step in range(training.steps):
+            loss = model(**own_part(training, step)).loss
+            accelerator.backward(loss)
+            if not host.startswith("zero"):  # the engine clips
+                accelerator.clip_grad_norm_(model.parameters(), training.clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(mean(loss))
+            if step + 1 == training.save_at:
+                save_and_load(accelerator, folder)
+        result = {"losses": losses, "wrapper": type(model).__name__, "parameters": whole(unwrapped(model))}
+        result |= {"traffic": inner.comm_stats(), "metrics": inner.metrics()}
+        if hasattr(model, "destroy"):
+            model.destroy()
+        return result
+
+
+def refused(argument: tuple[str, str, dict[str, Any]]) -> str:
+    """The error of `prepare`."""
+    route, host, change = argument
+    deepspeed.init_distributed("gloo")
+    with clean_process():
+        training = Training(steps=1)
+        try:
+            made(route, accelerator_for(host, training, change), host, training)
+        except (TypeError, ValueError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+    return "nothing was refused"
+
+
+def made(route: str, accelerator: Accelerator, host: str, training: Training) -> tuple[nn.Module, Any, Shampoo]:
+    """The prepared model and optimizer, and Shampoo itself."""
+    model = make_model(training.model)
+    if route == "other_model":
+        given = make_model(training.model)
+    options = training.trainer_options() | training.own_options()
+    if route == "after":  # the model first, as accelerate asks for with FSDP1
+        model = accelerator.prepare(model)
+        inner = Shampoo(model.named_parameters(), model=model, no_decay=TRAINER_NO_DECAY, **options)
+        return model, prepare(accelerator, inner), inner
+    inner = Shampoo(trainer_groups(given if route == "other_model" else model), **options)
+    prepared = accelerator.prepare(model, inner) if route == "stock" else prepare(accelerator, model, inner)
+    return *prepared, inner
+
+
+def accelerator_for(host: str, training: Training, change: dict[str, Any] | None = None) -> Accelerator:
+    if host == "ddp":
+        return Accelerator(cpu=True)
+    if host.startswith("zero"):
+        config = {
+            "zero_optimization": {"stage": int(host[4])},
+            "gradient_clipping": training.clip,
+            "train_micro_batch_size_per_gpu": GLOBAL_BATCH // dist.get_world_size(),
+        }
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # else accelerate takes a process on CPUs for DDP
+        PartialState(cpu=True)
+        return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config | (change or {})))
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU  # accelerate shards nothing on CPUs
+    PartialState._shared_state["device"] = torch.device("cpu")
+    flat = {"use_orig_params": not host.endswith("flat"), "sync_module_states": False}
+    return Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=int(host[4]), **flat))
+
+
+def own_part(training: Training, step: int) -> dict[str, Tensor]:
+    """This rank's part of a step's global batch."""
+    each = GLOBAL_BATCH // dist.get_world_size()
+    first = step * GLOBAL_BATCH + dist.get_rank() * each
+    rows = make_data(training.steps)[first : first + each]
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def mean(loss: Tensor) -> float:
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+def save_and_load(accelerator: Accelerator, folder: Path) -> None:
+    accelerator.save_state(str(folder / "state"))
+    accelerator.wait_for_everyone()
+    accelerator.load_state(str(folder / "state"))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """DDP and DeepSpeed name their parameters otherwise."""
+    return model.module if type(model).__name__ in ("DistributedDataParallel", "DeepSpeedEngine") else model
