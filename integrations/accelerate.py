@@ -7,6 +7,7 @@ group.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from shampoo_deepspeed import Shampoo
+
+logger = logging.getLogger("shampoo_deepspeed")
 
 
 def prepare(accelerator: Accelerator, *objects: Any) -> Any:
@@ -59,6 +62,15 @@ def _introduce(accelerator: Accelerator, model: nn.Module, optimizer: Shampoo) -
     optimizer.note_model(model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         accelerator.register_save_state_pre_hook(lambda *_: optimizer.consolidate_state_dict())
+    elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        accelerator.register_save_state_pre_hook(_warn_of_half_a_checkpoint)
+
+
+def _warn_of_half_a_checkpoint(*_: Any) -> None:
+    logger.warning(
+        "accelerator.save_state under FSDP does not hold Shampoo's state, and accelerator.load_state will refuse it; "
+        "save the model with accelerate and the optimizer with shampoo_deepspeed.save_shampoo(optimizer, path)"
+    )
 
 
 def innermost(optimizer: Any) -> Any:

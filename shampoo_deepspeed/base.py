@@ -32,6 +32,8 @@ class BlockOptimizer(torch.optim.Optimizer):
     Holds weak references to parameters only: hosts replace them by shards, and nothing unsharded may stay alive.
     """
 
+    _warned = False  # that steps do nothing
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -91,6 +93,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         joining = {id(item) for host in hosts() for item in host.joining(waiting)} if waiting else set()
         fresh = [item for item in waiting if item.tensor.grad is not None or id(item) in joining]
         if not fresh:
+            self._warn_if_idle(units)
             return list(units.values())
         if self._awaited is not None:
             raise RuntimeError(
@@ -114,6 +117,15 @@ class BlockOptimizer(torch.optim.Optimizer):
             units[id(unit)] = unit
         self._report(configs)
         return list(units.values())
+
+    def _warn_if_idle(self, units: Mapping[int, Unit]) -> None:
+        """A wrapper that replaces the model's parameters behind the optimizer's back says nothing itself."""
+        if not units and not self._warned and any(group["params"] for group in self.param_groups):
+            self._warned = True
+            logger.warning(
+                "a step found no gradient in any of the optimizer's parameters and did nothing; if the model was "
+                "wrapped after the optimizer was built, build the optimizer from the wrapped model"
+            )
 
     def settle(self) -> None:
         """Read the outcome of the last step, which the host does one step late otherwise. Runs no collective."""

@@ -307,3 +307,15 @@ def test_nothing_keeps_parameters_alive_before_the_first_step() -> None:
     del model
     gc.collect()
     assert [r() for r in references] == [None] * len(references)
+
+
+def test_steps_without_any_gradient_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """As after a wrapper has replaced the model's parameters: nothing else would tell."""
+    optimizer = shampoo([parameter(4, 6)])
+    for _ in range(2):
+        optimizer.step()
+    assert [m for m in caplog.messages if "found no gradient" in m] == caplog.messages[:1]
+    drive(optimizer, [p for group in optimizer.param_groups for p in group["params"]], range(1))
+    optimizer.zero_grad()
+    optimizer.step()  # a step without gradients later is an ordinary one
+    assert len(caplog.messages) == 1
