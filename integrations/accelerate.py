@@ -32,19 +32,19 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
         ValueError: where accelerate would replace the optimizer, or the model's parameters without telling it.
         RuntimeError: where it is not Shampoo that trains afterwards.
     """
-    optimizers = [o for o in objects if isinstance(innermost(o), Shampoo)]
-    models = [o for o in objects if isinstance(o, nn.Module)]
+    optimizers = [place for place, given in enumerate(objects) if isinstance(given, Shampoo)]
+    models = [place for place, given in enumerate(objects) if isinstance(given, nn.Module)]
     if len(optimizers) != 1 or len(models) > 1:
-        raise TypeError(f"give one Shampoo and its model, here are {len(optimizers)} and {len(models)}")
+        raise TypeError(f"give one Shampoo and its model; here are {len(optimizers)} of Shampoo, {len(models)} models")
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
         refuse_offload(plugin.hf_ds_config.config)
     prepared = accelerator.prepare(*objects)
     everything = prepared if isinstance(prepared, (tuple, list)) else [prepared]
-    optimizer = everything[objects.index(optimizers[0])]
+    optimizer = everything[optimizers[0]]
     check_innermost(optimizer, 'give prepare() a Shampoo, and leave "optimizer" out of the DeepSpeed configuration')
     if models and plugin is None:
-        _introduce(accelerator, everything[objects.index(models[0])], innermost(optimizer))
+        _introduce(accelerator, everything[models[0]], innermost(optimizer))
     return prepared
 
 

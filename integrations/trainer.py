@@ -277,8 +277,8 @@ def _refuse_deepspeed(plugin: Any, scheduler: Any) -> None:
     config: Mapping[str, Any] = plugin.hf_ds_config.config
     if "optimizer" in config:
         raise ValueError(
-            'the DeepSpeed JSON has an "optimizer" section, and the Trainer would take that one and drop optimizers=; '
-            "leave out one of them"
+            'the DeepSpeed JSON has an "optimizer" section, and the Trainer would take that one and drop optimizers= '
+            "or optim=; leave out one of them"
         )
     if scheduler is not None and "scheduler" in config:
         raise ValueError(

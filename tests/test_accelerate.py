@@ -1,0 +1,87 @@
+"""`prepare` in a single process: everything comes back in its place, and what it cannot take is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.integrations.accelerate import check_innermost, innermost, prepare, refuse_offload
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_all_objects_come_back_in_their_places_and_train(accelerator: Accelerator) -> None:
+    model = nn.Linear(6, 4)
+    before = model.weight.detach().clone()
+    shampoo = Shampoo(model.named_parameters(), lr=0.1)
+    loader = DataLoader([torch.ones(6)], batch_size=1)
+    given = (loader, LambdaLR(shampoo, lambda step: 1.0), model, shampoo)
+    prepared_loader, scheduler, prepared_model, optimizer = prepare(accelerator, *given)
+    assert prepared_model is model and innermost(optimizer) is shampoo and scheduler.scheduler is given[1]
+    accelerator.backward(prepared_model(next(iter(prepared_loader))).sum())
+    optimizer.step()
+    assert not torch.equal(model.weight, before)
+
+
+def test_one_shampoo_and_one_model_are_taken(accelerator: Accelerator) -> None:
+    model = nn.Linear(6, 4)
+    shampoo = Shampoo(model.parameters())
+    for wrong in ((model,), (model, shampoo, shampoo), (model, nn.Linear(2, 2), shampoo)):
+        with pytest.raises(TypeError, match="give one Shampoo and its model; here are"):
+            prepare(accelerator, *wrong)
+    assert innermost(prepare(accelerator, shampoo)) is shampoo
+
+
+def test_the_model_must_hold_the_parameters(accelerator: Accelerator) -> None:
+    with pytest.raises(ValueError, match="2 of the optimizer's 2 parameters are not the prepared model's"):
+        prepare(accelerator, nn.Linear(6, 4), Shampoo(nn.Linear(6, 4).parameters()))
+
+
+def test_the_wrapped_model_is_told_before_the_first_step(accelerator: Accelerator) -> None:
+    model = nn.Linear(6, 4)
+    shampoo = Shampoo(model.parameters())
+    model(torch.ones(6)).sum().backward()
+    shampoo.step()
+    with pytest.raises(RuntimeError, match="must be told before the first step"):
+        shampoo.note_model(model)
+
+
+def test_another_optimizer_in_the_place_of_shampoo_is_named() -> None:
+    other: Any = SimpleNamespace(optimizer=torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1))
+    with pytest.raises(
+        RuntimeError, match=r"the optimizer that trains is torch\.optim\.sgd\.SGD, not Shampoo; do this"
+    ):
+        check_innermost(other, "do this")
+
+
+@pytest.mark.parametrize(
+    "config, refused",
+    [
+        ({}, False),
+        ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, False),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, True),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}, "zero_force_ds_cpu_optimizer": True}, True),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}, False),
+    ],
+)
+def test_an_offload_that_replaces_the_optimizer_is_refused(config: dict[str, Any], refused: bool) -> None:
+    if not refused:
+        refuse_offload(config)
+        return
+    with pytest.raises(ValueError, match='write "zero_force_ds_cpu_optimizer": false'):
+        refuse_offload(config)
