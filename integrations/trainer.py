@@ -37,8 +37,9 @@ PREFIX = "shampoo/"
 def register_with_transformers() -> None:
     """Makes ``TrainingArguments(optim="shampoo", optim_args="precondition_frequency=5,betas=0.9;0.95")`` known.
 
-    Call it before TrainingArguments are made, as often as you like. The learning rate, weight decay, betas and eps are
-    those of TrainingArguments unless ``optim_args`` gives them; lists are written with semicolons.
+    Call it before TrainingArguments are made or read from ``training_args.bin``, as often as you like. The learning
+    rate, weight decay, betas and eps are those of TrainingArguments unless ``optim_args`` gives them; lists are
+    written with semicolons.
 
     Raises:
         RuntimeError: where this version of Transformers keeps its names otherwise.
