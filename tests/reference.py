@@ -1,4 +1,4 @@
-"""The update rule written for reading: plain, unsharded, float64 Shampoo, the oracle of the exactness tests.
+"""The update rule written for reading: plain, unsharded, float64 Shampoo and its family, the exactness tests' oracle.
 
 Shares no code with the package. `Reference.step` reads as the numbered steps of the rule; everything
 happens per block, one after another, and nothing is batched.
@@ -26,10 +26,12 @@ class Options:
     decoupled_weight_decay: bool = True
     epsilon: float = 1e-12
     relative_epsilon: float = 1e-6
+    preconditioner: str = "shampoo"
     max_preconditioner_dim: int = 1024
     precondition_frequency: int = 10
+    refresh_tolerance: float | None = None
     start_preconditioning_step: int = -1
-    grafting: str = "adam"
+    grafting: str | None = None
     grafting_beta2: float | None = None
     elementwise: str | None = None
     momentum: float = 0.0
@@ -41,6 +43,19 @@ class Options:
     @property
     def start(self) -> int:
         return self.precondition_frequency if self.start_preconditioning_step == -1 else self.start_preconditioning_step
+
+    @property
+    def graft(self) -> str:
+        return self.grafting or ("none" if self.preconditioner == "soap" else "adam")
+
+    @property
+    def warm(self) -> str:
+        """The element-wise method of a block's first directions, and of its length where grafted."""
+        return self.fallback if self.graft == "none" else self.graft
+
+    @property
+    def fallback(self) -> str:
+        return self.elementwise or ("adam" if self.graft == "none" else self.graft)
 
     @property
     def graft_beta2(self) -> float:
@@ -59,6 +74,10 @@ class Block:
     second: Tensor
     first: Tensor
     roots: list[Tensor] = field(default_factory=list)
+    bases: list[Tensor] = field(default_factory=list)
+    scale: float = 1.0  # KL-Shampoo: of the product of the roots
+    rotated: Tensor = field(default_factory=lambda: torch.zeros(()))  # SOAP: weighted sum of (Q'G)^2
+    weight: float = 0.0  # SOAP: sum of those weights
 
 
 @dataclass
@@ -95,10 +114,38 @@ def multiply(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
 
 
 def inverse_root(a: Tensor, p: float, o: Options) -> Tensor:
-    lam, q = torch.linalg.eigh(a)
+    return root_of(*torch.linalg.eigh(a), p, o)
+
+
+def root_of(lam: Tensor, q: Tensor, p: float, o: Options) -> Tensor:
     lam = lam - min(lam.min().item(), 0.0) + max(o.epsilon, o.relative_epsilon * lam.max().item())
     power = torch.where(lam > 0, lam, 1.0) ** (-1.0 / p)
     return q @ torch.diag(torch.where(lam > 0, power, 0.0)) @ q.T
+
+
+def new_block(box: tuple[Any, ...], zero: Tensor, o: Options) -> Block:
+    return Block(box, o.warm, [zero.new_zeros(d, d) for d in zero.shape], zero.clone(), zero.clone())
+
+
+def rotate(x: Tensor, bases: list[Tensor]) -> Tensor:
+    for dim, q in enumerate(bases):
+        x = multiply(x, q.T, dim)
+    return x
+
+
+def adam_in_basis(block: Block, g: Tensor, m: Tensor, o: Options) -> Tensor:
+    """SOAP's direction: v is the mean square of the rotated gradient, with b2 of the second moments."""
+    b = o.graft_beta2
+    block.rotated = b * block.rotated + (1.0 - b) * rotate(g, block.bases) ** 2
+    block.weight = b * block.weight + (1.0 - b)
+    below = (block.rotated / block.weight) ** (1.0 / (o.exponent_override or 2.0))
+    below = below + o.eps + o.relative_epsilon * below.max()
+    u = torch.where(below > 0, rotate(m, block.bases) / below, 0.0)
+    return rotate(u, [q.T for q in block.bases])
+
+
+def off_diagonal(x: Tensor) -> Tensor:
+    return x - torch.diag(torch.diagonal(x))
 
 
 class Reference:
@@ -127,16 +174,11 @@ class Reference:
     @staticmethod
     def _blocks(p: Parameter, elementwise: bool) -> list[Block]:
         o = p.options
-        fallback = o.elementwise or ("adam" if o.grafting == "none" else o.grafting)
         if elementwise:
-            return [Block((...,), fallback, [], torch.zeros_like(p.value), torch.zeros_like(p.value))]
+            return [Block((...,), o.fallback, [], torch.zeros_like(p.value), torch.zeros_like(p.value))]
         blocks = []
         for box in cut(p.merged, o.max_preconditioner_dim):
-            zero = torch.zeros_like(p.value.view(p.merged)[box])
-            factors = [zero.new_zeros(d, d) for d in zero.shape]
-            blocks.append(
-                Block(box, fallback if o.grafting == "none" else o.grafting, factors, zero.clone(), zero.clone())
-            )
+            blocks.append(new_block(box, torch.zeros_like(p.value.view(p.merged)[box]), o))
         return blocks
 
     def values(self) -> dict[str, Tensor]:
@@ -160,31 +202,97 @@ class Reference:
         direction = torch.zeros(p.merged, dtype=g.dtype)
         for block in p.blocks:
             bg = g.reshape(p.merged)[block.box]
-            self._factors(block, bg, o)
-            self._refresh(block, p.t, o)
-            self._second_moment(block, bg, o)
-            m = self._first_moment(block, bg, p.t, o)
-            direction[block.box] = self._direction(block, m, p.t, o)
+            direction[block.box] = self.step_block(block, bg, p.t, o)
         direction = direction.view(g.shape)
         if o.decoupled_weight_decay:
             direction = direction + o.weight_decay * p.value
         p.value -= o.lr * self._momentum(p, direction, o)
 
+    @classmethod
+    def step_block(cls, block: Block, g: Tensor, t: int, o: Options) -> Tensor:
+        """Steps 2 to 6 of the rule: the direction of one block in its step t."""
+        cls._factors(block, g, o)
+        cls._second_moment(block, g, o)
+        m = cls._first_moment(block, g, t, o)
+        if block.factors and (t == o.start or (t > o.start and t % o.precondition_frequency == 0)):
+            {"shampoo": cls._refresh, "kl_shampoo": cls._refresh_kl, "soap": cls._refresh_soap}[o.preconditioner](
+                block, m, t, o
+            )
+        return cls._direction(block, g, m, t, o)
+
     @staticmethod
     def _factors(block: Block, g: Tensor, o: Options) -> None:
         beta2 = o.betas[1]
         for dim, a in enumerate(block.factors):
-            unfolded = g.movedim(dim, 0).reshape(g.shape[dim], -1)
+            x = g
+            if o.preconditioner == "kl_shampoo":
+                for other, root in enumerate(block.roots):  # none before the first refresh
+                    x = multiply(x, root, other) if other != dim else x
+                x = x / (g.numel() / g.shape[dim]) ** 0.5
+            unfolded = x.movedim(dim, 0).reshape(g.shape[dim], -1)
             a.mul_(beta2).add_(unfolded @ unfolded.T, alpha=1.0 if beta2 == 1.0 else 1.0 - beta2)
 
     @staticmethod
-    def _refresh(block: Block, t: int, o: Options) -> None:
-        if t < o.start or (t != o.start and t % o.precondition_frequency):
-            return
+    def _roots(block: Block, t: int, o: Options, p: float) -> list[Tensor]:
         correct = o.use_bias_correction and o.betas[1] != 1.0
         scale = 1.0 - o.betas[1] ** t if correct else 1.0
-        p = o.exponent_override or 2 * len(block.factors)
-        block.roots = [inverse_root(a / scale, p, o) for a in block.factors]
+        if o.refresh_tolerance is None:
+            return [inverse_root(a / scale, p, o) for a in block.factors]
+        spectra = []
+        for dim, a in enumerate(block.factors):
+            if block.bases:
+                q = block.bases[dim]
+                inside = q.T @ a @ q / scale
+                if off_diagonal(inside).norm() <= o.refresh_tolerance * (a / scale).norm():
+                    spectra.append((torch.diagonal(inside), q))
+                    continue
+            spectra.append(torch.linalg.eigh(a / scale))
+        block.bases = [q for _, q in spectra]
+        return [root_of(lam, q, p, o) for lam, q in spectra]
+
+    @classmethod
+    def _refresh(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
+        block.roots = cls._roots(block, t, o, o.exponent_override or 2 * len(block.factors))
+
+    @classmethod
+    def _refresh_kl(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
+        """Roots of factors with a mean eigenvalue of 1; the geometric mean of the mean eigenvalues goes to scale."""
+        correct = o.use_bias_correction and o.betas[1] != 1.0
+        means = [a.trace().item() / len(a) / (1.0 - o.betas[1] ** t if correct else 1.0) for a in block.factors]
+        means = [mean if mean > 0 else 1.0 for mean in means]
+        block.roots = [root * mean**0.5 for root, mean in zip(cls._roots(block, t, o, 2.0), means, strict=True)]
+        block.scale = 1.0
+        for mean in means:
+            block.scale /= mean ** (0.5 / len(means))
+
+    @staticmethod
+    def _refresh_soap(block: Block, m: Tensor, t: int, o: Options) -> None:
+        """Eigenbases: eigh at first, with v from the factors; then a power step in falling order, v permuted alike.
+
+        Wherever a basis has moved, v is at least M^2.
+        """
+        moved = not block.bases
+        if not block.bases:
+            block.weight = 1.0 - o.graft_beta2**t
+            seen = t if o.betas[1] == 1.0 else 1.0 - o.betas[1] ** t
+            block.rotated = torch.full_like(m, block.weight * block.factors[0].trace().item() / seen)
+            for dim, a in enumerate(block.factors):
+                lam, q = torch.linalg.eigh(a)
+                lam = lam.flip(0).clamp(min=0.0)
+                share = lam / lam.sum() if lam.sum() > 0 else lam
+                block.bases.append(q.flip(1))
+                block.rotated = (block.rotated.movedim(dim, -1) * share).movedim(-1, dim)
+        else:
+            for dim, (a, q) in enumerate(zip(block.factors, block.bases, strict=True)):
+                inside = q.T @ a @ q
+                if o.refresh_tolerance is not None and off_diagonal(inside).norm() <= o.refresh_tolerance * a.norm():
+                    continue
+                order = torch.diagonal(inside).argsort(descending=True)
+                block.bases[dim] = torch.linalg.qr(a @ q[:, order]).Q
+                block.rotated = block.rotated.index_select(dim, order)
+                moved = True
+        if moved:
+            block.rotated = torch.maximum(block.rotated, block.weight * rotate(m, block.bases) ** 2)
 
     @staticmethod
     def _second_moment(block: Block, g: Tensor, o: Options) -> None:
@@ -207,17 +315,17 @@ class Reference:
         return block.first / (1.0 - beta1**t if o.use_bias_correction else 1.0)
 
     @staticmethod
-    def _direction(block: Block, m: Tensor, t: int, o: Options) -> Tensor:
+    def _direction(block: Block, g: Tensor, m: Tensor, t: int, o: Options) -> Tensor:
         graft = m
         if block.method != "sgd":
             correct = 1.0 - o.graft_beta2**t if block.method.endswith("adam") else 1.0
             graft = m / ((block.second / correct).sqrt() + o.eps)
         if not block.factors or t < o.start:
             return graft
-        u = m
+        u = adam_in_basis(block, g, m, o) if o.preconditioner == "soap" else block.scale * m
         for dim, root in enumerate(block.roots):
             u = multiply(u, root, dim)
-        if o.grafting == "none":
+        if o.graft == "none":
             return u
         norm = u.norm()
         return u * (graft.norm() / norm) if norm > 0 else torch.zeros_like(u)

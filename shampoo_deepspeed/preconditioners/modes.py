@@ -1,0 +1,24 @@
+"""Modes of stacked blocks: unfoldings, and products along one mode."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unfold(stack: Tensor, mode: int) -> Tensor:
+    """Mode unfolding of each block: [B, d_0, ..., d_k-1] to [B, d_mode, product of the other dims]."""
+    front = stack.movedim(mode + 1, 1)
+    return front.reshape(front.shape[0], front.shape[1], -1)
+
+
+def fold(unfolded: Tensor, shape: torch.Size, mode: int) -> Tensor:
+    """Inverse of ``unfold`` for a stack of this full shape."""
+    others = [n for dim, n in enumerate(shape[1:]) if dim != mode]
+    return unfolded.reshape(shape[0], shape[mode + 1], *others).movedim(1, mode + 1)
+
+
+def multiply(stack: Tensor, matrices: Tensor, mode: int) -> Tensor:
+    """Each block of [B, *shape] multiplied along one mode by its own matrix of [B, d_mode, d_mode]."""
+    product = torch.bmm(matrices.to(stack.dtype), unfold(stack, mode))
+    return fold(product, stack.shape, mode)
