@@ -106,7 +106,7 @@ def root_from_basis(
     """Q diag(l)^(-1/root) Q' with the one regularisation of all solvers, and the rows that are not finite."""
     order = values.argsort(dim=-1)
     rising = regularised(values.gather(-1, order), epsilon, relative_epsilon)
-    scales = torch.where(rising > 0, rising.clamp_min(torch.finfo(rising.dtype).tiny).pow(-1.0 / root), 0.0)
+    scales = torch.where(rising <= 0, 0.0, rising.clamp_min(torch.finfo(rising.dtype).tiny).pow(-1.0 / root))
     columns = bases.gather(-1, order.unsqueeze(-2).expand_as(bases))
     roots = (columns * scales.unsqueeze(-2)) @ columns.mT
     return roots, non_finite(roots)

@@ -78,9 +78,10 @@ class BlockStack:
         moments, graft = self._moments(state, gradients, step, config, verdict)
         # A refresh waits for the device anyway, so here the host may as well read the verdict.
         if config.refreshes_at(step) and not verdict.rejected:
+            what = "eigenbasis" if config.preconditioner == "soap" else "inverse root"
             with self.meter.refreshing(gradients.device):
                 failed = set(preconditioner.refresh(state, step, moments))
-            self._note_refresh(rows, failed)
+            self._note_refresh(rows, failed, what)
         ready = [self.refreshed[row] for row in rows]
         if not any(ready):
             return graft()
@@ -108,7 +109,7 @@ class BlockStack:
         moments = grafting.first_moment(first, [gradients], beta1, step, config.use_bias_correction, verdict)
         return moments[0], lambda: grafting.direction(method, moments, second, step, beta2, config.eps)[0]
 
-    def _note_refresh(self, rows: Sequence[int], failed: set[int]) -> None:
+    def _note_refresh(self, rows: Sequence[int], failed: set[int], what: str) -> None:
         for position, row in enumerate(rows):
             if position not in failed:
                 self.refreshed[row] = True
@@ -117,7 +118,8 @@ class BlockStack:
                 continue
             self.failures[row] += 1
             logger.warning(
-                "no inverse root of block %s: its eigendecomposition failed %d times in a row, last good one kept",
+                "no %s of block %s: its decomposition failed %d times in a row, last good one kept",
+                what,
                 self.keys[row],
                 self.failures[row],
             )
