@@ -128,6 +128,8 @@ def test_a_root_from_a_basis_is_the_solvers_root(root: float) -> None:
     found, failed = root_from_basis(values, bases, root, 1e-12, 1e-6)
     assert failed == []
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    assert root_from_basis(torch.full_like(values, math.nan), bases, root, 0.0, 0.0)[1] == [0, 1] == non_finite(
-        torch.full((2, 3, 3), math.inf)
+    assert (
+        root_from_basis(torch.full_like(values, math.nan), bases, root, 0.0, 0.0)[1]
+        == [0, 1]
+        == non_finite(torch.full((2, 3, 3), math.inf))
     )

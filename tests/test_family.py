@@ -27,6 +27,7 @@ SOAP: dict[str, dict[str, Any]] = {
     "every_step": {"precondition_frequency": 1},
     "tolerance": {"refresh_tolerance": 0.1},
     "sums": {"betas": (0.0, 1.0)},
+    "columns_change_places": {"betas": (0.9, 0.7), "grafting_beta2": 0.99},
     "no_bias_correction": {"use_bias_correction": False},
     "own_beta2": {"betas": (0.9, 0.95), "grafting_beta2": 0.8},
     "large_eps": {"eps": 0.1, "relative_epsilon": 0.1},
@@ -58,11 +59,11 @@ CASES = [
 
 @cache  # many cases share them
 def draw(shape: tuple[int, ...], step: int, salt: int) -> Tensor:
-    """Gradients with a spectrum that falls along each dim and slowly turns."""
+    """Gradients with a falling spectrum along each dim, that slowly turns and changes places."""
     generator = torch.Generator().manual_seed(97 * step + salt)
     g = torch.randn(shape, generator=generator, dtype=torch.float64)
     for dim, d in enumerate(shape):
-        decay = 2.0 ** -torch.arange(d, dtype=torch.float64)
+        decay = 2.0 ** -((torch.arange(d, dtype=torch.float64) + step / 8) % d)
         mixing = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(salt + dim)).double())[0]
         turning = torch.matrix_exp(0.01 * step * (mixing - mixing.T))
         g = torch.tensordot(turning @ mixing @ torch.diag(decay), g, dims=([1], [dim])).movedim(0, dim)

@@ -168,8 +168,9 @@ def test_degenerate_gradients_give_finite_steps_and_with_the_default_epsilons_ca
 
 def test_soap_leaves_an_exactly_null_direction_alone() -> None:
     """In float32 there is rounding noise only, which the relative part of eps keeps from becoming a step."""
-    for step in moves(gradients_of("null_direction", torch.float32), preconditioner="soap", precondition_frequency=3)[3:]:
-        assert step.mean(0).abs().max() < 0.02 * step.square().mean().sqrt()
+    gradients = [1e3 * g for g in gradients_of("null_direction", torch.float32)]
+    for step in moves(gradients, preconditioner="soap", precondition_frequency=3)[2:]:
+        assert step.mean(0).abs().max() < 0.15 * step.square().mean().sqrt()
 
 
 def batches(steps: int) -> list[Tensor]:
