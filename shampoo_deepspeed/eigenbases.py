@@ -48,18 +48,25 @@ def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
     return values, vectors
 
 
-def power_step(matrices: Tensor, bases: Tensor) -> tuple[Tensor, Tensor]:
+def power_step(matrices: Tensor, bases: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
     """One step of orthogonal iteration from known bases (arXiv 2409.11321, algorithm 4).
 
     Columns are put in falling order of their eigenvalue estimates q'Aq first: Gram-Schmidt leaves to later columns
     what earlier ones do not span, so that dominant directions must come first.
 
+    Args:
+        ridge: relative to the largest estimate. Columns with eigenvalues far below it stay as they are; without it
+            the product makes rounding noise of them, another one in each step.
+
     Returns:
-        The bases Q of A Q_ordered = QR, orthonormal for singular A too, and the order [B, d]: column i of a result
-        continues column ``order[i]`` of ``bases``.
+        The bases Q of (A + ridge max(l) I) Q_ordered = QR, orthonormal for singular A too, and the order [B, d]:
+        column i of a result continues column ``order[i]`` of ``bases``.
     """
     products = matrices @ bases
-    order = (bases * products).sum(-2).argsort(dim=-1, descending=True, stable=True)
+    estimates = (bases * products).sum(-2)
+    order = estimates.argsort(dim=-1, descending=True, stable=True)
+    if ridge > 0:
+        products = products + (ridge * estimates.amax(-1)).view(-1, 1, 1) * bases
     return torch.linalg.qr(products.gather(-1, order.unsqueeze(-2).expand_as(products)))[0], order
 
 
@@ -73,14 +80,15 @@ def in_basis(matrices: Tensor, bases: Tensor) -> Tensor:
     return bases.mT @ (matrices @ bases)
 
 
-def good_enough(matrices: Tensor, bases: Tensor, tolerance: float) -> Tensor:
+def good_enough(matrices: Tensor, bases: Tensor, tolerance: float, inside: Tensor | None = None) -> Tensor:
     """[B] bool: known bases with ||offdiag(Q'AQ)||_F <= tolerance ||A||_F (arXiv 2506.03595, section 4.2).
 
-    Each row depends on its own matrix alone, so that whoever owns a block decides as any other owner would.
+    Each row depends on its own matrix alone, so that whoever owns a block decides as any other owner would. ``inside``
+    is Q'AQ where the caller has it already.
     """
-    inside = in_basis(matrices, bases)
-    inside.diagonal(dim1=-2, dim2=-1).zero_()
-    off, whole = (torch.linalg.matrix_norm(m) for m in (inside, matrices))
+    inside = in_basis(matrices, bases) if inside is None else inside
+    off = torch.linalg.matrix_norm(inside - torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1)))
+    whole = torch.linalg.matrix_norm(matrices)
     return known(bases) & (off <= tolerance * whole)
 
 
@@ -90,8 +98,9 @@ def kept_or_new(matrices: Tensor, bases: Tensor, tolerance: float) -> tuple[Tens
     Returns:
         Eigenvalues [B, d] in the order of the columns, bases [B, d, d], and the rows that failed.
     """
-    stays = good_enough(matrices, bases, tolerance)
-    values = in_basis(matrices, bases).diagonal(dim1=-2, dim2=-1).clone()
+    inside = in_basis(matrices, bases)
+    stays = good_enough(matrices, bases, tolerance, inside)
+    values = inside.diagonal(dim1=-2, dim2=-1).clone()
     vectors = bases.clone()
     rows = (~stays).nonzero().flatten()
     if not len(rows):

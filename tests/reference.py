@@ -288,7 +288,8 @@ class Reference:
                 if o.refresh_tolerance is not None and off_diagonal(inside).norm() <= o.refresh_tolerance * a.norm():
                     continue
                 order = torch.diagonal(inside).argsort(descending=True)
-                block.bases[dim] = torch.linalg.qr(a @ q[:, order]).Q
+                ridge = o.relative_epsilon * torch.diagonal(inside).max() * torch.eye(len(a), dtype=a.dtype)
+                block.bases[dim] = torch.linalg.qr((a + ridge) @ q[:, order]).Q
                 block.rotated = block.rotated.index_select(dim, order)
                 moved = True
         if moved:

@@ -30,6 +30,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "other_dtypes": {"factor_dtype": "float64", "root_dtype": "bfloat16"},
     "adagrad": {"betas": (0.9, 1.0), "grafting": "adagrad"},
     "ungrafted": {"grafting": "none"},
+    "soap": {"preconditioner": "soap"},
+    "kl_shampoo": {"preconditioner": "kl_shampoo"},
+    "kept_bases": {"refresh_tolerance": 0.5},
 }
 
 

@@ -87,6 +87,19 @@ def test_a_power_step_of_a_singular_matrix_is_orthonormal(dtype: torch.dtype) ->
     torch.testing.assert_close(bases[0, :, 0].abs(), u[0] / 3)
 
 
+def test_with_a_ridge_directions_that_the_matrix_knows_nothing_of_stay_as_they_are() -> None:
+    """Rank 4 of 16 in float32: without it the other 12 columns come out as another basis of their space each time."""
+    matrices, bases = spectra([4.0, 3.0, 2.0, 1.0, *[0.0] * 12])
+    matrices, bases = matrices.float(), bases.float()
+    largest = {}
+    for ridge in (0.0, 1e-6):
+        turned, order = power_step(matrices, bases, ridge)
+        overlaps = bases[:, :, order[0]].mT @ turned
+        largest[ridge] = (overlaps.abs() - torch.eye(16)).abs().max().item()
+    assert largest[1e-6] < 0.2
+    assert largest[0.0] > 0.5
+
+
 def test_a_basis_is_good_enough_by_its_own_off_diagonal_mass() -> None:
     """A = [[1, x], [x, 1]] in the standard basis: sqrt(2) x of sqrt(2 + 2 x^2) lies off the diagonal."""
     matrices = torch.stack([torch.tensor([[1.0, x], [x, 1.0]]) for x in (0.0, 0.1, 0.2, 0.2)])

@@ -20,5 +20,8 @@ def fold(unfolded: Tensor, shape: torch.Size, mode: int) -> Tensor:
 
 def multiply(stack: Tensor, matrices: Tensor, mode: int) -> Tensor:
     """Each block of [B, *shape] multiplied along one mode by its own matrix of [B, d_mode, d_mode]."""
-    product = torch.bmm(matrices.to(stack.dtype), unfold(stack, mode))
-    return fold(product, stack.shape, mode)
+    matrices = matrices.to(stack.dtype)
+    if mode == stack.ndim - 2:  # from the right, which needs no transposed copy
+        flat = stack.reshape(stack.shape[0], -1, stack.shape[-1])
+        return torch.bmm(flat, matrices.mT).view(stack.shape)
+    return fold(torch.bmm(matrices, unfold(stack, mode)), stack.shape, mode)

@@ -25,6 +25,7 @@ class SOAPPreconditioner:
       paper), with the weight of t gradients. From then on v <- b v + (1 - b) (Q'G)^2, and the sum of weights w
       alike; v / w is the corrected mean.
     - Later refreshes: one step of orthogonal iteration, columns ordered by eigenvalue estimate, and v permuted alike.
+      It iterates with A + ``relative_epsilon`` l_max I, so that directions that A knows nothing of stay as they are.
     - A basis that moves lets M come to lie where v has seen nothing of it; M / sqrt(v) is then without bound. So at
       each refresh that moves the basis v becomes max(v, M^2): that step has no element longer than Adam's usual 1.
     - ``refresh_tolerance``: a mode's basis in which its factor is still diagonal to that tolerance is left alone.
@@ -103,7 +104,7 @@ class SOAPPreconditioner:
             values[anew] = torch.where(total > 0, found / total, 0.0)
             failed = anew[wrong].tolist()
         if len(onward):
-            bases[onward], columns[onward] = power_step(matrices[onward], bases[onward])
+            bases[onward], columns[onward] = power_step(matrices[onward], bases[onward], self._relative_epsilon)
         return bases.to(self._basis_dtype), values, columns, drifted, sorted({*failed, *non_finite(bases)})
 
     def _trace(self, state: dict[str, Tensor], step: int) -> Tensor:
