@@ -1,0 +1,68 @@
+"""Refresh schedules: every block in its turn, equal work in every step, the same on any number of ranks."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shampoo_deepspeed import ShampooConfig
+from shampoo_deepspeed.refresh import due_phase, due_staggered, due_together, staggered_phases
+
+costs_of_blocks = st.lists(st.integers(1, 1000).map(float), max_size=200)
+frequencies = st.integers(1, 24)
+
+
+def by_phase(costs: list[float], phases: list[int], frequency: int) -> list[float]:
+    return [sum(c for c, p in zip(costs, phases, strict=True) if p == phase) for phase in range(frequency)]
+
+
+@given(costs_of_blocks, frequencies)
+def test_phases_differ_by_one_block_at_most(costs: list[float], frequency: int) -> None:
+    phases = staggered_phases(costs, frequency)
+    assert all(0 <= phase < frequency for phase in phases)
+    loads = by_phase(costs, phases, frequency)
+    assert max(loads) - min(loads) <= max(costs, default=0.0)
+
+
+@given(costs_of_blocks, costs_of_blocks, frequencies)
+def test_blocks_that_join_later_leave_the_others_in_their_phase(
+    first: list[float], later: list[float], frequency: int
+) -> None:
+    before = staggered_phases(first, frequency)
+    assert staggered_phases(first + later, frequency)[: len(first)] == before
+    joined = staggered_phases(later, frequency, by_phase(first, before, frequency))
+    assert before + joined == staggered_phases(first + later, frequency)
+
+
+def test_equal_blocks_take_turns() -> None:
+    assert staggered_phases([7.0] * 8, 3) == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_phases_of_another_frequency_are_refused() -> None:
+    with pytest.raises(ValueError, match="earlier holds 2 phases; with frequency 3"):
+        staggered_phases([1.0], 3, [1.0, 2.0])
+
+
+@given(st.integers(1, 40), frequencies, st.integers(0, 23))
+def test_a_staggered_block_refreshes_first_within_the_window_and_then_once_in_each(
+    start: int, frequency: int, phase: int
+) -> None:
+    phase %= frequency
+    due = [step for step in range(1, start + 5 * frequency) if due_staggered(step, start, frequency, phase)]
+    assert due == [start + phase + n * frequency for n in range(5)]
+    assert all(due_phase(step, start, frequency) == phase for step in due)
+
+
+@given(st.integers(1, 200), st.integers(0, 30), frequencies)
+def test_each_step_refreshes_one_phase_and_none_before_the_start(step: int, wait: int, frequency: int) -> None:
+    """Of the phases whose first refresh is not still to come."""
+    start = frequency + wait
+    due = [phase for phase in range(frequency) if due_staggered(step, start, frequency, phase)]
+    assert due == ([] if step < start else [due_phase(step, start, frequency)])
+
+
+@given(st.integers(1, 200), st.integers(0, 30), frequencies)
+def test_together_is_what_the_options_say(step: int, wait: int, frequency: int) -> None:
+    config = ShampooConfig(precondition_frequency=frequency, start_preconditioning_step=frequency + wait)
+    assert due_together(step, config.start, frequency) == config.refreshes_at(step)
