@@ -1,43 +1,54 @@
 """Who owns which block, and what travels between ranks each step. Pure integers, no tensors.
 
 The plan of a step unit is a pure function of the parameters' shapes, the options and the shards of all ranks, so
-every rank computes the same one.
+every rank computes the same one. Transfers are worked out for one rank at a time: those of all would be millions.
 """
 
 from __future__ import annotations
 
-import heapq
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from shampoo_deepspeed.blocks import blocks_touching, cut_into_blocks
+from shampoo_deepspeed.blocks import blocks_touching
 from shampoo_deepspeed.boxes import Box
+from shampoo_deepspeed.holders import BlockHolders, holders_of_matrices
+from shampoo_deepspeed.owners import assign, best_possible
 
 # A batched eigendecomposition with the rebuild of the root costs about as many FLOPs as this many d^3.
 REFRESH_CUBES = 25.0
-LOCALITY_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A preconditioned parameter: its merged shape, block size, stack key (group) and refresh frequency."""
+    """A preconditioned parameter: its merged shape, block size, stack key (group) and refresh frequency.
+
+    ``phases`` holds each block's refresh phase where refreshes are staggered; None where all happen together.
+    """
 
     shape: tuple[int, ...]
     max_dim: int
     group: int
     frequency: int
+    phases: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Block:
-    """One block: its parameter (index into the matrices), its index there, its box, and its group."""
+    """One block: its parameter (index into the matrices), its index there, its box, and its group.
+
+    ``cost`` is FLOPs a step with the refresh's share, ``refresh`` FLOPs of a refresh, ``phase`` when that is.
+    """
 
     parameter: int
     index: int
     box: Box
     group: int
     cost: float
+    refresh: float
+    phase: int | None
 
     @property
     def stack(self) -> tuple[int, tuple[int, ...]]:
@@ -45,7 +56,7 @@ class Block:
         return self.group, self.box.lengths
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A part of a block on its way: the block, the part's box, and (at the holder) which shard it lies in."""
 
@@ -65,12 +76,20 @@ class Transfers:
     directions_in: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
 
 
+def step_cost(lengths: Sequence[int]) -> float:
+    """FLOPs of a block in a step without refresh: two products with its factors' size for each dim."""
+    numel = math.prod(lengths)
+    return sum(4.0 * n * numel for n in lengths)
+
+
+def refresh_cost(lengths: Sequence[int]) -> float:
+    """FLOPs of a block's refresh."""
+    return sum(REFRESH_CUBES * n**3 for n in lengths)
+
+
 def block_cost(lengths: Sequence[int], frequency: int) -> float:
-    """FLOPs of a block per step: two products with its factors' size for each dim, and the refresh's share."""
-    numel = 1
-    for n in lengths:
-        numel *= n
-    return sum(4.0 * n * numel + REFRESH_CUBES * n**3 / frequency for n in lengths)
+    """FLOPs of a block per step, with the refresh's share."""
+    return step_cost(lengths) + refresh_cost(lengths) / frequency
 
 
 class Plan:
@@ -92,83 +111,40 @@ class Plan:
         carried: Sequence[float] | None = None,
     ) -> None:
         self.world_size = len(shards)
-        self._carried = list(carried or [0.0] * self.world_size)
         self.matrices = tuple(matrices)
+        self._shards = shards
         self.blocks: list[Block] = []
+        self._holders: list[BlockHolders] = []
         self._first: list[int] = []
-        for number, matrix in enumerate(matrices):
-            self._first.append(len(self.blocks))
-            for index, box in enumerate(cut_into_blocks(matrix.shape, matrix.max_dim)):
-                cost = block_cost(box.lengths, matrix.frequency)
-                self.blocks.append(Block(number, index, box, matrix.group, cost))
-        self._holders = self._holders_by_box(shards)
-        self._pieces = self._cut_pieces()
-        self.owners, self.loads = self._assign()
+        self._list_blocks(holders_of_matrices([(m.shape, m.max_dim) for m in matrices], shards))
+        carried = carried or [0.0] * self.world_size
+        self.owners, self.loads = assign(self.blocks, self._holders, self.world_size, carried)
         self.owned = self._owned_in_stack_order()
         self.buckets = self._bucket_blocks(bucket_elements)
         self.bucket_count = max(self.buckets, default=-1) + 1
         self.moving = [False] * self.bucket_count
-        for block, pieces in enumerate(self._pieces):
-            if any(rank != self.owners[block] for _, holders in pieces for rank, _ in holders):
-                self.moving[self.buckets[block]] = True
+        for holders, owner, bucket in zip(self._holders, self.owners, self.buckets, strict=True):
+            if not self.moving[bucket] and not holders.lies_only_on(owner):
+                self.moving[bucket] = True
 
-    def _holders_by_box(self, shards: Sequence[Sequence[tuple[int, Box]]]) -> list[dict[Box, list[tuple[int, int]]]]:
-        holders: list[dict[Box, list[tuple[int, int]]]] = [{} for _ in self.matrices]
-        for rank, held in enumerate(shards):
-            for shard, (number, box) in enumerate(held):
-                holders[number].setdefault(box, []).append((rank, shard))
-        return holders
-
-    def _cut_pieces(self) -> list[list[tuple[Box, list[tuple[int, int]]]]]:
-        """For each block its pieces in a fixed order, each with the (rank, shard) pairs that hold it."""
-        pieces: list[list[tuple[Box, list[tuple[int, int]]]]] = [[] for _ in self.blocks]
-        for number, by_box in enumerate(self._holders):
-            matrix, first = self.matrices[number], self._first[number]
-            for shard_box in sorted(by_box):
-                for index in blocks_touching(matrix.shape, matrix.max_dim, shard_box):
-                    common = self.blocks[first + index].box.intersect(shard_box)
-                    if common is not None:
-                        pieces[first + index].append((common, by_box[shard_box]))
-        return pieces
-
-    def _assign(self) -> tuple[list[int], list[float]]:
-        """Largest block first: to the rank that holds most of it while that keeps balance, else to the least loaded.
-
-        Longest-processing-time scheduling with a preference for locality: no rank exceeds the larger of
-        (1 + tolerance) times the best possible bound and the mean load plus one block.
-        """
-        total = sum(b.cost for b in self.blocks)
-        best = max([total / self.world_size, *(b.cost for b in self.blocks)], default=0.0)
-        limit = (1.0 + LOCALITY_TOLERANCE) * best
-        loads = [0.0] * self.world_size
-        owners = [0] * len(self.blocks)
-        heap = [(0.0, self._carried[rank], rank) for rank in range(self.world_size)]
-        heapq.heapify(heap)
-        for block in sorted(range(len(self.blocks)), key=lambda b: (-self.blocks[b].cost, b)):
-            cost = self.blocks[block].cost
-            owner = self._local_candidate(block, loads, limit - cost)
-            if owner is None:
-                while heap[0][0] != loads[heap[0][2]]:
-                    heapq.heapreplace(heap, (loads[heap[0][2]], *heap[0][1:]))
-                owner = heap[0][2]
-            loads[owner] += cost
-            owners[block] = owner
-        return owners, loads
-
-    def _local_candidate(self, block: int, loads: Sequence[float], room: float) -> int | None:
-        pieces = self._pieces[block]
-        if len(pieces) == 1 and len(pieces[0][1]) == self.world_size:
-            return None  # replicated on all ranks: locality says nothing
-        held: dict[int, int] = defaultdict(int)
-        for box, holders in pieces:
-            for rank, _ in holders:
-                held[rank] += box.numel
-        fitting = [(-n, loads[rank], self._carried[rank], rank) for rank, n in held.items() if loads[rank] <= room]
-        return min(fitting)[3] if fitting else None
+    def _list_blocks(self, holders: Sequence[Sequence[BlockHolders]]) -> None:
+        for number, (matrix, found) in enumerate(zip(self.matrices, holders, strict=True)):
+            phases = matrix.phases or [None] * len(found)
+            if len(phases) != len(found):
+                raise ValueError(f"matrix {number} {matrix.shape} has {len(found)} blocks but {len(phases)} phases")
+            self._first.append(len(self.blocks))
+            self._holders += found
+            costs = {lengths: (step_cost(lengths), refresh_cost(lengths)) for lengths in {h.box.lengths for h in found}}
+            for index, (held, phase) in enumerate(zip(found, phases, strict=True)):
+                step, refresh = costs[held.box.lengths]
+                cost = step + refresh / matrix.frequency
+                self.blocks.append(Block(number, index, held.box, matrix.group, cost, refresh, phase))
 
     def _owned_in_stack_order(self) -> list[list[int]]:
+        """Each rank's blocks by stack, and within it by phase: a staggered refresh then works on a slice."""
         owned: list[list[int]] = [[] for _ in range(self.world_size)]
-        for block in sorted(range(len(self.blocks)), key=lambda b: (self.blocks[b].stack, b)):
+        keys = [(block.stack, -1 if block.phase is None else block.phase) for block in self.blocks]
+        for block in sorted(range(len(self.blocks)), key=keys.__getitem__):
             owned[self.owners[block]].append(block)
         return owned
 
@@ -178,10 +154,11 @@ class Plan:
         for owned in self.owned:
             bucket = filled = 0
             for block in owned:
-                if filled and filled + self.blocks[block].box.numel > bucket_elements:
+                numel = self.blocks[block].box.numel
+                if filled and filled + numel > bucket_elements:
                     bucket, filled = bucket + 1, 0
                 buckets[block] = bucket
-                filled += self.blocks[block].box.numel
+                filled += numel
         return buckets
 
     def transfers(self, rank: int) -> list[Transfers]:
@@ -191,43 +168,101 @@ class Plan:
         every holder.
         """
         out = [Transfers() for _ in range(self.bucket_count)]
-        for block, pieces in enumerate(self._pieces):
+        for block, box, shard in self._pieces_held(rank):
             owner, bucket = self.owners[block], out[self.buckets[block]]
-            for box, holders in pieces:
-                by_rank = dict(holders)
-                source = owner if owner in by_rank else holders[block % len(holders)][0]
-                if owner == rank:
-                    self._add_owned(bucket, block, box, by_rank, source)
-                elif rank in by_rank:
-                    piece = Piece(block, box, by_rank[rank])
-                    bucket.directions_in[owner].append(piece)
-                    if source == rank:
-                        bucket.gradients_out[owner].append(piece)
+            if owner == rank:
+                bucket.local.append(Piece(block, box, shard))
+                continue
+            piece = Piece(block, box, shard)
+            bucket.directions_in[owner].append(piece)
+            if self._source(block, self._holders[block].ranks_of(box)) == rank:
+                bucket.gradients_out[owner].append(piece)
+        for block in sorted(self.owned[rank]):
+            bucket = out[self.buckets[block]]
+            for box, ranks in self._holders[block].parts:
+                piece = Piece(block, box, -1)
+                for holder in ranks:
+                    if holder != rank:
+                        bucket.directions_out[holder].append(piece)
+                source = self._source(block, ranks)
+                if source != rank:
+                    bucket.gradients_in[source].append(piece)
         return out
 
-    def _add_owned(self, bucket: Transfers, block: int, box: Box, by_rank: dict[int, int], source: int) -> None:
+    def _pieces_held(self, rank: int) -> Iterator[tuple[int, Box, int]]:
+        """(block, part of it, shard) of all that a rank holds, in the order of blocks and their parts."""
+        pieces = []
+        for shard, (number, box) in enumerate(self._shards[rank]):
+            matrix, first = self.matrices[number], self._first[number]
+            for index in blocks_touching(matrix.shape, matrix.max_dim, box):
+                common = self.blocks[first + index].box.intersect(box)
+                if common is not None:
+                    pieces.append((first + index, common, shard))
+        return iter(sorted(pieces))
+
+    def _source(self, block: int, ranks: tuple[int, ...]) -> int:
+        """The rank whose copy of a gradient piece goes to the owner."""
         owner = self.owners[block]
-        for holder, shard in by_rank.items():
-            if holder == owner:
-                bucket.local.append(Piece(block, box, shard))
-            else:
-                bucket.directions_out[holder].append(Piece(block, box, -1))
-        if source != owner:
-            bucket.gradients_in[source].append(Piece(block, box, -1))
+        if len(ranks) == 1:
+            return ranks[0]
+        return owner if owner in self._holders[block].held and owner in ranks else ranks[block % len(ranks)]
+
+    @cached_property
+    def traffic(self) -> list[tuple[int, int]]:
+        """Elements that each rank (sends, receives) per step, gradients and directions together.
+
+        Sums, not lists: directions come for all that a rank holds but what it owns itself, and where no other rank has
+        a copy it sends the gradients of just that.
+        """
+        sent, received = [0] * self.world_size, [0] * self.world_size
+        copied = [False] * len(self.matrices)
+        for block, holders in zip(self.blocks, self._holders, strict=True):
+            copied[block.parameter] |= holders.copies > holders.box.numel
+        for rank, held in enumerate(self._shards):
+            received[rank] = sum(box.numel for _, box in held)
+            sent[rank] = sum(box.numel for number, box in held if not copied[number])
+        for number, (holders, owner) in enumerate(zip(self._holders, self.owners, strict=True)):
+            own, numel = holders.held.get(owner, 0), holders.box.numel
+            received[owner] += numel - 2 * own
+            sent[owner] += holders.copies - own
+            if not copied[self.blocks[number].parameter]:
+                sent[owner] -= own
+                continue
+            for box, ranks in holders.parts:
+                source = self._source(number, ranks)
+                if source != owner:
+                    sent[source] += box.numel
+        return list(zip(sent, received, strict=True))
 
     def elements_moved(self, rank: int) -> tuple[int, int]:
         """Elements that this rank (sends, receives) per step, gradients and directions together."""
-        sent = received = 0
-        for t in self.transfers(rank):
-            for pieces in (*t.gradients_out.values(), *t.directions_out.values()):
-                sent += sum(p.box.numel for p in pieces)
-            for pieces in (*t.gradients_in.values(), *t.directions_in.values()):
-                received += sum(p.box.numel for p in pieces)
-        return sent, received
+        return self.traffic[rank]
 
     @property
     def imbalance(self) -> float:
         """Slowest rank's load over the best possible bound, 1.0 is perfect."""
-        total = sum(b.cost for b in self.blocks)
-        best = max([total / self.world_size, *(b.cost for b in self.blocks)], default=0.0)
+        best = best_possible([b.cost for b in self.blocks], self.world_size)
         return max(self.loads) / best if best else 1.0
+
+    def loads_at(self, offset: int) -> list[float]:
+        """Each rank's FLOPs in the step that comes ``offset`` steps after the first preconditioned one."""
+        loads = list(self._step_loads)
+        for (frequency, phase), refreshes in self._refresh_loads.items():
+            if offset % frequency == phase:
+                loads = [a + b for a, b in zip(loads, refreshes, strict=True)]
+        return loads
+
+    @cached_property
+    def _step_loads(self) -> list[float]:
+        loads = [0.0] * self.world_size
+        for block, owner in zip(self.blocks, self.owners, strict=True):
+            loads[owner] += step_cost(block.box.lengths)
+        return loads
+
+    @cached_property
+    def _refresh_loads(self) -> dict[tuple[int, int], list[float]]:
+        """Each rank's FLOPs of refreshes by (frequency, phase)."""
+        loads: dict[tuple[int, int], list[float]] = defaultdict(lambda: [0.0] * self.world_size)
+        for block, owner in zip(self.blocks, self.owners, strict=True):
+            loads[self.matrices[block.parameter].frequency, block.phase or 0][owner] += block.refresh
+        return dict(loads)
