@@ -1,0 +1,33 @@
+"""The parameters of any Transformers model, from its configuration alone: built on the meta device, no weights."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from shampoo_deepspeed.hosts import Parameter
+from shampoo_deepspeed.naming import names_and_kinds
+
+logger = logging.getLogger(__name__)
+
+
+def transformers_parameters(model: str) -> list[Parameter] | None:
+    """Parameters of the causal language model of a Hugging Face id, a folder or a config.json.
+
+    None where Transformers is not installed or finds no such configuration; then its reason is logged.
+    """
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        logger.warning("Transformers has no causal language model for %r: %s", model, error)
+        return None
+    known = names_and_kinds(built)
+    found = [(*known[id(p)], tuple(p.shape)) for p in built.parameters() if p.requires_grad]
+    return [Parameter(name, shape, 0, name, kinds) for name, kinds, shape in found]

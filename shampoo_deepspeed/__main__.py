@@ -1,0 +1,224 @@
+"""`python -m shampoo_deepspeed estimate`: what a run will need, as a table or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from shampoo_deepspeed.config import ShampooConfig, canonical
+from shampoo_deepspeed.estimate import Estimate, estimate
+from shampoo_deepspeed.layouts import HOSTS, SUB_GROUP_SIZE
+from shampoo_deepspeed.model_shapes import BUILT_IN, parameters_of, parameters_of_file
+from shampoo_deepspeed.recommend import Overhead, Recommendation, Speed, expected_overhead, recommend
+
+# Float32 products run at about a tenth of the speed of bfloat16 ones on current accelerators.
+FLOAT32_SHARE = 0.1
+
+
+class UsageError(ValueError):
+    """Arguments that do not go together; the message names them and says what is allowed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit status."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        print(_estimate(given))
+    except ValueError as error:  # the package's own errors are all of this kind
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m shampoo_deepspeed", description="Tools of shampoo-deepspeed.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("estimate", help="memory, bytes, FLOPs and balance of a run, before it starts")
+    model = command.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help=f"{', '.join(BUILT_IN)}; a config.json or its folder; a Hugging Face id")
+    model.add_argument("--shapes", help='a JSON file of names and shapes, {"layer.weight": [1024, 4096], ...}')
+    command.add_argument("--world-size", type=int, required=True, help="data-parallel ranks")
+    command.add_argument("--host", choices=HOSTS, help="what shards the model; with --ds-config its ZeRO stage")
+    command.add_argument("--shard-ranks", type=int, help="hsdp: ranks that a parameter is sharded over")
+    command.add_argument("--ds-config", help="a DeepSpeed JSON: ZeRO stage, sub_group_size, the optimizer's options")
+    command.add_argument("--max-preconditioner-dim", type=int, help="block size")
+    command.add_argument("--precondition-frequency", type=int, help="steps between two refreshes")
+    command.add_argument("--option", action="append", default=[], metavar="NAME=JSON", help="any other option")
+    command.add_argument("--weights-dtype", default="float32", help="of what the optimizer updates (not under ZeRO)")
+    command.add_argument("--tokens-per-step", type=float, help="on all ranks together; with --tflops gives overhead")
+    command.add_argument("--tflops", type=float, help="what a rank reaches in forward and backward")
+    command.add_argument("--optimizer-tflops", type=float, help="what it reaches in float32; default: a tenth of it")
+    command.add_argument("--bandwidth", type=float, help="GB/s of a rank between ranks; default: exchange is hidden")
+    command.add_argument("--memory-budget", type=float, help="GiB of optimizer state a rank may hold: recommends")
+    command.add_argument("--overhead-budget", type=float, default=0.05, help="share of forward and backward, 0.05")
+    command.add_argument("--json", action="store_true", help="JSON instead of a table")
+    return parser
+
+
+def _estimate(given: argparse.Namespace) -> str:
+    host, sub_group_size = given.host, SUB_GROUP_SIZE
+    options: dict[str, Any] = {}
+    if given.ds_config is not None:
+        host, options, sub_group_size = _from_deepspeed(given.ds_config, given.host)
+    if host is None:
+        raise UsageError(f"--host is missing: one of {', '.join(HOSTS)}, or give --ds-config")
+    config = ShampooConfig.from_options({**options, **_own_options(given)})
+    speed = _speed(given)
+    parameters = parameters_of_file(given.shapes) if given.shapes else parameters_of(given.model)
+    made = estimate(
+        parameters,
+        given.world_size,
+        host,
+        config,
+        shard_ranks=given.shard_ranks,
+        sub_group_size=sub_group_size,
+        weights_dtype=given.weights_dtype,
+    )
+    overhead = expected_overhead(made, speed) if speed is not None else None
+    fitting = None
+    if given.memory_budget is not None:
+        fitting = recommend(parameters, config, made, given.memory_budget * 2**30, speed, given.overhead_budget)
+    if given.json:
+        out: dict[str, Any] = {"model": given.model or given.shapes, "host": host, "options": config.to_json()}
+        out |= made.to_json() | {"overhead": overhead and asdict(overhead)}
+        out |= {"recommendation": fitting and asdict(fitting)} if given.memory_budget is not None else {}
+        return json.dumps(out, indent=2)
+    lines = [*_heading(given, host, config), *_table(made), *_overhead_lines(overhead, config)]
+    return "\n".join(lines + _recommendation_lines(given, fitting, speed))
+
+
+def _own_options(given: argparse.Namespace) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for text in given.option:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--option {text!r} is not allowed: NAME=JSON, as in betas=[0.9,0.95]")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    for name in ("max_preconditioner_dim", "precondition_frequency"):
+        if getattr(given, name) is not None:
+            options[name] = getattr(given, name)
+    return canonical(options)
+
+
+def _from_deepspeed(path: str, host: str | None) -> tuple[str, dict[str, Any], int]:
+    """(host, options, sub_group_size) of a DeepSpeed JSON; what the Trainer would fill in keeps its default."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UsageError(f"--ds-config {path!r} is not a JSON file that can be read: {error}") from None
+    optimizer, zero = found.get("optimizer", {}), found.get("zero_optimization", {})
+    kind = optimizer.get("type", "Shampoo")
+    if str(kind).lower() != "shampoo":
+        raise UsageError(f"--ds-config {path!r}: optimizer.type = {kind!r} is not allowed: Shampoo")
+    stage = zero.get("stage", 0)
+    stages = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
+    if stage not in stages:
+        raise UsageError(f"--ds-config {path!r}: zero_optimization.stage = {stage!r} is not allowed: 0, 1, 2 or 3")
+    if host is not None and host != stages[stage]:
+        raise UsageError(f"--host {host!r} is not what {path!r} says: ZeRO stage {stage}, that is {stages[stage]}")
+    size = zero.get("sub_group_size", SUB_GROUP_SIZE)
+    size = SUB_GROUP_SIZE if size == "auto" else int(size)
+    options = {name: value for name, value in optimizer.get("params", {}).items() if value != "auto"}
+    return stages[stage], canonical(options), size
+
+
+def _speed(given: argparse.Namespace) -> Speed | None:
+    for name in ("tokens_per_step", "tflops", "optimizer_tflops", "bandwidth", "memory_budget"):
+        value = getattr(given, name)
+        if value is not None and value <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} {value:g} is not allowed: a number > 0")
+    if (given.tokens_per_step is None) != (given.tflops is None):
+        raise UsageError("--tokens-per-step and --tflops go together: both, or none")
+    if given.tflops is None:
+        return None
+    slower = given.optimizer_tflops or FLOAT32_SHARE * given.tflops
+    return Speed(given.tokens_per_step, given.tflops, slower, given.bandwidth)
+
+
+def _heading(given: argparse.Namespace, host: str, config: ShampooConfig) -> list[str]:
+    ranks = f"{given.world_size} rank{'s' if given.world_size > 1 else ''}"
+    blocks = f"blocks of at most {config.max_preconditioner_dim}, refresh every {config.precondition_frequency} steps"
+    return [f"{given.model or given.shapes} under {host} on {ranks}, {blocks}", ""]
+
+
+def _table(made: Estimate) -> list[str]:
+    kinds = {
+        "factor": "factor matrices",
+        "root": "inverse roots",
+        "exp_avg": "first moment",
+        "second_moment": "second moment",
+    }
+    rows = [("per rank", "mean", "largest")]
+    rows += [(kinds.get(kind, kind), *_spread(values, _bytes)) for kind, values in made.state.items()]
+    rows += [("all optimizer state", *_spread(made.state_bytes, _bytes)), ("AdamW's", *_spread(made.adamw, _bytes))]
+    rows += [("sent a step", *_spread(made.sent, _bytes)), ("received a step", *_spread(made.received, _bytes))]
+    rows += [("work a step", *_spread(made.loads, _flops))]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}" for a, b, c in rows]
+    share = made.preconditioned / made.elements if made.elements else 0.0
+    fastest = min((slowest for slowest, _ in made.window), default=0.0)
+    return [
+        f"{made.elements:,} parameters, {share:.1%} of them preconditioned, in {made.blocks:,} blocks",
+        "",
+        *lines,
+        "",
+        f"slowest rank: {made.imbalance:.3f} of the mean; {_flops(made.mean_step)} in the mean step, "
+        f"{_flops(fastest)} in the fastest, {_flops(made.slowest_step)} in the slowest",
+        f"{made.collectives} collectives a step in {made.units} step unit{'s' if made.units != 1 else ''}",
+    ]
+
+
+def _overhead_lines(overhead: Overhead | None, config: ShampooConfig) -> list[str]:
+    if overhead is None:
+        return []
+    return [
+        f"overhead over forward and backward ({overhead.model_seconds:.3g} s): {overhead.mean:.1%} in the mean of "
+        f"{config.precondition_frequency} steps, {overhead.slowest:.1%} in the slowest"
+    ]
+
+
+def _recommendation_lines(given: argparse.Namespace, fitting: Recommendation | None, speed: Speed | None) -> list[str]:
+    if given.memory_budget is None:
+        return []
+    if fitting is None:
+        return [f"no block size fits into {given.memory_budget:g} GiB a rank: use more ranks, or shard the model"]
+    text = (
+        f"recommended: max_preconditioner_dim {fitting.max_preconditioner_dim} ({_bytes(fitting.state_bytes)} a rank)"
+    )
+    if fitting.frequency is not None:
+        text += f", precondition_frequency {fitting.frequency} (within {given.overhead_budget:.1%} overhead)"
+    elif speed is not None:
+        text += f"; no precondition_frequency keeps within {given.overhead_budget:.1%} overhead at this speed"
+    return [text]
+
+
+def _spread(values: Sequence[float], form: Any) -> tuple[str, str]:
+    return form(sum(values) / max(1, len(values))), form(max(values, default=0))
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:,.2f} GiB"
+
+
+def _flops(value: float) -> str:
+    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.3g} TFLOP"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
