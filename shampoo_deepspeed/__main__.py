@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tokens-per-step", type=float, help="on all ranks together; with --tflops gives overhead")
     command.add_argument("--tflops", type=float, help="what a rank reaches in forward and backward")
     command.add_argument("--optimizer-tflops", type=float, help="what it reaches in float32; default: a tenth of it")
+    command.add_argument("--refresh-tflops", type=float, help="what it reaches in refreshes; default: the same")
     command.add_argument("--bandwidth", type=float, help="GB/s of a rank between ranks; default: exchange is hidden")
     command.add_argument("--memory-budget", type=float, help="GiB of optimizer state a rank may hold: recommends")
     command.add_argument("--overhead-budget", type=float, default=0.05, help="share of forward and backward, 0.05")
@@ -131,7 +132,7 @@ def _from_deepspeed(path: str, host: str | None) -> tuple[str, dict[str, Any], i
 
 
 def _speed(given: argparse.Namespace) -> Speed | None:
-    for name in ("tokens_per_step", "tflops", "optimizer_tflops", "bandwidth", "memory_budget"):
+    for name in ("tokens_per_step", "tflops", "optimizer_tflops", "refresh_tflops", "bandwidth", "memory_budget"):
         value = getattr(given, name)
         if value is not None and value <= 0:
             raise UsageError(f"--{name.replace('_', '-')} {value:g} is not allowed: a number > 0")
@@ -140,7 +141,7 @@ def _speed(given: argparse.Namespace) -> Speed | None:
     if given.tflops is None:
         return None
     slower = given.optimizer_tflops or FLOAT32_SHARE * given.tflops
-    return Speed(given.tokens_per_step, given.tflops, slower, given.bandwidth)
+    return Speed(given.tokens_per_step, given.tflops, slower, given.refresh_tflops or slower, given.bandwidth)
 
 
 def _heading(given: argparse.Namespace, host: str, config: ShampooConfig) -> list[str]:
@@ -164,14 +165,13 @@ def _table(made: Estimate) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}" for a, b, c in rows]
     share = made.preconditioned / made.elements if made.elements else 0.0
-    fastest = min((slowest for slowest, _ in made.window), default=0.0)
     return [
         f"{made.elements:,} parameters, {share:.1%} of them preconditioned, in {made.blocks:,} blocks",
         "",
         *lines,
         "",
         f"slowest rank: {made.imbalance:.3f} of the mean; {_flops(made.mean_step)} in the mean step, "
-        f"{_flops(fastest)} in the fastest, {_flops(made.slowest_step)} in the slowest",
+        f"{_flops(made.fastest_step)} in the fastest, {_flops(made.slowest_step)} in the slowest",
         f"{made.collectives} collectives a step in {made.units} step unit{'s' if made.units != 1 else ''}",
     ]
 

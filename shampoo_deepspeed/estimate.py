@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -28,6 +29,17 @@ from shampoo_deepspeed.unit import treat
 META = torch.device("meta")
 
 
+class Step(NamedTuple):
+    """FLOPs of a step: of the slowest rank, the part of it that is refresh, and the mean of the ranks.
+
+    Ranks wait for one another in each step unit, so the slowest ranks of all units add up.
+    """
+
+    slowest: float
+    refresh: float
+    mean: float
+
+
 @dataclass
 class Estimate:
     """What a run will hold, move and compute, rank by rank.
@@ -40,7 +52,7 @@ class Estimate:
         sent, received: bytes a step on each rank.
         collectives: all-to-all calls a step.
         loads: FLOPs on each rank per step, with the refreshes' share; all units together.
-        window: (slowest rank, mean) FLOPs of each step of a refresh window; ranks wait for one another in each unit.
+        window: each step of a refresh window.
     """
 
     world_size: int
@@ -54,7 +66,7 @@ class Estimate:
     received: list[int] = field(default_factory=list)
     collectives: int = 0
     loads: list[float] = field(default_factory=list)
-    window: list[tuple[float, float]] = field(default_factory=list)
+    window: list[Step] = field(default_factory=list)
 
     @property
     def state_bytes(self) -> list[int]:
@@ -70,12 +82,17 @@ class Estimate:
     @property
     def slowest_step(self) -> float:
         """FLOPs of the slowest rank in the slowest step of a window."""
-        return max((slowest for slowest, _ in self.window), default=0.0)
+        return max((step.slowest for step in self.window), default=0.0)
+
+    @property
+    def fastest_step(self) -> float:
+        """FLOPs of the slowest rank in the fastest step of a window."""
+        return min((step.slowest for step in self.window), default=0.0)
 
     @property
     def mean_step(self) -> float:
         """FLOPs of the slowest rank per step, over a window."""
-        return sum(slowest for slowest, _ in self.window) / max(1, len(self.window))
+        return sum(step.slowest for step in self.window) / max(1, len(self.window))
 
     def add_state(self, kind: str, rank: int, nbytes: int) -> None:
         """Count bytes of a kind on a rank."""
@@ -98,11 +115,11 @@ class Estimate:
             "flops_per_step": _over_ranks(self.loads),
             "flops_of_slowest_rank": {
                 "mean_step": self.mean_step,
-                "fastest_step": min((slowest for slowest, _ in self.window), default=0.0),
+                "fastest_step": self.fastest_step,
                 "slowest_step": self.slowest_step,
             },
             "imbalance": self.imbalance,
-            "imbalance_of_worst_step": max((s / m for s, m in self.window if m), default=1.0),
+            "imbalance_of_worst_step": max((s.slowest / s.mean for s in self.window if s.mean), default=1.0),
         }
 
 
@@ -140,7 +157,7 @@ def estimate(
     made = Estimate(world_size)
     made.adamw, made.loads = [0] * world_size, [0.0] * world_size
     made.sent, made.received = [0] * world_size, [0] * world_size
-    made.window = [(0.0, 0.0)] * config.precondition_frequency
+    made.window = [Step(0.0, 0.0, 0.0)] * config.precondition_frequency
     with _collector_paused():
         for layout in layouts(host, [p.shape for p in parameters], world_size, shard_ranks, sub_group_size):
             unit = _Unit([parameters[n] for n in layout.parameters], layout, config, getattr(torch, weights_dtype))
@@ -189,11 +206,7 @@ class _Unit:
             made.received[rank] += received * wire
         made.collectives += 2 * sum(plan.moving)
         made.loads = [a + b for a, b in zip(made.loads, plan.loads, strict=True)]
-        window = []
-        for offset, (slowest, mean) in enumerate(made.window):
-            loads = plan.loads_at(offset)
-            window.append((slowest + max(loads), mean + sum(loads) / plan.world_size))
-        made.window = window
+        made.window = [_with_unit(step, plan, offset) for offset, step in enumerate(made.window)]
         made.blocks += len(plan.blocks)
         made.units += 1
         made.elements += sum(math.prod(p.shape) for p in self.parameters)
@@ -242,6 +255,14 @@ class _Unit:
         """Bytes of one element's state by kind."""
         segment = Segment(0, "", 0, 0, 1, 0, 0, 1.0)
         return _bytes_by_kind(Elementwise([segment], {0: self.config}, META, self.dtype).tensors)
+
+
+def _with_unit(step: Step, plan: Plan, offset: int) -> Step:
+    """A step of the window with a unit's work added."""
+    loads = plan.loads_at(offset)
+    slowest = max(range(plan.world_size), key=loads.__getitem__)
+    refresh = loads[slowest] - plan.step_loads[slowest]
+    return Step(step.slowest + loads[slowest], step.refresh + refresh, step.mean + sum(loads) / plan.world_size)
 
 
 def block_bytes(shape: tuple[int, ...], config: ShampooConfig, dtype: torch.dtype = torch.float32) -> dict[str, int]:

@@ -246,14 +246,15 @@ class Plan:
 
     def loads_at(self, offset: int) -> list[float]:
         """Each rank's FLOPs in the step that comes ``offset`` steps after the first preconditioned one."""
-        loads = list(self._step_loads)
+        loads = list(self.step_loads)
         for (frequency, phase), refreshes in self._refresh_loads.items():
             if offset % frequency == phase:
                 loads = [a + b for a, b in zip(loads, refreshes, strict=True)]
         return loads
 
     @cached_property
-    def _step_loads(self) -> list[float]:
+    def step_loads(self) -> list[float]:
+        """Each rank's FLOPs in a step without refresh."""
         loads = [0.0] * self.world_size
         for block, owner in zip(self.blocks, self.owners, strict=True):
             loads[owner] += step_cost(block.box.lengths)

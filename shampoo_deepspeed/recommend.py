@@ -29,22 +29,24 @@ class Speed:
     Args:
         tokens: tokens of a step on all ranks together.
         tflops: what one rank reaches in the model's forward and backward.
-        optimizer_tflops: what it reaches in the optimizer's float32 arithmetic.
+        optimizer_tflops: what it reaches in the optimizer's float32 products.
+        refresh_tflops: what it reaches in refreshes, with ``plan.REFRESH_CUBES`` d^3 for a factor matrix.
         bandwidth: GB/s that a rank sends (and at once receives) between ranks; None: exchange costs nothing.
     """
 
     tokens: float
     tflops: float
     optimizer_tflops: float
+    refresh_tflops: float
     bandwidth: float | None = None
 
     def model_seconds(self, elements: int, world_size: int) -> float:
         """Forward and backward: 6 FLOPs for each parameter and token."""
         return 6.0 * elements * self.tokens / (world_size * self.tflops * 1e12)
 
-    def overhead(self, flops: float, nbytes: float, elements: int, world_size: int) -> float:
-        """The optimizer's time over the model's, nothing of it hidden."""
-        seconds = flops / (self.optimizer_tflops * 1e12)
+    def overhead(self, products: float, refreshes: float, nbytes: float, elements: int, world_size: int) -> float:
+        """The optimizer's time over the model's, nothing of it hidden; products and refreshes in FLOPs."""
+        seconds = products / (self.optimizer_tflops * 1e12) + refreshes / (self.refresh_tflops * 1e12)
         if self.bandwidth is not None:
             seconds += nbytes / (self.bandwidth * 1e9)
         return seconds / self.model_seconds(elements, world_size)
@@ -63,9 +65,12 @@ def expected_overhead(made: Estimate, speed: Speed) -> Overhead:
     """What the estimate means at this speed. AdamW's own time, which is bound by memory, is not taken off."""
     nbytes = max((max(pair) for pair in zip(made.sent, made.received, strict=True)), default=0)
     shares = [
-        speed.overhead(flops, nbytes, made.elements, made.world_size) for flops in (made.mean_step, made.slowest_step)
+        speed.overhead(step.slowest - step.refresh, step.refresh, nbytes, made.elements, made.world_size)
+        for step in made.window
     ]
-    return Overhead(speed.model_seconds(made.elements, made.world_size), *shares)
+    return Overhead(
+        speed.model_seconds(made.elements, made.world_size), sum(shares) / len(shares), max(shares, default=0.0)
+    )
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ def _frequency(
     refresh = sum(refresh_cost(shape) * many for shape, many in blocks.items()) / made.world_size
     nbytes = max((max(pair) for pair in zip(made.sent, made.received, strict=True)), default=0)
     for frequency in FREQUENCIES:
-        flops = (1.0 + LOCALITY_TOLERANCE) * (step + refresh / frequency)
-        if speed.overhead(flops, nbytes, made.elements, made.world_size) <= overhead:
+        products, refreshes = (1.0 + LOCALITY_TOLERANCE) * step, (1.0 + LOCALITY_TOLERANCE) * refresh / frequency
+        if speed.overhead(products, refreshes, nbytes, made.elements, made.world_size) <= overhead:
             return frequency
     return None

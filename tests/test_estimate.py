@@ -20,7 +20,7 @@ import shampoo_deepspeed.model_shapes as model_shapes
 from shampoo_deepspeed import Shampoo, ShampooConfig
 from shampoo_deepspeed.__main__ import main
 from shampoo_deepspeed.boxes import Box, tiling_error
-from shampoo_deepspeed.estimate import Estimate, estimate
+from shampoo_deepspeed.estimate import Estimate, Step, estimate
 from shampoo_deepspeed.hosts import Parameter
 from shampoo_deepspeed.layouts import HOSTS, layouts
 from shampoo_deepspeed.model_shapes import ModelError, llama_shapes, parameters_of, parameters_of_file
@@ -125,7 +125,8 @@ def test_memory_of_square_blocks_is_four_floats_an_element_and_the_moments_two()
 def test_work_is_spread_over_the_window_as_the_refreshes_are() -> None:
     """At the first step of a window all roots are recomputed, then none."""
     made = estimate(matrices((64, 64)), 1, "ddp", config(max_preconditioner_dim=64, precondition_frequency=4))
-    slowest = [flops for flops, _ in made.window]
+    slowest = [step.slowest for step in made.window]
+    assert [step.refresh for step in made.window] == [slowest[0] - slowest[1], 0.0, 0.0, 0.0]
     assert slowest[1:] == [slowest[1]] * 3 and slowest[0] > 2 * slowest[1]
     assert made.mean_step == pytest.approx(made.loads[0])
     assert made.slowest_step == slowest[0]
@@ -257,7 +258,7 @@ def test_a_recommended_block_size_fits_and_is_the_largest_that_does() -> None:
 def test_a_recommended_frequency_keeps_the_overhead_and_a_more_frequent_one_does_not() -> None:
     options = config(max_preconditioner_dim=1024)
     parameters, made = example(options)
-    speed = Speed(tokens=65536, tflops=1.0, optimizer_tflops=0.5)
+    speed = Speed(tokens=65536, tflops=1.0, optimizer_tflops=0.5, refresh_tflops=0.25)
     shares = {
         f: expected_overhead(estimate(parameters, 4, "zero3", replace(options, precondition_frequency=f)), speed).mean
         for f in (5, 10, 20)
@@ -270,12 +271,13 @@ def test_a_recommended_frequency_keeps_the_overhead_and_a_more_frequent_one_does
 
 
 def test_overhead_is_time_over_the_time_of_forward_and_backward() -> None:
-    made = Estimate(2, elements=1000, sent=[300, 500], received=[400, 400], window=[(8e6, 4e6), (2e6, 1e6)])
-    speed = Speed(tokens=100, tflops=1e-6, optimizer_tflops=0.5e-6, bandwidth=1e-6)
+    window = [Step(8e6, 3e6, 4e6), Step(2e6, 0.0, 1e6)]
+    made = Estimate(2, elements=1000, sent=[300, 500], received=[400, 400], window=window)
+    speed = Speed(tokens=100, tflops=1e-6, optimizer_tflops=0.5e-6, refresh_tflops=0.25e-6, bandwidth=1e-6)
     found = expected_overhead(made, speed)
     assert found.model_seconds == pytest.approx(6 * 1000 * 100 / 2 / 1e6)
-    assert found.mean == pytest.approx((5e6 / 0.5e6 + 500 / 1e3) / 0.3)
-    assert found.slowest == pytest.approx((8e6 / 0.5e6 + 500 / 1e3) / 0.3)
+    assert found.slowest == pytest.approx((5e6 / 0.5e6 + 3e6 / 0.25e6 + 500 / 1e3) / 0.3)
+    assert found.mean == pytest.approx((found.slowest + (2e6 / 0.5e6 + 500 / 1e3) / 0.3) / 2)
 
 
 # --- the command

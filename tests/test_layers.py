@@ -13,7 +13,7 @@ import shampoo_deepspeed
 CORE = Path(shampoo_deepspeed.__file__).parent
 MODULES = sorted(CORE.rglob("*.py"))
 HOSTS = {"deepspeed", "transformers", "accelerate", "datasets", "integrations"}
-GEOMETRY = ["boxes.py", "blocks.py", "holders.py", "owners.py", "plan.py", "refresh.py"]
+GEOMETRY = ["boxes.py", "blocks.py", "holders.py", "layouts.py", "owners.py", "plan.py", "refresh.py"]
 
 
 def imported(path: Path) -> Iterator[str]:
