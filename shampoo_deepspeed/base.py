@@ -19,6 +19,7 @@ from shampoo_deepspeed.groups import checked_group, group_options
 from shampoo_deepspeed.hosts import Entry, Fresh, Parameter, Part, hosts, plain_layouts
 from shampoo_deepspeed.metrics import read
 from shampoo_deepspeed.naming import clean_name, names_and_kinds
+from shampoo_deepspeed.phases import refresh_phases
 from shampoo_deepspeed.report import treatment_table
 from shampoo_deepspeed.saved import FORMAT, SavedState, StateSource, consolidated, lacking
 from shampoo_deepspeed.unit import Unit, treat
@@ -105,9 +106,10 @@ class BlockOptimizer(torch.optim.Optimizer):
         if layouts is None:
             layouts = plain_layouts(self.entries, fresh, self._replicas)
         configs = self.configs()
+        phases = refresh_phases((entry.parameter for entry in self.entries), configs)
         for layout in layouts:
             carried = self._loads.get(id(layout.process_group))
-            unit = Unit(layout, configs, carried)
+            unit = Unit(layout, configs, carried, phases)
             if self.waiting_state is not None:
                 self.waiting_state.hand_out(unit)
                 self.waiting_state = self.waiting_state.without({p.key for p in unit.parameters})

@@ -30,8 +30,8 @@ from shampoo_deepspeed.unit import treat
 
 logger = logging.getLogger("shampoo_deepspeed")
 
-# Options that say how ranks talk to each other or which parameters are meant, not what their state looks like.
-_NOT_STORED = ("communication_dtype", "bucket_mb", "exclude", "no_decay")
+# Options that say how and when ranks work, or which parameters are meant, not what their state looks like.
+_NOT_STORED = ("communication_dtype", "bucket_mb", "exclude", "no_decay", "refresh", "precondition_frequency")
 
 
 @dataclass(frozen=True)

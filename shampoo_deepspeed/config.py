@@ -166,6 +166,12 @@ def _optional_tolerance(key: str, value: object) -> float | None:
     return number
 
 
+def _refresh(key: str, value: object) -> str:
+    if value not in ("sync", "staggered"):
+        raise _bad(key, value, "one of sync, staggered")
+    return str(value)
+
+
 def _patterns(key: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
         raise _bad(key, value, 'a list of name patterns such as "*embed*" or kinds such as "kind:embedding"')
@@ -222,6 +228,7 @@ class ShampooConfig:
     max_preconditioner_dim: int = _option(1024, _positive_int, "block size: larger dims are cut, small ones merged")
     precondition_frequency: int = _option(10, _positive_int, "steps between two refreshes of roots or eigenbases")
     refresh_tolerance: float | None = _option(None, _optional_tolerance, "off-diagonal mass that a kept basis may have")
+    refresh: str = _option("sync", _refresh, "sync: all blocks at once; staggered: spread over the frequency")
     start_preconditioning_step: int = _option(-1, _start_step, "first preconditioned step; -1: the frequency")
     grafting: str | None = _option(None, _optional_method, "whose step length blocks take; null: adam, for soap none")
     grafting_beta2: float | None = _option(None, _optional_beta2, "decay of second moments; null: betas[1]")
@@ -296,6 +303,8 @@ class ShampooConfig:
         """What may not change once there is state, by option."""
         plain = ("none", "sgd")  # no second moment
         fixed = {name: getattr(self, name) for name in FIXED_OPTIONS}
+        if self.refresh == "staggered":  # whose phases are those of this frequency
+            fixed["precondition_frequency"] = self.precondition_frequency
         kinds = {"grafting": self.warm_method in plain, "elementwise": self.elementwise_method in plain}
         kinds["refresh_tolerance"] = self.keeps_basis
         return {**fixed, "betas": self.betas[0] == 0.0, **kinds}
@@ -330,6 +339,7 @@ OPTION_NAMES = tuple(f.name for f in fields(ShampooConfig))
 # second one, or a kept basis is fixed too.
 FIXED_OPTIONS = (
     "preconditioner",
+    "refresh",
     "max_preconditioner_dim",
     "exclude",
     "no_decay",

@@ -22,9 +22,10 @@ from shampoo_deepspeed.config import DTYPES, ShampooConfig
 from shampoo_deepspeed.elementwise import Elementwise, Segment
 from shampoo_deepspeed.hosts import Parameter
 from shampoo_deepspeed.layouts import SUB_GROUP_SIZE, UnitLayout, layouts
-from shampoo_deepspeed.plan import Matrix, Plan
+from shampoo_deepspeed.phases import refresh_phases
+from shampoo_deepspeed.plan import Plan
 from shampoo_deepspeed.stacks import BlockStack
-from shampoo_deepspeed.unit import treat
+from shampoo_deepspeed.unit import matrix_of, treat
 
 META = torch.device("meta")
 
@@ -158,9 +159,11 @@ def estimate(
     made.adamw, made.loads = [0] * world_size, [0.0] * world_size
     made.sent, made.received = [0] * world_size, [0] * world_size
     made.window = [Step(0.0, 0.0, 0.0)] * config.precondition_frequency
+    phases = refresh_phases(parameters, {0: config})
     with _collector_paused():
         for layout in layouts(host, [p.shape for p in parameters], world_size, shard_ranks, sub_group_size):
-            unit = _Unit([parameters[n] for n in layout.parameters], layout, config, getattr(torch, weights_dtype))
+            members = [parameters[n] for n in layout.parameters]
+            unit = _Unit(members, layout, config, getattr(torch, weights_dtype), phases)
             unit.plan_onto(made)
             unit.measure_onto(made)
     return made
@@ -182,9 +185,15 @@ class _Unit:
     """One step unit: its plan, and what the plan means for memory and traffic."""
 
     def __init__(
-        self, parameters: Sequence[Parameter], layout: UnitLayout, config: ShampooConfig, weights: torch.dtype
+        self,
+        parameters: Sequence[Parameter],
+        layout: UnitLayout,
+        config: ShampooConfig,
+        weights: torch.dtype,
+        phases: Mapping[str, tuple[int, ...]],
     ) -> None:
         self.parameters, self.layout, self.config, self.weights = parameters, layout, config, weights
+        self.phases = phases
         self.dtype = torch.promote_types(weights, torch.float32)
         self.treatments = [treat(p, config) for p in parameters]
         preconditioned = [n for n, t in enumerate(self.treatments) if t.preconditioned]
@@ -194,8 +203,8 @@ class _Unit:
         """Make the plan and add up work and traffic."""
         config = self.config
         matrices = [
-            Matrix(t.merged, config.max_preconditioner_dim, 0, config.precondition_frequency)
-            for t in self.treatments
+            matrix_of(t, 0, config, self.phases.get(p.key))
+            for p, t in zip(self.parameters, self.treatments, strict=True)
             if t.preconditioned
         ]
         bucket = max(1, int(config.bucket_mb * 2**20 / self.dtype.itemsize))

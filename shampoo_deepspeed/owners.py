@@ -11,7 +11,7 @@ from typing import Protocol
 
 from shampoo_deepspeed.holders import BlockHolders
 
-LOCALITY_TOLERANCE = 0.05
+LOCALITY_TOLERANCE = 0.04
 
 
 class Work(Protocol):

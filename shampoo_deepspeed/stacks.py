@@ -14,6 +14,7 @@ from shampoo_deepspeed import grafting
 from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.metrics import RefreshMeter
 from shampoo_deepspeed.preconditioners import build
+from shampoo_deepspeed.refresh import due_staggered
 from shampoo_deepspeed.verdict import Verdict
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class BlockStack:
         shape: the blocks' shape.
         config: options at the time of building; those that do not shape state may change, ``step`` gets them.
         dtype: dtype of moments and directions, float32 or float64.
+        phases: each row's refresh phase, in rising order; None where all rows refresh together.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class BlockStack:
         config: ShampooConfig,
         device: torch.device,
         dtype: torch.dtype,
+        phases: Sequence[int] | None = None,
     ) -> None:
         self.keys = tuple(keys)
+        self.phases = phases
         self.shape = shape
         count = len(self.keys)
         self.tensors = build(config).new_state(count, shape, device, dtype)
@@ -77,11 +81,13 @@ class BlockStack:
         preconditioner.accumulate(state, gradients, verdict)
         moments, graft = self._moments(state, gradients, step, config, verdict)
         # A refresh waits for the device anyway, so here the host may as well read the verdict.
-        if config.refreshes_at(step) and not verdict.rejected:
-            what = "eigenbasis" if config.preconditioner == "soap" else "inverse root"
-            with self.meter.refreshing(gradients.device):
-                failed = set(preconditioner.refresh(state, step, moments))
-            self._note_refresh(rows, failed, what)
+        what = "eigenbasis" if config.preconditioner == "soap" else "inverse root"
+        for due in self._due(rows, step, config):
+            if not verdict.rejected:
+                part = {name: tensor[due] for name, tensor in state.items()}
+                with self.meter.refreshing(gradients.device):
+                    failed = set(preconditioner.refresh(part, step, moments[due]))
+                self._note_refresh(rows[due], failed, what)
         ready = [self.refreshed[row] for row in rows]
         if not any(ready):
             return graft()
@@ -108,6 +114,14 @@ class BlockStack:
         beta1 = config.betas[0] if first else 0.0
         moments = grafting.first_moment(first, [gradients], beta1, step, config.use_bias_correction, verdict)
         return moments[0], lambda: grafting.direction(method, moments, second, step, beta2, config.eps)[0]
+
+    def _due(self, rows: range, step: int, config: ShampooConfig) -> list[slice]:
+        """Which of these rows refresh at this step: neighbours, as rows lie in the order of their phases."""
+        if self.phases is None:
+            return [slice(0, len(rows))] if config.refreshes_at(step) else []
+        start, frequency = config.start, config.precondition_frequency
+        due = [n for n, row in enumerate(rows) if due_staggered(step, start, frequency, self.phases[row])]
+        return [slice(due[0], due[-1] + 1)] if due else []
 
     def _note_refresh(self, rows: Sequence[int], failed: set[int], what: str) -> None:
         for position, row in enumerate(rows):

@@ -81,6 +81,11 @@ def treat(parameter: Parameter, config: ShampooConfig) -> Treatment:
     return Treatment((math.prod(parameter.shape),), (tuple(range(len(parameter.shape))),), reason, decays)
 
 
+def matrix_of(treatment: Treatment, group: int, config: ShampooConfig, phases: tuple[int, ...] | None = None) -> Matrix:
+    """A preconditioned parameter as the plan knows it."""
+    return Matrix(treatment.merged, config.max_preconditioner_dim, group, config.precondition_frequency, phases)
+
+
 class Unit:
     """Everything that one step of these tensors needs.
 
@@ -88,15 +93,21 @@ class Unit:
         layout: what the host says of this rank.
         configs: options by parameter group number; the same on all ranks.
         carried: each rank's load from units built before.
+        phases: by parameter key the refresh phase of each block, where refreshes are staggered.
 
     Raises:
         LayoutError: on all ranks alike, where ranks disagree or the shards do not tile the parameters.
     """
 
     def __init__(
-        self, layout: Layout, configs: Mapping[int, ShampooConfig], carried: Sequence[float] | None = None
+        self,
+        layout: Layout,
+        configs: Mapping[int, ShampooConfig],
+        carried: Sequence[float] | None = None,
+        phases: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.layout = layout
+        self._phases = phases or {}
         self.tensors = layout.tensors
         self.parameters = layout.parameters
         self.group = layout.process_group
@@ -159,7 +170,8 @@ class Unit:
                 raise LayoutError(self.layout.problem)
             return [mine]
         options = {g: str(sorted(c.to_json().items())) for g, c in configs.items()}
-        signature = [(p.key, p.shape, p.group, options[p.group]) for p in self.parameters]
+        turns = {key: hash(phases) for key, phases in self._phases.items()}  # those of all blocks would be megabytes
+        signature = [(p.key, p.shape, p.group, options[p.group], turns.get(p.key)) for p in self.parameters]
         plain = [(p, box.offsets, box.lengths) for p, box in mine]
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, (signature, str(self.dtype), plain, self.layout.problem), group=self.group)
@@ -187,10 +199,9 @@ class Unit:
             )
 
     def _matrix(self, p: int, configs: Mapping[int, ShampooConfig]) -> Matrix:
-        parameter, config = self.parameters[p], configs[self.parameters[p].group]
-        return Matrix(
-            self.treatments[p].merged, config.max_preconditioner_dim, parameter.group, config.precondition_frequency
-        )
+        parameter = self.parameters[p]
+        phases = self._phases.get(parameter.key)
+        return matrix_of(self.treatments[p], parameter.group, configs[parameter.group], phases)
 
     def block_key(self, block: int) -> str:
         """The key of a block of the plan: parameter key and index of the block within it."""
@@ -200,7 +211,8 @@ class Unit:
     def _stack(self, blocks: Sequence[int], configs: Mapping[int, ShampooConfig]) -> BlockStack:
         group, shape = self.plan.blocks[blocks[0]].stack
         keys = [self.block_key(b) for b in blocks]
-        return BlockStack(keys, shape, configs[group], self.device, self.dtype)
+        phases = [phase for b in blocks if (phase := self.plan.blocks[b].phase) is not None]
+        return BlockStack(keys, shape, configs[group], self.device, self.dtype, phases or None)
 
     def _elementwise_part(
         self,

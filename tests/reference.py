@@ -30,6 +30,7 @@ class Options:
     max_preconditioner_dim: int = 1024
     precondition_frequency: int = 10
     refresh_tolerance: float | None = None
+    refresh: str = "sync"
     start_preconditioning_step: int = -1
     grafting: str | None = None
     grafting_beta2: float | None = None
@@ -78,6 +79,7 @@ class Block:
     scale: float = 1.0  # KL-Shampoo: of the product of the roots
     rotated: Tensor = field(default_factory=lambda: torch.zeros(()))  # SOAP: weighted sum of (Q'G)^2
     weight: float = 0.0  # SOAP: sum of those weights
+    phase: int | None = None  # staggered: steps after the start at which it refreshes first
 
 
 @dataclass
@@ -170,6 +172,7 @@ class Reference:
                 value, o, tuple(value.shape) if elementwise else merged, [], torch.zeros_like(value)
             )
             self.params[name].blocks = self._blocks(self.params[name], elementwise)
+        self._stagger()
 
     @staticmethod
     def _blocks(p: Parameter, elementwise: bool) -> list[Block]:
@@ -180,6 +183,16 @@ class Reference:
         for box in cut(p.merged, o.max_preconditioner_dim):
             blocks.append(new_block(box, torch.zeros_like(p.value.view(p.merged)[box]), o))
         return blocks
+
+    def _stagger(self) -> None:
+        """Each block of these groups in turn to the step of the window with the least work so far, sum of d^3."""
+        work: dict[int, list[int]] = {}
+        for p in self.params.values():
+            if p.options.refresh == "staggered":
+                window = work.setdefault(p.options.precondition_frequency, [0] * p.options.precondition_frequency)
+                for block in (b for b in p.blocks if b.factors):
+                    block.phase = window.index(min(window))
+                    window[block.phase] += sum(len(a) ** 3 for a in block.factors)
 
     def values(self) -> dict[str, Tensor]:
         return {name: p.value for name, p in self.params.items()}
@@ -214,11 +227,18 @@ class Reference:
         cls._factors(block, g, o)
         cls._second_moment(block, g, o)
         m = cls._first_moment(block, g, t, o)
-        if block.factors and (t == o.start or (t > o.start and t % o.precondition_frequency == 0)):
+        if block.factors and cls._due(block, t, o):
             {"shampoo": cls._refresh, "kl_shampoo": cls._refresh_kl, "soap": cls._refresh_soap}[o.preconditioner](
                 block, m, t, o
             )
         return cls._direction(block, g, m, t, o)
+
+    @staticmethod
+    def _due(block: Block, t: int, o: Options) -> bool:
+        if block.phase is None:
+            return t == o.start or (t > o.start and t % o.precondition_frequency == 0)
+        late = t - o.start - block.phase
+        return late >= 0 and late % o.precondition_frequency == 0
 
     @staticmethod
     def _factors(block: Block, g: Tensor, o: Options) -> None:
@@ -321,7 +341,7 @@ class Reference:
         if block.method != "sgd":
             correct = 1.0 - o.graft_beta2**t if block.method.endswith("adam") else 1.0
             graft = m / ((block.second / correct).sqrt() + o.eps)
-        if not block.factors or t < o.start:
+        if not block.factors or t < o.start + (block.phase or 0):
             return graft
         u = adam_in_basis(block, g, m, o) if o.preconditioner == "soap" else block.scale * m
         for dim, root in enumerate(block.roots):

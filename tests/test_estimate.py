@@ -105,6 +105,16 @@ def test_the_slowest_rank_of_llama_3_8b_is_within_five_percent(host: str, ranks:
     assert made.imbalance <= 1.05
 
 
+@pytest.mark.parametrize("host", ["zero2", "zero3", "fsdp2", "hsdp"])
+@pytest.mark.parametrize("ranks", [8, 64])
+def test_every_step_of_a_staggered_window_is_balanced_and_as_long_as_any_other(host: str, ranks: int) -> None:
+    """Of equal blocks a rank has 104 at 64 ranks, 10.4 for each step of the window."""
+    made = estimate(parameters_of("llama-3-8b"), ranks, host, config(refresh="staggered"), shard_ranks=8)
+    assert made.imbalance <= 1.05
+    assert all(step.slowest <= 1.05 * step.mean for step in made.window)
+    assert made.slowest_step <= 1.01 * made.fastest_step
+
+
 @pytest.mark.parametrize("host", ["zero2", "fsdp2"])
 def test_llama_3_70b_on_1024_ranks_takes_seconds(host: str) -> None:
     begun = time.process_time()

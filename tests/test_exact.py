@@ -14,6 +14,8 @@ from tests.zoo import gradients, make_batch, make_model, relative_error
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "refresh_every_2": {"precondition_frequency": 2},
+    "staggered": {"refresh": "staggered"},
+    "staggered_late": {"refresh": "staggered", "start_preconditioning_step": 5, "precondition_frequency": 4},
     "late_start": {"start_preconditioning_step": 5},
     "no_bias_correction": {"use_bias_correction": False},
     "one_block_each": {"max_preconditioner_dim": 1024},

@@ -139,7 +139,7 @@ def test_buckets_are_slices_of_stacks_and_phases_are_too(made: tuple[Plan, list[
 @settings(max_examples=100)
 @given(plans())
 def test_the_slowest_rank_is_within_the_bound(made: tuple[Plan, list[list[tuple[int, Box]]]]) -> None:
-    """Within 5 % of the mean, or, where single blocks are too large for that, of the mean and one block.
+    """Within 4 % of the mean, or, where single blocks are too large for that, of the mean and one block.
 
     Where refreshes are staggered, so is the refresh work of every step.
     """

@@ -1,0 +1,41 @@
+"""The refresh phase of every block of a model, from what the optimizer was given alone: the same on all ranks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from shampoo_deepspeed.blocks import cut_into_blocks
+from shampoo_deepspeed.config import ShampooConfig
+from shampoo_deepspeed.hosts import Parameter
+from shampoo_deepspeed.plan import refresh_cost
+from shampoo_deepspeed.refresh import staggered_phases
+from shampoo_deepspeed.unit import matrix_of, treat
+
+
+def refresh_phases(parameters: Iterable[Parameter], configs: Mapping[int, ShampooConfig]) -> dict[str, tuple[int, ...]]:
+    """By key the phases of the blocks of each parameter whose group staggers its refreshes.
+
+    Args:
+        parameters: all that the optimizer was given, in its order; that of groups, shards and step units does not
+            matter. Groups of one frequency share a window.
+    """
+    phases: dict[str, tuple[int, ...]] = {}
+    windows: dict[int, list[float]] = defaultdict(list)
+    for parameter in parameters:
+        config = configs[parameter.group]
+        if config.refresh != "staggered":
+            continue
+        treatment = treat(parameter, config)
+        if not treatment.preconditioned:
+            continue
+        frequency = config.precondition_frequency
+        matrix = matrix_of(treatment, parameter.group, config)
+        costs = [refresh_cost(box.lengths) for box in cut_into_blocks(matrix.shape, matrix.max_dim)]
+        found = staggered_phases(costs, frequency, windows[frequency])
+        window = windows[frequency] or [0.0] * frequency
+        for cost, phase in zip(costs, found, strict=True):
+            window[phase] += cost
+        windows[frequency] = window
+        phases[parameter.key] = tuple(found)
+    return phases
