@@ -23,6 +23,7 @@ BASE: dict[str, Any] = {"precondition_frequency": 3, "start_preconditioning_step
 
 SHAPES = [(5,), (6, 4), (4, 4), (3, 4, 2), (2, 3, 2, 3)]
 SOAP: dict[str, dict[str, Any]] = {
+    "staggered": {"refresh": "staggered"},
     "defaults": {},
     "every_step": {"precondition_frequency": 1},
     "tolerance": {"refresh_tolerance": 0.1},
@@ -36,6 +37,7 @@ SOAP: dict[str, dict[str, Any]] = {
     "warm_sgd": {"elementwise": "sgd"},
 }
 KL: dict[str, dict[str, Any]] = {
+    "staggered": {"refresh": "staggered"},
     "defaults": {},
     "every_step": {"precondition_frequency": 1},
     "tolerance": {"refresh_tolerance": 0.1},
