@@ -59,6 +59,7 @@ class Job:
 RATES: dict[str, tuple[float, ...]] = {
     "adamw": (1e-3, 2e-3, 4e-3, 8e-3),
     "shampoo": (2e-3, 4e-3, 8e-3),
+    "shampoo_root2": (2e-3, 4e-3, 8e-3),
     "soap": (2e-3, 4e-3, 8e-3),
     "kl_shampoo": (2e-3, 4e-3, 8e-3),
 }
@@ -102,10 +103,14 @@ def build_optimizer(job: Job, model: nn.Module) -> torch.optim.Optimizer:
     if job.optimizer == "adamw":
         groups = [{"params": [p for _, p in decayed]}, {"params": [p for _, p in others], "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, **shared)
+    # Shampoo's own root is 4 for matrices; with 2 each side alone has the power that AdaGrad has.
+    root = 2.0 if job.optimizer == "shampoo_root2" else None
     return Shampoo(
         [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
         model=model,
-        preconditioner=job.optimizer,
+        preconditioner=job.optimizer.removesuffix("_root2"),
+        exponent_override=root,
+        refresh="staggered",
         max_preconditioner_dim=job.setting.block,
         precondition_frequency=job.setting.frequency,
         **shared,
