@@ -24,6 +24,8 @@ GRAFTING_METHODS = (
     "normalized_rmsprop",
     "normalized_adam",
 )
+DB_ROOTS = (1, 2, 4, 8)  # what repeated square roots give
+SOLVERS = ("auto", "eigh", "coupled_newton", "newton_db")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 # Embeddings and output heads have one row per token: their factor matrices would be huge and their gradients
@@ -145,6 +147,15 @@ def _method(key: str, value: object) -> str:
     return value.lower()
 
 
+def _one_of(*allowed: str) -> Callable[[str, object], str]:
+    def check(key: str, value: object) -> str:
+        if not isinstance(value, str) or value.lower() not in allowed:
+            raise _bad(key, value, f"one of {', '.join(allowed)}")
+        return value.lower()
+
+    return check
+
+
 def _optional_method(key: str, value: object) -> str | None:
     return None if value is None else _method(key, value)
 
@@ -212,6 +223,7 @@ class ShampooConfig:
     nesterov: bool = _option(False, _flag, "Nesterov momentum")
     use_bias_correction: bool = _option(True, _flag, "correct first moment and factor matrices for their zero start")
     exponent_override: float | None = _option(None, _optional_root, "the p of A^(-1/p); null: twice the order")
+    solver: str = _option("auto", _one_of(*SOLVERS), "how inverse roots are computed; auto: by device and root")
     exclude: tuple[str, ...] = _option(DEFAULT_EXCLUDE, _patterns, "patterns of parameters that stay element-wise")
     factor_dtype: str = _option("float32", _wide_dtype, "dtype of factor matrices")
     root_dtype: str = _option("float32", _dtype, "dtype of inverse roots")
@@ -237,6 +249,16 @@ class ShampooConfig:
             raise _bad(
                 "stochastic_rounding", self.stochastic_rounding, "true only together with master_weights = false"
             )
+        self._check_solver()
+
+    def _check_solver(self) -> None:
+        root, allowed = self.exponent_override, ""
+        if self.solver == "coupled_newton" and root is not None and root != int(root):
+            allowed = f"not coupled_newton for exponent_override = {root}, which it needs to be an integer"
+        if self.solver == "newton_db" and root is not None and root not in DB_ROOTS:
+            allowed = f"not newton_db for exponent_override = {root}, which it needs to be 1, 2, 4 or 8"
+        if allowed:
+            raise _bad("solver", self.solver, allowed)
 
     @property
     def start(self) -> int:

@@ -67,6 +67,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("grafting", "lamb", METHODS),
     ("grafting", None, METHODS),
     ("grafting", 1, METHODS),
+    ("solver", "qr", "one of auto, eigh, coupled_newton, newton_db"),
+    ("solver", None, "one of auto, eigh, coupled_newton, newton_db"),
     ("grafting_beta2", 0.0, "null or a number in (0, 1)"),
     ("grafting_beta2", 1.0, "null or a number in (0, 1)"),
     ("grafting_beta2", "0.9", "null or a number in (0, 1)"),
@@ -136,8 +138,8 @@ def test_a_bad_value_from_json_is_the_same_error(key: str, value: Any) -> None:
         ShampooConfig.from_options(json.loads(json.dumps({key: value})))
 
 
-@pytest.mark.parametrize("key", OPTION_NAMES)
-def test_auto_is_an_error_for_every_option(key: str) -> None:
+@pytest.mark.parametrize("key", [name for name in OPTION_NAMES if name != "solver"])
+def test_auto_is_an_error_for_every_option_but_the_solver(key: str) -> None:
     with pytest.raises(OptionError, match=f"{key!r} = 'auto' is not allowed"):
         ShampooConfig.from_options({key: "auto"})
 
@@ -243,6 +245,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "nesterov": st.booleans(),
     "use_bias_correction": st.booleans(),
     "exponent_override": st.none() | st.floats(0.1, 100),
+    "solver": st.sampled_from(["auto", "eigh"]),
     "exclude": patterns,
     "factor_dtype": st.sampled_from(["float32", "float64"]),
     "root_dtype": dtypes,

@@ -19,6 +19,7 @@ class ShampooPreconditioner:
         self._root = config.exponent_override
         self._epsilon = config.epsilon
         self._relative_epsilon = config.relative_epsilon
+        self._solver = config.solver
         self._factor_dtype = DTYPES[config.factor_dtype]
         self._root_dtype = DTYPES[config.root_dtype]
 
@@ -51,7 +52,9 @@ class ShampooPreconditioner:
         for mode in range(order):
             matrices = state[f"factor_{mode}"]
             wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32)) / correction
-            roots, wrong = inverse_root(wide, root, self._epsilon, self._relative_epsilon, self._root_dtype)
+            roots, wrong = inverse_root(
+                wide, root, self._epsilon, self._relative_epsilon, self._root_dtype, self._solver
+            )
             computed.append(roots)
             failed.update(wrong)
         for mode, roots in enumerate(computed):
