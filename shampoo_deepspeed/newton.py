@@ -87,15 +87,14 @@ def upper_bound(matrices: Tensor) -> Tensor:
     Both hold for every spectrum, up to rounding (|l| in the place of l where some are negative): at most 1.06 l_max for
     d = 1,024, where the Frobenius norm alone may be 32 l_max. Zero for a zero matrix.
     """
-    norm = torch.linalg.matrix_norm(matrices, keepdim=True)
-    logarithm = norm.double().log()
-    power = matrices / norm
-    for k in range(1, _SQUARINGS + 1):
-        power = torch.bmm(power, power)
-        shrunk = torch.linalg.matrix_norm(power, keepdim=True)
-        logarithm = logarithm + shrunk.double().log() / 2**k
-        power = power / shrunk
-    return torch.where(norm == 0, 0.0, logarithm.exp().to(matrices.dtype))
+    size = matrices.abs().amax(dim=(-2, -1), keepdim=True)  # its squares may leave the range of the dtype
+    logarithm, power = size.double().log(), matrices / size
+    for k in range(_SQUARINGS + 1):
+        power = torch.bmm(power, power) if k else power
+        norm = torch.linalg.matrix_norm(power, keepdim=True)
+        logarithm = logarithm + norm.double().log() / 2**k
+        power = power / norm
+    return torch.where(size == 0, 0.0, logarithm.exp().to(matrices.dtype))
 
 
 def _iterate(

@@ -7,11 +7,12 @@ every rank computes the same one.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from shampoo_deepspeed.blocks import blocks_touching, cut_into_blocks
+from shampoo_deepspeed.blocks import Cuts, Side, blocks_touching, cut_into_blocks
 from shampoo_deepspeed.boxes import Box
 
 # A batched eigendecomposition with the rebuild of the root costs about as many FLOPs as this many d^3.
@@ -21,12 +22,14 @@ LOCALITY_TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Matrix:
-    """A preconditioned parameter: its merged shape, block size, stack key (group) and refresh frequency."""
+    """A preconditioned parameter: its merged shape, how it is cut into blocks, stack key (group), refresh frequency,
+    and what each dim has where that is not a factor matrix for all."""
 
     shape: tuple[int, ...]
-    max_dim: int
+    cuts: Cuts
     group: int
     frequency: int
+    sides: tuple[Side, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,20 @@ class Transfers:
     directions_in: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
 
 
-def block_cost(lengths: Sequence[int], frequency: int) -> float:
-    """FLOPs of a block per step: two products with its factors' size for each dim, and the refresh's share."""
-    numel = 1
-    for n in lengths:
-        numel *= n
-    return sum(4.0 * n * numel + REFRESH_CUBES * n**3 / frequency for n in lengths)
+def block_cost(lengths: Sequence[int], frequency: int, sides: Sequence[Side] | None = None) -> float:
+    """FLOPs of a block per step: two products with its factors' size for each dim, and the refresh's share.
+
+    A dim with a diagonal costs four operations for each element and one with nothing costs nothing. The element-wise
+    part of a step counts too, so that no block is free.
+    """
+    numel = math.prod(lengths)
+    total = 4.0 * numel
+    for n, side in zip(lengths, sides or ["matrix"] * len(lengths), strict=True):
+        if side == "matrix":
+            total += 4.0 * n * numel + REFRESH_CUBES * n**3 / frequency
+        elif side == "diagonal":
+            total += 4.0 * numel
+    return total
 
 
 class Plan:
@@ -98,8 +109,8 @@ class Plan:
         self._first: list[int] = []
         for number, matrix in enumerate(matrices):
             self._first.append(len(self.blocks))
-            for index, box in enumerate(cut_into_blocks(matrix.shape, matrix.max_dim)):
-                cost = block_cost(box.lengths, matrix.frequency)
+            for index, box in enumerate(cut_into_blocks(matrix.shape, matrix.cuts)):
+                cost = block_cost(box.lengths, matrix.frequency, matrix.sides)
                 self.blocks.append(Block(number, index, box, matrix.group, cost))
         self._holders = self._holders_by_box(shards)
         self._pieces = self._cut_pieces()
@@ -125,7 +136,7 @@ class Plan:
         for number, by_box in enumerate(self._holders):
             matrix, first = self.matrices[number], self._first[number]
             for shard_box in sorted(by_box):
-                for index in blocks_touching(matrix.shape, matrix.max_dim, shard_box):
+                for index in blocks_touching(matrix.shape, matrix.cuts, shard_box):
                     common = self.blocks[first + index].box.intersect(shard_box)
                     if common is not None:
                         pieces[first + index].append((common, by_box[shard_box]))

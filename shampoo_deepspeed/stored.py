@@ -156,7 +156,7 @@ class StoredState:
         for number, segment in enumerate(unit.elementwise.segments):
             key = segment.key
             if key in self.keys and self._record(unit, key)["steps"]:
-                for moment in sorted(needs[segment.group]):
+                for moment in sorted(needs[segment.group, segment.method]):
                     box = Box((segment.start,), (segment.numel,))
                     target = views[moment][number]
                     yield Wanted(f"elementwise/{stored_name(key, unit.layout.part)}/{moment}", box, target.copy_)

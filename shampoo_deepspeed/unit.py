@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_deepspeed.blocks import merge_small_dims
+from shampoo_deepspeed.blocks import Cuts, Side, cut_lengths, merge_small_dims
 from shampoo_deepspeed.boxes import Box, Placed, merged_places, tiling_error
-from shampoo_deepspeed.config import DTYPES, ShampooConfig
+from shampoo_deepspeed.config import DTYPES, OptionError, ShampooConfig
 from shampoo_deepspeed.elementwise import Elementwise, Segment
 from shampoo_deepspeed.exchange import Exchange, communication_device
 from shampoo_deepspeed.grafting import is_normalized
@@ -34,12 +34,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Treatment:
-    """What happens to a parameter: its merged shape where preconditioned, else why it is element-wise."""
+    """What happens to a parameter: its merged shape where preconditioned, else why it is element-wise and how.
+
+    ``cuts`` are the lengths of its blocks and ``sides`` what each dim of them has; ``method`` is the element-wise one.
+    """
 
     merged: tuple[int, ...]
     dims: tuple[tuple[int, ...], ...]
     reason: str | None
     decays: bool
+    cuts: Cuts = ()
+    sides: tuple[Side, ...] = ()
+    method: str = ""
 
     @property
     def preconditioned(self) -> bool:
@@ -68,17 +74,40 @@ class Region:
 
 
 def treat(parameter: Parameter, config: ShampooConfig) -> Treatment:
-    """Decide by shape, name and kind alone whether a parameter is preconditioned and whether it decays."""
+    """Decide by shape, name and kind alone whether and how a parameter is preconditioned and whether it decays.
+
+    Raises:
+        OptionError: where ``split`` does not fit the shape.
+    """
     if parameter.name is None and not parameter.kinds and config.no_decay:
         decays = sum(n > 1 for n in parameter.shape) > 1  # no names: the usual rule of thumb
     else:
         decays = matching(config.no_decay, parameter.name, parameter.kinds) is None
+    limit, batch = config.max_preconditioner_dim, config.batch_dims
+    merged, dims = merge_small_dims(parameter.shape, limit, batch, config.merge_small_dims)
+    reason, method = _why_elementwise(parameter, merged, config)
+    if reason is not None:
+        flat = (tuple(range(len(parameter.shape))),)
+        return Treatment((math.prod(parameter.shape),), flat, reason, decays, method=method)
+    sides = config.sides(merged)
+    try:
+        return Treatment(merged, dims, None, decays, cut_lengths(merged, limit, sides, batch, config.split), sides)
+    except ValueError as error:
+        raise OptionError(f"Shampoo option 'split' does not fit parameter {parameter.key}: {error}.") from None
+
+
+def _why_elementwise(parameter: Parameter, merged: tuple[int, ...], config: ShampooConfig) -> tuple[str | None, str]:
+    """(why a parameter is element-wise, or None; the method of its direction)."""
     pattern = matching(config.exclude, parameter.name, parameter.kinds)
-    merged, dims = merge_small_dims(parameter.shape, config.max_preconditioner_dim)
-    if pattern is None and len(merged) >= 2 and 0 not in merged:
-        return Treatment(merged, dims, None, decays)
-    reason = f"excluded by {pattern!r}" if pattern else "fewer than two dims larger than 1"
-    return Treatment((math.prod(parameter.shape),), (tuple(range(len(parameter.shape))),), reason, decays)
+    if pattern is not None:
+        return f"excluded by {pattern!r}", config.elementwise_method
+    if len(merged) - config.batch_dims < 2 or 0 in merged:
+        return "fewer than two dims larger than 1", config.elementwise_method
+    if config.large_dim == "adagrad" and max(merged[config.batch_dims :]) > config.max_preconditioner_dim:
+        return f"a dim above {config.max_preconditioner_dim}: AdaGrad", "adagrad"
+    if not any(side != "none" for side in config.sides(merged)):
+        return f"its dims are above {config.max_preconditioner_dim}", config.elementwise_method
+    return None, config.elementwise_method
 
 
 class Unit:
@@ -187,10 +216,8 @@ class Unit:
             )
 
     def _matrix(self, p: int, configs: Mapping[int, ShampooConfig]) -> Matrix:
-        parameter, config = self.parameters[p], configs[self.parameters[p].group]
-        return Matrix(
-            self.treatments[p].merged, config.max_preconditioner_dim, parameter.group, config.precondition_frequency
-        )
+        group, treatment = self.parameters[p].group, self.treatments[p]
+        return Matrix(treatment.merged, treatment.cuts, group, configs[group].precondition_frequency, treatment.sides)
 
     def block_key(self, block: int) -> str:
         """The key of a block of the plan: parameter key and index of the block within it."""
@@ -215,9 +242,12 @@ class Unit:
         segments = []
         for p, tensor, place in places:
             if not self.treatments[p].preconditioned:
-                parameter, (start,), (numel,) = self.parameters[p], place.box.offsets, place.box.lengths
+                parameter, method = self.parameters[p], self.treatments[p].method
+                (start,), (numel,) = place.box.offsets, place.box.lengths
                 share = 1.0 / copies[p, place.box]
-                segments.append(Segment(p, parameter.key, parameter.group, start, numel, tensor, place.offset, share))
+                segments.append(
+                    Segment(p, parameter.key, parameter.group, method, start, numel, tensor, place.offset, share)
+                )
         return Elementwise(segments, configs, self.device, self.dtype)
 
     def _joined_regions(self) -> list[Region]:

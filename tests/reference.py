@@ -36,7 +36,16 @@ class Options:
     dampening: float = 0.0
     nesterov: bool = False
     use_bias_correction: bool = True
-    exponent_override: float | None = None
+    exponent_override: float | list[float | None] | None = None
+    beta3: float | None = None
+    weight_decay_type: str | None = None
+    peak_lr: float | None = None
+    merge_small_dims: bool = True
+    large_dim: str = "block"
+    one_sided: str | None = None
+    batch_dims: int = 0
+    split: tuple[int, ...] = ()
+    rank_deficient: str = "shift"
 
     @property
     def start(self) -> int:
@@ -55,10 +64,10 @@ class Block:
 
     box: tuple[Any, ...]  # slices, or (...,) for the whole parameter
     method: str
-    factors: list[Tensor]
+    factors: dict[int, Tensor]  # by dim: a matrix, or a vector of its diagonal
     second: Tensor
     first: Tensor
-    roots: list[Tensor] = field(default_factory=list)
+    roots: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -68,34 +77,62 @@ class Parameter:
     merged: tuple[int, ...]
     blocks: list[Block]
     buffer: Tensor
+    peak_lr: float
     t: int = 0
 
 
-def merge(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
-    """Merges small neighbours, last to first, but never to fewer than two dims."""
-    dims = [d for d in shape if d != 1]
+def merge(shape: tuple[int, ...], limit: int, batch: int = 0, on: bool = True) -> tuple[int, ...]:
+    """Merges small neighbours, last to first, but never to fewer than two dims; the first `batch` dims stay."""
+    dims = [d for d in shape[batch:] if d != 1]
     merged: list[int] = []
     while dims:
         d = dims.pop()
-        if merged and merged[0] * d <= limit and len(dims) + len(merged) >= 2:
+        if on and merged and merged[0] * d <= limit and len(dims) + len(merged) >= 2:
             merged[0] *= d
         else:
             merged.insert(0, d)
-    return tuple(merged)
+    return shape[:batch] + tuple(merged)
 
 
-def cut(shape: tuple[int, ...], limit: int) -> list[tuple[slice, ...]]:
-    pieces = [[slice(a, min(a + limit, d)) for a in range(0, d, limit)] for d in shape]
+def sides(shape: tuple[int, ...], o: Options) -> list[str]:
+    """For each dim of a parameter: "full", "diagonal" or "none"."""
+    own = shape[o.batch_dims :]
+    kept = {None: range(len(own)), "left": [0], "right": [len(own) - 1], "smaller": [own.index(min(own))]}[o.one_sided]
+    large = {"diagonal": "diagonal", "identity": "none"}.get(o.large_dim, "full")
+    found = [(large if d > o.max_preconditioner_dim else "full") if i in kept else "none" for i, d in enumerate(own)]
+    return ["none"] * o.batch_dims + found
+
+
+def cut(shape: tuple[int, ...], limit: int, o: Options | None = None) -> list[tuple[slice, ...]]:
+    """All blocks; with options also batch dims, dims that are not cut, and a split of the first dim that has its sum."""
+    o = o or Options(max_preconditioner_dim=limit)
+    kinds, unsplit = sides(shape, o), list(o.split)
+    pieces: list[list[slice]] = []
+    for i, d in enumerate(shape):
+        parts = [d]
+        if i >= o.batch_dims and unsplit and sum(unsplit) == d:
+            parts, unsplit = unsplit, []
+        size = 1 if i < o.batch_dims else limit if kinds[i] == "full" else d
+        ends = [sum(parts[: n + 1]) for n in range(len(parts))]
+        pieces.append(
+            [slice(a, min(a + size, end)) for part, end in zip(parts, ends) for a in range(end - part, end, size)]
+        )
     return list(product(*pieces))
 
 
 def multiply(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
-    """Multiplies the matrix into one mode of x."""
+    """Multiplies the matrix, or a diagonal one given as a vector, into one mode of x."""
+    matrix = torch.diag(matrix) if matrix.ndim == 1 else matrix
     return torch.tensordot(matrix, x, dims=([1], [dim])).movedim(0, dim)
 
 
 def inverse_root(a: Tensor, p: float, o: Options) -> Tensor:
+    if a.ndim == 1:
+        return inverse_root(torch.diag(a), p, o).diagonal()
     lam, q = torch.linalg.eigh(a)
+    if o.rank_deficient == "pseudo_inverse":
+        kept = lam > max(o.epsilon, o.relative_epsilon * lam.max().item())
+        return q @ torch.diag(torch.where(kept, torch.where(kept, lam, 1.0) ** (-1.0 / p), 0.0)) @ q.T
     lam = lam - min(lam.min().item(), 0.0) + max(o.epsilon, o.relative_epsilon * lam.max().item())
     power = torch.where(lam > 0, lam, 1.0) ** (-1.0 / p)
     return q @ torch.diag(torch.where(lam > 0, power, 0.0)) @ q.T
@@ -117,10 +154,13 @@ class Reference:
         for name, p in params.items():
             o = replace(base, **(overrides or {}).get(name, {}))
             value = p.detach().to(dtype).clone()
-            merged = merge(tuple(value.shape), o.max_preconditioner_dim)
-            elementwise = name in exclude or len(merged) < 2
+            merged = merge(tuple(value.shape), o.max_preconditioner_dim, o.batch_dims, o.merge_small_dims)
+            if len(merged) - o.batch_dims >= 2 and o.large_dim == "adagrad":
+                if name not in exclude and max(merged[o.batch_dims :]) > o.max_preconditioner_dim:
+                    exclude, o = (*exclude, name), replace(o, elementwise="adagrad")
+            elementwise = name in exclude or len(merged) - o.batch_dims < 2 or set(sides(merged, o)) == {"none"}
             self.params[name] = Parameter(
-                value, o, tuple(value.shape) if elementwise else merged, [], torch.zeros_like(value)
+                value, o, tuple(value.shape) if elementwise else merged, [], torch.zeros_like(value), o.lr
             )
             self.params[name].blocks = self._blocks(self.params[name], elementwise)
 
@@ -129,11 +169,16 @@ class Reference:
         o = p.options
         fallback = o.elementwise or ("adam" if o.grafting == "none" else o.grafting)
         if elementwise:
-            return [Block((...,), fallback, [], torch.zeros_like(p.value), torch.zeros_like(p.value))]
+            return [Block((...,), fallback, {}, torch.zeros_like(p.value), torch.zeros_like(p.value))]
         blocks = []
-        for box in cut(p.merged, o.max_preconditioner_dim):
+        kinds = sides(p.merged, o)
+        for box in cut(p.merged, o.max_preconditioner_dim, o):
             zero = torch.zeros_like(p.value.view(p.merged)[box])
-            factors = [zero.new_zeros(d, d) for d in zero.shape]
+            factors = {
+                i: zero.new_zeros(d, d) if kinds[i] == "full" else zero.new_zeros(d)
+                for i, d in enumerate(zero.shape)
+                if kinds[i] != "none"
+            }
             blocks.append(
                 Block(box, fallback if o.grafting == "none" else o.grafting, factors, zero.clone(), zero.clone())
             )
@@ -155,7 +200,8 @@ class Reference:
     def _step_parameter(self, p: Parameter, g: Tensor) -> None:
         p.t += 1
         o = p.options
-        if not o.decoupled_weight_decay:
+        decay = o.weight_decay_type or ("decoupled" if o.decoupled_weight_decay else "l2")
+        if decay == "l2":
             g = g + o.weight_decay * p.value
         direction = torch.zeros(p.merged, dtype=g.dtype)
         for block in p.blocks:
@@ -166,16 +212,19 @@ class Reference:
             m = self._first_moment(block, bg, p.t, o)
             direction[block.box] = self._direction(block, m, p.t, o)
         direction = direction.view(g.shape)
-        if o.decoupled_weight_decay:
-            direction = direction + o.weight_decay * p.value
+        if decay != "l2":
+            peak = p.peak_lr if o.peak_lr is None else o.peak_lr
+            scale = {"decoupled": 1.0, "corrected": o.lr / peak, "independent": 1.0 / peak}[decay]
+            direction = direction + scale * o.weight_decay * p.value
         p.value -= o.lr * self._momentum(p, direction, o)
 
     @staticmethod
     def _factors(block: Block, g: Tensor, o: Options) -> None:
         beta2 = o.betas[1]
-        for dim, a in enumerate(block.factors):
+        for dim, a in block.factors.items():
             unfolded = g.movedim(dim, 0).reshape(g.shape[dim], -1)
-            a.mul_(beta2).add_(unfolded @ unfolded.T, alpha=1.0 if beta2 == 1.0 else 1.0 - beta2)
+            outer = unfolded @ unfolded.T
+            a.mul_(beta2).add_(outer if a.ndim == 2 else outer.diagonal(), alpha=1.0 if beta2 == 1.0 else 1.0 - beta2)
 
     @staticmethod
     def _refresh(block: Block, t: int, o: Options) -> None:
@@ -183,8 +232,11 @@ class Reference:
             return
         correct = o.use_bias_correction and o.betas[1] != 1.0
         scale = 1.0 - o.betas[1] ** t if correct else 1.0
-        p = o.exponent_override or 2 * len(block.factors)
-        block.roots = [inverse_root(a / scale, p, o) for a in block.factors]
+        p = o.exponent_override
+        if isinstance(p, (list, tuple)):
+            p = p[len(block.factors) - 1] if len(block.factors) <= len(p) else None
+        p = p or 2 * len(block.factors)
+        block.roots = {dim: inverse_root(a / scale, p, o) for dim, a in block.factors.items()}
 
     @staticmethod
     def _second_moment(block: Block, g: Tensor, o: Options) -> None:
@@ -203,8 +255,10 @@ class Reference:
         beta1 = o.betas[0]
         if beta1 == 0.0:
             return g
+        beta3 = beta1 if o.beta3 is None else o.beta3
+        filtered = beta3 * block.first + (1.0 - beta3) * g
         block.first.mul_(beta1).add_(g, alpha=1.0 - beta1)
-        return block.first / (1.0 - beta1**t if o.use_bias_correction else 1.0)
+        return filtered / (1.0 - beta3 * beta1 ** (t - 1) if o.use_bias_correction else 1.0)
 
     @staticmethod
     def _direction(block: Block, m: Tensor, t: int, o: Options) -> Tensor:
@@ -215,7 +269,7 @@ class Reference:
         if not block.factors or t < o.start:
             return graft
         u = m
-        for dim, root in enumerate(block.roots):
+        for dim, root in block.roots.items():
             u = multiply(u, root, dim)
         if o.grafting == "none":
             return u

@@ -67,6 +67,24 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("grafting", "lamb", METHODS),
     ("grafting", None, METHODS),
     ("grafting", 1, METHODS),
+    ("beta3", 1.5, "null or a number in [0, 1]"),
+    ("beta3", "0.9", "null or a number in [0, 1]"),
+    ("weight_decay_type", "adamw", "null or one of l2, decoupled, corrected, independent"),
+    ("weight_decay_type", 1, "null or one of l2, decoupled, corrected, independent"),
+    ("peak_lr", 0.0, "null or a number > 0"),
+    ("merge_small_dims", 0, FLAG),
+    ("large_dim", "cut", "one of block, diagonal, identity, adagrad"),
+    ("one_sided", "both", "null or one of smaller, left, right"),
+    ("one_sided", True, "null or one of smaller, left, right"),
+    ("batch_dims", 2, "0, or 1 where the first dim"),
+    ("batch_dims", True, "0, or 1 where the first dim"),
+    ("split", [4096], "a list of lengths >= 1"),
+    ("split", [4, 0], "a list of lengths >= 1"),
+    ("split", 3, "a list of lengths >= 1"),
+    ("split", [2.0, 3], "a list of lengths >= 1"),
+    ("exponent_override", [4, "2"], "null or a number p > 0"),
+    ("exponent_override", [], "null or a number p > 0"),
+    ("rank_deficient", "pinv", "one of shift, pseudo_inverse"),
     ("solver", "qr", "one of auto, eigh, coupled_newton, newton_db"),
     ("solver", None, "one of auto, eigh, coupled_newton, newton_db"),
     ("grafting_beta2", 0.0, "null or a number in (0, 1)"),
@@ -227,14 +245,22 @@ methods = st.sampled_from(GRAFTING_METHODS)
 dtypes = st.sampled_from(list(DTYPES))
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lr": numbers,
-    "betas": st.tuples(fractions, st.floats(0, 1, exclude_min=True)),
+    "betas": st.tuples(st.floats(0, 1, exclude_min=True, exclude_max=True), st.floats(0, 1, exclude_min=True)),
+    "beta3": st.none() | fractions,
     "eps": numbers,
     "weight_decay": numbers,
     "decoupled_weight_decay": st.booleans(),
+    "weight_decay_type": st.none() | st.just("l2"),
+    "peak_lr": st.none() | st.floats(1e-6, 1.0),
     "no_decay": patterns,
     "epsilon": numbers,
     "relative_epsilon": fractions,
     "max_preconditioner_dim": counts,
+    "merge_small_dims": st.booleans(),
+    "large_dim": st.sampled_from(["block", "adagrad"]),
+    "one_sided": st.sampled_from([None, "left", "right"]),
+    "batch_dims": st.sampled_from([0, 1]),
+    "split": st.sampled_from([(), (3, 4)]),
     "precondition_frequency": counts,
     "start_preconditioning_step": st.just(-1) | st.integers(10_000, 20_000),
     "grafting": methods,
@@ -244,7 +270,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "dampening": fractions,
     "nesterov": st.booleans(),
     "use_bias_correction": st.booleans(),
-    "exponent_override": st.none() | st.floats(0.1, 100),
+    "exponent_override": st.none() | st.floats(0.1, 100) | st.tuples(st.none(), st.floats(0.1, 100)),
+    "rank_deficient": st.sampled_from(["shift", "pseudo_inverse"]),
     "solver": st.sampled_from(["auto", "eigh"]),
     "exclude": patterns,
     "factor_dtype": st.sampled_from(["float32", "float64"]),
@@ -288,3 +315,35 @@ def test_elementwise_parameters_follow_the_grafting_method_unless_told_otherwise
     assert ShampooConfig(grafting="rmsprop").elementwise_method == "rmsprop"
     assert ShampooConfig(grafting="none").elementwise_method == "adam"
     assert ShampooConfig(grafting="none", elementwise="sgd").elementwise_method == "sgd"
+
+
+IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
+    ({"beta3": 0.5, "betas": (0.0, 0.9)}, "'beta3' = 0.5.*null where betas"),
+    ({"weight_decay_type": "corrected", "decoupled_weight_decay": False}, "'weight_decay_type' = 'corrected'"),
+    ({"split": [2, 3], "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*together with split"),
+    ({"split": [2, 3], "one_sided": "smaller"}, "'one_sided' = 'smaller'.*together with split"),
+    ({"rank_deficient": "pseudo_inverse", "solver": "newton_db"}, "'solver' = 'newton_db'.*pseudo_inverse"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), IMPOSSIBLE)
+def test_options_that_contradict_one_another_are_an_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Shampoo([parameter(3)], **options)
+
+
+def test_roots_are_twice_the_number_of_preconditioned_dims_unless_overridden() -> None:
+    assert [ShampooConfig().root(n) for n in (1, 2, 3)] == [2.0, 4.0, 6.0]
+    assert [ShampooConfig(exponent_override=3).root(n) for n in (1, 2, 3)] == [3.0, 3.0, 3.0]
+    assert [ShampooConfig(exponent_override=[None, 3]).root(n) for n in (1, 2, 3)] == [2.0, 3.0, 6.0]
+
+
+def test_the_peak_of_a_scaled_decay_is_the_learning_rate_that_a_group_starts_with() -> None:
+    group = {"params": [parameter(3)], "lr": 0.5}
+    optimizer = Shampoo([group, {"params": [parameter(3)]}], lr=0.25, weight_decay_type="corrected")
+    assert [g["peak_lr"] for g in optimizer.param_groups] == [0.5, 0.25]
+    assert Shampoo([parameter(3)], lr=0.25).param_groups[0]["peak_lr"] is None
+    with pytest.raises(OptionError, match="'peak_lr' = None is not allowed: a number > 0 where lr starts at 0"):
+        Shampoo([parameter(3)], lr=0.0, weight_decay_type="independent")
+    optimizer = Shampoo([parameter(3)], lr=0.0, weight_decay_type="independent", peak_lr=0.1)
+    assert optimizer.param_groups[0]["peak_lr"] == 0.1

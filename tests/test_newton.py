@@ -24,7 +24,7 @@ D = 24
 SPECTRA: dict[str, Tensor] = {
     "identity": torch.ones(D, dtype=F64),
     "large": torch.linspace(1e9, 3e12, D, dtype=F64),
-    "small": torch.linspace(1e-14, 3e-12, D, dtype=F64),
+    "small": torch.linspace(1e-26, 3e-24, D, dtype=F64),
     "rank_one": torch.tensor([1.0] + [0.0] * (D - 1), dtype=F64),
     "null_direction": torch.tensor([0.0] + [1.0] * (D - 1), dtype=F64),
     "geometric_1e-6": torch.logspace(0, -6, D, dtype=F64),
@@ -87,7 +87,10 @@ def test_what_gradients_see_of_a_float32_root_is_right(solve: Callable[..., Any]
         assert relative_error(found[n].double() @ half[n], expected[n] @ half[n]) < 5e-4, name
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30).filter(any), st.floats(-25, 25), st.integers(0, 99))
+spectra = st.lists(st.floats(0, 1), min_size=1, max_size=30).filter(lambda values: max(values) > 1e-3)
+
+
+@given(spectra, st.floats(-25, 25), st.integers(0, 99))
 def test_the_scale_is_a_bound_of_the_largest_eigenvalue_and_close(values: list[float], scale: float, seed: int) -> None:
     d = len(values)
     matrix = compose(basis(d, seed), torch.tensor(values, dtype=F64) * 10.0**scale)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shampoo_deepspeed.boxes import Box, tiling_error, whole
-from shampoo_deepspeed.plan import LOCALITY_TOLERANCE, Matrix, Piece, Plan, Transfers
+from shampoo_deepspeed.plan import LOCALITY_TOLERANCE, Matrix, Piece, Plan, Transfers, block_cost
 from tests.strategies import sharded
 
 
@@ -161,3 +161,10 @@ def test_ranks_that_are_equal_in_a_unit_take_turns_over_units() -> None:
         owners += plan.owners
         carried = [a + b for a, b in zip(carried, plan.loads, strict=True)]
     assert sorted(owners) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_side_that_is_switched_off_costs_nothing() -> None:
+    both, left, right = (block_cost((8, 64), 10, sides) for sides in (None, ("matrix", "none"), ("none", "matrix")))
+    neither = block_cost((8, 64), 10, ("none", "none"))
+    assert both - left == pytest.approx(right - neither) and left < 0.05 * both
+    assert left < block_cost((8, 64), 10, ("matrix", "diagonal")) < 1.5 * left

@@ -6,69 +6,92 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.config import DTYPES, ShampooConfig
-from shampoo_deepspeed.roots import inverse_root
+from shampoo_deepspeed.roots import diagonal_root, inverse_root
 from shampoo_deepspeed.verdict import Verdict
 
 
 class ShampooPreconditioner:
-    """Factor matrices A_i <- b2 A_i + (1 - b2) G_(i) G_(i)^T, applied as A_i^(-1/p) along mode i, p = 2k."""
+    """Factor matrices A_i <- b2 A_i + (1 - b2) G_(i) G_(i)^T, applied as A_i^(-1/p) along mode i.
+
+    p is twice the number of modes that have a factor at all. A mode may have the diagonal of its factor only, or
+    nothing (``ShampooConfig.sides``), which then is neither kept nor computed.
+    """
 
     def __init__(self, config: ShampooConfig) -> None:
+        self._config = config
         self._beta2 = config.betas[1]
         self._bias_correction = config.use_bias_correction
-        self._root = config.exponent_override
-        self._epsilon = config.epsilon
-        self._relative_epsilon = config.relative_epsilon
-        self._solver = config.solver
         self._factor_dtype = DTYPES[config.factor_dtype]
         self._root_dtype = DTYPES[config.root_dtype]
 
     def new_state(self, count: int, shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
-        """``factor_i`` and ``root_i`` [count, d_i, d_i] for each dim; roots mean nothing before the first refresh."""
+        """``factor_i`` and ``root_i`` for each dim that has them, [count, d_i, d_i], or [count, d_i] of a diagonal.
+
+        Roots mean nothing before the first refresh.
+        """
         state = {}
-        for mode, d in enumerate(shape):
-            state[f"factor_{mode}"] = torch.zeros(count, d, d, dtype=self._factor_dtype, device=device)
-            state[f"root_{mode}"] = torch.zeros(count, d, d, dtype=self._root_dtype, device=device)
+        for mode, (d, side) in enumerate(zip(shape, self._config.sides(shape), strict=True)):
+            if side != "none":
+                size = (count, d, d) if side == "matrix" else (count, d)
+                state[f"factor_{mode}"] = torch.zeros(size, dtype=self._factor_dtype, device=device)
+                state[f"root_{mode}"] = torch.zeros(size, dtype=self._root_dtype, device=device)
         return state
 
     def accumulate(self, state: dict[str, Tensor], gradients: Tensor, verdict: Verdict) -> None:
         weight = 1.0 if self._beta2 == 1.0 else 1.0 - self._beta2
-        for mode in range(gradients.ndim - 1):
+        for mode in modes_of(state):
             factor = state[f"factor_{mode}"]
             unfolded = unfold(gradients, mode).to(torch.promote_types(factor.dtype, gradients.dtype))
             if self._beta2 != 1.0:
                 factor.mul_(verdict.keep(self._beta2))
-            if factor.dtype == unfolded.dtype:
+            if factor.ndim == 2:
+                factor.add_(unfolded.square().sum(dim=-1), alpha=weight)
+            elif factor.dtype == unfolded.dtype:
                 factor.baddbmm_(unfolded, unfolded.mT, alpha=weight)
             else:
                 factor.add_(torch.bmm(unfolded, unfolded.mT), alpha=weight)
 
     def refresh(self, state: dict[str, Tensor], step: int) -> list[int]:
-        order = sum(name.startswith("factor_") for name in state)
-        root = 2.0 * order if self._root is None else self._root
+        modes = modes_of(state)
         corrected = self._bias_correction and self._beta2 < 1.0
         correction = 1.0 - self._beta2**step if corrected else 1.0
-        computed, failed = [], set()
-        for mode in range(order):
+        computed, failed = {}, set()
+        for mode in modes:
             matrices = state[f"factor_{mode}"]
             wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32)) / correction
-            roots, wrong = inverse_root(
-                wide, root, self._epsilon, self._relative_epsilon, self._root_dtype, self._solver
-            )
-            computed.append(roots)
+            computed[mode], wrong = self._roots(wide, self._config.root(len(modes)))
             failed.update(wrong)
-        for mode, roots in enumerate(computed):
+        for mode, roots in computed.items():
             for row in failed:
                 roots[row] = state[f"root_{mode}"][row]
             state[f"root_{mode}"].copy_(roots)
         return sorted(failed)
 
+    def _roots(self, factors: Tensor, root: float) -> tuple[Tensor, list[int]]:
+        config = self._config
+        ridge, pseudo = (config.epsilon, config.relative_epsilon), config.rank_deficient == "pseudo_inverse"
+        if factors.ndim == 2:
+            return diagonal_root(factors, root, *ridge, self._root_dtype, pseudo)
+        return inverse_root(factors, root, *ridge, self._root_dtype, config.solver, pseudo)
+
     def apply(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
         wide = moments.to(torch.promote_types(moments.dtype, self._root_dtype))
-        for mode in range(moments.ndim - 1):
-            product = torch.bmm(state[f"root_{mode}"].to(wide.dtype), unfold(wide, mode))
-            wide = fold(product, wide.shape, mode)
+        for mode in modes_of(state):
+            wide = multiply(wide, state[f"root_{mode}"].to(wide.dtype), mode)
         return wide.to(moments.dtype)
+
+
+def modes_of(state: dict[str, Tensor]) -> list[int]:
+    """The modes that have a factor, in order."""
+    return sorted(int(name.removeprefix("factor_")) for name in state if name.startswith("factor_"))
+
+
+def multiply(stack: Tensor, factors: Tensor, mode: int) -> Tensor:
+    """Multiply matrices [B, d, d], or diagonals [B, d], into one mode of each block of a stack [B, ...]."""
+    if factors.ndim == 2:
+        shape = [len(stack), *(n if dim == mode else 1 for dim, n in enumerate(stack.shape[1:]))]
+        return stack * factors.view(shape)
+    return fold(torch.bmm(factors, unfold(stack, mode)), stack.shape, mode)
 
 
 def unfold(stack: Tensor, mode: int) -> Tensor:
