@@ -7,6 +7,7 @@ import difflib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,8 +35,25 @@ SOLVERS = ("auto", "eigh", "coupled_newton", "newton_db")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 # Embeddings and output heads have one row per token: their factor matrices would be huge and their gradients
-# are sparse in rows, so every production system trains them element-wise.
-DEFAULT_EXCLUDE = ("kind:embedding", "kind:lm_head", "*embed*", "*lm_head*", "*wte*", "*wpe*")
+# are sparse in rows, so every production system trains them element-wise. Routers see few and sparse gradients too, and
+# norms and biases with more than one dim (of heads, of experts) are still lists of vectors.
+DEFAULT_EXCLUDE = (
+    "kind:embedding",
+    "kind:lm_head",
+    "*embed*",
+    "*lm_head*",
+    "*wte*",
+    "*wpe*",
+    "kind:router",
+    "*router*",
+    "*.gate.wg.*",
+    "kind:norm",
+    "*bias",
+)
+# What names_and_kinds and shapes can tell.
+KINDS = ("embedding", "lm_head", "layernorm", "norm", "router", "experts", "0d", "1d", "2d", "3d", "4d", "5d")
+# Stacked experts [experts, out, in] are matrices of their own.
+DEFAULT_RULES: tuple[dict[str, Any], ...] = ({"match": ("kind:experts",), "batch_dims": 1},)
 
 # The Hugging Face Trainer's own rule (Trainer.get_decay_parameter_names), as name patterns.
 TRAINER_NO_DECAY = (
@@ -207,7 +225,29 @@ def _optional_method(key: str, value: object) -> str | None:
 def _patterns(key: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
         raise _bad(key, value, 'a list of name patterns such as "*embed*" or kinds such as "kind:embedding"')
+    strange = [v for v in value if v.startswith("kind:") and v.removeprefix("kind:") not in KINDS]
+    if strange:
+        raise _bad(key, value, f"{strange[0]!r} is no kind; kinds are {', '.join(KINDS)}")
     return tuple(value)
+
+
+def _rules(key: str, value: object) -> tuple[dict[str, Any], ...]:
+    allowed = 'a list of rules such as {"match": "*q_proj*", "max_preconditioner_dim": 512}'
+    if not isinstance(value, (tuple, list)):
+        raise _bad(key, value, allowed)
+    checks = {option.name: option.metadata["check"] for option in fields(ShampooConfig)}
+    rules = []
+    for rule in value:
+        if not isinstance(rule, Mapping) or "match" not in rule or len(rule) < 2:
+            raise _bad(key, value, allowed)
+        match = rule["match"]
+        patterns = _patterns(f"{key}: match", [match] if isinstance(match, str) else match)
+        options = canonical({name: v for name, v in rule.items() if name != "match"})
+        misplaced = sorted(set(options) & set(GROUP_ONLY))
+        if misplaced:
+            raise _bad(key, value, f"{misplaced[0]!r} belongs to a parameter group and not to a rule")
+        rules.append({"match": patterns, **{name: checks[name](name, v) for name, v in options.items()}})
+    return tuple(rules)
 
 
 def _dtype(key: str, value: object) -> str:
@@ -288,6 +328,9 @@ class ShampooConfig:
     )
     solver: str = _option("auto", _one_of(*SOLVERS), "how inverse roots are computed; auto: by device and root")
     exclude: tuple[str, ...] = _option(DEFAULT_EXCLUDE, _patterns, "patterns of parameters that stay element-wise")
+    rules: tuple[dict[str, Any], ...] = _option(
+        DEFAULT_RULES, _rules, "options of the parameters that match a pattern; the first rule that matches counts"
+    )
     factor_dtype: str = _option("float32", _wide_dtype, "dtype of factor matrices")
     root_dtype: str = _option("float32", _dtype, "dtype of inverse roots")
     master_weights: bool = _option(True, _flag, "keep a float32 copy of 16-bit parameters that the host keeps none of")
@@ -315,6 +358,21 @@ class ShampooConfig:
         self._check_solver()
         self._check_decay()
         self._check_blocks()
+        for number, rule in enumerate(self.rules):
+            try:
+                self.under_rule(number)
+            except OptionError as error:
+                raise OptionError(f"in the rule for {list(rule['match'])}: {error}") from None
+
+    def under_rule(self, number: int) -> ShampooConfig:
+        """These options as they are for parameters that match a rule."""
+        changed = {name: value for name, value in self.rules[number].items() if name != "match"}
+        return dataclasses.replace(self, rules=(), **changed)
+
+    @cached_property
+    def by_rule(self) -> tuple[ShampooConfig, ...]:
+        """``under_rule`` of all rules."""
+        return tuple(self.under_rule(number) for number in range(len(self.rules)))
 
     def _check_solver(self) -> None:
         given = self.exponent_override
@@ -437,12 +495,30 @@ FIXED_OPTIONS = (
     "one_sided",
     "batch_dims",
     "split",
+    "rules",
     "exclude",
     "no_decay",
     "factor_dtype",
     "root_dtype",
     "communication_dtype",
     "bucket_mb",
+)
+# The step of a whole parameter group uses these, so rules for single parameters cannot change them.
+GROUP_ONLY = (
+    "lr",
+    "weight_decay",
+    "decoupled_weight_decay",
+    "weight_decay_type",
+    "peak_lr",
+    "no_decay",
+    "exclude",
+    "rules",
+    "momentum",
+    "dampening",
+    "nesterov",
+    "communication_dtype",
+    "bucket_mb",
+    "failure_limit",
 )
 # These shape what ranks exchange, so one optimizer has one value of each.
 GLOBAL_OPTIONS = ("communication_dtype", "bucket_mb", "failure_limit")

@@ -29,9 +29,10 @@ class Manifest:
         directory: name of the folder beside this file that holds the tensors.
         world_size: number of ranks that saved.
         groups: options of each parameter group, by its number.
-        parameters: by key ``shape``, ``group``, ``steps``, and (None where element-wise) ``merged``, the shape that is
-            cut into blocks, and ``max_dim``, their size.
-        layouts: a block's bytes, by ``"group:shape"`` as ``layout_key`` gives it.
+        parameters: by key ``shape``, ``group``, ``options`` (the group's number, or that of a rule within it),
+            ``steps``, and (None where element-wise) ``merged``, the shape that is cut into blocks, and ``cuts``, their
+            lengths along each dim.
+        layouts: a block's bytes, by ``"options:shape"`` as ``layout_key`` gives it.
         files: ``bytes`` and ``crc32`` of each file in the folder.
         versions: of what wrote it; for people.
     """
@@ -91,9 +92,9 @@ class Manifest:
         sync_directory(path)
 
 
-def layout_key(group: int | str, shape: Sequence[int]) -> str:
-    """The key of a block layout: saved group number and block shape."""
-    return f"{group}:{'x'.join(map(str, shape))}"
+def layout_key(options: int | str, shape: Sequence[int]) -> str:
+    """The key of a block layout: saved number of its options and block shape."""
+    return f"{options}:{'x'.join(map(str, shape))}"
 
 
 def sync_directory(path: Path) -> None:

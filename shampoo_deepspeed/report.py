@@ -22,6 +22,8 @@ def treatment_table(parameters: Iterable[Parameter], configs: Mapping[int, Shamp
         elements[treatment.preconditioned] += math.prod(parameter.shape)
         what = _blocks(treatment) if treatment.preconditioned else "element-wise"
         why = treatment.reason or f"{len(treatment.merged)} dims"
+        if treatment.rule:
+            why += f", under the rule for {treatment.rule!r}"
         if not treatment.decays and config.weight_decay:
             why += ", no weight decay"
         key = (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", parameter.key), "x".join(map(str, parameter.shape)), what, why)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_deepspeed.blocks import Cuts, Side, cut_lengths, merge_small_dims
+from shampoo_deepspeed.blocks import Side, cut_lengths, merge_small_dims
 from shampoo_deepspeed.boxes import Box, Placed, merged_places, tiling_error
 from shampoo_deepspeed.config import DTYPES, OptionError, ShampooConfig
 from shampoo_deepspeed.elementwise import Elementwise, Segment
@@ -26,6 +26,7 @@ from shampoo_deepspeed.hosts import Layout, LayoutError, Parameter, compute_dtyp
 from shampoo_deepspeed.metrics import Measured
 from shampoo_deepspeed.naming import matching
 from shampoo_deepspeed.plan import Matrix, Plan
+from shampoo_deepspeed.rules import number_under, rule_of
 from shampoo_deepspeed.stacks import BlockStack
 from shampoo_deepspeed.verdict import Outcome
 
@@ -36,16 +37,18 @@ logger = logging.getLogger(__name__)
 class Treatment:
     """What happens to a parameter: its merged shape where preconditioned, else why it is element-wise and how.
 
-    ``cuts`` are the lengths of its blocks and ``sides`` what each dim of them has; ``method`` is the element-wise one.
+    ``cuts`` are the lengths of its blocks and ``sides`` what each dim of them has; ``method`` is the element-wise one;
+    ``rule`` is the pattern of the rule that it is under, if any.
     """
 
     merged: tuple[int, ...]
     dims: tuple[tuple[int, ...], ...]
     reason: str | None
     decays: bool
-    cuts: Cuts = ()
+    cuts: tuple[tuple[int, ...], ...] = ()
     sides: tuple[Side, ...] = ()
     method: str = ""
+    rule: str | None = None
 
     @property
     def preconditioned(self) -> bool:
@@ -76,29 +79,37 @@ class Region:
 def treat(parameter: Parameter, config: ShampooConfig) -> Treatment:
     """Decide by shape, name and kind alone whether and how a parameter is preconditioned and whether it decays.
 
+    Args:
+        config: the options of its group; a rule that it matches counts.
+
     Raises:
         OptionError: where ``split`` does not fit the shape.
     """
     if parameter.name is None and not parameter.kinds and config.no_decay:
         decays = sum(n > 1 for n in parameter.shape) > 1  # no names: the usual rule of thumb
     else:
-        decays = matching(config.no_decay, parameter.name, parameter.kinds) is None
+        decays = matching(config.no_decay, parameter.name, parameter.kinds, parameter.shape) is None
+    rule, pattern = rule_of(parameter.name, parameter.kinds, parameter.shape, config), None
+    if rule is not None:
+        pattern = matching(config.rules[rule]["match"], parameter.name, parameter.kinds, parameter.shape)
+        config = config.by_rule[rule]
     limit, batch = config.max_preconditioner_dim, config.batch_dims
     merged, dims = merge_small_dims(parameter.shape, limit, batch, config.merge_small_dims)
     reason, method = _why_elementwise(parameter, merged, config)
     if reason is not None:
         flat = (tuple(range(len(parameter.shape))),)
-        return Treatment((math.prod(parameter.shape),), flat, reason, decays, method=method)
+        return Treatment((math.prod(parameter.shape),), flat, reason, decays, method=method, rule=pattern)
     sides = config.sides(merged)
     try:
-        return Treatment(merged, dims, None, decays, cut_lengths(merged, limit, sides, batch, config.split), sides)
+        cuts = cut_lengths(merged, limit, sides, batch, config.split)
+        return Treatment(merged, dims, None, decays, cuts, sides, rule=pattern)
     except ValueError as error:
         raise OptionError(f"Shampoo option 'split' does not fit parameter {parameter.key}: {error}.") from None
 
 
 def _why_elementwise(parameter: Parameter, merged: tuple[int, ...], config: ShampooConfig) -> tuple[str | None, str]:
     """(why a parameter is element-wise, or None; the method of its direction)."""
-    pattern = matching(config.exclude, parameter.name, parameter.kinds)
+    pattern = matching(config.exclude, parameter.name, parameter.kinds, parameter.shape)
     if pattern is not None:
         return f"excluded by {pattern!r}", config.elementwise_method
     if len(merged) - config.batch_dims < 2 or 0 in merged:
@@ -115,7 +126,7 @@ class Unit:
 
     Args:
         layout: what the host says of this rank.
-        configs: options by parameter group number; the same on all ranks.
+        configs: options by parameter group number, and of rules by theirs; the same on all ranks.
         carried: each rank's load from units built before.
 
     Raises:
@@ -136,6 +147,10 @@ class Unit:
         self.device = locals_[0].device if locals_ else torch.device("cpu")
         self.dtype = compute_dtype(locals_[0]) if locals_ else torch.float32
         self.treatments = [treat(p, configs[p.group]) for p in self.parameters]
+        # The number of each parameter's options: those of its group, or of a rule of it.
+        self.options = [
+            number_under(p.group, rule_of(p.name, p.kinds, p.shape, configs[p.group])) for p in self.parameters
+        ]
         # Steps taken by each parameter. All ranks count alike, without a read of the device.
         self.steps = [0] * len(self.parameters)
         self.clock = torch.zeros(())  # the largest of them, as torch's tools know it
@@ -163,8 +178,7 @@ class Unit:
         self.stacks = [self._stack(blocks, configs) for blocks in self.exchange.stacks]
         self.elementwise = self._elementwise_part(places, everyone, configs)
         self.regions = self._joined_regions()
-        groups = {p.group for p, t in zip(self.parameters, self.treatments, strict=True) if not t.preconditioned}
-        self.needs_norms = any(is_normalized(configs[g].elementwise_method) for g in groups)
+        self.needs_norms = any(is_normalized(t.method) for t in self.treatments if not t.preconditioned)
 
     def _placed_shards(self) -> list[tuple[int, int, Placed]]:
         """This rank's shards as (parameter, tensor, place in its merged shape)."""
@@ -187,7 +201,7 @@ class Unit:
             if self.layout.problem:
                 raise LayoutError(self.layout.problem)
             return [mine]
-        options = {g: str(sorted(c.to_json().items())) for g, c in configs.items()}
+        options = {g: str(sorted(configs[g].to_json().items())) for g in {p.group for p in self.parameters}}
         signature = [(p.key, p.shape, p.group, options[p.group]) for p in self.parameters]
         plain = [(p, box.offsets, box.lengths) for p, box in mine]
         gathered: list[Any] = [None] * self.world_size
@@ -216,7 +230,7 @@ class Unit:
             )
 
     def _matrix(self, p: int, configs: Mapping[int, ShampooConfig]) -> Matrix:
-        group, treatment = self.parameters[p].group, self.treatments[p]
+        group, treatment = self.options[p], self.treatments[p]
         return Matrix(treatment.merged, treatment.cuts, group, configs[group].precondition_frequency, treatment.sides)
 
     def block_key(self, block: int) -> str:
@@ -246,7 +260,7 @@ class Unit:
                 (start,), (numel,) = place.box.offsets, place.box.lengths
                 share = 1.0 / copies[p, place.box]
                 segments.append(
-                    Segment(p, parameter.key, parameter.group, method, start, numel, tensor, place.offset, share)
+                    Segment(p, parameter.key, self.options[p], method, start, numel, tensor, place.offset, share)
                 )
         return Elementwise(segments, configs, self.device, self.dtype)
 

@@ -104,7 +104,7 @@ def sides(shape: tuple[int, ...], o: Options) -> list[str]:
 
 
 def cut(shape: tuple[int, ...], limit: int, o: Options | None = None) -> list[tuple[slice, ...]]:
-    """All blocks; with options also batch dims, dims that are not cut, and a split of the first dim that has its sum."""
+    """All blocks; with options also batch dims, dims that are not cut, and a split of the first dim with its sum."""
     o = o or Options(max_preconditioner_dim=limit)
     kinds, unsplit = sides(shape, o), list(o.split)
     pieces: list[list[slice]] = []
@@ -113,10 +113,11 @@ def cut(shape: tuple[int, ...], limit: int, o: Options | None = None) -> list[tu
         if i >= o.batch_dims and unsplit and sum(unsplit) == d:
             parts, unsplit = unsplit, []
         size = 1 if i < o.batch_dims else limit if kinds[i] == "full" else d
-        ends = [sum(parts[: n + 1]) for n in range(len(parts))]
-        pieces.append(
-            [slice(a, min(a + size, end)) for part, end in zip(parts, ends) for a in range(end - part, end, size)]
-        )
+        along, start = [], 0
+        for part in parts:
+            along += [slice(a, min(a + size, start + part)) for a in range(start, start + part, size)]
+            start += part
+        pieces.append(along)
     return list(product(*pieces))
 
 
@@ -155,9 +156,9 @@ class Reference:
             o = replace(base, **(overrides or {}).get(name, {}))
             value = p.detach().to(dtype).clone()
             merged = merge(tuple(value.shape), o.max_preconditioner_dim, o.batch_dims, o.merge_small_dims)
-            if len(merged) - o.batch_dims >= 2 and o.large_dim == "adagrad":
-                if name not in exclude and max(merged[o.batch_dims :]) > o.max_preconditioner_dim:
-                    exclude, o = (*exclude, name), replace(o, elementwise="adagrad")
+            large = len(merged) - o.batch_dims >= 2 and max(merged[o.batch_dims :]) > o.max_preconditioner_dim
+            if large and o.large_dim == "adagrad" and name not in exclude:
+                exclude, o = (*exclude, name), replace(o, elementwise="adagrad")
             elementwise = name in exclude or len(merged) - o.batch_dims < 2 or set(sides(merged, o)) == {"none"}
             self.params[name] = Parameter(
                 value, o, tuple(value.shape) if elementwise else merged, [], torch.zeros_like(value), o.lr
