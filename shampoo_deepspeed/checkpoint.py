@@ -181,9 +181,7 @@ def _tables(optimizer: BlockOptimizer, moments: torch.dtype | None) -> dict[str,
     known = {entry.parameter.key: entry.parameter for entry in optimizer.entries}
     numbers = {key: _options(parameter, configs) for key, parameter in known.items()}
     steps = dict(waiting.steps) if waiting is not None else {}
-    parameters: dict[str, Mapping[str, Any]] = {
-        key: _record(p, steps.get(key, 0), configs) for key, p in known.items()
-    }
+    parameters: dict[str, Mapping[str, Any]] = {key: _record(p, steps.get(key, 0), configs) for key, p in known.items()}
     layouts: dict[str, BlockLayout] = {}
     if isinstance(waiting, StoredState):
         parameters |= {n: r for n, r in waiting.manifest.parameters.items() if base_key(n) in waiting.keys}

@@ -516,6 +516,8 @@ GROUP_ONLY = (
     "momentum",
     "dampening",
     "nesterov",
+    "master_weights",
+    "stochastic_rounding",
     "communication_dtype",
     "bucket_mb",
     "failure_limit",

@@ -56,7 +56,7 @@ Row = tuple[int, ...]
 
 
 def covering_array() -> list[Row]:
-    """Rows of value numbers, one per option: greedily, each row takes as many pairs as it can that are still missing."""
+    """Rows of value numbers, one per option; greedily, each row takes as many pairs as it can that are missing."""
     sizes = [len(values) for values in VALUES.values()]
     missing = {
         (a, i, b, j)
