@@ -16,7 +16,7 @@ from shampoo_deepspeed.boxes import Box
 # What a dim of a block has: a factor matrix, a vector of its diagonal, or nothing.
 Side: TypeAlias = Literal["matrix", "diagonal", "none"]
 # How a shape is cut: at most so long along every dim, or these lengths of blocks along each dim.
-Cuts: TypeAlias = int | tuple[tuple[int, ...], ...]
+Cuts: TypeAlias = int | Sequence[Sequence[int]]
 
 
 def merge_small_dims(
@@ -100,13 +100,18 @@ def cut_lengths(
     return tuple(lengths)
 
 
+def even_cuts(shape: Sequence[int], max_dim: int) -> tuple[tuple[int, ...], ...]:
+    """Lengths of blocks of at most ``max_dim`` along every dim; the last ones may be shorter."""
+    return tuple(_even(n, max_dim) for n in shape)
+
+
 def _even(n: int, longest: int) -> tuple[int, ...]:
     return tuple(min(longest, n - start) for start in range(0, n, longest)) if n else ()
 
 
 def _starts(shape: Sequence[int], cuts: Cuts) -> list[list[int]]:
     """Where blocks begin along each dim, and where the last one ends."""
-    lengths = tuple(_even(n, cuts) for n in shape) if isinstance(cuts, int) else cuts
+    lengths = even_cuts(shape, cuts) if isinstance(cuts, int) else cuts
     return [[0, *itertools.accumulate(along)] for along in lengths]
 
 

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from shampoo_deepspeed.blocks import even_cuts
+
 FORMAT = 1
 NAME = "manifest.json"
 
@@ -73,6 +75,7 @@ class Manifest:
                 f"{file} has format {body.get('format')!r}, and this version of shampoo_deepspeed reads {FORMAT}"
             )
         known = {name: body[name] for name in (f.name for f in fields(cls))}
+        known["parameters"] = {name: _completed(record) for name, record in body["parameters"].items()}
         known["layouts"] = {
             key: [(name, dtype, tuple(shape)) for name, dtype, shape in layout]
             for key, layout in body["layouts"].items()
@@ -90,6 +93,14 @@ class Manifest:
             os.fsync(stream.fileno())
         os.replace(aside, path / NAME)
         sync_directory(path)
+
+
+def _completed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of before there were rules: blocks had one size, ``max_dim``, and options were those of the group."""
+    if "cuts" in record:
+        return record
+    cuts = [list(along) for along in even_cuts(record["merged"], record["max_dim"])] if record["merged"] else None
+    return {**record, "options": record["group"], "cuts": cuts}
 
 
 def layout_key(options: int | str, shape: Sequence[int]) -> str:

@@ -204,8 +204,7 @@ class StoredState:
 
     def _add_block(self, stacks: dict[str, dict[str, Any]], key: str, index: str, blob: Tensor) -> None:
         record = self.manifest.parameters[key]
-        cuts = tuple(tuple(along) for along in record["cuts"])
-        shape = cut_into_blocks(record["merged"], cuts)[int(index)].lengths
+        shape = cut_into_blocks(record["merged"], record["cuts"])[int(index)].lengths
         name = layout_key(record["options"], shape)
         layout = self.manifest.layouts[name]
         tensors = dict(zip((part[0] for part in layout), _cut(blob, layout), strict=True))
