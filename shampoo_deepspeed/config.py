@@ -32,6 +32,7 @@ DECAYS = ("l2", "decoupled", "corrected", "independent")
 LARGE_DIMS = ("block", "diagonal", "identity", "adagrad")
 SIDES = ("smaller", "left", "right")
 SOLVERS = ("auto", "eigh", "coupled_newton", "newton_db")
+PRECONDITIONERS = ("shampoo", "soap", "kl_shampoo")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 # Embeddings and output heads have one row per token: their factor matrices would be huge and their gradients
@@ -222,6 +223,22 @@ def _optional_method(key: str, value: object) -> str | None:
     return None if value is None else _method(key, value)
 
 
+def _preconditioner(key: str, value: object) -> str:
+    if not isinstance(value, str) or value.lower() not in PRECONDITIONERS:
+        raise _bad(key, value, f"one of {', '.join(PRECONDITIONERS)}")
+    return value.lower()
+
+
+def _optional_tolerance(key: str, value: object) -> float | None:
+    allowed = "null or a number in [0, 1)"
+    if value is None:
+        return None
+    number = _number(key, value, 0.0, 1.0, allowed)
+    if number == 1.0:
+        raise _bad(key, value, allowed)
+    return number
+
+
 def _patterns(key: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
         raise _bad(key, value, 'a list of name patterns such as "*embed*" or kinds such as "kind:embedding"')
@@ -291,7 +308,7 @@ class ShampooConfig:
     lr: float | Tensor = _option(1e-3, _learning_rate, "learning rate, read every step; AdamW's scale when grafted")
     betas: tuple[float, float] = _option((0.9, 0.999), _betas, "decay of the first moment, of the factor matrices")
     beta3: float | None = _option(None, _optional_beta, "weight of the old first moment in M; null: betas[0]")
-    eps: float = _option(1e-8, _non_negative, "added to the square root of the grafting second moment, as in AdamW")
+    eps: float = _option(1e-8, _non_negative, "added to the square root of second moments, as in AdamW")
     weight_decay: float = _option(0.0, _non_negative, "weight decay")
     decoupled_weight_decay: bool = _option(True, _flag, "AdamW's decay; false: L2, added to the gradient")
     weight_decay_type: str | None = _option(
@@ -303,6 +320,7 @@ class ShampooConfig:
     no_decay: tuple[str, ...] = _option((), _patterns, "patterns of parameters without weight decay")
     epsilon: float = _option(1e-12, _non_negative, "absolute floor of the factor matrices' regularisation")
     relative_epsilon: float = _option(1e-6, _fraction, "regularisation relative to the largest eigenvalue")
+    preconditioner: str = _option("shampoo", _preconditioner, "shampoo, soap or kl_shampoo")
     max_preconditioner_dim: int = _option(1024, _positive_int, "block size: larger dims are cut, small ones merged")
     merge_small_dims: bool = _option(True, _flag, "merge small neighbouring dims; false: only dims of size 1 go")
     large_dim: str = _option(
@@ -311,17 +329,18 @@ class ShampooConfig:
     one_sided: str | None = _option(None, _optional_one_of(*SIDES), "the only dim with a factor; null: all dims")
     batch_dims: int = _option(0, _small_int, "1: the first dim counts matrices of their own, as of stacked experts")
     split: tuple[int, ...] = _option((), _lengths, "lengths of the parts of a fused matrix, each with its own blocks")
-    precondition_frequency: int = _option(10, _positive_int, "steps between two refreshes of the inverse roots")
+    precondition_frequency: int = _option(10, _positive_int, "steps between two refreshes of roots or eigenbases")
+    refresh_tolerance: float | None = _option(None, _optional_tolerance, "off-diagonal mass that a kept basis may have")
     start_preconditioning_step: int = _option(-1, _start_step, "first preconditioned step; -1: the frequency")
-    grafting: str = _option("adam", _method, "whose step length each block takes")
-    grafting_beta2: float | None = _option(None, _optional_beta2, "grafting second moment's decay; null: betas[1]")
+    grafting: str | None = _option(None, _optional_method, "whose step length blocks take; null: adam, for soap none")
+    grafting_beta2: float | None = _option(None, _optional_beta2, "decay of second moments; null: betas[1]")
     elementwise: str | None = _option(None, _optional_method, "method of unpreconditioned parameters; null: grafting")
     momentum: float = _option(0.0, _fraction, "momentum on the finished direction")
     dampening: float = _option(0.0, _fraction, "dampening of momentum")
     nesterov: bool = _option(False, _flag, "Nesterov momentum")
     use_bias_correction: bool = _option(True, _flag, "correct first moment and factor matrices for their zero start")
     exponent_override: float | tuple[float | None, ...] | None = _option(
-        None, _optional_root, "the p of A^(-1/p), or a list by number of preconditioned dims; null: twice that number"
+        None, _optional_root, "the p of A^(-1/p), or a list by number of preconditioned dims; null: twice it, soap 2"
     )
     rank_deficient: str = _option(
         "shift", _one_of("shift", "pseudo_inverse"), "small eigenvalues: regularised, or their root is 0"
@@ -332,7 +351,7 @@ class ShampooConfig:
         DEFAULT_RULES, _rules, "options of the parameters that match a pattern; the first rule that matches counts"
     )
     factor_dtype: str = _option("float32", _wide_dtype, "dtype of factor matrices")
-    root_dtype: str = _option("float32", _dtype, "dtype of inverse roots")
+    root_dtype: str = _option("float32", _dtype, "dtype of inverse roots and eigenbases")
     master_weights: bool = _option(True, _flag, "keep a float32 copy of 16-bit parameters that the host keeps none of")
     stochastic_rounding: bool = _option(False, _flag, "without master_weights: round bfloat16 parameters at random")
     communication_dtype: str | None = _option(None, _optional_dtype, "dtype between ranks; null: that of the moments")
@@ -355,6 +374,10 @@ class ShampooConfig:
             raise _bad(
                 "stochastic_rounding", self.stochastic_rounding, "true only together with master_weights = false"
             )
+        if self.preconditioner == "kl_shampoo" and self.exponent_override is not None:
+            allowed = "null with preconditioner kl_shampoo, whose statistics are made of inverse square roots"
+            raise _bad("exponent_override", self.exponent_override, allowed)
+        self._check_preconditioner()
         self._check_solver()
         self._check_decay()
         self._check_blocks()
@@ -373,6 +396,25 @@ class ShampooConfig:
     def by_rule(self) -> tuple[ShampooConfig, ...]:
         """``under_rule`` of all rules."""
         return tuple(self.under_rule(number) for number in range(len(self.rules)))
+
+    def _check_preconditioner(self) -> None:
+        """What Shampoo alone can do, and what a kept basis cannot."""
+        defaults = {"one_sided": (None,), "large_dim": ("block", "adagrad"), "rank_deficient": ("shift",)}
+        for name, values in defaults.items():
+            value = getattr(self, name)
+            if self.preconditioner != "shampoo" and value not in values:
+                raise _bad(name, value, f"{' or '.join(map(str, values))} with preconditioner {self.preconditioner}")
+        if self.preconditioner == "soap" and isinstance(self.exponent_override, tuple):
+            raise _bad("exponent_override", self.exponent_override, "null or a number with preconditioner soap")
+        if self.refresh_tolerance is not None:
+            if self.rank_deficient != "shift":
+                raise _bad("rank_deficient", self.rank_deficient, "shift together with refresh_tolerance")
+            if self.solver not in ("auto", "eigh"):
+                raise _bad(
+                    "solver", self.solver, "auto or eigh together with refresh_tolerance, which keeps eigenbases"
+                )
+        if self.preconditioner == "soap" and self.solver not in ("auto", "eigh"):
+            raise _bad("solver", self.solver, "auto or eigh with preconditioner soap, which takes no inverse roots")
 
     def _check_solver(self) -> None:
         given = self.exponent_override
@@ -427,6 +469,8 @@ class ShampooConfig:
 
     def sides(self, shape: tuple[int, ...]) -> tuple[Side, ...]:
         """What each dim of a merged shape, or of a block of it, has: a factor matrix, a diagonal or nothing."""
+        if self.preconditioner != "shampoo":
+            return sides_of(shape, self.max_preconditioner_dim)
         large = "block" if self.large_dim == "adagrad" else self.large_dim
         return sides_of(shape, self.max_preconditioner_dim, large, self.one_sided, self.batch_dims)
 
@@ -444,8 +488,20 @@ class ShampooConfig:
         return self.precondition_frequency if start == -1 else start
 
     @property
+    def grafting_method(self) -> str:
+        """The grafting in force: as given, else the preconditioner's own. SOAP has Adam's step length already."""
+        if self.grafting is not None:
+            return self.grafting
+        return "none" if self.preconditioner == "soap" else "adam"
+
+    @property
+    def warm_method(self) -> str:
+        """The method of a block's directions before its first refresh, and of their length after it where grafted."""
+        return self.elementwise_method if self.grafting_method == "none" else self.grafting_method
+
+    @property
     def second_moment_beta(self) -> float:
-        """Decay of the grafting second moment."""
+        """Decay of second moments: that of grafting, and SOAP's of the rotated gradient."""
         if self.grafting_beta2 is not None:
             return self.grafting_beta2
         return self.betas[1] if self.betas[1] < 1.0 else 0.999
@@ -455,15 +511,20 @@ class ShampooConfig:
         """The method of parameters (and of blocks before their first refresh) that have no inverse root."""
         if self.elementwise is not None:
             return self.elementwise
-        return "adam" if self.grafting == "none" else self.grafting
+        return "adam" if self.grafting_method == "none" else self.grafting_method
 
     def shape_of_state(self) -> dict[str, Any]:
         """What may not change once there is state, by option."""
         plain = ("none", "sgd")  # no second moment
-        warm = self.elementwise_method if self.grafting == "none" else self.grafting
         fixed = {name: getattr(self, name) for name in FIXED_OPTIONS}
-        kinds = {"grafting": warm in plain, "elementwise": self.elementwise_method in plain}
+        kinds = {"grafting": self.warm_method in plain, "elementwise": self.elementwise_method in plain}
+        kinds["refresh_tolerance"] = self.keeps_basis
         return {**fixed, "betas": self.betas[0] == 0.0, **kinds}
+
+    @property
+    def keeps_basis(self) -> bool:
+        """Whether inverse roots are made from eigenbases that are kept, so that a refresh can find one good enough."""
+        return self.refresh_tolerance is not None and self.preconditioner != "soap"
 
     def refreshes_at(self, step: int) -> bool:
         """Whether inverse roots are recomputed at this step (counted from 1)."""
@@ -486,9 +547,10 @@ class ShampooConfig:
 
 
 OPTION_NAMES = tuple(f.name for f in fields(ShampooConfig))
-# These shape blocks and state, so they are fixed from a group's first step on; whether there is a first moment or a
-# second one is fixed too.
+# These shape blocks and state, so they are fixed from a group's first step on; whether there is a first moment, a
+# second one, or a kept basis is fixed too.
 FIXED_OPTIONS = (
+    "preconditioner",
     "max_preconditioner_dim",
     "merge_small_dims",
     "large_dim",

@@ -34,7 +34,8 @@ class Shampoo(BlockOptimizer):
 
     where D is the direction of the grafting method (Adam's by default), which gives each block its step length.
     Inverse roots are recomputed every ``precondition_frequency`` steps from ``start_preconditioning_step`` on; before
-    that the direction is D. Vectors, scalars, embeddings and output heads get D always.
+    that the direction is D. Vectors, scalars, embeddings and output heads get D always. With the option
+    ``preconditioner`` blocks get SOAP's or KL-Shampoo's direction instead (see the classes in ``preconditioners``).
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or parameter groups. Names let ``exclude`` and ``no_decay``

@@ -40,10 +40,10 @@ class BlockStack:
         self.keys = tuple(keys)
         self.shape = shape
         count = len(self.keys)
-        self.tensors = build(config).new_state(count, shape, device)
+        self.tensors = build(config).new_state(count, shape, device, dtype)
         if config.betas[0] != 0.0:
             self.tensors["exp_avg"] = torch.zeros(count, *shape, dtype=dtype, device=device)
-        if grafting.has_second_moment(warm_method(config)):
+        if grafting.has_second_moment(config.warm_method):
             self.tensors["second_moment"] = torch.zeros(count, *shape, dtype=dtype, device=device)
         self.refreshed = [False] * count
         self.failures = [0] * count
@@ -75,17 +75,18 @@ class BlockStack:
         state = {name: tensor[first : rows.stop] for name, tensor in self.tensors.items()}
         preconditioner = build(config)
         preconditioner.accumulate(state, gradients, verdict)
+        moments, graft = self._moments(state, gradients, step, config, verdict)
         # A refresh waits for the device anyway, so here the host may as well read the verdict.
         if config.refreshes_at(step) and not verdict.rejected:
+            what = "eigenbasis" if config.preconditioner == "soap" else "inverse root"
             with self.meter.refreshing(gradients.device):
-                failed = set(preconditioner.refresh(state, step))
-            self._note_refresh(rows, failed)
-        moments, graft = self._moments(state, gradients, step, config, verdict)
+                failed = set(preconditioner.refresh(state, step, moments))
+            self._note_refresh(rows, failed, what)
         ready = [self.refreshed[row] for row in rows]
         if not any(ready):
             return graft()
-        direction = preconditioner.apply(state, moments)
-        if config.grafting != "none":
+        direction = preconditioner.apply(state, gradients, moments, verdict)
+        if config.grafting_method != "none":
             warm = graft()
             direction = direction * _ratio(block_norms(warm), block_norms(direction))
         if all(ready):
@@ -97,7 +98,7 @@ class BlockStack:
         self, state: dict[str, Tensor], gradients: Tensor, step: int, config: ShampooConfig, verdict: Verdict
     ) -> tuple[Tensor, Callable[[], Tensor]]:
         """Steps 4 and 5: update both moments; gives M, and what computes the grafting direction."""
-        method, beta2 = warm_method(config), config.second_moment_beta
+        method, beta2 = config.warm_method, config.second_moment_beta
         second = [state["second_moment"]] if "second_moment" in state else []
         own = gradients
         if second and grafting.is_normalized(method):
@@ -109,7 +110,7 @@ class BlockStack:
         moments = grafting.first_moment(first, [gradients], beta1, step, corrected, verdict, config.beta3)
         return moments[0], lambda: grafting.direction(method, moments, second, step, beta2, config.eps)[0]
 
-    def _note_refresh(self, rows: Sequence[int], failed: set[int]) -> None:
+    def _note_refresh(self, rows: Sequence[int], failed: set[int], what: str) -> None:
         for position, row in enumerate(rows):
             if position not in failed:
                 self.refreshed[row] = True
@@ -118,7 +119,8 @@ class BlockStack:
                 continue
             self.failures[row] += 1
             logger.warning(
-                "no inverse root of block %s: its eigendecomposition failed %d times in a row, last good one kept",
+                "no %s of block %s: its decomposition failed %d times in a row, last good one kept",
+                what,
                 self.keys[row],
                 self.failures[row],
             )
@@ -142,7 +144,7 @@ class BlockStack:
             f"saved state of block {saved['keys'][0]} has shape {tuple(saved['shape'])} "
             f"and {_row_shapes(saved['tensors'])}; "
             f"the options now ask for {self.shape} and {_row_shapes(self.tensors)} "
-            "(max_preconditioner_dim, one_sided, large_dim, betas or grafting changed)"
+            "(max_preconditioner_dim, one_sided, large_dim, betas, grafting, preconditioner, ... changed)"
         )
 
     def load_row(self, row: int, saved: dict[str, Any], saved_row: int) -> None:
@@ -155,11 +157,6 @@ class BlockStack:
 
 def _row_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape[1:]) for name, tensor in sorted(tensors.items())}
-
-
-def warm_method(config: ShampooConfig) -> str:
-    """The method of directions before a block's first refresh, and of its step length after it where grafted."""
-    return config.elementwise_method if config.grafting == "none" else config.grafting
 
 
 def block_norms(stack: Tensor) -> Tensor:

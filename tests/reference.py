@@ -1,4 +1,4 @@
-"""The update rule written for reading: plain, unsharded, float64 Shampoo, the oracle of the exactness tests.
+"""The update rule written for reading: plain, unsharded, float64 Shampoo and its family, the exactness tests' oracle.
 
 Shares no code with the package. `Reference.step` reads as the numbered steps of the rule; everything
 happens per block, one after another, and nothing is batched.
@@ -26,10 +26,12 @@ class Options:
     decoupled_weight_decay: bool = True
     epsilon: float = 1e-12
     relative_epsilon: float = 1e-6
+    preconditioner: str = "shampoo"
     max_preconditioner_dim: int = 1024
     precondition_frequency: int = 10
+    refresh_tolerance: float | None = None
     start_preconditioning_step: int = -1
-    grafting: str = "adam"
+    grafting: str | None = None
     grafting_beta2: float | None = None
     elementwise: str | None = None
     momentum: float = 0.0
@@ -52,6 +54,19 @@ class Options:
         return self.precondition_frequency if self.start_preconditioning_step == -1 else self.start_preconditioning_step
 
     @property
+    def graft(self) -> str:
+        return self.grafting or ("none" if self.preconditioner == "soap" else "adam")
+
+    @property
+    def warm(self) -> str:
+        """The element-wise method of a block's first directions, and of its length where grafted."""
+        return self.fallback if self.graft == "none" else self.graft
+
+    @property
+    def fallback(self) -> str:
+        return self.elementwise or ("adam" if self.graft == "none" else self.graft)
+
+    @property
     def graft_beta2(self) -> float:
         if self.grafting_beta2 is not None:
             return self.grafting_beta2
@@ -68,6 +83,10 @@ class Block:
     second: Tensor
     first: Tensor
     roots: dict[int, Tensor] = field(default_factory=dict)
+    bases: list[Tensor] = field(default_factory=list)
+    scale: float = 1.0  # KL-Shampoo: of the product of the roots
+    rotated: Tensor = field(default_factory=lambda: torch.zeros(()))  # SOAP: weighted sum of (Q'G)^2
+    weight: float = 0.0  # SOAP: sum of those weights
 
 
 @dataclass
@@ -130,13 +149,47 @@ def multiply(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
 def inverse_root(a: Tensor, p: float, o: Options) -> Tensor:
     if a.ndim == 1:
         return inverse_root(torch.diag(a), p, o).diagonal()
-    lam, q = torch.linalg.eigh(a)
+    return root_of(*torch.linalg.eigh(a), p, o)
+
+
+def root_of(lam: Tensor, q: Tensor, p: float, o: Options) -> Tensor:
     if o.rank_deficient == "pseudo_inverse":
         kept = lam > max(o.epsilon, o.relative_epsilon * lam.max().item())
         return q @ torch.diag(torch.where(kept, torch.where(kept, lam, 1.0) ** (-1.0 / p), 0.0)) @ q.T
     lam = lam - min(lam.min().item(), 0.0) + max(o.epsilon, o.relative_epsilon * lam.max().item())
     power = torch.where(lam > 0, lam, 1.0) ** (-1.0 / p)
     return q @ torch.diag(torch.where(lam > 0, power, 0.0)) @ q.T
+
+
+def new_block(box: tuple[Any, ...], zero: Tensor, o: Options, kinds: list[str] | None = None) -> Block:
+    kinds = ["full"] * zero.ndim if kinds is None else kinds
+    factors = {
+        dim: zero.new_zeros(d, d) if kinds[dim] == "full" else zero.new_zeros(d)
+        for dim, d in enumerate(zero.shape)
+        if kinds[dim] != "none"
+    }
+    return Block(box, o.warm, factors, zero.clone(), zero.clone())
+
+
+def rotate(x: Tensor, bases: list[Tensor]) -> Tensor:
+    for dim, q in enumerate(bases):
+        x = multiply(x, q.T, dim)
+    return x
+
+
+def adam_in_basis(block: Block, g: Tensor, m: Tensor, o: Options) -> Tensor:
+    """SOAP's direction: v is the mean square of the rotated gradient, with b2 of the second moments."""
+    b = o.graft_beta2
+    block.rotated = b * block.rotated + (1.0 - b) * rotate(g, block.bases) ** 2
+    block.weight = b * block.weight + (1.0 - b)
+    below = (block.rotated / block.weight) ** (1.0 / (o.exponent_override or 2.0))
+    below = below + o.eps + o.relative_epsilon * below.max()
+    u = torch.where(below > 0, rotate(m, block.bases) / below, 0.0)
+    return rotate(u, [q.T for q in block.bases])
+
+
+def off_diagonal(x: Tensor) -> Tensor:
+    return x - torch.diag(torch.diagonal(x))
 
 
 class Reference:
@@ -168,21 +221,11 @@ class Reference:
     @staticmethod
     def _blocks(p: Parameter, elementwise: bool) -> list[Block]:
         o = p.options
-        fallback = o.elementwise or ("adam" if o.grafting == "none" else o.grafting)
         if elementwise:
-            return [Block((...,), fallback, {}, torch.zeros_like(p.value), torch.zeros_like(p.value))]
+            return [Block((...,), o.fallback, {}, torch.zeros_like(p.value), torch.zeros_like(p.value))]
         blocks = []
-        kinds = sides(p.merged, o)
         for box in cut(p.merged, o.max_preconditioner_dim, o):
-            zero = torch.zeros_like(p.value.view(p.merged)[box])
-            factors = {
-                i: zero.new_zeros(d, d) if kinds[i] == "full" else zero.new_zeros(d)
-                for i, d in enumerate(zero.shape)
-                if kinds[i] != "none"
-            }
-            blocks.append(
-                Block(box, fallback if o.grafting == "none" else o.grafting, factors, zero.clone(), zero.clone())
-            )
+            blocks.append(new_block(box, torch.zeros_like(p.value.view(p.merged)[box]), o, sides(p.merged, o)))
         return blocks
 
     def values(self) -> dict[str, Tensor]:
@@ -207,11 +250,7 @@ class Reference:
         direction = torch.zeros(p.merged, dtype=g.dtype)
         for block in p.blocks:
             bg = g.reshape(p.merged)[block.box]
-            self._factors(block, bg, o)
-            self._refresh(block, p.t, o)
-            self._second_moment(block, bg, o)
-            m = self._first_moment(block, bg, p.t, o)
-            direction[block.box] = self._direction(block, m, p.t, o)
+            direction[block.box] = self.step_block(block, bg, p.t, o)
         direction = direction.view(g.shape)
         if decay != "l2":
             peak = p.peak_lr if o.peak_lr is None else o.peak_lr
@@ -219,25 +258,97 @@ class Reference:
             direction = direction + scale * o.weight_decay * p.value
         p.value -= o.lr * self._momentum(p, direction, o)
 
+    @classmethod
+    def step_block(cls, block: Block, g: Tensor, t: int, o: Options) -> Tensor:
+        """Steps 2 to 6 of the rule: the direction of one block in its step t."""
+        cls._factors(block, g, o)
+        cls._second_moment(block, g, o)
+        m = cls._first_moment(block, g, t, o)
+        if block.factors and (t == o.start or (t > o.start and t % o.precondition_frequency == 0)):
+            {"shampoo": cls._refresh, "kl_shampoo": cls._refresh_kl, "soap": cls._refresh_soap}[o.preconditioner](
+                block, m, t, o
+            )
+        return cls._direction(block, g, m, t, o)
+
     @staticmethod
     def _factors(block: Block, g: Tensor, o: Options) -> None:
         beta2 = o.betas[1]
         for dim, a in block.factors.items():
-            unfolded = g.movedim(dim, 0).reshape(g.shape[dim], -1)
+            x = g
+            if o.preconditioner == "kl_shampoo":
+                for other, root in block.roots.items():  # none before the first refresh
+                    x = multiply(x, root, other) if other != dim else x
+                x = x / (g.numel() / g.shape[dim]) ** 0.5
+            unfolded = x.movedim(dim, 0).reshape(g.shape[dim], -1)
             outer = unfolded @ unfolded.T
             a.mul_(beta2).add_(outer if a.ndim == 2 else outer.diagonal(), alpha=1.0 if beta2 == 1.0 else 1.0 - beta2)
 
     @staticmethod
-    def _refresh(block: Block, t: int, o: Options) -> None:
-        if t < o.start or (t != o.start and t % o.precondition_frequency):
-            return
+    def _roots(block: Block, t: int, o: Options, p: float) -> dict[int, Tensor]:
         correct = o.use_bias_correction and o.betas[1] != 1.0
         scale = 1.0 - o.betas[1] ** t if correct else 1.0
+        if o.refresh_tolerance is None:
+            return {dim: inverse_root(a / scale, p, o) for dim, a in block.factors.items()}
+        spectra = []
+        for dim, a in block.factors.items():
+            if block.bases:
+                q = block.bases[dim]
+                inside = q.T @ a @ q / scale
+                if off_diagonal(inside).norm() <= o.refresh_tolerance * (a / scale).norm():
+                    spectra.append((torch.diagonal(inside), q))
+                    continue
+            spectra.append(torch.linalg.eigh(a / scale))
+        block.bases = [q for _, q in spectra]
+        return {dim: root_of(lam, q, p, o) for dim, (lam, q) in enumerate(spectra)}
+
+    @classmethod
+    def _refresh(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
         p = o.exponent_override
         if isinstance(p, (list, tuple)):
             p = p[len(block.factors) - 1] if len(block.factors) <= len(p) else None
-        p = p or 2 * len(block.factors)
-        block.roots = {dim: inverse_root(a / scale, p, o) for dim, a in block.factors.items()}
+        block.roots = cls._roots(block, t, o, p or 2 * len(block.factors))
+
+    @classmethod
+    def _refresh_kl(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
+        """Roots of factors with a mean eigenvalue of 1; the geometric mean of the mean eigenvalues goes to scale."""
+        correct = o.use_bias_correction and o.betas[1] != 1.0
+        seen = 1.0 - o.betas[1] ** t if correct else 1.0
+        means = [a.trace().item() / len(a) / seen for a in block.factors.values()]
+        means = [mean if mean > 0 else 1.0 for mean in means]
+        block.roots = {dim: root * means[dim] ** 0.5 for dim, root in cls._roots(block, t, o, 2.0).items()}
+        block.scale = 1.0
+        for mean in means:
+            block.scale /= mean ** (0.5 / len(means))
+
+    @staticmethod
+    def _refresh_soap(block: Block, m: Tensor, t: int, o: Options) -> None:
+        """Eigenbases: eigh at first, with v from the factors; then a power step in falling order, v permuted alike.
+
+        Wherever a basis has moved, v is at least M^2.
+        """
+        moved = not block.bases
+        if not block.bases:
+            block.weight = 1.0 - o.graft_beta2**t
+            seen = t if o.betas[1] == 1.0 else 1.0 - o.betas[1] ** t
+            block.rotated = torch.full_like(m, block.weight * block.factors[0].trace().item() / seen)
+            for dim, a in block.factors.items():
+                lam, q = torch.linalg.eigh(a)
+                lam = lam.flip(0).clamp(min=0.0)
+                share = lam / lam.sum() if lam.sum() > 0 else lam
+                block.bases.append(q.flip(1))
+                block.rotated = (block.rotated.movedim(dim, -1) * share).movedim(-1, dim)
+        else:
+            for dim, (a, q) in enumerate(zip(block.factors.values(), block.bases, strict=True)):
+                inside = q.T @ a @ q
+                if o.refresh_tolerance is not None and off_diagonal(inside).norm() <= o.refresh_tolerance * a.norm():
+                    continue
+                order = torch.diagonal(inside).argsort(descending=True)
+                ridge = o.relative_epsilon * torch.diagonal(inside).max() * torch.eye(len(a), dtype=a.dtype)
+                block.bases[dim] = torch.linalg.qr((a + ridge) @ q[:, order]).Q
+                block.rotated = block.rotated.index_select(dim, order)
+                moved = True
+        if moved:
+            block.rotated = torch.maximum(block.rotated, block.weight * rotate(m, block.bases) ** 2)
 
     @staticmethod
     def _second_moment(block: Block, g: Tensor, o: Options) -> None:
@@ -262,17 +373,17 @@ class Reference:
         return filtered / (1.0 - beta3 * beta1 ** (t - 1) if o.use_bias_correction else 1.0)
 
     @staticmethod
-    def _direction(block: Block, m: Tensor, t: int, o: Options) -> Tensor:
+    def _direction(block: Block, g: Tensor, m: Tensor, t: int, o: Options) -> Tensor:
         graft = m
         if block.method != "sgd":
             correct = 1.0 - o.graft_beta2**t if block.method.endswith("adam") else 1.0
             graft = m / ((block.second / correct).sqrt() + o.eps)
         if not block.factors or t < o.start:
             return graft
-        u = m
+        u = adam_in_basis(block, g, m, o) if o.preconditioner == "soap" else block.scale * m
         for dim, root in block.roots.items():
             u = multiply(u, root, dim)
-        if o.grafting == "none":
+        if o.graft == "none":
             return u
         norm = u.norm()
         return u * (graft.norm() / norm) if norm > 0 else torch.zeros_like(u)

@@ -40,6 +40,9 @@ FORMS: dict[str, dict[str, Any]] = {
             {"match": "conv.weight", "batch_dims": 1, "merge_small_dims": False},
         ]
     },
+    "soap": {"preconditioner": "soap"},
+    "kl_shampoo": {"preconditioner": "kl_shampoo"},
+    "kept_bases": {"refresh_tolerance": 0.5},
 }
 
 
@@ -120,7 +123,7 @@ def test_another_name_or_shape_or_treatment_is_named(tmp_path: Path) -> None:
             {"exclude": ["w"]},
         ),
         "factor_dtype = 'float32'": ([("w", w), ("v", v), ("gone", gone)], {"factor_dtype": "float64"}),
-        "grafting = 'adam', and here it is 'sgd'": ([("w", w), ("v", v), ("gone", gone)], {"grafting": "sgd"}),
+        "grafting = None, and here it is 'sgd'": ([("w", w), ("v", v), ("gone", gone)], {"grafting": "sgd"}),
     }
     for words, (params, options) in wrong.items():
         with pytest.raises(CheckpointError, match=words):

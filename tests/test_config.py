@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
-from shampoo_deepspeed.config import ALIASES, DTYPES, GLOBAL_OPTIONS, GRAFTING_METHODS, OPTION_NAMES
+from shampoo_deepspeed.config import ALIASES, DTYPES, GLOBAL_OPTIONS, GRAFTING_METHODS, OPTION_NAMES, PRECONDITIONERS
 from tests.stepping import parameter
 
 NUMBER = "a number >= 0"
@@ -65,7 +65,11 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("start_preconditioning_step", 5.0, "an integer >= precondition_frequency, or -1"),
     ("start_preconditioning_step", 9, "-1 or an integer >= precondition_frequency, which is 10"),
     ("grafting", "lamb", METHODS),
-    ("grafting", None, METHODS),
+    ("preconditioner", "muon", "one of shampoo, soap, kl_shampoo"),
+    ("preconditioner", None, "one of shampoo, soap, kl_shampoo"),
+    ("refresh_tolerance", -0.1, "null or a number in [0, 1)"),
+    ("refresh_tolerance", 1, "null or a number in [0, 1)"),
+    ("refresh_tolerance", "0.1", "null or a number in [0, 1)"),
     ("grafting", 1, METHODS),
     ("beta3", 1.5, "null or a number in [0, 1]"),
     ("beta3", "0.9", "null or a number in [0, 1]"),
@@ -259,6 +263,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "no_decay": patterns,
     "epsilon": numbers,
     "relative_epsilon": fractions,
+    "preconditioner": st.sampled_from(PRECONDITIONERS),
+    "refresh_tolerance": st.none() | fractions,
     "max_preconditioner_dim": counts,
     "merge_small_dims": st.booleans(),
     "large_dim": st.sampled_from(["block", "adagrad"]),
@@ -267,7 +273,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "split": st.sampled_from([(), (3, 4)]),
     "precondition_frequency": counts,
     "start_preconditioning_step": st.just(-1) | st.integers(10_000, 20_000),
-    "grafting": methods,
+    "grafting": st.none() | methods,
     "grafting_beta2": st.none() | st.floats(0, 1, exclude_min=True, exclude_max=True),
     "elementwise": st.none() | methods,
     "momentum": st.floats(0, 1, exclude_min=True, exclude_max=True),
@@ -292,6 +298,10 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 @given(st.fixed_dictionaries(VALUES))
 def test_options_survive_json(options: dict[str, Any]) -> None:
     assert VALUES.keys() == set(OPTION_NAMES)
+    if options["preconditioner"] != "shampoo":  # what the others cannot do
+        options = {**options, "exponent_override": None, "one_sided": None, "rank_deficient": "shift"}
+    if options["refresh_tolerance"] is not None:
+        options = {**options, "rank_deficient": "shift"}
     config = ShampooConfig.from_options(options)
     assert {name: getattr(config, name) for name in OPTION_NAMES} == options
     assert ShampooConfig.from_options(json.loads(json.dumps(config.to_json()))) == config
@@ -316,6 +326,22 @@ def test_the_grafting_second_moment_decays_as_the_factors_do_unless_told_otherwi
     assert ShampooConfig(betas=(0.9, 0.95), grafting_beta2=0.5).second_moment_beta == 0.5
 
 
+def test_grafting_is_the_preconditioners_own_unless_told_otherwise() -> None:
+    own = {name: ShampooConfig(preconditioner=name).grafting_method for name in PRECONDITIONERS}
+    assert own == {"shampoo": "adam", "soap": "none", "kl_shampoo": "adam"}
+    for name in PRECONDITIONERS:
+        for given_method in GRAFTING_METHODS:
+            config = ShampooConfig(preconditioner=name, grafting=given_method)
+            assert config.grafting_method == given_method
+            assert config.warm_method == ("adam" if given_method == "none" else given_method)
+
+
+def test_kl_shampoo_takes_no_other_root() -> None:
+    with pytest.raises(OptionError, match="'exponent_override' = 4.0 is not allowed: null with preconditioner kl_sha"):
+        ShampooConfig(preconditioner="kl_shampoo", exponent_override=4.0)
+    assert ShampooConfig(preconditioner="soap", exponent_override=4.0).exponent_override == 4.0
+
+
 def test_elementwise_parameters_follow_the_grafting_method_unless_told_otherwise() -> None:
     assert ShampooConfig(grafting="rmsprop").elementwise_method == "rmsprop"
     assert ShampooConfig(grafting="none").elementwise_method == "adam"
@@ -327,6 +353,12 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"weight_decay_type": "corrected", "decoupled_weight_decay": False}, "'weight_decay_type' = 'corrected'"),
     ({"split": [2, 3], "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*together with split"),
     ({"split": [2, 3], "one_sided": "smaller"}, "'one_sided' = 'smaller'.*together with split"),
+    ({"preconditioner": "soap", "one_sided": "left"}, "'one_sided' = 'left'.*None with preconditioner soap"),
+    ({"preconditioner": "kl_shampoo", "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*block or adagrad with"),
+    ({"preconditioner": "soap", "solver": "newton_db"}, "'solver' = 'newton_db'.*auto or eigh with preconditioner soap"),
+    ({"preconditioner": "soap", "exponent_override": [2, 4]}, "'exponent_override'.*null or a number with"),
+    ({"refresh_tolerance": 0.1, "solver": "newton_db"}, "'solver' = 'newton_db'.*together with refresh_tolerance"),
+    ({"refresh_tolerance": 0.1, "rank_deficient": "pseudo_inverse"}, "'rank_deficient'.*shift together with"),
     ({"rank_deficient": "pseudo_inverse", "solver": "newton_db"}, "'solver' = 'newton_db'.*pseudo_inverse"),
 ]
 

@@ -24,6 +24,11 @@ CONTINUED: dict[str, dict[str, Any]] = {
     "coupled_decay": {"decoupled_weight_decay": False},
     "late_start": {"start_preconditioning_step": 6},
     "other_dtypes": {"factor_dtype": "float64", "root_dtype": "bfloat16"},
+    "soap": {"preconditioner": "soap"},
+    "soap_other_dtypes": {"preconditioner": "soap", "factor_dtype": "float64", "root_dtype": "bfloat16"},
+    "kl_shampoo": {"preconditioner": "kl_shampoo"},
+    "kept_bases": {"refresh_tolerance": 0.5},
+    "kl_shampoo_kept_bases": {"preconditioner": "kl_shampoo", "refresh_tolerance": 0.5},
 }
 
 
@@ -329,6 +334,9 @@ def test_groups_with_and_without_momentum_go_on_together() -> None:
         ({}, {"exclude": ("*",)}),
         ({}, {"no_decay": ("*",)}),
         ({}, {"factor_dtype": "float64"}),
+        ({}, {"preconditioner": "soap"}),
+        ({"preconditioner": "kl_shampoo"}, {"preconditioner": "shampoo"}),
+        ({"refresh_tolerance": 0.1}, {"refresh_tolerance": None}),
     ],
 )
 def test_options_that_shape_state_cannot_change_on_the_way(at_first: dict[str, Any], later: dict[str, Any]) -> None:

@@ -23,6 +23,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "normalized": {"grafting": "normalized_rmsprop", "momentum": 0.9},
     "no_grafting": {"grafting": "none", "elementwise": "sgd"},
     "tensor_lr": {"lr": torch.tensor(0.01)},
+    "soap": {"preconditioner": "soap"},
+    "soap_grafted": {"preconditioner": "soap", "grafting": "adam", "refresh_tolerance": 0.5},
+    "kl_shampoo": {"preconditioner": "kl_shampoo"},
+    "kept_bases": {"refresh_tolerance": 0.5},
 }
 # A refresh comes at steps 3 and 6: the first step of all, one between refreshes, one at a refresh.
 WHEN = {"first_step": 0, "between_refreshes": 4, "at_the_first_refresh": 2, "at_a_refresh": 5}

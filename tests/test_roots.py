@@ -200,12 +200,12 @@ def test_a_root_that_overflows_is_a_failure_and_never_applied() -> None:
 def test_a_block_of_which_one_mode_fails_keeps_all_its_roots() -> None:
     """Roots of one block belong together; those of other blocks are renewed."""
     preconditioner = ShampooPreconditioner(ShampooConfig(betas=(0.9, 1.0)))
-    state = preconditioner.new_state(2, (3, 4), torch.device("cpu"))
+    state = preconditioner.new_state(2, (3, 4), torch.device("cpu"), torch.float32)
     for mode, d in enumerate((3, 4)):
         state[f"factor_{mode}"].copy_(torch.eye(d))
         state[f"root_{mode}"].fill_(7.0)
     state["factor_1"][0] = math.nan
-    assert preconditioner.refresh(state, step=10) == [0]
+    assert preconditioner.refresh(state, 10, torch.zeros(2, 3, 4)) == [0]
     for mode, d in enumerate((3, 4)):
         assert (state[f"root_{mode}"][0] == 7.0).all()
         torch.testing.assert_close(state[f"root_{mode}"][1], torch.eye(d), rtol=1e-5, atol=1e-5)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from shampoo_deepspeed.config import ShampooConfig
+from shampoo_deepspeed.preconditioners.kl_shampoo import KLShampooPreconditioner
 from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner
+from shampoo_deepspeed.preconditioners.soap import SOAPPreconditioner
 from shampoo_deepspeed.verdict import Verdict
 
 
@@ -18,23 +21,36 @@ class Preconditioner(Protocol):
     ``state`` maps names to tensors with the block as first dim; methods change them in place.
     """
 
-    def new_state(self, count: int, shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
-        """State of ``count`` blocks that have not seen a gradient."""
+    def new_state(
+        self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """State of ``count`` blocks that have not seen a gradient; ``dtype`` is that of moments and directions."""
         ...
 
     def accumulate(self, state: dict[str, Tensor], gradients: Tensor, verdict: Verdict) -> None:
         """Take the gradients [B, *shape] of one step into the statistics."""
         ...
 
-    def refresh(self, state: dict[str, Tensor], step: int) -> list[int]:
-        """Recompute what is applied from the statistics; gives the rows that failed and were left as they were."""
+    def refresh(self, state: dict[str, Tensor], step: int, moments: Tensor) -> list[int]:
+        """Recompute what is applied from the statistics; gives the rows that failed and were left as they were.
+
+        ``moments`` [B, *shape] are the first moments that will be applied in this step.
+        """
         ...
 
-    def apply(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
-        """The preconditioned direction of first moments [B, *shape]."""
+    def apply(self, state: dict[str, Tensor], gradients: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
+        """The preconditioned direction of first moments [B, *shape]; rows that were never refreshed give anything
+        finite. Called once in each step from the first refresh on."""
         ...
+
+
+_CLASSES: dict[str, Callable[[ShampooConfig], Preconditioner]] = {
+    "shampoo": ShampooPreconditioner,
+    "soap": SOAPPreconditioner,
+    "kl_shampoo": KLShampooPreconditioner,
+}
 
 
 def build(config: ShampooConfig) -> Preconditioner:
     """The preconditioner that the options ask for."""
-    return ShampooPreconditioner(config)
+    return _CLASSES[config.preconditioner](config)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.config import DTYPES, ShampooConfig
+from shampoo_deepspeed.eigenbases import kept_or_new, root_from_basis
+from shampoo_deepspeed.preconditioners.modes import multiply, unfold
 from shampoo_deepspeed.roots import diagonal_root, inverse_root
 from shampoo_deepspeed.verdict import Verdict
 
@@ -15,70 +17,94 @@ class ShampooPreconditioner:
 
     p is twice the number of modes that have a factor at all. A mode may have the diagonal of its factor only, or
     nothing (``ShampooConfig.sides``), which then is neither kept nor computed.
+
+    With ``refresh_tolerance`` eigenbases are kept too. A refresh then computes a new one only where the factor matrix
+    has moved out of its basis, and takes the diagonal of Q'AQ for eigenvalues elsewhere (arXiv 2506.03595).
     """
 
     def __init__(self, config: ShampooConfig) -> None:
-        self._config = config
         self._beta2 = config.betas[1]
         self._bias_correction = config.use_bias_correction
+        self._config = config
+        self._epsilon = config.epsilon
+        self._relative_epsilon = config.relative_epsilon
+        self._tolerance = config.refresh_tolerance
         self._factor_dtype = DTYPES[config.factor_dtype]
         self._root_dtype = DTYPES[config.root_dtype]
 
-    def new_state(self, count: int, shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
-        """``factor_i`` and ``root_i`` for each dim that has them, [count, d_i, d_i], or [count, d_i] of a diagonal.
+    def new_state(
+        self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """``factor_i`` and ``root_i`` [count, d_i, d_i] for each dim that has them, [count, d_i] of a diagonal, and
+        ``basis_i`` where bases are kept.
 
-        Roots mean nothing before the first refresh.
+        Roots mean nothing before the first refresh, and a basis of zeros is not known so far.
         """
+        kinds = {"factor": self._factor_dtype, "root": self._root_dtype}
+        if self._tolerance is not None:
+            kinds["basis"] = self._root_dtype
         state = {}
         for mode, (d, side) in enumerate(zip(shape, self._config.sides(shape), strict=True)):
-            if side != "none":
-                size = (count, d, d) if side == "matrix" else (count, d)
-                state[f"factor_{mode}"] = torch.zeros(size, dtype=self._factor_dtype, device=device)
-                state[f"root_{mode}"] = torch.zeros(size, dtype=self._root_dtype, device=device)
+            for kind, own in kinds.items():
+                if side == "matrix" or (side == "diagonal" and kind != "basis"):
+                    size = (count, d, d) if side == "matrix" else (count, d)
+                    state[f"{kind}_{mode}"] = torch.zeros(size, dtype=own, device=device)
         return state
 
     def accumulate(self, state: dict[str, Tensor], gradients: Tensor, verdict: Verdict) -> None:
-        weight = 1.0 if self._beta2 == 1.0 else 1.0 - self._beta2
         for mode in modes_of(state):
-            factor = state[f"factor_{mode}"]
-            unfolded = unfold(gradients, mode).to(torch.promote_types(factor.dtype, gradients.dtype))
-            if self._beta2 != 1.0:
-                factor.mul_(verdict.keep(self._beta2))
-            if factor.ndim == 2:
-                factor.add_(unfolded.square().sum(dim=-1), alpha=weight)
-            elif factor.dtype == unfolded.dtype:
-                factor.baddbmm_(unfolded, unfolded.mT, alpha=weight)
-            else:
-                factor.add_(torch.bmm(unfolded, unfolded.mT), alpha=weight)
+            self._add(state[f"factor_{mode}"], unfold(gradients, mode), verdict)
 
-    def refresh(self, state: dict[str, Tensor], step: int) -> list[int]:
+    def _add(self, factor: Tensor, unfolded: Tensor, verdict: Verdict) -> None:
+        """A <- b2 A + (1 - b2) XX', or A + XX' with b2 = 1."""
+        weight = 1.0 if self._beta2 == 1.0 else 1.0 - self._beta2
+        unfolded = unfolded.to(torch.promote_types(factor.dtype, unfolded.dtype))
+        if self._beta2 != 1.0:
+            factor.mul_(verdict.keep(self._beta2))
+        if factor.ndim == 2:
+            factor.add_(unfolded.square().sum(dim=-1), alpha=weight)
+        elif factor.dtype == unfolded.dtype:
+            factor.baddbmm_(unfolded, unfolded.mT, alpha=weight)
+        else:
+            factor.add_(torch.bmm(unfolded, unfolded.mT), alpha=weight)
+
+    def refresh(self, state: dict[str, Tensor], step: int, moments: Tensor) -> list[int]:
         modes = modes_of(state)
-        corrected = self._bias_correction and self._beta2 < 1.0
-        correction = 1.0 - self._beta2**step if corrected else 1.0
-        computed, failed = {}, set()
+        root = self._config.root(len(modes))
+        renewed, failed = [], set()
         for mode in modes:
-            matrices = state[f"factor_{mode}"]
-            wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32)) / correction
-            computed[mode], wrong = self._roots(wide, self._config.root(len(modes)))
+            tensors, wrong = self._renewed(state, mode, self._corrected(state, mode, step), root)
+            renewed.append(tensors)
             failed.update(wrong)
-        for mode, roots in computed.items():
-            for row in failed:
-                roots[row] = state[f"root_{mode}"][row]
-            state[f"root_{mode}"].copy_(roots)
+        install(state, renewed, failed)
         return sorted(failed)
 
-    def _roots(self, factors: Tensor, root: float) -> tuple[Tensor, list[int]]:
-        config = self._config
-        ridge, pseudo = (config.epsilon, config.relative_epsilon), config.rank_deficient == "pseudo_inverse"
-        if factors.ndim == 2:
-            return diagonal_root(factors, root, *ridge, self._root_dtype, pseudo)
-        return inverse_root(factors, root, *ridge, self._root_dtype, config.solver, pseudo)
+    def _corrected(self, state: dict[str, Tensor], mode: int, step: int) -> Tensor:
+        """The factor matrices of a mode, wide enough to decompose and corrected for their zero start if asked."""
+        factor = state[f"factor_{mode}"]
+        corrected = self._bias_correction and self._beta2 < 1.0
+        return wide(factor) / (1.0 - self._beta2**step if corrected else 1.0)
 
-    def apply(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
-        wide = moments.to(torch.promote_types(moments.dtype, self._root_dtype))
+    def _renewed(
+        self, state: dict[str, Tensor], mode: int, matrices: Tensor, root: float
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """What a refresh changes of one mode, by name, and the rows that failed."""
+        ridge, pseudo = (self._epsilon, self._relative_epsilon), self._config.rank_deficient == "pseudo_inverse"
+        if matrices.ndim == 2:
+            roots, failed = diagonal_root(matrices, root, *ridge, self._root_dtype, pseudo)
+            return {f"root_{mode}": roots}, failed
+        if self._tolerance is None:
+            roots, failed = inverse_root(matrices, root, *ridge, self._root_dtype, self._config.solver, pseudo)
+            return {f"root_{mode}": roots}, failed
+        values, bases, failed = kept_or_new(matrices, state[f"basis_{mode}"].to(matrices.dtype), self._tolerance)
+        roots, overflown = root_from_basis(values, bases, root, self._epsilon, self._relative_epsilon)
+        return {f"root_{mode}": roots, f"basis_{mode}": bases}, sorted({*failed, *overflown})
+
+    def apply(self, state: dict[str, Tensor], gradients: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
+        direction = moments.to(torch.promote_types(moments.dtype, self._root_dtype))
         for mode in modes_of(state):
-            wide = multiply(wide, state[f"root_{mode}"].to(wide.dtype), mode)
-        return wide.to(moments.dtype)
+            direction = multiply(direction, state[f"root_{mode}"], mode)
+        return direction.to(moments.dtype)
 
 
 def modes_of(state: dict[str, Tensor]) -> list[int]:
@@ -86,21 +112,15 @@ def modes_of(state: dict[str, Tensor]) -> list[int]:
     return sorted(int(name.removeprefix("factor_")) for name in state if name.startswith("factor_"))
 
 
-def multiply(stack: Tensor, factors: Tensor, mode: int) -> Tensor:
-    """Multiply matrices [B, d, d], or diagonals [B, d], into one mode of each block of a stack [B, ...]."""
-    if factors.ndim == 2:
-        shape = [len(stack), *(n if dim == mode else 1 for dim, n in enumerate(stack.shape[1:]))]
-        return stack * factors.view(shape)
-    return fold(torch.bmm(factors, unfold(stack, mode)), stack.shape, mode)
+def wide(matrices: Tensor) -> Tensor:
+    """In float32 at least."""
+    return matrices.to(torch.promote_types(matrices.dtype, torch.float32))
 
 
-def unfold(stack: Tensor, mode: int) -> Tensor:
-    """Mode unfolding of each block: [B, d_0, ..., d_k-1] to [B, d_mode, product of the other dims]."""
-    front = stack.movedim(mode + 1, 1)
-    return front.reshape(front.shape[0], front.shape[1], -1)
-
-
-def fold(unfolded: Tensor, shape: torch.Size, mode: int) -> Tensor:
-    """Inverse of ``unfold`` for a stack of this full shape."""
-    others = [n for dim, n in enumerate(shape[1:]) if dim != mode]
-    return unfolded.reshape(shape[0], shape[mode + 1], *others).movedim(1, mode + 1)
+def install(state: dict[str, Tensor], renewed: list[dict[str, Tensor]], failed: set[int]) -> None:
+    """Write what a refresh has computed; rows of which one mode failed keep what they had of all modes."""
+    for tensors in renewed:
+        for name, tensor in tensors.items():
+            for row in failed:
+                tensor[row] = state[name][row]
+            state[name].copy_(tensor)

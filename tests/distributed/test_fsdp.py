@@ -9,7 +9,7 @@ import pytest
 from tests.distributed.conftest import Ask
 from tests.distributed.fsdp_runs import Run, expected, replayed
 from tests.distributed.launch import Check
-from tests.distributed.scenarios import RULES
+from tests.distributed.scenarios import FAMILY, RULES
 from tests.distributed.test_zero import assert_ranks_agree, named
 from tests.zoo import relative_error
 
@@ -72,6 +72,8 @@ def single_features() -> list[Check]:
     sides = {"large_dim": "diagonal", "beta3": 0.5, "weight_decay_type": "independent", "one_sided": "smaller"}
     for name, extra in (("sides", sides), ("rules", {"rules": RULES})):
         found.append(final(f"fsdp2_{name}", Run(settings="default", dtype="float64", extra=extra), 2))
+    for name, extra in FAMILY.items():
+        found += [final(f"fsdp2_{name}", replace(base, steps=13, extra=extra), 2) for base in SETTINGS]
     coupled = {"weight_decay": 0.3, "decoupled_weight_decay": False}
     found.append(Check("flat_moved_to_fsdp2", 2, "fsdp:moved", MOVED))
     found.append(final("hsdp_coupled", Run(settings="default", dtype="float64", extra=coupled, layout="hsdp"), 4))

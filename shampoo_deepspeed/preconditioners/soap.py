@@ -1,0 +1,133 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's factor matrices (arXiv 2409.11321)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shampoo_deepspeed.config import DTYPES, ShampooConfig
+from shampoo_deepspeed.eigenbases import eigenbasis, good_enough, known, non_finite, power_step
+from shampoo_deepspeed.preconditioners.modes import multiply
+from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner, install, wide
+from shampoo_deepspeed.verdict import Verdict
+
+
+class SOAPPreconditioner:
+    """Direction Q (Q'M / (sqrt(v) + eps)), where v is the mean square of the rotated gradient Q'G.
+
+    Factor matrices A_i are Shampoo's, Q_i their eigenbases, and ' multiplies along every mode. The first moment M is
+    kept in the original basis and rotated at every step, so that it never grows stale. The rule where the paper's
+    own steps would be too long, or need what is not there yet:
+
+    - First refresh (at the start step; before it the element-wise or grafting direction is taken): Q_i by
+      eigendecomposition. The factors have seen all t gradients, v none, so v starts as what they say of it: the
+      product of the factors' eigenvalues over their trace^(k-1), Adafactor's estimate in this basis (claim 1 of the
+      paper), with the weight of t gradients. From then on v <- b v + (1 - b) (Q'G)^2, and the sum of weights w
+      alike; v / w is the corrected mean.
+    - Later refreshes: one step of orthogonal iteration, columns ordered by eigenvalue estimate, and v permuted alike.
+      It iterates with A + ``relative_epsilon`` l_max I, so that directions that A knows nothing of stay as they are.
+    - A basis that moves lets M come to lie where v has seen nothing of it; M / sqrt(v) is then without bound. So at
+      each refresh that moves the basis v becomes max(v, M^2): that step has no element longer than Adam's usual 1.
+    - ``refresh_tolerance``: a mode's basis in which its factor is still diagonal to that tolerance is left alone.
+    - sqrt(v) + eps gets ``relative_epsilon`` times the block's largest sqrt(v) on top: with an exactly null direction
+      both M and v are rounding noise there, and eps as an absolute number fits no scale.
+    """
+
+    def __init__(self, config: ShampooConfig) -> None:
+        self._beta2 = config.betas[1]
+        self._beta = config.second_moment_beta
+        self._root = config.exponent_override if isinstance(config.exponent_override, float) else 2.0
+        self._eps = config.eps
+        self._relative_epsilon = config.relative_epsilon
+        self._tolerance = config.refresh_tolerance
+        self._basis_dtype = DTYPES[config.root_dtype]
+        self._factor_dtype = DTYPES[config.factor_dtype]
+        self._factors = ShampooPreconditioner(config)
+
+    def new_state(
+        self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """``factor_i`` and ``basis_i`` [count, d_i, d_i], ``rotated_second_moment`` [count, *shape], and
+        ``rotated_weight`` [count], the sum of the weights of what that moment has seen."""
+        state = {}
+        for mode, d in enumerate(shape):
+            state[f"factor_{mode}"] = torch.zeros(count, d, d, dtype=self._factor_dtype, device=device)
+            state[f"basis_{mode}"] = torch.zeros(count, d, d, dtype=self._basis_dtype, device=device)
+        state["rotated_second_moment"] = torch.zeros(count, *shape, dtype=dtype, device=device)
+        state["rotated_weight"] = torch.zeros(count, dtype=dtype, device=device)
+        return state
+
+    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, verdict: Verdict) -> None:
+        self._factors.accumulate(state, gradients, verdict)
+
+    def refresh(self, state: dict[str, Tensor], step: int, moments: Tensor) -> list[int]:
+        order = moments.ndim - 1
+        first = ~known(state["basis_0"])
+        moved = first
+        second = state["rotated_second_moment"].clone()
+        seed = torch.ones_like(second)
+        renewed, failed = [], set()
+        for mode in range(order):
+            bases, values, columns, drifted, wrong = self._renewed_basis(state, mode)
+            along = [-1, *[d if n == mode else 1 for n, d in enumerate(second.shape[1:])]]
+            seed *= values.to(seed.dtype).view(along)
+            second = second.gather(mode + 1, columns.view(along).expand_as(second))
+            moved = moved | drifted
+            renewed.append({f"basis_{mode}": bases})
+            failed.update(wrong)
+        rows = (-1, *[1] * order)
+        trace = self._trace(state, step).to(seed.dtype)
+        weight = torch.where(first, 1.0 - self._beta**step, state["rotated_weight"])
+        second = torch.where(first.view(rows), (trace * weight).view(rows) * seed, second)
+        install(state, renewed, failed)
+        floor = weight.view(rows) * self._rotated(state, moments).square().to(second.dtype)
+        second = torch.where(moved.view(rows), torch.maximum(second, floor), second)
+        install(state, [{"rotated_second_moment": second, "rotated_weight": weight}], failed)
+        return sorted(failed)
+
+    def _renewed_basis(self, state: dict[str, Tensor], mode: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
+        """One mode's bases, for first ones the eigenvalues over their sum, for known ones the old columns' places and
+        which [B] took a step, and the rows that failed."""
+        matrices = wide(state[f"factor_{mode}"])
+        bases = state[f"basis_{mode}"].to(matrices.dtype, copy=True)
+        count, d = bases.shape[:2]
+        values = bases.new_zeros(count, d)
+        columns = torch.arange(d, device=bases.device).repeat(count, 1)
+        old = known(bases)
+        drifted = old if self._tolerance is None else old & ~good_enough(matrices, bases, self._tolerance)
+        anew, onward = (mask.nonzero().flatten() for mask in (~old, drifted))
+        failed = []
+        if len(anew):
+            found, bases[anew], wrong = eigenbasis(matrices[anew])
+            found = found.clamp_min(0.0)
+            total = found.sum(-1, keepdim=True)
+            values[anew] = torch.where(total > 0, found / total, 0.0)
+            failed = anew[wrong].tolist()
+        if len(onward):
+            bases[onward], columns[onward] = power_step(matrices[onward], bases[onward], self._relative_epsilon)
+        return bases.to(self._basis_dtype), values, columns, drifted, sorted({*failed, *non_finite(bases)})
+
+    def _trace(self, state: dict[str, Tensor], step: int) -> Tensor:
+        """The mean of ||G||^2 in the factor matrices [B]; all modes have the same."""
+        weight = float(step) if self._beta2 == 1.0 else 1.0 - self._beta2**step
+        return wide(state["factor_0"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
+
+    def apply(self, state: dict[str, Tensor], gradients: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
+        second, weight = state["rotated_second_moment"], state["rotated_weight"]
+        rotated = self._rotated(state, gradients).to(second.dtype)
+        second.mul_(verdict.keep(self._beta)).addcmul_(rotated, rotated, value=1.0 - self._beta)
+        weight.mul_(verdict.keep(self._beta)).add_(verdict.scale(1.0 - self._beta))
+        mean = second / weight.clamp_min(torch.finfo(weight.dtype).tiny).view(-1, *[1] * (second.ndim - 1))
+        roots = mean.sqrt() if self._root == 2.0 else mean.pow(1.0 / self._root)
+        largest = roots.amax(dim=tuple(range(1, roots.ndim)), keepdim=True)
+        roots = roots + (self._eps + self._relative_epsilon * largest)
+        direction = torch.where(roots > 0, self._rotated(state, moments) / roots, 0.0)
+        return self._rotated(state, direction, back=True).to(moments.dtype)
+
+    def _rotated(self, state: dict[str, Tensor], stack: Tensor, back: bool = False) -> Tensor:
+        """Into the eigenbases, or back."""
+        turned = stack.to(torch.promote_types(stack.dtype, self._basis_dtype))
+        for mode in range(stack.ndim - 1):
+            basis = state[f"basis_{mode}"]
+            turned = multiply(turned, basis if back else basis.mT, mode)
+        return turned

@@ -1,0 +1,148 @@
+"""Eigenbases of stacks: right, in falling order, orthonormal where a matrix is singular, and judged row by row."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shampoo_deepspeed.eigenbases import (
+    eigenbasis,
+    good_enough,
+    kept_or_new,
+    known,
+    non_finite,
+    power_step,
+    root_from_basis,
+)
+from shampoo_deepspeed.roots import inverse_root
+
+F64 = torch.float64
+eigh = torch.linalg.eigh
+
+
+def spectra(*values: list[float], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Matrices with these eigenvalues, and their eigenbases."""
+    d = len(values[0])
+    generator = torch.Generator().manual_seed(seed)
+    bases = torch.linalg.qr(torch.randn(len(values), d, d, generator=generator, dtype=F64))[0]
+    return bases @ torch.diag_embed(torch.tensor(values, dtype=F64)) @ bases.mT, bases
+
+
+def assert_orthonormal(bases: Tensor) -> None:
+    torch.testing.assert_close(bases.mT @ bases, torch.eye(bases.shape[-1]).to(bases).expand_as(bases))
+
+
+def test_eigenvalues_fall_and_columns_are_theirs() -> None:
+    matrices, expected = spectra([4.0, 3.0, 2.0, 1.0], [9.0, 1.0, 0.5, 0.0])
+    values, bases, failed = eigenbasis(matrices)
+    assert failed == []
+    torch.testing.assert_close(values, torch.tensor([[4.0, 3.0, 2.0, 1.0], [9.0, 1.0, 0.5, 0.0]], dtype=F64))
+    torch.testing.assert_close((bases.mT @ expected).abs(), torch.eye(4, dtype=F64).expand(2, 4, 4))
+
+
+def test_what_fails_in_float32_is_done_in_float64_and_what_fails_there_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matrices, expected = spectra([4.0, 2.0, 1.0], [3.0, 2.0, 1.0])
+
+    def float64_only(stack: Tensor) -> Any:
+        if stack.dtype == F64:
+            return eigh(stack)
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", float64_only)
+    values, bases, failed = eigenbasis(matrices.float())
+    assert failed == [] and bases.dtype == torch.float32
+    torch.testing.assert_close(values, torch.tensor([[4.0, 2.0, 1.0], [3.0, 2.0, 1.0]]))
+    spoiled = torch.cat([matrices[:1], torch.full_like(matrices[:1], math.nan), matrices[1:]]).float()
+    _, bases, failed = eigenbasis(spoiled)
+    assert failed == [1]
+    torch.testing.assert_close((bases[[0, 2]].double().mT @ expected).abs(), torch.eye(3, dtype=F64).expand(2, 3, 3))
+
+
+def test_power_steps_converge_to_the_eigenbasis_and_report_where_columns_came_from() -> None:
+    matrices, expected = spectra([8.0, 4.0, 2.0, 1.0], [27.0, 9.0, 3.0, 1.0])
+    bases = torch.eye(4, dtype=F64).expand(2, 4, 4)
+    for _ in range(60):
+        bases, order = power_step(matrices, bases)
+    assert order.tolist() == [[0, 1, 2, 3]] * 2
+    torch.testing.assert_close((bases.mT @ expected).abs(), torch.eye(4, dtype=F64).expand(2, 4, 4))
+    shuffled = bases[:, :, [2, 0, 3, 1]]
+    again, order = power_step(matrices, shuffled)
+    assert order.tolist() == [[1, 3, 0, 2]] * 2
+    torch.testing.assert_close(again.abs(), bases.abs())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_power_step_of_a_singular_matrix_is_orthonormal(dtype: torch.dtype) -> None:
+    """Rank one, a null direction, and zero; columns that get nothing from the matrix complete the basis."""
+    u = torch.tensor([[1.0, 2.0, 2.0]], dtype=dtype)
+    matrices = torch.stack([u.mT @ u, torch.diag(torch.tensor([1.0, 0.0, 2.0])).to(dtype), torch.zeros(3, 3).to(dtype)])
+    bases, _ = power_step(matrices, torch.eye(3).to(dtype).expand(3, 3, 3))
+    assert_orthonormal(bases)
+    torch.testing.assert_close(bases[0, :, 0].abs(), u[0] / 3)
+
+
+def test_with_a_ridge_directions_that_the_matrix_knows_nothing_of_stay_as_they_are() -> None:
+    """Rank 4 of 16 in float32: without it the other 12 columns come out as another basis of their space each time."""
+    matrices, bases = spectra([4.0, 3.0, 2.0, 1.0, *[0.0] * 12])
+    matrices, bases = matrices.float(), bases.float()
+    largest = {}
+    for ridge in (0.0, 1e-6):
+        turned, order = power_step(matrices, bases, ridge)
+        overlaps = bases[:, :, order[0]].mT @ turned
+        largest[ridge] = (overlaps.abs() - torch.eye(16)).abs().max().item()
+    assert largest[1e-6] < 0.2
+    assert largest[0.0] > 0.5
+
+
+def test_a_basis_is_good_enough_by_its_own_off_diagonal_mass() -> None:
+    """A = [[1, x], [x, 1]] in the standard basis: sqrt(2) x of sqrt(2 + 2 x^2) lies off the diagonal."""
+    matrices = torch.stack([torch.tensor([[1.0, x], [x, 1.0]]) for x in (0.0, 0.1, 0.2, 0.2)])
+    bases = torch.eye(2).repeat(4, 1, 1)
+    bases[3] = 0.0  # never computed
+    assert known(bases).tolist() == [True, True, True, False]
+    assert good_enough(matrices, bases, 0.0).tolist() == [True, False, False, False]
+    assert good_enough(matrices, bases, 0.11).tolist() == [True, True, False, False]
+    assert good_enough(matrices, bases, 0.21).tolist() == [True, True, True, False]
+    assert good_enough(matrices * 1e-12, bases, 0.11).tolist() == [True, True, False, False]
+    assert good_enough(torch.full((1, 2, 2), math.nan), bases[:1], 0.5).tolist() == [False]
+
+
+def test_a_kept_basis_takes_new_eigenvalues_and_another_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices, bases = spectra([4.0, 2.0, 1.0], [4.0, 2.0, 1.0], [4.0, 2.0, 1.0])
+    moved, elsewhere = spectra([5.0, 0.5, 7.0], [9.0, 2.0, 1.0], [3.0, 2.0, 1.0], seed=1)
+    now = torch.stack([bases[0] @ torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=F64)) @ bases[0].T, *moved[1:]])
+    rows: list[int] = []
+
+    def counted(stack: Tensor) -> Any:
+        rows.append(len(stack))
+        return eigh(stack)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    values, found, failed = kept_or_new(now, bases, 0.01)
+    assert (rows, failed) == ([2], [])
+    assert torch.equal(found[0], bases[0])
+    torch.testing.assert_close(values, torch.tensor([[1.0, 2.0, 4.0], [9.0, 2.0, 1.0], [3.0, 2.0, 1.0]], dtype=F64))
+    torch.testing.assert_close((found[1:].mT @ elsewhere[1:]).abs(), torch.eye(3, dtype=F64).expand(2, 3, 3))
+    now[2] = math.nan
+    assert kept_or_new(now, bases, 0.01)[2] == [2]
+
+
+@pytest.mark.parametrize("root", [2.0, 4.0, 3.0])
+def test_a_root_from_a_basis_is_the_solvers_root(root: float) -> None:
+    matrices, bases = spectra([4.0, 2.0, 1.0, 0.0], [1.0, 1e-8, -1e-9, 3.0])
+    expected, _ = inverse_root(matrices, root, 1e-12, 1e-6, F64)
+    values = (bases * (matrices @ bases)).sum(-2)
+    found, failed = root_from_basis(values, bases, root, 1e-12, 1e-6)
+    assert failed == []
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert (
+        root_from_basis(torch.full_like(values, math.nan), bases, root, 0.0, 0.0)[1]
+        == [0, 1]
+        == non_finite(torch.full((2, 3, 3), math.inf))
+    )
