@@ -355,7 +355,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"split": [2, 3], "one_sided": "smaller"}, "'one_sided' = 'smaller'.*together with split"),
     ({"preconditioner": "soap", "one_sided": "left"}, "'one_sided' = 'left'.*None with preconditioner soap"),
     ({"preconditioner": "kl_shampoo", "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*block or adagrad with"),
-    ({"preconditioner": "soap", "solver": "newton_db"}, "'solver' = 'newton_db'.*auto or eigh with preconditioner soap"),
+    ({"preconditioner": "soap", "solver": "newton_db"}, "'solver' = 'newton_db'.*eigh with preconditioner soap"),
     ({"preconditioner": "soap", "exponent_override": [2, 4]}, "'exponent_override'.*null or a number with"),
     ({"refresh_tolerance": 0.1, "solver": "newton_db"}, "'solver' = 'newton_db'.*together with refresh_tolerance"),
     ({"refresh_tolerance": 0.1, "rank_deficient": "pseudo_inverse"}, "'rank_deficient'.*shift together with"),
