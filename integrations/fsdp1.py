@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shampoo_deepspeed.boxes import interval_to_boxes
 from shampoo_deepspeed.exchange import communication_device
 from shampoo_deepspeed.hosts import Entry, Fresh, Layout, LayoutError, Part, Shard, compute_dtype
-from shampoo_deepspeed.naming import clean_name, kind_of, output_head
+from shampoo_deepspeed.naming import clean_name, kinds_by_module, output_head
 
 FLAT_NAME = "_flat_param"
 
@@ -65,6 +65,7 @@ class FullyShardedHost:
         self._known = {key: known for key, known in self._known.items() if known.tensor() is not None}
         head = output_head(model)
         heads = {id(part) for part in head.modules()} if head is not None else set()
+        told = kinds_by_module(model)
         for name, wrapped in model.named_modules():
             handle = wrapped._handle if isinstance(wrapped, module.FullyShardedDataParallel) else None
             if handle is None:
@@ -73,7 +74,7 @@ class FullyShardedHost:
             group: Any = dist.group.WORLD if hybrid else wrapped.process_group
             flat = handle.flat_param
             if not handle._use_orig_params:
-                self._remember(flat, _pieces(flat), _parts(flat, name, heads), group)
+                self._remember(flat, _pieces(flat), _parts(flat, name, heads, told), group)
                 continue
             for parameter, piece in zip(flat._params, _pieces(flat), strict=True):
                 # What stands in the model is the piece alone.
@@ -95,7 +96,7 @@ class FullyShardedHost:
         """
         known = self._find(tensor)
         if getattr(tensor, "_is_flat_param", False) and (known is None or known.group is None):
-            parts = _parts(_flat(tensor), name.removesuffix(FLAT_NAME) if name is not None else None, None)
+            parts = _parts(_flat(tensor), name.removesuffix(FLAT_NAME) if name is not None else None, None, {})
             known = self._remember(tensor, _pieces(_flat(tensor)), parts, None)
         return known.parts if known is not None else None
 
@@ -170,26 +171,29 @@ def _pieces(flat: Any) -> tuple[_Piece, ...]:
     return tuple(pieces)
 
 
-def _parts(flat: Any, prefix: str | None, heads: set[int] | None) -> tuple[Part, ...]:
+def _parts(
+    flat: Any, prefix: str | None, heads: set[int] | None, told: Mapping[int, frozenset[str]]
+) -> tuple[Part, ...]:
     """Names and kinds in a flat tensor, as an unwrapped model would have them (``naming.names_and_kinds``).
 
     Args:
         prefix: name of the wrapped module, None where it is not known.
         heads: ids of the output head's modules; None without a model, from which kinds come.
+        told: kinds of modules' own parameters, by the modules' ids.
     """
     parts = []
     for path, shape, info in zip(flat._fqns, flat._shapes, flat._param_infos, strict=True):
         name = clean_name(".".join(filter(None, (prefix.strip("."), path)))) if prefix is not None else None
-        kinds = _kinds(flat, info, heads) if heads is not None else frozenset[str]()
+        kinds = _kinds(flat, info, heads, told) if heads is not None else frozenset[str]()
         parts.append(Part(clean_name(path), tuple(shape), name, kinds))
     return tuple(parts)
 
 
-def _kinds(flat: Any, info: Any, heads: set[int]) -> frozenset[str]:
+def _kinds(flat: Any, info: Any, heads: set[int], told: Mapping[int, frozenset[str]]) -> frozenset[str]:
     """The kinds of all modules that hold a parameter; the first is in ``_param_infos``, others that are tied to it."""
     own = (info.module, info.param_name)
     holders = [info, *(s for s in flat._shared_param_infos if (s.prim_module, s.prim_param_name) == own)]
-    kinds = {kind for holder in holders if (kind := kind_of(holder.module)) is not None}
+    kinds = {kind for holder in holders for kind in told.get(id(holder.module), ())}
     if any(holder.param_name == "weight" and id(holder.module) in heads for holder in holders):
         kinds.add("lm_head")
     return frozenset(kinds)

@@ -31,12 +31,16 @@ def options_from_text(text: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not equals:
             raise OptionError(f"Shampoo option {part!r} in optim_args has no value; write key=value, lists as a;b")
+        if key == "rules" and value:
+            raise OptionError("Shampoo option 'rules' in optim_args can only be empty; write rules in Python or JSON")
         options[key] = _value(_DEFAULTS.get(ALIASES.get(key, key)), value)
     return canonical(options)
 
 
 def _value(default: object, text: str) -> Any:
     """Text as the type that an option's default has; what it cannot be is left to the option's own check."""
+    if ";" in text and all(not isinstance(_plain(part), str) for part in text.split(";")):
+        return [_plain(part) for part in text.split(";")]
     if isinstance(default, tuple):
         parts = [part for part in text.split(";") if part]
         return [_plain(part) for part in parts] if default and isinstance(default[0], float) else parts

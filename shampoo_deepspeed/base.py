@@ -21,6 +21,7 @@ from shampoo_deepspeed.metrics import read
 from shampoo_deepspeed.naming import clean_name, names_and_kinds
 from shampoo_deepspeed.phases import refresh_phases
 from shampoo_deepspeed.report import treatment_table
+from shampoo_deepspeed.rules import expanded
 from shampoo_deepspeed.saved import FORMAT, SavedState, StateSource, consolidated, lacking
 from shampoo_deepspeed.unit import Unit, treat
 
@@ -183,7 +184,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         """Options by parameter group number, as the groups say now."""
         for group in self.param_groups:
             self._config(group)
-        return {number: config for number, (_, config) in self._configs.items()}
+        return expanded({number: config for number, (_, config) in self._configs.items()})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, at any time; its tensors join at their first gradient.
@@ -195,7 +196,11 @@ class BlockOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         added = self.param_groups[-1]
         try:
-            self.entries += self._new_entries(added, len(self._configs))
+            entries = self._new_entries(added, len(self._configs))
+            config = ShampooConfig(**{name: added[name] for name in OPTION_NAMES})
+            for entry in entries:
+                treat(entry.parameter, config)  # raises where options do not fit a shape
+            self.entries += entries
         except OptionError:
             self.param_groups.pop()
             raise
@@ -433,7 +438,7 @@ def _refuse_reshaping(before: ShampooConfig, after: ShampooConfig) -> None:
 
 def _reshaped(parameter: Parameter, before: ShampooConfig, after: ShampooConfig) -> bool:
     """Whether a parameter's blocks or state would be others under other options."""
-    patterns = {"exclude": None, "no_decay": None}  # these count by their effect
+    patterns = {"exclude": None, "no_decay": None, "rules": None}  # these count by their effect
     same = {**before.shape_of_state(), **patterns} == {**after.shape_of_state(), **patterns}
     return not same or treat(parameter, before) != treat(parameter, after)
 

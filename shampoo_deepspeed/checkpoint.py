@@ -23,10 +23,11 @@ from shampoo_deepspeed.base import BlockOptimizer
 from shampoo_deepspeed.config import OPTION_NAMES, OptionError, ShampooConfig
 from shampoo_deepspeed.hosts import Parameter
 from shampoo_deepspeed.manifest import BlockLayout, CheckpointError, Manifest, layout_key, sync_directory
+from shampoo_deepspeed.rules import number_under, rule_of
 from shampoo_deepspeed.saved import SavedState, cpu_group, parameter_of
 from shampoo_deepspeed.storage import INDEX, Item, StorageError, checksum, damage, write
 from shampoo_deepspeed.stored import StoredState, base_key, block_layout, state_items, stored_name
-from shampoo_deepspeed.unit import treat
+from shampoo_deepspeed.unit import Treatment, treat
 
 logger = logging.getLogger("shampoo_deepspeed")
 
@@ -178,25 +179,24 @@ def _tables(optimizer: BlockOptimizer, moments: torch.dtype | None) -> dict[str,
     """This rank's part of the manifest, in builtins."""
     waiting, configs = optimizer.waiting_state, optimizer.configs()
     known = {entry.parameter.key: entry.parameter for entry in optimizer.entries}
+    numbers = {key: _options(parameter, configs) for key, parameter in known.items()}
     steps = dict(waiting.steps) if waiting is not None else {}
-    parameters: dict[str, Mapping[str, Any]] = {
-        key: _record(p, steps.get(key, 0), configs[p.group]) for key, p in known.items()
-    }
+    parameters: dict[str, Mapping[str, Any]] = {key: _record(p, steps.get(key, 0), configs) for key, p in known.items()}
     layouts: dict[str, BlockLayout] = {}
     if isinstance(waiting, StoredState):
         parameters |= {n: r for n, r in waiting.manifest.parameters.items() if base_key(n) in waiting.keys}
         layouts |= waiting.manifest.layouts
     elif waiting is not None:
-        layouts |= _layouts(waiting.everything(), known, moments)
+        layouts |= _layouts(waiting.everything(), numbers, moments)
     for unit in optimizer.units:
         for parameter, count in zip(unit.parameters, unit.steps, strict=True):
             parameters.pop(parameter.key, None)
             name = stored_name(parameter.key, unit.layout.part)
-            parameters[name] = _record(parameter, count, configs[parameter.group])
-        layouts |= _layouts(SavedState.of_units([unit], 0), known, moments)
+            parameters[name] = _record(parameter, count, configs)
+        layouts |= _layouts(SavedState.of_units([unit], 0), numbers, moments)
     # The rate is read from the group at every step and is not part of what is kept of its options.
     rates = {group["shampoo_group"]: float(group["lr"]) for group in optimizer.param_groups}
-    groups = {str(number): {**config.to_json(), "lr": rates[number]} for number, config in configs.items()}
+    groups = {str(number): {**configs[number].to_json(), "lr": rate} for number, rate in rates.items()}
     return {
         "parameters": parameters,
         "layouts": layouts,
@@ -205,23 +205,35 @@ def _tables(optimizer: BlockOptimizer, moments: torch.dtype | None) -> dict[str,
     }
 
 
-def _record(parameter: Parameter, steps: int, config: ShampooConfig) -> dict[str, Any]:
-    treatment = treat(parameter, config)
+def _options(parameter: Parameter, configs: Mapping[int, ShampooConfig]) -> int:
+    """The number of a parameter's options: its group's, or that of a rule within it."""
+    rule = rule_of(parameter.name, parameter.kinds, parameter.shape, configs[parameter.group])
+    return number_under(parameter.group, rule)
+
+
+def _record(parameter: Parameter, steps: int, configs: Mapping[int, ShampooConfig]) -> dict[str, Any]:
+    treatment = treat(parameter, configs[parameter.group])
     blocks = treatment.preconditioned
     return {
         "shape": list(parameter.shape),
         "group": parameter.group,
+        "options": _options(parameter, configs),
         "steps": steps,
         "merged": list(treatment.merged) if blocks else None,
-        "max_dim": config.max_preconditioner_dim if blocks else None,
+        "cuts": _cuts(treatment),
     }
 
 
-def _layouts(state: SavedState, known: Mapping[str, Parameter], moments: torch.dtype | None) -> dict[str, BlockLayout]:
+def _cuts(treatment: Treatment) -> list[list[int]] | None:
+    """Lengths of blocks in builtins, None where there are none."""
+    return [list(along) for along in treatment.cuts] if treatment.preconditioned else None
+
+
+def _layouts(state: SavedState, numbers: Mapping[str, int], moments: torch.dtype | None) -> dict[str, BlockLayout]:
     out = {}
     for stack in state.stacks:
-        group = known[parameter_of(stack["keys"][0])].group
-        out[layout_key(group, stack["shape"])] = block_layout(stack, moments)
+        number = numbers[parameter_of(stack["keys"][0])]
+        out[layout_key(number, stack["shape"])] = block_layout(stack, moments)
     return out
 
 
@@ -345,6 +357,8 @@ def _other_options(
     if treatment.preconditioned != (merged is not None):
         was_, is_ = ("preconditioned", "element-wise") if merged is not None else ("element-wise", "preconditioned")
         return f"it was saved as {was_}, and here it is {is_}; give the same exclude ({list(saved.exclude)}) and names"
+    if treatment.preconditioned and _cuts(treatment) != record["cuts"]:
+        return "it was saved in other blocks; give the same rules and the same names, or model="
     return None
 
 

@@ -7,10 +7,13 @@ import difflib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from shampoo_deepspeed.blocks import Side, sides_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +27,34 @@ GRAFTING_METHODS = (
     "normalized_rmsprop",
     "normalized_adam",
 )
+DB_ROOTS = (1, 2, 4, 8)  # what repeated square roots give
+DECAYS = ("l2", "decoupled", "corrected", "independent")
+LARGE_DIMS = ("block", "diagonal", "identity", "adagrad")
+SIDES = ("smaller", "left", "right")
+SOLVERS = ("auto", "eigh", "coupled_newton", "newton_db")
 PRECONDITIONERS = ("shampoo", "soap", "kl_shampoo")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 # Embeddings and output heads have one row per token: their factor matrices would be huge and their gradients
-# are sparse in rows, so every production system trains them element-wise.
-DEFAULT_EXCLUDE = ("kind:embedding", "kind:lm_head", "*embed*", "*lm_head*", "*wte*", "*wpe*")
+# are sparse in rows, so every production system trains them element-wise. Routers see few and sparse gradients too, and
+# norms and biases with more than one dim (of heads, of experts) are still lists of vectors.
+DEFAULT_EXCLUDE = (
+    "kind:embedding",
+    "kind:lm_head",
+    "*embed*",
+    "*lm_head*",
+    "*wte*",
+    "*wpe*",
+    "kind:router",
+    "*router*",
+    "*.gate.wg.*",
+    "kind:norm",
+    "*bias",
+)
+# What names_and_kinds and shapes can tell.
+KINDS = ("embedding", "lm_head", "layernorm", "norm", "router", "experts", "0d", "1d", "2d", "3d", "4d", "5d")
+# Stacked experts [experts, out, in] are matrices of their own.
+DEFAULT_RULES: tuple[dict[str, Any], ...] = ({"match": ("kind:experts",), "batch_dims": 1},)
 
 # The Hugging Face Trainer's own rule (Trainer.get_decay_parameter_names), as name patterns.
 TRAINER_NO_DECAY = (
@@ -134,16 +159,64 @@ def _flag(key: str, value: object) -> bool:
     return value
 
 
-def _optional_root(key: str, value: object) -> float | None:
-    if value is None:
-        return None
-    return _number(key, value, 1e-3, 1e3, "null or a number p > 0, the root in A^(-1/p)")
+def _optional_root(key: str, value: object) -> float | tuple[float | None, ...] | None:
+    allowed = "null or a number p > 0, the root in A^(-1/p), or a list of these for 1, 2, ... preconditioned dims"
+    if isinstance(value, (tuple, list)) and value:
+        try:
+            return tuple(None if p is None else _number(key, p, 1e-3, 1e3, allowed) for p in value)
+        except OptionError:
+            raise _bad(key, value, allowed) from None
+    return None if value is None else _number(key, value, 1e-3, 1e3, allowed)
+
+
+def _optional_beta(key: str, value: object) -> float | None:
+    return None if value is None else _number(key, value, 0.0, 1.0, "null or a number in [0, 1]")
+
+
+def _optional_positive(key: str, value: object) -> float | None:
+    return None if value is None else _number(key, value, 1e-300, 1e300, "null or a number > 0")
+
+
+def _small_int(key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value not in (0, 1):
+        raise _bad(key, value, "0, or 1 where the first dim counts matrices of their own")
+    return value
+
+
+def _lengths(key: str, value: object) -> tuple[int, ...]:
+    good = isinstance(value, (tuple, list)) and all(type(n) is int and n >= 1 for n in value)
+    if not good or len(value) == 1:  # type: ignore[arg-type]
+        raise _bad(key, value, "a list of lengths >= 1 such as [4096, 1024, 1024], or [] for no split")
+    return tuple(value)  # type: ignore[arg-type]
 
 
 def _method(key: str, value: object) -> str:
     if not isinstance(value, str) or value.lower() not in GRAFTING_METHODS:
         raise _bad(key, value, f"one of {', '.join(GRAFTING_METHODS)}")
     return value.lower()
+
+
+def _one_of(*allowed: str) -> Callable[[str, object], str]:
+    def check(key: str, value: object) -> str:
+        if not isinstance(value, str) or value.lower() not in allowed:
+            raise _bad(key, value, f"one of {', '.join(allowed)}")
+        return value.lower()
+
+    return check
+
+
+def _optional_one_of(*allowed: str) -> Callable[[str, object], str | None]:
+    check = _one_of(*allowed)
+
+    def optional(key: str, value: object) -> str | None:
+        if value is None:
+            return None
+        try:
+            return check(key, value)
+        except OptionError:
+            raise _bad(key, value, f"null or one of {', '.join(allowed)}") from None
+
+    return optional
 
 
 def _optional_method(key: str, value: object) -> str | None:
@@ -175,7 +248,29 @@ def _refresh(key: str, value: object) -> str:
 def _patterns(key: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
         raise _bad(key, value, 'a list of name patterns such as "*embed*" or kinds such as "kind:embedding"')
+    strange = [v for v in value if v.startswith("kind:") and v.removeprefix("kind:") not in KINDS]
+    if strange:
+        raise _bad(key, value, f"{strange[0]!r} is no kind; kinds are {', '.join(KINDS)}")
     return tuple(value)
+
+
+def _rules(key: str, value: object) -> tuple[dict[str, Any], ...]:
+    allowed = 'a list of rules such as {"match": "*q_proj*", "max_preconditioner_dim": 512}'
+    if not isinstance(value, (tuple, list)):
+        raise _bad(key, value, allowed)
+    checks = {option.name: option.metadata["check"] for option in fields(ShampooConfig)}
+    rules = []
+    for rule in value:
+        if not isinstance(rule, Mapping) or "match" not in rule or len(rule) < 2:
+            raise _bad(key, value, allowed)
+        match = rule["match"]
+        patterns = _patterns(f"{key}: match", [match] if isinstance(match, str) else match)
+        options = canonical({name: v for name, v in rule.items() if name != "match"})
+        misplaced = sorted(set(options) & set(GROUP_ONLY))
+        if misplaced:
+            raise _bad(key, value, f"{misplaced[0]!r} belongs to a parameter group and not to a rule")
+        rules.append({"match": patterns, **{name: checks[name](name, v) for name, v in options.items()}})
+    return tuple(rules)
 
 
 def _dtype(key: str, value: object) -> str:
@@ -218,14 +313,28 @@ class ShampooConfig:
 
     lr: float | Tensor = _option(1e-3, _learning_rate, "learning rate, read every step; AdamW's scale when grafted")
     betas: tuple[float, float] = _option((0.9, 0.999), _betas, "decay of the first moment, of the factor matrices")
+    beta3: float | None = _option(None, _optional_beta, "weight of the old first moment in M; null: betas[0]")
     eps: float = _option(1e-8, _non_negative, "added to the square root of second moments, as in AdamW")
     weight_decay: float = _option(0.0, _non_negative, "weight decay")
     decoupled_weight_decay: bool = _option(True, _flag, "AdamW's decay; false: L2, added to the gradient")
+    weight_decay_type: str | None = _option(
+        None, _optional_one_of(*DECAYS), "l2, decoupled, corrected or independent; null: by decoupled_weight_decay"
+    )
+    peak_lr: float | None = _option(
+        None, _optional_positive, "what scales corrected and independent decay; null: lr at the start"
+    )
     no_decay: tuple[str, ...] = _option((), _patterns, "patterns of parameters without weight decay")
     epsilon: float = _option(1e-12, _non_negative, "absolute floor of the factor matrices' regularisation")
     relative_epsilon: float = _option(1e-6, _fraction, "regularisation relative to the largest eigenvalue")
     preconditioner: str = _option("shampoo", _preconditioner, "shampoo, soap or kl_shampoo")
     max_preconditioner_dim: int = _option(1024, _positive_int, "block size: larger dims are cut, small ones merged")
+    merge_small_dims: bool = _option(True, _flag, "merge small neighbouring dims; false: only dims of size 1 go")
+    large_dim: str = _option(
+        "block", _one_of(*LARGE_DIMS), "dims above the block size: cut, a diagonal, nothing, or AdaGrad for all of it"
+    )
+    one_sided: str | None = _option(None, _optional_one_of(*SIDES), "the only dim with a factor; null: all dims")
+    batch_dims: int = _option(0, _small_int, "1: the first dim counts matrices of their own, as of stacked experts")
+    split: tuple[int, ...] = _option((), _lengths, "lengths of the parts of a fused matrix, each with its own blocks")
     precondition_frequency: int = _option(10, _positive_int, "steps between two refreshes of roots or eigenbases")
     refresh_tolerance: float | None = _option(None, _optional_tolerance, "off-diagonal mass that a kept basis may have")
     refresh: str = _option("sync", _refresh, "sync: all blocks at once; staggered: spread over the frequency")
@@ -237,8 +346,17 @@ class ShampooConfig:
     dampening: float = _option(0.0, _fraction, "dampening of momentum")
     nesterov: bool = _option(False, _flag, "Nesterov momentum")
     use_bias_correction: bool = _option(True, _flag, "correct first moment and factor matrices for their zero start")
-    exponent_override: float | None = _option(None, _optional_root, "the p of A^(-1/p); null: twice the order, soap 2")
+    exponent_override: float | tuple[float | None, ...] | None = _option(
+        None, _optional_root, "the p of A^(-1/p), or a list by number of preconditioned dims; null: twice it, soap 2"
+    )
+    rank_deficient: str = _option(
+        "shift", _one_of("shift", "pseudo_inverse"), "small eigenvalues: regularised, or their root is 0"
+    )
+    solver: str = _option("auto", _one_of(*SOLVERS), "how inverse roots are computed; auto: by device and root")
     exclude: tuple[str, ...] = _option(DEFAULT_EXCLUDE, _patterns, "patterns of parameters that stay element-wise")
+    rules: tuple[dict[str, Any], ...] = _option(
+        DEFAULT_RULES, _rules, "options of the parameters that match a pattern; the first rule that matches counts"
+    )
     factor_dtype: str = _option("float32", _wide_dtype, "dtype of factor matrices")
     root_dtype: str = _option("float32", _dtype, "dtype of inverse roots and eigenbases")
     master_weights: bool = _option(True, _flag, "keep a float32 copy of 16-bit parameters that the host keeps none of")
@@ -266,6 +384,109 @@ class ShampooConfig:
         if self.preconditioner == "kl_shampoo" and self.exponent_override is not None:
             allowed = "null with preconditioner kl_shampoo, whose statistics are made of inverse square roots"
             raise _bad("exponent_override", self.exponent_override, allowed)
+        self._check_preconditioner()
+        self._check_solver()
+        self._check_decay()
+        self._check_blocks()
+        for number, rule in enumerate(self.rules):
+            try:
+                self.under_rule(number)
+            except OptionError as error:
+                raise OptionError(f"in the rule for {list(rule['match'])}: {error}") from None
+
+    def under_rule(self, number: int) -> ShampooConfig:
+        """These options as they are for parameters that match a rule."""
+        changed = {name: value for name, value in self.rules[number].items() if name != "match"}
+        return dataclasses.replace(self, rules=(), **changed)
+
+    @cached_property
+    def by_rule(self) -> tuple[ShampooConfig, ...]:
+        """``under_rule`` of all rules."""
+        return tuple(self.under_rule(number) for number in range(len(self.rules)))
+
+    def _check_preconditioner(self) -> None:
+        """What Shampoo alone can do, and what a kept basis cannot."""
+        defaults = {"one_sided": (None,), "large_dim": ("block", "adagrad"), "rank_deficient": ("shift",)}
+        for name, values in defaults.items():
+            value = getattr(self, name)
+            if self.preconditioner != "shampoo" and value not in values:
+                raise _bad(name, value, f"{' or '.join(map(str, values))} with preconditioner {self.preconditioner}")
+        if self.preconditioner == "soap" and isinstance(self.exponent_override, tuple):
+            raise _bad("exponent_override", self.exponent_override, "null or a number with preconditioner soap")
+        if self.refresh_tolerance is not None:
+            if self.rank_deficient != "shift":
+                raise _bad("rank_deficient", self.rank_deficient, "shift together with refresh_tolerance")
+            if self.solver not in ("auto", "eigh"):
+                raise _bad(
+                    "solver", self.solver, "auto or eigh together with refresh_tolerance, which keeps eigenbases"
+                )
+        if self.preconditioner == "soap" and self.solver not in ("auto", "eigh"):
+            raise _bad("solver", self.solver, "auto or eigh with preconditioner soap, which takes no inverse roots")
+
+    def _check_solver(self) -> None:
+        given = self.exponent_override
+        for root in given if isinstance(given, tuple) else (given,):
+            allowed = None
+            if self.solver == "coupled_newton" and root is not None and root != int(root):
+                allowed = f"not coupled_newton for exponent_override = {root}, which it needs to be an integer"
+            if self.solver == "newton_db" and root is not None and root not in DB_ROOTS:
+                allowed = f"not newton_db for exponent_override = {root}, which it needs to be 1, 2, 4 or 8"
+            if allowed:
+                raise _bad("solver", self.solver, allowed)
+        if self.rank_deficient == "pseudo_inverse" and self.solver not in ("auto", "eigh"):
+            raise _bad("solver", self.solver, "auto or eigh where rank_deficient is pseudo_inverse")
+
+    def _check_decay(self) -> None:
+        if not self.decoupled_weight_decay and self.weight_decay_type not in (None, "l2"):
+            raise _bad("weight_decay_type", self.weight_decay_type, "l2 or null where decoupled_weight_decay is false")
+        if self.beta3 is not None and self.betas[0] == 0.0:
+            raise _bad("beta3", self.beta3, "null where betas[0] is 0, as there is no first moment")
+
+    def _check_blocks(self) -> None:
+        # Parts may be of any size, and what a dim has must follow from the size of a block.
+        if self.split and self.large_dim not in ("block", "adagrad"):
+            raise _bad("large_dim", self.large_dim, "block or adagrad together with split")
+        if self.split and self.one_sided == "smaller":
+            raise _bad("one_sided", self.one_sided, "null, left or right together with split")
+
+    @property
+    def decay_type(self) -> str:
+        """How weight decay enters: l2, decoupled, corrected or independent."""
+        return self.weight_decay_type or ("decoupled" if self.decoupled_weight_decay else "l2")
+
+    def decay(self, rate: float | Tensor) -> float | Tensor:
+        """What the weights are multiplied by before they join the direction, given the learning rate of the step.
+
+        ``corrected`` (arXiv 2506.02285) scales by lr / peak lr, ``independent`` by 1 / peak lr, so that the step's own
+        factor lr makes it ``weight_decay * lr / peak_lr``; 0 for ``l2``.
+        """
+        if self.decay_type in ("l2", "decoupled"):
+            return self.weight_decay if self.decay_type == "decoupled" else 0.0
+        assert self.peak_lr is not None
+        return self.weight_decay * (rate if self.decay_type == "corrected" else 1.0) / self.peak_lr
+
+    def with_peak(self) -> ShampooConfig:
+        """These options with the learning rate of now as the peak, where one is needed and none is given."""
+        if self.peak_lr is not None or self.decay_type not in ("corrected", "independent"):
+            return self
+        peak = float(self.lr)
+        if peak == 0.0:
+            raise _bad("peak_lr", None, f"a number > 0 where lr starts at 0 and weight decay is {self.decay_type}")
+        return dataclasses.replace(self, peak_lr=peak)
+
+    def sides(self, shape: tuple[int, ...]) -> tuple[Side, ...]:
+        """What each dim of a merged shape, or of a block of it, has: a factor matrix, a diagonal or nothing."""
+        if self.preconditioner != "shampoo":
+            return sides_of(shape, self.max_preconditioner_dim)
+        large = "block" if self.large_dim == "adagrad" else self.large_dim
+        return sides_of(shape, self.max_preconditioner_dim, large, self.one_sided, self.batch_dims)
+
+    def root(self, count: int) -> float:
+        """The p of A^(-1/p) for a block with so many preconditioned dims."""
+        given = self.exponent_override
+        if isinstance(given, tuple):
+            given = given[count - 1] if count <= len(given) else None
+        return 2.0 * count if given is None else given
 
     @property
     def start(self) -> int:
@@ -341,12 +562,37 @@ FIXED_OPTIONS = (
     "preconditioner",
     "refresh",
     "max_preconditioner_dim",
+    "merge_small_dims",
+    "large_dim",
+    "one_sided",
+    "batch_dims",
+    "split",
+    "rules",
     "exclude",
     "no_decay",
     "factor_dtype",
     "root_dtype",
     "communication_dtype",
     "bucket_mb",
+)
+# The step of a whole parameter group uses these, so rules for single parameters cannot change them.
+GROUP_ONLY = (
+    "lr",
+    "weight_decay",
+    "decoupled_weight_decay",
+    "weight_decay_type",
+    "peak_lr",
+    "no_decay",
+    "exclude",
+    "rules",
+    "momentum",
+    "dampening",
+    "nesterov",
+    "master_weights",
+    "stochastic_rounding",
+    "communication_dtype",
+    "bucket_mb",
+    "failure_limit",
 )
 # These shape what ranks exchange, so one optimizer has one value of each.
 GLOBAL_OPTIONS = ("communication_dtype", "bucket_mb", "failure_limit")

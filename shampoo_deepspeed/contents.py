@@ -44,7 +44,7 @@ def _row(name: str, record: Mapping[str, Any]) -> tuple[str, str, str, str, str]
     shape = "x".join(map(str, record["shape"])) or "scalar"
     state = "element-wise"
     if record["merged"] is not None:
-        blocks = cut_into_blocks(record["merged"], record["max_dim"])
+        blocks = cut_into_blocks(record["merged"], record["cuts"])
         largest = "x".join(map(str, max((b.lengths for b in blocks), key=math.prod)))
         state = f"{len(blocks)} block{'s' * (len(blocks) != 1)}, largest {largest}"
     return name, shape, str(record["group"]), str(record["steps"]), state

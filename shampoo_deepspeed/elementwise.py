@@ -20,12 +20,13 @@ class Segment:
     """A flat interval of a parameter on this rank.
 
     ``start`` counts in the flattened global parameter, ``offset`` in the flattened local tensor; ``share`` is one
-    over the number of ranks that hold the same interval.
+    over the number of ranks that hold the same interval, ``method`` the grafting method that gives its direction.
     """
 
     parameter: int
     key: str
     group: int
+    method: str
     start: int
     numel: int
     tensor: int
@@ -46,7 +47,7 @@ class Elementwise:
         self.segments = tuple(segments)
         self._dtype = dtype
         sizes = [s.numel for s in segments]
-        self.needs = {s.group: _moments_of(configs[s.group]) for s in segments}
+        self.needs = {(s.group, s.method): _moments_of(configs[s.group], s.method) for s in segments}
         used = [name for name in ("exp_avg", "second_moment") if any(name in needs for needs in self.needs.values())]
         self.tensors = {name: torch.zeros(sum(sizes), dtype=dtype, device=device) for name in used}
         self.views = {name: list(torch.split(t, sizes)) if sizes else [] for name, t in self.tensors.items()}
@@ -74,26 +75,26 @@ class Elementwise:
         Args:
             steps: the number of each parameter's step, counted from 1; those with 0 take no part.
         """
-        cohorts: dict[tuple[int, int], list[int]] = defaultdict(list)
+        cohorts: dict[tuple[int, str, int], list[int]] = defaultdict(list)
         for number, segment in enumerate(self.segments):
             if steps[segment.parameter] > 0:
-                cohorts[segment.group, steps[segment.parameter]].append(number)
+                cohorts[segment.group, segment.method, steps[segment.parameter]].append(number)
         parts, targets = self._parts(gradients), self._parts(directions)
-        for (group, step), numbers in cohorts.items():
+        for (group, method, step), numbers in cohorts.items():
             own = verdict.cleaned([parts[n].to(self._dtype) for n in numbers])
-            made = self._directions(numbers, own, step, configs[group], verdict, squared_norms)
+            made = self._directions(numbers, own, method, step, configs[group], verdict, squared_norms)
             torch._foreach_copy_([targets[n] for n in numbers], made)
 
     def _directions(
         self,
         numbers: Sequence[int],
         gradients: list[Tensor],
+        method: str,
         step: int,
         config: ShampooConfig,
         verdict: Verdict,
         squared_norms: Tensor | None,
     ) -> list[Tensor]:
-        method = config.elementwise_method
         second = [self.views["second_moment"][n] for n in numbers] if grafting.has_second_moment(method) else []
         scaled = gradients
         if grafting.is_normalized(method) and squared_norms is not None:
@@ -105,7 +106,8 @@ class Elementwise:
         grafting.accumulate(method, second, scaled, config.second_moment_beta, verdict)
         beta1 = config.betas[0] if "exp_avg" in self.views else 0.0
         first = [self.views["exp_avg"][n] for n in numbers] if beta1 else []
-        moments = grafting.first_moment(first, gradients, beta1, step, config.use_bias_correction, verdict)
+        corrected = config.use_bias_correction
+        moments = grafting.first_moment(first, gradients, beta1, step, corrected, verdict, config.beta3)
         return grafting.direction(method, moments, second, step, config.second_moment_beta, config.eps)
 
     def _parts(self, bases: Sequence[Tensor]) -> list[Tensor]:
@@ -127,7 +129,7 @@ class Elementwise:
             for start, numel, _, tensors in where[segment.key]:
                 overlap = min(start + numel, segment.start + segment.numel) - max(start, segment.start)
                 filled += max(0, overlap)
-                missing = self.needs[segment.group] - set(tensors)
+                missing = self.needs[segment.group, segment.method] - set(tensors)
                 if overlap > 0 and missing:
                     return (
                         f"saved state of {segment.key} has {sorted(tensors)}, "
@@ -148,7 +150,7 @@ class Elementwise:
                 low, high = max(start, segment.start), min(start + numel, segment.start + segment.numel)
                 if low >= high:
                     continue
-                for name in self.needs[segment.group]:
+                for name in self.needs[segment.group, segment.method]:
                     target = self.views[name][number].narrow(0, low - segment.start, high - low)
                     target.copy_(tensors[name].narrow(0, position + low - start, high - low))
 
@@ -167,7 +169,7 @@ def _intervals(saved: Sequence[dict[str, Any]]) -> dict[str, list[Interval]]:
     return where
 
 
-def _moments_of(config: ShampooConfig) -> set[str]:
+def _moments_of(config: ShampooConfig, method: str) -> set[str]:
     """The moments that an element-wise parameter has under these options."""
     needs = {"exp_avg"} if config.betas[0] else set()
-    return needs | {"second_moment"} if grafting.has_second_moment(config.elementwise_method) else needs
+    return needs | {"second_moment"} if grafting.has_second_moment(method) else needs

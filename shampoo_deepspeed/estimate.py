@@ -24,6 +24,7 @@ from shampoo_deepspeed.hosts import Parameter
 from shampoo_deepspeed.layouts import SUB_GROUP_SIZE, UnitLayout, layouts
 from shampoo_deepspeed.phases import refresh_phases
 from shampoo_deepspeed.plan import Plan
+from shampoo_deepspeed.rules import expanded, number_under, rule_of
 from shampoo_deepspeed.stacks import BlockStack
 from shampoo_deepspeed.unit import matrix_of, treat
 
@@ -159,7 +160,7 @@ def estimate(
     made.adamw, made.loads = [0] * world_size, [0.0] * world_size
     made.sent, made.received = [0] * world_size, [0] * world_size
     made.window = [Step(0.0, 0.0, 0.0)] * config.precondition_frequency
-    phases = refresh_phases(parameters, {0: config})
+    phases = refresh_phases(parameters, expanded({0: config}))
     with _collector_paused():
         for layout in layouts(host, [p.shape for p in parameters], world_size, shard_ranks, sub_group_size):
             members = [parameters[n] for n in layout.parameters]
@@ -195,7 +196,9 @@ class _Unit:
         self.parameters, self.layout, self.config, self.weights = parameters, layout, config, weights
         self.phases = phases
         self.dtype = torch.promote_types(weights, torch.float32)
+        self.configs = expanded({0: config})
         self.treatments = [treat(p, config) for p in parameters]
+        self.numbers = [number_under(0, rule_of(p.name, p.kinds, p.shape, config)) for p in parameters]
         preconditioned = [n for n, t in enumerate(self.treatments) if t.preconditioned]
         self.number_of = {n: number for number, n in enumerate(preconditioned)}
 
@@ -203,8 +206,8 @@ class _Unit:
         """Make the plan and add up work and traffic."""
         config = self.config
         matrices = [
-            matrix_of(t, 0, config, self.phases.get(p.key))
-            for p, t in zip(self.parameters, self.treatments, strict=True)
+            matrix_of(t, number, self.configs[number], self.phases.get(p.key))
+            for p, t, number in zip(self.parameters, self.treatments, self.numbers, strict=True)
             if t.preconditioned
         ]
         bucket = max(1, int(config.bucket_mb * 2**20 / self.dtype.itemsize))
@@ -240,19 +243,26 @@ class _Unit:
 
     def measure_onto(self, made: Estimate) -> None:
         """Add up the bytes of state: blocks at their owners, the rest beside the shards."""
-        counts = Counter((owner, b.box.lengths) for owner, b in zip(self.plan.owners, self.plan.blocks, strict=True))
-        sizes = {shape: block_bytes(shape, self.config, self.dtype) for shape in {shape for _, shape in counts}}
-        for (rank, shape), count in counts.items():
-            for kind, nbytes in sizes[shape].items():
+        counts = Counter(
+            (owner, b.group, b.box.lengths) for owner, b in zip(self.plan.owners, self.plan.blocks, strict=True)
+        )
+        kinds_of_blocks = {(number, shape) for _, number, shape in counts}
+        sizes = {(n, shape): block_bytes(shape, self.configs[n], self.dtype) for n, shape in kinds_of_blocks}
+        for (rank, number, shape), count in counts.items():
+            for kind, nbytes in sizes[number, shape].items():
                 made.add_state(kind, rank, count * nbytes)
-        moments = self._elementwise_bytes()
 
-        def beside(held: Sequence[tuple[int, Box]]) -> int:
-            return sum(box.numel for n, box in held if n not in self.number_of)
+        def beside(held: Sequence[tuple[int, Box]]) -> Counter[tuple[int, str]]:
+            numels: Counter[tuple[int, str]] = Counter()
+            for n, box in held:
+                if n not in self.number_of:
+                    numels[self.numbers[n], self.treatments[n].method] += box.numel
+            return numels
 
-        for rank, numel in enumerate(_each_list_once(self.layout.shards, beside)):
-            for kind, nbytes in moments.items():
-                made.add_state(kind, rank, numel * nbytes)
+        for rank, numels in enumerate(_each_list_once(self.layout.shards, beside)):
+            for (number, method), numel in numels.items():
+                for kind, nbytes in self._elementwise_bytes(number, method).items():
+                    made.add_state(kind, rank, numel * nbytes)
             size = self.layout.sizes[rank]
             made.adamw[rank] += 8 * size
             if self.config.momentum:
@@ -260,10 +270,11 @@ class _Unit:
             if self.config.master_weights and self.weights != self.dtype:
                 made.add_state("master", rank, size * self.dtype.itemsize)
 
-    def _elementwise_bytes(self) -> dict[str, int]:
+    @cache  # noqa: B019  a unit lives as long as its estimate is made
+    def _elementwise_bytes(self, number: int, method: str) -> dict[str, int]:
         """Bytes of one element's state by kind."""
-        segment = Segment(0, "", 0, 0, 1, 0, 0, 1.0)
-        return _bytes_by_kind(Elementwise([segment], {0: self.config}, META, self.dtype).tensors)
+        segment = Segment(0, "", number, method, 0, 1, 0, 0, 1.0)
+        return _bytes_by_kind(Elementwise([segment], self.configs, META, self.dtype).tensors)
 
 
 def _with_unit(step: Step, plan: Plan, offset: int) -> Step:

@@ -74,15 +74,24 @@ def first_moment(
     step: int,
     bias_correction: bool,
     verdict: Verdict,
+    beta3: float | None = None,
 ) -> list[Tensor]:
     """Update m = b1 * m + (1 - b1) G in place and return M, that is m corrected for its zero start if asked.
 
-    With beta1 = 0 there is no moment, and M is G.
+    With beta1 = 0 there is no moment, and M is G. With ``beta3``, M is b3 * m + (1 - b3) G of the old m instead, as in
+    Lion and NAdam: a smaller b3 than b1 looks ahead, b3 = 0 takes G alone.
     """
     if beta1 == 0.0:
         return list(gradients)
+    if beta3 is not None and beta3 != beta1:
+        ahead = torch._foreach_mul(list(moments), beta3)
+        torch._foreach_add_(ahead, list(gradients), alpha=1.0 - beta3)
+        if bias_correction:
+            torch._foreach_div_(ahead, 1.0 - beta3 * beta1 ** (step - 1))
     torch._foreach_mul_(list(moments), verdict.keep(beta1))
     torch._foreach_add_(list(moments), list(gradients), alpha=1.0 - beta1)
+    if beta3 is not None and beta3 != beta1:
+        return list(ahead)
     if not bias_correction:
         return list(moments)
     return list(torch._foreach_div(list(moments), 1.0 - beta1**step))

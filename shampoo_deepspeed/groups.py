@@ -41,7 +41,7 @@ def checked_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[st
                 f"Shampoo option {name!r} = {options[name]!r} in a parameter group is not allowed: all groups share "
                 f"one value, here {defaults[name]!r}."
             )
-    return {**group, **group_options(ShampooConfig.from_options(options))}
+    return {**group, **group_options(ShampooConfig.from_options(options).with_peak())}
 
 
 def signature_with_options(function: Callable[..., Any]) -> inspect.Signature:

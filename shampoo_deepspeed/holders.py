@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-from shampoo_deepspeed.blocks import blocks_touching, cut_into_blocks
+from shampoo_deepspeed.blocks import Cuts, blocks_touching, cut_into_blocks
 from shampoo_deepspeed.boxes import Box
 
 # A rank that holds less of a block than this share of it is no better an owner than any other.
@@ -71,7 +71,7 @@ class BlockHolders:
         return self.copies == self.box.numel == self.held.get(rank, 0)
 
 
-def holders_of_blocks(shape: Sequence[int], max_dim: int, held: Sequence[tuple[int, Box]]) -> list[BlockHolders]:
+def holders_of_blocks(shape: Sequence[int], cuts: Cuts, held: Sequence[tuple[int, Box]]) -> list[BlockHolders]:
     """For each block of a matrix, in the order of ``cut_into_blocks``, who holds it.
 
     Args:
@@ -80,13 +80,13 @@ def holders_of_blocks(shape: Sequence[int], max_dim: int, held: Sequence[tuple[i
     ranks: dict[Box, list[int]] = defaultdict(list)
     for rank, box in held:
         ranks[box].append(rank)
-    blocks = cut_into_blocks(shape, max_dim)
+    blocks = cut_into_blocks(shape, cuts)
     parts: list[list[Part]] = [[] for _ in blocks]
     shared: dict[tuple[int, ...], tuple[int, ...]] = {}
     for shard, holding in ranks.items():
         together = tuple(dict.fromkeys(holding))
         together = shared.setdefault(together, together)
-        for index in blocks_touching(shape, max_dim, shard):
+        for index in blocks_touching(shape, cuts, shard):
             common = blocks[index].intersect(shard)
             if common is not None:
                 parts[index].append(Part(common, together))
@@ -94,23 +94,23 @@ def holders_of_blocks(shape: Sequence[int], max_dim: int, held: Sequence[tuple[i
 
 
 def holders_of_matrices(
-    matrices: Sequence[tuple[tuple[int, ...], int]], shards: Sequence[Sequence[tuple[int, Box]]]
+    matrices: Sequence[tuple[tuple[int, ...], Cuts]], shards: Sequence[Sequence[tuple[int, Box]]]
 ) -> list[list[BlockHolders]]:
     """``holders_of_blocks`` of each matrix; matrices that are sharded alike get the very same objects.
 
     Args:
-        matrices: (shape, max_dim) of each.
+        matrices: (shape, cuts) of each; cuts must be hashable.
         shards: for each rank the boxes it holds, as (index of the matrix, box in its shape).
     """
     by_matrix: list[list[tuple[int, Box]]] = [[] for _ in matrices]
     for rank, held in enumerate(shards):
         for number, box in held:
             by_matrix[number].append((rank, box))
-    known: dict[tuple[tuple[int, ...], int, tuple[tuple[int, Box], ...]], list[BlockHolders]] = {}
+    known: dict[tuple[tuple[int, ...], Cuts, tuple[tuple[int, Box], ...]], list[BlockHolders]] = {}
     found = []
-    for (shape, max_dim), held_here in zip(matrices, by_matrix, strict=True):
-        key = (shape, max_dim, tuple(held_here))
+    for (shape, cuts), held_here in zip(matrices, by_matrix, strict=True):
+        key = (shape, cuts, tuple(held_here))
         if key not in known:
-            known[key] = holders_of_blocks(shape, max_dim, held_here)
+            known[key] = holders_of_blocks(shape, cuts, held_here)
         found.append(known[key])
     return found

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from shampoo_deepspeed.blocks import even_cuts
+
 FORMAT = 1
 NAME = "manifest.json"
 
@@ -29,9 +31,10 @@ class Manifest:
         directory: name of the folder beside this file that holds the tensors.
         world_size: number of ranks that saved.
         groups: options of each parameter group, by its number.
-        parameters: by key ``shape``, ``group``, ``steps``, and (None where element-wise) ``merged``, the shape that is
-            cut into blocks, and ``max_dim``, their size.
-        layouts: a block's bytes, by ``"group:shape"`` as ``layout_key`` gives it.
+        parameters: by key ``shape``, ``group``, ``options`` (the group's number, or that of a rule within it),
+            ``steps``, and (None where element-wise) ``merged``, the shape that is cut into blocks, and ``cuts``, their
+            lengths along each dim.
+        layouts: a block's bytes, by ``"options:shape"`` as ``layout_key`` gives it.
         files: ``bytes`` and ``crc32`` of each file in the folder.
         versions: of what wrote it; for people.
     """
@@ -72,6 +75,7 @@ class Manifest:
                 f"{file} has format {body.get('format')!r}, and this version of shampoo_deepspeed reads {FORMAT}"
             )
         known = {name: body[name] for name in (f.name for f in fields(cls))}
+        known["parameters"] = {name: _completed(record) for name, record in body["parameters"].items()}
         known["layouts"] = {
             key: [(name, dtype, tuple(shape)) for name, dtype, shape in layout]
             for key, layout in body["layouts"].items()
@@ -91,9 +95,17 @@ class Manifest:
         sync_directory(path)
 
 
-def layout_key(group: int | str, shape: Sequence[int]) -> str:
-    """The key of a block layout: saved group number and block shape."""
-    return f"{group}:{'x'.join(map(str, shape))}"
+def _completed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of before there were rules: blocks had one size, ``max_dim``, and options were those of the group."""
+    if "cuts" in record:
+        return record
+    cuts = [list(along) for along in even_cuts(record["merged"], record["max_dim"])] if record["merged"] else None
+    return {**record, "options": record["group"], "cuts": cuts}
+
+
+def layout_key(options: int | str, shape: Sequence[int]) -> str:
+    """The key of a block layout: saved number of its options and block shape."""
+    return f"{options}:{'x'.join(map(str, shape))}"
 
 
 def sync_directory(path: Path) -> None:

@@ -1,7 +1,8 @@
-"""What a parameter is called and what kind it is, and the patterns of `exclude` and `no_decay` on both."""
+"""What a parameter is called and what kind it is, and the patterns of `exclude`, `no_decay` and `rules` on both."""
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -23,15 +24,16 @@ def clean_name(name: str) -> str:
 def names_and_kinds(model: nn.Module) -> dict[int, tuple[str, frozenset[str]]]:
     """For each parameter of a model, by ``id``: its clean name and its kinds.
 
-    Kinds are ``embedding`` (in an nn.Embedding), ``lm_head`` (the output embeddings of a Transformers model) and
-    ``layernorm`` (in an nn.LayerNorm). A tied weight has the kinds of all modules that hold it.
+    Kinds are ``embedding`` (in an nn.Embedding), ``lm_head`` (the output embeddings of a Transformers model),
+    ``layernorm`` (in an nn.LayerNorm), ``norm`` (in any module whose class is called so), ``router`` (what sends tokens
+    to experts) and ``experts`` (in a module that stacks the weights of many experts). A tied weight has the kinds of
+    all modules that hold it.
     """
     kinds: dict[int, set[str]] = defaultdict(set)
+    told = kinds_by_module(model)
     for module in model.modules():
-        kind = kind_of(module)
-        if kind:
-            for parameter in module.parameters(recurse=False):
-                kinds[id(parameter)].add(kind)
+        for parameter in module.parameters(recurse=False):
+            kinds[id(parameter)].update(told[id(module)])
     head = output_head(model)
     if head is not None and getattr(head, "weight", None) is not None:
         kinds[id(head.weight)].add("lm_head")
@@ -45,18 +47,48 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def kind_of(module: nn.Module) -> str | None:
-    """The kind of a module's own parameters, None for most."""
+def kinds_by_module(model: nn.Module) -> dict[int, frozenset[str]]:
+    """For each module of a model, by ``id``: the kinds of its own parameters, but for ``lm_head``."""
+    routers = {id(part) for module in model.modules() for gate in _gates(module) for part in gate.modules()}
+    return {id(m): frozenset(_kinds_of(m) | ({"router"} if id(m) in routers else set())) for m in model.modules()}
+
+
+def _kinds_of(module: nn.Module) -> set[str]:
+    kinds, name = set(), type(module).__name__.lower()
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return "embedding"
-    return "layernorm" if isinstance(module, nn.LayerNorm) else None
+        kinds.add("embedding")
+    if isinstance(module, nn.LayerNorm):
+        kinds.add("layernorm")
+    if re.search(r"norm(\dd)?$", name):  # RMSNorm, LlamaRMSNorm, GroupNorm, BatchNorm2d
+        kinds.add("norm")
+    if "router" in name:
+        kinds.add("router")
+    if name.endswith("experts"):
+        kinds.add("experts")
+    return kinds
 
 
-def matching(patterns: Iterable[str], name: str | None, kinds: frozenset[str]) -> str | None:
-    """The first pattern that a parameter matches: ``kind:NAME``, or a shell pattern on its name, ignoring case."""
+def _gates(module: nn.Module) -> list[nn.Module]:
+    """What a layer with experts calls its gate; elsewhere a gate is an ordinary weight."""
+    children = dict(module.named_children())
+    return [children[name] for name in ("gate", "router") if name in children and "experts" in children]
+
+
+def matching(
+    patterns: Iterable[str], name: str | None, kinds: frozenset[str], shape: tuple[int, ...] | None = None
+) -> str | None:
+    """The first pattern that a parameter matches, or None.
+
+    ``kind:NAME``, where kinds are also ``1d``, ``2d``, ...; ``shape:4096x*``; or a shell pattern on its name, ignoring
+    case.
+    """
     for pattern in patterns:
         if pattern.startswith("kind:"):
-            if pattern.removeprefix("kind:") in kinds:
+            kind = pattern.removeprefix("kind:")
+            if kind in kinds or (shape is not None and kind == f"{len(shape)}d"):
+                return pattern
+        elif pattern.startswith("shape:"):
+            if shape is not None and fnmatchcase("x".join(map(str, shape)), pattern.removeprefix("shape:")):
                 return pattern
         elif name is not None and fnmatchcase(name.lower(), pattern.lower()):
             return pattern

@@ -15,6 +15,7 @@ from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.exchange import CommStats
 from shampoo_deepspeed.groups import signature_with_options
 from shampoo_deepspeed.roots import full_precision
+from shampoo_deepspeed.rules import expanded
 from shampoo_deepspeed.shards import shard_gradients, update
 from shampoo_deepspeed.unit import Pending, Unit
 from shampoo_deepspeed.verdict import Verdict
@@ -75,7 +76,7 @@ class Shampoo(BlockOptimizer):
             with torch.enable_grad():
                 loss = closure()
         units = self._units_in_step()  # the first time: boxes of shards, owners of blocks, what travels where
-        configs = {group["shampoo_group"]: self._config(group) for group in self.param_groups}
+        configs = expanded({group["shampoo_group"]: self._config(group) for group in self.param_groups})
         rates = {group["shampoo_group"]: group["lr"] for group in self.param_groups}
         self._settle(units)
         self._consolidated = None

@@ -10,7 +10,8 @@ from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.hosts import Parameter
 from shampoo_deepspeed.plan import refresh_cost
 from shampoo_deepspeed.refresh import staggered_phases
-from shampoo_deepspeed.unit import matrix_of, treat
+from shampoo_deepspeed.rules import number_under, rule_of
+from shampoo_deepspeed.unit import treat
 
 
 def refresh_phases(parameters: Iterable[Parameter], configs: Mapping[int, ShampooConfig]) -> dict[str, tuple[int, ...]]:
@@ -19,19 +20,23 @@ def refresh_phases(parameters: Iterable[Parameter], configs: Mapping[int, Shampo
     Args:
         parameters: all that the optimizer was given, in its order; that of groups, shards and step units does not
             matter. Groups of one frequency share a window.
+        configs: options by group number, and of rules by theirs.
     """
     phases: dict[str, tuple[int, ...]] = {}
     windows: dict[int, list[float]] = defaultdict(list)
     for parameter in parameters:
-        config = configs[parameter.group]
+        group = number_under(
+            parameter.group, rule_of(parameter.name, parameter.kinds, parameter.shape, configs[parameter.group])
+        )
+        config = configs[group]
         if config.refresh != "staggered":
             continue
-        treatment = treat(parameter, config)
+        treatment = treat(parameter, configs[parameter.group])
         if not treatment.preconditioned:
             continue
         frequency = config.precondition_frequency
-        matrix = matrix_of(treatment, parameter.group, config)
-        costs = [refresh_cost(box.lengths) for box in cut_into_blocks(matrix.shape, matrix.max_dim)]
+        blocks = cut_into_blocks(treatment.merged, treatment.cuts)
+        costs = [refresh_cost(box.lengths, treatment.sides) for box in blocks]
         found = staggered_phases(costs, frequency, windows[frequency])
         window = windows[frequency] or [0.0] * frequency
         for cost, phase in zip(costs, found, strict=True):

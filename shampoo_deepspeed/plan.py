@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from shampoo_deepspeed.blocks import blocks_touching
+from shampoo_deepspeed.blocks import Cuts, Side, blocks_touching
 from shampoo_deepspeed.boxes import Box
 from shampoo_deepspeed.holders import BlockHolders, holders_of_matrices
 from shampoo_deepspeed.owners import assign, best_possible
@@ -23,16 +23,18 @@ REFRESH_CUBES = 25.0
 
 @dataclass(frozen=True)
 class Matrix:
-    """A preconditioned parameter: its merged shape, block size, stack key (group) and refresh frequency.
+    """A preconditioned parameter: its merged shape, how it is cut into blocks, stack key (group) and refresh frequency.
 
     ``phases`` holds each block's refresh phase where refreshes are staggered; None where all happen together.
+    ``sides`` is what each dim has where that is not a factor matrix for all.
     """
 
     shape: tuple[int, ...]
-    max_dim: int
+    cuts: Cuts
     group: int
     frequency: int
     phases: tuple[int, ...] | None = None
+    sides: tuple[Side, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +78,28 @@ class Transfers:
     directions_in: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
 
 
-def step_cost(lengths: Sequence[int]) -> float:
-    """FLOPs of a block in a step without refresh: two products with its factors' size for each dim."""
+def step_cost(lengths: Sequence[int], sides: Sequence[Side] | None = None) -> float:
+    """FLOPs of a block in a step without refresh: two products with its factors' size for each dim.
+
+    A dim with a diagonal costs four operations for each element and one with nothing costs nothing. The element-wise
+    part of a step counts too, so that no block is free.
+    """
     numel = math.prod(lengths)
-    return sum(4.0 * n * numel for n in lengths)
+    total = 4.0 * numel
+    for n, side in zip(lengths, sides or ["matrix"] * len(lengths), strict=True):
+        total += {"matrix": 4.0 * n * numel, "diagonal": 4.0 * numel, "none": 0.0}[side]
+    return total
 
 
-def refresh_cost(lengths: Sequence[int]) -> float:
+def refresh_cost(lengths: Sequence[int], sides: Sequence[Side] | None = None) -> float:
     """FLOPs of a block's refresh."""
-    return sum(REFRESH_CUBES * n**3 for n in lengths)
+    matrices = [n for n, side in zip(lengths, sides or ["matrix"] * len(lengths), strict=True) if side == "matrix"]
+    return sum(REFRESH_CUBES * n**3 for n in matrices)
 
 
-def block_cost(lengths: Sequence[int], frequency: int) -> float:
+def block_cost(lengths: Sequence[int], frequency: int, sides: Sequence[Side] | None = None) -> float:
     """FLOPs of a block per step, with the refresh's share."""
-    return step_cost(lengths) + refresh_cost(lengths) / frequency
+    return step_cost(lengths, sides) + refresh_cost(lengths, sides) / frequency
 
 
 class Plan:
@@ -116,7 +126,7 @@ class Plan:
         self.blocks: list[Block] = []
         self._holders: list[BlockHolders] = []
         self._first: list[int] = []
-        self._list_blocks(holders_of_matrices([(m.shape, m.max_dim) for m in matrices], shards))
+        self._list_blocks(holders_of_matrices([(m.shape, m.cuts) for m in matrices], shards))
         carried = carried or [0.0] * self.world_size
         self.owners, self.loads = assign(self.blocks, self._holders, self.world_size, carried)
         self.owned = self._owned_in_stack_order()
@@ -134,7 +144,8 @@ class Plan:
                 raise ValueError(f"matrix {number} {matrix.shape} has {len(found)} blocks but {len(phases)} phases")
             self._first.append(len(self.blocks))
             self._holders += found
-            costs = {lengths: (step_cost(lengths), refresh_cost(lengths)) for lengths in {h.box.lengths for h in found}}
+            shapes = {held.box.lengths for held in found}
+            costs = {shape: (step_cost(shape, matrix.sides), refresh_cost(shape, matrix.sides)) for shape in shapes}
             for index, (held, phase) in enumerate(zip(found, phases, strict=True)):
                 step, refresh = costs[held.box.lengths]
                 cost = step + refresh / matrix.frequency
@@ -194,7 +205,7 @@ class Plan:
         pieces = []
         for shard, (number, box) in enumerate(self._shards[rank]):
             matrix, first = self.matrices[number], self._first[number]
-            for index in blocks_touching(matrix.shape, matrix.max_dim, box):
+            for index in blocks_touching(matrix.shape, matrix.cuts, box):
                 common = self.blocks[first + index].box.intersect(box)
                 if common is not None:
                     pieces.append((first + index, common, shard))

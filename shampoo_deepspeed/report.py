@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from shampoo_deepspeed.blocks import cut_into_blocks
 from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.hosts import Parameter
-from shampoo_deepspeed.unit import treat
+from shampoo_deepspeed.unit import Treatment, treat
 
 
 def treatment_table(parameters: Iterable[Parameter], configs: Mapping[int, ShampooConfig]) -> str:
@@ -20,8 +20,10 @@ def treatment_table(parameters: Iterable[Parameter], configs: Mapping[int, Shamp
         config = configs[parameter.group]
         treatment = treat(parameter, config)
         elements[treatment.preconditioned] += math.prod(parameter.shape)
-        what = _blocks(treatment.merged, config) if treatment.preconditioned else "element-wise"
+        what = _blocks(treatment) if treatment.preconditioned else "element-wise"
         why = treatment.reason or f"{len(treatment.merged)} dims"
+        if treatment.rule:
+            why += f", under the rule for {treatment.rule!r}"
         if not treatment.decays and config.weight_decay:
             why += ", no weight decay"
         key = (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", parameter.key), "x".join(map(str, parameter.shape)), what, why)
@@ -34,7 +36,10 @@ def treatment_table(parameters: Iterable[Parameter], configs: Mapping[int, Shamp
     return f"{table}\n{elements[True]:,} of {total:,} elements ({elements[True] / total:.1%}) are preconditioned"
 
 
-def _blocks(merged: tuple[int, ...], config: ShampooConfig) -> str:
-    boxes = cut_into_blocks(merged, config.max_preconditioner_dim)
-    largest = "x".join(map(str, boxes[0].lengths))
-    return f"{len(boxes)} block{'s' if len(boxes) > 1 else ''} of {'at most ' if len(boxes) > 1 else ''}{largest}"
+def _blocks(treatment: Treatment) -> str:
+    boxes = cut_into_blocks(treatment.merged, treatment.cuts)
+    largest = "x".join(map(str, max(boxes, key=lambda box: box.numel).lengths))
+    what = f"{len(boxes)} block{'s' if len(boxes) > 1 else ''} of {'at most ' if len(boxes) > 1 else ''}{largest}"
+    if set(treatment.sides) != {"matrix"}:
+        what += f" ({', '.join('-' if side == 'none' else side for side in treatment.sides)})"
+    return what

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shampoo_deepspeed.config import DB_ROOTS
 from shampoo_deepspeed.metrics import note_spectrum
+from shampoo_deepspeed.newton import coupled_newton, newton_db
 
 
 @contextmanager
@@ -47,39 +49,92 @@ def _ieee_products() -> Iterator[None]:
 
 
 def inverse_root(
-    matrices: Tensor, root: float, epsilon: float, relative_epsilon: float, dtype: torch.dtype
+    matrices: Tensor,
+    root: float,
+    epsilon: float,
+    relative_epsilon: float,
+    dtype: torch.dtype,
+    solver: str = "eigh",
+    pseudo_inverse: bool = False,
 ) -> tuple[Tensor, list[int]]:
-    """A^(-1/root) of each matrix of a stack by eigendecomposition (arXiv 2309.06497, section 4.1).
+    """A^(-1/root) of each matrix of a stack (arXiv 2309.06497, section 4.1).
 
     Eigenvalues are regularised by ``l - min(l_min, 0) + max(epsilon, relative_epsilon * l_max)``; one that is still
-    zero gets root 0. A matrix whose eigendecomposition fails or is not finite is tried again in float64.
+    zero gets root 0. The iterative solvers do so with a bound of l_max (``newton.upper_bound``) and leave a matrix that
+    does not converge to the eigendecomposition; one for which that fails or is not finite is tried again in float64.
 
     Args:
         matrices: [B, d, d], symmetric, float32 or wider (narrower ones are widened to float32).
         root: p > 0.
         epsilon, relative_epsilon: absolute and relative regularisation, >= 0.
         dtype: dtype of the result.
+        solver: ``"auto" | "eigh" | "coupled_newton" | "newton_db"``; what ``chosen_solver`` makes of it is used.
+        pseudo_inverse: nothing is shifted; eigenvalues up to ``max(epsilon, relative_epsilon * l_max)`` get root 0.
 
     Returns:
         The roots [B, d, d], and the rows that failed even in float64 (their content is undefined).
     """
     work = matrices if matrices.dtype == torch.float64 else matrices.float()
-    roots = _stack_root(work, root, epsilon, relative_epsilon)
+    solver = chosen_solver(solver, work, root, relative_epsilon, pseudo_inverse)
+    if solver == "eigh":
+        roots, failed = _by_eigh(work, root, epsilon, relative_epsilon, pseudo_inverse)
+        return roots.to(dtype), failed
+    iteration = coupled_newton if solver == "coupled_newton" else newton_db
+    with full_precision(work.device.type):
+        roots, left = iteration(work, int(root), epsilon, relative_epsilon)
+    if not left:
+        return roots.to(dtype), []
+    roots[left], wrong = _by_eigh(work[left], root, epsilon, relative_epsilon, pseudo_inverse)
+    return roots.to(dtype), [left[n] for n in wrong]
+
+
+def chosen_solver(solver: str, work: Tensor, root: float, relative_epsilon: float, pseudo_inverse: bool) -> str:
+    """The solver for a stack: what was asked for where it can do it, else the eigendecomposition.
+
+    ``"auto"`` is the eigendecomposition on the CPU, where it costs as much as 5 to 8 products, and coupled Newton
+    elsewhere, if the ridge is above the rounding of the largest eigenvalue, so that it converges. See docs/solvers.md.
+    """
+    if pseudo_inverse:
+        return "eigh"  # to cut eigenvalues off one must know them
+    newton = root == int(root)
+    if solver == "auto":
+        covered = relative_epsilon >= 4.0 * torch.finfo(work.dtype).eps
+        return "coupled_newton" if work.device.type != "cpu" and newton and covered else "eigh"
+    able = newton if solver == "coupled_newton" else root in DB_ROOTS
+    return solver if able else "eigh"
+
+
+def _by_eigh(
+    work: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool
+) -> tuple[Tensor, list[int]]:
+    """The roots in the dtype of ``work``, and the rows that failed in float64 too."""
+    roots = _stack_root(work, root, epsilon, relative_epsilon, pseudo_inverse)
     suspects = range(len(work)) if roots is None else _non_finite(roots)
     if roots is None:
         roots = torch.empty_like(work)
     failed = []
     for row in suspects:
-        retried = _stack_root(work[row : row + 1].double(), root, epsilon, relative_epsilon)
+        retried = _stack_root(work[row : row + 1].double(), root, epsilon, relative_epsilon, pseudo_inverse)
         narrow = None if retried is None else retried.to(roots.dtype)  # which may overflow
         if narrow is None or _non_finite(narrow):
             failed.append(row)
         else:
             roots[row] = narrow[0]
-    return roots.to(dtype), failed
+    return roots, failed
 
 
-def _stack_root(matrices: Tensor, root: float, epsilon: float, relative_epsilon: float) -> Tensor | None:
+def diagonal_root(
+    diagonals: Tensor, root: float, epsilon: float, relative_epsilon: float, dtype: torch.dtype, pseudo_inverse: bool
+) -> tuple[Tensor, list[int]]:
+    """``inverse_root`` of diagonal matrices [B, d]; their entries are their eigenvalues."""
+    work = diagonals if diagonals.dtype == torch.float64 else diagonals.float()
+    roots = _scales(work, root, epsilon, relative_epsilon, pseudo_inverse).to(dtype)
+    return roots, _non_finite(torch.stack([work, roots.to(work.dtype)], dim=-1))  # the root of infinity is 0
+
+
+def _stack_root(
+    matrices: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool
+) -> Tensor | None:
     """The roots, or None where LAPACK or cuSOLVER reports that a matrix did not converge."""
     try:
         values, vectors = torch.linalg.eigh(matrices)
@@ -89,15 +144,28 @@ def _stack_root(matrices: Tensor, root: float, epsilon: float, relative_epsilon:
         if "cusolver" not in str(error).lower():
             raise
         return None  # some cuSOLVER versions say so instead of LinAlgError
-    values = regularised(values, epsilon, relative_epsilon)
-    note_spectrum(values)
-    scales = torch.where(values > 0, values.clamp_min(torch.finfo(values.dtype).tiny).pow(-1.0 / root), 0.0)
+    scales = _scales(values, root, epsilon, relative_epsilon, pseudo_inverse)
     return (vectors * scales.unsqueeze(-2)) @ vectors.mT
 
 
+def _scales(values: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool) -> Tensor:
+    """l^(-1/root) of eigenvalues [B, d], regularised or cut off; 0 where nothing is left to take a root of."""
+    if pseudo_inverse:
+        cut = (relative_epsilon * values.amax(dim=-1, keepdim=True)).clamp_min(epsilon)
+        kept = values > cut
+        smallest = torch.where(kept, values, torch.inf).amin(dim=-1)
+        values = torch.where(kept, values, 0.0 * values)  # a NaN stays one, and is found
+    else:
+        values = regularised(values, epsilon, relative_epsilon)
+        smallest = values.amin(dim=-1)
+    note_spectrum(torch.stack([smallest, values.amax(dim=-1)], dim=-1))
+    powers = values.clamp_min(torch.finfo(values.dtype).tiny).pow(-1.0 / root)
+    return torch.where(values == 0, 0.0, powers)
+
+
 def regularised(values: Tensor, epsilon: float, relative_epsilon: float) -> Tensor:
-    """The one regularisation of all solvers, on eigenvalues [B, d] in ascending order."""
-    lowest, highest = values[..., :1], values[..., -1:]
+    """The one regularisation of all solvers, on eigenvalues [B, d] in any order."""
+    lowest, highest = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
     return values - lowest.clamp_max(0.0) + (relative_epsilon * highest).clamp_min(epsilon)
 
 

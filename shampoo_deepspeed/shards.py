@@ -39,7 +39,7 @@ def shard_gradients(unit: Unit, configs: Mapping[int, ShampooConfig]) -> ShardGr
         if gradient.layout is not torch.strided:
             raise RuntimeError("Shampoo takes no sparse gradients; build the embedding with sparse=False")
         flat.append(gradient.detach().reshape(-1).contiguous())  # strides of 0 or 2 survive a reshape
-    coupled = [g for g, c in configs.items() if c.weight_decay and not c.decoupled_weight_decay]
+    coupled = [g for g, c in configs.items() if c.weight_decay and c.decay_type == "l2"]
     if not coupled:
         return ShardGradients(flat, flat, active)
     decayed = [g.to(unit.dtype, copy=True) for g in flat]
@@ -79,16 +79,22 @@ def update(
         config = configs[group]
         weights = [_region(values[r.tensor], r) for r in regions]
         steps = [directions[r.tensor][r.start : r.stop].view_as(w) for r, w in zip(regions, weights, strict=True)]
-        if config.decoupled_weight_decay and config.weight_decay:
+        if config.decay_type != "l2" and config.weight_decay:
             decaying = [n for n, r in enumerate(regions) if r.decays]
             if decaying:
-                decayed = [weights[n] for n in decaying]
-                torch._foreach_add_([steps[n] for n in decaying], decayed, alpha=config.weight_decay)
+                _add_decay([steps[n] for n in decaying], [weights[n] for n in decaying], config.decay(rates[group]))
         if config.momentum:
             steps = _with_momentum(unit, regions, steps, config, verdict)
         torch._foreach_mul_(steps, verdict.scale(rates[group]))
         torch._foreach_sub_(weights, steps)
     write_back(unit, values, configs)
+
+
+def _add_decay(steps: list[Tensor], weights: list[Tensor], decay: float | Tensor) -> None:
+    if isinstance(decay, Tensor):  # scaled by a learning rate that lives on the device
+        weights = [w * decay.to(device=w.device, dtype=s.dtype) for w, s in zip(weights, steps, strict=True)]
+        decay = 1.0
+    torch._foreach_add_(steps, weights, alpha=decay)
 
 
 def _regions_by_group(unit: Unit, active: Sequence[bool]) -> dict[int, list[Region]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,7 +112,8 @@ class BlockStack:
         grafting.accumulate(method, second, [own], beta2, verdict)
         first = [state["exp_avg"]] if "exp_avg" in state else []
         beta1 = config.betas[0] if first else 0.0
-        moments = grafting.first_moment(first, [gradients], beta1, step, config.use_bias_correction, verdict)
+        corrected = config.use_bias_correction
+        moments = grafting.first_moment(first, [gradients], beta1, step, corrected, verdict, config.beta3)
         return moments[0], lambda: grafting.direction(method, moments, second, step, beta2, config.eps)[0]
 
     def _due(self, rows: range, step: int, config: ShampooConfig) -> list[slice]:
@@ -150,13 +151,14 @@ class BlockStack:
 
     def misfit(self, saved: dict[str, Any]) -> str | None:
         """Why an exported stack's blocks cannot be taken over here, or None."""
-        if tuple(saved["shape"]) == self.shape and set(saved["tensors"]) == set(self.tensors):
+        same_shape = tuple(saved["shape"]) == self.shape
+        if same_shape and _row_shapes(saved["tensors"]) == _row_shapes(self.tensors):
             return None
         return (
             f"saved state of block {saved['keys'][0]} has shape {tuple(saved['shape'])} "
-            f"and {sorted(saved['tensors'])}; "
-            f"the options now ask for {self.shape} and {sorted(self.tensors)} "
-            "(max_preconditioner_dim, betas, grafting, preconditioner or refresh_tolerance changed)"
+            f"and {_row_shapes(saved['tensors'])}; "
+            f"the options now ask for {self.shape} and {_row_shapes(self.tensors)} "
+            "(max_preconditioner_dim, one_sided, large_dim, betas, grafting, preconditioner, ... changed)"
         )
 
     def load_row(self, row: int, saved: dict[str, Any], saved_row: int) -> None:
@@ -165,6 +167,10 @@ class BlockStack:
             tensor[row].copy_(saved["tensors"][name][saved_row])
         self.refreshed[row] = bool(saved["refreshed"][saved_row])
         self.failures[row] = int(saved["failures"][saved_row])
+
+
+def _row_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape[1:]) for name, tensor in sorted(tensors.items())}
 
 
 def block_norms(stack: Tensor) -> Tensor:

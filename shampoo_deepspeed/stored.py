@@ -156,7 +156,7 @@ class StoredState:
         for number, segment in enumerate(unit.elementwise.segments):
             key = segment.key
             if key in self.keys and self._record(unit, key)["steps"]:
-                for moment in sorted(needs[segment.group]):
+                for moment in sorted(needs[segment.group, segment.method]):
                     box = Box((segment.start,), (segment.numel,))
                     target = views[moment][number]
                     yield Wanted(f"elementwise/{stored_name(key, unit.layout.part)}/{moment}", box, target.copy_)
@@ -171,7 +171,7 @@ class StoredState:
                     yield Wanted(name, shard.box, view_of(unit.buffer(kind, shard.tensor), place).copy_)
 
     def _layout(self, record: Mapping[str, Any], stack: BlockStack, key: str) -> BlockLayout:
-        layout = self.manifest.layouts.get(layout_key(record["group"], stack.shape))
+        layout = self.manifest.layouts.get(layout_key(record["options"], stack.shape))
         if layout is None:
             raise StorageError(f"it holds no blocks of shape {stack.shape}, as {key} has here")
         saved = {name: shape for name, _, shape in layout[:-1]}
@@ -204,8 +204,8 @@ class StoredState:
 
     def _add_block(self, stacks: dict[str, dict[str, Any]], key: str, index: str, blob: Tensor) -> None:
         record = self.manifest.parameters[key]
-        shape = cut_into_blocks(record["merged"], record["max_dim"])[int(index)].lengths
-        name = layout_key(record["group"], shape)
+        shape = cut_into_blocks(record["merged"], record["cuts"])[int(index)].lengths
+        name = layout_key(record["options"], shape)
         layout = self.manifest.layouts[name]
         tensors = dict(zip((part[0] for part in layout), _cut(blob, layout), strict=True))
         refreshed, failures = tensors.pop("status").tolist()

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_deepspeed.blocks import merge_small_dims
+from shampoo_deepspeed.blocks import Side, cut_lengths, merge_small_dims
 from shampoo_deepspeed.boxes import Box, Placed, merged_places, tiling_error
-from shampoo_deepspeed.config import DTYPES, ShampooConfig
+from shampoo_deepspeed.config import DTYPES, OptionError, ShampooConfig
 from shampoo_deepspeed.elementwise import Elementwise, Segment
 from shampoo_deepspeed.exchange import Exchange, communication_device
 from shampoo_deepspeed.grafting import is_normalized
@@ -26,6 +26,7 @@ from shampoo_deepspeed.hosts import Layout, LayoutError, Parameter, compute_dtyp
 from shampoo_deepspeed.metrics import Measured
 from shampoo_deepspeed.naming import matching
 from shampoo_deepspeed.plan import Matrix, Plan
+from shampoo_deepspeed.rules import number_under, rule_of
 from shampoo_deepspeed.stacks import BlockStack
 from shampoo_deepspeed.verdict import Outcome
 
@@ -34,12 +35,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Treatment:
-    """What happens to a parameter: its merged shape where preconditioned, else why it is element-wise."""
+    """What happens to a parameter: its merged shape where preconditioned, else why it is element-wise and how.
+
+    ``cuts`` are the lengths of its blocks and ``sides`` what each dim of them has; ``method`` is the element-wise one;
+    ``rule`` is the pattern of the rule that it is under, if any.
+    """
 
     merged: tuple[int, ...]
     dims: tuple[tuple[int, ...], ...]
     reason: str | None
     decays: bool
+    cuts: tuple[tuple[int, ...], ...] = ()
+    sides: tuple[Side, ...] = ()
+    method: str = ""
+    rule: str | None = None
 
     @property
     def preconditioned(self) -> bool:
@@ -68,22 +77,53 @@ class Region:
 
 
 def treat(parameter: Parameter, config: ShampooConfig) -> Treatment:
-    """Decide by shape, name and kind alone whether a parameter is preconditioned and whether it decays."""
+    """Decide by shape, name and kind alone whether and how a parameter is preconditioned and whether it decays.
+
+    Args:
+        config: the options of its group; a rule that it matches counts.
+
+    Raises:
+        OptionError: where ``split`` does not fit the shape.
+    """
     if parameter.name is None and not parameter.kinds and config.no_decay:
         decays = sum(n > 1 for n in parameter.shape) > 1  # no names: the usual rule of thumb
     else:
-        decays = matching(config.no_decay, parameter.name, parameter.kinds) is None
-    pattern = matching(config.exclude, parameter.name, parameter.kinds)
-    merged, dims = merge_small_dims(parameter.shape, config.max_preconditioner_dim)
-    if pattern is None and len(merged) >= 2 and 0 not in merged:
-        return Treatment(merged, dims, None, decays)
-    reason = f"excluded by {pattern!r}" if pattern else "fewer than two dims larger than 1"
-    return Treatment((math.prod(parameter.shape),), (tuple(range(len(parameter.shape))),), reason, decays)
+        decays = matching(config.no_decay, parameter.name, parameter.kinds, parameter.shape) is None
+    rule, pattern = rule_of(parameter.name, parameter.kinds, parameter.shape, config), None
+    if rule is not None:
+        pattern = matching(config.rules[rule]["match"], parameter.name, parameter.kinds, parameter.shape)
+        config = config.by_rule[rule]
+    limit, batch = config.max_preconditioner_dim, config.batch_dims
+    merged, dims = merge_small_dims(parameter.shape, limit, batch, config.merge_small_dims)
+    reason, method = _why_elementwise(parameter, merged, config)
+    if reason is not None:
+        flat = (tuple(range(len(parameter.shape))),)
+        return Treatment((math.prod(parameter.shape),), flat, reason, decays, method=method, rule=pattern)
+    sides = config.sides(merged)
+    try:
+        cuts = cut_lengths(merged, limit, sides, batch, config.split)
+        return Treatment(merged, dims, None, decays, cuts, sides, rule=pattern)
+    except ValueError as error:
+        raise OptionError(f"Shampoo option 'split' does not fit parameter {parameter.key}: {error}.") from None
+
+
+def _why_elementwise(parameter: Parameter, merged: tuple[int, ...], config: ShampooConfig) -> tuple[str | None, str]:
+    """(why a parameter is element-wise, or None; the method of its direction)."""
+    pattern = matching(config.exclude, parameter.name, parameter.kinds, parameter.shape)
+    if pattern is not None:
+        return f"excluded by {pattern!r}", config.elementwise_method
+    if len(merged) - config.batch_dims < 2 or 0 in merged:
+        return "fewer than two dims larger than 1", config.elementwise_method
+    if config.large_dim == "adagrad" and max(merged[config.batch_dims :]) > config.max_preconditioner_dim:
+        return f"a dim above {config.max_preconditioner_dim}: AdaGrad", "adagrad"
+    if not any(side != "none" for side in config.sides(merged)):
+        return f"its dims are above {config.max_preconditioner_dim}", config.elementwise_method
+    return None, config.elementwise_method
 
 
 def matrix_of(treatment: Treatment, group: int, config: ShampooConfig, phases: tuple[int, ...] | None = None) -> Matrix:
-    """A preconditioned parameter as the plan knows it."""
-    return Matrix(treatment.merged, config.max_preconditioner_dim, group, config.precondition_frequency, phases)
+    """A preconditioned parameter as the plan knows it; ``group`` and ``config`` are those of its rule, if any."""
+    return Matrix(treatment.merged, treatment.cuts, group, config.precondition_frequency, phases, treatment.sides)
 
 
 class Unit:
@@ -91,7 +131,7 @@ class Unit:
 
     Args:
         layout: what the host says of this rank.
-        configs: options by parameter group number; the same on all ranks.
+        configs: options by parameter group number, and of rules by theirs; the same on all ranks.
         carried: each rank's load from units built before.
         phases: by parameter key the refresh phase of each block, where refreshes are staggered.
 
@@ -118,6 +158,10 @@ class Unit:
         self.device = locals_[0].device if locals_ else torch.device("cpu")
         self.dtype = compute_dtype(locals_[0]) if locals_ else torch.float32
         self.treatments = [treat(p, configs[p.group]) for p in self.parameters]
+        # The number of each parameter's options: those of its group, or of a rule of it.
+        self.options = [
+            number_under(p.group, rule_of(p.name, p.kinds, p.shape, configs[p.group])) for p in self.parameters
+        ]
         # Steps taken by each parameter. All ranks count alike, without a read of the device.
         self.steps = [0] * len(self.parameters)
         self.clock = torch.zeros(())  # the largest of them, as torch's tools know it
@@ -145,8 +189,7 @@ class Unit:
         self.stacks = [self._stack(blocks, configs) for blocks in self.exchange.stacks]
         self.elementwise = self._elementwise_part(places, everyone, configs)
         self.regions = self._joined_regions()
-        groups = {p.group for p, t in zip(self.parameters, self.treatments, strict=True) if not t.preconditioned}
-        self.needs_norms = any(is_normalized(configs[g].elementwise_method) for g in groups)
+        self.needs_norms = any(is_normalized(t.method) for t in self.treatments if not t.preconditioned)
 
     def _placed_shards(self) -> list[tuple[int, int, Placed]]:
         """This rank's shards as (parameter, tensor, place in its merged shape)."""
@@ -169,7 +212,7 @@ class Unit:
             if self.layout.problem:
                 raise LayoutError(self.layout.problem)
             return [mine]
-        options = {g: str(sorted(c.to_json().items())) for g, c in configs.items()}
+        options = {g: str(sorted(configs[g].to_json().items())) for g in {p.group for p in self.parameters}}
         turns = {key: hash(phases) for key, phases in self._phases.items()}  # those of all blocks would be megabytes
         signature = [(p.key, p.shape, p.group, options[p.group], turns.get(p.key)) for p in self.parameters]
         plain = [(p, box.offsets, box.lengths) for p, box in mine]
@@ -199,9 +242,8 @@ class Unit:
             )
 
     def _matrix(self, p: int, configs: Mapping[int, ShampooConfig]) -> Matrix:
-        parameter = self.parameters[p]
-        phases = self._phases.get(parameter.key)
-        return matrix_of(self.treatments[p], parameter.group, configs[parameter.group], phases)
+        number, phases = self.options[p], self._phases.get(self.parameters[p].key)
+        return matrix_of(self.treatments[p], number, configs[number], phases)
 
     def block_key(self, block: int) -> str:
         """The key of a block of the plan: parameter key and index of the block within it."""
@@ -227,9 +269,12 @@ class Unit:
         segments = []
         for p, tensor, place in places:
             if not self.treatments[p].preconditioned:
-                parameter, (start,), (numel,) = self.parameters[p], place.box.offsets, place.box.lengths
+                parameter, method = self.parameters[p], self.treatments[p].method
+                (start,), (numel,) = place.box.offsets, place.box.lengths
                 share = 1.0 / copies[p, place.box]
-                segments.append(Segment(p, parameter.key, parameter.group, start, numel, tensor, place.offset, share))
+                segments.append(
+                    Segment(p, parameter.key, self.options[p], method, start, numel, tensor, place.offset, share)
+                )
         return Elementwise(segments, configs, self.device, self.dtype)
 
     def _joined_regions(self) -> list[Region]:

@@ -39,7 +39,16 @@ class Options:
     dampening: float = 0.0
     nesterov: bool = False
     use_bias_correction: bool = True
-    exponent_override: float | None = None
+    exponent_override: float | list[float | None] | None = None
+    beta3: float | None = None
+    weight_decay_type: str | None = None
+    peak_lr: float | None = None
+    merge_small_dims: bool = True
+    large_dim: str = "block"
+    one_sided: str | None = None
+    batch_dims: int = 0
+    split: tuple[int, ...] = ()
+    rank_deficient: str = "shift"
 
     @property
     def start(self) -> int:
@@ -71,10 +80,10 @@ class Block:
 
     box: tuple[Any, ...]  # slices, or (...,) for the whole parameter
     method: str
-    factors: list[Tensor]
+    factors: dict[int, Tensor]  # by dim: a matrix, or a vector of its diagonal
     second: Tensor
     first: Tensor
-    roots: list[Tensor] = field(default_factory=list)
+    roots: dict[int, Tensor] = field(default_factory=dict)
     bases: list[Tensor] = field(default_factory=list)
     scale: float = 1.0  # KL-Shampoo: of the product of the roots
     rotated: Tensor = field(default_factory=lambda: torch.zeros(()))  # SOAP: weighted sum of (Q'G)^2
@@ -89,44 +98,79 @@ class Parameter:
     merged: tuple[int, ...]
     blocks: list[Block]
     buffer: Tensor
+    peak_lr: float
     t: int = 0
 
 
-def merge(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
-    """Merges small neighbours, last to first, but never to fewer than two dims."""
-    dims = [d for d in shape if d != 1]
+def merge(shape: tuple[int, ...], limit: int, batch: int = 0, on: bool = True) -> tuple[int, ...]:
+    """Merges small neighbours, last to first, but never to fewer than two dims; the first `batch` dims stay."""
+    dims = [d for d in shape[batch:] if d != 1]
     merged: list[int] = []
     while dims:
         d = dims.pop()
-        if merged and merged[0] * d <= limit and len(dims) + len(merged) >= 2:
+        if on and merged and merged[0] * d <= limit and len(dims) + len(merged) >= 2:
             merged[0] *= d
         else:
             merged.insert(0, d)
-    return tuple(merged)
+    return shape[:batch] + tuple(merged)
 
 
-def cut(shape: tuple[int, ...], limit: int) -> list[tuple[slice, ...]]:
-    pieces = [[slice(a, min(a + limit, d)) for a in range(0, d, limit)] for d in shape]
+def sides(shape: tuple[int, ...], o: Options) -> list[str]:
+    """For each dim of a parameter: "full", "diagonal" or "none"."""
+    own = shape[o.batch_dims :]
+    kept = {None: range(len(own)), "left": [0], "right": [len(own) - 1], "smaller": [own.index(min(own))]}[o.one_sided]
+    large = {"diagonal": "diagonal", "identity": "none"}.get(o.large_dim, "full")
+    found = [(large if d > o.max_preconditioner_dim else "full") if i in kept else "none" for i, d in enumerate(own)]
+    return ["none"] * o.batch_dims + found
+
+
+def cut(shape: tuple[int, ...], limit: int, o: Options | None = None) -> list[tuple[slice, ...]]:
+    """All blocks; with options also batch dims, dims that are not cut, and a split of the first dim with its sum."""
+    o = o or Options(max_preconditioner_dim=limit)
+    kinds, unsplit = sides(shape, o), list(o.split)
+    pieces: list[list[slice]] = []
+    for i, d in enumerate(shape):
+        parts = [d]
+        if i >= o.batch_dims and unsplit and sum(unsplit) == d:
+            parts, unsplit = unsplit, []
+        size = 1 if i < o.batch_dims else limit if kinds[i] == "full" else d
+        along, start = [], 0
+        for part in parts:
+            along += [slice(a, min(a + size, start + part)) for a in range(start, start + part, size)]
+            start += part
+        pieces.append(along)
     return list(product(*pieces))
 
 
 def multiply(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
-    """Multiplies the matrix into one mode of x."""
+    """Multiplies the matrix, or a diagonal one given as a vector, into one mode of x."""
+    matrix = torch.diag(matrix) if matrix.ndim == 1 else matrix
     return torch.tensordot(matrix, x, dims=([1], [dim])).movedim(0, dim)
 
 
 def inverse_root(a: Tensor, p: float, o: Options) -> Tensor:
+    if a.ndim == 1:
+        return inverse_root(torch.diag(a), p, o).diagonal()
     return root_of(*torch.linalg.eigh(a), p, o)
 
 
 def root_of(lam: Tensor, q: Tensor, p: float, o: Options) -> Tensor:
+    if o.rank_deficient == "pseudo_inverse":
+        kept = lam > max(o.epsilon, o.relative_epsilon * lam.max().item())
+        return q @ torch.diag(torch.where(kept, torch.where(kept, lam, 1.0) ** (-1.0 / p), 0.0)) @ q.T
     lam = lam - min(lam.min().item(), 0.0) + max(o.epsilon, o.relative_epsilon * lam.max().item())
     power = torch.where(lam > 0, lam, 1.0) ** (-1.0 / p)
     return q @ torch.diag(torch.where(lam > 0, power, 0.0)) @ q.T
 
 
-def new_block(box: tuple[Any, ...], zero: Tensor, o: Options) -> Block:
-    return Block(box, o.warm, [zero.new_zeros(d, d) for d in zero.shape], zero.clone(), zero.clone())
+def new_block(box: tuple[Any, ...], zero: Tensor, o: Options, kinds: list[str] | None = None) -> Block:
+    kinds = ["full"] * zero.ndim if kinds is None else kinds
+    factors = {
+        dim: zero.new_zeros(d, d) if kinds[dim] == "full" else zero.new_zeros(d)
+        for dim, d in enumerate(zero.shape)
+        if kinds[dim] != "none"
+    }
+    return Block(box, o.warm, factors, zero.clone(), zero.clone())
 
 
 def rotate(x: Tensor, bases: list[Tensor]) -> Tensor:
@@ -166,10 +210,13 @@ class Reference:
         for name, p in params.items():
             o = replace(base, **(overrides or {}).get(name, {}))
             value = p.detach().to(dtype).clone()
-            merged = merge(tuple(value.shape), o.max_preconditioner_dim)
-            elementwise = name in exclude or len(merged) < 2
+            merged = merge(tuple(value.shape), o.max_preconditioner_dim, o.batch_dims, o.merge_small_dims)
+            large = len(merged) - o.batch_dims >= 2 and max(merged[o.batch_dims :]) > o.max_preconditioner_dim
+            if large and o.large_dim == "adagrad" and name not in exclude:
+                exclude, o = (*exclude, name), replace(o, elementwise="adagrad")
+            elementwise = name in exclude or len(merged) - o.batch_dims < 2 or set(sides(merged, o)) == {"none"}
             self.params[name] = Parameter(
-                value, o, tuple(value.shape) if elementwise else merged, [], torch.zeros_like(value)
+                value, o, tuple(value.shape) if elementwise else merged, [], torch.zeros_like(value), o.lr
             )
             self.params[name].blocks = self._blocks(self.params[name], elementwise)
         self._stagger()
@@ -178,10 +225,10 @@ class Reference:
     def _blocks(p: Parameter, elementwise: bool) -> list[Block]:
         o = p.options
         if elementwise:
-            return [Block((...,), o.fallback, [], torch.zeros_like(p.value), torch.zeros_like(p.value))]
+            return [Block((...,), o.fallback, {}, torch.zeros_like(p.value), torch.zeros_like(p.value))]
         blocks = []
-        for box in cut(p.merged, o.max_preconditioner_dim):
-            blocks.append(new_block(box, torch.zeros_like(p.value.view(p.merged)[box]), o))
+        for box in cut(p.merged, o.max_preconditioner_dim, o):
+            blocks.append(new_block(box, torch.zeros_like(p.value.view(p.merged)[box]), o, sides(p.merged, o)))
         return blocks
 
     def _stagger(self) -> None:
@@ -210,15 +257,18 @@ class Reference:
     def _step_parameter(self, p: Parameter, g: Tensor) -> None:
         p.t += 1
         o = p.options
-        if not o.decoupled_weight_decay:
+        decay = o.weight_decay_type or ("decoupled" if o.decoupled_weight_decay else "l2")
+        if decay == "l2":
             g = g + o.weight_decay * p.value
         direction = torch.zeros(p.merged, dtype=g.dtype)
         for block in p.blocks:
             bg = g.reshape(p.merged)[block.box]
             direction[block.box] = self.step_block(block, bg, p.t, o)
         direction = direction.view(g.shape)
-        if o.decoupled_weight_decay:
-            direction = direction + o.weight_decay * p.value
+        if decay != "l2":
+            peak = p.peak_lr if o.peak_lr is None else o.peak_lr
+            scale = {"decoupled": 1.0, "corrected": o.lr / peak, "independent": 1.0 / peak}[decay]
+            direction = direction + scale * o.weight_decay * p.value
         p.value -= o.lr * self._momentum(p, direction, o)
 
     @classmethod
@@ -243,23 +293,24 @@ class Reference:
     @staticmethod
     def _factors(block: Block, g: Tensor, o: Options) -> None:
         beta2 = o.betas[1]
-        for dim, a in enumerate(block.factors):
+        for dim, a in block.factors.items():
             x = g
             if o.preconditioner == "kl_shampoo":
-                for other, root in enumerate(block.roots):  # none before the first refresh
+                for other, root in block.roots.items():  # none before the first refresh
                     x = multiply(x, root, other) if other != dim else x
                 x = x / (g.numel() / g.shape[dim]) ** 0.5
             unfolded = x.movedim(dim, 0).reshape(g.shape[dim], -1)
-            a.mul_(beta2).add_(unfolded @ unfolded.T, alpha=1.0 if beta2 == 1.0 else 1.0 - beta2)
+            outer = unfolded @ unfolded.T
+            a.mul_(beta2).add_(outer if a.ndim == 2 else outer.diagonal(), alpha=1.0 if beta2 == 1.0 else 1.0 - beta2)
 
     @staticmethod
-    def _roots(block: Block, t: int, o: Options, p: float) -> list[Tensor]:
+    def _roots(block: Block, t: int, o: Options, p: float) -> dict[int, Tensor]:
         correct = o.use_bias_correction and o.betas[1] != 1.0
         scale = 1.0 - o.betas[1] ** t if correct else 1.0
         if o.refresh_tolerance is None:
-            return [inverse_root(a / scale, p, o) for a in block.factors]
+            return {dim: inverse_root(a / scale, p, o) for dim, a in block.factors.items()}
         spectra = []
-        for dim, a in enumerate(block.factors):
+        for dim, a in block.factors.items():
             if block.bases:
                 q = block.bases[dim]
                 inside = q.T @ a @ q / scale
@@ -268,19 +319,23 @@ class Reference:
                     continue
             spectra.append(torch.linalg.eigh(a / scale))
         block.bases = [q for _, q in spectra]
-        return [root_of(lam, q, p, o) for lam, q in spectra]
+        return {dim: root_of(lam, q, p, o) for dim, (lam, q) in enumerate(spectra)}
 
     @classmethod
     def _refresh(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
-        block.roots = cls._roots(block, t, o, o.exponent_override or 2 * len(block.factors))
+        p = o.exponent_override
+        if isinstance(p, (list, tuple)):
+            p = p[len(block.factors) - 1] if len(block.factors) <= len(p) else None
+        block.roots = cls._roots(block, t, o, p or 2 * len(block.factors))
 
     @classmethod
     def _refresh_kl(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
         """Roots of factors with a mean eigenvalue of 1; the geometric mean of the mean eigenvalues goes to scale."""
         correct = o.use_bias_correction and o.betas[1] != 1.0
-        means = [a.trace().item() / len(a) / (1.0 - o.betas[1] ** t if correct else 1.0) for a in block.factors]
+        seen = 1.0 - o.betas[1] ** t if correct else 1.0
+        means = [a.trace().item() / len(a) / seen for a in block.factors.values()]
         means = [mean if mean > 0 else 1.0 for mean in means]
-        block.roots = [root * mean**0.5 for root, mean in zip(cls._roots(block, t, o, 2.0), means, strict=True)]
+        block.roots = {dim: root * means[dim] ** 0.5 for dim, root in cls._roots(block, t, o, 2.0).items()}
         block.scale = 1.0
         for mean in means:
             block.scale /= mean ** (0.5 / len(means))
@@ -296,14 +351,14 @@ class Reference:
             block.weight = 1.0 - o.graft_beta2**t
             seen = t if o.betas[1] == 1.0 else 1.0 - o.betas[1] ** t
             block.rotated = torch.full_like(m, block.weight * block.factors[0].trace().item() / seen)
-            for dim, a in enumerate(block.factors):
+            for dim, a in block.factors.items():
                 lam, q = torch.linalg.eigh(a)
                 lam = lam.flip(0).clamp(min=0.0)
                 share = lam / lam.sum() if lam.sum() > 0 else lam
                 block.bases.append(q.flip(1))
                 block.rotated = (block.rotated.movedim(dim, -1) * share).movedim(-1, dim)
         else:
-            for dim, (a, q) in enumerate(zip(block.factors, block.bases, strict=True)):
+            for dim, (a, q) in enumerate(zip(block.factors.values(), block.bases, strict=True)):
                 inside = q.T @ a @ q
                 if o.refresh_tolerance is not None and off_diagonal(inside).norm() <= o.refresh_tolerance * a.norm():
                     continue
@@ -332,8 +387,10 @@ class Reference:
         beta1 = o.betas[0]
         if beta1 == 0.0:
             return g
+        beta3 = beta1 if o.beta3 is None else o.beta3
+        filtered = beta3 * block.first + (1.0 - beta3) * g
         block.first.mul_(beta1).add_(g, alpha=1.0 - beta1)
-        return block.first / (1.0 - beta1**t if o.use_bias_correction else 1.0)
+        return filtered / (1.0 - beta3 * beta1 ** (t - 1) if o.use_bias_correction else 1.0)
 
     @staticmethod
     def _direction(block: Block, g: Tensor, m: Tensor, t: int, o: Options) -> Tensor:
@@ -344,7 +401,7 @@ class Reference:
         if not block.factors or t < o.start + (block.phase or 0):
             return graft
         u = adam_in_basis(block, g, m, o) if o.preconditioner == "soap" else block.scale * m
-        for dim, root in enumerate(block.roots):
+        for dim, root in block.roots.items():
             u = multiply(u, root, dim)
         if o.graft == "none":
             return u

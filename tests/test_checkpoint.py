@@ -30,6 +30,16 @@ FORMS: dict[str, dict[str, Any]] = {
     "other_dtypes": {"factor_dtype": "float64", "root_dtype": "bfloat16"},
     "adagrad": {"betas": (0.9, 1.0), "grafting": "adagrad"},
     "ungrafted": {"grafting": "none"},
+    "one_sided": {"one_sided": "smaller"},
+    "diagonals": {"large_dim": "diagonal", "beta3": 0.5, "weight_decay_type": "corrected"},
+    "adagrad_where_large": {"large_dim": "adagrad"},
+    "rules": {
+        "rules": [
+            {"match": "mix.weight", "one_sided": "left"},  # blocks as those of others in shape, and not in state
+            {"match": "down.weight", "split": [4, 5], "grafting": "sgd"},
+            {"match": "conv.weight", "batch_dims": 1, "merge_small_dims": False},
+        ]
+    },
     "soap": {"preconditioner": "soap"},
     "kl_shampoo": {"preconditioner": "kl_shampoo"},
     "kept_bases": {"refresh_tolerance": 0.5},
@@ -81,6 +91,14 @@ def test_what_no_step_has_claimed_is_saved_again(tmp_path: Path) -> None:
     train(other, again, range(5, 9))
     assert same_bits(snapshot(model.parameters()), snapshot(other.parameters()))
     assert same_bits(snapshot(model.parameters()), snapshot(third.parameters()))
+
+
+def test_other_rules_are_named(tmp_path: Path) -> None:
+    model, optimizer = made(rules=[{"match": "up.weight", "max_preconditioner_dim": 4}])
+    train(model, optimizer, range(4))
+    save_shampoo(optimizer, tmp_path)
+    with pytest.raises(CheckpointError, match="saved with rules = .*'max_preconditioner_dim': 4"):
+        resumed(model, tmp_path)
 
 
 def test_another_block_size_is_named(tmp_path: Path) -> None:

@@ -73,6 +73,30 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("refresh_tolerance", 1, "null or a number in [0, 1)"),
     ("refresh_tolerance", "0.1", "null or a number in [0, 1)"),
     ("grafting", 1, METHODS),
+    ("beta3", 1.5, "null or a number in [0, 1]"),
+    ("beta3", "0.9", "null or a number in [0, 1]"),
+    ("weight_decay_type", "adamw", "null or one of l2, decoupled, corrected, independent"),
+    ("weight_decay_type", 1, "null or one of l2, decoupled, corrected, independent"),
+    ("peak_lr", 0.0, "null or a number > 0"),
+    ("merge_small_dims", 0, FLAG),
+    ("large_dim", "cut", "one of block, diagonal, identity, adagrad"),
+    ("one_sided", "both", "null or one of smaller, left, right"),
+    ("one_sided", True, "null or one of smaller, left, right"),
+    ("batch_dims", 2, "0, or 1 where the first dim"),
+    ("batch_dims", True, "0, or 1 where the first dim"),
+    ("split", [4096], "a list of lengths >= 1"),
+    ("split", [4, 0], "a list of lengths >= 1"),
+    ("split", 3, "a list of lengths >= 1"),
+    ("split", [2.0, 3], "a list of lengths >= 1"),
+    ("exponent_override", [4, "2"], "null or a number p > 0"),
+    ("exponent_override", [], "null or a number p > 0"),
+    ("exclude", ["kind:norms"], "'kind:norms' is no kind; kinds are embedding"),
+    ("rules", {"match": "*q*"}, "a list of rules such as"),
+    ("rules", [{"match": "*q*"}], "a list of rules such as"),
+    ("rules", [{"max_preconditioner_dim": 3}], "a list of rules such as"),
+    ("rank_deficient", "pinv", "one of shift, pseudo_inverse"),
+    ("solver", "qr", "one of auto, eigh, coupled_newton, newton_db"),
+    ("solver", None, "one of auto, eigh, coupled_newton, newton_db"),
     ("grafting_beta2", 0.0, "null or a number in (0, 1)"),
     ("grafting_beta2", 1.0, "null or a number in (0, 1)"),
     ("grafting_beta2", "0.9", "null or a number in (0, 1)"),
@@ -142,8 +166,8 @@ def test_a_bad_value_from_json_is_the_same_error(key: str, value: Any) -> None:
         ShampooConfig.from_options(json.loads(json.dumps({key: value})))
 
 
-@pytest.mark.parametrize("key", OPTION_NAMES)
-def test_auto_is_an_error_for_every_option(key: str) -> None:
+@pytest.mark.parametrize("key", [name for name in OPTION_NAMES if name != "solver"])
+def test_auto_is_an_error_for_every_option_but_the_solver(key: str) -> None:
     with pytest.raises(OptionError, match=f"{key!r} = 'auto' is not allowed"):
         ShampooConfig.from_options({key: "auto"})
 
@@ -231,16 +255,24 @@ methods = st.sampled_from(GRAFTING_METHODS)
 dtypes = st.sampled_from(list(DTYPES))
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lr": numbers,
-    "betas": st.tuples(fractions, st.floats(0, 1, exclude_min=True)),
+    "betas": st.tuples(st.floats(0, 1, exclude_min=True, exclude_max=True), st.floats(0, 1, exclude_min=True)),
+    "beta3": st.none() | fractions,
     "eps": numbers,
     "weight_decay": numbers,
     "decoupled_weight_decay": st.booleans(),
+    "weight_decay_type": st.none() | st.just("l2"),
+    "peak_lr": st.none() | st.floats(1e-6, 1.0),
     "no_decay": patterns,
     "epsilon": numbers,
     "relative_epsilon": fractions,
     "preconditioner": st.sampled_from(PRECONDITIONERS),
     "refresh_tolerance": st.none() | fractions,
     "max_preconditioner_dim": counts,
+    "merge_small_dims": st.booleans(),
+    "large_dim": st.sampled_from(["block", "adagrad"]),
+    "one_sided": st.sampled_from([None, "left", "right"]),
+    "batch_dims": st.sampled_from([0, 1]),
+    "split": st.sampled_from([(), (3, 4)]),
     "precondition_frequency": counts,
     "refresh": st.sampled_from(["sync", "staggered"]),
     "start_preconditioning_step": st.just(-1) | st.integers(10_000, 20_000),
@@ -251,8 +283,11 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "dampening": fractions,
     "nesterov": st.booleans(),
     "use_bias_correction": st.booleans(),
-    "exponent_override": st.none() | st.floats(0.1, 100),
+    "exponent_override": st.none() | st.floats(0.1, 100) | st.tuples(st.none(), st.floats(0.1, 100)),
+    "rank_deficient": st.sampled_from(["shift", "pseudo_inverse"]),
+    "solver": st.sampled_from(["auto", "eigh"]),
     "exclude": patterns,
+    "rules": st.sampled_from([(), ({"match": ("*q*", "kind:2d"), "max_preconditioner_dim": 8, "betas": (0.5, 0.9)},)]),
     "factor_dtype": st.sampled_from(["float32", "float64"]),
     "root_dtype": dtypes,
     "master_weights": st.just(False),
@@ -266,8 +301,10 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 @given(st.fixed_dictionaries(VALUES))
 def test_options_survive_json(options: dict[str, Any]) -> None:
     assert VALUES.keys() == set(OPTION_NAMES)
-    if options["preconditioner"] == "kl_shampoo":
-        options = {**options, "exponent_override": None}
+    if options["preconditioner"] != "shampoo":  # what the others cannot do
+        options = {**options, "exponent_override": None, "one_sided": None, "rank_deficient": "shift"}
+    if options["refresh_tolerance"] is not None:
+        options = {**options, "rank_deficient": "shift"}
     config = ShampooConfig.from_options(options)
     assert {name: getattr(config, name) for name in OPTION_NAMES} == options
     assert ShampooConfig.from_options(json.loads(json.dumps(config.to_json()))) == config
@@ -312,3 +349,41 @@ def test_elementwise_parameters_follow_the_grafting_method_unless_told_otherwise
     assert ShampooConfig(grafting="rmsprop").elementwise_method == "rmsprop"
     assert ShampooConfig(grafting="none").elementwise_method == "adam"
     assert ShampooConfig(grafting="none", elementwise="sgd").elementwise_method == "sgd"
+
+
+IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
+    ({"beta3": 0.5, "betas": (0.0, 0.9)}, "'beta3' = 0.5.*null where betas"),
+    ({"weight_decay_type": "corrected", "decoupled_weight_decay": False}, "'weight_decay_type' = 'corrected'"),
+    ({"split": [2, 3], "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*together with split"),
+    ({"split": [2, 3], "one_sided": "smaller"}, "'one_sided' = 'smaller'.*together with split"),
+    ({"preconditioner": "soap", "one_sided": "left"}, "'one_sided' = 'left'.*None with preconditioner soap"),
+    ({"preconditioner": "kl_shampoo", "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*block or adagrad with"),
+    ({"preconditioner": "soap", "solver": "newton_db"}, "'solver' = 'newton_db'.*eigh with preconditioner soap"),
+    ({"preconditioner": "soap", "exponent_override": [2, 4]}, "'exponent_override'.*null or a number with"),
+    ({"refresh_tolerance": 0.1, "solver": "newton_db"}, "'solver' = 'newton_db'.*together with refresh_tolerance"),
+    ({"refresh_tolerance": 0.1, "rank_deficient": "pseudo_inverse"}, "'rank_deficient'.*shift together with"),
+    ({"rank_deficient": "pseudo_inverse", "solver": "newton_db"}, "'solver' = 'newton_db'.*pseudo_inverse"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), IMPOSSIBLE)
+def test_options_that_contradict_one_another_are_an_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Shampoo([parameter(3)], **options)
+
+
+def test_roots_are_twice_the_number_of_preconditioned_dims_unless_overridden() -> None:
+    assert [ShampooConfig().root(n) for n in (1, 2, 3)] == [2.0, 4.0, 6.0]
+    assert [ShampooConfig(exponent_override=3).root(n) for n in (1, 2, 3)] == [3.0, 3.0, 3.0]
+    assert [ShampooConfig(exponent_override=[None, 3]).root(n) for n in (1, 2, 3)] == [2.0, 3.0, 6.0]
+
+
+def test_the_peak_of_a_scaled_decay_is_the_learning_rate_that_a_group_starts_with() -> None:
+    group = {"params": [parameter(3)], "lr": 0.5}
+    optimizer = Shampoo([group, {"params": [parameter(3)]}], lr=0.25, weight_decay_type="corrected")
+    assert [g["peak_lr"] for g in optimizer.param_groups] == [0.5, 0.25]
+    assert Shampoo([parameter(3)], lr=0.25).param_groups[0]["peak_lr"] is None
+    with pytest.raises(OptionError, match="'peak_lr' = None is not allowed: a number > 0 where lr starts at 0"):
+        Shampoo([parameter(3)], lr=0.0, weight_decay_type="independent")
+    optimizer = Shampoo([parameter(3)], lr=0.0, weight_decay_type="independent", peak_lr=0.1)
+    assert optimizer.param_groups[0]["peak_lr"] == 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,6 +35,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.8, "dampening": 0.5},
     "nesterov": {"momentum": 0.9, "dampening": 0.1, "nesterov": True},
     "other_root": {"exponent_override": 2.0},
+    "root_by_order": {"exponent_override": [1.5, None, 4.0]},
+    "pseudo_inverse": {"rank_deficient": "pseudo_inverse", "relative_epsilon": 1e-5},
+    "beta3_looks_ahead": {"beta3": 0.5},
+    "beta3_zero_uncorrected": {"beta3": 0.0, "use_bias_correction": False},
+    "corrected_decay": {"weight_decay_type": "corrected"},
+    "independent_decay": {"weight_decay_type": "independent", "peak_lr": 0.5},
+    "coupled_decay_by_type": {"weight_decay_type": "l2"},
+    "unmerged": {"merge_small_dims": False, "max_preconditioner_dim": 20},
+    "left_side": {"one_sided": "left"},
+    "right_side": {"one_sided": "right"},
+    "smaller_side": {"one_sided": "smaller"},
+    "large_diagonal": {"large_dim": "diagonal"},
+    "large_identity": {"large_dim": "identity"},
+    "large_adagrad": {"large_dim": "adagrad"},
+    "smaller_side_or_diagonal": {"one_sided": "smaller", "large_dim": "diagonal"},
     "absolute_epsilon": {"relative_epsilon": 0.0, "epsilon": 1e-6},
 }
 
@@ -50,6 +66,11 @@ def test_the_trajectory_is_that_of_the_reference(name: str, kind: str) -> None:
     reference = Reference(trained, exclude=("embed.weight",), **options)
     optimizer = Shampoo(trained.items(), factor_dtype="float64", root_dtype="float64", **options)
     for step in range(10):
+        rate = options["lr"] * (1.0 - 0.05 * step)  # a schedule, which the scaled decays see
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for p in reference.params.values():
+            p.options = replace(p.options, lr=rate)
         gradients(model, make_batch(kind, step, unused=2))
         reference.step({n: p.grad for n, p in trained.items()})
         optimizer.step()

@@ -78,7 +78,7 @@ def projector(basis: Tensor) -> Tensor:
 
 
 def assert_same_state(tensors: dict[str, Tensor], row: int, block: Block, preconditioner: str) -> None:
-    for mode, factor in enumerate(block.factors):
+    for mode, factor in block.factors.items():
         assert relative_error(tensors[f"factor_{mode}"][row], factor) < BOUND
         if f"root_{mode}" in tensors:
             assert relative_error(tensors[f"root_{mode}"][row], block.roots[mode]) < BOUND

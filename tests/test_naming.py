@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import ShampooConfig
-from shampoo_deepspeed.config import DEFAULT_EXCLUDE, TRAINER_NO_DECAY
+from shampoo_deepspeed.config import DEFAULT_EXCLUDE, KINDS, TRAINER_NO_DECAY
 from shampoo_deepspeed.hosts import Parameter
 from shampoo_deepspeed.naming import clean_name, matching, names_and_kinds
 from shampoo_deepspeed.unit import treat
@@ -71,11 +71,71 @@ def test_kinds_come_from_the_modules_that_hold_a_parameter() -> None:
     assert found == {
         "table.weight": frozenset({"embedding", "lm_head"}),
         "bag.weight": frozenset({"embedding"}),
-        "norm.weight": frozenset({"layernorm"}),
-        "norm.bias": frozenset({"layernorm"}),
+        "norm.weight": frozenset({"layernorm", "norm"}),
+        "norm.bias": frozenset({"layernorm", "norm"}),
         "mix.weight": NOTHING,
         "mix.bias": NOTHING,
     }
+
+
+class LlamaRMSNorm(nn.Module):
+    """As Transformers names them: no base class tells that it is a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+
+class NormalizedLinear(nn.Linear):
+    """Not a norm, for all its name."""
+
+
+class MixtralExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.ones(3, 8, 4))
+        self.down_proj_bias = nn.Parameter(torch.ones(3, 4))
+
+
+class TopKRouter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 4))
+
+
+class MixtureLayer(nn.Module):
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+        self.experts = MixtralExperts()
+
+
+class GatedUnit(nn.Module):
+    """A gate that routes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 4, bias=False)
+        self.up = NormalizedLinear(4, 4, bias=False)
+
+
+@pytest.mark.parametrize("gate", [TopKRouter(), nn.Linear(4, 3, bias=False)])
+def test_kinds_of_a_mixture_of_experts(gate: nn.Module) -> None:
+    model = nn.ModuleDict({"moe": MixtureLayer(gate), "unit": GatedUnit(), "norm": LlamaRMSNorm()})
+    assert dict(names_and_kinds(model).values()) == {
+        "moe.gate.weight": frozenset({"router"}),
+        "moe.experts.gate_up_proj": frozenset({"experts"}),
+        "moe.experts.down_proj_bias": frozenset({"experts"}),
+        "unit.gate.weight": NOTHING,
+        "unit.up.weight": NOTHING,
+        "norm.weight": frozenset({"norm"}),
+    }
+
+
+def test_every_kind_that_modules_tell_is_one_that_patterns_may_name() -> None:
+    models = (Tied(), MixtureLayer(TopKRouter()))
+    told = {kind for model in models for _, kinds in names_and_kinds(model).values() for kind in kinds}
+    assert told <= set(KINDS) and {kind for kind in KINDS if not kind.endswith("d") or kind == "lm_head"} <= told
 
 
 def test_a_model_without_an_output_head_has_none() -> None:
@@ -108,6 +168,23 @@ def test_a_pattern_matches_names_without_case_or_a_kind(
     assert matching(["nothing", pattern], name, kinds) == (pattern if expected else None)
 
 
+SHAPES: list[tuple[str, tuple[int, ...], bool]] = [
+    ("kind:1d", (6,), True),
+    ("kind:1d", (1, 6), False),
+    ("kind:3d", (2, 3, 4), True),
+    ("shape:8x*", (8, 4096), True),
+    ("shape:8x*", (80, 4096), False),
+    ("shape:*x8", (4096, 8), True),
+    ("shape:8", (8,), True),
+]
+
+
+@pytest.mark.parametrize(("pattern", "shape", "expected"), SHAPES)
+def test_a_pattern_matches_shapes(pattern: str, shape: tuple[int, ...], expected: bool) -> None:
+    assert (matching([pattern], "name", NOTHING, shape) == pattern) == expected
+    assert matching([pattern], "name", NOTHING) is None
+
+
 def test_the_first_pattern_that_matches_is_named() -> None:
     assert matching(["a*", "*b", "*"], "xb", NOTHING) == "*b"
 
@@ -120,13 +197,18 @@ def test_the_first_pattern_that_matches_is_named() -> None:
         "model.embed_tokens.weight",
         "lm_head.weight",
         "bert.embeddings.word_embeddings.weight",
+        "layers.0.mlp.router.weight",
+        "deepspeed_moe.gate.wg.weight",
+        "layers.0.mlp.experts.down_proj_bias",
     ],
 )
 def test_embeddings_and_heads_of_usual_models_are_excluded_by_name(name: str) -> None:
     assert matching(DEFAULT_EXCLUDE, name, NOTHING) is not None
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "transformer.h.0.mlp.c_fc.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj.weight", "transformer.h.0.mlp.c_fc.weight", "h.0.mlp.gate_proj.weight"]
+)
 def test_inner_weights_of_usual_models_are_not(name: str) -> None:
     assert matching(DEFAULT_EXCLUDE, name, NOTHING) is None
     assert matching(TRAINER_NO_DECAY, name, NOTHING) is None

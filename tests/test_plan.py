@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shampoo_deepspeed.blocks import cut_into_blocks
 from shampoo_deepspeed.boxes import Box, tiling_error, whole
 from shampoo_deepspeed.owners import LOCALITY_TOLERANCE
-from shampoo_deepspeed.plan import Matrix, Piece, Plan, Transfers, refresh_cost
+from shampoo_deepspeed.plan import Matrix, Piece, Plan, Transfers, block_cost, refresh_cost
 from shampoo_deepspeed.refresh import staggered_phases
 from tests import plan_oracle
 from tests.strategies import sharded
@@ -31,7 +31,7 @@ def plans(draw: st.DrawFn) -> tuple[Plan, list[list[tuple[int, Box]]]]:
 
 def staggered(matrices: list[Matrix], frequency: int) -> list[Matrix]:
     """The same matrices with their blocks' refreshes spread over the window."""
-    cut = [cut_into_blocks(m.shape, m.max_dim) for m in matrices]
+    cut = [cut_into_blocks(m.shape, m.cuts) for m in matrices]
     phases = iter(staggered_phases([refresh_cost(box.lengths) for boxes in cut for box in boxes], frequency))
     return [
         replace(m, frequency=frequency, phases=tuple(next(phases) for _ in boxes))
@@ -218,3 +218,10 @@ def test_ranks_that_are_equal_in_a_unit_take_turns_over_units() -> None:
         owners += plan.owners
         carried = [a + b for a, b in zip(carried, plan.loads, strict=True)]
     assert sorted(owners) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_side_that_is_switched_off_costs_nothing() -> None:
+    both, left, right = (block_cost((8, 64), 10, sides) for sides in (None, ("matrix", "none"), ("none", "matrix")))
+    neither = block_cost((8, 64), 10, ("none", "none"))
+    assert both - left == pytest.approx(right - neither) and left < 0.05 * both
+    assert left < block_cost((8, 64), 10, ("matrix", "diagonal")) < 1.5 * left

@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.preconditioners.modes import multiply, unfold
 from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner, install
 from shampoo_deepspeed.verdict import Verdict
@@ -32,10 +31,6 @@ class KLShampooPreconditioner(ShampooPreconditioner):
 
     Before the first refresh the other factors count as identities. After it they count as of the last refresh.
     """
-
-    def __init__(self, config: ShampooConfig) -> None:
-        super().__init__(config)
-        self._root = 2.0
 
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype

@@ -19,8 +19,13 @@ def fold(unfolded: Tensor, shape: torch.Size, mode: int) -> Tensor:
 
 
 def multiply(stack: Tensor, matrices: Tensor, mode: int) -> Tensor:
-    """Each block of [B, *shape] multiplied along one mode by its own matrix of [B, d_mode, d_mode]."""
+    """Each block of [B, *shape] multiplied along one mode by its own matrix of [B, d_mode, d_mode].
+
+    Diagonal matrices are given as vectors [B, d_mode].
+    """
     matrices = matrices.to(stack.dtype)
+    if matrices.ndim == 2:
+        return stack * matrices.view(len(stack), *(n if dim == mode else 1 for dim, n in enumerate(stack.shape[1:])))
     if mode == stack.ndim - 2:  # from the right, which needs no transposed copy
         flat = stack.reshape(stack.shape[0], -1, stack.shape[-1])
         return torch.bmm(flat, matrices.mT).view(stack.shape)

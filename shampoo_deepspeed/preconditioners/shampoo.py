@@ -8,12 +8,15 @@ from torch import Tensor
 from shampoo_deepspeed.config import DTYPES, ShampooConfig
 from shampoo_deepspeed.eigenbases import kept_or_new, root_from_basis
 from shampoo_deepspeed.preconditioners.modes import multiply, unfold
-from shampoo_deepspeed.roots import inverse_root
+from shampoo_deepspeed.roots import diagonal_root, inverse_root
 from shampoo_deepspeed.verdict import Verdict
 
 
 class ShampooPreconditioner:
-    """Factor matrices A_i <- b2 A_i + (1 - b2) G_(i) G_(i)^T, applied as A_i^(-1/p) along mode i, p = 2k.
+    """Factor matrices A_i <- b2 A_i + (1 - b2) G_(i) G_(i)^T, applied as A_i^(-1/p) along mode i.
+
+    p is twice the number of modes that have a factor at all. A mode may have the diagonal of its factor only, or
+    nothing (``ShampooConfig.sides``), which then is neither kept nor computed.
 
     With ``refresh_tolerance`` eigenbases are kept too. A refresh then computes a new one only where the factor matrix
     has moved out of its basis, and takes the diagonal of Q'AQ for eigenvalues elsewhere (arXiv 2506.03595).
@@ -22,7 +25,7 @@ class ShampooPreconditioner:
     def __init__(self, config: ShampooConfig) -> None:
         self._beta2 = config.betas[1]
         self._bias_correction = config.use_bias_correction
-        self._root = config.exponent_override
+        self._config = config
         self._epsilon = config.epsilon
         self._relative_epsilon = config.relative_epsilon
         self._tolerance = config.refresh_tolerance
@@ -32,21 +35,24 @@ class ShampooPreconditioner:
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """``factor_i`` and ``root_i`` [count, d_i, d_i] for each dim, ``basis_i`` alike where bases are kept.
+        """``factor_i`` and ``root_i`` [count, d_i, d_i] for each dim that has them, [count, d_i] of a diagonal, and
+        ``basis_i`` where bases are kept.
 
         Roots mean nothing before the first refresh, and a basis of zeros is not known so far.
         """
         kinds = {"factor": self._factor_dtype, "root": self._root_dtype}
         if self._tolerance is not None:
             kinds["basis"] = self._root_dtype
-        return {
-            f"{kind}_{mode}": torch.zeros(count, d, d, dtype=own, device=device)
-            for mode, d in enumerate(shape)
-            for kind, own in kinds.items()
-        }
+        state = {}
+        for mode, (d, side) in enumerate(zip(shape, self._config.sides(shape), strict=True)):
+            for kind, own in kinds.items():
+                if side == "matrix" or (side == "diagonal" and kind != "basis"):
+                    size = (count, d, d) if side == "matrix" else (count, d)
+                    state[f"{kind}_{mode}"] = torch.zeros(size, dtype=own, device=device)
+        return state
 
     def accumulate(self, state: dict[str, Tensor], gradients: Tensor, verdict: Verdict) -> None:
-        for mode in range(gradients.ndim - 1):
+        for mode in modes_of(state):
             self._add(state[f"factor_{mode}"], unfold(gradients, mode), verdict)
 
     def _add(self, factor: Tensor, unfolded: Tensor, verdict: Verdict) -> None:
@@ -55,16 +61,18 @@ class ShampooPreconditioner:
         unfolded = unfolded.to(torch.promote_types(factor.dtype, unfolded.dtype))
         if self._beta2 != 1.0:
             factor.mul_(verdict.keep(self._beta2))
-        if factor.dtype == unfolded.dtype:
+        if factor.ndim == 2:
+            factor.add_(unfolded.square().sum(dim=-1), alpha=weight)
+        elif factor.dtype == unfolded.dtype:
             factor.baddbmm_(unfolded, unfolded.mT, alpha=weight)
         else:
             factor.add_(torch.bmm(unfolded, unfolded.mT), alpha=weight)
 
     def refresh(self, state: dict[str, Tensor], step: int, moments: Tensor) -> list[int]:
-        order = moments.ndim - 1
-        root = 2.0 * order if self._root is None else self._root
+        modes = modes_of(state)
+        root = self._config.root(len(modes))
         renewed, failed = [], set()
-        for mode in range(order):
+        for mode in modes:
             tensors, wrong = self._renewed(state, mode, self._corrected(state, mode, step), root)
             renewed.append(tensors)
             failed.update(wrong)
@@ -81,8 +89,12 @@ class ShampooPreconditioner:
         self, state: dict[str, Tensor], mode: int, matrices: Tensor, root: float
     ) -> tuple[dict[str, Tensor], list[int]]:
         """What a refresh changes of one mode, by name, and the rows that failed."""
+        ridge, pseudo = (self._epsilon, self._relative_epsilon), self._config.rank_deficient == "pseudo_inverse"
+        if matrices.ndim == 2:
+            roots, failed = diagonal_root(matrices, root, *ridge, self._root_dtype, pseudo)
+            return {f"root_{mode}": roots}, failed
         if self._tolerance is None:
-            roots, failed = inverse_root(matrices, root, self._epsilon, self._relative_epsilon, self._root_dtype)
+            roots, failed = inverse_root(matrices, root, *ridge, self._root_dtype, self._config.solver, pseudo)
             return {f"root_{mode}": roots}, failed
         values, bases, failed = kept_or_new(matrices, state[f"basis_{mode}"].to(matrices.dtype), self._tolerance)
         roots, overflown = root_from_basis(values, bases, root, self._epsilon, self._relative_epsilon)
@@ -90,9 +102,14 @@ class ShampooPreconditioner:
 
     def apply(self, state: dict[str, Tensor], gradients: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
         direction = moments.to(torch.promote_types(moments.dtype, self._root_dtype))
-        for mode in range(moments.ndim - 1):
+        for mode in modes_of(state):
             direction = multiply(direction, state[f"root_{mode}"], mode)
         return direction.to(moments.dtype)
+
+
+def modes_of(state: dict[str, Tensor]) -> list[int]:
+    """The modes that have a factor, in order."""
+    return sorted(int(name.removeprefix("factor_")) for name in state if name.startswith("factor_"))
 
 
 def wide(matrices: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class SOAPPreconditioner:
     def __init__(self, config: ShampooConfig) -> None:
         self._beta2 = config.betas[1]
         self._beta = config.second_moment_beta
-        self._root = 2.0 if config.exponent_override is None else config.exponent_override
+        self._root = config.exponent_override if isinstance(config.exponent_override, float) else 2.0
         self._eps = config.eps
         self._relative_epsilon = config.relative_epsilon
         self._tolerance = config.refresh_tolerance

@@ -78,5 +78,10 @@ def replayed(run: Run, steps: Sequence[Mapping[str, Tensor]]) -> dict[str, Tenso
 def make_reference(run: Run, values: Mapping[str, Tensor]) -> Reference:
     options = run.rule()
     spared = options.pop("no_decay", ())
-    overrides = {n: {"weight_decay": 0.0} for n in values if matching(spared, n, frozenset())}
+    overrides: dict[str, dict[str, Any]] = {
+        n: {"weight_decay": 0.0} for n in values if matching(spared, n, frozenset())
+    }
+    for rule in options.pop("rules", []):  # those of the tests give one name each
+        changed = {key: value for key, value in rule.items() if key != "match"}
+        overrides[rule["match"]] = overrides.get(rule["match"], {}) | changed
     return Reference(values, overrides, () if run.given == "parameters" else ("embed.weight",), **options)

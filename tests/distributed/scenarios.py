@@ -21,6 +21,14 @@ FAMILY: dict[str, dict[str, Any]] = {
     "kl_shampoo": {"preconditioner": "kl_shampoo", "start_preconditioning_step": 9, "eps": 1e-3},
 }
 FROZEN_STEPS = 2  # for how long a layer is frozen where one is
+# Options of single parameters, which may lie in one flat tensor and have no whole block on any rank.
+RULES = [
+    {"match": "up.weight", "max_preconditioner_dim": 5, "one_sided": "smaller"},
+    {"match": "conv.weight", "batch_dims": 1, "precondition_frequency": 2},
+    {"match": "down.weight", "split": [4, 5], "beta3": 0.3, "betas": [0.8, 0.9]},
+    {"match": "down.bias", "elementwise": "sgd"},
+    {"match": "mix.weight", "large_dim": "adagrad"},
+]
 SECOND_GROUP = {"lr": 3e-3, "weight_decay": 0.05}
 
 
@@ -136,6 +144,9 @@ def make_reference(scenario: Scenario, trained: Mapping[str, Tensor]) -> Referen
     overrides: dict[str, dict[str, Any]] = {n: dict(SECOND_GROUP) for n in scenario.second_group(list(trained))}
     if not overrides and scenario.optimizer == "Shampoo":
         overrides = {n: {"weight_decay": 0.0} for n in trained if n.endswith("bias") or n.startswith("norm")}
+    for rule in options.pop("rules", []):  # those of the tests give one name each
+        changed = {key: value for key, value in rule.items() if key != "match"}
+        overrides[rule["match"]] = overrides.get(rule["match"], {}) | changed
     for name in ("bucket_mb", "communication_dtype"):  # how much travels at a time, and how, is no part of the rule
         options.pop(name, None)
     exclude = ("embed.weight",) if options.pop("exclude", None) is None else ()

@@ -9,7 +9,7 @@ import pytest
 from tests.distributed.conftest import Ask
 from tests.distributed.fsdp_runs import Run, expected, replayed
 from tests.distributed.launch import Check
-from tests.distributed.scenarios import FAMILY
+from tests.distributed.scenarios import FAMILY, RULES
 from tests.distributed.test_zero import assert_ranks_agree, named
 from tests.zoo import relative_error
 
@@ -69,6 +69,9 @@ def single_features() -> list[Check]:
     ]
     options = {"momentum": 0.8, "nesterov": True, "grafting": "normalized_adam", "lr": 1e-3}
     found.append(final("fsdp2_momentum", Run(settings="default", dtype="float64", extra=options), 2))
+    sides = {"large_dim": "diagonal", "beta3": 0.5, "weight_decay_type": "independent", "one_sided": "smaller"}
+    for name, extra in (("sides", sides), ("rules", {"rules": RULES})):
+        found.append(final(f"fsdp2_{name}", Run(settings="default", dtype="float64", extra=extra), 2))
     for name, extra in FAMILY.items():
         found += [final(f"fsdp2_{name}", replace(base, steps=13, extra=extra), 2) for base in SETTINGS]
     coupled = {"weight_decay": 0.3, "decoupled_weight_decay": False}

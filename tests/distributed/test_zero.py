@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.distributed.conftest import Ask
 from tests.distributed.launch import Check
-from tests.distributed.scenarios import BOUND, FAMILY, BadStep, Scenario, expected
+from tests.distributed.scenarios import BOUND, FAMILY, RULES, BadStep, Scenario, expected
 from tests.zoo import relative_error
 
 SMALL_PIECES = {"sub_group_size": 50, "stage3_param_persistence_threshold": 0}
@@ -81,11 +81,15 @@ def options() -> list[Check]:
         "sums": {"betas": [0.0, 1.0], "grafting": "adagrad", "precondition_frequency": 2},
         "no_exclusion": {"exclude": []},
         "tiny_buckets": {"bucket_mb": 0.0005},
+        "large_diagonal": {"large_dim": "diagonal", "beta3": 0.5},
+        "rules": {"rules": RULES},
     }
     checks = [final(Scenario(stage=stage, options=o), name) for name, o in variants.items() for stage in (0, 2, 3)]
     for stage in (2, 3):
         checks += [final(Scenario(stage=stage, options=o, steps=13), name) for name, o in FAMILY.items()]
     checks += [final(Scenario(stage=stage, unused=0, late_first=True), "late_group") for stage in (0, 1, 2)]
+    scaled = {"one_sided": "smaller", "weight_decay_type": "corrected"}
+    checks += [final(Scenario(stage=stage, decay=0.8, options=scaled), "scaled_decay_one_side") for stage in (0, 1, 3)]
     return checks + [final(Scenario(stage=stage, decay=0.8, groups=True), "learning_rate_decay") for stage in (0, 1, 3)]
 
 
