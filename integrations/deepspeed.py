@@ -12,7 +12,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Sequence
-from functools import wraps
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,9 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shampoo_deepspeed.base import BlockOptimizer
 from shampoo_deepspeed.boxes import interval_to_boxes
 from shampoo_deepspeed.config import TRAINER_NO_DECAY
 from shampoo_deepspeed.hosts import Entry, Fresh, Layout, LayoutError, Parameter, Shard, whole_tensors
+
+from .deepspeed_checkpoints import attach, note_folder, resume
 
 logger = logging.getLogger("shampoo_deepspeed")
 
@@ -85,7 +88,7 @@ class DeepSpeedHost:
     def layouts(
         self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[Fresh]
     ) -> list[Layout] | None:
-        """One layout per flat partition; one for all tensors of an unsharded (stage 0) engine.
+        """One layout per flat partition; one per set of replicas of an unsharded (stage 0) engine.
 
         Raises:
             LayoutError: for engine settings under which no optimizer but DeepSpeed's own can work, and for tensors
@@ -107,33 +110,47 @@ class DeepSpeedHost:
             raise LayoutError(f"DeepSpeed has put tensors into param_groups that are no ZeRO partitions: {shapes}")
         return [_partition_layout(item, entries) for item in partitions]
 
+    def note_load(self, optimizer: BlockOptimizer) -> None:
+        """Called within ``engine.load_checkpoint``, maybe before the first step of an optimizer that the user built."""
+        frame = _frame_of_engine("load_checkpoint")
+        if frame is None or frame.f_locals["self"].basic_optimizer is not optimizer:
+            note_folder(optimizer, None)
+            return
+        self._adopt(frame.f_locals["self"])
+        note_folder(optimizer, Path(frame.f_locals["load_dir"]) / str(frame.f_locals["tag"]))
+
+    def resume(self, optimizer: BlockOptimizer) -> None:
+        """Load what is still awaited: where no engine was known that could do it after its ``load_checkpoint``."""
+        resume(optimizer)
+
     def _engine_of(self, optimizer: torch.optim.Optimizer) -> Any:
         """The engine whose inner optimizer this is: the one at work now, or one that was seen before."""
         engine = _engine_at_work("_take_model_step", "_configure_fp16_optimizer")
-        known = [reference() for reference in self._engines]
-        if engine is not None and engine.basic_optimizer is optimizer and all(found is not engine for found in known):
+        if engine is not None and engine.basic_optimizer is optimizer:
             self._adopt(engine)  # it was given a finished optimizer
-        candidates = [engine, *known]
+        candidates = [engine, *(reference() for reference in self._engines)]
         return next((e for e in candidates if e is not None and e.basic_optimizer is optimizer), None)
 
     def _adopt(self, engine: Any) -> None:
+        if any(reference() is engine for reference in self._engines):
+            return
         _refuse_unsupported(engine)
         self._engines = [reference for reference in self._engines if reference() is not None]
         self._engines.append(weakref.ref(engine))
-        if engine.zero_optimization_stage() == 0:
-            _consolidate_before_saving(engine)
+        attach(engine)
 
 
 def _replicated(engine: Any, pairs: Sequence[tuple[Entry, Fresh]]) -> list[Layout]:
     """Stage 0: whole tensors (FP16_UnfusedOptimizer: float32 copies), the same on all data-parallel ranks."""
-    by_group: dict[int, tuple[dist.ProcessGroup | None, list[tuple[Entry, Fresh]]]] = {}
+    by_group: dict[tuple[int, int | None], tuple[dist.ProcessGroup | None, list[tuple[Entry, Fresh]]]] = {}
     for entry, item in pairs:
         group = _replica_group(engine, entry.reference()) if engine is not None else None
-        by_group.setdefault(id(group), (group, []))[1].append((entry, item))
+        key = (id(group), _expert_part(entry.reference()))
+        by_group.setdefault(key, (group, []))[1].append((entry, item))
     layouts = []
-    for group, members in by_group.values():
+    for (_, part), (group, members) in by_group.items():
         layout = whole_tensors([entry.parameter for entry, _ in members], [item for _, item in members])
-        layout.process_group = group
+        layout.process_group, layout.part = group, part
         layout.one_rank_saves = True
         for entry, item in members:
             original = entry.reference()
@@ -147,15 +164,21 @@ def _replicated(engine: Any, pairs: Sequence[tuple[Entry, Fresh]]) -> list[Layou
 def _engine_at_work(*methods: str) -> Any:
     """The DeepSpeedEngine one of whose ``methods`` is calling us, or None.
 
-    DeepSpeed tells an optimizer neither the model nor its configuration; the calling frame has both. This is the one
-    place that looks there, and everything works (with less knowledge) where it finds nothing.
+    DeepSpeed tells an optimizer neither the model nor its configuration; the calling frame has both. Everything works
+    (with less knowledge) where nothing is found.
     """
+    frame = _frame_of_engine(*methods)
+    return frame.f_locals["self"] if frame is not None else None
+
+
+def _frame_of_engine(*methods: str) -> FrameType | None:
+    """The frame of a DeepSpeedEngine's method that is calling us; the one place that looks at frames."""
     frame: FrameType | None = sys._getframe(1)
     for _ in range(24):
         if frame is None:
             return None
         if frame.f_code.co_name in methods and hasattr(frame.f_locals.get("self"), "zero_optimization_stage"):
-            return frame.f_locals["self"]
+            return frame
         frame = frame.f_back
     return None
 
@@ -180,23 +203,17 @@ def _refuse_unsupported(engine: Any) -> None:
         reasons.append("zero_optimization.zenflow (it runs its own CPU Adam on transposed gradients)")
     if engine.autotp_size() > 1:
         reasons.append(f"tensor_parallel.autotp_size = {engine.autotp_size()} (weights are cut before ZeRO sees them)")
+    if zero.stage in (1, 2) and engine.zero_elastic_checkpoint():
+        reasons.append(
+            "zero_optimization.elastic_checkpoint = true (DeepSpeed then does not ask an optimizer for state)"
+        )
+    if zero.stage in (1, 2) and engine.load_universal_checkpoint() and engine.zero_round_robin_gradients():
+        reasons.append(
+            "checkpoint.load_universal = true with round_robin_gradients = true (DeepSpeed then loads weights into the "
+            "wrong places; set round_robin_gradients to false)"
+        )
     if reasons:
         raise LayoutError("Shampoo cannot run with this DeepSpeed configuration: " + "; ".join(reasons))
-
-
-def _consolidate_before_saving(engine: Any) -> None:
-    """At stage 0 rank 0 alone writes the optimizer's state, so ``save_checkpoint`` must gather all blocks first."""
-    reference = weakref.ref(engine)
-    original = type(engine).save_checkpoint
-
-    @wraps(original)
-    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        itself = reference()
-        assert itself is not None
-        itself.basic_optimizer.consolidate_state_dict()
-        return original(itself, *args, **kwargs)
-
-    engine.save_checkpoint = save_checkpoint
 
 
 def _is_one_list(given: Sequence[Any]) -> bool:
@@ -261,7 +278,8 @@ def _stage12_layout(item: Fresh, entries: Sequence[Entry]) -> Layout:
     members = _flat_members(entries, item.group)
     flat, group = item.tensor, members[0][1]._dp_group
     rank, size = dist.get_rank(group), flat.numel()
-    layout = Layout([p for p, _ in members], [flat], [item.group], [], _or_none(group), may_probe=False)
+    part = _expert_part(members[0][1])
+    layout = Layout([p for p, _ in members], [flat], [item.group], [], _or_none(group), may_probe=False, part=part)
     outside = {p.key for p, _ in _originals(entries, item.group)} - {p.key for p, _ in members}
     if outside:
         layout.problem = f"these parameters are not in the flat buffer of their group: {', '.join(sorted(outside))}"
@@ -289,7 +307,8 @@ def _stage3_layout(item: Fresh, entries: Sequence[Entry]) -> Layout:
     group = members[0].ds_process_group
     rank = dist.get_rank(group)
     parameters = [known[id(member)] for member in members]
-    layout = Layout(parameters, [item.tensor], [parameters[0].group], [], _or_none(group), may_probe=False)
+    part = _expert_part(members[0])
+    layout = Layout(parameters, [item.tensor], [parameters[0].group], [], _or_none(group), may_probe=False, part=part)
     offset = 0
     for index, (parameter, member) in enumerate(zip(parameters, members, strict=True)):
         part = member.ds_tensor.ds_numel
@@ -344,6 +363,14 @@ def _replica_group(engine: Any, parameter: Any) -> dist.ProcessGroup | None:
     if getattr(parameter, "allreduce", True) is False:
         return _or_none(engine.expert_data_parallel_group[parameter.group_name])
     return _or_none(engine.seq_data_parallel_group)
+
+
+def _expert_part(parameter: Any) -> int | None:
+    """Which of its equally named experts an expert parameter is: this rank's place among the expert-parallel ranks."""
+    if getattr(parameter, "allreduce", True):
+        return None
+    group = sys.modules["deepspeed.utils.groups"]._get_expert_parallel_group(parameter.group_name)
+    return dist.get_rank(group) if dist.get_world_size(group) > 1 else None
 
 
 def _or_none(group: Any) -> dist.ProcessGroup | None:

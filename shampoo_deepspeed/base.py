@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 from shampoo_deepspeed import status
 from shampoo_deepspeed.config import OPTION_NAMES, OptionError, ShampooConfig, canonical
 from shampoo_deepspeed.groups import checked_group, group_options
-from shampoo_deepspeed.hosts import Entry, Fresh, Parameter, Part, hosts, plain_layouts
+from shampoo_deepspeed.hosts import CheckpointingHost, Entry, Fresh, Parameter, Part, hosts, plain_layouts
 from shampoo_deepspeed.metrics import read
 from shampoo_deepspeed.naming import clean_name, names_and_kinds
 from shampoo_deepspeed.phases import refresh_phases
 from shampoo_deepspeed.report import treatment_table
 from shampoo_deepspeed.rules import expanded
-from shampoo_deepspeed.saved import FORMAT, SavedState, StateSource, consolidated, lacking
+from shampoo_deepspeed.saved import FORMAT, START_ANEW, SavedState, StateSource, consolidated, lacking
 from shampoo_deepspeed.unit import Unit, treat
 
 logger = logging.getLogger("shampoo_deepspeed")
@@ -59,7 +60,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         self._unit_of: dict[int, Unit] = {}
         self.waiting_state: StateSource | None = None  # loaded, and not yet handed out to units
         self._elsewhere: Mapping[str, Any] | None = None  # in effect while a host saves what was saved beside it
-        self._awaited: Mapping[str, Any] | None = None  # where a loaded state dict says that the state is
+        self.awaited: Mapping[str, Any] | None = None  # where a loaded state dict says that the state is
         self._consolidated: SavedState | None = None
         self._loads: dict[int, list[float]] = {}  # of each process group's ranks, by all units so far
         self._configs: dict[int, tuple[tuple[Any, ...], ShampooConfig]] = {}
@@ -83,23 +84,18 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def _units_in_step(self) -> list[Unit]:
         """The units of the current ``param_groups``; new tensors with a gradient get theirs here."""
-        waiting: list[Fresh] = []
-        units: dict[int, Unit] = {}
-        for group in self.param_groups:
-            for place, tensor in enumerate(group["params"]):
-                unit = self._unit_of.get(id(tensor))
-                if unit is not None:
-                    units[id(unit)] = unit
-                elif tensor.requires_grad or tensor.grad is not None:
-                    waiting.append(Fresh(tensor, group["shampoo_group"], place))
-        joining = {id(item) for host in hosts() for item in host.joining(waiting)} if waiting else set()
-        fresh = [item for item in waiting if item.tensor.grad is not None or id(item) in joining]
+        units, fresh = self._known_and_fresh()
+        if fresh:
+            for host in hosts():
+                if isinstance(host, CheckpointingHost):
+                    host.resume(self)
+            units, fresh = self._known_and_fresh()
         if not fresh:
             self._warn_if_idle(units)
             return list(units.values())
-        if self._awaited is not None:
+        if self.awaited is not None:
             raise RuntimeError(
-                f"the loaded state dict says that the optimizer's state is saved elsewhere ({dict(self._awaited)}); "
+                f"the loaded state dict says that the optimizer's state is saved elsewhere ({dict(self.awaited)}); "
                 "call load_shampoo(optimizer, path) on all ranks before the first step"
             )
         candidates = (host.layouts(self, self.entries, fresh) for host in hosts())
@@ -129,6 +125,21 @@ class BlockOptimizer(torch.optim.Optimizer):
                 "a step found no gradient in any of the optimizer's parameters and did nothing; if the model was "
                 "wrapped after the optimizer was built, build the optimizer from the wrapped model"
             )
+
+    def _known_and_fresh(self) -> tuple[dict[int, Unit], list[Fresh]]:
+        """The units of the current ``param_groups`` by ``id``, and the tensors that take part and have none yet."""
+        waiting: list[Fresh] = []
+        units: dict[int, Unit] = {}
+        for group in self.param_groups:
+            for place, tensor in enumerate(group["params"]):
+                unit = self._unit_of.get(id(tensor))
+                if unit is not None:
+                    units[id(unit)] = unit
+                elif tensor.requires_grad or tensor.grad is not None:
+                    waiting.append(Fresh(tensor, group["shampoo_group"], place))
+        joining = {id(item) for host in hosts() for item in host.joining(waiting)} if waiting else set()
+        fresh = [item for item in waiting if item.tensor.grad is not None or id(item) in joining]
+        return units, fresh
 
     def settle(self) -> None:
         """Read the outcome of the last step, which the host does one step late otherwise. Runs no collective."""
@@ -185,6 +196,12 @@ class BlockOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             self._config(group)
         return expanded({number: config for number, (_, config) in self._configs.items()})
+
+    def groups_apart(self, numbers: Sequence[int]) -> None:
+        """Give groups that a host has overwritten by one another their numbers, and the options last seen of each."""
+        for group, number in zip(self.param_groups, numbers, strict=True):
+            config = self._configs[number][1]
+            group.update({name: getattr(config, name) for name in OPTION_NAMES}, shampoo_group=number)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, at any time; its tensors join at their first gradient.
@@ -337,12 +354,16 @@ class BlockOptimizer(torch.optim.Optimizer):
             group["shampoo_group"] = number
             self._config(group)
         self.take_state(parsed[0])
-        self._awaited = parsed[0].elsewhere
+        self.awaited = parsed[0].elsewhere
+        if self.awaited is not None:
+            for host in hosts():
+                if isinstance(host, CheckpointingHost):
+                    host.note_load(self)
 
     def take_state(self, source: StateSource) -> None:
         """Go on from this state, from the next step on; call it on all ranks. What was there is dropped."""
         self._forget_units()
-        self.waiting_state, self._awaited, self._consolidated = source, None, None
+        self.waiting_state, self.awaited, self._consolidated = source, None, None
         self.rejected_steps = source.rejected_steps
         self.state.clear()
         for tensor in (tensor for group in self.param_groups for tensor in group["params"] if source.steps):
@@ -354,10 +375,15 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def _take_apart(self, state_dict: Mapping[str, Any], parsed: list[SavedState]) -> dict[str, Any]:
         """Our part goes to ``parsed``, once it is known to fit; the rest is torch's."""
+        if "shampoo" not in state_dict and os.environ.get(START_ANEW) == "1":
+            logger.warning("the loaded state dict is not Shampoo's (%s = 1): state and options start anew", START_ANEW)
+            parsed.append(SavedState({}, [], [], []))
+            return {"state": {}, "param_groups": torch.optim.Optimizer.state_dict(self)["param_groups"]}
         saved = SavedState.parse(state_dict)
+        rest = {key: value for key, value in state_dict.items() if key != "shampoo"}
         if saved.elsewhere is not None:
             parsed.append(saved)
-            return {key: value for key, value in state_dict.items() if key != "shampoo"}
+            return {**rest, "state": {}}
         strange = set(saved.steps) - {entry.parameter.key for entry in self.entries}
         if strange:
             raise ValueError(
@@ -369,7 +395,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         if len(configs) == len(self.param_groups):
             self._check_units(saved, configs)
         parsed.append(saved)
-        return {key: value for key, value in state_dict.items() if key != "shampoo"}
+        return rest
 
     def _check_units(self, saved: SavedState, configs: Sequence[ShampooConfig]) -> None:
         """Raise early where a unit stays as it is under these options and no other rank is needed.
@@ -409,7 +435,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         self._reported, self._consolidated, self._replicas = True, None, None
         self.entries = [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
         waiting = SavedState.parse({"shampoo": saved})
-        self.waiting_state, self._elsewhere, self._awaited = waiting, None, None
+        self.waiting_state, self._elsewhere, self.awaited = waiting, None, None
         self.rejected_steps = waiting.rejected_steps
         self.configs()
 

@@ -23,7 +23,7 @@ from shampoo_deepspeed.base import BlockOptimizer
 from shampoo_deepspeed.config import OPTION_NAMES, OptionError, ShampooConfig
 from shampoo_deepspeed.hosts import Parameter
 from shampoo_deepspeed.manifest import BlockLayout, CheckpointError, Manifest, layout_key, sync_directory
-from shampoo_deepspeed.rules import number_under, rule_of
+from shampoo_deepspeed.rules import STRIDE, number_under, rule_of
 from shampoo_deepspeed.saved import SavedState, cpu_group, parameter_of
 from shampoo_deepspeed.storage import INDEX, Item, StorageError, checksum, damage, write
 from shampoo_deepspeed.stored import StoredState, base_key, block_layout, state_items, stored_name
@@ -194,9 +194,11 @@ def _tables(optimizer: BlockOptimizer, moments: torch.dtype | None) -> dict[str,
             name = stored_name(parameter.key, unit.layout.part)
             parameters[name] = _record(parameter, count, configs)
         layouts |= _layouts(SavedState.of_units([unit], 0), numbers, moments)
-    # The rate is read from the group at every step and is not part of what is kept of its options.
-    rates = {group["shampoo_group"]: float(group["lr"]) for group in optimizer.param_groups}
-    groups = {str(number): {**configs[number].to_json(), "lr": rate} for number, rate in rates.items()}
+    # The rate is read from the group at every step and is not part of what is kept of its options. A host may have
+    # taken out groups that have no parameters.
+    live = {group["shampoo_group"]: {"lr": float(group["lr"])} for group in optimizer.param_groups}
+    own = {number: config for number, config in configs.items() if number < STRIDE}
+    groups = {str(number): {**config.to_json(), **live.get(number, {})} for number, config in own.items()}
     return {
         "parameters": parameters,
         "layouts": layouts,

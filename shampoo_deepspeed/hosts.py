@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -163,6 +163,22 @@ class Host(Protocol):
         self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[Fresh]
     ) -> list[Layout] | None:
         """Layouts that together hold all fresh tensors, or None where these tensors are not this host's."""
+        ...
+
+
+@runtime_checkable
+class CheckpointingHost(Protocol):
+    """An adapter whose host's own checkpoints keep the optimizer's state beside their files.
+
+    See ``BlockOptimizer.state_saved_elsewhere``; ``optimizer.awaited`` is what was given to it.
+    """
+
+    def note_load(self, optimizer: Any) -> None:
+        """Called where a loaded state dict says that the state is elsewhere; may run on one rank after the other."""
+        ...
+
+    def resume(self, optimizer: Any) -> None:
+        """Called on all ranks together before units are built for new tensors: load what is awaited."""
         ...
 
 

@@ -15,6 +15,8 @@ from shampoo_deepspeed.boxes import Box, Placed, row_major
 from shampoo_deepspeed.unit import Unit
 
 FORMAT = 1
+# An environment variable: "1" lets a run go on from a checkpoint that has no state of Shampoo's.
+START_ANEW = "SHAMPOO_START_ANEW"
 
 
 class StateSource(Protocol):
@@ -85,7 +87,11 @@ class SavedState:
         """
         found = state_dict.get("shampoo")
         if not isinstance(found, Mapping):
-            raise ValueError("this state dict has no 'shampoo' entry: it was not saved by Shampoo")
+            raise ValueError(
+                "this state dict has no 'shampoo' entry: it was not saved by Shampoo. To go on with Shampoo from a run "
+                "of another optimizer load the model alone (engine.load_checkpoint(..., load_optimizer_states=False)), "
+                f"or set the environment variable {START_ANEW}=1"
+            )
         if found.get("format") != FORMAT:
             raise ValueError(
                 f"Shampoo state format {found.get('format')!r} is unknown here; this version reads {FORMAT}"

@@ -1,0 +1,179 @@
+"""DeepSpeed's own save_checkpoint, load_checkpoint and universal checkpoints carry the optimizer's state."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.conftest import Ask
+from tests.distributed.launch import Check, run_checks
+from tests.distributed.scenarios import BOUND, Scenario
+from tests.distributed.test_zero import named
+from tests.zoo import relative_error
+
+SCHEDULE = {
+    "type": "WarmupLR",
+    "params": {
+        "warmup_min_lr": [1e-3, 4e-4],
+        "warmup_max_lr": [1e-2, 3e-3],
+        "warmup_num_steps": 7,
+        "warmup_type": "linear",
+    },
+}
+BASE = Scenario(accumulate=2, groups=True, config={"scheduler": SCHEDULE}, options={"momentum": 0.5})
+PIECES = {"sub_group_size": 50, "stage3_param_persistence_threshold": 0}
+WIDE_SUMS = {"scheduler": SCHEDULE, "data_types": {"grad_accum_dtype": "fp32"}}  # makes DeepSpeed's BF16_Optimizer
+SCENARIOS = {
+    "zero0": BASE,
+    "zero1": replace(BASE, stage=1),
+    "zero2": replace(BASE, stage=2, zero={"offload_optimizer": {"device": "cpu"}}),
+    "zero3": replace(BASE, stage=3, zero=PIECES),
+    "bf16_zero0": replace(BASE, half="bf16"),
+    "bf16_zero2": replace(BASE, half="bf16", stage=2),
+    "bf16_optimizer": replace(BASE, half="bf16", stage=1, config=WIDE_SUMS),
+}
+
+
+def check(name: str, function: str, argument: Any) -> Check:
+    return Check(f"checkpoint_{name}", 2, f"zero_checkpoints:{function}", argument)
+
+
+WAYS = [check(name, "all_ways", scenario) for name, scenario in SCENARIOS.items()]
+CONVERTED = [c for c in WAYS if c.argument.stage > 0]
+CLIENT = [
+    check(f"client_zero{stage}{'_universal' * universal}", "client", (replace(BASE, stage=stage), universal))
+    for stage, universal in ((0, False), (2, False), (3, False), (1, True), (3, True))
+]
+MISSING = [check(f"missing_zero{stage}", "missing", Scenario(stage=stage)) for stage in (0, 3)]
+ADAMW = [check(f"from_adamw_zero{stage}", "from_adamw", Scenario(stage=stage)) for stage in (0, 2, 3)]
+WITHOUT = [check(f"without_states_zero{stage}", "without_states", Scenario(stage=stage)) for stage in (0, 2)]
+STAGES = [
+    check(f"zero{a}_to_{b}", "other_stage", (replace(BASE, stage=a), replace(BASE, stage=b)))
+    for a, b in ((1, 2), (2, 1))
+]
+ROUND_ROBIN = [check("round_robin", "round_robin", Scenario(stage=2))]
+# Each saves in a folder of its own, from where one rank goes on.
+FOLDERS = tempfile.TemporaryDirectory(prefix="checkpoints")
+FEWER = [
+    check(f"fewer_{name}", "save_and_convert", (SCENARIOS[name], Path(FOLDERS.name) / name))
+    for name in ("zero1", "zero2", "zero3", "bf16_optimizer")
+]
+
+
+@pytest.mark.parametrize("check", WAYS, ids=named)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(check: Check, ask: Ask) -> None:
+    for seen in ask(check):
+        assert seen["latest"] == "saved"
+        resumed = seen["resumed"]
+        assert all(torch.equal(seen["whole"][n], resumed["parameters"][n]) for n in seen["whole"])
+        assert resumed["options"] == seen["options"]
+
+
+@pytest.mark.parametrize("check", WAYS, ids=named)
+def test_the_state_is_stored_once(check: Check, ask: Ask) -> None:
+    """DeepSpeed's files hold its place, a step per partition, and placeholders of one byte."""
+    for seen in ask(check):
+        inner = seen["inner"]
+        assert inner["shampoo"] == ["elsewhere", "format"]
+        partitions = len(inner["moments"])
+        assert 0 < inner["bytes"] <= partitions * (4 + 2)
+        if check.argument.stage > 0:
+            assert inner["moments"] == [["exp_avg", "exp_avg_sq"]] * partitions
+
+
+@pytest.mark.parametrize("check", CONVERTED, ids=named)
+def test_a_converted_checkpoint_goes_on_to_the_bit_on_as_many_ranks(check: Check, ask: Ask) -> None:
+    """With the options that each group had: DeepSpeed gives all of them those of the first one under ZeRO-3."""
+    for seen in ask(check):
+        converted = seen["converted"]
+        assert all(torch.equal(seen["whole"][n], converted["parameters"][n]) for n in seen["whole"])
+        assert converted["options"] == seen["options"]
+        assert len({(g["lr"], g["weight_decay"]) for g in seen["options"]}) == 2
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, ask: Ask) -> dict[str, Any]:
+    """What one rank makes of the checkpoints that two have saved and converted."""
+    later = []
+    for saved in FEWER:
+        ask(saved)
+        scenario, folder = saved.argument
+        single = replace(scenario, ranks=1, accumulate=4)
+        later.append(Check(saved.name, 1, "zero_checkpoints:resumed_elsewhere", (single, folder)))
+        if saved.name == "checkpoint_fewer_zero2":
+            later.append(Check("moved", 1, "zero_checkpoints:moved", (single, folder)))
+    outcomes = run_checks(later, tmp_path_factory.mktemp("alone"))
+    failures = [outcome.failure for outcome in outcomes.values() if outcome.failure]
+    assert not failures, "\n".join(failures)
+    return {name: outcome.values[0] for name, outcome in outcomes.items()}
+
+
+@pytest.mark.parametrize("check", FEWER, ids=named)
+def test_a_converted_checkpoint_goes_on_on_fewer_ranks(check: Check, ask: Ask, alone: dict[str, Any]) -> None:
+    whole, seen = ask(check)[0], alone[check.name]
+    found = {n: relative_error(seen["parameters"][n], whole["whole"][n]) for n in whole["whole"]}
+    bound = 2e-2 if check.argument[0].half else BOUND["strict"]  # 16-bit gradients are summed in another order
+    assert max(found.values()) <= bound, found
+    assert seen["options"] == whole["options"]
+
+
+@pytest.mark.parametrize("check", [c for c in FEWER if c.name == "checkpoint_fewer_zero2"], ids=named)
+def test_moved_files_find_their_state(check: Check, ask: Ask, alone: dict[str, Any]) -> None:
+    seen, wanted = alone["moved"], alone[check.name]["parameters"]
+    for words in seen["error"]:
+        assert words.startswith("CheckpointError: Shampoo's state data-") and "SHAMPOO_CHECKPOINT" in words
+    for way in ("by_variable", "beside"):
+        assert all(torch.equal(seen[way]["parameters"][n], wanted[n]) for n in wanted)
+
+
+@pytest.mark.parametrize("check", CLIENT, ids=named)
+def test_an_optimizer_that_the_user_built_is_loaded_before_its_first_step(check: Check, ask: Ask) -> None:
+    for seen in ask(check):
+        whole = seen.pop("whole")
+        for way, found in seen.items():
+            assert all(torch.equal(whole[n], found[n]) for n in whole), way
+
+
+@pytest.mark.parametrize("check", MISSING, ids=named)
+def test_a_checkpoint_without_its_state_is_refused(check: Check, ask: Ask) -> None:
+    for seen in ask(check):
+        assert seen["blocked"].startswith("CheckpointError: ") and seen["latest"] == "second"
+        for words in seen["other"]:
+            assert "holds another save (data-" in words and "SHAMPOO_START_ANEW=1" in words
+        for words in seen["gone"]:
+            assert "holds no complete Shampoo checkpoint" in words and "load_optimizer_states=False" in words
+        assert seen["loaded"] and seen["steps"] == {3}
+
+
+@pytest.mark.parametrize("check", ADAMW, ids=named)
+def test_a_run_begun_with_adamw_goes_on_with_shampoo(check: Check, ask: Ask) -> None:
+    for seen in ask(check):
+        assert "it was not saved by Shampoo" in seen["refused"] and "load_optimizer_states=False" in seen["refused"]
+        for way in sorted(set(seen) - {"refused"}):
+            assert seen[way] == {"loaded": True, "kept": True, "moved": True, "steps": {3}}, way
+
+
+@pytest.mark.parametrize("check", WITHOUT, ids=named)
+def test_without_optimizer_states_the_state_stays(check: Check, ask: Ask) -> None:
+    assert ask(check) == [{"steps": {6}}] * 2
+
+
+@pytest.mark.parametrize("check", STAGES, ids=named)
+def test_stages_1_and_2_load_one_another(check: Check, ask: Ask) -> None:
+    for seen in ask(check):
+        found = {n: relative_error(seen["resumed"][n], seen["whole"][n]) for n in seen["whole"]}
+        assert max(found.values()) <= BOUND["strict"], found
+
+
+@pytest.mark.parametrize("check", ROUND_ROBIN, ids=named)
+def test_what_deepspeed_would_corrupt_is_refused(check: Check, ask: Ask) -> None:
+    first, second = ask(check)
+    assert "it was saved with round_robin_gradients = true" in first["converter"] and not second["converter"]
+    for words in (first, second):
+        assert "load_universal = true with round_robin_gradients = true" in words["engine"]
+        assert "elastic_checkpoint = true" in words["elastic"]
