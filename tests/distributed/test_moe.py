@@ -12,9 +12,10 @@ from tests.zoo import relative_error
 
 NORMALIZED = {"grafting": "normalized_adam", "lr": 1e-3}
 CHECKS = [
-    *(Check(f"experts_zero{stage}", 4, "moe:train", (stage, {}, False)) for stage in (0, 1, 2)),
-    *(Check(f"experts_reloaded_zero{stage}", 4, "moe:train", (stage, {}, True)) for stage in (0, 2)),
-    *(Check(f"experts_normalized_zero{stage}", 4, "moe:train", (stage, NORMALIZED, False)) for stage in (0, 1)),
+    *(Check(f"experts_zero{stage}", 4, "moe:train", (stage, {}, "")) for stage in (0, 1, 2)),
+    *(Check(f"experts_reloaded_zero{stage}", 4, "moe:train", (stage, {}, "state dict")) for stage in (0, 2)),
+    *(Check(f"experts_resumed_zero{stage}", 4, "moe:train", (stage, {}, "checkpoint")) for stage in (0, 1, 2)),
+    *(Check(f"experts_normalized_zero{stage}", 4, "moe:train", (stage, NORMALIZED, "")) for stage in (0, 1)),
 ]
 
 

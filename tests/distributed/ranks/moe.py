@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from tests.distributed.moe import EXPERTS, HIDDEN, OPTIONS, STEPS, make_dense, make_expert
 from tests.distributed.ranks import zero  # noqa: F401  its settings of DeepSpeed
+from tests.distributed.ranks.zero_checkpoints import shared_folder
 from tests.zoo import GLOBAL_BATCH, VOCABULARY, WIDTH, make_batch, micro_batches
 
 EXPERT_RANKS = 2
@@ -43,9 +44,34 @@ def dense_name(name: str) -> str:
     return f"experts.{dist.get_rank() % EXPERT_RANKS * LOCAL + int(local)}.{tail}"
 
 
-def train(argument: tuple[int, dict[str, Any], bool]) -> dict[str, Tensor]:
-    """This rank's parameters after training (with a state that went through a state dict), by their twin's names."""
+def train(argument: tuple[int, dict[str, Any], str]) -> dict[str, Tensor]:
+    """This rank's parameters after training (with a state that was reloaded on the way), by their twin's names."""
     stage, extra, reload = argument
+    engine = make_engine(stage, extra)
+    train_steps(engine, range(STEPS // 2))
+    with shared_folder() as folder:
+        if reload == "state dict":
+            engine.basic_optimizer.consolidate_state_dict()
+            engine.basic_optimizer.load_state_dict(copy.deepcopy(engine.basic_optimizer.state_dict()))
+        if reload == "checkpoint":
+            engine.save_checkpoint(str(folder))
+            engine.destroy()
+            engine = make_engine(stage, extra)
+            engine.load_checkpoint(str(folder))
+        train_steps(engine, range(STEPS // 2, STEPS))
+    final = {dense_name(n): p.detach().clone() for n, p in engine.module.named_parameters()}
+    engine.destroy()
+    return final
+
+
+def train_steps(engine: Any, steps: range) -> None:
+    for step in steps:
+        for piece in micro_batches(make_batch("wide", step), dist.get_rank(), dist.get_world_size()):
+            engine.backward(engine(**piece))
+            engine.step()
+
+
+def make_engine(stage: int, extra: dict[str, Any]) -> Any:
     values = dict(make_dense(torch.float32).named_parameters())
     model = Mixture()
     with torch.no_grad():
@@ -59,13 +85,4 @@ def train(argument: tuple[int, dict[str, Any], bool]) -> dict[str, Tensor]:
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
     assert groups._get_expert_parallel_rank(f"ep_size_{EXPERT_RANKS}") == dist.get_rank() % EXPERT_RANKS
-    for step in range(STEPS):
-        if reload and step == STEPS // 2:
-            engine.basic_optimizer.consolidate_state_dict()
-            engine.basic_optimizer.load_state_dict(copy.deepcopy(engine.basic_optimizer.state_dict()))
-        for piece in micro_batches(make_batch("wide", step), dist.get_rank(), dist.get_world_size()):
-            engine.backward(engine(**piece))
-            engine.step()
-    final = {dense_name(n): p.detach().clone() for n, p in engine.module.named_parameters()}
-    engine.destroy()
-    return final
+    return engine
