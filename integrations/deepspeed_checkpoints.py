@@ -26,7 +26,6 @@ from shampoo_deepspeed.base import BlockOptimizer
 from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
 from shampoo_deepspeed.manifest import CheckpointError, Manifest
 from shampoo_deepspeed.saved import START_ANEW, SavedState, cpu_group
-from shampoo_deepspeed.stored import StoredState
 
 logger = logging.getLogger("shampoo_deepspeed")
 
@@ -34,6 +33,7 @@ FOLDER = "shampoo"
 PLACE = "SHAMPOO_CHECKPOINT"  # an environment variable: where the state is, if it was moved away from DeepSpeed's files
 MARKER = "shampoo_checkpoint"  # in param_groups
 PLACEHOLDERS = ("exp_avg", "exp_avg_sq")
+SAVED_BY = "DeepSpeed"  # in what a state dict says of its state's place; other hosts may say other things there
 
 
 def attach(engine: Any) -> None:
@@ -73,22 +73,20 @@ def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = 
 
     Args:
         folder: that of the loaded files, where it is known.
-        again: also where this state is being handed out already, as between the groups of one step.
+        again: also where the optimizer has met tensors since they were loaded.
 
     Raises:
         CheckpointError: where the state is not there, and `START_ANEW` is not set; any step would raise it again.
     """
     marks = _taken_marks(optimizer)
-    if optimizer.awaited is None and not marks:
+    where = optimizer.awaited if _is_ours(optimizer.awaited) else next(iter(marks), None)
+    if where is None:
         return
     overwritten = _set_groups_apart(optimizer)
     _drop_placeholders(optimizer)
-    waiting = optimizer.waiting_state
-    if optimizer.awaited is None:
-        if not again and isinstance(waiting, StoredState) and waiting.manifest.directory == marks[0]["id"]:
-            return
-        optimizer.awaited = marks[0]
-    where = optimizer.awaited
+    if optimizer.awaited is None and optimizer.units and not again:
+        return  # DeepSpeed steps one group after the other, and this is not the first one
+    optimizer.awaited = where
     found, reasons = _found(where, folder or where.get("folder"))
     everyones = _everyones((found is not None, reasons))
     missing = next((said for there, said in everyones if not there), None)
@@ -108,7 +106,7 @@ def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = 
 def note_folder(optimizer: BlockOptimizer, folder: Path | None) -> None:
     """Called while DeepSpeed loads a state dict: remember from where, for `resume`."""
     _taken_marks(optimizer)
-    if folder is not None and optimizer.awaited is not None:
+    if folder is not None and optimizer.awaited is not None and _is_ours(optimizer.awaited):
         optimizer.awaited = {**optimizer.awaited, "folder": str(folder)}
 
 
@@ -117,8 +115,12 @@ def _saved(optimizer: BlockOptimizer, folder: Path) -> dict[str, str]:
     resume(optimizer)
     path = folder.absolute() / FOLDER
     save_shampoo(optimizer, path)
-    first = dist.get_rank() == 0
-    return {"id": _everyones(Manifest.read(path).directory if first else None)[0], "path": str(path)}
+    saved = _everyones(Manifest.read(path).directory if dist.get_rank() == 0 else None)[0]
+    return {"saved_by": SAVED_BY, "id": saved, "path": str(path)}
+
+
+def _is_ours(where: Mapping[str, Any] | None) -> bool:
+    return where is not None and where.get("saved_by") == SAVED_BY
 
 
 @contextmanager
@@ -233,9 +235,10 @@ def _found(where: Mapping[str, Any], folder: str | Path | None) -> tuple[Path | 
 
 
 def _everyones(mine: Any) -> list[Any]:
-    """What all ranks say. A collective."""
+    """What all ranks say. A collective, unless this process is alone."""
     world = dist.group.WORLD
-    assert world is not None
+    if world is None:
+        return [mine]
     words: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(words, mine, group=cpu_group(world))
     return words

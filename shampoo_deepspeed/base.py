@@ -288,8 +288,9 @@ class BlockOptimizer(torch.optim.Optimizer):
                 ``consolidate_state_dict`` was not called since the last step.
         """
         self.settle()
-        if self._elsewhere is not None:
-            return self._torch_state_dict({"format": FORMAT, "elsewhere": dict(self._elsewhere)})
+        elsewhere = self._elsewhere if self._elsewhere is not None else self.awaited
+        if elsewhere is not None:
+            return self._torch_state_dict({"format": FORMAT, "elsewhere": dict(elsewhere)})
         if self._consolidated is None and any(u.layout.one_rank_saves and u.world_size > 1 for u in self.units):
             raise RuntimeError(
                 "each rank owns the Shampoo state of some blocks only, but here one rank's state dict is stored for "

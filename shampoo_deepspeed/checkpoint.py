@@ -65,9 +65,15 @@ def save_shampoo(
         A future, which is done already unless ``asynchronous``.
 
     Raises:
-        CheckpointError: on all ranks, where one of them fails (from ``result()`` of the future if asynchronous).
+        CheckpointError: on all ranks, where one of them fails (from ``result()`` of the future if asynchronous), or
+            where a loaded state dict waits for ``load_shampoo``.
     """
     _wait_for_earlier_save()
+    if optimizer.awaited is not None:
+        raise CheckpointError(
+            f"the optimizer has no state yet: it waits for what is saved elsewhere ({dict(optimizer.awaited)}); call "
+            "load_shampoo(optimizer, path) on all ranks first"
+        )
     optimizer.settle()
     group = _everyone(asynchronous)
     items = list(_items(optimizer, moments_dtype))
