@@ -57,12 +57,14 @@ def attach(engine: Any) -> None:
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
         itself = reference()
         assert itself is not None
+        optimizer = itself.basic_optimizer
         given = inspect.signature(load).bind(itself, *args, **kwargs).arguments
+        before = [dict(group) for group in optimizer.param_groups] if itself.load_universal_checkpoint() else []
         result = load(itself, *args, **kwargs)
         if given.get("load_optimizer_states", True) and not given.get("load_module_only", False):
-            resume(itself.basic_optimizer, Path(result[0]).parent if result[0] else None, again=True)
+            resume(optimizer, Path(result[0]).parent if result[0] else None, again=True)
         else:
-            _leave_out(itself.basic_optimizer)
+            _leave_out(optimizer, before)
         return result
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
@@ -81,6 +83,7 @@ def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = 
     marks = _taken_marks(optimizer)
     where = optimizer.awaited if _is_ours(optimizer.awaited) else next(iter(marks), None)
     if where is None:
+        _refuse_moments(optimizer)
         return
     overwritten = _set_groups_apart(optimizer)
     _drop_placeholders(optimizer)
@@ -194,6 +197,20 @@ def _set_groups_apart(optimizer: BlockOptimizer) -> bool:
     return True
 
 
+def _refuse_moments(optimizer: BlockOptimizer) -> None:
+    """Moments without a note of ours are of another optimizer, whose universal checkpoint DeepSpeed has loaded."""
+    if not any(name in state for state in optimizer.state.values() for name in PLACEHOLDERS):
+        return
+    if os.environ.get(START_ANEW) != "1":
+        raise CheckpointError(
+            "the universal checkpoint was not saved by Shampoo. To go on with Shampoo from a run of another optimizer "
+            f"load with load_optimizer_states=False, or set the environment variable {START_ANEW}=1"
+        )
+    logger.warning("the universal checkpoint is not Shampoo's (%s = 1): state and options start anew", START_ANEW)
+    _drop_placeholders(optimizer)
+    optimizer.groups_apart([group["shampoo_group"] for group in optimizer.param_groups])
+
+
 def _drop_placeholders(optimizer: BlockOptimizer) -> None:
     """DeepSpeed has made dense tensors of them, and fragments of these for each parameter (tensor_fragment.py)."""
     for state in optimizer.state.values():
@@ -205,12 +222,19 @@ def _drop_placeholders(optimizer: BlockOptimizer) -> None:
             fragments.pop(name, None)
 
 
-def _leave_out(optimizer: BlockOptimizer) -> None:
-    """Without optimizer states: what is here stays, though DeepSpeed loads groups of universal checkpoints anyway."""
+def _leave_out(optimizer: BlockOptimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Without optimizer states what is here stays; of universal checkpoints DeepSpeed has loaded them all the same.
+
+    Args:
+        groups: what the groups were before, of a universal checkpoint.
+    """
     optimizer.awaited = None
-    if _taken_marks(optimizer):
-        _set_groups_apart(optimizer)
+    if groups:
         _drop_placeholders(optimizer)
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            for name in set(group) - set(before):
+                del group[name]
+            group.update(before, params=group["params"])
 
 
 def _found(where: Mapping[str, Any], folder: str | Path | None) -> tuple[Path | None, str]:

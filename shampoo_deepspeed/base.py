@@ -198,7 +198,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         return expanded({number: config for number, (_, config) in self._configs.items()})
 
     def groups_apart(self, numbers: Sequence[int]) -> None:
-        """Give groups that a host has overwritten by one another their numbers, and the options last seen of each."""
+        """Give groups that a host has overwritten their numbers, and the options last seen of each."""
         for group, number in zip(self.param_groups, numbers, strict=True):
             config = self._configs[number][1]
             group.update({name: getattr(config, name) for name in OPTION_NAMES}, shampoo_group=number)

@@ -153,7 +153,9 @@ def test_a_checkpoint_without_its_state_is_refused(check: Check, ask: Ask) -> No
 @pytest.mark.parametrize("check", ADAMW, ids=named)
 def test_a_run_begun_with_adamw_goes_on_with_shampoo(check: Check, ask: Ask) -> None:
     for seen in ask(check):
-        assert "it was not saved by Shampoo" in seen["refused"] and "load_optimizer_states=False" in seen["refused"]
+        assert len(seen["refused"]) == (1 if check.argument.stage == 0 else 3)
+        for words in seen["refused"]:
+            assert "was not saved by Shampoo" in words and "load_optimizer_states=False" in words
         for way in sorted(set(seen) - {"refused"}):
             assert seen[way] == {"loaded": True, "kept": True, "moved": True, "steps": {3}}, way
 

@@ -97,14 +97,14 @@ def inner_state(folder: Path, scenario: Scenario) -> dict[str, Any]:
     }
 
 
-def convert(folder: Path, tag: str = "saved", to: str = "converted") -> None:
+def convert(folder: Path, tag: str = "saved", to: str = "converted", inject: bool = False) -> None:
     """DeepSpeed's own converter, as its command runs it without options."""
     no_pools = {"num_extract_workers": 1, "num_merge_workers": 1}
     folders = {"input_folder": str(folder / tag), "output_folder": str(folder / to)}
     try:
         if dist.get_rank() == 0:
             ds_to_universal.main(
-                Namespace(keep_temp_folder=False, strict=True, inject_missing_state=False, **folders, **no_pools)
+                Namespace(keep_temp_folder=False, strict=True, inject_missing_state=inject, **folders, **no_pools)
             )
     finally:
         dist.barrier()
@@ -251,21 +251,30 @@ def from_adamw(scenario: Scenario) -> dict[str, Any]:
         before = replace(scenario, optimizer="AdamW")
         with engine_of(before) as engine:
             train(engine, before, range(SAVED_AT))
-            engine.save_checkpoint(str(folder))
+            engine.save_checkpoint(str(folder), tag="saved")
             at_save = values(engine, before)
-        out["refused"] = error_of_loading(scenario, folder)[0]
-        ways: dict[str, dict[str, Any]] = {"states": {"load_optimizer_states": False}, "all": {}}
-        if scenario.stage < 3:  # DeepSpeed loads nothing at all by it under ZeRO-3 while weights are partitioned
-            ways["module"] = {"load_module_only": True}
-        for name, arguments in ways.items():
+        converted = with_universal(scenario)
+        out["refused"] = error_of_loading(scenario, folder)[:1]
+        ways: dict[str, tuple[Scenario, dict[str, Any]]] = {
+            "states": (scenario, {"load_optimizer_states": False}),
+            "all": (scenario, {}),
+        }
+        if scenario.stage < 3:  # under ZeRO-3 DeepSpeed loads no weights by it
+            ways["module"] = (scenario, {"load_module_only": True})
+        if scenario.stage > 0:
+            convert(folder, inject=True)
+            out["refused"] += error_of_loading(converted, folder)
+            ways["converted states"] = (converted, {"load_optimizer_states": False})
+            ways["converted all"] = (converted, {})
+        for name, (with_, arguments) in ways.items():
             asked = {} if arguments else {"SHAMPOO_START_ANEW": "1"}
-            with environment(**asked), engine_of(scenario) as engine:
+            with environment(**asked), engine_of(with_) as engine:
                 options = group_options(engine)
                 engine.load_checkpoint(str(folder), **arguments)
-                loaded = same(values(engine, scenario), at_save)
-                kept = [{**group, "lr": 0} for group in group_options(engine)] == [{**g, "lr": 0} for g in options]
-                train(engine, scenario, range(SAVED_AT, SAVED_AT + 3))
-                moved = not same(values(engine, scenario), at_save)
+                loaded = same(values(engine, with_), at_save)
+                kept = all(own.items() <= now.items() for own, now in zip(options, group_options(engine), strict=True))
+                train(engine, with_, range(SAVED_AT, SAVED_AT + 3))
+                moved = not same(values(engine, with_), at_save)
                 out[name] = {"loaded": loaded, "kept": kept, "moved": moved, "steps": steps(engine)}
     return out
 
