@@ -43,26 +43,21 @@ def check(name: str, function: str, argument: Any) -> Check:
     return Check(f"checkpoint_{name}", 2, f"zero_checkpoints:{function}", argument)
 
 
-WAYS = [check(name, "all_ways", scenario) for name, scenario in SCENARIOS.items()]
-CONVERTED = [c for c in WAYS if c.argument.stage > 0]
+# What two ranks have saved and converted, another launch with one rank goes on from.
+FOLDERS = tempfile.TemporaryDirectory(prefix="checkpoints")
+WAYS = [check(name, "all_ways", (scenario, Path(FOLDERS.name) / name)) for name, scenario in SCENARIOS.items()]
+CONVERTED = [c for c in WAYS if c.argument[0].stage > 0]
+FEWER = [c for c in CONVERTED if c.name != "checkpoint_bf16_zero2"]
+MOVED = [c for c in FEWER if c.name == "checkpoint_zero2"]
 CLIENT = [
     check(f"client_zero{stage}{'_universal' * universal}", "client", (replace(BASE, stage=stage), universal))
-    for stage, universal in ((0, False), (2, False), (3, False), (1, True), (3, True))
+    for stage, universal in ((0, False), (3, False), (1, True), (3, True))
 ]
 MISSING = [check(f"missing_zero{stage}", "missing", Scenario(stage=stage)) for stage in (0, 3)]
 ADAMW = [check(f"from_adamw_zero{stage}", "from_adamw", Scenario(stage=stage)) for stage in (0, 2, 3)]
 WITHOUT = [check(f"without_states_zero{stage}", "without_states", Scenario(stage=stage)) for stage in (0, 2)]
-STAGES = [
-    check(f"zero{a}_to_{b}", "other_stage", (replace(BASE, stage=a), replace(BASE, stage=b)))
-    for a, b in ((1, 2), (2, 1))
-]
+STAGES = [check("zero1_to_2", "other_stage", (replace(BASE, stage=1), replace(BASE, stage=2)))]
 ROUND_ROBIN = [check("round_robin", "round_robin", Scenario(stage=2))]
-# Each saves in a folder of its own, from where one rank goes on.
-FOLDERS = tempfile.TemporaryDirectory(prefix="checkpoints")
-FEWER = [
-    check(f"fewer_{name}", "save_and_convert", (SCENARIOS[name], Path(FOLDERS.name) / name))
-    for name in ("zero1", "zero2", "zero3", "bf16_optimizer")
-]
 
 
 @pytest.mark.parametrize("check", WAYS, ids=named)
@@ -82,7 +77,7 @@ def test_the_state_is_stored_once(check: Check, ask: Ask) -> None:
         assert inner["shampoo"] == ["elsewhere", "format"]
         partitions = len(inner["moments"])
         assert 0 < inner["bytes"] <= partitions * (4 + 2)
-        if check.argument.stage > 0:
+        if check in CONVERTED:
             assert inner["moments"] == [["exp_avg", "exp_avg_sq"]] * partitions
 
 
@@ -97,16 +92,18 @@ def test_a_converted_checkpoint_goes_on_to_the_bit_on_as_many_ranks(check: Check
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, ask: Ask) -> dict[str, Any]:
-    """What one rank makes of the checkpoints that two have saved and converted."""
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ask: Ask) -> dict[str, Any]:
+    """What one rank makes of the selected checkpoints."""
+    selected = [item.callspec.params["check"] for item in request.session.items if "alone" in item.fixturenames]  # type: ignore[attr-defined]
     later = []
-    for saved in FEWER:
-        ask(saved)
-        scenario, folder = saved.argument
-        single = replace(scenario, ranks=1, accumulate=4)
-        later.append(Check(saved.name, 1, "zero_checkpoints:resumed_elsewhere", (single, folder)))
-        if saved.name == "checkpoint_fewer_zero2":
-            later.append(Check("moved", 1, "zero_checkpoints:moved", (single, folder)))
+    for saved in dict.fromkeys(c.name for c in selected):
+        chosen = next(c for c in FEWER if c.name == saved)
+        ask(chosen)
+        scenario, folder = chosen.argument
+        single = (replace(scenario, ranks=1, accumulate=4), folder)
+        later.append(Check(saved, 1, "zero_checkpoints:resumed_elsewhere", single))
+        if chosen in MOVED:
+            later.append(Check("moved", 1, "zero_checkpoints:moved", single))
     outcomes = run_checks(later, tmp_path_factory.mktemp("alone"))
     failures = [outcome.failure for outcome in outcomes.values() if outcome.failure]
     assert not failures, "\n".join(failures)
@@ -117,13 +114,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory, ask: Ask) -> dict[str, Any]:
 def test_a_converted_checkpoint_goes_on_on_fewer_ranks(check: Check, ask: Ask, alone: dict[str, Any]) -> None:
     whole, seen = ask(check)[0], alone[check.name]
     found = {n: relative_error(seen["parameters"][n], whole["whole"][n]) for n in whole["whole"]}
-    bound = 2e-2 if check.argument[0].half else BOUND["strict"]  # 16-bit gradients are summed in another order
+    print(f"worst: {max(found.values()):.1e}")  # shown by pytest -rP
+    bound = 2e-3 if check.argument[0].half else BOUND["strict"]  # 16-bit gradients are summed in another order
     assert max(found.values()) <= bound, found
     assert seen["options"] == whole["options"]
 
 
-@pytest.mark.parametrize("check", [c for c in FEWER if c.name == "checkpoint_fewer_zero2"], ids=named)
-def test_moved_files_find_their_state(check: Check, ask: Ask, alone: dict[str, Any]) -> None:
+@pytest.mark.parametrize("check", MOVED, ids=named)
+def test_moved_files_find_their_state(check: Check, alone: dict[str, Any]) -> None:
     seen, wanted = alone["moved"], alone[check.name]["parameters"]
     for words in seen["error"]:
         assert words.startswith("CheckpointError: Shampoo's state data-") and "SHAMPOO_CHECKPOINT" in words
@@ -166,7 +164,7 @@ def test_without_optimizer_states_the_state_stays(check: Check, ask: Ask) -> Non
 
 
 @pytest.mark.parametrize("check", STAGES, ids=named)
-def test_stages_1_and_2_load_one_another(check: Check, ask: Ask) -> None:
+def test_stage_2_loads_what_stage_1_has_saved(check: Check, ask: Ask) -> None:
     for seen in ask(check):
         found = {n: relative_error(seen["resumed"][n], seen["whole"][n]) for n in seen["whole"]}
         assert max(found.values()) <= BOUND["strict"], found

@@ -27,15 +27,15 @@ SAVED_AT = 5  # between two refreshes
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
 
 
-def all_ways(scenario: Scenario) -> dict[str, Any]:
-    """The parameters of an uninterrupted run, of a resumed one, and of one resumed from the converted checkpoint."""
-    with shared_folder() as folder:
-        out = saved(scenario, folder)
-        out["resumed"] = resumed(scenario, folder)
-        if scenario.stage > 0:
-            convert(folder)
-            out["converted"] = resumed(with_universal(scenario), folder, "converted")
-        return out
+def all_ways(argument: tuple[Scenario, Path]) -> dict[str, Any]:
+    """An uninterrupted run, a resumed one, and one resumed from the converted checkpoint; both stay in the folder."""
+    scenario, folder = argument
+    out = saved(scenario, folder)
+    out["resumed"] = resumed(scenario, folder)
+    if scenario.stage > 0:
+        convert(folder)
+        out["converted"] = resumed(with_universal(scenario), folder, "converted")
+    return out
 
 
 def saved(scenario: Scenario, folder: Path) -> dict[str, Any]:
@@ -108,14 +108,6 @@ def convert(folder: Path, tag: str = "saved", to: str = "converted", inject: boo
             )
     finally:
         dist.barrier()
-
-
-def save_and_convert(argument: tuple[Scenario, Path]) -> dict[str, Any]:
-    """As `saved`, for another launch to go on from."""
-    scenario, folder = argument
-    out = saved(scenario, folder)
-    convert(folder)
-    return out
 
 
 def resumed_elsewhere(argument: tuple[Scenario, Path]) -> dict[str, Any]:
@@ -291,7 +283,7 @@ def without_states(scenario: Scenario) -> dict[str, Any]:
 
 
 def other_stage(stages: tuple[Scenario, Scenario]) -> dict[str, Any]:
-    """DeepSpeed loads a checkpoint of stage 1 at stage 2, and the other way round, without any conversion."""
+    """DeepSpeed loads a checkpoint of stage 1 at stage 2 without any conversion."""
     first, second = stages
     with shared_folder() as folder:
         whole = saved(first, folder)["whole"]
