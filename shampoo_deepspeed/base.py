@@ -84,12 +84,14 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def _units_in_step(self) -> list[Unit]:
         """The units of the current ``param_groups``; new tensors with a gradient get theirs here."""
-        units, fresh = self._known_and_fresh()
-        if fresh:
+        units, waiting = self._known_and_waiting()
+        if waiting:
             for host in hosts():
                 if isinstance(host, CheckpointingHost):
                     host.resume(self)
-            units, fresh = self._known_and_fresh()
+            units, waiting = self._known_and_waiting()
+        joining = {id(item) for host in hosts() for item in host.joining(waiting)} if waiting else set()
+        fresh = [item for item in waiting if item.tensor.grad is not None or id(item) in joining]
         if not fresh:
             self._warn_if_idle(units)
             return list(units.values())
@@ -126,8 +128,8 @@ class BlockOptimizer(torch.optim.Optimizer):
                 "wrapped after the optimizer was built, build the optimizer from the wrapped model"
             )
 
-    def _known_and_fresh(self) -> tuple[dict[int, Unit], list[Fresh]]:
-        """The units of the current ``param_groups`` by ``id``, and the tensors that take part and have none yet."""
+    def _known_and_waiting(self) -> tuple[dict[int, Unit], list[Fresh]]:
+        """The units of the current ``param_groups`` by ``id``, and the trainable tensors that have none yet."""
         waiting: list[Fresh] = []
         units: dict[int, Unit] = {}
         for group in self.param_groups:
@@ -137,9 +139,7 @@ class BlockOptimizer(torch.optim.Optimizer):
                     units[id(unit)] = unit
                 elif tensor.requires_grad or tensor.grad is not None:
                     waiting.append(Fresh(tensor, group["shampoo_group"], place))
-        joining = {id(item) for host in hosts() for item in host.joining(waiting)} if waiting else set()
-        fresh = [item for item in waiting if item.tensor.grad is not None or id(item) in joining]
-        return units, fresh
+        return units, waiting
 
     def settle(self) -> None:
         """Read the outcome of the last step, which the host does one step late otherwise. Runs no collective."""

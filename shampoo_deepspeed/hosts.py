@@ -178,7 +178,7 @@ class CheckpointingHost(Protocol):
         ...
 
     def resume(self, optimizer: Any) -> None:
-        """Called on all ranks together before units are built for new tensors: load what is awaited."""
+        """Called on all ranks together in steps that may build units: load what is awaited, if anything is."""
         ...
 
 
