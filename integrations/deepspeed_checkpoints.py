@@ -81,8 +81,8 @@ def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = 
         CheckpointError: where the state is not there, and `START_ANEW` is not set; any step would raise it again.
     """
     marks = _taken_marks(optimizer)
-    where = optimizer.awaited if _is_ours(optimizer.awaited) else next(iter(marks), None)
-    if where is None:
+    where = marks[0] if marks else optimizer.awaited  # a load that failed may have left the latter
+    if where is None or not _is_ours(where):
         _refuse_moments(optimizer)
         return
     overwritten = _set_groups_apart(optimizer)
