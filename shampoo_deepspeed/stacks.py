@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,10 @@ from shampoo_deepspeed.refresh import due_staggered
 from shampoo_deepspeed.verdict import Verdict
 
 logger = logging.getLogger(__name__)
+
+# A step makes half a dozen passes over its blocks and as many temporaries. On the CPU these are page faults and cache
+# misses unless few blocks at a time go through all of it; kernels gain nothing there from longer stacks.
+CACHED_BYTES = 2 << 20
 
 
 class BlockStack:
@@ -56,22 +60,30 @@ class BlockStack:
     def step(
         self, first: int, gradients: Tensor, steps: Sequence[int], config: ShampooConfig, verdict: Verdict
     ) -> Tensor:
-        """Directions of the rows from ``first`` on, given their gradients [n, *shape].
+        """Directions of the rows from ``first`` on, given their gradients [n, *shape], which are used up.
 
         Args:
             steps: the number of each row's step, counted from 1; rows with 0 take no part: they get direction 0 and
                 keep their state.
         """
-        if min(steps) == max(steps) > 0:
-            return self._advance(first, gradients, steps[0], config, verdict)
-        directions = torch.zeros_like(gradients)
+        runs = list(self._runs(steps, gradients))
+        if len(runs) == 1 and runs[0][2] > 0:
+            return self._advance(first, gradients, runs[0][2], config, verdict)
+        for begin, end, step in runs:
+            part = gradients[begin:end]
+            part.copy_(self._advance(first + begin, part, step, config, verdict) if step > 0 else part.new_zeros(()))
+        return gradients
+
+    def _runs(self, steps: Sequence[int], gradients: Tensor) -> Iterator[tuple[int, int, int]]:
+        """(begin, end, step) of neighbouring rows with the same step, on the CPU so few that they stay in its cache."""
+        block = gradients[0].numel() * gradients.element_size()
+        most = max(1, CACHED_BYTES // max(1, block)) if gradients.device.type == "cpu" else len(steps)
         begin = 0
         for step, run in itertools.groupby(steps):
             end = begin + len(list(run))
-            if step > 0:
-                directions[begin:end] = self._advance(first + begin, gradients[begin:end], step, config, verdict)
+            for start in range(begin, end, most):
+                yield start, min(start + most, end), step
             begin = end
-        return directions
 
     def _advance(self, first: int, gradients: Tensor, step: int, config: ShampooConfig, verdict: Verdict) -> Tensor:
         """Steps 2 to 6 of the rule for neighbouring rows that share a step count."""

@@ -48,6 +48,12 @@ class Verdict:
             self._keeps[decay] = scalar.masked_fill_(self._flag, 1.0)
         return self._keeps[decay]
 
+    def keep_number(self, decay: float) -> float | None:
+        """What `keep` gives, as a number that a kernel can take with others; None where reading it would wait."""
+        if self._flag.device.type != "cpu":
+            return None
+        return 1.0 if self.rejected else decay
+
     def scale(self, factor: float | Tensor) -> Tensor:
         """``factor``, or 0 where the step is rejected, as a 0-d tensor."""
         device = self._flag.device

@@ -239,7 +239,7 @@ class Reference:
                 window = work.setdefault(p.options.precondition_frequency, [0] * p.options.precondition_frequency)
                 for block in (b for b in p.blocks if b.factors):
                     block.phase = window.index(min(window))
-                    window[block.phase] += sum(len(a) ** 3 for a in block.factors)
+                    window[block.phase] += sum(len(a) ** 3 for a in block.factors.values() if a.ndim == 2)
 
     def values(self) -> dict[str, Tensor]:
         return {name: p.value for name, p in self.params.items()}

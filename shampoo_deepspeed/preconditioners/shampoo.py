@@ -59,14 +59,16 @@ class ShampooPreconditioner:
         """A <- b2 A + (1 - b2) XX', or A + XX' with b2 = 1."""
         weight = 1.0 if self._beta2 == 1.0 else 1.0 - self._beta2
         unfolded = unfolded.to(torch.promote_types(factor.dtype, unfolded.dtype))
-        if self._beta2 != 1.0:
+        decay = verdict.keep_number(self._beta2)
+        if decay is None:
             factor.mul_(verdict.keep(self._beta2))
+            decay = 1.0
         if factor.ndim == 2:
-            factor.add_(unfolded.square().sum(dim=-1), alpha=weight)
+            factor.mul_(decay).add_(unfolded.square().sum(dim=-1), alpha=weight)
         elif factor.dtype == unfolded.dtype:
-            factor.baddbmm_(unfolded, unfolded.mT, alpha=weight)
+            factor.baddbmm_(unfolded, unfolded.mT, beta=decay, alpha=weight)
         else:
-            factor.add_(torch.bmm(unfolded, unfolded.mT), alpha=weight)
+            factor.mul_(decay).add_(torch.bmm(unfolded, unfolded.mT), alpha=weight)
 
     def refresh(self, state: dict[str, Tensor], step: int, moments: Tensor) -> list[int]:
         modes = modes_of(state)
