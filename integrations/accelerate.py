@@ -7,7 +7,6 @@ group.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,15 +15,15 @@ from torch import nn
 
 from shampoo_deepspeed import Shampoo
 
-logger = logging.getLogger("shampoo_deepspeed")
+from .checkpoints import attach, innermost
 
 
 def prepare(accelerator: Accelerator, *objects: Any) -> Any:
     """``model, optimizer, loader = prepare(accelerator, model, Shampoo(model.named_parameters(), ...), loader)``.
 
     ``accelerator.prepare(*objects)``, of which it returns the result, and more: under DDP the work is divided among
-    the replicas and ``accelerator.save_state`` gathers the state, FSDP1 works with parameters from before, and what
-    would silently train without Shampoo is an error. FSDP1 with ``use_orig_params=False`` needs two steps: first
+    the replicas, ``accelerator.save_state`` and ``load_state`` carry the state under every host, FSDP1 works with
+    parameters from before, and what would silently train without Shampoo is an error. FSDP1 with ``use_orig_params=False`` needs two steps: first
     ``model = accelerator.prepare(model)``, then Shampoo is built with ``model=model`` and prepared.
 
     Raises:
@@ -44,11 +43,12 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
     optimizer = everything[optimizers[0]]
     check_innermost(optimizer, 'give prepare() a Shampoo, and leave "optimizer" out of the DeepSpeed configuration')
     if models and plugin is None:
-        _introduce(accelerator, everything[models[0]], innermost(optimizer))
+        _introduce(everything[models[0]], innermost(optimizer))
+    attach(accelerator, optimizer)
     return prepared
 
 
-def _introduce(accelerator: Accelerator, model: nn.Module, optimizer: Shampoo) -> None:
+def _introduce(model: nn.Module, optimizer: Shampoo) -> None:
     """Tell an optimizer the wrapped model of its parameters."""
     own = {id(p) for p in model.parameters()}
     given = [p for group in optimizer.param_groups for p in group["params"]]
@@ -60,24 +60,6 @@ def _introduce(accelerator: Accelerator, model: nn.Module, optimizer: Shampoo) -
             "vectors; prepare the model alone and build Shampoo(model.named_parameters(), model=model) from the result"
         )
     optimizer.note_model(model)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        accelerator.register_save_state_pre_hook(lambda *_: optimizer.consolidate_state_dict())
-    elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
-        accelerator.register_save_state_pre_hook(_warn_of_half_a_checkpoint)
-
-
-def _warn_of_half_a_checkpoint(*_: Any) -> None:
-    logger.warning(
-        "accelerator.save_state under FSDP does not hold Shampoo's state, and accelerator.load_state will refuse it; "
-        "save the model with accelerate and the optimizer with shampoo_deepspeed.save_shampoo(optimizer, path)"
-    )
-
-
-def innermost(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of accelerate and DeepSpeed, each of which keeps the next as ``optimizer``."""
-    while getattr(optimizer, "optimizer", None) is not None:
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def check_innermost(optimizer: Any, remedy: str) -> Shampoo:

@@ -94,8 +94,8 @@ class DeepSpeedHost:
             LayoutError: for engine settings under which no optimizer but DeepSpeed's own can work, and for tensors
                 that are neither partitions nor the model's own.
         """
-        if "deepspeed" not in sys.modules:
-            return None
+        if "deepspeed" not in sys.modules or any(hasattr(item.tensor, "placements") for item in fresh):
+            return None  # DTensors have the shapes of what they replace, but are no copies of it
         engine = self._engine_of(optimizer)
         pairs = None if engine is not None and engine.zero_optimization_stage() > 0 else _paired(entries, fresh)
         if pairs is not None:

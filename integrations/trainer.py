@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, DistributedType
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
@@ -22,8 +22,10 @@ from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.config import TRAINER_NO_DECAY
 from shampoo_deepspeed.hosts import hosts
 from shampoo_deepspeed.naming import clean_name
+from shampoo_deepspeed.torch_state import is_fsdp1
 
-from .accelerate import check_innermost, innermost, refuse_offload
+from .accelerate import check_innermost, refuse_offload
+from .checkpoints import TrainerCheckpoints, check_resumed, innermost
 from .transformers_names import NAME, add_name, options_from_text
 
 logger = logging.getLogger("shampoo_deepspeed")
@@ -91,7 +93,7 @@ def deferred(lr: float | str, **options: Any) -> Deferred:
     return Deferred({"lr": lr, **options})
 
 
-class ShampooTrainerMixin:
+class ShampooTrainerMixin(TrainerCheckpoints):
     """Before any Trainer class: ``class MyTrainer(ShampooTrainerMixin, SFTTrainer)``.
 
     ``optimizers=(Shampoo(...) or deferred(...), scheduler or None)`` then works in a single process and under DDP,
@@ -153,12 +155,12 @@ class ShampooTrainerMixin:
             logs = logs | _prefixed(optimizer.metrics())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def _save_optimizer_and_scheduler(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Under DDP one rank's state dict is saved, so all blocks must be in it."""
-        optimizer = innermost(self.optimizer)
-        if isinstance(optimizer, Shampoo) and self.accelerator.distributed_type.value.startswith("MULTI_"):
-            optimizer.consolidate_state_dict()
-        super()._save_optimizer_and_scheduler(*args, **kwargs)  # type: ignore[misc]
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; ``resume_from_checkpoint=True`` means the newest checkpoint that is complete."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ShampooCallback):
+                callback.saved_beside = True
+        return super().train(*args, **kwargs)
 
     def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The scheduler that was given, also under DeepSpeed, where the Trainer has dropped it by now."""
@@ -174,25 +176,32 @@ class ShampooTrainer(ShampooTrainerMixin, Trainer):
 class ShampooCallback(TrainerCallback):
     """Raises at the start of training where it is not Shampoo that trains: some hosts replace an optimizer silently.
 
-    ``history`` holds ``Shampoo.metrics()`` of each training log, with its ``"step"``. The stock Trainer's own logs are
-    written before a callback sees them; for metrics in them take :class:`ShampooTrainerMixin`.
+    Also where the Trainer goes on from a checkpoint that gave no state to Shampoo, unless ``require_state`` is False;
+    then it starts anew. ``history`` holds ``Shampoo.metrics()`` of each training log, with its ``"step"``. The stock
+    Trainer's own logs are written before a callback sees them; for metrics in them take :class:`ShampooTrainerMixin`.
     """
+
+    require_state = True
+    saved_beside = False  # whether the Trainer is one of ours
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
 
-    def on_train_begin(self, args: TrainingArguments, *_: Any, optimizer: Any = None, **__: Any) -> None:
-        check_innermost(
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, optimizer: Any = None, **__: Any
+    ) -> None:
+        inner = check_innermost(
             optimizer,
             'give it by optim="shampoo", by ShampooTrainer(optimizers=...), by '
             "Trainer(optimizer_cls_and_kwargs=(ShampooFactory, {...})), or, under DeepSpeed, as "
             '"optimizer": {"type": "Shampoo"} in its JSON',
         )
-        host = getattr(getattr(optimizer, "accelerator_state", None), "distributed_type", None)
-        if host == DistributedType.FSDP and args.save_strategy != "no" and not args.save_only_model:
-            logger.warning(
-                "checkpoints of the Trainer under FSDP do not hold Shampoo's state in this version, so that training "
-                "cannot go on from them; save_only_model=True writes the model alone"
+        check_resumed(inner, state, self.require_state)
+        saves = args.save_strategy != "no" and not args.save_only_model
+        if saves and not self.saved_beside and any(is_fsdp1(p) for g in inner.param_groups for p in g["params"]):
+            raise RuntimeError(
+                "the Trainer's own checkpoints under FSDP1 cannot carry Shampoo's state: use ShampooTrainer, FSDP2 "
+                "(version 2), or save_only_model=True, from which training cannot go on"
             )
 
     def on_log(

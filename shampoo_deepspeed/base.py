@@ -24,6 +24,15 @@ from shampoo_deepspeed.phases import refresh_phases
 from shampoo_deepspeed.report import treatment_table
 from shampoo_deepspeed.rules import expanded
 from shampoo_deepspeed.saved import FORMAT, START_ANEW, SavedState, StateSource, consolidated, lacking
+from shampoo_deepspeed.torch_state import (
+    FSDP1,
+    TorchState,
+    asking_helper,
+    completed_group,
+    elsewhere_entry,
+    is_torch_state,
+    unit_entries,
+)
 from shampoo_deepspeed.unit import Unit, treat
 
 logger = logging.getLogger("shampoo_deepspeed")
@@ -95,6 +104,11 @@ class BlockOptimizer(torch.optim.Optimizer):
         if not fresh:
             self._warn_if_idle(units)
             return list(units.values())
+        units |= {id(unit): unit for unit in self._new_units(fresh)}
+        return list(units.values())
+
+    def _new_units(self, fresh: Sequence[Fresh]) -> list[Unit]:
+        """Units of tensors that have none, with what was loaded for them."""
         if self.awaited is not None:
             raise RuntimeError(
                 f"the loaded state dict says that the optimizer's state is saved elsewhere ({dict(self.awaited)}); "
@@ -104,7 +118,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         layouts = next((found for found in candidates if found is not None), None)
         if layouts is None:
             layouts = plain_layouts(self.entries, fresh, self._replicas)
-        configs = self.configs()
+        configs, made = self.configs(), []
         phases = refresh_phases((entry.parameter for entry in self.entries), configs)
         for layout in layouts:
             carried = self._loads.get(id(layout.process_group))
@@ -115,9 +129,14 @@ class BlockOptimizer(torch.optim.Optimizer):
             self._loads[id(layout.process_group)] = unit.loads_so_far
             self.units.append(unit)
             self._unit_of.update((id(t), unit) for t in unit.tensors)
-            units[id(unit)] = unit
+            made.append(unit)
         self._report(configs)
-        return list(units.values())
+        return made
+
+    def note_state(self, unit: Unit) -> None:
+        """Torch's tools take an empty ``state`` for that of an optimizer before its first step."""
+        for tensor in unit.tensors:
+            self.state[tensor]["step"] = unit.clock
 
     def _warn_if_idle(self, units: Mapping[int, Unit]) -> None:
         """A wrapper that replaces the model's parameters behind the optimizer's back says nothing itself."""
@@ -283,24 +302,69 @@ class BlockOptimizer(torch.optim.Optimizer):
 
         Runs no collective and holds tensors and builtins only. Tensors are the live ones.
 
+        To torch.distributed.checkpoint.state_dict, which asks on all ranks, it gives copies instead, under ``"state"``
+        (see ``torch_state``), and exchanges pieces of blocks.
+
         Raises:
             RuntimeError: where ranks own different blocks, the host stores one rank's dict only (replicas), and
-                ``consolidate_state_dict`` was not called since the last step.
+                ``consolidate_state_dict`` was not called since the last step; or where FSDP1 asks, which cannot carry
+                this state.
         """
         self.settle()
+        helper = asking_helper()
         elsewhere = self._elsewhere if self._elsewhere is not None else self.awaited
-        if elsewhere is not None:
-            return self._torch_state_dict({"format": FORMAT, "elsewhere": dict(elsewhere)})
+        if elsewhere is not None and helper is None:
+            return self._torch_state_dict({"shampoo": {"format": FORMAT, "elsewhere": dict(elsewhere)}})
+        if helper is not None:
+            return self._torch_state_dict({"state": self._numbered(self._entries_for(helper))})
+        self._refuse_one_rank()
+        own = (self._consolidated or self._own_state()).to_dict()
+        return self._torch_state_dict({"shampoo": own})
+
+    def _refuse_one_rank(self) -> None:
         if self._consolidated is None and any(u.layout.one_rank_saves and u.world_size > 1 for u in self.units):
             raise RuntimeError(
                 "each rank owns the Shampoo state of some blocks only, but here one rank's state dict is stored for "
                 "all; call optimizer.consolidate_state_dict() on all ranks first"
             )
-        return self._torch_state_dict((self._consolidated or self._own_state()).to_dict())
+
+    def _entries_for(self, helper: str) -> dict[int, dict[str, Tensor]]:
+        """What torch's helpers get for ``state``, by id of tensors. A collective where parameters are sharded."""
+        stepped = any(not unit.fresh for unit in self.units) or self.waiting_state is not None
+        elsewhere = self._elsewhere is not None or self.awaited is not None
+        if not elsewhere and helper == FSDP1 and stepped:
+            raise RuntimeError(
+                "FSDP1's own optimizer state dict cannot carry Shampoo's state; use save_shampoo(optimizer, path) and "
+                "load_shampoo(optimizer, path), or, with the Trainer, ShampooTrainer, with accelerate, attach() of "
+                "shampoo_deepspeed.integrations.checkpoints"
+            )
+        if elsewhere or helper == FSDP1:
+            return {id(tensor): elsewhere_entry(tensor, entry["step"]) for tensor, entry in self.state.items()}
+        # All that could have state, so that what is saved and a template of it have the same names.
+        tensors = ((t, g, n) for g in self.param_groups for n, t in enumerate(g["params"]) if t.requires_grad)
+        fresh = [Fresh(t, g["shampoo_group"], n) for t, g, n in tensors if id(t) not in self._unit_of]
+        if fresh:
+            self._new_units(fresh)
+        if any(not unit.fresh for unit in self.units):
+            self._refuse_one_rank()
+        configs, entries = self.configs(), {}
+        for unit in self.units:
+            for tensor, entry in zip(unit.tensors, unit_entries(unit, configs, self._consolidated), strict=True):
+                entries[id(tensor)] = entry
+                for name in entry:  # torch takes what it finds here for the names of what it has to load
+                    self.state[tensor].setdefault(name, unit.clock)
+        return entries
+
+    def _numbered(self, entries: Mapping[int, Any]) -> dict[int, Any]:
+        """By number of the tensors, as torch writes state dicts."""
+        tensors = (tensor for group in self.param_groups for tensor in group["params"])
+        return {number: entries[id(tensor)] for number, tensor in enumerate(tensors) if id(tensor) in entries}
 
     def _torch_state_dict(self, own: Mapping[str, Any]) -> dict[str, Any]:
         # First of the hooks, so that those of the user see the whole state dict.
-        handle = self.register_state_dict_post_hook(lambda _, state: state.update(shampoo=own), prepend=True)
+        handle = self.register_state_dict_post_hook(
+            lambda _, state: state.update({"state": _without_names(state["state"]), **own}), prepend=True
+        )
         try:
             return super().state_dict()
         finally:
@@ -314,13 +378,19 @@ class BlockOptimizer(torch.optim.Optimizer):
     def state_saved_elsewhere(self, where: Mapping[str, Any]) -> Iterator[None]:
         """Within it ``state_dict()`` holds the options, the steps, and ``where`` (builtins) in place of the state.
 
-        For hosts whose own checkpoint keeps the state dict, beside which ``save_shampoo`` has written.
+        For hosts whose own checkpoint keeps the state dict, beside which ``save_shampoo`` has written. A state dict
+        that a host's tool has robbed of all but the options can be loaded within it too; ``load_shampoo`` must follow.
         """
         before, self._elsewhere = self._elsewhere, where
+        # Tools of torch take an empty state for that of an optimizer before its first step, and would make one.
+        empty = [t for group in self.param_groups for t in group["params"] if t.requires_grad] if not self.state else []
+        self.state.update((tensor, {"step": torch.zeros(())}) for tensor in empty)
         try:
             yield
         finally:
             self._elsewhere = before
+            if empty and not self.units and self.waiting_state is None:
+                self.state.clear()
 
     def consolidate_state_dict(self) -> None:
         """Gather the state of all ranks that share parameters, for the next ``state_dict()``; call it on all ranks.
@@ -342,7 +412,7 @@ class BlockOptimizer(torch.optim.Optimizer):
             ValueError: where this is not a Shampoo state dict, or (for parameters without a step so far: at the next
                 step) does not fit the parameters.
         """
-        parsed: list[SavedState] = []
+        parsed: list[SavedState | TorchState] = []
         # Last of the hooks, so that those of the user see the whole state dict and may replace it.
         handle = self.register_load_state_dict_pre_hook(lambda _, state: self._take_apart(state, parsed))
         numbers = [group["shampoo_group"] for group in self.param_groups]
@@ -361,6 +431,12 @@ class BlockOptimizer(torch.optim.Optimizer):
                 if isinstance(host, CheckpointingHost):
                     host.note_load(self)
 
+    @property
+    def has_state(self) -> bool:
+        """Whether any parameter has taken a step, in this process or in what was loaded."""
+        loaded = self.waiting_state is not None and any(self.waiting_state.steps.values())
+        return loaded or any(not unit.fresh for unit in self.units)
+
     def take_state(self, source: StateSource) -> None:
         """Go on from this state, from the next step on; call it on all ranks. What was there is dropped."""
         self._forget_units()
@@ -374,8 +450,16 @@ class BlockOptimizer(torch.optim.Optimizer):
         """Units are built anew at the next step, on all ranks together: handing out state needs communication."""
         self.units, self._unit_of, self._loads = [], {}, {}
 
-    def _take_apart(self, state_dict: Mapping[str, Any], parsed: list[SavedState]) -> dict[str, Any]:
+    def _take_apart(self, state_dict: Mapping[str, Any], parsed: list[SavedState | TorchState]) -> dict[str, Any]:
         """Our part goes to ``parsed``, once it is known to fit; the rest is torch's."""
+        if "shampoo" not in state_dict and (self._elsewhere is not None or is_torch_state(state_dict)):
+            if is_torch_state(state_dict):
+                keys = self._keys_by_group()
+                parsed.append(TorchState.parse(state_dict, keys))
+            else:
+                parsed.append(TorchState({}, self._elsewhere))
+            groups = [completed_group(group) for group in state_dict["param_groups"]]
+            return {**state_dict, "state": {}, "param_groups": groups}
         if "shampoo" not in state_dict and os.environ.get(START_ANEW) == "1":
             logger.warning("the loaded state dict is not Shampoo's (%s = 1): state and options start anew", START_ANEW)
             parsed.append(SavedState({}, [], [], []))
@@ -397,6 +481,13 @@ class BlockOptimizer(torch.optim.Optimizer):
             self._check_units(saved, configs)
         parsed.append(saved)
         return rest
+
+    def _keys_by_group(self) -> list[list[str]]:
+        """Keys of the parameters in each group; hosts replace tensors and keep their order."""
+        keys: dict[int, list[str]] = {group["shampoo_group"]: [] for group in self.param_groups}
+        for entry in self.entries:
+            keys[entry.parameter.group].append(entry.parameter.key)
+        return [keys[group["shampoo_group"]] for group in self.param_groups]
 
     def _check_units(self, saved: SavedState, configs: Sequence[ShampooConfig]) -> None:
         """Raise early where a unit stays as it is under these options and no other rank is needed.
@@ -468,6 +559,14 @@ def _reshaped(parameter: Parameter, before: ShampooConfig, after: ShampooConfig)
     patterns = {"exclude": None, "no_decay": None, "rules": None}  # these count by their effect
     same = {**before.shape_of_state(), **patterns} == {**after.shape_of_state(), **patterns}
     return not same or treat(parameter, before) != treat(parameter, after)
+
+
+def _without_names(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """torch's ``"state"`` without what only stands there for its name."""
+    return {
+        number: {name: value for name, value in entry.items() if name == "step" or value is not entry.get("step")}
+        for number, entry in state.items()
+    }
 
 
 def _trains(tensor: Tensor | None) -> bool:

@@ -47,7 +47,7 @@ class Elementwise:
         self.segments = tuple(segments)
         self._dtype = dtype
         sizes = [s.numel for s in segments]
-        self.needs = {(s.group, s.method): _moments_of(configs[s.group], s.method) for s in segments}
+        self.needs = {(s.group, s.method): moments_of(configs[s.group], s.method) for s in segments}
         used = [name for name in ("exp_avg", "second_moment") if any(name in needs for needs in self.needs.values())]
         self.tensors = {name: torch.zeros(sum(sizes), dtype=dtype, device=device) for name in used}
         self.views = {name: list(torch.split(t, sizes)) if sizes else [] for name, t in self.tensors.items()}
@@ -169,7 +169,7 @@ def _intervals(saved: Sequence[dict[str, Any]]) -> dict[str, list[Interval]]:
     return where
 
 
-def _moments_of(config: ShampooConfig, method: str) -> set[str]:
+def moments_of(config: ShampooConfig, method: str) -> set[str]:
     """The moments that an element-wise parameter has under these options."""
     needs = {"exp_avg"} if config.betas[0] else set()
     return needs | {"second_moment"} if grafting.has_second_moment(method) else needs

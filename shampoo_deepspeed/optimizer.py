@@ -17,6 +17,7 @@ from shampoo_deepspeed.groups import signature_with_options
 from shampoo_deepspeed.roots import full_precision
 from shampoo_deepspeed.rules import expanded
 from shampoo_deepspeed.shards import shard_gradients, update
+from shampoo_deepspeed.torch_state import DCP, asking_helper
 from shampoo_deepspeed.unit import Pending, Unit
 from shampoo_deepspeed.verdict import Verdict
 
@@ -84,6 +85,8 @@ class Shampoo(BlockOptimizer):
         report = status.agree(work, configs)
         for unit, (_, gradients, active) in work:
             if unit.fresh and unit.layout.may_probe and not report.any_gradient():
+                if asking_helper() == DCP:
+                    self.note_state(unit)
                 continue  # a tool's hidden first call, which only wants the state to exist
             with full_precision(unit.device.type):
                 verdict = report.verdict(unit)
@@ -94,9 +97,7 @@ class Shampoo(BlockOptimizer):
                 unit.elementwise.step(gradients, directions, steps, configs, verdict, norms)
                 update(unit, directions, active, configs, rates, verdict)
             unit.pending = Pending(report.outcome, active)
-            for tensor in unit.tensors:
-                # Tools of torch take an empty state for that of an optimizer before its first step.
-                self.state[tensor]["step"] = unit.clock
+            self.note_state(unit)
         return loss
 
 

@@ -155,14 +155,14 @@ class SavedState:
                     f"the saved state has element-wise state of {key!r} up to element {start + numel}, but here it "
                     f"is {'element-wise' if key in flat else 'preconditioned'} with shape {own[key]}"
                 )
-        rows = self._rows()
+        rows = self.rows()
         misfits = (stack.misfit(rows[key][0]) for stack in unit.stacks for key in stack.keys if key in rows)
         found = next((misfit for misfit in misfits if misfit), None)
         return found or unit.elementwise.misfit(self.elementwise, self.steps) or self._buffer_problem(unit)
 
     def missing(self, unit: Unit) -> list[str]:
         """Keys of blocks that this rank owns in the unit, that have taken steps, and whose state is not here."""
-        rows = self._rows()
+        rows = self.rows()
         keys = [key for stack in unit.stacks for key in stack.keys]
         return [key for key in keys if key not in rows and self.steps.get(parameter_of(key))]
 
@@ -173,7 +173,7 @@ class SavedState:
 
     def load(self, unit: Unit) -> None:
         """Hand a unit its state, which must fit. Parameters that the state does not know at all start anew."""
-        rows = self._rows()
+        rows = self.rows()
         unit.steps = [int(self.steps.get(p.key, 0)) for p in unit.parameters]
         for stack in unit.stacks:
             for row, key in enumerate(stack.keys):
@@ -209,7 +209,8 @@ class SavedState:
         """All of it is in memory."""
         return self
 
-    def _rows(self) -> dict[str, tuple[dict[str, Any], int]]:
+    def rows(self) -> dict[str, tuple[dict[str, Any], int]]:
+        """Stack and row of each block that is here."""
         return {key: (stack, row) for stack in self.stacks for row, key in enumerate(stack["keys"])}
 
     def _buffer_pieces(self, unit: Unit, kind: str) -> list[tuple[Any, list[tuple[Box, Placed, Tensor]]]]:

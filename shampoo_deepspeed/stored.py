@@ -46,6 +46,11 @@ def block_layout(stack: Mapping[str, Any], moments: torch.dtype | None) -> Block
     return [*layout, STATUS]
 
 
+def block_size(layout: BlockLayout) -> int:
+    """Bytes of a stored block."""
+    return sum(_bytes(part) for part in layout)
+
+
 def state_items(
     state: SavedState, shapes: Mapping[str, tuple[int, ...]], part: int | None, moments: torch.dtype | None
 ) -> Iterable[Item]:
@@ -58,11 +63,11 @@ def state_items(
     """
     for stack in state.stacks:
         layout = block_layout(stack, moments)
-        size = sum(_bytes(entry) for entry in layout)
+        size = block_size(layout)
         for row, key in enumerate(stack["keys"]):
             parameter, _, index = key.rpartition("/")
             name = f"blocks/{stored_name(parameter, part)}/{index}"
-            yield Item(name, (size,), Box((0,), (size,)), torch.uint8, partial(_packed, stack, row, layout))
+            yield Item(name, (size,), Box((0,), (size,)), torch.uint8, partial(packed, stack, row, layout))
     for exported in state.elementwise:
         position = 0
         for key, start, numel in exported["segments"]:
@@ -148,9 +153,9 @@ class StoredState:
                 record = self._record(unit, parameter) if parameter in self.keys else None
                 if record is not None and record["steps"]:
                     layout = self._layout(record, stack, key)
-                    box = Box((0,), (sum(_bytes(part) for part in layout),))
+                    box = Box((0,), (block_size(layout),))
                     name = f"blocks/{stored_name(parameter, unit.layout.part)}/{index}"
-                    yield Wanted(name, box, partial(_unpack, stack, row, layout))
+                    yield Wanted(name, box, partial(unpack, stack, row, layout))
         stored = self.store.tensors()
         views, needs = unit.elementwise.views, unit.elementwise.needs
         for number, segment in enumerate(unit.elementwise.segments):
@@ -247,7 +252,8 @@ def _on_disk(name: str, tensor: Tensor, moments: torch.dtype | None) -> torch.dt
     return moments if moments is not None and name in MOMENTS else tensor.dtype
 
 
-def _packed(stack: Mapping[str, Any], row: int, layout: BlockLayout) -> Tensor:
+def packed(stack: Mapping[str, Any], row: int, layout: BlockLayout) -> Tensor:
+    """A block's state, a row of an exported stack, as bytes on the CPU."""
     status = torch.tensor([int(stack["refreshed"][row]), stack["failures"][row]], dtype=torch.int64)
     parts = []
     for name, dtype, _ in layout:
@@ -265,7 +271,8 @@ def _cut(blob: Tensor, layout: BlockLayout) -> list[Tensor]:
     ]
 
 
-def _unpack(stack: BlockStack, row: int, layout: BlockLayout, blob: Tensor) -> None:
+def unpack(stack: BlockStack, row: int, layout: BlockLayout, blob: Tensor) -> None:
+    """Put a block's bytes into a row of a stack."""
     for (name, _, _), tensor in zip(layout, _cut(blob, layout), strict=True):
         if name == "status":
             stack.refreshed[row], stack.failures[row] = bool(tensor[0]), int(tensor[1])

@@ -66,11 +66,6 @@ def test_prepare_divides_the_work_among_replicas(alone: Check, divided: Check, a
     assert all(seen["traffic"]["bytes_received"] for seen in ask(divided))
 
 
-@pytest.mark.parametrize("check", [Check("accelerate_half_saved", 2, "accelerate_loop:saved", "fsdp2")], ids=named)
-def test_a_checkpoint_without_the_optimizer_is_announced(check: Check, ask: Ask) -> None:
-    assert all(any("does not hold Shampoo's state" in m for m in messages) for messages in ask(check))
-
-
 @pytest.mark.parametrize("check, message", REFUSED, ids=named)
 def test_what_would_silently_train_without_shampoo_is_refused(check: Check, message: str, ask: Ask) -> None:
     for seen in ask(check):

@@ -17,7 +17,7 @@ from transformers import get_scheduler
 from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.config import TRAINER_NO_DECAY
 from shampoo_deepspeed.integrations.accelerate import prepare
-from tests.distributed.ranks.trainer import clean_process, logged, shared_folder
+from tests.distributed.ranks.trainer import clean_process, shared_folder
 from tests.distributed.ranks.trainer_optimizers import whole
 from tests.distributed.trainings import GLOBAL_BATCH, Training, make_data, make_model, trainer_groups
 
@@ -47,16 +47,6 @@ def train(argument: tuple[str, str, Training]) -> dict[str, Any]:
         if hasattr(model, "destroy"):
             model.destroy()
         return result
-
-
-def saved(host: str) -> list[str]:
-    """What is logged when accelerate saves."""
-    deepspeed.init_distributed("gloo")
-    with shared_folder() as folder, clean_process(), logged() as messages:
-        accelerator = accelerator_for(host, Training())
-        made("ours", accelerator, host, Training())
-        accelerator.save_state(str(folder / "state"))
-        return messages
 
 
 def refused(argument: tuple[str, str, dict[str, Any]]) -> str:

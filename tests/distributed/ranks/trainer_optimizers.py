@@ -36,8 +36,8 @@ class Losses(ShampooCallback):
         self.losses: list[float] = []
         self.rates: list[float] = []
 
-    def on_train_begin(self, args: TrainingArguments, *_: Any, optimizer: Any = None, **__: Any) -> None:
-        super().on_train_begin(args, optimizer=optimizer)
+    def on_train_begin(self, *args: Any, optimizer: Any = None, **_: Any) -> None:
+        super().on_train_begin(*args, optimizer=optimizer)
         innermost(optimizer).register_step_pre_hook(self.note_rate)
 
     def note_rate(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

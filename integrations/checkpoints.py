@@ -1,0 +1,198 @@
+"""Checkpoints of the Hugging Face Trainer and of accelerate: Shampoo's state in a folder beside what they save.
+
+Their own optimizer files are written by one rank, or by tools that know tensors in the shape of parameters only. So
+every rank writes the blocks that it owns by ``save_shampoo``, and their files hold the options and a note of where the
+state is. DeepSpeed's engine does this by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import DistributedType
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
+from shampoo_deepspeed.manifest import Manifest
+from shampoo_deepspeed.saved import SavedState
+
+logger = logging.getLogger("shampoo_deepspeed")
+
+FOLDER = "shampoo"
+TRAINER_STATE = "trainer_state.json"
+
+
+class TrainerCheckpoints:
+    """Part of ``ShampooTrainerMixin``: ``checkpoint-N/shampoo`` is written first, ``trainer_state.json`` last."""
+
+    def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, but ``True`` means the newest checkpoint that is complete.
+
+        Raises:
+            ValueError: where there are checkpoints, and none is complete.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_complete(self.args.output_dir) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self: Any, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        """Writes into a folder that is there already make it incomplete until they are through."""
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            (folder / TRAINER_STATE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        optimizer = innermost(self.optimizer)
+        if self.is_deepspeed_enabled or not isinstance(optimizer, Shampoo):
+            return super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        save_shampoo(optimizer, Path(output_dir) / FOLDER)
+        with optimizer.state_saved_elsewhere({"folder": FOLDER}):
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        optimizer = innermost(self.optimizer)
+        folder = Path(checkpoint, FOLDER) if checkpoint is not None else None
+        if folder is None or not folder.is_dir() or self.is_deepspeed_enabled or not isinstance(optimizer, Shampoo):
+            return super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        with optimizer.state_saved_elsewhere({"folder": str(folder)}):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        load_shampoo(optimizer, folder)
+
+
+def attach(accelerator: Accelerator, optimizer: Any) -> None:
+    """Let ``accelerator.save_state`` and ``load_state`` carry Shampoo's state, in the folder ``shampoo`` in theirs.
+
+    Call it after ``accelerator.prepare``; ``prepare`` of this package does. Both must then be called on all ranks, as
+    they are anyway. A second Shampoo's folder is ``shampoo_1``, and so on, in the order of these calls.
+
+    Raises:
+        TypeError: where the optimizer is not Shampoo.
+    """
+    inner = innermost(optimizer)
+    if not isinstance(inner, Shampoo):
+        raise TypeError(f"attach() takes a Shampoo, here it is {type(inner).__module__}.{type(inner).__qualname__}")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return
+    attached = getattr(accelerator.save_state, "shampoos", ())
+    if any(found is inner for found in attached):
+        return
+    name = f"{FOLDER}_{len(attached)}" if attached else FOLDER
+    save_state, load_state = accelerator.save_state, accelerator.load_state
+    loaded_from: list[Path] = []
+
+    def write(_: Any, __: Any, output_dir: str) -> None:
+        save_shampoo(inner, Path(output_dir) / name)
+
+    def note(_: Any, input_dir: str) -> None:
+        loaded_from.append(Path(input_dir))
+
+    @wraps(save_state)
+    def save(*args: Any, **kwargs: Any) -> Any:
+        with inner.state_saved_elsewhere({"folder": name}):
+            return save_state(*args, **kwargs)
+
+    @wraps(load_state)
+    def load(*args: Any, **kwargs: Any) -> None:
+        loaded_from.clear()
+        with inner.state_saved_elsewhere({"folder": name}):
+            load_state(*args, **kwargs)
+        folder = loaded_from[-1] / name
+        if folder.is_dir() or not inner.has_state:  # one process may have saved without us
+            load_shampoo(inner, folder)
+
+    accelerator.register_save_state_pre_hook(write)
+    accelerator.register_load_state_pre_hook(note)
+    save.shampoos = (*attached, inner)  # type: ignore[attr-defined]
+    accelerator.save_state = save
+    accelerator.load_state = load
+
+
+def check_resumed(optimizer: Shampoo, state: TrainerState, required: bool = True) -> None:
+    """Nobody goes on with the weights and steps of a checkpoint, but with a new optimizer, without knowing it.
+
+    Args:
+        required: False warns only, and the optimizer starts anew.
+
+    Raises:
+        CheckpointError: where the Trainer has resumed and the optimizer has not.
+    """
+    if not state.global_step or optimizer.has_state:
+        return
+    what = (
+        f"the Trainer goes on from step {state.global_step}, but its checkpoint gave no state to Shampoo: it was saved "
+        "with save_only_model=True, or has lost files, or it was written by ShampooTrainer (then it has a folder "
+        f"{FOLDER!r}) and is read by another Trainer"
+    )
+    if required:
+        raise CheckpointError(
+            f"{what}. Resume by ShampooTrainer, or let the optimizer start anew by a ShampooCallback whose "
+            "require_state is False"
+        )
+    logger.warning("%s; the optimizer starts anew", what)
+    optimizer.take_state(SavedState({}, [], [], []))
+
+
+def newest_complete(output_dir: str | os.PathLike[str]) -> str | None:
+    """The newest complete ``checkpoint-N`` in a folder of the Trainer; a warning names newer ones. None without any.
+
+    Raises:
+        ValueError: where there are checkpoints, and none is complete.
+    """
+    found = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    skipped = []
+    for _, path in sorted(found.items(), reverse=True):
+        problem = what_is_missing(path)
+        if problem is None:
+            return str(path)
+        logger.warning("not resumed from %s: %s", path, problem)
+        skipped.append(f"{path.name}: {problem}")
+    if skipped:
+        raise ValueError(f"no checkpoint in {output_dir} is complete ({'; '.join(skipped)})")
+    return None
+
+
+def what_is_missing(checkpoint: Path) -> str | None:
+    """Why training cannot go on from a folder of the Trainer, or None. Contents are checked when they are loaded."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE).read_bytes())
+    except (OSError, ValueError) as error:
+        return f"its saving was interrupted ({TRAINER_STATE}: {error})"
+    latest = checkpoint / "latest"  # DeepSpeed's name of the folder that its engine has written
+    folder = checkpoint / latest.read_text().strip() if latest.is_file() else checkpoint
+    if (folder / FOLDER).is_dir():
+        return _cut_short(folder / FOLDER)
+    if not latest.is_file() and not any(checkpoint.glob("optimizer*")):
+        return "it holds no state of the optimizer, as with save_only_model=True"
+    return None if folder.is_dir() else f"{folder} is missing"
+
+
+def _cut_short(folder: Path) -> str | None:
+    try:
+        manifest = Manifest.read(folder)
+    except CheckpointError as error:
+        return str(error)
+    for name, facts in manifest.files.items():
+        file = folder / manifest.directory / name
+        if not file.is_file() or file.stat().st_size != facts["bytes"]:
+            return f"{file} is missing or was cut short"
+    return None
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of accelerate and DeepSpeed, each of which keeps the next as ``optimizer``."""
+    while getattr(optimizer, "optimizer", None) is not None:
+        optimizer = optimizer.optimizer
+    return optimizer

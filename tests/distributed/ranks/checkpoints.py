@@ -1,0 +1,240 @@
+"""What a rank does in the checks of checkpoints: trains, is stopped, goes on, and gives back losses and parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import Trainer, TrainingArguments
+
+from shampoo_deepspeed import CheckpointError, Shampoo
+from shampoo_deepspeed.integrations.accelerate import prepare
+from shampoo_deepspeed.integrations.checkpoints import innermost
+from shampoo_deepspeed.integrations.trainer import ShampooCallback, ShampooFactory, ShampooTrainer, deferred
+from tests import zoo
+from tests.distributed.ranks.fsdp import full
+from tests.distributed.ranks.trainer import clean_process, logged, shared_folder
+from tests.distributed.ranks.trainer_optimizers import Losses, pretend_to_have_accelerators, whole
+from tests.distributed.trainings import Training, make_data, make_model
+
+TRAINING = Training(steps=7, options={"momentum": 0.5})  # refreshes at 1, 3, 6
+STOP, SAVED = 6, 4
+OPTIONS: dict[str, Any] = {
+    "lr": 1e-2, "weight_decay": 0.1, "precondition_frequency": 3, "max_preconditioner_dim": 8, "momentum": 0.5,
+    "relative_epsilon": 1e-3, "eps": 1e-4, "no_decay": (), "exclude": ("embed*",),
+}  # fmt: skip
+
+
+class Killed(Exception):
+    pass
+
+
+class Dies:
+    """Before a Trainer: dies in the middle of the save of a step, when the optimizer's part is written."""
+
+    dies = False
+
+    def _save_rng_state(self: Any, output_dir: str) -> None:
+        if self.dies and self.state.global_step == STOP:
+            raise Killed
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+
+
+class DyingShampooTrainer(Dies, ShampooTrainer):
+    pass
+
+
+class DyingTrainer(Dies, Trainer):
+    pass
+
+
+@dataclass(frozen=True)
+class Run:
+    """A Trainer ("ours" or "stock"), a host, and how FSDP is to write state dicts."""
+
+    trainer: str
+    host: str
+    form: str = "FULL_STATE_DICT"
+
+
+@dataclass
+class Seen:
+    losses: list[float] = field(default_factory=list)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+
+def trained(run: Run) -> dict[str, Any]:
+    """What three runs saw: uninterrupted; killed in the middle of its last save; resumed after that."""
+    with shared_folder() as folder, logged() as messages:
+        uninterrupted, _ = train_once(run, folder / "a", saves=False)
+        killed, _ = train_once(run, folder / "b", dies=True)
+        dist.barrier()
+        left = sorted(path.name for path in (folder / "b").iterdir())
+        parts = sorted(path.name for path in (folder / f"b/checkpoint-{SAVED}").iterdir())
+        last = True if run.trainer == "ours" else str(folder / f"b/checkpoint-{SAVED}")
+        resumed, error = train_once(run, folder / "b", resume=last)
+        return {
+            "uninterrupted": uninterrupted, "killed": killed, "resumed": resumed, "error": error, "left": left,
+            "parts": parts, "messages": messages, "finally": sorted(path.name for path in (folder / "b").iterdir()),
+        }  # fmt: skip
+
+
+def refused(run: Run) -> tuple[Seen, str]:
+    """The error of a training that is to save."""
+    with shared_folder() as folder:
+        return train_once(run, folder)
+
+
+def train_once(
+    run: Run, folder: Path, saves: bool = True, dies: bool = False, resume: Any = None
+) -> tuple[Seen, str]:
+    with clean_process():
+        callback, seen, error = Losses(), Seen(), ""
+        trainer = made_trainer(run, folder, saves, callback)
+        trainer.dies = dies
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except Killed:
+            error = "killed"
+        except (RuntimeError, CheckpointError) as raised:
+            return seen, str(raised)
+        seen.losses, seen.parameters = callback.losses, whole(trainer.model)
+        return seen, error
+
+
+def made_trainer(run: Run, folder: Path, saves: bool, callback: ShampooCallback) -> Any:
+    common = TRAINING.arguments(dist.get_world_size()) | {
+        "save_strategy": "steps" if saves else "no", "save_steps": 2, "save_total_limit": 2,
+    }  # fmt: skip
+    if run.host.startswith("fsdp"):
+        config = {"version": int(run.host[4]), "sync_module_states": False, "state_dict_type": run.form}
+        common |= {"fsdp": True, "fsdp_config": config}
+    arguments = TrainingArguments(str(folder), **common)
+    if run.host.startswith("fsdp"):
+        pretend_to_have_accelerators(arguments)
+    given: dict[str, Any] = {"train_dataset": make_data(TRAINING.steps), "callbacks": [callback]}
+    options = TRAINING.trainer_options() | TRAINING.own_options()
+    if run.trainer == "stock":
+        return DyingTrainer(
+            make_model("llama"), arguments, optimizer_cls_and_kwargs=(ShampooFactory, options), **given
+        )
+    return DyingShampooTrainer(make_model("llama"), arguments, optimizers=(deferred(**options), None), **given)
+
+
+def accelerated(run: Run) -> list[Seen]:
+    """An uninterrupted loop, and one that goes on in another accelerator from what it saved in the middle."""
+    with shared_folder() as folder:
+        return [loop(run, folder, "save"), loop(run, folder, "load")]
+
+
+def loop(run: Run, folder: Path, what: str) -> Seen:
+    with clean_process():
+        plugin = None
+        if run.host.startswith("fsdp"):
+            plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=int(run.host[4]), state_dict_type=run.form, use_orig_params=True, sync_module_states=False
+            )
+            pretend_to_have_accelerators(TrainingArguments(str(folder), use_cpu=True, report_to="none"))
+        accelerator = Accelerator(cpu=plugin is None, fsdp_plugin=plugin)
+        if what == "load":
+            torch.manual_seed(7)  # other weights than those that come
+        model: Any = zoo.MODELS["wide"]() if what == "load" else zoo.make_model("wide")
+        model, optimizer = prepare(accelerator, model, Shampoo(model.named_parameters(), **OPTIONS))
+        seen = Seen()
+        if what == "load":
+            accelerator.load_state(str(folder / "state"))
+        for step in range(SAVED if what == "load" else 0, TRAINING.steps):
+            if step == SAVED and what == "save":
+                accelerator.save_state(str(folder / "state"))
+            (piece,) = zoo.micro_batches(zoo.make_batch("wide", step), dist.get_rank(), dist.get_world_size())
+            loss = model(**piece)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.losses.append(loss.item())
+        assert innermost(optimizer).has_state
+        seen.parameters = whole(model)
+        return seen
+
+
+def helpers(argument: tuple[str, bool, bool]) -> list[dict[str, Tensor]]:
+    """Parameters of an uninterrupted run, and of those that torch's helpers let go on: sharded alike, and not at all.
+
+    Argument: the layout; whether state dicts are gathered whole on the first rank; whether they are flattened.
+    """
+    layout, gathered, flat = argument
+    options = StateDictOptions(
+        full_state_dict=gathered,
+        cpu_offload=gathered,
+        broadcast_from_rank0=gathered,
+        flatten_optimizer_state_dict=flat,
+    )
+    with shared_folder() as folder:
+        model, optimizer = sharded(layout)
+        steps(model, optimizer, range(SAVED), layout)
+        weights = {n.removeprefix("module."): full(p) for n, p in model.named_parameters()}
+        if layout == "ddp":
+            optimizer.consolidate_state_dict()
+        state: Any = get_optimizer_state_dict(model, optimizer, options=options)
+        again, second = sharded(layout, weights)
+        if gathered:
+            set_optimizer_state_dict(again, second, state, options=options)
+        else:
+            dcp.save({"optimizer": state}, checkpoint_id=folder)
+            loaded: Any = {"optimizer": get_optimizer_state_dict(again, second, options=options)}
+            dcp.load(loaded, checkpoint_id=folder)
+            set_optimizer_state_dict(again, second, loaded["optimizer"], options=options)
+        runs = [(model, optimizer, layout), (again, second, layout)]
+        if not gathered and not flat:
+            runs.append((*on_one_rank(weights, folder), "whole"))
+        for trained, its, how in runs:
+            steps(trained, its, range(SAVED, TRAINING.steps), how)
+        return [
+            {n.removeprefix("module."): full(p) for n, p in trained.named_parameters()} for trained, _, _ in runs
+        ]
+
+
+def sharded(layout: str, weights: dict[str, Tensor] | None = None) -> tuple[nn.Module, Shampoo]:
+    model = zoo.make_model("wide")
+    if weights is not None:
+        model.load_state_dict(weights)
+    world = dist.get_world_size()
+    if layout == "hsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
+    elif layout == "fsdp2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    elif layout == "ddp":
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        return wrapped, Shampoo(wrapped.named_parameters(), model=wrapped, **OPTIONS)
+    return model, Shampoo(model.named_parameters(), **OPTIONS)
+
+
+def on_one_rank(weights: dict[str, Tensor], folder: Path) -> tuple[nn.Module, Shampoo]:
+    """A whole model on each rank for itself."""
+    model, optimizer = sharded("whole", weights)
+    state: Any = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    return model, optimizer
+
+
+def steps(model: nn.Module, optimizer: Shampoo, numbers: range, layout: str) -> None:
+    parts = 1 if layout == "whole" else dist.get_world_size()
+    for step in numbers:
+        (piece,) = zoo.micro_batches(zoo.make_batch("wide", step), dist.get_rank() % parts, parts)
+        optimizer.zero_grad()
+        model(**piece).backward()
+        optimizer.step()
