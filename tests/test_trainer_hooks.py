@@ -8,7 +8,6 @@ import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,15 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, trainer_optimizer, training_args
+from transformers import (
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    trainer_optimizer,
+    training_args,
+)
 from transformers.training_args import OptimizerNames
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
@@ -306,14 +313,18 @@ def test_the_callback_names_the_optimizer_that_trains_instead(arguments: Any) ->
         trainer.train()
 
 
-def test_checkpoints_without_the_optimizer_are_announced(arguments: Any, caplog: pytest.LogCaptureFixture) -> None:
-    optimizer: Any = built(make_model("llama"))
-    optimizer.accelerator_state = SimpleNamespace(distributed_type=DistributedType.FSDP)
+def test_what_the_stock_trainer_cannot_save_is_refused_at_the_start(arguments: Any) -> None:
+    model = make_model("llama")
+    optimizer: Any = built(model)
+    for p in model.parameters():
+        p._fsdp_flattened = True  # type: ignore[attr-defined]
     for changes in ({}, {"save_strategy": "steps", "save_only_model": True}):
-        ShampooCallback().on_train_begin(arguments(**changes), optimizer=optimizer)
-    assert not caplog.messages
-    ShampooCallback().on_train_begin(arguments(save_strategy="steps"), optimizer=optimizer)
-    assert "do not hold Shampoo's state" in caplog.text
+        ShampooCallback().on_train_begin(arguments(**changes), TrainerState(), optimizer=optimizer)
+    with pytest.raises(RuntimeError, match="under FSDP1 cannot carry Shampoo's state: use ShampooTrainer"):
+        ShampooCallback().on_train_begin(arguments(save_strategy="steps"), TrainerState(), optimizer=optimizer)
+    beside = ShampooCallback()
+    beside.saved_beside = True
+    beside.on_train_begin(arguments(save_strategy="steps"), TrainerState(), optimizer=optimizer)
 
 
 def test_the_trainer_has_one_callback_of_this_kind(arguments: Any) -> None:
