@@ -23,8 +23,8 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
 
     ``accelerator.prepare(*objects)``, of which it returns the result, and more: under DDP the work is divided among
     the replicas, ``accelerator.save_state`` and ``load_state`` carry the state, FSDP1 works with parameters from
-    before, and what would silently train without Shampoo is an error. FSDP1 with ``use_orig_params=False`` needs two steps:
-    first ``model = accelerator.prepare(model)``, then Shampoo is built with ``model=model`` and prepared.
+    before, and what would silently train without Shampoo is an error. FSDP1 with ``use_orig_params=False`` needs two
+    steps: first ``model = accelerator.prepare(model)``, then Shampoo is built with ``model=model`` and prepared.
 
     Raises:
         TypeError: where not exactly one Shampoo is among the objects, or more than one model.
