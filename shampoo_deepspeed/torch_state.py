@@ -83,7 +83,7 @@ def unit_entries(unit: Unit, configs: Mapping[int, ShampooConfig], consolidated:
 
 def is_torch_state(state_dict: Mapping[str, Any]) -> bool:
     """Whether a state dict is one that `unit_entries` or `elsewhere_entry` went into."""
-    return any(isinstance(entry, Mapping) and MARK in entry for entry in state_dict["state"].values())
+    return any(isinstance(entry, Mapping) and MARK in entry for entry in state_dict.get("state", {}).values())
 
 
 def completed_group(group: Mapping[str, Any]) -> dict[str, Any]:

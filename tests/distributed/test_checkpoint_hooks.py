@@ -22,7 +22,7 @@ def check(function: str, run: Run) -> Check:
     return Check(f"{function}_{run.trainer}_{run.host}_{run.form[0]}", 2, f"checkpoints:{function}", run, seconds=180)
 
 
-OURS = [check("trained", run) for run in RUNS]
+OURS = [check("trained", run) for run in (*RUNS, Run("ours", "fsdp1_flat", SHARDED))]
 TRAINED = OURS + [check("trained", run) for run in STOCK]
 REFUSED = check("refused", Run("stock", "fsdp1", SHARDED))
 LOOPS = [check("accelerated", run) for run in RUNS]

@@ -121,6 +121,7 @@ def made_trainer(run: Run, folder: Path, saves: bool, callback: ShampooCallback)
     }  # fmt: skip
     if run.host.startswith("fsdp"):
         config = {"version": int(run.host[4]), "sync_module_states": False, "state_dict_type": run.form}
+        config["use_orig_params"] = run.host != "fsdp1_flat"
         common |= {"fsdp": True, "fsdp_config": config}
     arguments = TrainingArguments(str(folder), **common)
     if run.host.startswith("fsdp"):
