@@ -31,6 +31,7 @@ from shampoo_deepspeed.torch_state import (
     completed_group,
     elsewhere_entry,
     is_torch_state,
+    robust_group,
     unit_entries,
 )
 from shampoo_deepspeed.unit import Unit, treat
@@ -316,7 +317,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         if elsewhere is not None and helper is None:
             return self._torch_state_dict({"shampoo": {"format": FORMAT, "elsewhere": dict(elsewhere)}})
         if helper is not None:
-            return self._torch_state_dict({"state": self._numbered(self._entries_for(helper))})
+            state = self._torch_state_dict({"state": self._numbered(self._entries_for(helper))})
+            return {**state, "param_groups": [robust_group(group) for group in state["param_groups"]]}
         self._refuse_one_rank()
         own = (self._consolidated or self._own_state()).to_dict()
         return self._torch_state_dict({"shampoo": own})

@@ -9,6 +9,7 @@ ranks need them, after a template that must have the same keys on all ranks. So 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -86,9 +87,16 @@ def is_torch_state(state_dict: Mapping[str, Any]) -> bool:
     return any(isinstance(entry, Mapping) and MARK in entry for entry in state_dict.get("state", {}).values())
 
 
+def robust_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group that torch's helpers do not take apart so far that `completed_group` cannot tell."""
+    return {**group, "rules": json.dumps(group["rules"])}
+
+
 def completed_group(group: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter group as it was before torch's helpers, which make lists of tuples and drop empty ones."""
     defaults = group_options(ShampooConfig())
+    if isinstance(group.get("rules"), str):
+        group = {**group, "rules": json.loads(group["rules"])}
     own = {n: tuple(v) if isinstance(v, list) and n in defaults else v for n, v in group.items()}
     return {n: () if isinstance(defaults[n], tuple) else defaults[n] for n in OPTION_NAMES} | own
 
@@ -169,7 +177,8 @@ class TorchState:
             if entry is None or not int(entry["step"]):
                 continue
             treatment = unit.treatments[number]
-            needed = {BLOCKS} if treatment.preconditioned else unit.elementwise.needs.get(parameter.group, set())
+            moments = unit.elementwise.needs.get((unit.options[number], treatment.method), set())
+            needed = {BLOCKS} if treatment.preconditioned else moments
             missing = sorted(needed - set(entry))
             if missing:
                 return f"the saved state of {parameter.key!r} lacks {missing}: {lacking(parameter.key + '/0')}"
@@ -199,7 +208,7 @@ def _flat_moments(unit: Unit, number: int, configs: Mapping[int, ShampooConfig])
     config = configs[unit.layout.groups[number]]
     out: dict[str, Tensor] = {}
     if not unit.treatments[number].preconditioned:
-        for name in sorted(moments_of(config)):
+        for name in sorted(moments_of(configs[unit.options[number]], unit.treatments[number].method)):
             out[name] = torch.zeros(unit.sizes[number], dtype=unit.dtype, device=unit.device)
             for segment, view in zip(unit.elementwise.segments, unit.elementwise.views.get(name, []), strict=False):
                 if segment.tensor == number:

@@ -23,10 +23,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from shampoo_deepspeed import CheckpointError, Shampoo
+from shampoo_deepspeed import CheckpointError, Shampoo, ShampooConfig
+from shampoo_deepspeed.config import OPTION_NAMES
 from shampoo_deepspeed.integrations.checkpoints import attach, innermost, newest_complete
 from shampoo_deepspeed.integrations.trainer import ShampooCallback, ShampooFactory, ShampooTrainer, deferred
-from shampoo_deepspeed.torch_state import completed_group
+from shampoo_deepspeed.torch_state import completed_group, robust_group
 from tests.distributed.trainings import Training, make_data, make_model
 from tests.stepping import same_bits, shampoo, snapshot, state_of, train
 from tests.zoo import make_model as zoo_model
@@ -247,11 +248,14 @@ def test_what_was_loaded_in_another_way_can_be_asked_for_at_once(tmp_path: Path)
 
 def test_options_are_those_from_before_torch_took_them_apart() -> None:
     """Gathering a state dict makes lists of tuples and drops empty ones, also where the default is not empty."""
-    _, optimizer = pair(betas=(0.8, 0.9))
+    _, optimizer = pair(betas=(0.8, 0.9), rules=[{"match": "up.*", "split": []}])
     group = dict(optimizer.param_groups[0])
-    robbed = {n: list(v) if isinstance(v, tuple) else v for n, v in group.items() if v != ()}
+    robbed = {n: list(v) if isinstance(v, tuple) else v for n, v in robust_group(group).items() if v != ()}
     assert "exclude" not in robbed
-    assert completed_group(robbed) == group
+    completed = completed_group(robbed)
+    options = [ShampooConfig(**{name: found[name] for name in OPTION_NAMES}) for found in (completed, group)]
+    assert options[0] == options[1] and options[0].rules[0]["split"] == ()
+    assert completed["params"] == group["params"]
 
 
 def test_torchs_helpers_and_another_optimizer_s_state() -> None:
