@@ -337,7 +337,7 @@ class ShampooConfig:
     split: tuple[int, ...] = _option((), _lengths, "lengths of the parts of a fused matrix, each with its own blocks")
     precondition_frequency: int = _option(10, _positive_int, "steps between two refreshes of roots or eigenbases")
     refresh_tolerance: float | None = _option(None, _optional_tolerance, "off-diagonal mass that a kept basis may have")
-    refresh: str = _option("sync", _refresh, "sync: all blocks at once; staggered: spread over the frequency")
+    refresh: str = _option("staggered", _refresh, "staggered: spread over the frequency; sync: all blocks at once")
     start_preconditioning_step: int = _option(-1, _start_step, "first preconditioned step; -1: the frequency")
     grafting: str | None = _option(None, _optional_method, "whose step length blocks take; null: adam, for soap none")
     grafting_beta2: float | None = _option(None, _optional_beta2, "decay of second moments; null: betas[1]")

@@ -24,6 +24,7 @@ OPTIONS: dict[str, Any] = {
     "momentum": 0.5,
     "max_preconditioner_dim": 8,
     "precondition_frequency": 3,
+    "refresh": "sync",
     "relative_epsilon": 1e-3,
     "eps": 1e-4,
 }

@@ -30,7 +30,7 @@ class Options:
     max_preconditioner_dim: int = 1024
     precondition_frequency: int = 10
     refresh_tolerance: float | None = None
-    refresh: str = "sync"
+    refresh: str = "staggered"
     start_preconditioning_step: int = -1
     grafting: str | None = None
     grafting_beta2: float | None = None

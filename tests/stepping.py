@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from shampoo_deepspeed import Shampoo
 from tests.zoo import gradients, make_batch
 
-# Blocks smaller than the parameters, and a refresh that a few steps cross.
+# Blocks smaller than the parameters, and a refresh that a few steps cross. All blocks refresh together, so that what
+# a parameter does depends on no other one.
 OPTIONS: dict[str, Any] = {
     "lr": 1e-2,
     "weight_decay": 0.1,
     "precondition_frequency": 3,
+    "refresh": "sync",
     "max_preconditioner_dim": 8,
 }
 

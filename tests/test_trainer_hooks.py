@@ -285,7 +285,8 @@ def test_the_mixin_takes_the_name_as_a_deferred_one(arguments: Any) -> None:
 def test_training_logs_have_the_metrics(arguments: Any) -> None:
     """Each training log, and no other; the callback keeps the same."""
     callback = ShampooCallback()
-    given = {"optimizers": (deferred(**OPTIONS), None), "callbacks": [callback]}
+    together = deferred(**OPTIONS, refresh="sync")
+    given = {"optimizers": (together, None), "callbacks": [callback]}
     trainer = ShampooTrainer(make_model("llama"), arguments(logging_steps=2), train_dataset=make_data(4), **given)
     trainer.train()
     first, second, last = trainer.state.log_history
@@ -299,7 +300,8 @@ def test_training_logs_have_the_metrics(arguments: Any) -> None:
 
 def test_the_stock_trainer_s_callback_keeps_the_metrics(arguments: Any) -> None:
     callback = ShampooCallback()
-    asked = {"optimizer_cls_and_kwargs": (ShampooFactory, OPTIONS), "callbacks": [callback]}
+    together = OPTIONS | {"refresh": "sync"}
+    asked = {"optimizer_cls_and_kwargs": (ShampooFactory, together), "callbacks": [callback]}
     trainer = Trainer(make_model("llama"), arguments(), train_dataset=make_data(4), **asked)
     trainer.train()
     assert [entry["step"] for entry in callback.history] == [1, 2, 3, 4]
