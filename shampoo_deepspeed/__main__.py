@@ -1,4 +1,4 @@
-"""`python -m shampoo_deepspeed estimate`: what a run will need, as a table or as JSON."""
+"""`python -m shampoo_deepspeed`: `estimate` tells what a run will need, `inspect` what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from shampoo_deepspeed.config import ShampooConfig, canonical
+from shampoo_deepspeed.contents import describe
 from shampoo_deepspeed.estimate import Estimate, estimate
 from shampoo_deepspeed.layouts import HOSTS, SUB_GROUP_SIZE
+from shampoo_deepspeed.manifest import CheckpointError
 from shampoo_deepspeed.model_shapes import BUILT_IN, parameters_of, parameters_of_file
 from shampoo_deepspeed.recommend import Overhead, Recommendation, Speed, expected_overhead, recommend
 
@@ -29,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
-        print(_estimate(given))
-    except ValueError as error:  # the package's own errors are all of this kind
+        print(_estimate(given) if given.command == "estimate" else describe(Path(given.checkpoint)))
+    except (ValueError, CheckpointError) as error:  # the package's own errors are all of these kinds
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     return 0
 
@@ -58,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--memory-budget", type=float, help="GiB of optimizer state a rank may hold: recommends")
     command.add_argument("--overhead-budget", type=float, default=0.05, help="share of forward and backward, 0.05")
     command.add_argument("--json", action="store_true", help="JSON instead of a table")
+    look = commands.add_parser("inspect", help="what a checkpoint of save_shampoo holds, and whether it is whole")
+    look.add_argument("checkpoint", help="the folder with manifest.json")
     return parser
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
+from shampoo_deepspeed.__main__ import main as command
 from shampoo_deepspeed.contents import describe
 from shampoo_deepspeed.manifest import Manifest
 from tests import kept_checkpoint as kept
@@ -380,13 +381,18 @@ def test_masters_of_sixteen_bit_parameters_come_along(tmp_path: Path) -> None:
     assert same_bits(state_of(optimizer), state_of(resumed_))
 
 
-def test_inspect_tells_what_a_checkpoint_holds(tmp_path: Path) -> None:
+def test_inspect_tells_what_a_checkpoint_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved_once(tmp_path)
-    text = describe(tmp_path)
+    assert command(["inspect", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
     assert "saved by 1 rank with torch" in text and "all checksums right" in text
     assert "momentum = 0.9" in text
     assert re.search(r"w +8x6 +0 +4 +1 block, largest 8x6", text)
     assert re.search(r"b +6 +0 +4 +element-wise", text)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        command(["inspect", str(tmp_path)])
+    assert "holds no complete Shampoo checkpoint" in capsys.readouterr().err
 
 
 def test_the_kept_checkpoint_of_format_1_loads_for_ever(tmp_path: Path) -> None:
