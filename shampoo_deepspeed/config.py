@@ -240,8 +240,8 @@ def _optional_tolerance(key: str, value: object) -> float | None:
 
 
 def _refresh(key: str, value: object) -> str:
-    if value not in ("sync", "staggered"):
-        raise _bad(key, value, "one of sync, staggered")
+    if value not in ("sync", "staggered", "background"):
+        raise _bad(key, value, "one of sync, staggered, background")
     return str(value)
 
 
@@ -337,7 +337,11 @@ class ShampooConfig:
     split: tuple[int, ...] = _option((), _lengths, "lengths of the parts of a fused matrix, each with its own blocks")
     precondition_frequency: int = _option(10, _positive_int, "steps between two refreshes of roots or eigenbases")
     refresh_tolerance: float | None = _option(None, _optional_tolerance, "off-diagonal mass that a kept basis may have")
-    refresh: str = _option("staggered", _refresh, "staggered: spread over the frequency; sync: all blocks at once")
+    refresh: str = _option(
+        "staggered",
+        _refresh,
+        "staggered: spread over the frequency; background: also on a thread; sync: all blocks at once",
+    )
     start_preconditioning_step: int = _option(-1, _start_step, "first preconditioned step; -1: the frequency")
     grafting: str | None = _option(None, _optional_method, "whose step length blocks take; null: adam, for soap none")
     grafting_beta2: float | None = _option(None, _optional_beta2, "decay of second moments; null: betas[1]")
@@ -524,7 +528,7 @@ class ShampooConfig:
         """What may not change once there is state, by option."""
         plain = ("none", "sgd")  # no second moment
         fixed = {name: getattr(self, name) for name in FIXED_OPTIONS}
-        if self.refresh == "staggered":  # whose phases are those of this frequency
+        if self.staggers:  # whose phases are those of this frequency
             fixed["precondition_frequency"] = self.precondition_frequency
         kinds = {"grafting": self.warm_method in plain, "elementwise": self.elementwise_method in plain}
         kinds["refresh_tolerance"] = self.keeps_basis
@@ -534,6 +538,11 @@ class ShampooConfig:
     def keeps_basis(self) -> bool:
         """Whether inverse roots are made from eigenbases that are kept, so that a refresh can find one good enough."""
         return self.refresh_tolerance is not None and self.preconditioner != "soap"
+
+    @property
+    def staggers(self) -> bool:
+        """Whether refreshes are spread over the window."""
+        return self.refresh in ("staggered", "background")
 
     def refreshes_at(self, step: int) -> bool:
         """Whether inverse roots are recomputed at this step (counted from 1)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.roots import regularised
+from shampoo_deepspeed.roots import product, regularised
 
 
 def eigenbasis(matrices: Tensor) -> tuple[Tensor, Tensor, list[int]]:
@@ -62,7 +62,7 @@ def power_step(matrices: Tensor, bases: Tensor, ridge: float = 0.0) -> tuple[Ten
         The bases Q of (A + ridge max(l) I) Q_ordered = QR, orthonormal for singular A too, and the order [B, d]:
         column i of a result continues column ``order[i]`` of ``bases``.
     """
-    products = matrices @ bases
+    products = product(matrices, bases)
     estimates = (bases * products).sum(-2)
     order = estimates.argsort(dim=-1, descending=True, stable=True)
     if ridge > 0:
@@ -77,7 +77,7 @@ def known(bases: Tensor) -> Tensor:
 
 def in_basis(matrices: Tensor, bases: Tensor) -> Tensor:
     """Q'AQ of each matrix."""
-    return bases.mT @ (matrices @ bases)
+    return product(bases.mT, product(matrices, bases))
 
 
 def good_enough(matrices: Tensor, bases: Tensor, tolerance: float, inside: Tensor | None = None) -> Tensor:
@@ -117,7 +117,7 @@ def root_from_basis(
     rising = regularised(values.gather(-1, order), epsilon, relative_epsilon)
     scales = torch.where(rising <= 0, 0.0, rising.clamp_min(torch.finfo(rising.dtype).tiny).pow(-1.0 / root))
     columns = bases.gather(-1, order.unsqueeze(-2).expand_as(bases))
-    roots = (columns * scales.unsqueeze(-2)) @ columns.mT
+    roots = product(columns * scales.unsqueeze(-2), columns.mT)
     return roots, non_finite(roots)
 
 

@@ -44,6 +44,10 @@ class Stopwatch:
             start, end = self._running.popleft()
             self._milliseconds += start.elapsed_time(end)
 
+    def add(self, milliseconds: float) -> None:
+        """Count a span that was measured elsewhere."""
+        self._milliseconds += milliseconds
+
     def read(self) -> float:
         """Milliseconds since the last reading; a span that the device has not finished counts at a later one."""
         self._add_finished()
@@ -80,9 +84,18 @@ class RefreshMeter:
         finally:
             _spectra.reset(token)
         if spectra:  # the refresh has waited for the device, so that these are there
-            found = torch.stack([s.double() for s in spectra]).amax().item()
-            self._worst = found if self._read or self._worst is None else max(self._worst, found)
-            self._read = False
+            self._note(torch.stack([s.double() for s in spectra]).amax().item())
+
+    def _note(self, condition: float) -> None:
+        self._worst = condition if self._read or self._worst is None else max(self._worst, condition)
+        self._read = False
+
+    def take(self, other: RefreshMeter) -> None:
+        """Add what another meter, of a refresh on another thread, has measured since it was taken last."""
+        self.watch.add(other.watch.read())
+        condition, other._worst = other._worst, None
+        if condition is not None:
+            self._note(condition)
 
     def read_condition(self) -> float | None:
         """The largest condition number of the refreshes since the last reading, or else what was found then."""

@@ -15,7 +15,7 @@ from shampoo_deepspeed.unit import treat
 
 
 def refresh_phases(parameters: Iterable[Parameter], configs: Mapping[int, ShampooConfig]) -> dict[str, tuple[int, ...]]:
-    """By key the phases of the blocks of each parameter whose group staggers its refreshes.
+    """By key the phases of the blocks of each parameter whose group spreads its refreshes.
 
     Args:
         parameters: all that the optimizer was given, in its order; that of groups, shards and step units does not
@@ -29,7 +29,7 @@ def refresh_phases(parameters: Iterable[Parameter], configs: Mapping[int, Shampo
             parameter.group, rule_of(parameter.name, parameter.kinds, parameter.shape, configs[parameter.group])
         )
         config = configs[group]
-        if config.refresh != "staggered":
+        if not config.staggers:
             continue
         treatment = treat(parameter, configs[parameter.group])
         if not treatment.preconditioned:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -48,6 +49,29 @@ def _ieee_products() -> Iterator[None]:
                 backend.fp32_precision = precision
 
 
+_beside: ContextVar[bool] = ContextVar("beside", default=False)
+
+
+@contextmanager
+def beside_the_forward() -> Iterator[None]:
+    """For a thread whose products must not depend on the switches of ``full_precision`` nor change them.
+
+    They belong to the whole process, so that the forward of another thread would see a change, and a change by that
+    thread would be seen here. No switch reaches float64: what is a product in float32 elsewhere is one in float64 here
+    (``product``, and the iterations). Decompositions read no switch, and autocast belongs to the thread.
+    """
+    token = _beside.set(True)
+    try:
+        yield
+    finally:
+        _beside.reset(token)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product; in float64 within ``beside_the_forward``, rounded to the dtype of ``left``."""
+    return (left.double() @ right.double()).to(left.dtype) if _beside.get() else left @ right
+
+
 def inverse_root(
     matrices: Tensor,
     root: float,
@@ -80,11 +104,13 @@ def inverse_root(
         roots, failed = _by_eigh(work, root, epsilon, relative_epsilon, pseudo_inverse)
         return roots.to(dtype), failed
     iteration = coupled_newton if solver == "coupled_newton" else newton_db
-    with full_precision(work.device.type):
-        roots, left = iteration(work, int(root), epsilon, relative_epsilon)
+    beside = _beside.get()
+    with nullcontext() if beside else full_precision(work.device.type):
+        roots, left = iteration(work.double() if beside else work, int(root), epsilon, relative_epsilon)
     if not left:
         return roots.to(dtype), []
-    roots[left], wrong = _by_eigh(work[left], root, epsilon, relative_epsilon, pseudo_inverse)
+    found, wrong = _by_eigh(work[left], root, epsilon, relative_epsilon, pseudo_inverse)
+    roots[left] = found.to(roots.dtype)
     return roots.to(dtype), [left[n] for n in wrong]
 
 
@@ -145,7 +171,7 @@ def _stack_root(
             raise
         return None  # some cuSOLVER versions say so instead of LinAlgError
     scales = _scales(values, root, epsilon, relative_epsilon, pseudo_inverse)
-    return (vectors * scales.unsqueeze(-2)) @ vectors.mT
+    return product(vectors * scales.unsqueeze(-2), vectors.mT)
 
 
 def _scales(values: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool) -> Tensor:

@@ -293,7 +293,8 @@ def _stack_rows(stack: dict[str, Any], wanted: Callable[[str], bool]) -> dict[st
     kept = [row for row, key in enumerate(stack["keys"]) if wanted(key)]
     if len(kept) == len(stack["keys"]):
         return stack
-    rows = {name: [stack[name][row] for row in kept] for name in ("keys", "refreshed", "failures")}
+    names = [name for name in stack if name in ("keys", "refreshed", "failures", "pending")]
+    rows = {name: [stack[name][row] for row in kept] for name in names}
     tensors = {name: t[torch.tensor(kept, dtype=torch.long, device=t.device)] for name, t in stack["tensors"].items()}
     return {**stack, **rows, "tensors": tensors}
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from shampoo_deepspeed import grafting
 from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.metrics import RefreshMeter
-from shampoo_deepspeed.preconditioners import build
+from shampoo_deepspeed.preconditioners import Preconditioner, build
 from shampoo_deepspeed.refresh import due_staggered
 from shampoo_deepspeed.verdict import Verdict
+from shampoo_deepspeed.worker import Refresh
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class BlockStack:
             self.tensors["second_moment"] = torch.zeros(count, *shape, dtype=dtype, device=device)
         self.refreshed = [False] * count
         self.failures = [0] * count
+        # Rows whose refresh in the background is not installed so far; None where it has not begun since loading.
+        self.pending: dict[int, Refresh | None] = {}
         self.meter = RefreshMeter()
 
     def step(
@@ -90,16 +93,10 @@ class BlockStack:
         rows = range(first, first + len(gradients))
         state = {name: tensor[first : rows.stop] for name, tensor in self.tensors.items()}
         preconditioner = build(config)
+        self._await_background(rows, state, step, preconditioner)
         preconditioner.accumulate(state, gradients, verdict)
         moments, graft = self._moments(state, gradients, step, config, verdict)
-        # A refresh waits for the device anyway, so here the host may as well read the verdict.
-        what = "eigenbasis" if config.preconditioner == "soap" else "inverse root"
-        for due in self._due(rows, step, config):
-            if not verdict.rejected:
-                part = {name: tensor[due] for name, tensor in state.items()}
-                with self.meter.refreshing(gradients.device):
-                    failed = set(preconditioner.refresh(part, step, moments[due]))
-                self._note_refresh(rows[due], failed, what)
+        self._refresh(rows, state, moments, step, config, verdict)
         ready = [self.refreshed[row] for row in rows]
         if not any(ready):
             return graft()
@@ -127,6 +124,68 @@ class BlockStack:
         corrected = config.use_bias_correction
         moments = grafting.first_moment(first, [gradients], beta1, step, corrected, verdict, config.beta3)
         return moments[0], lambda: grafting.direction(method, moments, second, step, beta2, config.eps)[0]
+
+    def _refresh(
+        self,
+        rows: range,
+        state: dict[str, Tensor],
+        moments: Tensor,
+        step: int,
+        config: ShampooConfig,
+        verdict: Verdict,
+    ) -> None:
+        """Step 3 of the rule: install what was computed in the background, and refresh what is due."""
+        preconditioner = build(config)
+        what = "eigenbasis" if config.preconditioner == "soap" else "inverse root"
+        waiting, due = list(self._waiting(rows)), self._due(rows, step, config)
+        # A refresh waits for the device anyway, so here the host may as well read the verdict.
+        if (not waiting and not due) or verdict.rejected:
+            return
+        for here, refresh in waiting:
+            assert refresh is not None
+            renewed = refresh.result().rows(rows[here][0] - refresh.first, rows[here][-1] + 1 - refresh.first)
+            self.meter.take(refresh.meter)
+            with self.meter.watch.span(moments.device):
+                failed = set(preconditioner.install(_part(state, here), renewed, moments[here]))
+            for row in rows[here]:
+                del self.pending[row]
+            self._note_refresh(rows[here], failed, what)
+        for here in due:
+            if config.refresh == "background":
+                self._begin(rows[here], _part(state, here), step, preconditioner)
+                continue
+            with self.meter.refreshing(moments.device):
+                failed = set(preconditioner.refresh(_part(state, here), step, moments[here]))
+            self._note_refresh(rows[here], failed, what)
+
+    def _begin(self, rows: range, state: dict[str, Tensor], step: int, preconditioner: Preconditioner) -> None:
+        """Compute in the background; the state stays as it is until these rows' next step, which waits for it."""
+        device = next(iter(state.values())).device
+        refresh = Refresh(lambda: preconditioner.compute(state, step), rows[0], device)
+        self.pending.update(dict.fromkeys(rows, refresh))
+
+    def _await_background(
+        self, rows: range, state: dict[str, Tensor], step: int, preconditioner: Preconditioner
+    ) -> None:
+        """Let the background be done with these rows before their factors change.
+
+        What was pending when they were saved begins here: it depends on nothing but state that has not changed since.
+        """
+        for here, refresh in list(self._waiting(rows)):
+            if refresh is None:
+                self._begin(rows[here], _part(state, here), step - 1, preconditioner)
+        for _, refresh in self._waiting(rows):
+            assert refresh is not None
+            refresh.result()
+
+    def _waiting(self, rows: range) -> Iterator[tuple[slice, Refresh | None]]:
+        """Neighbours among these rows whose refresh is pending, as a slice of ``rows``, and that refresh."""
+        places = [n for n, row in enumerate(rows) if row in self.pending]
+        for (refresh, _), run in itertools.groupby(
+            enumerate(places), key=lambda item: (self.pending[rows[item[1]]], item[1] - item[0])
+        ):
+            found = [place for _, place in run]
+            yield slice(found[0], found[-1] + 1), refresh
 
     def _due(self, rows: range, step: int, config: ShampooConfig) -> list[slice]:
         """Which of these rows refresh at this step: neighbours, as rows lie in the order of their phases."""
@@ -158,6 +217,7 @@ class BlockStack:
             "shape": list(self.shape),
             "refreshed": list(self.refreshed),
             "failures": list(self.failures),
+            "pending": [row in self.pending for row in range(len(self.keys))],
             "tensors": dict(self.tensors),
         }
 
@@ -179,10 +239,21 @@ class BlockStack:
             tensor[row].copy_(saved["tensors"][name][saved_row])
         self.refreshed[row] = bool(saved["refreshed"][saved_row])
         self.failures[row] = int(saved["failures"][saved_row])
+        self.mark_pending(row, "pending" in saved and bool(saved["pending"][saved_row]))
+
+    def mark_pending(self, row: int, pending: bool) -> None:
+        """Whether a loaded block's refresh was under way when it was saved; its next step then installs it."""
+        self.pending.pop(row, None)
+        if pending:
+            self.pending[row] = None
 
 
 def _row_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape[1:]) for name, tensor in sorted(tensors.items())}
+
+
+def _part(state: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    return {name: tensor[rows] for name, tensor in state.items()}
 
 
 def block_norms(stack: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ from shampoo_deepspeed.storage import Item, StorageError, Store, Wanted
 from shampoo_deepspeed.unit import Unit
 
 MOMENTS = ("exp_avg", "second_moment", "momentum")
-# Not a tensor of the stack: whether the block was refreshed, and how often its roots failed in a row.
+# Not a tensor of the stack: 1 where the block was refreshed plus 2 where a refresh is pending, and how often its roots
+# failed in a row.
 STATUS = ("status", "int64", (2,))
 
 
@@ -213,10 +214,10 @@ class StoredState:
         name = layout_key(record["options"], shape)
         layout = self.manifest.layouts[name]
         tensors = dict(zip((part[0] for part in layout), _cut(blob, layout), strict=True))
-        refreshed, failures = tensors.pop("status").tolist()
+        status = tensors.pop("status").tolist()
         stack = stacks.setdefault(name, {"keys": [], "shape": list(shape), "rows": []})
         stack["keys"].append(f"{key}/{index}")
-        stack["rows"].append((bool(refreshed), int(failures), tensors))
+        stack["rows"].append((*_read_status(status), tensors))
 
     def items(self) -> Iterable[Item]:
         """What is still to be handed out, to be written again as it is; all ranks offer the same."""
@@ -254,7 +255,8 @@ def _on_disk(name: str, tensor: Tensor, moments: torch.dtype | None) -> torch.dt
 
 def packed(stack: Mapping[str, Any], row: int, layout: BlockLayout) -> Tensor:
     """A block's state, a row of an exported stack, as bytes on the CPU."""
-    status = torch.tensor([int(stack["refreshed"][row]), stack["failures"][row]], dtype=torch.int64)
+    pending = "pending" in stack and stack["pending"][row]
+    status = torch.tensor([int(stack["refreshed"][row]) + 2 * int(pending), stack["failures"][row]], dtype=torch.int64)
     parts = []
     for name, dtype, _ in layout:
         tensor = status if name == "status" else stack["tensors"][name][row]
@@ -275,20 +277,28 @@ def unpack(stack: BlockStack, row: int, layout: BlockLayout, blob: Tensor) -> No
     """Put a block's bytes into a row of a stack."""
     for (name, _, _), tensor in zip(layout, _cut(blob, layout), strict=True):
         if name == "status":
-            stack.refreshed[row], stack.failures[row] = bool(tensor[0]), int(tensor[1])
+            stack.refreshed[row], stack.failures[row], pending = _read_status(tensor.tolist())
+            stack.mark_pending(row, pending)
         else:
             stack.tensors[name][row].copy_(tensor)
 
 
+def _read_status(status: Sequence[int]) -> tuple[bool, int, bool]:
+    """Whether the block was refreshed, failures in a row, whether a refresh is pending."""
+    flags, failures = status
+    return bool(flags & 1), int(failures), bool(flags & 2)
+
+
 def _stacked(stack: dict[str, Any]) -> dict[str, Any]:
     rows = stack["rows"]
-    names = rows[0][2]
+    names = rows[0][3]
     return {
         "keys": stack["keys"],
         "shape": stack["shape"],
-        "refreshed": [refreshed for refreshed, _, _ in rows],
-        "failures": [failures for _, failures, _ in rows],
-        "tensors": {name: torch.stack([tensors[name] for _, _, tensors in rows]) for name in names},
+        "refreshed": [refreshed for refreshed, _, _, _ in rows],
+        "failures": [failures for _, failures, _, _ in rows],
+        "pending": [pending for _, _, pending, _ in rows],
+        "tensors": {name: torch.stack([tensors[name] for _, _, _, tensors in rows]) for name in names},
     }
 
 

@@ -89,6 +89,8 @@ class Block:
     rotated: Tensor = field(default_factory=lambda: torch.zeros(()))  # SOAP: weighted sum of (Q'G)^2
     weight: float = 0.0  # SOAP: sum of those weights
     phase: int | None = None  # staggered: steps after the start at which it refreshes first
+    seen: tuple[int, dict[int, Tensor]] | None = None  # background: step and factors of a refresh to be installed
+    ready: bool = False  # whether there was a refresh
 
 
 @dataclass
@@ -235,7 +237,7 @@ class Reference:
         """Each block of these groups in turn to the step of the window with the least work so far, sum of d^3."""
         work: dict[int, list[int]] = {}
         for p in self.params.values():
-            if p.options.refresh == "staggered":
+            if p.options.refresh in ("staggered", "background"):
                 window = work.setdefault(p.options.precondition_frequency, [0] * p.options.precondition_frequency)
                 for block in (b for b in p.blocks if b.factors):
                     block.phase = window.index(min(window))
@@ -277,11 +279,23 @@ class Reference:
         cls._factors(block, g, o)
         cls._second_moment(block, g, o)
         m = cls._first_moment(block, g, t, o)
+        if block.seen is not None:  # in the background: from the factors of the last step, with the moments of this one
+            (before, factors), block.seen, now = block.seen, None, block.factors
+            block.factors = factors
+            cls._renew(block, m, before, o)
+            block.factors = now
         if block.factors and cls._due(block, t, o):
-            {"shampoo": cls._refresh, "kl_shampoo": cls._refresh_kl, "soap": cls._refresh_soap}[o.preconditioner](
-                block, m, t, o
-            )
+            if o.refresh == "background":
+                block.seen = t, {dim: a.clone() for dim, a in block.factors.items()}
+            else:
+                cls._renew(block, m, t, o)
         return cls._direction(block, g, m, t, o)
+
+    @classmethod
+    def _renew(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
+        block.ready = True
+        refresh = {"shampoo": cls._refresh, "kl_shampoo": cls._refresh_kl, "soap": cls._refresh_soap}[o.preconditioner]
+        refresh(block, m, t, o)
 
     @staticmethod
     def _due(block: Block, t: int, o: Options) -> bool:
@@ -398,7 +412,7 @@ class Reference:
         if block.method != "sgd":
             correct = 1.0 - o.graft_beta2**t if block.method.endswith("adam") else 1.0
             graft = m / ((block.second / correct).sqrt() + o.eps)
-        if not block.factors or t < o.start + (block.phase or 0):
+        if not block.ready:
             return graft
         u = adam_in_basis(block, g, m, o) if o.preconditioner == "soap" else block.scale * m
         for dim, root in block.roots.items():

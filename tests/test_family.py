@@ -24,6 +24,9 @@ BASE: dict[str, Any] = {"precondition_frequency": 3, "start_preconditioning_step
 SHAPES = [(5,), (6, 4), (4, 4), (3, 4, 2), (2, 3, 2, 3)]
 SOAP: dict[str, dict[str, Any]] = {
     "staggered": {"refresh": "staggered"},
+    "background": {"refresh": "background"},
+    "background_every_step": {"refresh": "background", "precondition_frequency": 1},
+    "background_tolerance": {"refresh": "background", "refresh_tolerance": 0.1},
     "defaults": {},
     "every_step": {"precondition_frequency": 1},
     "tolerance": {"refresh_tolerance": 0.1},
@@ -38,6 +41,9 @@ SOAP: dict[str, dict[str, Any]] = {
 }
 KL: dict[str, dict[str, Any]] = {
     "staggered": {"refresh": "staggered"},
+    "background": {"refresh": "background"},
+    "background_every_step": {"refresh": "background", "precondition_frequency": 1},
+    "background_tolerance": {"refresh": "background", "refresh_tolerance": 0.1},
     "defaults": {},
     "every_step": {"precondition_frequency": 1},
     "tolerance": {"refresh_tolerance": 0.1},
@@ -51,6 +57,8 @@ SHAMPOO: dict[str, dict[str, Any]] = {
     "tolerance": {"refresh_tolerance": 0.1},
     "tolerance_root_ungrafted": {"refresh_tolerance": 0.2, "exponent_override": 3.0, "grafting": "none"},
     "tolerance_of_zero": {"refresh_tolerance": 0.0},
+    "background": {"refresh": "background"},
+    "background_tolerance": {"refresh": "background", "refresh_tolerance": 0.1},
 }
 CASES = [
     pytest.param({"preconditioner": name, **options}, id=f"{name}-{key}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.preconditioners.kl_shampoo import KLShampooPreconditioner
+from shampoo_deepspeed.preconditioners.renewed import Renewed
 from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner
 from shampoo_deepspeed.preconditioners.soap import SOAPPreconditioner
 from shampoo_deepspeed.verdict import Verdict
@@ -32,7 +33,15 @@ class Preconditioner(Protocol):
         ...
 
     def refresh(self, state: dict[str, Tensor], step: int, moments: Tensor) -> list[int]:
-        """Recompute what is applied from the statistics; gives the rows that failed and were left as they were.
+        """Recompute what is applied from the statistics: ``compute`` and ``install`` in one."""
+        ...
+
+    def compute(self, state: dict[str, Tensor], step: int) -> Renewed:
+        """The part of a refresh that takes long: reads factor matrices and bases and changes nothing."""
+        ...
+
+    def install(self, state: dict[str, Tensor], renewed: Renewed, moments: Tensor) -> list[int]:
+        """The rest of it; gives the rows that failed and were left as they were.
 
         ``moments`` [B, *shape] are the first moments that will be applied in this step.
         """

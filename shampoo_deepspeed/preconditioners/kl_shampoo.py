@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.preconditioners.modes import multiply, unfold
-from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner, install
+from shampoo_deepspeed.preconditioners.renewed import Renewed
+from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner, modes_of
 from shampoo_deepspeed.verdict import Verdict
 
 
@@ -53,21 +54,21 @@ class KLShampooPreconditioner(ShampooPreconditioner):
             unfolded = unfold(whitened, mode)
             self._add(state[f"factor_{mode}"], unfolded / math.sqrt(unfolded.shape[-1]), verdict)
 
-    def refresh(self, state: dict[str, Tensor], step: int, moments: Tensor) -> list[int]:
-        order = moments.ndim - 1
+    def compute(self, state: dict[str, Tensor], step: int) -> Renewed:
+        modes = modes_of(state)
         scale = torch.ones_like(state["scale"])
-        renewed, failed = [], set()
-        for mode in range(order):
+        renewed: dict[str, Tensor] = {}
+        failed: set[int] = set()
+        for mode in modes:
             matrices = self._corrected(state, mode, step)
             mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
             mean = torch.where(mean > 0, mean, 1.0)  # no gradient so far
             tensors, wrong = self._renewed(state, mode, matrices, 2.0)
             tensors[f"root_{mode}"] = tensors[f"root_{mode}"] * mean.sqrt().view(-1, 1, 1)
-            scale *= mean.pow(-0.5 / order)
-            renewed.append(tensors)
+            scale *= mean.pow(-0.5 / len(modes))
+            renewed |= tensors
             failed.update(wrong)
-        install(state, [*renewed, {"scale": scale}], failed)
-        return sorted(failed)
+        return Renewed({**renewed, "scale": scale}, frozenset(failed))
 
     def apply(self, state: dict[str, Tensor], gradients: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
         direction = super().apply(state, gradients, moments, verdict)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import Tensor
 
 from shampoo_deepspeed.config import DTYPES, ShampooConfig
 from shampoo_deepspeed.eigenbases import kept_or_new, root_from_basis
 from shampoo_deepspeed.preconditioners.modes import multiply, unfold
+from shampoo_deepspeed.preconditioners.renewed import Renewed
 from shampoo_deepspeed.roots import diagonal_root, inverse_root
 from shampoo_deepspeed.verdict import Verdict
 
@@ -71,15 +74,22 @@ class ShampooPreconditioner:
             factor.mul_(decay).add_(torch.bmm(unfolded, unfolded.mT), alpha=weight)
 
     def refresh(self, state: dict[str, Tensor], step: int, moments: Tensor) -> list[int]:
+        return self.install(state, self.compute(state, step), moments)
+
+    def compute(self, state: dict[str, Tensor], step: int) -> Renewed:
         modes = modes_of(state)
         root = self._config.root(len(modes))
-        renewed, failed = [], set()
+        renewed: dict[str, Tensor] = {}
+        failed: set[int] = set()
         for mode in modes:
             tensors, wrong = self._renewed(state, mode, self._corrected(state, mode, step), root)
-            renewed.append(tensors)
+            renewed |= tensors
             failed.update(wrong)
-        install(state, renewed, failed)
-        return sorted(failed)
+        return Renewed(renewed, frozenset(failed))
+
+    def install(self, state: dict[str, Tensor], renewed: Renewed, moments: Tensor) -> list[int]:
+        write(state, renewed.tensors, renewed.failed)
+        return sorted(renewed.failed)
 
     def _corrected(self, state: dict[str, Tensor], mode: int, step: int) -> Tensor:
         """The factor matrices of a mode, wide enough to decompose and corrected for their zero start if asked."""
@@ -119,10 +129,9 @@ def wide(matrices: Tensor) -> Tensor:
     return matrices.to(torch.promote_types(matrices.dtype, torch.float32))
 
 
-def install(state: dict[str, Tensor], renewed: list[dict[str, Tensor]], failed: set[int]) -> None:
+def write(state: dict[str, Tensor], tensors: Mapping[str, Tensor], failed: Collection[int]) -> None:
     """Write what a refresh has computed; rows of which one mode failed keep what they had of all modes."""
-    for tensors in renewed:
-        for name, tensor in tensors.items():
-            for row in failed:
-                tensor[row] = state[name][row]
-            state[name].copy_(tensor)
+    for name, tensor in tensors.items():
+        for row in failed:
+            tensor[row] = state[name][row]
+        state[name].copy_(tensor)

@@ -8,7 +8,8 @@ from torch import Tensor
 from shampoo_deepspeed.config import DTYPES, ShampooConfig
 from shampoo_deepspeed.eigenbases import eigenbasis, good_enough, known, non_finite, power_step
 from shampoo_deepspeed.preconditioners.modes import multiply
-from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner, install, wide
+from shampoo_deepspeed.preconditioners.renewed import Renewed
+from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner, modes_of, wide, write
 from shampoo_deepspeed.verdict import Verdict
 
 
@@ -61,29 +62,41 @@ class SOAPPreconditioner:
         self._factors.accumulate(state, gradients, verdict)
 
     def refresh(self, state: dict[str, Tensor], step: int, moments: Tensor) -> list[int]:
-        order = moments.ndim - 1
+        return self.install(state, self.compute(state, step), moments)
+
+    def compute(self, state: dict[str, Tensor], step: int) -> Renewed:
+        """Bases, and of what the second moment begins with or how its columns move."""
         first = ~known(state["basis_0"])
         moved = first
+        renewed: dict[str, Tensor] = {}
+        failed: set[int] = set()
+        for mode in modes_of(state):
+            bases, values, columns, drifted, wrong = self._renewed_basis(state, mode)
+            renewed |= {f"basis_{mode}": bases, f"values_{mode}": values, f"columns_{mode}": columns}
+            moved = moved | drifted
+            failed.update(wrong)
+        weight = torch.full_like(state["rotated_weight"], 1.0 - self._beta**step)
+        trace = self._trace(state, step).to(weight.dtype)
+        renewed |= {"first": first, "moved": moved, "first_weight": weight, "trace": trace}
+        return Renewed(renewed, frozenset(failed))
+
+    def install(self, state: dict[str, Tensor], renewed: Renewed, moments: Tensor) -> list[int]:
+        """The second moment is that of now, which may have seen gradients since; the floor is by these moments."""
+        found, rows = renewed.tensors, (-1, *[1] * (moments.ndim - 1))
         second = state["rotated_second_moment"].clone()
         seed = torch.ones_like(second)
-        renewed, failed = [], set()
-        for mode in range(order):
-            bases, values, columns, drifted, wrong = self._renewed_basis(state, mode)
+        for mode in modes_of(state):
             along = [-1, *[d if n == mode else 1 for n, d in enumerate(second.shape[1:])]]
-            seed *= values.to(seed.dtype).view(along)
-            second = second.gather(mode + 1, columns.view(along).expand_as(second))
-            moved = moved | drifted
-            renewed.append({f"basis_{mode}": bases})
-            failed.update(wrong)
-        rows = (-1, *[1] * order)
-        trace = self._trace(state, step).to(seed.dtype)
-        weight = torch.where(first, 1.0 - self._beta**step, state["rotated_weight"])
-        second = torch.where(first.view(rows), (trace * weight).view(rows) * seed, second)
-        install(state, renewed, failed)
+            seed *= found[f"values_{mode}"].to(seed.dtype).view(along)
+            columns = found[f"columns_{mode}"].view(along)
+            second = second.gather(mode + 1, columns.expand_as(second))
+        weight = torch.where(found["first"], found["first_weight"], state["rotated_weight"])
+        second = torch.where(found["first"].view(rows), (found["trace"] * weight).view(rows) * seed, second)
+        write(state, {f"basis_{mode}": found[f"basis_{mode}"] for mode in modes_of(state)}, renewed.failed)
         floor = weight.view(rows) * self._rotated(state, moments).square().to(second.dtype)
-        second = torch.where(moved.view(rows), torch.maximum(second, floor), second)
-        install(state, [{"rotated_second_moment": second, "rotated_weight": weight}], failed)
-        return sorted(failed)
+        second = torch.where(found["moved"].view(rows), torch.maximum(second, floor), second)
+        write(state, {"rotated_second_moment": second, "rotated_weight": weight}, renewed.failed)
+        return sorted(renewed.failed)
 
     def _renewed_basis(self, state: dict[str, Tensor], mode: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
         """One mode's bases, for first ones the eigenvalues over their sum, for known ones the old columns' places and
