@@ -27,6 +27,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "soap_grafted": {"preconditioner": "soap", "grafting": "adam", "refresh_tolerance": 0.5},
     "kl_shampoo": {"preconditioner": "kl_shampoo"},
     "kept_bases": {"refresh_tolerance": 0.5},
+    "background": {"refresh": "background"},
+    "background_soap": {"refresh": "background", "preconditioner": "soap"},
+    "background_kl_shampoo": {"refresh": "background", "preconditioner": "kl_shampoo"},
 }
 # A refresh comes at steps 3 and 6: the first step of all, one between refreshes, one at a refresh.
 WHEN = {"first_step": 0, "between_refreshes": 4, "at_the_first_refresh": 2, "at_a_refresh": 5}

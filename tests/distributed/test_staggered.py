@@ -1,4 +1,4 @@
-"""With staggered refreshes every host still takes the trajectory of the unsharded reference: phases know no ranks."""
+"""With refreshes spread over the window, or in the background too, every host takes the unsharded reference's path."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from tests.distributed import fsdp_runs, scenarios
 from tests.distributed.conftest import Ask
 from tests.distributed.fsdp_runs import Run
 from tests.distributed.launch import Check
-from tests.distributed.scenarios import BOUND, Scenario
+from tests.distributed.scenarios import BOUND, FAMILY, Scenario
 from tests.distributed.test_zero import assert_ranks_agree, named
 from tests.zoo import relative_error
 
 STAGGERED = {"refresh": "staggered"}
+BACKGROUND = {"refresh": "background"}
 RUN = Run(model="wide", settings="default", dtype="float64", extra=STAGGERED)
 SCENARIO = Scenario(model="wide", options=STAGGERED)
 
@@ -28,7 +29,22 @@ def checks() -> list[Check]:
         zero = {"sub_group_size": 300} if stage == 3 else {}
         scenario = replace(SCENARIO, stage=stage, ranks=ranks, zero=zero)
         found.append(Check(f"staggered_zero{stage}_{ranks}ranks", ranks, "zero:final_parameters", scenario))
-    return found
+    return found + in_the_background()
+
+
+def in_the_background() -> list[Check]:
+    """In one of these a new optimizer takes over while refreshes are pending."""
+    runs = {
+        "rows": replace(RUN, layout="rows", resumed_at=4, extra=BACKGROUND),
+        "replicas": replace(RUN, layout="replicas", extra=BACKGROUND),
+        "soap": replace(RUN, layout="rows", settings="strict", steps=12, extra=BACKGROUND | FAMILY["soap"]),
+        "kl_shampoo": replace(RUN, layout="rows", steps=12, extra=BACKGROUND | FAMILY["kl_shampoo"]),
+    }
+    scenario = replace(SCENARIO, options=BACKGROUND, stage=2, ranks=2)
+    return [
+        *(Check(f"background_{name}_2ranks", 2, "fsdp:final_parameters", run) for name, run in runs.items()),
+        Check("background_zero2_2ranks", 2, "zero:final_parameters", scenario),
+    ]
 
 
 @pytest.mark.parametrize("check", checks(), ids=named)
