@@ -290,8 +290,9 @@ class BlockOptimizer(torch.optim.Optimizer):
 
         Returns:
             ``refresh_ms``, ``exchange_ms`` and ``bytes_moved`` (sent and received): the mean over these steps of the
-            milliseconds of refreshes, of those spent packing, awaiting and unpacking what moves between ranks, and of
-            its bytes. ``refreshed_share``: of this rank's blocks, how many were refreshed in these steps.
+            milliseconds of refreshes (those in the background too), of those spent packing, awaiting and unpacking what
+            moves between ranks, and of its bytes. ``refreshed_share``: of this rank's blocks, how many were refreshed
+            in these steps.
             ``largest_condition_number``: of any factor matrix, regularised, at its latest refresh; not there before
             the first one, nor from solvers without eigenvalues. ``rejected_steps``: all so far; the very last step
             is not known yet.

@@ -1,6 +1,7 @@
 """When a block's inverse roots are recomputed: all blocks at once, or spread over the window. Pure functions.
 
 With ``precondition_frequency`` f, a window is f steps. Spread over it, each step does about 1/f of the work.
+In the background blocks are due as when spread; what is computed then is installed in the block's next accepted step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Refreshes in the background: never a matter of timing, resumed to the bit, errors told, and nothing shared is touched."""
+"""Refreshes in the background: never a matter of timing, resumed to the bit, errors told, nothing shared touched."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shampoo_deepspeed import Shampoo, load_shampoo, roots, save_shampoo
+from shampoo_deepspeed import Shampoo, load_shampoo, roots, save_shampoo, worker
+from shampoo_deepspeed.metrics import RefreshMeter
 from shampoo_deepspeed.preconditioners import Preconditioner, build
 from shampoo_deepspeed.preconditioners.kl_shampoo import KLShampooPreconditioner
 from shampoo_deepspeed.preconditioners.renewed import Renewed
@@ -419,6 +421,54 @@ def test_metrics_count_a_refresh_when_it_is_installed() -> None:
     after = optimizer.metrics()
     assert after["refreshed_share"] == 1.0 and after["refresh_ms"] > 0.0
     assert 1.0 < after["largest_condition_number"] < math.inf
+
+
+class FakeQueue:
+    """Stands for streams and events of an accelerator, and notes in one list what is asked of them."""
+
+    log: list[str] = []
+
+    def __init__(self, name: str = "event") -> None:
+        self.name = name
+
+    def note(self, what: str, *_: Any, **__: Any) -> None:
+        FakeQueue.log.append(f"{self.name} {what}")
+
+    def __getattr__(self, what: str) -> Callable[..., None]:
+        return lambda *arguments, **_: self.note(what)
+
+    def __enter__(self) -> None:
+        self.note("enter")
+
+    def __exit__(self, *_: Any) -> None:
+        self.note("exit")
+
+
+def test_on_an_accelerator_a_stream_of_its_own_begins_after_the_factors_and_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By stand-ins for the device's queue: the order of what is asked of it."""
+
+    class Result:
+        def record_stream(self, stream: FakeQueue) -> None:
+            FakeQueue.log.append(f"memory kept for {stream.name}")
+
+    def compute() -> Any:
+        FakeQueue.log.append("compute")
+        return Renewed({"root_0": Result()}, frozenset())  # type: ignore[dict-item]
+
+    FakeQueue.log.clear()
+    monkeypatch.setattr(torch, "Event", lambda *_, **__: FakeQueue("event"))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda *_: FakeQueue("main"))
+    monkeypatch.setattr(worker, "_stream", lambda _: FakeQueue("side"))
+    monkeypatch.setattr(worker, "_load_linear_algebra", lambda _: None)
+    monkeypatch.setattr(RefreshMeter, "refreshing", lambda *_: nullcontext())
+    refresh = worker.Refresh(compute, 0, torch.device("cuda"))
+    assert refresh.result().tensors.keys() == {"root_0"}
+    assert FakeQueue.log == [
+        "event record", "side enter", "side wait_event", "compute", "side exit", "side synchronize",
+        "memory kept for main",
+    ]  # fmt: skip
 
 
 SCRIPT = """
