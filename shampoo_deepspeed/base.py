@@ -262,7 +262,8 @@ class BlockOptimizer(torch.optim.Optimizer):
                         f"two parameters have the name {key!r}; names must differ, they are keys of the state"
                     )
                 taken.add(key)
-                parameter = Parameter(key, part.shape, number, part.name, part.kinds)
+                frozen = not tensor.requires_grad
+                parameter = Parameter(key, part.shape, number, part.name, part.kinds, frozen)
                 entries.append(Entry(parameter, weakref.ref(tensor)))
         return entries
 

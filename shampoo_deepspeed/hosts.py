@@ -29,7 +29,8 @@ class LayoutError(RuntimeError):
 class Parameter:
     """A model parameter by its global shape; the same on all ranks.
 
-    ``group`` is the optimizer's number of its parameter group, ``name`` is None where no names are known.
+    ``group`` is the optimizer's number of its parameter group, ``name`` is None where no names are known; ``frozen`` is
+    whether it took no gradients when the optimizer was given it.
     """
 
     key: str
@@ -37,6 +38,7 @@ class Parameter:
     group: int
     name: str | None = None
     kinds: frozenset[str] = frozenset()
+    frozen: bool = False
 
 
 @dataclass(frozen=True)

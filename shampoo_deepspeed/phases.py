@@ -19,12 +19,13 @@ def refresh_phases(parameters: Iterable[Parameter], configs: Mapping[int, Shampo
 
     Args:
         parameters: all that the optimizer was given, in its order; that of groups, shards and step units does not
-            matter. Groups of one frequency share a window.
+            matter. Groups of one frequency share a window. Frozen ones come after all others, so that it makes no
+            difference whether a host or a user hands them over too.
         configs: options by group number, and of rules by theirs.
     """
     phases: dict[str, tuple[int, ...]] = {}
     windows: dict[int, list[float]] = defaultdict(list)
-    for parameter in parameters:
+    for parameter in sorted(parameters, key=lambda p: p.frozen):
         group = number_under(
             parameter.group, rule_of(parameter.name, parameter.kinds, parameter.shape, configs[parameter.group])
         )

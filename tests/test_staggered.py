@@ -101,6 +101,20 @@ def test_the_order_of_the_given_parameters_decides_and_nothing_else() -> None:
     assert refresh_phases(given, {0: config, 1: ShampooConfig(refresh="sync")}).keys() == {"p0", "p2", "p4"}
 
 
+def test_frozen_parameters_take_no_turn_before_others() -> None:
+    """Some hosts are given them and some are not; the trajectory is the same."""
+    trained, frozen = [parameter(12, 8, seed=n) for n in range(4)], parameter(16, 16)
+    frozen.requires_grad_(False)
+    alike = [nn.Parameter(p) for p in snapshot(trained)]
+    with_ = shampoo(
+        [("a", trained[0]), ("frozen", frozen), *(("bcd"[n], p) for n, p in enumerate(trained[1:]))], **OPTIONS
+    )
+    without = shampoo([("abcd"[n], p) for n, p in enumerate(alike)], **OPTIONS)
+    drive(with_, trained, range(9))
+    drive(without, alike, range(9))
+    assert same_bits(snapshot(trained), snapshot(alike))
+
+
 def test_schedule_options_are_fixed_while_staggered() -> None:
     params = some_parameters()
     optimizer = shampoo(params, **OPTIONS)
