@@ -1,8 +1,8 @@
 """Plain accelerate loops: ``prepare`` around ``Accelerator.prepare``, and what the Trainer's adapter shares with it.
 
-``accelerator.prepare(model, Shampoo(...))`` alone trains the same parameters in a single process and under DDP, FSDP2
-and DeepSpeed. What it cannot know is the wrapped model, which explains FSDP1's parameters and brings DDP's process
-group.
+``accelerator.prepare(model, Shampoo(...))`` alone trains the same parameters in a single process and under DDP, FSDP1,
+FSDP2 and DeepSpeed. What it does not do is divide the work among DDP's replicas, save and load Shampoo's state with
+``save_state``, and refuse what would silently train without Shampoo.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
     """``model, optimizer, loader = prepare(accelerator, model, Shampoo(model.named_parameters(), ...), loader)``.
 
     ``accelerator.prepare(*objects)``, of which it returns the result, and more: under DDP the work is divided among
-    the replicas, ``accelerator.save_state`` and ``load_state`` carry the state, FSDP1 works with parameters from
-    before, and what would silently train without Shampoo is an error. FSDP1 with ``use_orig_params=False`` needs two
+    the replicas, ``accelerator.save_state`` and ``load_state`` carry the state, and what would silently train without
+    Shampoo is an error. FSDP1 with ``use_orig_params=False`` needs two
     steps: first ``model = accelerator.prepare(model)``, then Shampoo is built with ``model=model`` and prepared.
 
     Raises:

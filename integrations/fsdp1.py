@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -54,7 +55,19 @@ class FullyShardedHost:
         self._known: dict[int, _Known] = {}
 
     def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
-        """FSDP1 builds no optimizers."""
+        """FSDP1 builds no optimizers, but ``accelerator.prepare(model, optimizer)`` loads an empty state into one right
+        after it has wrapped the model; the calling frame has both."""
+        module = sys.modules.get("torch.distributed.fsdp")
+        frame: FrameType | None = sys._getframe(1)
+        for _ in range(24):
+            if frame is None or module is None:
+                return None
+            if frame.f_code.co_name == "prepare_optimizer":
+                models = getattr(frame.f_locals.get("self"), "_models", ())
+                wrapped = [model for model in models if module.FullyShardedDataParallel.fsdp_modules(model)]
+                own = {id(tensor) for tensor in given}
+                return next((m for m in wrapped if any(id(p) in own for p in m.parameters())), None)
+            frame = frame.f_back
         return None
 
     def note_model(self, model: nn.Module) -> None:

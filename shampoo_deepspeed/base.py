@@ -424,6 +424,11 @@ class BlockOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)  # type: ignore[arg-type]
         finally:
             handle.remove()
+        if not self.units:  # accelerate loads an empty state while it prepares an optimizer
+            given = [tensor for group in self.param_groups for tensor in group["params"]]
+            for model in (host.model_under_construction({}, given) for host in hosts()):
+                if model is not None:
+                    self.note_model(model)
         self._forget_units()
         for group, number in zip(self.param_groups, numbers, strict=True):
             group["shampoo_group"] = number

@@ -131,7 +131,8 @@ class Host(Protocol):
     """An adapter. All methods are called on all ranks alike."""
 
     def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
-        """Called when an optimizer is built: the model whose parameters it is given, where the host knows it.
+        """Called when an optimizer is built, and when a state is loaded before its first step: the model whose
+        parameters it is given, where the host knows it.
 
         May complete ``options`` with defaults that hold under this host only.
         """

@@ -21,7 +21,7 @@ def run(route: str, host: str, training: Training = TRAINING, name: str = "accel
     return Check(f"{name}_{route}_{host}", 2, "accelerate_loop:train", (route, host, training))
 
 
-OWN_LINE = [run("stock", host) for host in ("ddp", "fsdp2", "zero1", "zero3")]
+OWN_LINE = [run("stock", host) for host in ("ddp", "fsdp1", "fsdp2", "zero1", "zero3")]
 PREPARED = [run("ours", host, DEFAULT) for host in ("ddp", "fsdp1", "fsdp2", "zero1", "zero3")]
 AFTER = [run("after", "fsdp1")]
 RESUMED = [run("ours", host, SAVED, "accelerate_saved") for host in ("ddp", "zero1", "zero3")]
