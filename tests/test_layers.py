@@ -1,8 +1,9 @@
-"""Who may import whom: the core knows no host, and geometry knows no tensors."""
+"""Who may import whom: the table in CONTRIBUTING.md, the core knows no host, and geometry knows no tensors."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,10 @@ import shampoo_deepspeed
 CORE = Path(shampoo_deepspeed.__file__).parent
 MODULES = sorted(CORE.rglob("*.py"))
 HOSTS = {"deepspeed", "transformers", "accelerate", "datasets", "integrations"}
+ADAPTERS = CORE.parent / "integrations"
+TABLE = (CORE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").split("| layer |")[1].split("\n\n")[0]
+ROWS = [re.findall(r"`(\w+/?)`", row.split("|")[2]) for row in TABLE.splitlines()[2:]]
+LEVELS = {name.rstrip("/"): level for level, names in enumerate(ROWS[2:]) for name in names}
 GEOMETRY = ["boxes.py", "blocks.py", "holders.py", "layouts.py", "owners.py", "plan.py", "refresh.py"]
 
 
@@ -47,3 +52,20 @@ def test_geometry_imports_no_torch_and_only_geometry(name: str) -> None:
     for found in imported(CORE / name):
         assert found.split(".")[0] not in ("torch", "numpy"), found
         assert not found.startswith("shampoo_deepspeed") or found.rpartition(".")[0] in own, found
+
+
+def test_the_table_of_layers_names_every_module() -> None:
+    packages = [f"{p.parent.name}/" for p in CORE.glob("*/__init__.py")]
+    assert sorted(name for names in ROWS[2:] for name in names) == sorted(
+        [p.stem for p in CORE.glob("*.py")] + packages
+    )
+    adapters = {p.stem for p in ADAPTERS.glob("*.py")} - {"__init__"}
+    assert sorted(name for name in ROWS[1] if "/" not in name) == sorted(adapters)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(CORE)))
+def test_layers_look_downward(path: Path) -> None:
+    own = LEVELS[path.relative_to(CORE).parts[0].removesuffix(".py")]
+    for name in imported(path):
+        if name.startswith("shampoo_deepspeed."):
+            assert LEVELS.get(name.split(".")[1], -1) >= own, f"{path.stem} imports {name}, which is not below it"

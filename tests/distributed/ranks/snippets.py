@@ -33,7 +33,8 @@ def execute(snippet: Snippet) -> dict[str, Any]:
         names: dict[str, Any] = {
             "model": make_model("llama"),
             "data": repeated_data(),
-            "args": arguments(folder),
+            "args": TrainingArguments(**settings(folder)),
+            "settings": settings(folder),
             "device": torch.device("cpu"),
             "config": {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}},
         }
@@ -51,26 +52,27 @@ def repeated_data() -> list[dict[str, Tensor]]:
     return make_data(1) * STEPS
 
 
-def arguments(folder: Path, **more: Any) -> TrainingArguments:
-    return TrainingArguments(
-        str(folder),
-        learning_rate=RATE,
-        max_steps=STEPS,
-        per_device_train_batch_size=4,
-        train_sampling_strategy="sequential",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        **more,
-    )
+def settings(folder: Path) -> dict[str, Any]:
+    """Of TrainingArguments."""
+    return {
+        "output_dir": str(folder),
+        "learning_rate": RATE,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
 
 
 def json_trainer(folder: Path, fragment: str) -> Trainer:
     """The stock Trainer with a DeepSpeed JSON that has the block as its "optimizer"."""
     config = json.loads("{" + fragment + "}") | AUTOMATIC | {"zero_optimization": {"stage": 2}}
-    return Trainer(make_model("llama"), arguments(folder, deepspeed=config), train_dataset=repeated_data())
+    arguments = TrainingArguments(**settings(folder), deepspeed=config)
+    return Trainer(make_model("llama"), arguments, train_dataset=repeated_data())
 
 
 def trained_by(trainer: Trainer) -> dict[str, Any]:
