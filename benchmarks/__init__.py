@@ -1,1 +1,1 @@
-"""Benchmarks: each prints ratios against torch's AdamW measured in the same run."""
+"""Benchmarks: each prints ratios, most of them to torch's AdamW, of things measured in the same run."""

@@ -1,5 +1,22 @@
-"""`python -m benchmarks`: all benchmarks in a short form."""
+"""`python -m benchmarks`: all benchmarks of speed and memory in a short form, about three minutes on an idle machine.
 
-from benchmarks import step_time
+Longer forms and options: `python -m benchmarks.step_time --help`, and likewise end_to_end, slow_link, memory, scaling.
+How exact runs are and how training loss falls take longer: benchmarks.exactness, benchmarks.convergence.
+"""
 
-step_time.main()
+from __future__ import annotations
+
+from benchmarks import end_to_end, memory, scaling, slow_link, step_time
+
+
+def main() -> None:
+    """One after another, as each needs the machine for itself."""
+    step_time.main(["--rounds", "2"])
+    end_to_end.main(["--tokens", "512", "8192", "--rounds", "1"])
+    slow_link.main(["--buckets", "1", "8", "--steps", "15"])
+    memory.main(["--preconditioner", "shampoo", "soap"])
+    scaling.main(["--ranks", "1", "2", "--rounds", "1", "--plan-ranks", "8", "64", "1024", "--models", "llama-3-8b"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,38 +1,29 @@
-"""Time of one optimizer step on a small Llama, as a ratio to torch's AdamW in the same run.
+"""Time of one optimizer step on the small GPT: mean, median and slowest, as ratios to torch AdamW's in the same run.
 
-CPU time on CPU (machines are shared), time between device synchronisations on an accelerator; medians. Steps with
-and without a refresh of the inverse roots are told apart.
+    python -m benchmarks.step_time [--preconditioner shampoo soap kl_shampoo] [--refresh sync staggered]
+
+All optimizers get the same gradients, those of a model that AdamW trains on 512 tokens a step. They step in turn, each
+time from another one on, so that what disturbs the machine hits all alike. CPU time on CPU, as machines are shared;
+on an accelerator the time between two synchronisations. A window is as many steps as lie between two refreshes of one
+block; "slowest" is the slowest step of a window, and each number is the median over the windows.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from shampoo_deepspeed import Shampoo
+from benchmarks.contestants import REFRESHES, RULES, Contestant, adamw, missing_peers, ours, peers
+from benchmarks.gpt import Size, batch, build
+from benchmarks.report import machine, mean, ratio_of_means, slowest, table
 
-
-def shapes_of_llama(layers: int, hidden: int, vocab: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Llama-style decoder with an untied head."""
-    inner = 4 * hidden
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocab, hidden),
-        "lm_head.weight": (vocab, hidden),
-    }
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        for name in "qkvo":
-            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (hidden, hidden)
-        shapes[f"{prefix}.mlp.gate_proj.weight"] = (inner, hidden)
-        shapes[f"{prefix}.mlp.up_proj.weight"] = (inner, hidden)
-        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, inner)
-        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
-    return shapes
+TOKENS = 512  # a step, for the gradients
 
 
 def clock(device: torch.device) -> float:
@@ -43,71 +34,91 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def time_steps(
-    make: Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
-    shapes: dict[str, tuple[int, ...]],
-    device: torch.device,
-    warm: int,
-    steps: int,
-) -> list[float]:
-    """Seconds of each counted step; gradients are random and new at each."""
-    generator = torch.Generator(device).manual_seed(0)
+class Runner:
+    """One contestant with a copy of the model, and the seconds of its steps."""
 
-    def random(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
+    def __init__(self, contestant: Contestant, model: nn.Module) -> None:
+        self.name = contestant.name
+        self.model = copy.deepcopy(model)
+        self.optimizers = contestant.build(self.model)
+        self.seconds: list[float] = []
 
-    named = [(name, nn.Parameter(random(shape) * 0.02)) for name, shape in shapes.items()]
-    optimizer = make(named)
-    times = []
-    for step in range(warm + steps):
-        for _, parameter in named:
-            parameter.grad = random(tuple(parameter.shape)) * 1e-3
+    def step(self, source: nn.Module, counted: bool) -> None:
+        """Take the source's gradients and step; some optimizers change them, so these are copies."""
+        for mine, theirs in zip(self.model.parameters(), source.parameters(), strict=True):
+            assert theirs.grad is not None
+            mine.grad = theirs.grad.clone()
+        device = next(self.model.parameters()).device
         begin = clock(device)
-        optimizer.step()
-        if step >= warm:
-            times.append(clock(device) - begin)
-    return times
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if counted:
+            self.seconds.append(clock(device) - begin)
 
 
-def main() -> None:
-    """Print a table of milliseconds and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--vocab", type=int, default=2048)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[128, 256, 1024])
-    parser.add_argument("--frequency", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    device, shapes = torch.device(args.device), shapes_of_llama(args.layers, args.hidden, args.vocab)
-    base = time_steps(
-        lambda named: torch.optim.AdamW([p for _, p in named], foreach=True), shapes, device, 3, args.steps
-    )
-    adamw = statistics.median(base)
-    print(
-        f"{device}, {torch.get_num_threads()} threads, layers {args.layers}, hidden {args.hidden}, milliseconds a step"
-    )
-    print(f"{'optimizer':<22}{'plain':>9}{'refresh':>9}{'mean':>9}{'plain/AdamW':>13}{'mean/AdamW':>12}")
-    print(
-        f"{'AdamW (foreach)':<22}{1e3 * adamw:>9.1f}{'':>9}{1e3 * statistics.fmean(base):>9.1f}{1.0:>13.2f}{1.0:>12.2f}"
-    )
-    for block in args.blocks:
-        times = time_steps(
-            lambda named, block=block: Shampoo(
-                named, max_preconditioner_dim=block, precondition_frequency=args.frequency
-            ),
-            shapes,
-            device,
-            args.frequency,
-            args.steps,
-        )
-        refreshed = [t for n, t in enumerate(times) if (args.frequency + n + 1) % args.frequency == 0]
-        plain = statistics.median(t for n, t in enumerate(times) if (args.frequency + n + 1) % args.frequency)
-        refresh = statistics.median(refreshed)
-        mean = (refresh + (args.frequency - 1) * plain) / args.frequency
-        row = f"{'Shampoo, block ' + str(block):<22}{1e3 * plain:>9.1f}{1e3 * refresh:>9.1f}{1e3 * mean:>9.1f}"
-        print(f"{row}{plain / adamw:>13.2f}{mean / adamw:>12.2f}")
+def run(
+    contestants: Sequence[Contestant], size: Size, frequency: int, rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each counted step by contestant.
+
+    The first two windows are not counted: there the preconditioners start.
+    """
+    model = build(size, device)
+    runners = [Runner(c, model) for c in contestants]
+    trainer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
+    for step in range((2 + rounds) * frequency):
+        model.zero_grad()
+        model(batch(size, TOKENS, step, device)).backward()
+        turn = step % len(runners)
+        for runner in runners[turn:] + runners[:turn]:
+            # Preconditioned from step `frequency`; the counting begins after step 2 * frequency.
+            runner.step(model, counted=step >= 2 * frequency)
+        trainer.step()
+    return {runner.name: runner.seconds for runner in runners}
+
+
+def rows(seconds: dict[str, list[float]], base: str, frequency: int) -> list[list[object]]:
+    """Name, mean / median / slowest in milliseconds, mean over the base's, slowest over the own median."""
+    out: list[list[object]] = []
+    for name, steps in seconds.items():
+        median, worst = statistics.median(steps), slowest(steps, frequency)
+        ratio = ratio_of_means(steps, seconds[base], frequency)
+        out.append([name, 1e3 * mean(steps, frequency), 1e3 * median, 1e3 * worst, ratio, worst / median])
+    return out
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--preconditioner", nargs="+", default=list(RULES), choices=RULES)
+    made.add_argument("--refresh", nargs="+", default=list(REFRESHES), choices=REFRESHES)
+    made.add_argument("--layers", type=int, default=4)
+    made.add_argument("--width", type=int, default=256)
+    made.add_argument("--block", type=int, default=256)
+    made.add_argument("--frequency", type=int, default=10)
+    made.add_argument("--rounds", type=int, default=5, help="windows that are counted")
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--no-peers", action="store_true", help="torch's AdamW and ours only")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    args = parser().parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    contestants = [adamw(), adamw(fused=True)]
+    contestants += [
+        ours(rule, refresh, args.block, args.frequency) for rule in args.preconditioner for refresh in args.refresh
+    ]
+    if not args.no_peers:
+        contestants += peers(args.block, args.frequency)
+        for name in missing_peers():
+            print(f"{name} is not installed and left out")
+    size = Size(layers=args.layers, width=args.width)
+    seconds = run(contestants, size, args.frequency, args.rounds, torch.device(args.device))
+    print(f"\nstep time; {machine()}\nblock {args.block}, frequency {args.frequency}, {args.rounds} windows\n")
+    heads = ["optimizer", "mean ms", "median ms", "slowest ms", "mean / AdamW's", "slowest / median"]
+    print(table(heads, rows(seconds, contestants[0].name, args.frequency)))
 
 
 if __name__ == "__main__":

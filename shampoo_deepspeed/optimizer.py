@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from shampoo_deepspeed import status
 from shampoo_deepspeed.base import BlockOptimizer
 from shampoo_deepspeed.config import ShampooConfig
-from shampoo_deepspeed.exchange import CommStats
+from shampoo_deepspeed.exchange import Bucket, CommStats, Transit
 from shampoo_deepspeed.groups import signature_with_options
 from shampoo_deepspeed.roots import full_precision
 from shampoo_deepspeed.rules import expanded
@@ -20,6 +21,10 @@ from shampoo_deepspeed.shards import shard_gradients, update
 from shampoo_deepspeed.torch_state import DCP, asking_helper
 from shampoo_deepspeed.unit import Pending, Unit
 from shampoo_deepspeed.verdict import Verdict
+
+# Buckets under way at a time, each way. A bucket with a refresh computes for several times as long as the others, and
+# the link would idle meanwhile if it knew of no more than the next one.
+IN_FLIGHT = 8
 
 
 class Shampoo(BlockOptimizer):
@@ -109,31 +114,31 @@ def _precondition(
     configs: Mapping[int, ShampooConfig],
     verdict: Verdict,
 ) -> None:
-    """Gradients to owners, one step of their stacks, directions back: while a bucket is computed, the next arrives
-    and the last one leaves."""
+    """Gradients to owners, one step of their stacks, directions back: while a bucket is computed, the next ones arrive
+    and the last ones leave."""
     exchange = unit.exchange
+    buckets = exchange.buckets
     exchange.stats = CommStats()
     exchange.meter.steps += 1
-    arriving = exchange.send_gradients(exchange.buckets[0], gradients) if exchange.buckets else None
-    leaving = None
-    for number, bucket in enumerate(exchange.buckets):
+    arriving = deque(exchange.send_gradients(bucket, gradients) for bucket in buckets[:IN_FLIGHT])
+    leaving: deque[tuple[Bucket, Transit]] = deque()
+    for number, bucket in enumerate(buckets):
         shapes = [(stop - first, *unit.stacks[stack].shape) for stack, first, stop in bucket.rows]
         blocks = [torch.empty(shape, dtype=unit.dtype, device=unit.device) for shape in shapes]
-        assert arriving is not None
-        exchange.receive_gradients(bucket, arriving, gradients, blocks)
-        if number + 1 < len(exchange.buckets):
-            arriving = exchange.send_gradients(exchange.buckets[number + 1], gradients)
+        exchange.receive_gradients(bucket, arriving.popleft(), gradients, blocks)
+        if number + IN_FLIGHT < len(buckets):
+            arriving.append(exchange.send_gradients(buckets[number + IN_FLIGHT], gradients))
         verdict.clean_(blocks)
         made = []
         for (stack, first, stop), block in zip(bucket.rows, blocks, strict=True):
             config = configs[unit.plan.blocks[exchange.stacks[stack][0]].group]
             rows = unit.row_steps(stack, steps)[first:stop]
             made.append(unit.stacks[stack].step(first, block, rows, config, verdict).contiguous())
-        if leaving is not None:
-            exchange.receive_directions(*leaving, directions)
-        leaving = (bucket, exchange.send_directions(bucket, made, directions))
-    if leaving is not None:
-        exchange.receive_directions(*leaving, directions)
+        if len(leaving) == IN_FLIGHT:
+            exchange.receive_directions(*leaving.popleft(), directions)
+        leaving.append((bucket, exchange.send_directions(bucket, made, directions)))
+    for bucket, transit in leaving:
+        exchange.receive_directions(bucket, transit, directions)
 
 
 Shampoo.__signature__ = signature_with_options(Shampoo.__init__)  # type: ignore[attr-defined]

@@ -1,0 +1,93 @@
+"""What training costs more than with torch AdamW: forward, backward and step of the small GPT, by tokens a step.
+
+    python -m benchmarks.end_to_end [--tokens 512 2048 8192]
+
+One forward and backward pass, then each optimizer steps on its gradients. The ratio is the pass (median) with our mean
+step over the pass with AdamW's mean step: noise of the pass, which is far longer than the step, would else hide it.
+CPU time on CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.contestants import RULES, adamw, ours
+from benchmarks.gpt import Size, batch, build
+from benchmarks.report import machine, mean, table
+from benchmarks.step_time import Runner, clock
+
+WARM = 512  # tokens of a step that is not counted
+
+
+def measure(
+    rules: Sequence[str], refresh: str, tokens: int, block: int, frequency: int, rounds: int, device: torch.device
+) -> tuple[float, dict[str, list[float]]]:
+    """Seconds of a forward and backward pass, and of each counted step by optimizer."""
+    size = Size()
+    model = build(size, device)
+    runners = [Runner(c, model) for c in (adamw(), *(ours(rule, refresh, block, frequency) for rule in rules))]
+    trainer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
+    passes = []
+    for step in range((2 + rounds) * frequency):
+        counted = step >= 2 * frequency  # the preconditioners have all started
+        tokens_now = batch(size, tokens if counted else min(tokens, WARM), step, device)
+        model.zero_grad()
+        begin = clock(device)
+        model(tokens_now).backward()
+        if counted:
+            passes.append(clock(device) - begin)
+        turn = step % len(runners)
+        for runner in runners[turn:] + runners[:turn]:
+            runner.step(model, counted)
+        trainer.step()
+    return statistics.median(passes), {runner.name: runner.seconds for runner in runners}
+
+
+def rows(tokens: int, one_pass: float, steps: dict[str, list[float]], frequency: int) -> list[list[object]]:
+    """A line for each optimizer: tokens, pass, mean step, and the whole over AdamW's."""
+    (_, base), *others = steps.items()
+    whole = one_pass + mean(base, frequency)
+    out: list[list[object]] = []
+    for name, seconds in others:
+        step = mean(seconds, frequency)
+        more = (one_pass + step) / whole - 1.0
+        out.append([name, tokens, 1e3 * one_pass, 1e3 * mean(base, frequency), 1e3 * step, f"{more:+.1%}"])
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="a step; multiples of 64")
+    parser.add_argument("--preconditioner", nargs="+", default=["shampoo", "soap"], choices=RULES)
+    parser.add_argument("--refresh", default="staggered")
+    parser.add_argument("--block", type=int, default=256)
+    parser.add_argument("--frequency", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=2, help="windows that are counted")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    lines: list[list[object]] = []
+    for tokens in args.tokens:
+        found = measure(
+            args.preconditioner,
+            args.refresh,
+            tokens,
+            args.block,
+            args.frequency,
+            args.rounds,
+            torch.device(args.device),
+        )
+        lines += rows(tokens, *found, args.frequency)
+    print(f"\nend to end; {machine()}\nblock {args.block}, frequency {args.frequency}\n")
+    heads = ["optimizer", "tokens", "forward + backward ms", "AdamW's step ms", "mean step ms", "whole over AdamW's"]
+    print(table(heads, lines))
+
+
+if __name__ == "__main__":
+    main()

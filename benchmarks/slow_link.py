@@ -1,0 +1,265 @@
+"""How much of the exchange a slow link's ranks hide behind computation: several buckets in flight against one.
+
+    python -m benchmarks.slow_link [--buckets 8] [--plot docs/slow_link.png]
+
+Two ranks train the attention projections of sixteen layers under FSDP2, so that every block lies on both. Their link is
+slowed down: `all_to_all_single` really moves the bytes between the ranks, on a thread of its own, one call after
+another, and then stays busy for a delay plus bytes over the rate. The rate is chosen so that the link is busy as long
+as the step computes. Exposed is the link's busy time during which the step waits for it; the rest is hidden. Time that
+a rank waits because the other one is late is not the link's and counts as neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from benchmarks.contestants import RULES
+from benchmarks.ranks import run_on_ranks
+from benchmarks.report import figure, machine, table
+from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.stacks import BlockStack
+
+Spans: TypeAlias = list[tuple[float, float]]
+
+
+@dataclass
+class Timeline:
+    """Spans of one step in seconds of the wall: link busy, link waiting for the other rank, step waiting, computing."""
+
+    link: Spans = field(default_factory=list)
+    late: Spans = field(default_factory=list)
+    waiting: Spans = field(default_factory=list)
+    computing: Spans = field(default_factory=list)
+    step: tuple[float, float] = (0.0, 0.0)
+    nbytes: int = 0
+
+    def exposed(self) -> float:
+        """Seconds of the link's busy time during which the step waits."""
+        return overlap(self.link, self.waiting)
+
+    def hidden_share(self) -> float:
+        """Share of the link's busy time that the step does not wait for."""
+        return 1.0 - self.exposed() / total(self.link)
+
+
+def total(spans: Spans) -> float:
+    return sum(stop - start for start, stop in spans)
+
+
+def overlap(left: Spans, right: Spans) -> float:
+    """Seconds that lie in a span of both lists; spans of one list do not overlap."""
+    pairs = ((max(a, c), min(b, d)) for a, b in left for c, d in right)
+    return sum(stop - start for start, stop in pairs if stop > start)
+
+
+class Handle:
+    """What an asynchronous collective gives: `wait`, noted on the timeline."""
+
+    def __init__(self, future: Future[None], timeline: Timeline) -> None:
+        self._future, self._timeline = future, timeline
+
+    def wait(self) -> None:
+        begin = time.perf_counter()
+        self._future.result()
+        self._timeline.waiting.append((begin, time.perf_counter()))
+
+
+class SlowLink:
+    """Puts itself in the place of `all_to_all_single` and notes when what happens."""
+
+    def __init__(self, delay: float, seconds_per_byte: float) -> None:
+        self.delay, self.seconds_per_byte = delay, seconds_per_byte
+        self.timeline = Timeline()
+        self._real = dist.all_to_all_single
+        self._thread = ThreadPoolExecutor(1)
+
+    def all_to_all_single(
+        self, output: Tensor, tensor: Tensor, receive: list[int], send: list[int], group: Any, async_op: bool
+    ) -> Handle:
+        assert async_op
+        timeline = self.timeline
+        nbytes = max(output.nbytes, tensor.nbytes)  # both ways at once
+        timeline.nbytes += nbytes
+
+        def move() -> None:
+            begin = time.perf_counter()
+            self._real(output, tensor, receive, send, group=group)
+            there = time.perf_counter()
+            time.sleep(self.delay + nbytes * self.seconds_per_byte)
+            timeline.late.append((begin, there))
+            timeline.link.append((there, time.perf_counter()))
+
+        return Handle(self._thread.submit(move), timeline)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """While inside, the exchange goes over this link and stacks note when they compute."""
+        advance = BlockStack.step
+
+        def noted(stack: BlockStack, *arguments: Any) -> Tensor:
+            begin = time.perf_counter()
+            made = advance(stack, *arguments)
+            self.timeline.computing.append((begin, time.perf_counter()))
+            return made
+
+        dist.all_to_all_single = self.all_to_all_single  # type: ignore[assignment]
+        BlockStack.step = noted  # type: ignore[assignment,method-assign]
+        try:
+            yield
+        finally:
+            dist.all_to_all_single = self._real
+            BlockStack.step = advance  # type: ignore[method-assign]
+            self._thread.shutdown()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run does; ``link_over_compute`` is how long the link is busy, over how long the step computes."""
+
+    buckets: int
+    rule: str = "shampoo"
+    width: int = 256
+    matrices: int = 64
+    steps: int = 30
+    warm: int = 30
+    delay: float = 1e-3
+    link_over_compute: float = 1.0
+
+
+def train(setting: Setting) -> list[Timeline]:
+    """What one rank does: warm up, tune the link's rate to its computation, then note the timelines of the steps."""
+    torch.manual_seed(0)
+    width, world = setting.width, dist.get_world_size()
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(setting.matrices)))
+    fully_shard(model)
+    owned = setting.matrices * width * width * 4 / world / 2**20
+    optimizer = Shampoo(
+        model.named_parameters(),
+        lr=1e-3,
+        preconditioner=setting.rule,
+        refresh="staggered",
+        max_preconditioner_dim=width,
+        bucket_mb=1.001 * owned / setting.buckets,
+    )
+    link, timelines = SlowLink(0.0, 0.0), []
+    with link.installed():
+        for step in range(setting.warm + setting.steps):
+            if step == setting.warm:
+                tune(link, timelines[-10:], setting)
+            random_gradients(model, step)
+            dist.barrier()
+            link.timeline = Timeline()
+            begin = time.perf_counter()
+            optimizer.step()
+            link.timeline.step = (begin, time.perf_counter())
+            timelines.append(link.timeline)
+    return timelines[setting.warm :]
+
+
+def random_gradients(model: nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(step * dist.get_world_size() + dist.get_rank())
+    for parameter in model.parameters():
+        shard = parameter.data
+        local = torch.randn(shard.to_local().shape, generator=generator) * 1e-3
+        parameter.grad = DTensor.from_local(local, shard.device_mesh, shard.placements)
+
+
+def tune(link: SlowLink, measured: Sequence[Timeline], setting: Setting) -> None:
+    """Set the link's delay, and its rate by the mean of the ranks' computing times."""
+    seconds = torch.tensor(statistics.median(total(t.computing) for t in measured))
+    dist.all_reduce(seconds)
+    busy = seconds.item() / dist.get_world_size() * setting.link_over_compute
+    calls, nbytes = len(measured[-1].link), measured[-1].nbytes
+    link.delay = setting.delay
+    link.seconds_per_byte = max(0.0, busy - calls * setting.delay) / nbytes
+
+
+def medians(ranks: Sequence[Sequence[Timeline]]) -> dict[str, float]:
+    """Medians over steps and ranks, times in milliseconds."""
+    steps = [timeline for timelines in ranks for timeline in timelines]
+
+    def median(values: list[float]) -> float:
+        return 1e3 * statistics.median(values)
+
+    return {
+        "step ms": median([t.step[1] - t.step[0] for t in steps]),
+        "computing ms": median([total(t.computing) for t in steps]),
+        "link busy ms": median([total(t.link) for t in steps]),
+        "exposed ms": median([t.exposed() for t in steps]),
+        "hidden": statistics.median(t.hidden_share() for t in steps),
+    }
+
+
+def draw(path: Path, named: dict[str, Timeline]) -> None:
+    """A middling step of each run as bars: what the rank computes, what the link does, where the step waits."""
+    made, panels = figure(path, 1, 1.4 + 1.1 * len(named))
+    panel, labels = panels[0], []
+    colours = {"computing": "#4c72b0", "link": "#dd8452", "waiting": "#c44e52"}
+    for place, (name, timeline) in enumerate(named.items()):
+        begin = timeline.step[0]
+        for lane, (kind, colour) in enumerate(colours.items()):
+            spans: Spans = getattr(timeline, kind)
+            y = place * 4 + lane
+            bars = [(1e3 * (a - begin), 1e3 * (b - a)) for a, b in spans]
+            panel.broken_barh(bars, (y - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.5)
+            labels.append((y, f"{name}: {'link busy' if kind == 'link' else kind}"))
+    panel.set_yticks([y for y, _ in labels], [text for _, text in labels], fontsize=8)
+    panel.invert_yaxis()
+    panel.set_xlabel("milliseconds of one step on rank 0")
+    made.savefig(path, dpi=110)
+
+
+def middling(timelines: Sequence[Timeline]) -> Timeline:
+    """The step whose hidden share is the median."""
+    return sorted(timelines, key=lambda t: t.hidden_share())[len(timelines) // 2]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table and draw the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--buckets", type=int, nargs="+", default=[1, 4, 8], help="of each rank")
+    parser.add_argument("--preconditioner", default="shampoo", choices=RULES)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--delay", type=float, default=1.0, help="milliseconds of each collective")
+    parser.add_argument("--link-over-compute", type=float, default=1.0)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    rows, chosen = [], {}
+    for buckets in args.buckets:
+        setting = Setting(
+            buckets,
+            args.preconditioner,
+            steps=args.steps,
+            delay=1e-3 * args.delay,
+            link_over_compute=args.link_over_compute,
+        )
+        ranks = run_on_ranks(2, train, setting)
+        found = medians(ranks)
+        rows.append([buckets, *list(found.values())[:-1], f"{found['hidden']:.0%}"])
+        chosen[f"{buckets} bucket{'s' if buckets > 1 else ''}"] = middling(ranks[0])
+    print(
+        f"\nslow link, 2 ranks; {machine()}\n{args.preconditioner}, link busy {args.link_over_compute:g} of computing\n"
+    )
+    print(table(["buckets", *list(found)], rows))
+    if args.plot:
+        draw(args.plot, chosen)
+        print(f"plot: {args.plot}")
+
+
+if __name__ == "__main__":
+    main()
