@@ -24,10 +24,16 @@ WARM = 512  # tokens of a step that is not counted
 
 
 def measure(
-    rules: Sequence[str], refresh: str, tokens: int, block: int, frequency: int, rounds: int, device: torch.device
+    rules: Sequence[str],
+    refresh: str,
+    tokens: int,
+    size: Size,
+    block: int,
+    frequency: int,
+    rounds: int,
+    device: torch.device,
 ) -> tuple[float, dict[str, list[float]]]:
     """Seconds of a forward and backward pass, and of each counted step by optimizer."""
-    size = Size()
     model = build(size, device)
     runners = [Runner(c, model) for c in (adamw(), *(ours(rule, refresh, block, frequency) for rule in rules))]
     trainer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
@@ -65,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="a step; multiples of 64")
     parser.add_argument("--preconditioner", nargs="+", default=["shampoo", "soap"], choices=RULES)
     parser.add_argument("--refresh", default="staggered")
+    parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--block", type=int, default=256)
     parser.add_argument("--frequency", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=2, help="windows that are counted")
@@ -78,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args.preconditioner,
             args.refresh,
             tokens,
+            Size(width=args.width),
             args.block,
             args.frequency,
             args.rounds,

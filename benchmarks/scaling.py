@@ -139,9 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     print(f"\nscaling; {machine()}\nwidth {args.width}, block {args.block}, staggered, frequency {FREQUENCY}\n")
-    heads = ["host", "slowest rank's CPU ms a step", "over 1 rank's", "slowest / mean", "in the plan"]
-    heads += ["MiB moved by a rank", "and planned"]
-    print(table(heads, step_rows(args.hosts, args.ranks, args.width, args.block, args.rounds)))
+    if args.ranks:
+        heads = ["host", "slowest rank's CPU ms a step", "over 1 rank's", "slowest / mean", "in the plan"]
+        heads += ["MiB moved by a rank", "and planned"]
+        print(table(heads, step_rows(args.hosts, args.ranks, args.width, args.block, args.rounds)), flush=True)
     rows = plan_rows(args.models, args.plan_ranks)
     heads = ["model", "ranks", "sync: plan CPU s", "slowest / mean", "staggered: plan CPU s", "slowest / mean"]
     print(f"\n{table(heads, rows)}")
