@@ -366,7 +366,7 @@ class ShampooConfig:
     master_weights: bool = _option(True, _flag, "keep a float32 copy of 16-bit parameters that the host keeps none of")
     stochastic_rounding: bool = _option(False, _flag, "without master_weights: round bfloat16 parameters at random")
     communication_dtype: str | None = _option(None, _optional_dtype, "dtype between ranks; null: that of the moments")
-    bucket_mb: float = _option(64.0, _non_negative, "megabytes of gradient in flight at a time between ranks")
+    bucket_mb: float = _option(16.0, _non_negative, "megabytes in a bucket between ranks; eight are under way each way")
     failure_limit: int = _option(10, _positive_int, "rejected steps or failed roots in a row before an error")
 
     def __post_init__(self) -> None:
