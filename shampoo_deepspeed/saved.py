@@ -126,7 +126,7 @@ class SavedState:
             steps={key: n for key, n in self.steps.items() if key not in keys},
             stacks=[stack for stack in stacks if stack["keys"]],
             elementwise=[part for part in parts if part["segments"]],
-            buffers=[b for b in self.buffers if not {shard[0] for shard in b["shards"]} <= keys],
+            buffers=[left for b in self.buffers if (left := _buffer_without(b, keys))["shards"]],
         )
 
     def on_cpu(self) -> SavedState:
@@ -310,6 +310,11 @@ def _elementwise_without(part: dict[str, Any], keys: set[str]) -> dict[str, Any]
         pieces = torch.split(tensor, sizes)
         tensors[name] = torch.cat([pieces[n] for n in kept]) if kept else tensor.new_empty(0)
     return {"segments": [part["segments"][n] for n in kept], "tensors": tensors}
+
+
+def _buffer_without(buffer: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    """A saved buffer without the shards of the parameters ``keys``."""
+    return {**buffer, "shards": [shard for shard in buffer["shards"] if shard[0] not in keys]}
 
 
 def _moved(part: dict[str, Any]) -> dict[str, Any]:
