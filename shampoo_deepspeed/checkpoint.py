@@ -7,6 +7,7 @@ put in place by one rename, makes the save complete; only then is the data of an
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +27,7 @@ from shampoo_deepspeed.manifest import BlockLayout, CheckpointError, Manifest, l
 from shampoo_deepspeed.rules import STRIDE, number_under, rule_of
 from shampoo_deepspeed.saved import SavedState, cpu_group, parameter_of
 from shampoo_deepspeed.storage import INDEX, Item, StorageError, checksum, damage, write
-from shampoo_deepspeed.stored import StoredState, base_key, block_layout, state_items, stored_name
+from shampoo_deepspeed.stored import StoredState, base_key, block_layout, dtype_name, state_items, stored_name
 from shampoo_deepspeed.unit import Treatment, treat
 
 logger = logging.getLogger("shampoo_deepspeed")
@@ -67,7 +68,11 @@ def save_shampoo(
     Raises:
         CheckpointError: on all ranks, where one of them fails (from ``result()`` of the future if asynchronous), or
             where a loaded state dict waits for ``load_shampoo``.
+        ValueError: for another ``moments_dtype`` than bfloat16, float32 or float64. In float16 second moments of small
+            gradients would be 0, and the next steps without bound.
     """
+    if moments_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"moments_dtype = {moments_dtype} is not allowed: None, bfloat16, float32 or float64")
     _wait_for_earlier_save()
     if optimizer.awaited is not None:
         raise CheckpointError(
@@ -76,18 +81,18 @@ def save_shampoo(
         )
     optimizer.settle()
     group = _everyone(asynchronous)
-    items = list(_items(optimizer, moments_dtype))
-    tables = _tables(optimizer, moments_dtype)
+    items, tables, error = _prepared(optimizer, moments_dtype, asynchronous)
     if not asynchronous:
-        _save(Path(path), items, tables, group)
+        _save(Path(path), items, tables, error, group)
         _reopen(optimizer, Path(path))
         done: Future[None] = Future()
         done.set_result(None)
         return done
-    # Copies: the next step changes the live tensors.
-    staged = [replace(item, content=_constant(item.content())) for item in items]
-    future = _WRITER.submit(_save, Path(path), staged, tables, group)
+    future = _WRITER.submit(_save, Path(path), items, tables, error, group)
     _PENDING.append(future)
+    # The files that it waits in may be those that this save replaces, and the next step may read them.
+    if _waits_in_files(optimizer) and future.exception() is None:
+        _reopen(optimizer, Path(path))
     return future
 
 
@@ -169,6 +174,23 @@ def _constant(tensor: torch.Tensor) -> Any:
     return lambda: copy
 
 
+def _prepared(
+    optimizer: BlockOptimizer, moments: torch.dtype | None, copies: bool
+) -> tuple[list[Item], dict[str, Any], Exception | None]:
+    """What this rank writes and tells, or why it cannot, which the other ranks must hear before they wait for it.
+
+    Args:
+        copies: of the tensors, on the CPU: the next step changes the live ones.
+    """
+    try:
+        items = list(_items(optimizer, moments))
+        if copies:
+            items = [replace(item, content=_constant(item.content())) for item in items]
+        return items, _tables(optimizer, moments), None
+    except (RuntimeError, OSError, MemoryError) as error:
+        return [], {}, error
+
+
 def _items(optimizer: BlockOptimizer, moments: torch.dtype | None) -> Iterable[Item]:
     shapes = {entry.parameter.key: entry.parameter.shape for entry in optimizer.entries}
     for unit in optimizer.units:
@@ -185,20 +207,25 @@ def _tables(optimizer: BlockOptimizer, moments: torch.dtype | None) -> dict[str,
     """This rank's part of the manifest, in builtins."""
     waiting, configs = optimizer.waiting_state, optimizer.configs()
     known = {entry.parameter.key: entry.parameter for entry in optimizer.entries}
-    numbers = {key: _options(parameter, configs) for key, parameter in known.items()}
+    numbers: dict[str, int | str] = {key: _options(parameter, configs) for key, parameter in known.items()}
     steps = dict(waiting.steps) if waiting is not None else {}
-    parameters: dict[str, Mapping[str, Any]] = {key: _record(p, steps.get(key, 0), configs) for key, p in known.items()}
+    parameters: dict[str, Mapping[str, Any]] = {
+        stored_name(key, None): _record(p, steps.get(key, 0), configs, numbers[key]) for key, p in known.items()
+    }
     layouts: dict[str, BlockLayout] = {}
     if isinstance(waiting, StoredState):
-        parameters |= {n: r for n, r in waiting.manifest.parameters.items() if base_key(n) in waiting.keys}
-        layouts |= waiting.manifest.layouts
+        records, as_stored = _tables_of_waiting(waiting, known)
+        parameters |= records
+        layouts |= as_stored
     elif waiting is not None:
         layouts |= _layouts(waiting.everything(), numbers, moments)
     for unit in optimizer.units:
+        if unit.dtype != torch.float32:  # the blocks' bytes are others
+            numbers |= {p.key: f"{numbers[p.key]} in {dtype_name(unit.dtype)}" for p in unit.parameters}
         for parameter, count in zip(unit.parameters, unit.steps, strict=True):
-            parameters.pop(parameter.key, None)
+            parameters.pop(stored_name(parameter.key, None), None)
             name = stored_name(parameter.key, unit.layout.part)
-            parameters[name] = _record(parameter, count, configs)
+            parameters[name] = _record(parameter, count, configs, numbers[parameter.key])
         layouts |= _layouts(SavedState.of_units([unit], 0), numbers, moments)
     # The rate is read from the group at every step and is not part of what is kept of its options. A host may have
     # taken out groups that have no parameters.
@@ -213,19 +240,45 @@ def _tables(optimizer: BlockOptimizer, moments: torch.dtype | None) -> dict[str,
     }
 
 
+def _tables_of_waiting(
+    waiting: StoredState, known: Mapping[str, Parameter]
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, BlockLayout]]:
+    """Records and layouts of what is written again as it was stored, whatever the groups and dtypes of today's save."""
+    directory = waiting.manifest.directory
+    records: dict[str, Mapping[str, Any]] = {}
+    layouts: dict[str, BlockLayout] = {}
+    for name, record in waiting.manifest.parameters.items():
+        key = base_key(name)
+        if key in waiting.keys:
+            records[name] = {**record, "group": known[key].group, "options": _of_save(record["options"], directory)}
+    used = {str(record["options"]) for record in records.values()}
+    for key, layout in waiting.manifest.layouts.items():
+        options, _, shape = key.rpartition(":")
+        if _of_save(options, directory) in used:
+            layouts[f"{_of_save(options, directory)}:{shape}"] = layout
+    return records, layouts
+
+
+def _of_save(options: int | str, directory: str) -> str:
+    """The number of options in layout keys, for blocks that an earlier save has written."""
+    return str(options) if " of " in str(options) else f"{options} of {directory}"
+
+
 def _options(parameter: Parameter, configs: Mapping[int, ShampooConfig]) -> int:
     """The number of a parameter's options: its group's, or that of a rule within it."""
     rule = rule_of(parameter.name, parameter.kinds, parameter.shape, configs[parameter.group])
     return number_under(parameter.group, rule)
 
 
-def _record(parameter: Parameter, steps: int, configs: Mapping[int, ShampooConfig]) -> dict[str, Any]:
+def _record(
+    parameter: Parameter, steps: int, configs: Mapping[int, ShampooConfig], options: int | str
+) -> dict[str, Any]:
     treatment = treat(parameter, configs[parameter.group])
     blocks = treatment.preconditioned
     return {
         "shape": list(parameter.shape),
         "group": parameter.group,
-        "options": _options(parameter, configs),
+        "options": options,
         "steps": steps,
         "merged": list(treatment.merged) if blocks else None,
         "cuts": _cuts(treatment),
@@ -237,16 +290,28 @@ def _cuts(treatment: Treatment) -> list[list[int]] | None:
     return [list(along) for along in treatment.cuts] if treatment.preconditioned else None
 
 
-def _layouts(state: SavedState, numbers: Mapping[str, int], moments: torch.dtype | None) -> dict[str, BlockLayout]:
+def _layouts(
+    state: SavedState, numbers: Mapping[str, int | str], moments: torch.dtype | None
+) -> dict[str, BlockLayout]:
     out = {}
     for stack in state.stacks:
-        number = numbers[parameter_of(stack["keys"][0])]
-        out[layout_key(number, stack["shape"])] = block_layout(stack, moments)
+        for number in {numbers[parameter_of(key)] for key in stack["keys"]}:
+            out[layout_key(number, stack["shape"])] = block_layout(stack, moments)
     return out
 
 
-def _save(path: Path, items: Sequence[Item], tables: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
+def _save(
+    path: Path,
+    items: Sequence[Item],
+    tables: Mapping[str, Any],
+    error: Exception | None,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Write what the ranks have prepared; a rank that could not gives the error."""
     rank = 0 if group is None else dist.get_rank(group)
+    problem = next((found for found in _gathered(error and str(error), group) if found is not None), None)
+    if problem is not None:
+        raise CheckpointError(f"{path} cannot be written: {problem}") from error
     folder, problem = _new_folder(path) if rank == 0 else (None, None)
     folder, problem = _gathered((folder, problem), group)[0]
     if problem:
@@ -258,17 +323,29 @@ def _save(path: Path, items: Sequence[Item], tables: Mapping[str, Any], group: d
         if rank == 0:
             shutil.rmtree(directory, ignore_errors=True)
         raise CheckpointError(str(error)) from error
-    own = [*directory.glob(f"__{rank}_*"), *([directory / INDEX] if rank == 0 else [])]
-    files = {file.name: {"bytes": file.stat().st_size, "crc32": checksum(file)} for file in own}
-    everyones = _gathered((tables, files), group)
-    problem = _commit(path, directory, everyones) if rank == 0 else None
+    files, problem = _facts(directory, rank)
+    everyones = _gathered((tables, files, problem), group)
+    problem = next((found for _, _, found in everyones if found), None)
+    if problem and rank == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+    if rank == 0 and not problem:
+        problem = _commit(path, directory, [(told, own) for told, own, _ in everyones])
     problem = _gathered(problem, group)[0]
     if problem:
         raise CheckpointError(f"{path} cannot be written: {problem}")
 
 
+def _facts(directory: Path, rank: int) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """Size and checksum of each file that this rank has written, and what went wrong."""
+    try:
+        own = [*directory.glob(f"__{rank}_*"), *([directory / INDEX] if rank == 0 else [])]
+        return {file.name: {"bytes": file.stat().st_size, "crc32": checksum(file)} for file in own}, None
+    except OSError as error:
+        return {}, f"what was written cannot be read: {error}"
+
+
 def _new_folder(path: Path) -> tuple[str | None, str | None]:
-    folder = f"data-{uuid.uuid4().hex[:12]}"
+    folder = f"data-{uuid.uuid4().hex[:12]}"  # as _OURS knows it
     try:
         (path / folder).mkdir(parents=True)
     except OSError as error:
@@ -286,7 +363,7 @@ def _commit(
             if name not in parameters or record["steps"] > parameters[name]["steps"]:
                 parameters[name] = record
     # A rank that has not met a parameter yet knows nothing of its parts.
-    whole = {base_key(name) for name in parameters if base_key(name) != name}
+    whole = {base_key(name) for name in parameters if base_key(name) != name and not name.endswith("@")}
     manifest = Manifest(
         directory=directory.name,
         world_size=len(everyones),
@@ -303,20 +380,36 @@ def _commit(
     try:
         sync_directory(directory)
         manifest.commit(path)
-        for old in path.glob("data-*"):
-            if old.name != manifest.directory:
-                shutil.rmtree(old)
-        for old in path.glob("manifest.json.*"):
-            old.unlink()
     except OSError as error:
         return str(error)
+    _remove_replaced(path, manifest.directory)
     return None
 
 
+# What a save makes in a checkpoint's folder, beside the manifest; anything else there belongs to others.
+_OURS = re.compile(r"(manifest\.json\.)?data-[0-9a-f]{12}")
+
+
+def _remove_replaced(path: Path, directory: str) -> None:
+    """Remove what earlier saves have left. The new one is complete, so what cannot be removed is no failure."""
+    for old in [found for found in path.iterdir() if _OURS.fullmatch(found.name) and found.name != directory]:
+        try:
+            if old.is_dir():
+                shutil.rmtree(old)
+            else:
+                old.unlink()
+        except OSError as error:
+            logger.warning("%s is of an earlier save and could not be removed: %s", old, error)
+
+
+def _waits_in_files(optimizer: BlockOptimizer) -> bool:
+    return isinstance(optimizer.waiting_state, StoredState) and optimizer.waiting_state.has_left
+
+
 def _reopen(optimizer: BlockOptimizer, path: Path) -> None:
-    """State that waits in the folder just written now lies in its new data."""
+    """State that waits lies in the save just written too, and that is the one that will be kept."""
     waiting = optimizer.waiting_state
-    if isinstance(waiting, StoredState) and waiting.path.resolve() == path.resolve():
+    if isinstance(waiting, StoredState) and waiting.has_left:
         optimizer.waiting_state = StoredState(path, Manifest.read(path), waiting.keys)
 
 
@@ -325,10 +418,10 @@ def _checked_manifest(path: Path, group: dist.ProcessGroup | None) -> tuple[Mani
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     try:
         manifest = Manifest.read(path)
-    except CheckpointError as error:
+        share = dict(sorted(manifest.files.items())[rank::size])
+        return manifest, damage(path / manifest.directory, share)
+    except (CheckpointError, OSError) as error:  # the other ranks wait for this one's word
         return None, str(error)
-    share = dict(sorted(manifest.files.items())[rank::size])
-    return manifest, damage(path / manifest.directory, share)
 
 
 def _misfits(known: Sequence[Parameter], configs: Mapping[int, ShampooConfig], manifest: Manifest) -> dict[str, str]:
@@ -384,8 +477,9 @@ def _what_does_not_fit(path: Path, problems: Mapping[str, str]) -> str:
 def _restore_options(optimizer: BlockOptimizer, manifest: Manifest, keys: frozenset[str]) -> None:
     """Options of saved groups for the groups of today whose parameters all come from one saved group."""
     numbers = {base_key(name): record["group"] for name, record in manifest.parameters.items()}
-    fixed = set(ShampooConfig().shape_of_state())
+    configs = optimizer.configs()
     for group in optimizer.param_groups:
+        fixed = set(configs[group["shampoo_group"]].shape_of_state())
         members = [e.parameter.key for e in optimizer.entries if e.parameter.group == group["shampoo_group"]]
         origins = {numbers[key] for key in members if key in keys}
         if len(origins) != 1:

@@ -31,9 +31,10 @@ class Manifest:
         directory: name of the folder beside this file that holds the tensors.
         world_size: number of ranks that saved.
         groups: options of each parameter group, by its number.
-        parameters: by key ``shape``, ``group``, ``options`` (the group's number, or that of a rule within it),
-            ``steps``, and (None where element-wise) ``merged``, the shape that is cut into blocks, and ``cuts``, their
-            lengths along each dim.
+        parameters: by key ``shape``, ``group``, ``options`` (the group's number, or that of a rule within it, and what
+            tells blocks of another dtype or of an earlier save from others under the same options), ``steps``, and
+            (None where element-wise) ``merged``, the shape that is cut into blocks, and ``cuts``, their lengths along
+            each dim.
         layouts: a block's bytes, by ``"options:shape"`` as ``layout_key`` gives it.
         files: ``bytes`` and ``crc32`` of each file in the folder.
         versions: of what wrote it; for people.
@@ -68,6 +69,8 @@ class Manifest:
             intact = content["crc32"] == _checksum(body)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged: {error!r}") from error
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
         if not intact:
             raise CheckpointError(f"{file} is damaged: its checksum is not the one that was saved")
         if body.get("format") != FORMAT:

@@ -10,6 +10,7 @@ The last two are written and read in boxes, so every sharding can read what any 
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,15 +29,21 @@ from shampoo_deepspeed.stacks import BlockStack
 from shampoo_deepspeed.storage import Item, StorageError, Store, Wanted
 from shampoo_deepspeed.unit import Unit
 
-MOMENTS = ("exp_avg", "second_moment", "momentum")
+MOMENTS = ("exp_avg", "second_moment", "rotated_second_moment", "momentum")
+_NUMBERED = re.compile(r"(.+)@[0-9]*", re.DOTALL)
 # Not a tensor of the stack: 1 where the block was refreshed plus 2 where a refresh is pending, and how often its roots
 # failed in a row.
 STATUS = ("status", "int64", (2,))
 
 
 def stored_name(key: str, part: int | None) -> str:
-    """A parameter's key in checkpoints: with expert parallelism, ranks hold different ones under the same name."""
-    return key if part is None else f"{key}@{part}"
+    """A parameter's key in checkpoints: with expert parallelism, ranks hold different ones under the same name.
+
+    A key that looks like that of a part gets an "@" of its own.
+    """
+    if part is None:
+        return f"{key}@" if _NUMBERED.fullmatch(key) else key
+    return f"{key}@{part}"
 
 
 def block_layout(stack: Mapping[str, Any], moments: torch.dtype | None) -> BlockLayout:
@@ -119,6 +126,12 @@ class StoredState:
             if base_key(name) in self.keys
         }
 
+    @property
+    def has_left(self) -> bool:
+        """Whether any state is still to be handed out; otherwise the files are needed no more."""
+        records = self.manifest.parameters.items()
+        return any(record["steps"] for name, record in records if base_key(name) in self.keys)
+
     def without(self, keys: set[str]) -> StoredState:
         """The same checkpoint with fewer parameters to hand out."""
         return replace(self, keys=self.keys - keys)
@@ -135,8 +148,8 @@ class StoredState:
             for p, parameter in enumerate(unit.parameters):
                 if parameter.key in self.keys:
                     unit.steps[p] = int(self._record(unit, parameter.key)["steps"])
-        except StorageError as error:
-            problem = str(error)
+        except Exception as error:  # whatever it is, the other ranks wait for this one's word
+            problem = str(error) if isinstance(error, StorageError) else repr(error)
         found = next((p for p in everyones_word(problem, unit) if p), None)
         if found:
             raise ValueError(f"the checkpoint {self.path} cannot be loaded: {found}")
@@ -198,14 +211,16 @@ class StoredState:
             if kind == "blocks":
                 self._add_block(stacks, key, last, tensor)
             elif kind == "elementwise":
-                elementwise.append({"segments": [[key, 0, tensor.numel()]], "tensors": {last: tensor}})
+                elementwise.append({"segments": [[_without_mark(key), 0, tensor.numel()]], "tensors": {last: tensor}})
             else:
-                shards = [[key, [0] * len(shape), list(shape), 0]]
+                shards = [[_without_mark(key), [0] * len(shape), list(shape), 0]]
                 buffers.append({"kind": last, "shards": shards, "buffer": tensor.reshape(-1)})
         joined = [_stacked(stack) for stack in stacks.values()]
         return SavedState(self.steps, joined, _together(elementwise), buffers, self.rejected_steps)
 
     def _left(self) -> dict[str, tuple[tuple[int, ...], torch.dtype, list[Box]]]:
+        if not self.has_left:
+            return {}
         return {n: what for n, what in self.store.tensors().items() if base_key(_split(n)[1]) in self.keys}
 
     def _add_block(self, stacks: dict[str, dict[str, Any]], key: str, index: str, blob: Tensor) -> None:
@@ -216,7 +231,7 @@ class StoredState:
         tensors = dict(zip((part[0] for part in layout), _cut(blob, layout), strict=True))
         status = tensors.pop("status").tolist()
         stack = stacks.setdefault(name, {"keys": [], "shape": list(shape), "rows": []})
-        stack["keys"].append(f"{key}/{index}")
+        stack["keys"].append(f"{_without_mark(key)}/{index}")
         stack["rows"].append((*_read_status(status), tensors))
 
     def items(self) -> Iterable[Item]:
@@ -228,8 +243,13 @@ class StoredState:
 
 def base_key(name: str) -> str:
     """A parameter's key without the number of its expert-parallel part."""
-    key, _, part = name.rpartition("@")
-    return key if part.isdigit() and key else name
+    found = _NUMBERED.fullmatch(name)
+    return found[1] if found else name
+
+
+def _without_mark(name: str) -> str:
+    """A stored name without the "@" of keys that look like those of parts."""
+    return name.removesuffix("@")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

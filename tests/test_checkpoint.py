@@ -163,8 +163,8 @@ def test_options_come_along_unless_told_otherwise(tmp_path: Path) -> None:
 def test_a_new_save_replaces_the_old_one_and_leaves_nothing_behind(tmp_path: Path) -> None:
     w = parameter(8, 6)
     optimizer = shampoo([("w", w)])
-    (tmp_path / "data-of-a-dead-save").mkdir()
-    (tmp_path / "manifest.json.data-of-a-dead-save").write_text("{")
+    (tmp_path / "data-0123456789ab").mkdir()
+    (tmp_path / "manifest.json.data-0123456789ab").write_text("{")
     for _ in range(2):
         drive(optimizer, [w], range(2))
         save_shampoo(optimizer, tmp_path)

@@ -1,0 +1,72 @@
+"""Faults of one rank's file system or memory while all ranks save or load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch.distributed as dist
+
+from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
+from tests.distributed.ranks.folders import shared_folder
+from tests.stepping import drive, parameter, shampoo
+
+SAVING = {
+    "prepare": "shampoo_deepspeed.checkpoint._items",
+    "sync": "torch.distributed.checkpoint.filesystem.os.fsync",
+    "checksum": "shampoo_deepspeed.checkpoint.checksum",
+}
+LOADING = {"manifest": "pathlib.Path.read_bytes", "damage": "shampoo_deepspeed.checkpoint.damage"}
+
+
+def broken(*_: Any) -> None:
+    """What a file system says."""
+    raise OSError(5, "Input/output error")
+
+
+def told(call: Callable[[], Any], place: str) -> str:
+    """What this rank hears of a call in which a function fails on the last rank."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    try:
+        if last:
+            with patch(place, broken):
+                call()
+        else:
+            call()
+    except CheckpointError as error:
+        return str(error)
+    return "nothing"
+
+
+def faults(_: None) -> dict[str, Any]:
+    """What this rank hears of each fault, and the steps in the checkpoint that is there in the end."""
+    params = [parameter(8, 6), parameter(8, 6, seed=1)]
+    named = [("a", params[0]), ("b", params[1])]
+    optimizer = shampoo(named, process_group=dist.group.WORLD)
+    heard: dict[str, Any] = {}
+    with shared_folder() as folder:
+        drive(optimizer, params, range(1))
+        save_shampoo(optimizer, folder)
+        drive(optimizer, params, range(1, 2))
+        for name, place in SAVING.items():
+            heard[name] = told(lambda: save_shampoo(optimizer, folder), place)
+            heard[f"{name} in the background"] = told(lambda: in_the_background(optimizer, folder), place)
+        for name, place in LOADING.items():
+            heard[name] = told(lambda: load_shampoo(optimizer, folder), place)
+        heard["loaded"] = load_shampoo(optimizer, folder).loaded
+        drive(optimizer, params, range(2, 3))
+        save_shampoo(optimizer, folder)
+        heard["left"] = len(list(folder.iterdir()))
+    return heard | {"steps": optimizer.units[0].steps}
+
+
+def in_the_background(optimizer: Shampoo, folder: Path) -> None:
+    """A save whose failure is told by its future, and once more by what comes next."""
+    future = save_shampoo(optimizer, folder, asynchronous=True)
+    try:
+        future.result()
+    except CheckpointError:
+        load_shampoo(optimizer, folder)  # raises it
+        raise AssertionError("what failed was not told") from None

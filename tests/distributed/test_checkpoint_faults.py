@@ -1,0 +1,23 @@
+"""Where one rank cannot go on with a save or a load, all ranks say so, and none waits for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.conftest import Ask
+from tests.distributed.launch import Check
+from tests.distributed.ranks.checkpoint_faults import LOADING, SAVING
+
+FAULTS = Check("checkpoint_faults", 2, "checkpoint_faults:faults", None)
+
+
+@pytest.mark.parametrize("check", [FAULTS], ids=["faults"])
+def test_a_fault_of_one_rank_is_told_by_all(check: Check, ask: Ask) -> None:
+    heard = ask(check)
+    for name in [*SAVING, *(f"{name} in the background" for name in SAVING), *LOADING]:
+        for rank in heard:
+            assert "Input/output error" in rank[name], name
+    for rank in heard:
+        assert rank["loaded"] == ("a", "b")
+        assert rank["steps"] == [2, 2]  # one before the first save, and one after the load
+        assert rank["left"] == 2
