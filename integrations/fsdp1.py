@@ -23,6 +23,7 @@ from shampoo_deepspeed.hosts import Entry, Fresh, Layout, LayoutError, Part, Sha
 from shampoo_deepspeed.naming import clean_name, kinds_by_module, output_head
 
 FLAT_NAME = "_flat_param"
+MOST_OF_A_MODULE = 1 << 20  # parameters of a wrapped module
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class FullyShardedHost:
         head = output_head(model)
         heads = {id(part) for part in head.modules()} if head is not None else set()
         told = kinds_by_module(model)
+        places = {id(part): place for place, part in enumerate(model.modules())}
         for name, wrapped in model.named_modules():
             handle = wrapped._handle if isinstance(wrapped, module.FullyShardedDataParallel) else None
             if handle is None:
@@ -87,7 +89,7 @@ class FullyShardedHost:
             group: Any = dist.group.WORLD if hybrid else wrapped.process_group
             flat = handle.flat_param
             if not handle._use_orig_params:
-                self._remember(flat, _pieces(flat), _parts(flat, name, heads, told), group)
+                self._remember(flat, _pieces(flat), _parts(flat, name, heads, told, places), group)
                 continue
             for parameter, piece in zip(flat._params, _pieces(flat), strict=True):
                 # What stands in the model is the piece alone.
@@ -185,7 +187,11 @@ def _pieces(flat: Any) -> tuple[_Piece, ...]:
 
 
 def _parts(
-    flat: Any, prefix: str | None, heads: set[int] | None, told: Mapping[int, frozenset[str]]
+    flat: Any,
+    prefix: str | None,
+    heads: set[int] | None,
+    told: Mapping[int, frozenset[str]],
+    places: Mapping[int, int] | None = None,
 ) -> tuple[Part, ...]:
     """Names and kinds in a flat tensor, as an unwrapped model would have them (``naming.names_and_kinds``).
 
@@ -193,12 +199,14 @@ def _parts(
         prefix: name of the wrapped module, None where it is not known.
         heads: ids of the output head's modules; None without a model, from which kinds come.
         told: kinds of modules' own parameters, by the modules' ids.
+        places: of modules in the model, by their ids; without a model the order is that of the flat tensor.
     """
     parts = []
-    for path, shape, info in zip(flat._fqns, flat._shapes, flat._param_infos, strict=True):
+    for number, (path, shape, info) in enumerate(zip(flat._fqns, flat._shapes, flat._param_infos, strict=True)):
         name = clean_name(".".join(filter(None, (prefix.strip("."), path)))) if prefix is not None else None
         kinds = _kinds(flat, info, heads, told) if heads is not None else frozenset[str]()
-        parts.append(Part(clean_name(path), tuple(shape), name, kinds))
+        turn = places[id(info.module)] * MOST_OF_A_MODULE + number if places is not None else None
+        parts.append(Part(clean_name(path), tuple(shape), name, kinds, turn))
     return tuple(parts)
 
 

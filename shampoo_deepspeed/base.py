@@ -263,7 +263,8 @@ class BlockOptimizer(torch.optim.Optimizer):
                     )
                 taken.add(key)
                 frozen = not tensor.requires_grad
-                parameter = Parameter(key, part.shape, number, part.name, part.kinds, frozen)
+                turn = part.turn if part.turn is not None else index
+                parameter = Parameter(key, part.shape, number, part.name, part.kinds, frozen, turn)
                 entries.append(Entry(parameter, weakref.ref(tensor)))
         return entries
 

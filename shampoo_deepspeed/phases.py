@@ -18,14 +18,14 @@ def refresh_phases(parameters: Iterable[Parameter], configs: Mapping[int, Shampo
     """By key the phases of the blocks of each parameter whose group spreads its refreshes.
 
     Args:
-        parameters: all that the optimizer was given, in its order; that of groups, shards and step units does not
-            matter. Groups of one frequency share a window. Frozen ones come after all others, so that it makes no
-            difference whether a host or a user hands them over too.
+        parameters: all that the optimizer was given; groups take turns in their order, and in each of them the
+            parameters in theirs, whatever shards and step units are. Groups of one frequency share a window. Frozen
+            ones come after all others, so that it makes no difference whether a host or a user hands them over too.
         configs: options by group number, and of rules by theirs.
     """
     phases: dict[str, tuple[int, ...]] = {}
     windows: dict[int, list[float]] = defaultdict(list)
-    for parameter in sorted(parameters, key=lambda p: p.frozen):
+    for parameter in sorted(parameters, key=lambda p: (p.frozen, p.group, p.turn)):
         group = number_under(
             parameter.group, rule_of(parameter.name, parameter.kinds, parameter.shape, configs[parameter.group])
         )
