@@ -1,0 +1,46 @@
+"""A run that is saved and resumed under the same host is the unbroken one, to the last bit."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.conftest import Ask
+from tests.distributed.fsdp_runs import Run
+from tests.distributed.launch import Check
+from tests.distributed.test_zero import named
+
+PRECONDITIONERS = ("shampoo", "soap", "kl_shampoo")
+SCHEDULES = ("sync", "staggered", "background")
+# Layout, model and number of ranks. ZeRO's are in test_zero_checkpoints.py, the Trainer's in test_checkpoint_hooks.py.
+HOSTS = [
+    ("replicas", "odd", 2),
+    ("rows", "odd", 2),
+    ("columns", "wide", 2),
+    ("fsdp1_full_shard", "odd", 2),
+    ("units_full_shard", "odd", 2),
+    ("hsdp", "odd", 4),
+    ("tensor_parallel", "wide", 4),
+]
+# Each host with each preconditioner and, in turn, each schedule.
+RUNS = [
+    (
+        Run(
+            model=model,
+            settings="default",
+            layout=layout,
+            extra={"preconditioner": p, "refresh": SCHEDULES[(h + n) % 3]},
+        ),
+        ranks,
+    )
+    for h, (layout, model, ranks) in enumerate(HOSTS)
+    for n, p in enumerate(PRECONDITIONERS)
+]
+CHECKS = [
+    Check(f"resumed_{r.layout}_{r.extra['preconditioner']}_{r.extra['refresh']}", ranks, "resuming:differing", r)
+    for r, ranks in RUNS
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=named)
+def test_a_resumed_run_is_the_unbroken_one_to_the_bit(check: Check, ask: Ask) -> None:
+    assert ask(check) == [[]] * check.ranks
