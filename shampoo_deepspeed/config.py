@@ -173,6 +173,10 @@ def _optional_beta(key: str, value: object) -> float | None:
     return None if value is None else _number(key, value, 0.0, 1.0, "null or a number in [0, 1]")
 
 
+def _optional_non_negative(key: str, value: object) -> float | None:
+    return None if value is None else _number(key, value, 0.0, 1e300, "null or a number >= 0")
+
+
 def _optional_positive(key: str, value: object) -> float | None:
     return None if value is None else _number(key, value, 1e-300, 1e300, "null or a number > 0")
 
@@ -366,7 +370,11 @@ class ShampooConfig:
     master_weights: bool = _option(True, _flag, "keep a float32 copy of 16-bit parameters that the host keeps none of")
     stochastic_rounding: bool = _option(False, _flag, "without master_weights: round bfloat16 parameters at random")
     communication_dtype: str | None = _option(None, _optional_dtype, "dtype between ranks; null: that of the moments")
-    bucket_mb: float = _option(16.0, _non_negative, "megabytes in a bucket between ranks; eight are under way each way")
+    bucket_mb: float | None = _option(
+        None,
+        _optional_non_negative,
+        "megabytes in a bucket, eight under way at once; null: a 16th of a rank's blocks, 2 to 16",
+    )
     failure_limit: int = _option(10, _positive_int, "rejected steps or failed roots in a row before an error")
 
     def __post_init__(self) -> None:

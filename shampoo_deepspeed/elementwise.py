@@ -82,8 +82,9 @@ class Elementwise:
         parts, targets = self._parts(gradients), self._parts(directions)
         for (group, method, step), numbers in cohorts.items():
             own = verdict.cleaned([parts[n].to(self._dtype) for n in numbers])
-            made = self._directions(numbers, own, method, step, configs[group], verdict, squared_norms)
+            made, factor = self._directions(numbers, own, method, step, configs[group], verdict, squared_norms)
             torch._foreach_copy_([targets[n] for n in numbers], made)
+            torch._foreach_mul_([targets[n] for n in numbers], factor)
 
     def _directions(
         self,
@@ -94,7 +95,8 @@ class Elementwise:
         config: ShampooConfig,
         verdict: Verdict,
         squared_norms: Tensor | None,
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], float]:
+        """Directions of some segments, up to a common factor."""
         second = [self.views["second_moment"][n] for n in numbers] if grafting.has_second_moment(method) else []
         scaled = gradients
         if grafting.is_normalized(method) and squared_norms is not None:
@@ -107,8 +109,9 @@ class Elementwise:
         beta1 = config.betas[0] if "exp_avg" in self.views else 0.0
         first = [self.views["exp_avg"][n] for n in numbers] if beta1 else []
         corrected = config.use_bias_correction
-        moments = grafting.first_moment(first, gradients, beta1, step, corrected, verdict, config.beta3)
-        return grafting.direction(method, moments, second, step, config.second_moment_beta, config.eps)
+        moments, factor = grafting.first_moment(first, gradients, beta1, step, corrected, verdict, config.beta3)
+        made, other = grafting.direction(method, moments, second, step, config.second_moment_beta, config.eps)
+        return made, factor * other
 
     def _parts(self, bases: Sequence[Tensor]) -> list[Tensor]:
         return [bases[s.tensor].narrow(0, s.offset, s.numel) for s in self.segments]

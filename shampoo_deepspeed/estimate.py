@@ -23,7 +23,7 @@ from shampoo_deepspeed.elementwise import Elementwise, Segment
 from shampoo_deepspeed.hosts import Parameter
 from shampoo_deepspeed.layouts import SUB_GROUP_SIZE, UnitLayout, layouts
 from shampoo_deepspeed.phases import refresh_phases
-from shampoo_deepspeed.plan import Plan
+from shampoo_deepspeed.plan import Plan, bucket_elements
 from shampoo_deepspeed.rules import expanded, number_under, rule_of
 from shampoo_deepspeed.stacks import BlockStack
 from shampoo_deepspeed.unit import matrix_of, treat
@@ -210,7 +210,7 @@ class _Unit:
             for p, t, number in zip(self.parameters, self.treatments, self.numbers, strict=True)
             if t.preconditioned
         ]
-        bucket = max(1, int(config.bucket_mb * 2**20 / self.dtype.itemsize))
+        bucket = bucket_elements(config.bucket_mb, self.dtype.itemsize)
         self.plan = plan = Plan(matrices, self._merged_shards(), bucket, made.loads)
         wire = (DTYPES[config.communication_dtype] if config.communication_dtype else self.dtype).itemsize
         for rank, (sent, received) in enumerate(plan.traffic):

@@ -43,23 +43,26 @@ def accumulate(
 
 def direction(
     method: str, moments: Sequence[Tensor], second: Sequence[Tensor], step: int, beta2: float, eps: float
-) -> list[Tensor]:
+) -> tuple[list[Tensor], float]:
     """The method's direction M / (sqrt(v) + eps), with Adam's v corrected for its zero start; M for SGD.
 
     Args:
-        moments: first moments M (already bias-corrected), shapes as ``second``.
+        moments: first moments M, shapes as ``second``.
         step: t >= 1.
         eps: added to the square root; with 0, elements without any gradient so far get 0.
+
+    Returns:
+        Tensors, and a number that they are to be multiplied by: callers have other numbers to multiply by too, and
+        each pass over a block costs.
     """
     if not has_second_moment(method):
-        return list(moments)
+        return list(moments), 1.0
+    corrected = math.sqrt(1.0 - beta2**step) if method.endswith("adam") else 1.0
     roots = torch._foreach_sqrt(list(second))
-    if method.endswith("adam"):
-        torch._foreach_div_(roots, math.sqrt(1.0 - beta2**step))
     if eps > 0:
-        torch._foreach_add_(roots, eps)
-        return list(torch._foreach_div(list(moments), roots))
-    return [torch.where(r > 0, m / r, 0.0) for m, r in zip(moments, roots, strict=True)]
+        torch._foreach_add_(roots, eps * corrected)
+        return list(torch._foreach_div(list(moments), roots)), corrected
+    return [torch.where(r > 0, m / r, 0.0) for m, r in zip(moments, roots, strict=True)], corrected
 
 
 def normalized(gradient: Tensor, norm: Tensor) -> Tensor:
@@ -75,23 +78,22 @@ def first_moment(
     bias_correction: bool,
     verdict: Verdict,
     beta3: float | None = None,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], float]:
     """Update m = b1 * m + (1 - b1) G in place and return M, that is m corrected for its zero start if asked.
 
     With beta1 = 0 there is no moment, and M is G. With ``beta3``, M is b3 * m + (1 - b3) G of the old m instead, as in
     Lion and NAdam: a smaller b3 than b1 looks ahead, b3 = 0 takes G alone.
+
+    Returns:
+        Tensors and the number to multiply them by for M. They may be state, or the gradients.
     """
     if beta1 == 0.0:
-        return list(gradients)
-    if beta3 is not None and beta3 != beta1:
-        ahead = torch._foreach_mul(list(moments), beta3)
+        return list(gradients), 1.0
+    beta3 = beta1 if beta3 is None else beta3
+    ahead = list(moments)
+    if beta3 != beta1:
+        ahead = list(torch._foreach_mul(ahead, beta3))
         torch._foreach_add_(ahead, list(gradients), alpha=1.0 - beta3)
-        if bias_correction:
-            torch._foreach_div_(ahead, 1.0 - beta3 * beta1 ** (step - 1))
     torch._foreach_mul_(list(moments), verdict.keep(beta1))
     torch._foreach_add_(list(moments), list(gradients), alpha=1.0 - beta1)
-    if beta3 is not None and beta3 != beta1:
-        return list(ahead)
-    if not bias_correction:
-        return list(moments)
-    return list(torch._foreach_div(list(moments), 1.0 - beta1**step))
+    return ahead, 1.0 / (1.0 - beta3 * beta1 ** (step - 1)) if bias_correction else 1.0

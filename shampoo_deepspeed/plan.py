@@ -20,6 +20,11 @@ from shampoo_deepspeed.owners import assign, best_possible
 # A batched eigendecomposition with the rebuild of the root costs about as many FLOPs as this many d^3.
 REFRESH_CUBES = 25.0
 
+# With n buckets all of the exchange but one n-th each way can be hidden, and on a CPU a bucket stays in the cache from
+# arrival to departure. Below half a million elements the calls cost more than the bytes; above four million a
+# link gains nothing and memory is lost.
+BUCKETS, FEWEST_IN_BUCKET, MOST_IN_BUCKET = 16, 1 << 19, 1 << 22
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -102,6 +107,11 @@ def block_cost(lengths: Sequence[int], frequency: int, sides: Sequence[Side] | N
     return step_cost(lengths, sides) + refresh_cost(lengths, sides) / frequency
 
 
+def bucket_elements(megabytes: float | None, itemsize: int) -> int | None:
+    """Elements of this many bytes in a bucket; None leaves the choice to the plan."""
+    return None if megabytes is None else max(1, int(megabytes * 2**20 / itemsize))
+
+
 class Plan:
     """Owners, buckets and transfers of one step unit.
 
@@ -109,7 +119,8 @@ class Plan:
         matrices: the preconditioned parameters, the same list on all ranks.
         shards: for each rank the boxes it holds, as (index of the matrix, box in its merged shape).
             Together they must cover every matrix exactly once; replicas of one box count once.
-        bucket_elements: a bucket is closed when an owner's blocks in it reach this many elements.
+        bucket_elements: a bucket is closed when an owner's blocks in it reach this many elements. None: one of
+            ``BUCKETS`` parts of what the fullest rank owns, within bounds.
         carried: loads of earlier units, which decide between ranks that are equal in this one.
     """
 
@@ -117,7 +128,7 @@ class Plan:
         self,
         matrices: Sequence[Matrix],
         shards: Sequence[Sequence[tuple[int, Box]]],
-        bucket_elements: int = 1 << 62,
+        bucket_elements: int | None = 1 << 62,
         carried: Sequence[float] | None = None,
     ) -> None:
         self.world_size = len(shards)
@@ -159,8 +170,11 @@ class Plan:
             owned[self.owners[block]].append(block)
         return owned
 
-    def _bucket_blocks(self, bucket_elements: int) -> list[int]:
+    def _bucket_blocks(self, bucket_elements: int | None) -> list[int]:
         """Bucket of each block: along each owner's stacks, so that a bucket is a slice of each stack."""
+        if bucket_elements is None:
+            fullest = max(sum(self.blocks[block].box.numel for block in owned) for owned in self.owned)
+            bucket_elements = min(max(fullest // BUCKETS, FEWEST_IN_BUCKET), MOST_IN_BUCKET)
         buckets = [0] * len(self.blocks)
         for owned in self.owned:
             bucket = filled = 0

@@ -85,8 +85,11 @@ def update(
                 _add_decay([steps[n] for n in decaying], [weights[n] for n in decaying], config.decay(rates[group]))
         if config.momentum:
             steps = _with_momentum(unit, regions, steps, config, verdict)
-        torch._foreach_mul_(steps, verdict.scale(rates[group]))
-        torch._foreach_sub_(weights, steps)
+        rate = verdict.scale_number(rates[group])
+        if rate is None:
+            torch._foreach_mul_(steps, verdict.scale(rates[group]))
+            rate = 1.0
+        torch._foreach_add_(weights, steps, alpha=-rate)
     write_back(unit, values, configs)
 
 

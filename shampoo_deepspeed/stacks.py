@@ -95,24 +95,29 @@ class BlockStack:
         preconditioner = build(config)
         self._await_background(rows, state, step, preconditioner)
         preconditioner.accumulate(state, gradients, verdict)
-        moments, graft = self._moments(state, gradients, step, config, verdict)
-        self._refresh(rows, state, moments, step, config, verdict)
+        moments, correction, graft = self._moments(state, gradients, step, config, verdict)
+        self._refresh(rows, state, moments, correction, step, config, verdict)
         ready = [self.refreshed[row] for row in rows]
         if not any(ready):
-            return graft()
+            warm, factor = graft()
+            return warm * factor
         direction = preconditioner.apply(state, gradients, moments, verdict)
-        if config.grafting_method != "none":
-            warm = graft()
-            direction = direction * _ratio(block_norms(warm), block_norms(direction))
+        if config.grafting_method == "none":
+            direction.mul_(correction)
+        else:
+            warm, factor = graft()
+            direction.mul_(_ratio(block_norms(warm) * factor, block_norms(direction)))
         if all(ready):
             return direction
         mask = torch.tensor(ready, device=direction.device).view(-1, *[1] * len(self.shape))
-        return torch.where(mask, direction, graft())
+        warm, factor = graft()
+        return torch.where(mask, direction, warm * factor)
 
     def _moments(
         self, state: dict[str, Tensor], gradients: Tensor, step: int, config: ShampooConfig, verdict: Verdict
-    ) -> tuple[Tensor, Callable[[], Tensor]]:
-        """Steps 4 and 5: update both moments; gives M, and what computes the grafting direction."""
+    ) -> tuple[Tensor, float, Callable[[], tuple[Tensor, float]]]:
+        """Steps 4 and 5: update both moments; gives M and a factor that it lacks, and what computes the grafting
+        direction and a factor that it lacks."""
         method, beta2 = config.warm_method, config.second_moment_beta
         second = [state["second_moment"]] if "second_moment" in state else []
         own = gradients
@@ -122,14 +127,20 @@ class BlockStack:
         first = [state["exp_avg"]] if "exp_avg" in state else []
         beta1 = config.betas[0] if first else 0.0
         corrected = config.use_bias_correction
-        moments = grafting.first_moment(first, [gradients], beta1, step, corrected, verdict, config.beta3)
-        return moments[0], lambda: grafting.direction(method, moments, second, step, beta2, config.eps)[0]
+        moments, correction = grafting.first_moment(first, [gradients], beta1, step, corrected, verdict, config.beta3)
+
+        def graft() -> tuple[Tensor, float]:
+            made, factor = grafting.direction(method, moments, second, step, beta2, config.eps)
+            return made[0], factor * correction
+
+        return moments[0], correction, graft
 
     def _refresh(
         self,
         rows: range,
         state: dict[str, Tensor],
         moments: Tensor,
+        correction: float,
         step: int,
         config: ShampooConfig,
         verdict: Verdict,
@@ -146,7 +157,7 @@ class BlockStack:
             renewed = refresh.result().rows(rows[here][0] - refresh.first, rows[here][-1] + 1 - refresh.first)
             self.meter.take(refresh.meter)
             with self.meter.watch.span(moments.device):
-                failed = set(preconditioner.install(_part(state, here), renewed, moments[here]))
+                failed = set(preconditioner.install(_part(state, here), renewed, moments[here] * correction))
             for row in rows[here]:
                 del self.pending[row]
             self._note_refresh(rows[here], failed, what)
@@ -155,7 +166,7 @@ class BlockStack:
                 self._begin(rows[here], _part(state, here), step, preconditioner)
                 continue
             with self.meter.refreshing(moments.device):
-                failed = set(preconditioner.refresh(_part(state, here), step, moments[here]))
+                failed = set(preconditioner.refresh(_part(state, here), step, moments[here] * correction))
             self._note_refresh(rows[here], failed, what)
 
     def _begin(self, rows: range, state: dict[str, Tensor], step: int, preconditioner: Preconditioner) -> None:

@@ -34,12 +34,20 @@ class Verdict:
 
     def clean_(self, gradients: Sequence[Tensor]) -> None:
         """Zero the gradients of a rejected step in place."""
+        if self._accepted_on_host():
+            return
         for gradient in gradients:
             gradient.masked_fill_(self._flag, 0.0)
 
     def cleaned(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients, zero where the step is rejected."""
+        """The gradients, zero where the step is rejected; on the CPU those of an accepted one are the same tensors."""
+        if self._accepted_on_host():
+            return list(gradients)
         return [g.masked_fill(self._flag, 0.0) for g in gradients]
+
+    def _accepted_on_host(self) -> bool:
+        """On the CPU nothing waits for a read of the flag, and a mask costs as much as the update itself."""
+        return self._flag.device.type == "cpu" and not self.rejected
 
     def keep(self, decay: float) -> Tensor:
         """``decay``, or 1 where the step is rejected, as a 0-d tensor."""
@@ -53,6 +61,12 @@ class Verdict:
         if self._flag.device.type != "cpu":
             return None
         return 1.0 if self.rejected else decay
+
+    def scale_number(self, factor: float | Tensor) -> float | None:
+        """What `scale` gives, as a number; None where reading it would wait."""
+        if self._flag.device.type != "cpu" or (isinstance(factor, Tensor) and factor.device.type != "cpu"):
+            return None
+        return 0.0 if self.rejected else float(factor)
 
     def scale(self, factor: float | Tensor) -> Tensor:
         """``factor``, or 0 where the step is rejected, as a 0-d tensor."""

@@ -118,7 +118,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("root_dtype", "fp32", DTYPE),
     ("root_dtype", None, DTYPE),
     ("communication_dtype", "int8", DTYPE),
-    ("bucket_mb", -1, NUMBER),
+    ("bucket_mb", -1, "null or a number >= 0"),
+    ("bucket_mb", "auto", "null or a number >= 0"),
     ("master_weights", "no", FLAG),
     ("stochastic_rounding", 1, FLAG),
     ("stochastic_rounding", True, "true only together with master_weights = false"),
@@ -293,7 +294,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "master_weights": st.just(False),
     "stochastic_rounding": st.booleans(),
     "communication_dtype": st.none() | dtypes,
-    "bucket_mb": numbers,
+    "bucket_mb": st.none() | numbers,
     "failure_limit": counts,
 }
 

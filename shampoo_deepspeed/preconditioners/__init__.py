@@ -48,8 +48,8 @@ class Preconditioner(Protocol):
         ...
 
     def apply(self, state: dict[str, Tensor], gradients: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
-        """The preconditioned direction of first moments [B, *shape]; rows that were never refreshed give anything
-        finite. Called once in each step from the first refresh on."""
+        """The preconditioned direction of first moments [B, *shape], linear in them, as a new tensor; rows that were
+        never refreshed give anything finite. Called once in each step from the first refresh on."""
         ...
 
 

@@ -1,9 +1,13 @@
-"""Modes of stacked blocks: unfoldings, and products along one mode."""
+"""Modes of stacked blocks: unfoldings, products along one mode, and products of an unfolding with itself."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+# Rows of a strip of a symmetric product on the CPU, and strips at most: measured best from 128 to 1024 rows. Strips of
+# lower triangles alone have 3/4 of the multiplications with two strips, 9/16 with eight.
+STRIP, STRIPS = 64, 8
 
 
 def unfold(stack: Tensor, mode: int) -> Tensor:
@@ -30,3 +34,22 @@ def multiply(stack: Tensor, matrices: Tensor, mode: int) -> Tensor:
         flat = stack.reshape(stack.shape[0], -1, stack.shape[-1])
         return torch.bmm(flat, matrices.mT).view(stack.shape)
     return fold(torch.bmm(matrices, unfold(stack, mode)), stack.shape, mode)
+
+
+def add_gram_(factors: Tensor, unfolded: Tensor, decay: float, weight: float) -> None:
+    """A <- decay * A + weight * XX' in place, for A [B, d, d] and X [B, d, n] of one dtype.
+
+    Only the lower triangles are defined; what lies above them may be old (see ``symmetric``).
+    """
+    d = factors.shape[-1]
+    strips = min(STRIPS, d // STRIP) if factors.device.type == "cpu" else 1
+    width = -(-d // max(1, strips))
+    for begin in range(0, d, width):
+        end = min(d, begin + width)
+        rows = factors[:, begin:end, :end]
+        rows.baddbmm_(unfolded[:, begin:end], unfolded[:, :end].mT, beta=decay, alpha=weight)
+
+
+def symmetric(matrices: Tensor) -> Tensor:
+    """The symmetric matrices [B, d, d] with these lower triangles, as new tensors."""
+    return matrices.tril() + matrices.tril(-1).mT

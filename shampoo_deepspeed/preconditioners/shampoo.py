@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.config import DTYPES, ShampooConfig
 from shampoo_deepspeed.eigenbases import kept_or_new, root_from_basis
-from shampoo_deepspeed.preconditioners.modes import multiply, unfold
+from shampoo_deepspeed.preconditioners.modes import add_gram_, multiply, symmetric, unfold
 from shampoo_deepspeed.preconditioners.renewed import Renewed
 from shampoo_deepspeed.roots import diagonal_root, inverse_root
 from shampoo_deepspeed.verdict import Verdict
@@ -18,7 +18,8 @@ from shampoo_deepspeed.verdict import Verdict
 class ShampooPreconditioner:
     """Factor matrices A_i <- b2 A_i + (1 - b2) G_(i) G_(i)^T, applied as A_i^(-1/p) along mode i.
 
-    p is twice the number of modes that have a factor at all. A mode may have the diagonal of its factor only, or
+    Of each factor matrix only the lower triangle is defined; what lies above it may be old. p is twice the number of
+    modes that have a factor at all. A mode may have the diagonal of its factor only, or
     nothing (``ShampooConfig.sides``), which then is neither kept nor computed.
 
     With ``refresh_tolerance`` eigenbases are kept too. A refresh then computes a new one only where the factor matrix
@@ -69,7 +70,7 @@ class ShampooPreconditioner:
         if factor.ndim == 2:
             factor.mul_(decay).add_(unfolded.square().sum(dim=-1), alpha=weight)
         elif factor.dtype == unfolded.dtype:
-            factor.baddbmm_(unfolded, unfolded.mT, beta=decay, alpha=weight)
+            add_gram_(factor, unfolded, decay, weight)
         else:
             factor.mul_(decay).add_(torch.bmm(unfolded, unfolded.mT), alpha=weight)
 
@@ -95,7 +96,8 @@ class ShampooPreconditioner:
         """The factor matrices of a mode, wide enough to decompose and corrected for their zero start if asked."""
         factor = state[f"factor_{mode}"]
         corrected = self._bias_correction and self._beta2 < 1.0
-        return wide(factor) / (1.0 - self._beta2**step if corrected else 1.0)
+        whole = wide(factor) if factor.ndim == 2 else symmetric(wide(factor))
+        return whole / (1.0 - self._beta2**step if corrected else 1.0)
 
     def _renewed(
         self, state: dict[str, Tensor], mode: int, matrices: Tensor, root: float
@@ -115,7 +117,9 @@ class ShampooPreconditioner:
     def apply(self, state: dict[str, Tensor], gradients: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
         direction = moments.to(torch.promote_types(moments.dtype, self._root_dtype))
         for mode in modes_of(state):
-            direction = multiply(direction, state[f"root_{mode}"], mode)
+            root = state[f"root_{mode}"]
+            # It is symmetric, and the CPU's products are faster with it transposed.
+            direction = multiply(direction, root if root.ndim == 2 else root.mT, mode)
         return direction.to(moments.dtype)
 
 

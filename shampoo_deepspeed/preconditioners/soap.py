@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.config import DTYPES, ShampooConfig
 from shampoo_deepspeed.eigenbases import eigenbasis, good_enough, known, non_finite, power_step
-from shampoo_deepspeed.preconditioners.modes import multiply
+from shampoo_deepspeed.preconditioners.modes import multiply, symmetric
 from shampoo_deepspeed.preconditioners.renewed import Renewed
 from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner, modes_of, wide, write
 from shampoo_deepspeed.verdict import Verdict
@@ -101,7 +101,7 @@ class SOAPPreconditioner:
     def _renewed_basis(self, state: dict[str, Tensor], mode: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
         """One mode's bases, for first ones the eigenvalues over their sum, for known ones the old columns' places and
         which [B] took a step, and the rows that failed."""
-        matrices = wide(state[f"factor_{mode}"])
+        matrices = symmetric(wide(state[f"factor_{mode}"]))
         bases = state[f"basis_{mode}"].to(matrices.dtype, copy=True)
         count, d = bases.shape[:2]
         values = bases.new_zeros(count, d)
