@@ -159,6 +159,7 @@ def _table(made: Estimate) -> list[str]:
         "factor": "factor matrices",
         "root": "inverse roots",
         "exp_avg": "first moment",
+        "rotated_exp_avg": "first moment, rotated",
         "second_moment": "second moment",
     }
     rows = [("per rank", "mean", "largest")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from shampoo_deepspeed import grafting
 from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.metrics import RefreshMeter
 from shampoo_deepspeed.preconditioners import Preconditioner, build
+from shampoo_deepspeed.preconditioners.renewed import Renewed
 from shampoo_deepspeed.refresh import due_staggered
 from shampoo_deepspeed.verdict import Verdict
 from shampoo_deepspeed.worker import Refresh
@@ -49,9 +50,10 @@ class BlockStack:
         self.phases = phases
         self.shape = shape
         count = len(self.keys)
-        self.tensors = build(config).new_state(count, shape, device, dtype)
+        preconditioner = build(config)
+        self.tensors = preconditioner.new_state(count, shape, device, dtype)
         if config.betas[0] != 0.0:
-            self.tensors["exp_avg"] = torch.zeros(count, *shape, dtype=dtype, device=device)
+            self.tensors[preconditioner.first_moment] = torch.zeros(count, *shape, dtype=dtype, device=device)
         if grafting.has_second_moment(config.warm_method):
             self.tensors["second_moment"] = torch.zeros(count, *shape, dtype=dtype, device=device)
         self.refreshed = [False] * count
@@ -95,79 +97,100 @@ class BlockStack:
         preconditioner = build(config)
         self._await_background(rows, state, step, preconditioner)
         preconditioner.accumulate(state, gradients, verdict)
-        moments, correction, graft = self._moments(state, gradients, step, config, verdict)
-        self._refresh(rows, state, moments, correction, step, config, verdict)
-        ready = [self.refreshed[row] for row in rows]
-        if not any(ready):
-            warm, factor = graft()
-            return warm * factor
-        direction = preconditioner.apply(state, gradients, moments, verdict)
-        if config.grafting_method == "none":
-            direction.mul_(correction)
-        else:
-            warm, factor = graft()
-            direction.mul_(_ratio(block_norms(warm) * factor, block_norms(direction)))
-        if all(ready):
-            return direction
-        mask = torch.tensor(ready, device=direction.device).view(-1, *[1] * len(self.shape))
-        warm, factor = graft()
-        return torch.where(mask, direction, warm * factor)
+        installed = self._refresh(rows, state, step, config, verdict)
+        if not installed and len({self.refreshed[row] for row in rows}) == 1:
+            return self._directions(rows, state, gradients, None, step, config, verdict)
+        for here, renewed in self._alike(rows, installed):
+            part = _part(state, here)
+            gradients[here] = self._directions(rows[here], part, gradients[here], renewed, step, config, verdict)
+        return gradients
 
-    def _moments(
-        self, state: dict[str, Tensor], gradients: Tensor, step: int, config: ShampooConfig, verdict: Verdict
-    ) -> tuple[Tensor, float, Callable[[], tuple[Tensor, float]]]:
-        """Steps 4 and 5: update both moments; gives M and a factor that it lacks, and what computes the grafting
-        direction and a factor that it lacks."""
-        method, beta2 = config.warm_method, config.second_moment_beta
+    def _alike(self, rows: range, installed: Sequence[tuple[slice, Renewed]]) -> Iterator[tuple[slice, Renewed | None]]:
+        """Neighbours among these rows that are preconditioned or not so far, and what was just installed for them."""
+        number_of = {n: number for number, (here, _) in enumerate(installed) for n in range(here.start, here.stop)}
+
+        def kind(place: int) -> tuple[bool, int | None]:
+            return self.refreshed[rows[place]], number_of.get(place)
+
+        for (_, number), places in itertools.groupby(range(len(rows)), kind):
+            found = list(places)
+            here = slice(found[0], found[-1] + 1)
+            if number is None:
+                yield here, None
+            else:
+                whole, renewed = installed[number]
+                yield here, renewed.rows(here.start - whole.start, here.stop - whole.start)
+
+    def _directions(
+        self,
+        rows: range,
+        state: dict[str, Tensor],
+        gradients: Tensor,
+        renewed: Renewed | None,
+        step: int,
+        config: ShampooConfig,
+        verdict: Verdict,
+    ) -> Tensor:
+        """Steps 4 to 6 for rows that are all preconditioned, or all not yet."""
+        preconditioner, method, beta2 = build(config), config.warm_method, config.second_moment_beta
         second = [state["second_moment"]] if "second_moment" in state else []
         own = gradients
         if second and grafting.is_normalized(method):
             own = grafting.normalized(gradients, block_norms(gradients))
         grafting.accumulate(method, second, [own], beta2, verdict)
-        first = [state["exp_avg"]] if "exp_avg" in state else []
-        beta1 = config.betas[0] if first else 0.0
+        ready = self.refreshed[rows[0]]
+        seen = preconditioner.enter(state, gradients) if ready else gradients
+        kept = [state[preconditioner.first_moment]] if config.betas[0] else []
         corrected = config.use_bias_correction
-        moments, correction = grafting.first_moment(first, [gradients], beta1, step, corrected, verdict, config.beta3)
-
-        def graft() -> tuple[Tensor, float]:
-            made, factor = grafting.direction(method, moments, second, step, beta2, config.eps)
-            return made[0], factor * correction
-
-        return moments[0], correction, graft
+        (moments,), lacking = grafting.first_moment(
+            kept, [seen], config.betas[0], step, corrected, verdict, config.beta3
+        )  # what a moment or a direction lacks is one number, multiplied in last, as each pass over a block costs
+        if not ready:
+            (warm,), factor = grafting.direction(method, [moments], second, step, beta2, config.eps)
+            return warm * (factor * lacking)
+        if renewed is not None:
+            preconditioner.settle(state, renewed, moments * lacking)
+        direction = preconditioner.apply(state, seen, moments, verdict)
+        if config.grafting_method == "none":
+            return direction.mul_(lacking)
+        moments = preconditioner.leave(state, moments)
+        (warm,), factor = grafting.direction(method, [moments], second, step, beta2, config.eps)
+        return direction.mul_(_ratio(block_norms(warm) * (factor * lacking), block_norms(direction)))
 
     def _refresh(
-        self,
-        rows: range,
-        state: dict[str, Tensor],
-        moments: Tensor,
-        correction: float,
-        step: int,
-        config: ShampooConfig,
-        verdict: Verdict,
-    ) -> None:
-        """Step 3 of the rule: install what was computed in the background, and refresh what is due."""
+        self, rows: range, state: dict[str, Tensor], step: int, config: ShampooConfig, verdict: Verdict
+    ) -> list[tuple[slice, Renewed]]:
+        """Step 3 of the rule: install what was computed in the background, and refresh what is due.
+
+        Gives what was installed, and for which of the rows.
+        """
         preconditioner = build(config)
         what = "eigenbasis" if config.preconditioner == "soap" else "inverse root"
         waiting, due = list(self._waiting(rows)), self._due(rows, step, config)
         # A refresh waits for the device anyway, so here the host may as well read the verdict.
         if (not waiting and not due) or verdict.rejected:
-            return
+            return []
+        installed = []
         for here, refresh in waiting:
             assert refresh is not None
             renewed = refresh.result().rows(rows[here][0] - refresh.first, rows[here][-1] + 1 - refresh.first)
             self.meter.take(refresh.meter)
-            with self.meter.watch.span(moments.device):
-                failed = set(preconditioner.install(_part(state, here), renewed, moments[here] * correction))
+            with self.meter.watch.span(next(iter(state.values())).device):
+                failed = set(preconditioner.install(_part(state, here), renewed))
             for row in rows[here]:
                 del self.pending[row]
             self._note_refresh(rows[here], failed, what)
+            installed.append((here, renewed))
         for here in due:
             if config.refresh == "background":
                 self._begin(rows[here], _part(state, here), step, preconditioner)
                 continue
-            with self.meter.refreshing(moments.device):
-                failed = set(preconditioner.refresh(_part(state, here), step, moments[here] * correction))
+            with self.meter.refreshing(next(iter(state.values())).device):
+                renewed = preconditioner.compute(_part(state, here), step)
+                failed = set(preconditioner.install(_part(state, here), renewed))
             self._note_refresh(rows[here], failed, what)
+            installed.append((here, renewed))
+        return installed
 
     def _begin(self, rows: range, state: dict[str, Tensor], step: int, preconditioner: Preconditioner) -> None:
         """Compute in the background; the state stays as it is until these rows' next step, which waits for it."""

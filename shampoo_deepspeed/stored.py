@@ -29,7 +29,7 @@ from shampoo_deepspeed.stacks import BlockStack
 from shampoo_deepspeed.storage import Item, StorageError, Store, Wanted
 from shampoo_deepspeed.unit import Unit
 
-MOMENTS = ("exp_avg", "second_moment", "rotated_second_moment", "momentum")
+MOMENTS = ("exp_avg", "rotated_exp_avg", "second_moment", "rotated_second_moment", "momentum")
 _NUMBERED = re.compile(r"(.+)@[0-9]*", re.DOTALL)
 # Not a tensor of the stack: 1 where the block was refreshed plus 2 where a refresh is pending, and how often its roots
 # failed in a row.

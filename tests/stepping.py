@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.preconditioners import Preconditioner
 from tests.zoo import gradients, make_batch
 
 # Blocks smaller than the parameters, and a refresh that a few steps cross. All blocks refresh together, so that what
@@ -53,6 +54,14 @@ def drive(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: Ite
         for number, p in enumerate(params):
             p.grad = made_up(p, step, salt + number)
         optimizer.step()
+
+
+def refresh(preconditioner: Preconditioner, state: dict[str, Tensor], step: int, moments: Tensor) -> list[int]:
+    """A whole refresh as a stack does it; gives the rows that failed."""
+    renewed = preconditioner.compute(state, step)
+    failed = preconditioner.install(state, renewed)
+    preconditioner.settle(state, renewed, moments)
+    return failed
 
 
 def snapshot(params: Iterable[Tensor]) -> list[Tensor]:

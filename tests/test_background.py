@@ -276,6 +276,8 @@ def test_an_error_on_the_thread_is_raised_by_the_step_that_needs_it(monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(ShampooPreconditioner, "compute", broken)
         drive(optimizer, params, [FREQUENCY - 1])
+        with pytest.raises(ZeroDivisionError):  # the thread must have been there before the patch ends
+            finish(optimizer)
     for _ in range(2):
         values = snapshot(params)
         with pytest.raises(ZeroDivisionError, match="on the thread"):

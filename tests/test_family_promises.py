@@ -16,7 +16,7 @@ from shampoo_deepspeed import Shampoo, ShampooConfig
 from shampoo_deepspeed.config import PRECONDITIONERS
 from shampoo_deepspeed.preconditioners import build
 from shampoo_deepspeed.verdict import Verdict
-from tests.stepping import drive, made_up, parameter, same_bits, shampoo, snapshot
+from tests.stepping import drive, made_up, parameter, refresh, same_bits, shampoo, snapshot
 from tests.zoo import relative_error
 
 F64 = torch.float64
@@ -56,9 +56,10 @@ def test_signs_and_order_of_eigenvectors_mean_nothing_between_soaps_refreshes(op
         g = made_up(torch.empty(2, *shape, dtype=F64), step)
         preconditioner.accumulate(state, g, ACCEPTED)
         if step in (3, 6):
-            assert preconditioner.refresh(state, step, g) == []
+            assert refresh(preconditioner, state, step, g) == []
         if step >= 3:
-            preconditioner.apply(state, g, g, ACCEPTED)
+            seen = preconditioner.enter(state, g)
+            preconditioner.apply(state, seen, seen, ACCEPTED)
     other = {name: tensor.clone() for name, tensor in state.items()}
     for mode, d in enumerate(shape):
         order = torch.randperm(d, generator=torch.Generator().manual_seed(mode))
@@ -67,8 +68,11 @@ def test_signs_and_order_of_eigenvectors_mean_nothing_between_soaps_refreshes(op
         other["rotated_second_moment"] = other["rotated_second_moment"].index_select(mode + 1, order)
     for step in range(7, 12):
         g, m = (made_up(torch.empty(2, *shape, dtype=F64), step, salt) for salt in (0, 1))
-        expected = preconditioner.apply(state, g, m, ACCEPTED)
-        assert relative_error(preconditioner.apply(other, g, m, ACCEPTED), expected) < 1e-12
+        directions = [
+            preconditioner.apply(kept, preconditioner.enter(kept, g), preconditioner.enter(kept, m), ACCEPTED)
+            for kept in (state, other)
+        ]
+        assert relative_error(directions[1], directions[0]) < 1e-12
 
 
 @pytest.mark.parametrize("preconditioner", ["shampoo", "kl_shampoo"])
@@ -126,7 +130,7 @@ def test_kl_shampoo_finds_the_covariance_of_kronecker_gradients() -> None:
         g = roots[0] @ torch.randn(1, 5, 3, generator=generator, dtype=F64) @ roots[1].T
         preconditioner.accumulate(state, g, ACCEPTED)
         if step % 10 == 0:
-            assert preconditioner.refresh(state, step, g) == []
+            assert refresh(preconditioner, state, step, g) == []
     product = state["scale"] * torch.kron(state["root_0"][0], state["root_1"][0])
     whitened = product @ torch.kron(a, b) @ product.T
     assert (torch.linalg.eigvalsh(whitened) - 1.0).abs().max() < 0.35
@@ -228,12 +232,13 @@ def test_a_block_whose_refresh_fails_keeps_all_that_is_applied(
         before = {name: tensor.clone() for name, tensor in state.items()}
         if step in (1, 4):
             state["factor_1"][0] = spoiled
-        assert made.refresh(state, step, g) == ([0] if step in (1, 4) else [])
+        assert refresh(made, state, step, g) == ([0] if step in (1, 4) else [])
         changed = {name for name, tensor in state.items() if not torch.equal(tensor[0], before[name][0])}
         assert changed <= {"factor_1"} if step in (1, 4) else changed
         assert any(not torch.equal(tensor[1], before[name][1]) for name, tensor in state.items())
         state["factor_1"].copy_(before["factor_1"])
-        assert torch.isfinite(made.apply(state, g, g, verdict)).all()
+        seen = made.enter(state, g)
+        assert torch.isfinite(made.apply(state, seen, seen, verdict)).all()
 
 
 @pytest.mark.parametrize("preconditioner", ["soap", "kl_shampoo"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from shampoo_deepspeed import Shampoo, ShampooConfig
 from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner
 from shampoo_deepspeed.roots import inverse_root, regularised
-from tests.stepping import drive, parameter, same_bits, shampoo, snapshot
+from tests.stepping import drive, parameter, refresh, same_bits, shampoo, snapshot
 from tests.zoo import relative_error
 
 F64 = torch.float64
@@ -205,7 +205,7 @@ def test_a_block_of_which_one_mode_fails_keeps_all_its_roots() -> None:
         state[f"factor_{mode}"].copy_(torch.eye(d))
         state[f"root_{mode}"].fill_(7.0)
     state["factor_1"][0] = math.nan
-    assert preconditioner.refresh(state, 10, torch.zeros(2, 3, 4)) == [0]
+    assert refresh(preconditioner, state, 10, torch.zeros(2, 3, 4)) == [0]
     for mode, d in enumerate((3, 4)):
         assert (state[f"root_{mode}"][0] == 7.0).all()
         torch.testing.assert_close(state[f"root_{mode}"][1], torch.eye(d), rtol=1e-5, atol=1e-5)

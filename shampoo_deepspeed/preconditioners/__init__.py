@@ -19,8 +19,11 @@ from shampoo_deepspeed.verdict import Verdict
 class Preconditioner(Protocol):
     """Mathematics of a stack of equal blocks. Stateless: all state is in the dict that each method gets.
 
-    ``state`` maps names to tensors with the block as first dim; methods change them in place.
+    ``state`` maps names to tensors with the block as first dim; methods change them in place. ``first_moment`` is the
+    name under which it holds the first moments, where there are any; the step of a stack updates them.
     """
+
+    first_moment: str
 
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
@@ -32,24 +35,29 @@ class Preconditioner(Protocol):
         """Take the gradients [B, *shape] of one step into the statistics."""
         ...
 
-    def refresh(self, state: dict[str, Tensor], step: int, moments: Tensor) -> list[int]:
-        """Recompute what is applied from the statistics: ``compute`` and ``install`` in one."""
-        ...
-
     def compute(self, state: dict[str, Tensor], step: int) -> Renewed:
         """The part of a refresh that takes long: reads factor matrices and bases and changes nothing."""
         ...
 
-    def install(self, state: dict[str, Tensor], renewed: Renewed, moments: Tensor) -> list[int]:
-        """The rest of it; gives the rows that failed and were left as they were.
-
-        ``moments`` [B, *shape] are the first moments that will be applied in this step.
-        """
+    def install(self, state: dict[str, Tensor], renewed: Renewed) -> list[int]:
+        """The rest of it; gives the rows that failed and were left as they were."""
         ...
 
-    def apply(self, state: dict[str, Tensor], gradients: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
-        """The preconditioned direction of first moments [B, *shape], linear in them, as a new tensor; rows that were
-        never refreshed give anything finite. Called once in each step from the first refresh on."""
+    def enter(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
+        """Gradients as the first moment takes them in, from a block's first refresh on; until then as they are."""
+        ...
+
+    def settle(self, state: dict[str, Tensor], renewed: Renewed, moments: Tensor) -> None:
+        """What a refresh leaves to do when the first moments [B, *shape] of its step are there, corrected."""
+        ...
+
+    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
+        """The preconditioned direction of first moments [B, *shape], linear in them, as a new tensor. ``entered`` are
+        the gradients that ``enter`` gave. Called once in each step of blocks that have been refreshed."""
+        ...
+
+    def leave(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
+        """First moments as those of the gradients themselves, undoing ``enter``."""
         ...
 
 

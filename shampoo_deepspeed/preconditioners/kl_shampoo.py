@@ -70,6 +70,6 @@ class KLShampooPreconditioner(ShampooPreconditioner):
             failed.update(wrong)
         return Renewed({**renewed, "scale": scale}, frozenset(failed))
 
-    def apply(self, state: dict[str, Tensor], gradients: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
-        direction = super().apply(state, gradients, moments, verdict)
+    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
+        direction = super().apply(state, entered, moments, verdict)
         return direction * state["scale"].view(-1, *[1] * (moments.ndim - 1))

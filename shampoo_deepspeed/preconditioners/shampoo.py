@@ -26,6 +26,8 @@ class ShampooPreconditioner:
     has moved out of its basis, and takes the diagonal of Q'AQ for eigenvalues elsewhere (arXiv 2506.03595).
     """
 
+    first_moment = "exp_avg"
+
     def __init__(self, config: ShampooConfig) -> None:
         self._beta2 = config.betas[1]
         self._bias_correction = config.use_bias_correction
@@ -74,9 +76,6 @@ class ShampooPreconditioner:
         else:
             factor.mul_(decay).add_(torch.bmm(unfolded, unfolded.mT), alpha=weight)
 
-    def refresh(self, state: dict[str, Tensor], step: int, moments: Tensor) -> list[int]:
-        return self.install(state, self.compute(state, step), moments)
-
     def compute(self, state: dict[str, Tensor], step: int) -> Renewed:
         modes = modes_of(state)
         root = self._config.root(len(modes))
@@ -88,9 +87,18 @@ class ShampooPreconditioner:
             failed.update(wrong)
         return Renewed(renewed, frozenset(failed))
 
-    def install(self, state: dict[str, Tensor], renewed: Renewed, moments: Tensor) -> list[int]:
+    def install(self, state: dict[str, Tensor], renewed: Renewed) -> list[int]:
         write(state, renewed.tensors, renewed.failed)
         return sorted(renewed.failed)
+
+    def enter(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
+        return gradients
+
+    def settle(self, state: dict[str, Tensor], renewed: Renewed, moments: Tensor) -> None:
+        """Nothing: roots do not depend on moments."""
+
+    def leave(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
+        return moments
 
     def _corrected(self, state: dict[str, Tensor], mode: int, step: int) -> Tensor:
         """The factor matrices of a mode, wide enough to decompose and corrected for their zero start if asked."""
@@ -114,7 +122,7 @@ class ShampooPreconditioner:
         roots, overflown = root_from_basis(values, bases, root, self._epsilon, self._relative_epsilon)
         return {f"root_{mode}": roots, f"basis_{mode}": bases}, sorted({*failed, *overflown})
 
-    def apply(self, state: dict[str, Tensor], gradients: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
+    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
         direction = moments.to(torch.promote_types(moments.dtype, self._root_dtype))
         for mode in modes_of(state):
             root = state[f"root_{mode}"]

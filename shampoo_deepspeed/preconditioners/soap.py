@@ -16,8 +16,9 @@ from shampoo_deepspeed.verdict import Verdict
 class SOAPPreconditioner:
     """Direction Q (Q'M / (sqrt(v) + eps)), where v is the mean square of the rotated gradient Q'G.
 
-    Factor matrices A_i are Shampoo's, Q_i their eigenbases, and ' multiplies along every mode. The first moment M is
-    kept in the original basis and rotated at every step, so that it never grows stale. The rule where the paper's
+    Factor matrices A_i are Shampoo's, Q_i their eigenbases, and ' multiplies along every mode. The first moment is kept
+    as Q'M, which takes the rotated gradient in at every step and is turned when a basis moves: the paper's M in the
+    original basis, without two products for each mode and step. The rule where the paper's
     own steps would be too long, or need what is not there yet:
 
     - First refresh (at the start step; before it the element-wise or grafting direction is taken): Q_i by
@@ -33,6 +34,8 @@ class SOAPPreconditioner:
     - sqrt(v) + eps gets ``relative_epsilon`` times the block's largest sqrt(v) on top: with an exactly null direction
       both M and v are rounding noise there, and eps as an absolute number fits no scale.
     """
+
+    first_moment = "rotated_exp_avg"
 
     def __init__(self, config: ShampooConfig) -> None:
         self._beta2 = config.betas[1]
@@ -61,9 +64,6 @@ class SOAPPreconditioner:
     def accumulate(self, state: dict[str, Tensor], gradients: Tensor, verdict: Verdict) -> None:
         self._factors.accumulate(state, gradients, verdict)
 
-    def refresh(self, state: dict[str, Tensor], step: int, moments: Tensor) -> list[int]:
-        return self.install(state, self.compute(state, step), moments)
-
     def compute(self, state: dict[str, Tensor], step: int) -> Renewed:
         """Bases, and of what the second moment begins with or how its columns move."""
         first = ~known(state["basis_0"])
@@ -80,10 +80,11 @@ class SOAPPreconditioner:
         renewed |= {"first": first, "moved": moved, "first_weight": weight, "trace": trace}
         return Renewed(renewed, frozenset(failed))
 
-    def install(self, state: dict[str, Tensor], renewed: Renewed, moments: Tensor) -> list[int]:
-        """The second moment is that of now, which may have seen gradients since; the floor is by these moments."""
-        found, rows = renewed.tensors, (-1, *[1] * (moments.ndim - 1))
+    def install(self, state: dict[str, Tensor], renewed: Renewed) -> list[int]:
+        """The second moment is that of now, which may have seen gradients since."""
+        found = renewed.tensors
         second = state["rotated_second_moment"].clone()
+        rows = (-1, *[1] * (second.ndim - 1))
         seed = torch.ones_like(second)
         for mode in modes_of(state):
             along = [-1, *[d if n == mode else 1 for n, d in enumerate(second.shape[1:])]]
@@ -92,11 +93,29 @@ class SOAPPreconditioner:
             second = second.gather(mode + 1, columns.expand_as(second))
         weight = torch.where(found["first"], found["first_weight"], state["rotated_weight"])
         second = torch.where(found["first"].view(rows), (found["trace"] * weight).view(rows) * seed, second)
-        write(state, {f"basis_{mode}": found[f"basis_{mode}"] for mode in modes_of(state)}, renewed.failed)
-        floor = weight.view(rows) * self._rotated(state, moments).square().to(second.dtype)
-        second = torch.where(found["moved"].view(rows), torch.maximum(second, floor), second)
-        write(state, {"rotated_second_moment": second, "rotated_weight": weight}, renewed.failed)
+        changed = {"rotated_second_moment": second, "rotated_weight": weight}
+        bases = {f"basis_{mode}": found[f"basis_{mode}"] for mode in modes_of(state)}
+        if self.first_moment in state:
+            kept = state[self.first_moment]
+            plain = torch.where(found["first"].view(rows), kept, self._rotated(state, kept, back=True).to(kept.dtype))
+            turned = self._rotated(bases, plain).to(kept.dtype)
+            changed[self.first_moment] = torch.where(found["moved"].view(rows), turned, kept)
+        write(state, {**bases, **changed}, renewed.failed)
         return sorted(renewed.failed)
+
+    def settle(self, state: dict[str, Tensor], renewed: Renewed, moments: Tensor) -> None:
+        """The floor under the second moment, where the basis moved."""
+        rows = (-1, *[1] * (moments.ndim - 1))
+        second = state["rotated_second_moment"]
+        floor = state["rotated_weight"].view(rows) * moments.square().to(second.dtype)
+        floored = torch.where(renewed.tensors["moved"].view(rows), torch.maximum(second, floor), second)
+        write(state, {"rotated_second_moment": floored}, renewed.failed)
+
+    def enter(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
+        return self._rotated(state, gradients).to(gradients.dtype)
+
+    def leave(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
+        return self._rotated(state, moments, back=True).to(moments.dtype)
 
     def _renewed_basis(self, state: dict[str, Tensor], mode: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
         """One mode's bases, for first ones the eigenvalues over their sum, for known ones the old columns' places and
@@ -125,16 +144,15 @@ class SOAPPreconditioner:
         weight = float(step) if self._beta2 == 1.0 else 1.0 - self._beta2**step
         return wide(state["factor_0"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
 
-    def apply(self, state: dict[str, Tensor], gradients: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
+    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
         second, weight = state["rotated_second_moment"], state["rotated_weight"]
-        rotated = self._rotated(state, gradients).to(second.dtype)
-        second.mul_(verdict.keep(self._beta)).addcmul_(rotated, rotated, value=1.0 - self._beta)
+        second.mul_(verdict.keep(self._beta)).addcmul_(entered, entered, value=1.0 - self._beta)
         weight.mul_(verdict.keep(self._beta)).add_(verdict.scale(1.0 - self._beta))
         mean = second / weight.clamp_min(torch.finfo(weight.dtype).tiny).view(-1, *[1] * (second.ndim - 1))
-        roots = mean.sqrt() if self._root == 2.0 else mean.pow(1.0 / self._root)
+        roots = mean.sqrt_() if self._root == 2.0 else mean.pow_(1.0 / self._root)
         largest = roots.amax(dim=tuple(range(1, roots.ndim)), keepdim=True)
-        roots = roots + (self._eps + self._relative_epsilon * largest)
-        direction = torch.where(roots > 0, self._rotated(state, moments) / roots, 0.0)
+        roots.add_(largest.mul_(self._relative_epsilon).add_(self._eps))
+        direction = torch.where(roots > 0, moments / roots, 0.0)
         return self._rotated(state, direction, back=True).to(moments.dtype)
 
     def _rotated(self, state: dict[str, Tensor], stack: Tensor, back: bool = False) -> Tensor:

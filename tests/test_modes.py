@@ -1,0 +1,57 @@
+"""Products along modes, and the halves of symmetric products that the CPU computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from shampoo_deepspeed import ShampooConfig
+from shampoo_deepspeed.preconditioners.modes import STRIP, add_gram_, symmetric
+from shampoo_deepspeed.stacks import BlockStack
+from shampoo_deepspeed.verdict import Verdict
+from tests.reference import Options, Reference, new_block
+from tests.stepping import made_up
+from tests.zoo import relative_error
+
+F64 = torch.float64
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("d", [1, 7, STRIP - 1, STRIP, 2 * STRIP - 1, 2 * STRIP, 2 * STRIP + 1, 3 * STRIP + 5, 600])
+def test_lower_triangles_of_symmetric_products(d: int, transposed: bool, decay: float) -> None:
+    """What lies above them is never read."""
+    x = made_up(torch.empty(2, 9, d, dtype=F64), 0).mT if transposed else made_up(torch.empty(2, d, 9, dtype=F64), 0)
+    whole = made_up(torch.empty(2, d, d, dtype=F64), 1)
+    whole = whole + whole.mT
+    half = whole.tril() + torch.full_like(whole, 1e9).triu(1)
+    add_gram_(half, x, decay, 0.3)
+    torch.testing.assert_close(symmetric(half), decay * whole + 0.3 * x @ x.mT, rtol=1e-12, atol=1e-12)
+
+
+def test_fewer_multiplications_than_of_a_whole_product() -> None:
+    """Above the diagonal strips nothing is written."""
+    half = torch.zeros(1, 4 * STRIP, 4 * STRIP)
+    add_gram_(half, torch.ones(1, 4 * STRIP, 3), 1.0, 1.0)
+    assert half[0, : -STRIP, -STRIP:].count_nonzero() == 0
+    assert half.count_nonzero() == 10 * STRIP**2
+
+
+@pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
+@pytest.mark.parametrize("refresh", ["sync", "staggered", "background"])
+def test_blocks_with_strips_take_the_references_steps(preconditioner: str, refresh: str) -> None:
+    rule: dict[str, Any] = {"preconditioner": preconditioner, "precondition_frequency": 2, "refresh": refresh}
+    rule |= {"relative_epsilon": 1e-3, "betas": (0.9, 0.9)}
+    shape = (2 * STRIP + 3, 3 * STRIP)
+    config = ShampooConfig(factor_dtype="float64", root_dtype="float64", **rule)
+    stack = BlockStack(["a/0"], shape, config, torch.device("cpu"), F64)
+    block = new_block((...,), torch.zeros(shape, dtype=F64), Options(**rule))
+    mixing = [made_up(torch.empty(d, d, dtype=F64), 0, d) for d in shape]
+    for step in range(1, 8):  # full rank and well apart, so that eigenvectors are defined to the last digits
+        g = mixing[0] @ made_up(torch.empty(shape, dtype=F64), step) @ mixing[1]
+        (found,) = stack.step(0, g[None].clone(), [step], config, Verdict(torch.tensor(False), F64))
+        assert relative_error(found, Reference.step_block(block, g, step, Options(**rule))) < 1e-8, step
+    for mode, factor in block.factors.items():
+        assert relative_error(symmetric(stack.tensors[f"factor_{mode}"])[0], factor) < 1e-9
