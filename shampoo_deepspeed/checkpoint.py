@@ -33,7 +33,16 @@ from shampoo_deepspeed.unit import Treatment, treat
 logger = logging.getLogger("shampoo_deepspeed")
 
 # Options that say how and when ranks work, or which parameters are meant, not what their state looks like.
-_NOT_STORED = ("communication_dtype", "bucket_mb", "exclude", "no_decay", "refresh", "precondition_frequency")
+_NOT_STORED = (
+    "communication_dtype",
+    "apply_dtype",
+    "bucket_mb",
+    "overlap",
+    "exclude",
+    "no_decay",
+    "refresh",
+    "precondition_frequency",
+)
 
 
 @dataclass(frozen=True)

@@ -339,6 +339,7 @@ class ShampooConfig:
     one_sided: str | None = _option(None, _optional_one_of(*SIDES), "the only dim with a factor; null: all dims")
     batch_dims: int = _option(0, _small_int, "1: the first dim counts matrices of their own, as of stacked experts")
     split: tuple[int, ...] = _option((), _lengths, "lengths of the parts of a fused matrix, each with its own blocks")
+    statistics_frequency: int = _option(1, _positive_int, "steps between gradients in the factors; each counts for all")
     precondition_frequency: int = _option(10, _positive_int, "steps between two refreshes of roots or eigenbases")
     refresh_tolerance: float | None = _option(None, _optional_tolerance, "off-diagonal mass that a kept basis may have")
     refresh: str = _option(
@@ -369,12 +370,14 @@ class ShampooConfig:
     root_dtype: str = _option("float32", _dtype, "dtype of inverse roots and eigenbases")
     master_weights: bool = _option(True, _flag, "keep a float32 copy of 16-bit parameters that the host keeps none of")
     stochastic_rounding: bool = _option(False, _flag, "without master_weights: round bfloat16 parameters at random")
+    apply_dtype: str | None = _option(None, _optional_dtype, "dtype of products with roots or bases; null: the wider")
     communication_dtype: str | None = _option(None, _optional_dtype, "dtype between ranks; null: that of the moments")
     bucket_mb: float | None = _option(
         None,
         _optional_non_negative,
         "megabytes in a bucket, eight under way at once; null: a 16th of a rank's blocks, 2 to 16",
     )
+    overlap: bool = _option(True, _flag, "exchange while blocks are computed; false waits each time, to debug")
     failure_limit: int = _option(10, _positive_int, "rejected steps or failed roots in a row before an error")
 
     def __post_init__(self) -> None:
@@ -552,6 +555,19 @@ class ShampooConfig:
         """Whether refreshes are spread over the window."""
         return self.refresh in ("staggered", "background")
 
+    def takes_statistics(self, step: int) -> bool:
+        """Whether the gradient of this step (counted from 1) goes into the factor matrices."""
+        return (step - 1) % self.statistics_frequency == 0
+
+    def gradients_seen(self, step: int) -> int:
+        """How many gradients the factor matrices count as of this step: each taken one stands for a whole window."""
+        return self.statistics_frequency * (1 + (step - 1) // self.statistics_frequency)
+
+    def products(self, order: int) -> float:
+        """For each dim of a block of this order and step: products with a matrix of the size of its factor."""
+        statistics = float(order) if self.preconditioner == "kl_shampoo" else 1.0
+        return statistics / self.statistics_frequency + (2.0 if self.preconditioner == "soap" else 1.0)
+
     def refreshes_at(self, step: int) -> bool:
         """Whether inverse roots are recomputed at this step (counted from 1)."""
         return step >= self.start and (step == self.start or step % self.precondition_frequency == 0)
@@ -609,10 +625,11 @@ GROUP_ONLY = (
     "stochastic_rounding",
     "communication_dtype",
     "bucket_mb",
+    "overlap",
     "failure_limit",
 )
 # These shape what ranks exchange, so one optimizer has one value of each.
-GLOBAL_OPTIONS = ("communication_dtype", "bucket_mb", "failure_limit")
+GLOBAL_OPTIONS = ("communication_dtype", "bucket_mb", "overlap", "failure_limit")
 
 
 def canonical(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ class Matrix:
     """A preconditioned parameter: its merged shape, how it is cut into blocks, stack key (group) and refresh frequency.
 
     ``phases`` holds each block's refresh phase where refreshes are staggered; None where all happen together.
-    ``sides`` is what each dim has where that is not a factor matrix for all.
+    ``sides`` is what each dim has where that is not a factor matrix for all, ``products`` how many products with a
+    factor's size there are for each dim and step.
     """
 
     shape: tuple[int, ...]
@@ -40,13 +41,15 @@ class Matrix:
     frequency: int
     phases: tuple[int, ...] | None = None
     sides: tuple[Side, ...] | None = None
+    products: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
     """One block: its parameter (index into the matrices), its index there, its box, and its group.
 
-    ``cost`` is FLOPs a step with the refresh's share, ``refresh`` FLOPs of a refresh, ``phase`` when that is.
+    ``step`` is FLOPs of a step without refresh, ``refresh`` those of a refresh, ``cost`` a step with the refresh's
+    share, and ``phase`` when that is.
     """
 
     parameter: int
@@ -54,6 +57,7 @@ class Block:
     box: Box
     group: int
     cost: float
+    step: float
     refresh: float
     phase: int | None
 
@@ -83,8 +87,8 @@ class Transfers:
     directions_in: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
 
 
-def step_cost(lengths: Sequence[int], sides: Sequence[Side] | None = None) -> float:
-    """FLOPs of a block in a step without refresh: two products with its factors' size for each dim.
+def step_cost(lengths: Sequence[int], sides: Sequence[Side] | None = None, products: float = 2.0) -> float:
+    """FLOPs of a block in a step without refresh: so many products with its factors' size for each dim.
 
     A dim with a diagonal costs four operations for each element and one with nothing costs nothing. The element-wise
     part of a step counts too, so that no block is free.
@@ -92,7 +96,7 @@ def step_cost(lengths: Sequence[int], sides: Sequence[Side] | None = None) -> fl
     numel = math.prod(lengths)
     total = 4.0 * numel
     for n, side in zip(lengths, sides or ["matrix"] * len(lengths), strict=True):
-        total += {"matrix": 4.0 * n * numel, "diagonal": 4.0 * numel, "none": 0.0}[side]
+        total += {"matrix": 2.0 * products * n * numel, "diagonal": 4.0 * numel, "none": 0.0}[side]
     return total
 
 
@@ -156,11 +160,14 @@ class Plan:
             self._first.append(len(self.blocks))
             self._holders += found
             shapes = {held.box.lengths for held in found}
-            costs = {shape: (step_cost(shape, matrix.sides), refresh_cost(shape, matrix.sides)) for shape in shapes}
+            costs = {
+                shape: (step_cost(shape, matrix.sides, matrix.products), refresh_cost(shape, matrix.sides))
+                for shape in shapes
+            }
             for index, (held, phase) in enumerate(zip(found, phases, strict=True)):
                 step, refresh = costs[held.box.lengths]
                 cost = step + refresh / matrix.frequency
-                self.blocks.append(Block(number, index, held.box, matrix.group, cost, refresh, phase))
+                self.blocks.append(Block(number, index, held.box, matrix.group, cost, step, refresh, phase))
 
     def _owned_in_stack_order(self) -> list[list[int]]:
         """Each rank's blocks by stack, and within it by phase: a staggered refresh then works on a slice."""
@@ -282,7 +289,7 @@ class Plan:
         """Each rank's FLOPs in a step without refresh."""
         loads = [0.0] * self.world_size
         for block, owner in zip(self.blocks, self.owners, strict=True):
-            loads[owner] += step_cost(block.box.lengths)
+            loads[owner] += block.step
         return loads
 
     @cached_property

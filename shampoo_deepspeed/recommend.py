@@ -112,7 +112,7 @@ def recommend(
         needed = max(0.0, beside) + _owned_bytes(blocks, candidate, made.world_size)
         if needed > budget:
             continue
-        found = Recommendation(size, needed, _frequency(blocks, made, speed, overhead))
+        found = Recommendation(size, needed, _frequency(blocks, candidate, made, speed, overhead))
         if speed is None or fitting is None or found.frequency is not None:
             fitting = found
     return fitting
@@ -146,11 +146,16 @@ def _owned_bytes(blocks: Mapping[tuple[int, ...], int], config: ShampooConfig, r
 
 
 def _frequency(
-    blocks: Mapping[tuple[int, ...], int], made: Estimate, speed: Speed | None, overhead: float
+    blocks: Mapping[tuple[int, ...], int],
+    config: ShampooConfig,
+    made: Estimate,
+    speed: Speed | None,
+    overhead: float,
 ) -> int | None:
     if speed is None:
         return None
-    step = sum(step_cost(shape) * many for shape, many in blocks.items()) / made.world_size
+    costs = {shape: step_cost(shape, products=config.products(len(shape))) for shape in blocks}
+    step = sum(costs[shape] * many for shape, many in blocks.items()) / made.world_size
     refresh = sum(refresh_cost(shape) * many for shape, many in blocks.items()) / made.world_size
     nbytes = max((max(pair) for pair in zip(made.sent, made.received, strict=True)), default=0)
     for frequency in FREQUENCIES:

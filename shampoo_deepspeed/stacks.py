@@ -96,7 +96,8 @@ class BlockStack:
         state = {name: tensor[first : rows.stop] for name, tensor in self.tensors.items()}
         preconditioner = build(config)
         self._await_background(rows, state, step, preconditioner)
-        preconditioner.accumulate(state, gradients, verdict)
+        if config.takes_statistics(step):
+            preconditioner.accumulate(state, gradients, verdict)
         installed = self._refresh(rows, state, step, config, verdict)
         if not installed and len({self.refreshed[row] for row in rows}) == 1:
             return self._directions(rows, state, gradients, None, step, config, verdict)

@@ -49,10 +49,16 @@ class Options:
     batch_dims: int = 0
     split: tuple[int, ...] = ()
     rank_deficient: str = "shift"
+    statistics_frequency: int = 1
 
     @property
     def start(self) -> int:
         return self.precondition_frequency if self.start_preconditioning_step == -1 else self.start_preconditioning_step
+
+    def seen(self, t: int) -> int:
+        """Gradients that the factors count after step t: each that is taken stands for `statistics_frequency`."""
+        n = self.statistics_frequency
+        return n * len(range(1, t + 1, n))
 
     @property
     def graft(self) -> str:
@@ -276,7 +282,8 @@ class Reference:
     @classmethod
     def step_block(cls, block: Block, g: Tensor, t: int, o: Options) -> Tensor:
         """Steps 2 to 6 of the rule: the direction of one block in its step t."""
-        cls._factors(block, g, o)
+        if t in range(1, t + 1, o.statistics_frequency):
+            cls._factors(block, g, o)
         cls._second_moment(block, g, o)
         m = cls._first_moment(block, g, t, o)
         if block.seen is not None:  # in the background: from the factors of the last step, with the moments of this one
@@ -306,7 +313,8 @@ class Reference:
 
     @staticmethod
     def _factors(block: Block, g: Tensor, o: Options) -> None:
-        beta2 = o.betas[1]
+        n = o.statistics_frequency
+        beta2 = o.betas[1] ** n
         for dim, a in block.factors.items():
             x = g
             if o.preconditioner == "kl_shampoo":
@@ -315,12 +323,12 @@ class Reference:
                 x = x / (g.numel() / g.shape[dim]) ** 0.5
             unfolded = x.movedim(dim, 0).reshape(g.shape[dim], -1)
             outer = unfolded @ unfolded.T
-            a.mul_(beta2).add_(outer if a.ndim == 2 else outer.diagonal(), alpha=1.0 if beta2 == 1.0 else 1.0 - beta2)
+            a.mul_(beta2).add_(outer if a.ndim == 2 else outer.diagonal(), alpha=n if beta2 == 1.0 else 1.0 - beta2)
 
     @staticmethod
     def _roots(block: Block, t: int, o: Options, p: float) -> dict[int, Tensor]:
         correct = o.use_bias_correction and o.betas[1] != 1.0
-        scale = 1.0 - o.betas[1] ** t if correct else 1.0
+        scale = 1.0 - o.betas[1] ** o.seen(t) if correct else 1.0
         if o.refresh_tolerance is None:
             return {dim: inverse_root(a / scale, p, o) for dim, a in block.factors.items()}
         spectra = []
@@ -346,7 +354,7 @@ class Reference:
     def _refresh_kl(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
         """Roots of factors with a mean eigenvalue of 1; the geometric mean of the mean eigenvalues goes to scale."""
         correct = o.use_bias_correction and o.betas[1] != 1.0
-        seen = 1.0 - o.betas[1] ** t if correct else 1.0
+        seen = 1.0 - o.betas[1] ** o.seen(t) if correct else 1.0
         means = [a.trace().item() / len(a) / seen for a in block.factors.values()]
         means = [mean if mean > 0 else 1.0 for mean in means]
         block.roots = {dim: root * means[dim] ** 0.5 for dim, root in cls._roots(block, t, o, 2.0).items()}
@@ -363,7 +371,7 @@ class Reference:
         moved = not block.bases
         if not block.bases:
             block.weight = 1.0 - o.graft_beta2**t
-            seen = t if o.betas[1] == 1.0 else 1.0 - o.betas[1] ** t
+            seen = o.seen(t) if o.betas[1] == 1.0 else 1.0 - o.betas[1] ** o.seen(t)
             block.rotated = torch.full_like(m, block.weight * block.factors[0].trace().item() / seen)
             for dim, a in block.factors.items():
                 lam, q = torch.linalg.eigh(a)

@@ -60,6 +60,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("max_preconditioner_dim", True, COUNT),
     ("precondition_frequency", 0, COUNT),
     ("precondition_frequency", 2.5, COUNT),
+    ("statistics_frequency", 0, COUNT),
+    ("statistics_frequency", "auto", COUNT),
     ("refresh", "later", "one of sync, staggered, background"),
     ("refresh", True, "one of sync, staggered, background"),
     ("start_preconditioning_step", 0, "an integer >= precondition_frequency, or -1"),
@@ -117,12 +119,14 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("factor_dtype", torch.int64, "one of float32, float64"),
     ("root_dtype", "fp32", DTYPE),
     ("root_dtype", None, DTYPE),
+    ("apply_dtype", "fp8", DTYPE),
     ("communication_dtype", "int8", DTYPE),
     ("bucket_mb", -1, "null or a number >= 0"),
     ("bucket_mb", "auto", "null or a number >= 0"),
     ("master_weights", "no", FLAG),
     ("stochastic_rounding", 1, FLAG),
     ("stochastic_rounding", True, "true only together with master_weights = false"),
+    ("overlap", 0, FLAG),
     ("failure_limit", 0, COUNT),
 ]
 IDS = [f"{key}-{n}" for n, (key, _, _) in enumerate(BAD_VALUES)]
@@ -202,7 +206,7 @@ def test_a_misspelt_option_of_a_group_is_an_error_and_a_hosts_own_key_is_not() -
 
 @pytest.mark.parametrize("key", GLOBAL_OPTIONS)
 def test_what_all_groups_share_cannot_differ_in_one(key: str) -> None:
-    value = {"communication_dtype": "bfloat16", "bucket_mb": 1, "failure_limit": 3}[key]
+    value = {"communication_dtype": "bfloat16", "bucket_mb": 1, "overlap": False, "failure_limit": 3}[key]
     Shampoo([{"params": [parameter(3)], key: value}], **{key: value})
     with pytest.raises(OptionError, match=f"{key!r} = {value!r} in a parameter group.*all groups share one value"):
         Shampoo([{"params": [parameter(3)], key: value}])
@@ -275,6 +279,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "batch_dims": st.sampled_from([0, 1]),
     "split": st.sampled_from([(), (3, 4)]),
     "precondition_frequency": counts,
+    "statistics_frequency": counts,
     "refresh": st.sampled_from(["sync", "staggered", "background"]),
     "start_preconditioning_step": st.just(-1) | st.integers(10_000, 20_000),
     "grafting": st.none() | methods,
@@ -293,8 +298,10 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "root_dtype": dtypes,
     "master_weights": st.just(False),
     "stochastic_rounding": st.booleans(),
+    "apply_dtype": st.none() | dtypes,
     "communication_dtype": st.none() | dtypes,
     "bucket_mb": st.none() | numbers,
+    "overlap": st.booleans(),
     "failure_limit": counts,
 }
 

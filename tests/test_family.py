@@ -20,6 +20,8 @@ ACCEPTED = Verdict(torch.tensor(False), torch.float64)
 FLOAT64 = {"factor_dtype": "float64", "root_dtype": "float64"}
 # A basis of a factor with several null directions is not unique, so preconditioning starts when there are none left.
 BASE: dict[str, Any] = {"precondition_frequency": 3, "start_preconditioning_step": 8}
+EVERY_SECOND: dict[str, Any] = {"statistics_frequency": 2, "start_preconditioning_step": 12}
+EVERY_THIRD: dict[str, Any] = {"statistics_frequency": 3, "start_preconditioning_step": 17}
 
 SHAPES = [(5,), (6, 4), (4, 4), (3, 4, 2), (2, 3, 2, 3)]
 SOAP: dict[str, dict[str, Any]] = {
@@ -38,6 +40,8 @@ SOAP: dict[str, dict[str, Any]] = {
     "other_root": {"exponent_override": 4.0},
     "grafted": {"grafting": "rmsprop"},
     "warm_sgd": {"elementwise": "sgd"},
+    "statistics_every_third_step": {**EVERY_THIRD, "betas": (0.9, 0.9)},
+    "sums_every_second_step": {**EVERY_SECOND, "betas": (0.0, 1.0)},
 }
 KL: dict[str, dict[str, Any]] = {
     "staggered": {"refresh": "staggered"},
@@ -52,6 +56,7 @@ KL: dict[str, dict[str, Any]] = {
     "ungrafted": {"grafting": "none"},
     "graft_sgd": {"grafting": "sgd"},
     "large_epsilon": {"epsilon": 0.1, "relative_epsilon": 0.01},
+    "statistics_every_third_step": {**EVERY_THIRD, "betas": (0.9, 0.9)},
 }
 SHAMPOO: dict[str, dict[str, Any]] = {
     "tolerance": {"refresh_tolerance": 0.1},
@@ -59,6 +64,9 @@ SHAMPOO: dict[str, dict[str, Any]] = {
     "tolerance_of_zero": {"refresh_tolerance": 0.0},
     "background": {"refresh": "background"},
     "background_tolerance": {"refresh": "background", "refresh_tolerance": 0.1},
+    "statistics_every_third_step": {**EVERY_THIRD, "betas": (0.9, 0.9)},
+    "sums_every_second_step": {**EVERY_SECOND, "betas": (0.0, 1.0)},
+    "statistics_in_the_background": {**EVERY_SECOND, "refresh": "background"},
 }
 CASES = [
     pytest.param({"preconditioner": name, **options}, id=f"{name}-{key}")

@@ -30,6 +30,7 @@ class ShampooPreconditioner:
 
     def __init__(self, config: ShampooConfig) -> None:
         self._beta2 = config.betas[1]
+        self._decay = self._beta2**config.statistics_frequency
         self._bias_correction = config.use_bias_correction
         self._config = config
         self._epsilon = config.epsilon
@@ -37,6 +38,7 @@ class ShampooPreconditioner:
         self._tolerance = config.refresh_tolerance
         self._factor_dtype = DTYPES[config.factor_dtype]
         self._root_dtype = DTYPES[config.root_dtype]
+        self._apply_dtype = DTYPES[config.apply_dtype] if config.apply_dtype else None
 
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
@@ -62,12 +64,12 @@ class ShampooPreconditioner:
             self._add(state[f"factor_{mode}"], unfold(gradients, mode), verdict)
 
     def _add(self, factor: Tensor, unfolded: Tensor, verdict: Verdict) -> None:
-        """A <- b2 A + (1 - b2) XX', or A + XX' with b2 = 1."""
-        weight = 1.0 if self._beta2 == 1.0 else 1.0 - self._beta2
+        """A <- b A + (1 - b) XX', or A + n XX' with b2 = 1, where b = b2^n and X counts for n gradients."""
+        weight = float(self._config.statistics_frequency) if self._beta2 == 1.0 else 1.0 - self._decay
         unfolded = unfolded.to(torch.promote_types(factor.dtype, unfolded.dtype))
-        decay = verdict.keep_number(self._beta2)
+        decay = verdict.keep_number(self._decay)
         if decay is None:
-            factor.mul_(verdict.keep(self._beta2))
+            factor.mul_(verdict.keep(self._decay))
             decay = 1.0
         if factor.ndim == 2:
             factor.mul_(decay).add_(unfolded.square().sum(dim=-1), alpha=weight)
@@ -105,7 +107,7 @@ class ShampooPreconditioner:
         factor = state[f"factor_{mode}"]
         corrected = self._bias_correction and self._beta2 < 1.0
         whole = wide(factor) if factor.ndim == 2 else symmetric(wide(factor))
-        return whole / (1.0 - self._beta2**step if corrected else 1.0)
+        return whole / (1.0 - self._beta2 ** self._config.gradients_seen(step) if corrected else 1.0)
 
     def _renewed(
         self, state: dict[str, Tensor], mode: int, matrices: Tensor, root: float
@@ -123,7 +125,7 @@ class ShampooPreconditioner:
         return {f"root_{mode}": roots, f"basis_{mode}": bases}, sorted({*failed, *overflown})
 
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
-        direction = moments.to(torch.promote_types(moments.dtype, self._root_dtype))
+        direction = moments.to(self._apply_dtype or torch.promote_types(moments.dtype, self._root_dtype))
         for mode in modes_of(state):
             root = state[f"root_{mode}"]
             # It is symmetric, and the CPU's products are faster with it transposed.

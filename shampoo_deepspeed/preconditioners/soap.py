@@ -38,6 +38,7 @@ class SOAPPreconditioner:
     first_moment = "rotated_exp_avg"
 
     def __init__(self, config: ShampooConfig) -> None:
+        self._config = config
         self._beta2 = config.betas[1]
         self._beta = config.second_moment_beta
         self._root = config.exponent_override if isinstance(config.exponent_override, float) else 2.0
@@ -45,6 +46,7 @@ class SOAPPreconditioner:
         self._relative_epsilon = config.relative_epsilon
         self._tolerance = config.refresh_tolerance
         self._basis_dtype = DTYPES[config.root_dtype]
+        self._apply_dtype = DTYPES[config.apply_dtype] if config.apply_dtype else None
         self._factor_dtype = DTYPES[config.factor_dtype]
         self._factors = ShampooPreconditioner(config)
 
@@ -112,10 +114,10 @@ class SOAPPreconditioner:
         write(state, {"rotated_second_moment": floored}, renewed.failed)
 
     def enter(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
-        return self._rotated(state, gradients).to(gradients.dtype)
+        return self._rotated(state, gradients, self._apply_dtype).to(gradients.dtype)
 
     def leave(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
-        return self._rotated(state, moments, back=True).to(moments.dtype)
+        return self._rotated(state, moments, self._apply_dtype, back=True).to(moments.dtype)
 
     def _renewed_basis(self, state: dict[str, Tensor], mode: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
         """One mode's bases, for first ones the eigenvalues over their sum, for known ones the old columns' places and
@@ -141,7 +143,8 @@ class SOAPPreconditioner:
 
     def _trace(self, state: dict[str, Tensor], step: int) -> Tensor:
         """The mean of ||G||^2 in the factor matrices [B]; all modes have the same."""
-        weight = float(step) if self._beta2 == 1.0 else 1.0 - self._beta2**step
+        seen = self._config.gradients_seen(step)
+        weight = float(seen) if self._beta2 == 1.0 else 1.0 - self._beta2**seen
         return wide(state["factor_0"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
 
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
@@ -153,11 +156,13 @@ class SOAPPreconditioner:
         largest = roots.amax(dim=tuple(range(1, roots.ndim)), keepdim=True)
         roots.add_(largest.mul_(self._relative_epsilon).add_(self._eps))
         direction = torch.where(roots > 0, moments / roots, 0.0)
-        return self._rotated(state, direction, back=True).to(moments.dtype)
+        return self._rotated(state, direction, self._apply_dtype, back=True).to(moments.dtype)
 
-    def _rotated(self, state: dict[str, Tensor], stack: Tensor, back: bool = False) -> Tensor:
+    def _rotated(
+        self, state: dict[str, Tensor], stack: Tensor, dtype: torch.dtype | None = None, back: bool = False
+    ) -> Tensor:
         """Into the eigenbases, or back."""
-        turned = stack.to(torch.promote_types(stack.dtype, self._basis_dtype))
+        turned = stack.to(dtype or torch.promote_types(stack.dtype, self._basis_dtype))
         for mode in range(stack.ndim - 1):
             basis = state[f"basis_{mode}"]
             turned = multiply(turned, basis if back else basis.mT, mode)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.distributed.conftest import Ask
 from tests.distributed.fsdp_runs import Run, expected, replayed
@@ -70,7 +71,8 @@ def single_features() -> list[Check]:
     options = {"momentum": 0.8, "nesterov": True, "grafting": "normalized_adam", "lr": 1e-3}
     found.append(final("fsdp2_momentum", Run(settings="default", dtype="float64", extra=options), 2))
     sides = {"large_dim": "diagonal", "beta3": 0.5, "weight_decay_type": "independent", "one_sided": "smaller"}
-    for name, extra in (("sides", sides), ("rules", {"rules": RULES})):
+    sampled = {"statistics_frequency": 2}
+    for name, extra in (("sides", sides), ("rules", {"rules": RULES}), ("statistics", sampled)):
         found.append(final(f"fsdp2_{name}", Run(settings="default", dtype="float64", extra=extra), 2))
     for name, extra in FAMILY.items():
         found += [final(f"fsdp2_{name}", replace(base, steps=13, extra=extra), 2) for base in SETTINGS]
@@ -80,6 +82,9 @@ def single_features() -> list[Check]:
     return found
 
 
+TINY_BUCKETS = {"bucket_mb": 0.0005}
+WAITING = Run(model="wide", extra=TINY_BUCKETS | {"overlap": False})
+IN_ORDER = [final("fsdp2_in_order", WAITING, 2), final("fsdp2_overlapped", replace(WAITING, extra=TINY_BUCKETS), 2)]
 REFUSED = [
     (Check("fsdp1_refused_original", 2, "fsdp:refused", "original"), "build the optimizer after wrapping"),
     (Check("fsdp1_refused_swapped", 2, "fsdp:refused", "swapped"), "build the optimizer after wrapping"),
@@ -110,6 +115,13 @@ def test_the_trajectory_is_that_of_the_reference(check: Check, ask: Ask) -> None
     worst = max(found, key=lambda n: found[n])
     print(f"{worst} deviates by {found[worst]:.1e}")  # shown by pytest -rP
     assert found[worst] <= BOUND[run.settings, run.dtype], found
+
+
+@pytest.mark.parametrize("waiting, overlapped", [IN_ORDER], ids=["tiny_buckets"])
+def test_without_overlap_every_bit_is_the_same(waiting: Check, overlapped: Check, ask: Ask) -> None:
+    """The switch for debugging: each bucket is waited for, and nothing else changes."""
+    (one, *_), (other, *_) = ask(waiting), ask(overlapped)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("check", [ALIGNED], ids=named)

@@ -83,6 +83,7 @@ def options() -> list[Check]:
         "tiny_buckets": {"bucket_mb": 0.0005},
         "large_diagonal": {"large_dim": "diagonal", "beta3": 0.5},
         "rules": {"rules": RULES},
+        "statistics": {"statistics_frequency": 3, "betas": [0.9, 0.9]},
     }
     checks = [final(Scenario(stage=stage, options=o), name) for name, o in variants.items() for stage in (0, 2, 3)]
     for stage in (2, 3):
