@@ -1,12 +1,12 @@
-"""`python -m benchmarks`: all benchmarks of speed and memory in a short form, about three minutes on an idle machine.
+"""`python -m benchmarks`: all benchmarks of speed, memory and training in a short form, five minutes on an idle machine.
 
-Longer forms and options: `python -m benchmarks.step_time --help`, and likewise end_to_end, slow_link, memory, scaling.
-How exact runs are and how training loss falls take longer: benchmarks.exactness, benchmarks.convergence.
+Longer forms and options: `python -m benchmarks.step_time --help`, and likewise end_to_end, slow_link, memory, scaling,
+convergence. How exact runs are takes longer: benchmarks.exactness.
 """
 
 from __future__ import annotations
 
-from benchmarks import end_to_end, memory, scaling, slow_link, step_time
+from benchmarks import convergence, end_to_end, memory, scaling, slow_link, step_time
 
 
 def main() -> None:
@@ -16,6 +16,7 @@ def main() -> None:
     slow_link.main(["--buckets", "1", "8", "--steps", "15"])
     memory.main(["--preconditioner", "shampoo", "soap"])
     scaling.main(["--ranks", "1", "2", "--rounds", "1", "--plan-ranks", "8", "64", "1024", "--models", "llama-3-8b"])
+    convergence.main(["--steps", "100", "--layers", "2", "--hidden", "128", "--rates", "2e-3"])
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Job:
 
 
 RATES: dict[str, tuple[float, ...]] = {
-    "adamw": (1e-3, 2e-3, 4e-3, 8e-3),
+    "adamw": (1e-3, 1.4e-3, 2e-3, 4e-3, 8e-3),
     "shampoo": (2e-3, 4e-3, 8e-3),
     "shampoo_root2": (2e-3, 4e-3, 8e-3),
     "soap": (2e-3, 4e-3, 8e-3),
