@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: all benchmarks of speed, memory and training in a short form, five minutes on an idle machine.
+"""`python -m benchmarks`: all benchmarks of speed, memory and training in short, in five minutes of an idle machine.
 
 Longer forms and options: `python -m benchmarks.step_time --help`, and likewise end_to_end, slow_link, memory, scaling,
 convergence. How exact runs are takes longer: benchmarks.exactness.
