@@ -17,10 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shampoo_deepspeed.base import BlockOptimizer
 from shampoo_deepspeed.boxes import interval_to_boxes
 from shampoo_deepspeed.exchange import communication_device
 from shampoo_deepspeed.hosts import Entry, Fresh, Layout, LayoutError, Part, Shard, compute_dtype
 from shampoo_deepspeed.naming import clean_name, kinds_by_module, output_head
+from shampoo_deepspeed.torch_state import is_fsdp1
+
+from .fsdp1_checkpoints import load_beside, save_beside
 
 FLAT_NAME = "_flat_param"
 MOST_OF_A_MODULE = 1 << 20  # parameters of a wrapped module
@@ -156,6 +160,18 @@ class FullyShardedHost:
             key = id(group), compute_dtype(item.tensor)
             units.setdefault(key, (group, []))[1].append((item.tensor, known))
         return [_layout(group, tensors, entries) for group, tensors in units.values()]
+
+    def save_beside(self, optimizer: BlockOptimizer) -> bool:
+        """Whether it is accelerate that asks; where it saves, the state is in its folder now."""
+        return save_beside(optimizer)
+
+    def note_load(self, optimizer: BlockOptimizer) -> None:
+        """Called within ``load_fsdp_optimizer``, which runs on all ranks together."""
+        if any(is_fsdp1(tensor) for group in optimizer.param_groups for tensor in group["params"]):
+            load_beside(optimizer)
+
+    def resume(self, optimizer: BlockOptimizer) -> None:
+        """What was not there to be loaded is not there later."""
 
     def _remember(
         self, tensor: Tensor, pieces: tuple[_Piece, ...], parts: tuple[Part, ...] | None, group: Any

@@ -22,7 +22,6 @@ from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.config import TRAINER_NO_DECAY
 from shampoo_deepspeed.hosts import hosts
 from shampoo_deepspeed.naming import clean_name
-from shampoo_deepspeed.torch_state import is_fsdp1
 
 from .accelerate import check_innermost, refuse_offload
 from .checkpoints import TrainerCheckpoints, check_resumed, innermost
@@ -155,13 +154,6 @@ class ShampooTrainerMixin(TrainerCheckpoints):
             logs = logs | _prefixed(optimizer.metrics())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; ``resume_from_checkpoint=True`` means the newest checkpoint that is complete."""
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ShampooCallback):
-                callback.saved_beside = True
-        return super().train(*args, **kwargs)
-
     def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The scheduler that was given, also under DeepSpeed, where the Trainer has dropped it by now."""
         if self.lr_scheduler is None and self._given_scheduler is not None:
@@ -182,7 +174,6 @@ class ShampooCallback(TrainerCallback):
     """
 
     require_state = True
-    saved_beside = False  # whether the Trainer is one of ours
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
@@ -198,12 +189,6 @@ class ShampooCallback(TrainerCallback):
         )
         if not (args.deepspeed and inner.awaited):  # its host loads what is awaited at the next step, or raises
             check_resumed(inner, state, self.require_state)
-        saves = args.save_strategy != "no" and not args.save_only_model
-        if saves and not self.saved_beside and any(is_fsdp1(p) for g in inner.param_groups for p in g["params"]):
-            raise RuntimeError(
-                "the Trainer's own checkpoints under FSDP1 cannot carry Shampoo's state: use ShampooTrainer, FSDP2 "
-                "(version 2), or save_only_model=True, from which training cannot go on"
-            )
 
     def on_log(
         self, _: Any, state: TrainerState, *__: Any, logs: dict[str, float], optimizer: Any = None, **___: Any

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from shampoo_deepspeed import status
 from shampoo_deepspeed.config import OPTION_NAMES, OptionError, ShampooConfig, canonical
 from shampoo_deepspeed.groups import checked_group, group_options
-from shampoo_deepspeed.hosts import CheckpointingHost, Entry, Fresh, Parameter, Part, hosts, plain_layouts
+from shampoo_deepspeed.hosts import (
+    CheckpointingHost,
+    Entry,
+    Fresh,
+    Parameter,
+    Part,
+    SavingHost,
+    hosts,
+    plain_layouts,
+)
 from shampoo_deepspeed.metrics import read
 from shampoo_deepspeed.naming import clean_name, names_and_kinds
 from shampoo_deepspeed.phases import refresh_phases
@@ -312,7 +321,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: where ranks own different blocks, the host stores one rank's dict only (replicas), and
                 ``consolidate_state_dict`` was not called since the last step; or where FSDP1 asks, which cannot carry
-                this state.
+                this state, and no host writes it beside.
         """
         self.settle()
         helper = asking_helper()
@@ -335,18 +344,19 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def _entries_for(self, helper: str) -> dict[int, dict[str, Tensor]]:
         """What torch's helpers get for ``state``, by id of tensors. A collective where parameters are sharded."""
-        stepped = any(not unit.fresh for unit in self.units) or self.waiting_state is not None
         elsewhere = self._elsewhere is not None or self.awaited is not None
-        if not elsewhere and helper == FSDP1 and stepped:
-            raise RuntimeError(
-                "FSDP1's own optimizer state dict cannot carry Shampoo's state; use save_shampoo(optimizer, path) and "
-                "load_shampoo(optimizer, path), or, with the Trainer, ShampooTrainer, with accelerate, attach() of "
-                "shampoo_deepspeed.integrations.checkpoints"
-            )
-        if elsewhere or helper == FSDP1:
-            return {id(tensor): elsewhere_entry(tensor, entry["step"]) for tensor, entry in self.state.items()}
+        if helper == FSDP1 and self.has_state and not elsewhere:
+            elsewhere = any(host.save_beside(self) for host in hosts() if isinstance(host, SavingHost))
+            if not elsewhere:
+                raise RuntimeError(
+                    "FSDP1's own optimizer state dict cannot carry Shampoo's state; use save_shampoo(optimizer, path) "
+                    "and load_shampoo(optimizer, path), or accelerate's save_state, or the Trainer"
+                )
         # All that could have state, so that what is saved and a template of it have the same names.
-        tensors = ((t, g, n) for g in self.param_groups for n, t in enumerate(g["params"]) if t.requires_grad)
+        tensors = [(t, g, n) for g in self.param_groups for n, t in enumerate(g["params"]) if t.requires_grad]
+        if elsewhere or helper == FSDP1:
+            steps = {id(tensor): self.state.get(tensor, {}).get("step", torch.zeros(())) for tensor, _, _ in tensors}
+            return {id(t): elsewhere_entry(t, steps[id(t)], elsewhere) for t, _, _ in tensors}
         fresh = [Fresh(t, g["shampoo_group"], n) for t, g, n in tensors if id(t) not in self._unit_of]
         if fresh:
             self._new_units(fresh)
@@ -437,7 +447,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         self.take_state(parsed[0])
         self.awaited = parsed[0].elsewhere
         if self.awaited is not None:
-            for host in hosts():
+            for host in hosts() if self._elsewhere is None else ():  # otherwise whoever loads knows where it is
                 if isinstance(host, CheckpointingHost):
                     host.note_load(self)
 

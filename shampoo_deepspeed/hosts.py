@@ -190,6 +190,15 @@ class CheckpointingHost(Protocol):
         ...
 
 
+@runtime_checkable
+class SavingHost(Protocol):
+    """An adapter that can write the state while a host's own tool asks for a state dict that has no room for it."""
+
+    def save_beside(self, optimizer: Any) -> bool:
+        """Called on all ranks together: whether it is this host that asks, and the state is now beside its files."""
+        ...
+
+
 @cache
 def hosts() -> tuple[Host, ...]:
     """All adapters that are installed: the entry points of the group ``shampoo_deepspeed.hosts``, ours and others'.

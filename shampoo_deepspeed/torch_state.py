@@ -26,6 +26,7 @@ from shampoo_deepspeed.saved import FORMAT, SavedState, everyones_word, lacking
 from shampoo_deepspeed.unit import Unit
 
 BLOCKS, MARK, ELSEWHERE = "shampoo_blocks", "shampoo_format", "shampoo_elsewhere"
+NOWHERE = 1.0  # the value of ELSEWHERE where the optimizer had no state
 DCP = "torch.distributed.checkpoint.state_dict"
 FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
 
@@ -45,10 +46,12 @@ def asking_helper() -> str | None:
     return None
 
 
-def elsewhere_entry(tensor: Tensor, step: Tensor) -> Entry:
-    """What says that the state is elsewhere; torch wants at least one tensor that has dims, FSDP1 none."""
+def elsewhere_entry(tensor: Tensor, step: Tensor, elsewhere: bool) -> Entry:
+    """What says that the state is elsewhere, or that there is none yet; torch wants at least one tensor that has dims,
+    FSDP1 none."""
     shape = () if is_fsdp1(tensor) else (1,)
-    return {"step": step, MARK: torch.tensor(float(FORMAT)), ELSEWHERE: torch.zeros(shape, device=tensor.device)}
+    note = torch.full(shape, 0.0 if elsewhere else NOWHERE, device=tensor.device)
+    return {"step": step, MARK: torch.tensor(float(FORMAT)), ELSEWHERE: note}
 
 
 def is_fsdp1(tensor: Tensor) -> bool:
@@ -119,8 +122,9 @@ class TorchState:
         Raises:
             ValueError: for another number of parameters, or another format.
         """
-        if any(ELSEWHERE in entry for entry in state_dict["state"].values()):
-            return cls({}, {"beside": "the checkpoint"})
+        notes = [float(entry[ELSEWHERE]) for entry in state_dict["state"].values() if ELSEWHERE in entry]
+        if notes:
+            return cls({}, None if notes[0] == NOWHERE else {"beside": "the checkpoint"})
         entries: dict[str, Mapping[str, Tensor]] = {}
         for group, names in zip(state_dict["param_groups"], keys, strict=True):
             if len(group["params"]) != len(names):

@@ -19,7 +19,6 @@ from transformers import (
     HfArgumentParser,
     Trainer,
     TrainerCallback,
-    TrainerState,
     TrainingArguments,
     trainer_optimizer,
     training_args,
@@ -313,20 +312,6 @@ def test_the_callback_names_the_optimizer_that_trains_instead(arguments: Any) ->
     trainer = Trainer(make_model("llama"), arguments(), train_dataset=make_data(1), callbacks=[ShampooCallback])
     with pytest.raises(RuntimeError, match=r"the optimizer that trains is torch\.optim\.adamw\.AdamW, not Shampoo"):
         trainer.train()
-
-
-def test_what_the_stock_trainer_cannot_save_is_refused_at_the_start(arguments: Any) -> None:
-    model = make_model("llama")
-    optimizer: Any = built(model)
-    for p in model.parameters():
-        p._fsdp_flattened = True  # type: ignore[attr-defined]
-    for changes in ({}, {"save_strategy": "steps", "save_only_model": True}):
-        ShampooCallback().on_train_begin(arguments(**changes), TrainerState(), optimizer=optimizer)
-    with pytest.raises(RuntimeError, match="under FSDP1 cannot carry Shampoo's state: use ShampooTrainer"):
-        ShampooCallback().on_train_begin(arguments(save_strategy="steps"), TrainerState(), optimizer=optimizer)
-    beside = ShampooCallback()
-    beside.saved_beside = True
-    beside.on_train_begin(arguments(save_strategy="steps"), TrainerState(), optimizer=optimizer)
 
 
 def test_the_trainer_has_one_callback_of_this_kind(arguments: Any) -> None:

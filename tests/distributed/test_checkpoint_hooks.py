@@ -12,20 +12,23 @@ from tests.distributed.ranks.checkpoints import SAVED, STOP, TRAINING, Run, Seen
 from tests.distributed.test_zero import named
 from tests.zoo import relative_error
 
-SHARDED = "SHARDED_STATE_DICT"
-# FSDP1 writes no full model on CPUs in this torch: it crashes.
-RUNS = [Run("ours", "ddp"), Run("ours", "fsdp1", SHARDED), Run("ours", "fsdp2"), Run("ours", "fsdp2", SHARDED)]
-STOCK = [Run("stock", "ddp"), Run("stock", "fsdp2"), Run("stock", "fsdp2", SHARDED)]
+FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
+SHARDINGS = [(host, form) for host in ("fsdp1", "fsdp2") for form in (FULL, SHARDED)]
+RUNS = [Run("ours", "ddp"), *(Run("ours", *sharding) for sharding in SHARDINGS)]
+STOCK = [Run("stock", "ddp"), *(Run("stock", *sharding) for sharding in SHARDINGS)]
+FLAT = [Run("ours", "fsdp1_flat", SHARDED), Run("stock", "fsdp1_flat", FULL)]
 
 
 def check(function: str, run: Run) -> Check:
     return Check(f"{function}_{run.trainer}_{run.host}_{run.form[0]}", 2, f"checkpoints:{function}", run, seconds=180)
 
 
-OURS = [check("trained", run) for run in (*RUNS, Run("ours", "fsdp1_flat", SHARDED))]
-TRAINED = OURS + [check("trained", run) for run in STOCK]
-REFUSED = check("refused", Run("stock", "fsdp1", SHARDED))
-LOOPS = [check("accelerated", run) for run in RUNS]
+TRAINED = [check("trained", run) for run in (*RUNS, *STOCK, *FLAT)]
+BESIDE = [check for check in TRAINED if check.argument.host.startswith("fsdp1")]
+ROBBED = check("robbed", Run("stock", "fsdp1", SHARDED))
+OURS = [check for check in TRAINED if check.argument.trainer == "ours"]
+# DDP's replicas divide nothing and FSDP2 needs a hand where accelerate alone saves; FSDP1 needs none.
+LOOPS = [check("accelerated", run) for run in (*RUNS, Run("stock", "fsdp1", FULL), Run("stock", "fsdp1", SHARDED))]
 HELPERS = [
     Check(f"helpers_{layout}_{gathered}_{flat}_{ranks}ranks", ranks, "checkpoints:helpers", (layout, gathered, flat))
     for layout, ranks in (("fsdp2", 2), ("ddp", 2), ("hsdp", 4))
@@ -58,10 +61,14 @@ def test_the_half_written_newest_checkpoint_is_skipped_and_old_ones_are_removed(
         assert seen["finally"] == [f"checkpoint-{n}" for n in (STOP, TRAINING.steps)]
 
 
-@pytest.mark.parametrize("check", [REFUSED], ids=named)
-def test_the_stock_trainer_under_fsdp1_says_that_it_cannot_save(check: Check, ask: Ask) -> None:
-    for seen, error in ask(check):
-        assert "cannot carry Shampoo's state: use ShampooTrainer" in error and not seen.losses
+@pytest.mark.parametrize("check", BESIDE, ids=named)
+def test_under_fsdp1_any_trainer_s_checkpoint_has_a_folder_of_ours(check: Check, ask: Ask) -> None:
+    assert all("shampoo" in seen["parts"] for seen in ask(check))
+
+
+@pytest.mark.parametrize("check", [ROBBED], ids=named)
+def test_a_stock_trainer_under_fsdp1_does_not_lose_a_missing_part(check: Check, ask: Ask) -> None:
+    assert all("from step 4, but its checkpoint gave no state to Shampoo" in error for error in ask(check))
 
 
 @pytest.mark.parametrize("check", LOOPS, ids=named)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,15 @@ def trained(run: Run) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def refused(run: Run) -> tuple[Seen, str]:
-    """The error of a training that is to save."""
+def robbed(run: Run) -> str:
+    """What a Trainer says that is to go on from a checkpoint whose part of ours is gone."""
     with shared_folder() as folder:
-        return train_once(run, folder)
+        train_once(run, folder, dies=True)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder / f"checkpoint-{SAVED}/shampoo")
+        dist.barrier()
+        return train_once(run, folder, resume=str(folder / f"checkpoint-{SAVED}"))[1]
 
 
 def train_once(
@@ -153,7 +159,8 @@ def loop(run: Run, folder: Path, what: str) -> Seen:
         if what == "load":
             torch.manual_seed(7)  # other weights than those that come
         model: Any = zoo.MODELS["wide"]() if what == "load" else zoo.make_model("wide")
-        model, optimizer = prepare(accelerator, model, Shampoo(model.named_parameters(), **OPTIONS))
+        given = model, Shampoo(model.named_parameters(), **OPTIONS)
+        model, optimizer = prepare(accelerator, *given) if run.trainer == "ours" else accelerator.prepare(*given)
         seen = Seen()
         if what == "load":
             accelerator.load_state(str(folder / "state"))

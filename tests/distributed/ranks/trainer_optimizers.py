@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from accelerate.state import DistributedType, PartialState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._flat_param import FlatParamHandle
 from transformers import Trainer, TrainingArguments
 
 from shampoo_deepspeed import Shampoo
@@ -141,6 +144,15 @@ def pretend_to_have_accelerators(arguments: TrainingArguments) -> None:
     assert arguments.device.type == "cpu"
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
     PartialState._shared_state["device"] = torch.device("cpu")
+    FlatParamHandle.to_cpu = as_it_is  # type: ignore[method-assign]
+
+
+@contextmanager
+def as_it_is(handle: FlatParamHandle) -> Iterator[None]:
+    """FSDP1's way to the CPU frees what it has copied from; on CPUs nothing was copied, and torch would read from what
+    is freed, and crash (_flat_param.py, ``to_cpu``)."""
+    assert handle.flat_param.device.type == "cpu"
+    yield
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
