@@ -364,7 +364,8 @@ class BlockOptimizer(torch.optim.Optimizer):
             self._refuse_one_rank()
         configs, entries = self.configs(), {}
         for unit in self.units:
-            for tensor, entry in zip(unit.tensors, unit_entries(unit, configs, self._consolidated), strict=True):
+            made = unit_entries(unit, configs, self._consolidated, self.rejected_steps)
+            for tensor, entry in zip(unit.tensors, made, strict=True):
                 entries[id(tensor)] = entry
                 for name in entry:  # torch takes what it finds here for the names of what it has to load
                     self.state[tensor].setdefault(name, unit.clock)

@@ -4,7 +4,7 @@ These helpers keep nothing else of a state dict but the options. They gather DTe
 ranks need them, after a template that must have the same keys on all ranks. So a parameter's entry is
 ``shampoo_blocks`` the bytes of its blocks in the order of their index (uint8, 1-D), cut over the parameter's mesh;
 ``exp_avg`` and ``second_moment`` where it is element-wise, ``momentum``, ``master``: sharded as the parameter is;
-``step`` and ``shampoo_format``, 0-d.
+``step``, ``shampoo_format`` and ``shampoo_rejected`` (the optimizer's count of rejected steps), 0-d.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from shampoo_deepspeed.saved import FORMAT, SavedState, everyones_word, lacking
 from shampoo_deepspeed.unit import Unit
 
 BLOCKS, MARK, ELSEWHERE = "shampoo_blocks", "shampoo_format", "shampoo_elsewhere"
+REJECTED = "shampoo_rejected"
 NOWHERE = 1.0  # the value of ELSEWHERE where the optimizer had no state
 DCP = "torch.distributed.checkpoint.state_dict"
 FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
@@ -59,7 +60,9 @@ def is_fsdp1(tensor: Tensor) -> bool:
     return bool(getattr(tensor, "_fsdp_flattened", False) or getattr(tensor, "_is_flat_param", False))
 
 
-def unit_entries(unit: Unit, configs: Mapping[int, ShampooConfig], consolidated: SavedState | None) -> list[Entry]:
+def unit_entries(
+    unit: Unit, configs: Mapping[int, ShampooConfig], consolidated: SavedState | None, rejected_steps: int
+) -> list[Entry]:
     """The entries of a unit's tensors, copies. A collective where they are DTensors.
 
     Args:
@@ -79,6 +82,7 @@ def unit_entries(unit: Unit, configs: Mapping[int, ShampooConfig], consolidated:
                 "them within optimizer.state_saved_elsewhere({...})"
             )
         entry = {"step": torch.tensor(float(unit.steps[number])), MARK: torch.tensor(float(FORMAT))}
+        entry[REJECTED] = torch.tensor(float(rejected_steps))
         entry |= {name: as_sharded(tensor, flat) for name, flat in _flat_moments(unit, number, configs).items()}
         stored = blocks.collected(number, rows) if unit.treatments[number].preconditioned else None
         entries.append(entry if stored is None else entry | {BLOCKS: stored})
@@ -110,7 +114,7 @@ class TorchState:
 
     entries: Mapping[str, Mapping[str, Tensor]]
     elsewhere: Mapping[str, Any] | None = None
-    rejected_steps: int = 0  # nobody carries it
+    rejected_steps: int = 0
 
     @classmethod
     def parse(cls, state_dict: Mapping[str, Any], keys: Iterable[Sequence[str]]) -> TorchState:
@@ -134,7 +138,7 @@ class TorchState:
         wrong = {int(entry[MARK]) if MARK in entry else None for entry in entries.values()} - {FORMAT}
         if wrong:
             raise ValueError(f"Shampoo state format {wrong.pop()!r} is unknown here; this version reads {FORMAT}")
-        return cls(entries)
+        return cls(entries, None, max((int(entry.get(REJECTED, 0)) for entry in entries.values()), default=0))
 
     @property
     def steps(self) -> dict[str, int]:
@@ -188,7 +192,7 @@ class TorchState:
                 return f"the saved state of {parameter.key!r} lacks {missing}: {lacking(parameter.key + '/0')}"
             for name, value in entry.items():
                 numel = local_part(value).numel()
-                if name not in ("step", MARK, BLOCKS) and numel != unit.sizes[number]:
+                if name not in ("step", MARK, REJECTED, BLOCKS) and numel != unit.sizes[number]:
                     return f"the saved {name} of {parameter.key!r} has {numel} elements here, not {unit.sizes[number]}"
             if treatment.preconditioned and entry[BLOCKS].numel() != blocks.total(number):
                 return (

@@ -222,6 +222,7 @@ def test_torchs_helpers_carry_the_state_to_the_bit(flat: bool, before: int, refr
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model, optimizer = pair(refresh=refresh)
     train(model, optimizer, range(before))
+    optimizer.rejected_steps = 2 if before else 0
     stacks = optimizer.state_dict()["shampoo"]["stacks"]
     assert any(any(stack["pending"]) for stack in stacks) == (refresh == "background")
     dcp.save({"o": get_optimizer_state_dict(model, optimizer, options=options)}, checkpoint_id=tmp_path)
@@ -231,7 +232,7 @@ def test_torchs_helpers_carry_the_state_to_the_bit(flat: bool, before: int, refr
     assert same_bits(snapshot(again.parameters()), untouched) and not second.has_state  # by torch's hidden step
     dcp.load(template, checkpoint_id=tmp_path)
     set_optimizer_state_dict(again, second, template["o"], options=options)
-    assert second.has_state == bool(before)
+    assert second.has_state == bool(before) and second.rejected_steps == optimizer.rejected_steps
     for trained, its in ((model, optimizer), (again, second)):
         train(trained, its, range(before, 8), sometimes=True)
     assert same_bits(snapshot(model.parameters()), snapshot(again.parameters()))

@@ -193,6 +193,8 @@ def helpers(argument: tuple[str, bool, bool]) -> list[dict[str, Tensor]]:
     with shared_folder() as folder:
         model, optimizer = sharded(layout)
         steps(model, optimizer, range(SAVED), layout)
+        next(model.parameters()).grad.fill_(float("nan"))
+        optimizer.step()
         weights = {n.removeprefix("module."): full(p) for n, p in model.named_parameters()}
         if layout == "ddp":
             optimizer.consolidate_state_dict()
@@ -209,6 +211,7 @@ def helpers(argument: tuple[str, bool, bool]) -> list[dict[str, Tensor]]:
         if not gathered and not flat:
             runs.append((*on_one_rank(weights, folder), "whole"))
         for trained, its, how in runs:
+            assert its.rejected_steps == 1
             steps(trained, its, range(SAVED, TRAINING.steps), how)
         return [
             {n.removeprefix("module."): full(p) for n, p in trained.named_parameters()} for trained, _, _ in runs
