@@ -15,7 +15,7 @@ from torch import nn
 
 from shampoo_deepspeed import Shampoo
 
-from .checkpoints import attach, innermost
+from .checkpoints import add_to_save_state, innermost
 
 
 def prepare(accelerator: Accelerator, *objects: Any) -> Any:
@@ -44,7 +44,7 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
     check_innermost(optimizer, 'give prepare() a Shampoo, and leave "optimizer" out of the DeepSpeed configuration')
     if models and plugin is None:
         _introduce(everything[models[0]], innermost(optimizer))
-    attach(accelerator, optimizer)
+    add_to_save_state(accelerator, optimizer)
     return prepared
 
 

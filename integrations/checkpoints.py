@@ -68,7 +68,7 @@ class TrainerCheckpoints:
         load_shampoo(optimizer, folder)
 
 
-def attach(accelerator: Accelerator, optimizer: Any) -> None:
+def add_to_save_state(accelerator: Accelerator, optimizer: Any) -> None:
     """Let ``accelerator.save_state`` and ``load_state`` carry Shampoo's state, in the folder ``shampoo`` in theirs.
 
     Call it after ``accelerator.prepare``; ``prepare`` of this package does. Both must then be called on all ranks, as
@@ -79,7 +79,8 @@ def attach(accelerator: Accelerator, optimizer: Any) -> None:
     """
     inner = innermost(optimizer)
     if not isinstance(inner, Shampoo):
-        raise TypeError(f"attach() takes a Shampoo, here it is {type(inner).__module__}.{type(inner).__qualname__}")
+        found = f"{type(inner).__module__}.{type(inner).__qualname__}"
+        raise TypeError(f"add_to_save_state() takes a Shampoo, here it is {found}")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return
     attached = getattr(accelerator.save_state, "shampoos", ())

@@ -25,9 +25,12 @@ from shampoo_deepspeed.boxes import interval_to_boxes
 from shampoo_deepspeed.config import TRAINER_NO_DECAY
 from shampoo_deepspeed.hosts import Entry, Fresh, Layout, LayoutError, Parameter, Shard, whole_tensors
 
-from .deepspeed_checkpoints import attach, note_folder, resume
+from .deepspeed_checkpoints import note_folder, resume, wrap_checkpointing
 
 logger = logging.getLogger("shampoo_deepspeed")
+
+
+_ExpertPart = tuple[int | None, int]
 
 
 class DeepSpeedHost:
@@ -137,20 +140,20 @@ class DeepSpeedHost:
         _refuse_unsupported(engine)
         self._engines = [reference for reference in self._engines if reference() is not None]
         self._engines.append(weakref.ref(engine))
-        attach(engine)
+        wrap_checkpointing(engine)
 
 
 def _replicated(engine: Any, pairs: Sequence[tuple[Entry, Fresh]]) -> list[Layout]:
     """Stage 0: whole tensors (FP16_UnfusedOptimizer: float32 copies), the same on all data-parallel ranks."""
-    by_group: dict[tuple[int, int | None], tuple[dist.ProcessGroup | None, list[tuple[Entry, Fresh]]]] = {}
+    by_group: dict[tuple[int, _ExpertPart], tuple[dist.ProcessGroup | None, list[tuple[Entry, Fresh]]]] = {}
     for entry, item in pairs:
         group = _replica_group(engine, entry.reference()) if engine is not None else None
         key = (id(group), _expert_part(entry.reference()))
         by_group.setdefault(key, (group, []))[1].append((entry, item))
     layouts = []
-    for (_, part), (group, members) in by_group.items():
+    for (_, (part, parts)), (group, members) in by_group.items():
         layout = whole_tensors([entry.parameter for entry, _ in members], [item for _, item in members])
-        layout.process_group, layout.part = group, part
+        layout.process_group, layout.part, layout.parts = group, part, parts
         layout.one_rank_saves = True
         for entry, item in members:
             original = entry.reference()
@@ -278,8 +281,8 @@ def _stage12_layout(item: Fresh, entries: Sequence[Entry]) -> Layout:
     members = _flat_members(entries, item.group)
     flat, group = item.tensor, members[0][1]._dp_group
     rank, size = dist.get_rank(group), flat.numel()
-    part = _expert_part(members[0][1])
-    layout = Layout([p for p, _ in members], [flat], [item.group], [], _or_none(group), may_probe=False, part=part)
+    layout = Layout([p for p, _ in members], [flat], [item.group], [], _or_none(group), may_probe=False)
+    layout.part, layout.parts = _expert_part(members[0][1])
     outside = {p.key for p, _ in _originals(entries, item.group)} - {p.key for p, _ in members}
     if outside:
         layout.problem = f"these parameters are not in the flat buffer of their group: {', '.join(sorted(outside))}"
@@ -307,8 +310,8 @@ def _stage3_layout(item: Fresh, entries: Sequence[Entry]) -> Layout:
     group = members[0].ds_process_group
     rank = dist.get_rank(group)
     parameters = [known[id(member)] for member in members]
-    part = _expert_part(members[0])
-    layout = Layout(parameters, [item.tensor], [parameters[0].group], [], _or_none(group), may_probe=False, part=part)
+    layout = Layout(parameters, [item.tensor], [parameters[0].group], [], _or_none(group), may_probe=False)
+    layout.part, layout.parts = _expert_part(members[0])
     offset = 0
     for index, (parameter, member) in enumerate(zip(parameters, members, strict=True)):
         part = member.ds_tensor.ds_numel
@@ -365,12 +368,14 @@ def _replica_group(engine: Any, parameter: Any) -> dist.ProcessGroup | None:
     return _or_none(engine.seq_data_parallel_group)
 
 
-def _expert_part(parameter: Any) -> int | None:
-    """Which of its equally named experts an expert parameter is: this rank's place among the expert-parallel ranks."""
+def _expert_part(parameter: Any) -> _ExpertPart:
+    """Which of its equally named experts an expert parameter is, this rank's place among the expert-parallel ranks, and
+    how many there are."""
     if getattr(parameter, "allreduce", True):
-        return None
+        return None, 1
     group = sys.modules["deepspeed.utils.groups"]._get_expert_parallel_group(parameter.group_name)
-    return dist.get_rank(group) if dist.get_world_size(group) > 1 else None
+    parts = dist.get_world_size(group)
+    return (dist.get_rank(group), parts) if parts > 1 else (None, 1)
 
 
 def _or_none(group: Any) -> dist.ProcessGroup | None:

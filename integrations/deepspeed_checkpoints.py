@@ -36,7 +36,7 @@ PLACEHOLDERS = ("exp_avg", "exp_avg_sq")
 SAVED_BY = "DeepSpeed"  # in what a state dict says of its state's place; other hosts may say other things there
 
 
-def attach(engine: Any) -> None:
+def wrap_checkpointing(engine: Any) -> None:
     """Let an engine's ``save_checkpoint`` and ``load_checkpoint`` carry the state of its optimizer."""
     reference = weakref.ref(engine)
     save, load = type(engine).save_checkpoint, type(engine).load_checkpoint

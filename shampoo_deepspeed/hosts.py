@@ -91,6 +91,7 @@ class Layout:
             where there is one tensor only. Parameters of one tensor take part in a step together.
         part: which of several equally named sets of parameters this is: with expert parallelism ranks hold different
             experts under the same names.
+        parts: how many such sets there are.
         local: the local part of a tensor in ``param_groups``, as a view that can be updated.
         gradient: the gradient of that part, None where the tensor takes no part in the step.
         problem: what is wrong on this rank; raised on all ranks together, so that none waits for another.
@@ -106,6 +107,7 @@ class Layout:
     agrees: bool = False
     homes: list[int] | None = None
     part: int | None = None
+    parts: int = 1
     local: Callable[[Tensor], Tensor] = Tensor.detach
     gradient: Callable[[Tensor], Tensor | None] = _local_gradient
     problem: str | None = None

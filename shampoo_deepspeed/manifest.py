@@ -34,7 +34,7 @@ class Manifest:
         parameters: by key ``shape``, ``group``, ``options`` (the group's number, or that of a rule within it, and what
             tells blocks of another dtype or of an earlier save from others under the same options), ``steps``, and
             (None where element-wise) ``merged``, the shape that is cut into blocks, and ``cuts``, their lengths along
-            each dim.
+            each dim. With expert parallelism also ``parts``, the number of ranks that hold different ones.
         layouts: a block's bytes, by ``"options:shape"`` as ``layout_key`` gives it.
         files: ``bytes`` and ``crc32`` of each file in the folder.
         versions: of what wrote it; for people.

@@ -158,7 +158,14 @@ class StoredState:
         name = stored_name(key, unit.layout.part)
         if name not in self.manifest.parameters:
             raise StorageError(f"it was saved with another number of expert-parallel ranks: {name!r} is not in it")
-        return self.manifest.parameters[name]
+        record = self.manifest.parameters[name]
+        # Equal names are other experts then.
+        if record.get("parts", unit.layout.parts) != unit.layout.parts:
+            raise StorageError(
+                f"it was saved with {record['parts']} expert-parallel ranks, and here are {unit.layout.parts}: "
+                f"{name!r} is of other experts"
+            )
+        return record
 
     def _wanted(self, unit: Unit) -> Iterable[Wanted]:
         for stack in unit.stacks:

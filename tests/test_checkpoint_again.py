@@ -142,7 +142,7 @@ def test_a_save_is_complete_though_the_last_one_cannot_be_removed(
         raise OSError(39, "Directory not empty")
 
     with monkeypatch.context() as patch:
-        patch.setattr("shampoo_deepspeed.checkpoint.shutil.rmtree", busy)
+        patch.setattr("shampoo_deepspeed.writing.shutil.rmtree", busy)
         save_shampoo(optimizer, tmp_path)
     assert "Directory not empty" in caplog.text
     assert Manifest.read(tmp_path).parameters["a"]["steps"] == 2
@@ -205,7 +205,7 @@ def test_unreadable_files_are_told_as_any_other_damage(tmp_path: Path, monkeypat
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("shampoo_deepspeed.checkpoint.checksum", broken)
+        patch.setattr("shampoo_deepspeed.writing.checksum", broken)
         with pytest.raises(CheckpointError, match="Input/output error"):
             save_shampoo(optimizer, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from shampoo_deepspeed import CheckpointError, Shampoo, ShampooConfig
 from shampoo_deepspeed.config import OPTION_NAMES
-from shampoo_deepspeed.integrations.checkpoints import attach, innermost, newest_complete
+from shampoo_deepspeed.integrations.checkpoints import add_to_save_state, innermost, newest_complete
 from shampoo_deepspeed.integrations.trainer import ShampooCallback, ShampooFactory, ShampooTrainer, deferred
 from shampoo_deepspeed.torch_state import completed_group, robust_group
 from tests.distributed.trainings import Training, make_data, make_model
@@ -161,7 +161,7 @@ def loop(folder: Path, load: bool, attached: bool = True) -> nn.Module:
     optimizer: Any = shampoo(named(model), momentum=0.9)
     model, optimizer = accelerator.prepare(model, optimizer)
     if attached:
-        attach(accelerator, optimizer)
+        add_to_save_state(accelerator, optimizer)
     if load:
         with torch.no_grad():
             for p in model.parameters():
@@ -191,14 +191,14 @@ def test_accelerate_does_not_lose_a_missing_part(tmp_path: Path) -> None:
         loop(tmp_path, load=True)
 
 
-def test_attach_takes_shampoos_only(tmp_path: Path) -> None:
+def test_save_state_takes_shampoos_only(tmp_path: Path) -> None:
     accelerator, model = Accelerator(cpu=True), zoo_model("odd")
     with pytest.raises(TypeError, match=r"it is torch\.optim\.adamw\.AdamW"):
-        attach(accelerator, torch.optim.AdamW(model.parameters()))
+        add_to_save_state(accelerator, torch.optim.AdamW(model.parameters()))
     for name in ("first", "second"):
         attached = shampoo([(n, p) for n, p in named(model) if ("bias" in n) == (name == "first")])
-        attach(accelerator, attached)
-        attach(accelerator, attached)
+        add_to_save_state(accelerator, attached)
+        add_to_save_state(accelerator, attached)
         train(model, attached, range(1))
     accelerator.save_state(str(tmp_path))
     assert {path.name for path in tmp_path.glob("shampoo*")} == {"shampoo", "shampoo_1"}

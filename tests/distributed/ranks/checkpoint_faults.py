@@ -10,13 +10,14 @@ from unittest.mock import patch
 import torch.distributed as dist
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
+from shampoo_deepspeed.record import tables
 from tests.distributed.ranks.folders import shared_folder
 from tests.stepping import drive, parameter, shampoo
 
 SAVING = {
-    "prepare": "shampoo_deepspeed.checkpoint._items",
+    "prepare": "shampoo_deepspeed.writing._items",
     "sync": "torch.distributed.checkpoint.filesystem.os.fsync",
-    "checksum": "shampoo_deepspeed.checkpoint.checksum",
+    "checksum": "shampoo_deepspeed.writing.checksum",
 }
 LOADING = {"manifest": "pathlib.Path.read_bytes", "damage": "shampoo_deepspeed.checkpoint.damage"}
 
@@ -55,6 +56,7 @@ def faults(_: None) -> dict[str, Any]:
             heard[f"{name} in the background"] = told(lambda: in_the_background(optimizer, folder), place)
         for name, place in LOADING.items():
             heard[name] = told(lambda: load_shampoo(optimizer, folder), place)
+        heard["told"] = len(tables(optimizer, None)["parameters"])
         heard["loaded"] = load_shampoo(optimizer, folder).loaded
         drive(optimizer, params, range(2, 3))
         save_shampoo(optimizer, folder)

@@ -1,0 +1,123 @@
+"""Where saves and loads look and whom they tell: other optimizers, other directories, other experts, full disks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
+from shampoo_deepspeed.hosts import Layout, plain_layouts
+from shampoo_deepspeed.manifest import Manifest
+from tests.stepping import drive, parameter, same_bits, shampoo, state_of
+
+
+def trained(steps: int = 3, **options: Any) -> tuple[list[nn.Parameter], Shampoo]:
+    params = [parameter(8, 6), parameter(6)]
+    optimizer = shampoo([("w", params[0]), ("b", params[1])], **options)
+    drive(optimizer, params, range(steps))
+    return params, optimizer
+
+
+def test_a_failed_asynchronous_save_is_told_to_its_own_optimizer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (_, failing), (_, other) = trained(), trained()
+    (tmp_path / "file").write_text("no folder")
+    bad = tmp_path / "file" / "below"
+    save_shampoo(failing, bad, asynchronous=True)
+    save_shampoo(other, tmp_path / "good")
+    load_shampoo(other, tmp_path / "good")
+    assert f"the asynchronous save into {bad} has failed" in caplog.text
+    with pytest.raises(CheckpointError, match=f"{bad} cannot be written"):
+        save_shampoo(failing, tmp_path / "another")
+    save_shampoo(failing, tmp_path / "another")
+
+
+def test_saves_of_two_optimizers_into_one_folder_come_one_after_the_other(tmp_path: Path) -> None:
+    (params, first), (_, second) = trained(3), trained(5)
+    for _ in range(3):
+        future = save_shampoo(first, tmp_path, asynchronous=True)
+        save_shampoo(second, tmp_path)
+        assert future.done() and Manifest.read(tmp_path).parameters["w"]["steps"] == 5
+    load_shampoo(first, tmp_path)
+    drive(first, params, range(5, 6))
+
+
+def test_a_relative_path_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever directory a loop is in when a thread writes, or when the first step reads."""
+    (tmp_path / "elsewhere").mkdir()
+    params, optimizer = trained()
+    monkeypatch.chdir(tmp_path)
+    future = save_shampoo(optimizer, "saved", asynchronous=True)
+    os.chdir(tmp_path / "elsewhere")
+    future.result()
+    assert (tmp_path / "saved/manifest.json").is_file()
+    os.chdir(tmp_path)
+    own, again = trained(0)
+    load_shampoo(again, "saved")
+    os.chdir(tmp_path / "elsewhere")
+    drive(again, own, range(3, 4))
+    drive(optimizer, params, range(3, 4))
+    assert same_bits(state_of(optimizer), state_of(again))
+
+
+def test_a_link_is_followed_when_it_is_given(tmp_path: Path) -> None:
+    params, optimizer = trained()
+    save_shampoo(optimizer, tmp_path / "3")
+    drive(optimizer, params, range(3, 5))
+    save_shampoo(optimizer, tmp_path / "5")
+    latest = tmp_path / "latest"
+    latest.symlink_to("3")
+    own, again = trained(0)
+    load_shampoo(again, latest)
+    latest.unlink()
+    latest.symlink_to("5")
+    drive(again, own, range(3, 4))
+    assert state_of(again)["steps"] == {"w": 4, "b": 4}
+
+
+def as_experts(monkeypatch: pytest.MonkeyPatch, part: int | None, parts: int) -> None:
+    """Parameters are from now on those of one of several expert-parallel ranks."""
+
+    def layouts(*arguments: Any) -> list[Layout]:
+        found = plain_layouts(*arguments)
+        for layout in found:
+            layout.part, layout.parts = part, parts
+        return found
+
+    monkeypatch.setattr("shampoo_deepspeed.base.plain_layouts", layouts)
+
+
+def test_experts_do_not_take_the_state_of_others_with_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With half as many expert-parallel ranks the first of the second rank is another expert."""
+    as_experts(monkeypatch, 1, 4)
+    _, optimizer = trained()
+    save_shampoo(optimizer, tmp_path)
+    wrong = {(1, 2): "saved with 4 expert-parallel ranks, and here are 2: 'w@1'", (None, 1): "'w' is not in it"}
+    for (part, parts), words in wrong.items():
+        as_experts(monkeypatch, part, parts)
+        own, again = trained(0)
+        load_shampoo(again, tmp_path, strict=False)
+        with pytest.raises(ValueError, match=words):
+            drive(again, own, range(3, 4))
+    as_experts(monkeypatch, 1, 4)
+    own, again = trained(0)
+    load_shampoo(again, tmp_path)
+    drive(again, own, range(3, 4))
+    assert state_of(again)["steps"] == {"w": 4, "b": 4}
+
+
+def test_no_expert_of_an_earlier_save_stays_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in (3, 1):
+        as_experts(monkeypatch, part, 4)
+        _, optimizer = trained()
+        save_shampoo(optimizer, tmp_path)
+    assert set(Manifest.read(tmp_path).parameters) == {"w@1", "b@1"}
+    (data,) = tmp_path.glob("data-*")
+    assert {file.name for file in data.iterdir()} == {".metadata", "__0_0.distcp"}
