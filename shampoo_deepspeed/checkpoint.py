@@ -7,6 +7,7 @@ put in place by one rename, makes the save complete; only then is the data of an
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -61,8 +62,8 @@ def save_shampoo(
     Raises:
         CheckpointError: on all ranks, where one of them fails (from ``result()`` of the future if asynchronous), or
             where a loaded state dict waits for ``load_shampoo``.
-        ValueError: for another ``moments_dtype`` than bfloat16, float32 or float64. In float16 second moments of small
-            gradients would be 0, and the next steps without bound.
+        ValueError: for an empty path, and for another ``moments_dtype`` than bfloat16, float32 or float64. In float16
+            second moments of small gradients would be 0, and the next steps without bound.
     """
     if moments_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"moments_dtype = {moments_dtype} is not allowed: None, bfloat16, float32 or float64")
@@ -73,6 +74,8 @@ def save_shampoo(
             "load_shampoo(optimizer, path) on all ranks first"
         )
     optimizer.settle()
+    if not os.fspath(path):
+        raise ValueError("path is empty: give the folder of the checkpoint")
     folder = Path(path).absolute()  # a loop may change its directory while a thread writes
     what = (folder, *prepared(optimizer, moments_dtype, asynchronous), everyone(asynchronous))
     if not asynchronous:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from shampoo_deepspeed.manifest import Manifest
 from shampoo_deepspeed.record import cuts_of
 from shampoo_deepspeed.stored import base_key
 from shampoo_deepspeed.unit import treat
+
+logger = logging.getLogger("shampoo_deepspeed")
 
 # Options that say how and when ranks work, or which parameters are meant, not what their state looks like.
 _NOT_STORED = (
@@ -87,6 +90,12 @@ def restore_options(optimizer: BlockOptimizer, manifest: Manifest, keys: frozens
         fixed = set(configs[group["shampoo_group"]].shape_of_state())
         members = [e.parameter.key for e in optimizer.entries if e.parameter.group == group["shampoo_group"]]
         origins = {numbers[key] for key in members if key in keys}
+        if len(origins) > 1:
+            logger.warning(
+                "group %s keeps its own lr and other options: its parameters were in the groups %s of the checkpoint",
+                group["shampoo_group"],
+                sorted(origins),
+            )
         if len(origins) != 1:
             continue
         saved = ShampooConfig.from_options(manifest.groups[str(origins.pop())])

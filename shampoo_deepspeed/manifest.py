@@ -90,11 +90,15 @@ class Manifest:
         body = {"format": FORMAT, **asdict(self)}
         content = json.dumps({"crc32": _checksum(body), "body": body}, indent=1)
         aside = path / f"{NAME}.{self.directory}"
-        with aside.open("w", encoding="utf-8") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, path / NAME)
+        try:
+            with aside.open("w", encoding="utf-8") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(aside, path / NAME)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
         sync_directory(path)
 
 

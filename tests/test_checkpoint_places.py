@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
@@ -121,3 +124,97 @@ def test_no_expert_of_an_earlier_save_stays_in_a_folder(tmp_path: Path, monkeypa
     assert set(Manifest.read(tmp_path).parameters) == {"w@1", "b@1"}
     (data,) = tmp_path.glob("data-*")
     assert {file.name for file in data.iterdir()} == {".metadata", "__0_0.distcp"}
+
+
+def test_a_full_disk_leaves_the_last_save_and_nothing_else(tmp_path: Path) -> None:
+    """The kernel itself refuses to write."""
+    params, optimizer = trained()
+    save_shampoo(optimizer, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    data = max(file.stat().st_size for file in before if file.is_file())
+    drive(optimizer, params, range(3, 4))
+    signal_before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (data // 2, limits[1]))
+        with pytest.raises(CheckpointError, match=str(tmp_path)):
+            save_shampoo(optimizer, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, signal_before)
+    assert sorted(tmp_path.rglob("*")) == before
+    load_shampoo(optimizer, tmp_path)
+    drive(optimizer, params, range(3, 4))
+    assert state_of(optimizer)["steps"] == {"w": 4, "b": 4}
+
+
+@pytest.mark.parametrize("place", ["os.replace", "os.fsync"])
+def test_a_manifest_that_cannot_be_written_is_not_left_half(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, optimizer = trained()
+    save_shampoo(optimizer, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"shampoo_deepspeed.manifest.{place}", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            save_shampoo(optimizer, tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_save_that_is_complete_but_not_yet_durable_keeps_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rename has happened; only what makes it survive a loss of power has failed."""
+    params, optimizer = trained()
+    calls = []
+
+    def second_fails(path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+
+    for module in ("manifest", "writing"):
+        monkeypatch.setattr(f"shampoo_deepspeed.{module}.sync_directory", second_fails)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        save_shampoo(optimizer, tmp_path)
+    load_shampoo(optimizer, tmp_path)
+    drive(optimizer, params, range(3, 4))
+    assert state_of(optimizer)["steps"] == {"w": 4, "b": 4}
+
+
+def test_an_empty_path_is_refused() -> None:
+    with pytest.raises(ValueError, match="path is empty"):
+        save_shampoo(trained(0)[1], "")
+
+
+def test_zero_sized_parameters_and_strange_names(tmp_path: Path) -> None:
+    names = ["a/b", "a/b/0", "w@", "w@1", "@", "w", "new\nline", "..", "x/"]
+    shapes = [(8, 6), (0, 4), (0,), (6,), (), (8, 6), (6,), (8, 6), (6,)]
+    params = [nn.Parameter(torch.ones(shape) * n) for n, shape in enumerate(shapes)]
+    optimizer = shampoo(list(zip(names, params, strict=True)), momentum=0.9)
+    drive(optimizer, params, range(4))
+    save_shampoo(optimizer, tmp_path)
+    own = [nn.Parameter(p.detach().clone()) for p in params]
+    again = shampoo(list(zip(names, own, strict=True)), momentum=0.9)
+    assert set(load_shampoo(again, tmp_path).loaded) == set(names)
+    for with_, given in ((optimizer, params), (again, own)):
+        drive(with_, given, range(4, 8))
+    assert same_bits([p.detach() for p in params], [p.detach() for p in own])
+
+
+def test_groups_that_were_several_are_told_to_keep_their_options(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    w, b = parameter(8, 6), parameter(6)
+    optimizer = Shampoo([{"params": [("w", w)], "lr": 0.25}, {"params": [("b", b)], "lr": 0.5}])
+    drive(optimizer, [w, b], range(1))
+    save_shampoo(optimizer, tmp_path)
+    one = Shampoo([("w", w), ("b", b)], lr=0.75)
+    load_shampoo(one, tmp_path)
+    assert one.param_groups[0]["lr"] == 0.75
+    assert "group 0 keeps its own lr and other options: its parameters were in the groups [0, 1]" in caplog.text
