@@ -11,6 +11,7 @@ from torch import nn
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
 from shampoo_deepspeed.manifest import Manifest
+from shampoo_deepspeed.torch_state import elsewhere_entry
 from tests.stepping import same_bits, shampoo, snapshot, train
 from tests.zoo import make_model
 
@@ -82,3 +83,17 @@ def test_another_optimizer_s_state_is_left_out_only_if_asked(monkeypatch: pytest
     assert [{**group, "params": None} for group in optimizer.param_groups] == options and not optimizer.units
     train(model, optimizer, range(1))
     assert {step for unit in optimizer.units for step in unit.steps} == {1}
+
+
+def test_a_note_of_an_optimizer_without_state_awaits_nothing() -> None:
+    """FSDP1's dict has the same entries before the first step, as it is the template of what is loaded."""
+    model, optimizer = made()
+    state = optimizer.state_dict()
+    del state["shampoo"]
+    for elsewhere in (True, False):
+        state["state"] = {
+            number: elsewhere_entry(p, torch.zeros(()), elsewhere) for number, p in enumerate(model.parameters())
+        }
+        optimizer.load_state_dict(copy.deepcopy(state))
+        assert (optimizer.awaited is not None) == elsewhere
+    train(model, optimizer, range(1))
