@@ -112,7 +112,7 @@ def test_products_of_a_step_run_in_full_precision(name: str, monkeypatch: pytest
 
         return watched
 
-    for method in ("accumulate", "refresh", "apply"):
+    for method in ("accumulate", "compute", "install", "apply"):
         monkeypatch.setattr(ShampooPreconditioner, method, spy(getattr(ShampooPreconditioner, method)))
     trained()
     assert len(seen) > 10
