@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.roots import product, regularised
+from shampoo_deepspeed.roots import decomposed, product, regularised
 
 
 def eigenbasis(matrices: Tensor) -> tuple[Tensor, Tensor, list[int]]:
@@ -22,30 +22,17 @@ def eigenbasis(matrices: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     Returns:
         Eigenvalues [B, d], bases [B, d, d], and the rows that failed even in float64 (their content is undefined).
     """
-    found = _eigh(matrices)
+    found = decomposed(matrices)
     values, vectors = found or (torch.empty_like(matrices[..., 0]), torch.empty_like(matrices))
     suspects = range(len(matrices)) if found is None else non_finite(vectors)
     failed = []
     for row in suspects:
-        retried = _eigh(matrices[row : row + 1].double())
+        retried = decomposed(matrices[row : row + 1].double())
         if retried is None or non_finite(retried[1]):
             failed.append(row)
         else:
             values[row], vectors[row] = retried[0][0].to(values.dtype), retried[1][0].to(vectors.dtype)
     return values.flip(-1), vectors.flip(-1), failed
-
-
-def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Values and vectors in rising order, or None where LAPACK or cuSOLVER reports that a matrix did not converge."""
-    try:
-        values, vectors = torch.linalg.eigh(matrices)
-    except torch.linalg.LinAlgError:
-        return None
-    except RuntimeError as error:
-        if "cusolver" not in str(error).lower():
-            raise
-        return None
-    return values, vectors
 
 
 def power_step(matrices: Tensor, bases: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -37,11 +37,6 @@ def staggered_phases(costs: Sequence[float], frequency: int, earlier: Sequence[f
     return phases
 
 
-def due_together(step: int, start: int, frequency: int) -> bool:
-    """Whether all blocks refresh at this step: at ``start``, and then whenever ``frequency`` divides the step."""
-    return step >= start and (step == start or step % frequency == 0)
-
-
 def due_staggered(step: int, start: int, frequency: int, phase: int) -> bool:
     """Whether a block of this phase refreshes: first at ``start + phase``, and then every ``frequency`` steps."""
     return step >= start + phase and (step - start - phase) % frequency == 0

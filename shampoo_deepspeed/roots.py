@@ -80,6 +80,7 @@ def inverse_root(
     dtype: torch.dtype,
     solver: str = "eigh",
     pseudo_inverse: bool = False,
+    in_float64: bool = False,
 ) -> tuple[Tensor, list[int]]:
     """A^(-1/root) of each matrix of a stack (arXiv 2309.06497, section 4.1).
 
@@ -94,6 +95,8 @@ def inverse_root(
         dtype: dtype of the result.
         solver: ``"auto" | "eigh" | "coupled_newton" | "newton_db"``; what ``chosen_solver`` makes of it is used.
         pseudo_inverse: nothing is shifted; eigenvalues up to ``max(epsilon, relative_epsilon * l_max)`` get root 0.
+        in_float64: eigendecompositions in float64 of float32 matrices too; about twice the time, and the root is
+            right to rounding where the ridge is near the rounding of the largest eigenvalue.
 
     Returns:
         The roots [B, d, d], and the rows that failed even in float64 (their content is undefined).
@@ -101,7 +104,7 @@ def inverse_root(
     work = matrices if matrices.dtype == torch.float64 else matrices.float()
     solver = chosen_solver(solver, work, root, relative_epsilon, pseudo_inverse)
     if solver == "eigh":
-        roots, failed = _by_eigh(work, root, epsilon, relative_epsilon, pseudo_inverse)
+        roots, failed = _by_eigh(work, root, epsilon, relative_epsilon, pseudo_inverse, in_float64)
         return roots.to(dtype), failed
     iteration = coupled_newton if solver == "coupled_newton" else newton_db
     beside = _beside.get()
@@ -109,7 +112,7 @@ def inverse_root(
         roots, left = iteration(work.double() if beside else work, int(root), epsilon, relative_epsilon)
     if not left:
         return roots.to(dtype), []
-    found, wrong = _by_eigh(work[left], root, epsilon, relative_epsilon, pseudo_inverse)
+    found, wrong = _by_eigh(work[left], root, epsilon, relative_epsilon, pseudo_inverse, in_float64)
     roots[left] = found.to(roots.dtype)
     return roots.to(dtype), [left[n] for n in wrong]
 
@@ -131,13 +134,13 @@ def chosen_solver(solver: str, work: Tensor, root: float, relative_epsilon: floa
 
 
 def _by_eigh(
-    work: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool
+    work: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool, in_float64: bool
 ) -> tuple[Tensor, list[int]]:
     """The roots in the dtype of ``work``, and the rows that failed in float64 too."""
-    roots = _stack_root(work, root, epsilon, relative_epsilon, pseudo_inverse)
-    suspects = range(len(work)) if roots is None else _non_finite(roots)
-    if roots is None:
-        roots = torch.empty_like(work)
+    first = work.double() if in_float64 else work
+    found = _stack_root(first, root, epsilon, relative_epsilon, pseudo_inverse)
+    roots = torch.empty_like(work) if found is None else found.to(work.dtype)
+    suspects = range(len(work)) if found is None else _non_finite(roots)
     failed = []
     for row in suspects:
         retried = _stack_root(work[row : row + 1].double(), root, epsilon, relative_epsilon, pseudo_inverse)
@@ -158,10 +161,9 @@ def diagonal_root(
     return roots, _non_finite(torch.stack([work, roots.to(work.dtype)], dim=-1))  # the root of infinity is 0
 
 
-def _stack_root(
-    matrices: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool
-) -> Tensor | None:
-    """The roots, or None where LAPACK or cuSOLVER reports that a matrix did not converge."""
+def decomposed(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Eigenvalues and eigenvectors in rising order, or None where LAPACK or cuSOLVER reports that a matrix of the stack
+    did not converge."""
     try:
         values, vectors = torch.linalg.eigh(matrices)
     except torch.linalg.LinAlgError:
@@ -170,6 +172,17 @@ def _stack_root(
         if "cusolver" not in str(error).lower():
             raise
         return None  # some cuSOLVER versions say so instead of LinAlgError
+    return values, vectors
+
+
+def _stack_root(
+    matrices: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool
+) -> Tensor | None:
+    """The roots, or None where the decomposition failed."""
+    found = decomposed(matrices)
+    if found is None:
+        return None
+    values, vectors = found
     scales = _scales(values, root, epsilon, relative_epsilon, pseudo_inverse)
     return product(vectors * scales.unsqueeze(-2), vectors.mT)
 

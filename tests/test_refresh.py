@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shampoo_deepspeed import ShampooConfig
-from shampoo_deepspeed.refresh import due_phase, due_staggered, due_together, staggered_phases
+from shampoo_deepspeed.refresh import due_phase, due_staggered, staggered_phases
 
 costs_of_blocks = st.lists(st.integers(1, 1000).map(float), max_size=200)
 frequencies = st.integers(1, 24)
@@ -60,9 +59,3 @@ def test_each_step_refreshes_one_phase_and_none_before_the_start(step: int, wait
     start = frequency + wait
     due = [phase for phase in range(frequency) if due_staggered(step, start, frequency, phase)]
     assert due == ([] if step < start else [due_phase(step, start, frequency)])
-
-
-@given(st.integers(1, 200), st.integers(0, 30), frequencies)
-def test_together_is_what_the_options_say(step: int, wait: int, frequency: int) -> None:
-    config = ShampooConfig(precondition_frequency=frequency, start_preconditioning_step=frequency + wait)
-    assert due_together(step, config.start, frequency) == config.refreshes_at(step)

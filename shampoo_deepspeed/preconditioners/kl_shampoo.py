@@ -33,6 +33,9 @@ class KLShampooPreconditioner(ShampooPreconditioner):
     Before the first refresh the other factors count as identities. After it they count as of the last refresh.
     """
 
+    # Roots -1/2 double what float32 loses of small eigenvalues, and the next statistics are made of these roots.
+    _in_float64 = True
+
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     ) -> dict[str, Tensor]:

@@ -27,6 +27,8 @@ class ShampooPreconditioner:
     """
 
     first_moment = "exp_avg"
+    # In float32 a root -1/4 at the default ridge is right to 2e-4; see docs/solvers.md.
+    _in_float64 = False
 
     def __init__(self, config: ShampooConfig) -> None:
         self._beta2 = config.betas[1]
@@ -118,7 +120,8 @@ class ShampooPreconditioner:
             roots, failed = diagonal_root(matrices, root, *ridge, self._root_dtype, pseudo)
             return {f"root_{mode}": roots}, failed
         if self._tolerance is None:
-            roots, failed = inverse_root(matrices, root, *ridge, self._root_dtype, self._config.solver, pseudo)
+            solver = self._config.solver
+            roots, failed = inverse_root(matrices, root, *ridge, self._root_dtype, solver, pseudo, self._in_float64)
             return {f"root_{mode}": roots}, failed
         values, bases, failed = kept_or_new(matrices, state[f"basis_{mode}"].to(matrices.dtype), self._tolerance)
         roots, overflown = root_from_basis(values, bases, root, self._epsilon, self._relative_epsilon)
