@@ -425,7 +425,8 @@ class ShampooConfig:
         for name, values in defaults.items():
             value = getattr(self, name)
             if self.preconditioner != "shampoo" and value not in values:
-                raise _bad(name, value, f"{' or '.join(map(str, values))} with preconditioner {self.preconditioner}")
+                allowed = " or ".join("null" if v is None else v for v in values)
+                raise _bad(name, value, f"{allowed} with preconditioner {self.preconditioner}")
         if self.preconditioner == "soap" and isinstance(self.exponent_override, tuple):
             raise _bad("exponent_override", self.exponent_override, "null or a number with preconditioner soap")
         if self.refresh_tolerance is not None:
@@ -492,7 +493,7 @@ class ShampooConfig:
     def sides(self, shape: tuple[int, ...]) -> tuple[Side, ...]:
         """What each dim of a merged shape, or of a block of it, has: a factor matrix, a diagonal or nothing."""
         if self.preconditioner != "shampoo":
-            return sides_of(shape, self.max_preconditioner_dim)
+            return sides_of(shape, self.max_preconditioner_dim, batch_dims=self.batch_dims)
         large = "block" if self.large_dim == "adagrad" else self.large_dim
         return sides_of(shape, self.max_preconditioner_dim, large, self.one_sided, self.batch_dims)
 

@@ -90,7 +90,7 @@ class Block:
     second: Tensor
     first: Tensor
     roots: dict[int, Tensor] = field(default_factory=dict)
-    bases: list[Tensor] = field(default_factory=list)
+    bases: dict[int, Tensor] = field(default_factory=dict)
     scale: float = 1.0  # KL-Shampoo: of the product of the roots
     rotated: Tensor = field(default_factory=lambda: torch.zeros(()))  # SOAP: weighted sum of (Q'G)^2
     weight: float = 0.0  # SOAP: sum of those weights
@@ -181,8 +181,8 @@ def new_block(box: tuple[Any, ...], zero: Tensor, o: Options, kinds: list[str] |
     return Block(box, o.warm, factors, zero.clone(), zero.clone())
 
 
-def rotate(x: Tensor, bases: list[Tensor]) -> Tensor:
-    for dim, q in enumerate(bases):
+def rotate(x: Tensor, bases: dict[int, Tensor]) -> Tensor:
+    for dim, q in bases.items():
         x = multiply(x, q.T, dim)
     return x
 
@@ -195,7 +195,7 @@ def adam_in_basis(block: Block, g: Tensor, m: Tensor, o: Options) -> Tensor:
     below = (block.rotated / block.weight) ** (1.0 / (o.exponent_override or 2.0))
     below = below + o.eps + o.relative_epsilon * below.max()
     u = torch.where(below > 0, rotate(m, block.bases) / below, 0.0)
-    return rotate(u, [q.T for q in block.bases])
+    return rotate(u, {dim: q.T for dim, q in block.bases.items()})
 
 
 def off_diagonal(x: Tensor) -> Tensor:
@@ -329,19 +329,20 @@ class Reference:
     def _roots(block: Block, t: int, o: Options, p: float) -> dict[int, Tensor]:
         correct = o.use_bias_correction and o.betas[1] != 1.0
         scale = 1.0 - o.betas[1] ** o.seen(t) if correct else 1.0
-        if o.refresh_tolerance is None:
-            return {dim: inverse_root(a / scale, p, o) for dim, a in block.factors.items()}
-        spectra = []
+        roots = {}
         for dim, a in block.factors.items():
-            if block.bases:
-                q = block.bases[dim]
-                inside = q.T @ a @ q / scale
-                if off_diagonal(inside).norm() <= o.refresh_tolerance * (a / scale).norm():
-                    spectra.append((torch.diagonal(inside), q))
-                    continue
-            spectra.append(torch.linalg.eigh(a / scale))
-        block.bases = [q for _, q in spectra]
-        return {dim: root_of(lam, q, p, o) for dim, (lam, q) in enumerate(spectra)}
+            if o.refresh_tolerance is None or a.ndim == 1:
+                roots[dim] = inverse_root(a / scale, p, o)
+                continue
+            q = block.bases.get(dim)
+            inside = None if q is None else q.T @ a @ q / scale
+            if inside is None or off_diagonal(inside).norm() > o.refresh_tolerance * (a / scale).norm():
+                lam, q = torch.linalg.eigh(a / scale)
+            else:
+                lam = torch.diagonal(inside)
+            block.bases[dim] = q
+            roots[dim] = root_of(lam, q, p, o)
+        return roots
 
     @classmethod
     def _refresh(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
@@ -355,11 +356,11 @@ class Reference:
         """Roots of factors with a mean eigenvalue of 1; the geometric mean of the mean eigenvalues goes to scale."""
         correct = o.use_bias_correction and o.betas[1] != 1.0
         seen = 1.0 - o.betas[1] ** o.seen(t) if correct else 1.0
-        means = [a.trace().item() / len(a) / seen for a in block.factors.values()]
-        means = [mean if mean > 0 else 1.0 for mean in means]
+        means = {dim: a.trace().item() / len(a) / seen for dim, a in block.factors.items()}
+        means = {dim: mean if mean > 0 else 1.0 for dim, mean in means.items()}
         block.roots = {dim: root * means[dim] ** 0.5 for dim, root in cls._roots(block, t, o, 2.0).items()}
         block.scale = 1.0
-        for mean in means:
+        for mean in means.values():
             block.scale /= mean ** (0.5 / len(means))
 
     @staticmethod
@@ -372,15 +373,16 @@ class Reference:
         if not block.bases:
             block.weight = 1.0 - o.graft_beta2**t
             seen = o.seen(t) if o.betas[1] == 1.0 else 1.0 - o.betas[1] ** o.seen(t)
-            block.rotated = torch.full_like(m, block.weight * block.factors[0].trace().item() / seen)
+            block.rotated = torch.full_like(m, block.weight * next(iter(block.factors.values())).trace().item() / seen)
             for dim, a in block.factors.items():
                 lam, q = torch.linalg.eigh(a)
                 lam = lam.flip(0).clamp(min=0.0)
                 share = lam / lam.sum() if lam.sum() > 0 else lam
-                block.bases.append(q.flip(1))
+                block.bases[dim] = q.flip(1)
                 block.rotated = (block.rotated.movedim(dim, -1) * share).movedim(-1, dim)
         else:
-            for dim, (a, q) in enumerate(zip(block.factors.values(), block.bases, strict=True)):
+            for dim, a in block.factors.items():
+                q = block.bases[dim]
                 inside = q.T @ a @ q
                 if o.refresh_tolerance is not None and off_diagonal(inside).norm() <= o.refresh_tolerance * a.norm():
                     continue

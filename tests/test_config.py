@@ -364,7 +364,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"weight_decay_type": "corrected", "decoupled_weight_decay": False}, "'weight_decay_type' = 'corrected'"),
     ({"split": [2, 3], "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*together with split"),
     ({"split": [2, 3], "one_sided": "smaller"}, "'one_sided' = 'smaller'.*together with split"),
-    ({"preconditioner": "soap", "one_sided": "left"}, "'one_sided' = 'left'.*None with preconditioner soap"),
+    ({"preconditioner": "soap", "one_sided": "left"}, "'one_sided' = 'left'.*null with preconditioner soap"),
     ({"preconditioner": "kl_shampoo", "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*block or adagrad with"),
     ({"preconditioner": "soap", "solver": "newton_db"}, "'solver' = 'newton_db'.*eigh with preconditioner soap"),
     ({"preconditioner": "soap", "exponent_override": [2, 4]}, "'exponent_override'.*null or a number with"),

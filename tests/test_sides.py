@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from shampoo_deepspeed import OptionError, Shampoo
+from shampoo_deepspeed.config import PRECONDITIONERS
 from tests.stepping import drive, parameter, same_bits, shampoo, snapshot
 from tests.zoo import relative_error
 
@@ -93,10 +94,13 @@ def test_a_split_fused_matrix_takes_the_steps_of_its_parts() -> None:
     assert relative_error(fused.detach(), torch.cat(snapshot(parts))) < 1e-12
 
 
-def test_stacked_experts_take_the_steps_of_single_matrices() -> None:
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("grafting", [None, "none"])
+def test_stacked_experts_take_the_steps_of_single_matrices(preconditioner: str, grafting: str | None) -> None:
+    options = {"preconditioner": preconditioner, "grafting": grafting, **WIDE}
     stacked = parameter(3, 10, 6, dtype=F64)
     experts = [torch.nn.Parameter(matrix.clone()) for matrix in stacked.detach()]
-    whole, apart = shampoo([stacked], batch_dims=1, **WIDE), shampoo(experts, **WIDE)
+    whole, apart = shampoo([stacked], batch_dims=1, **options), shampoo(experts, **options)
     for step in range(7):
         stacked.grad = torch.randn(3, 10, 6, dtype=F64, generator=torch.Generator().manual_seed(step))
         for expert, gradient in zip(experts, stacked.grad, strict=True):

@@ -42,13 +42,13 @@ class KLShampooPreconditioner(ShampooPreconditioner):
         """As for Shampoo, but ``root_i`` belongs to factors scaled to mean eigenvalue 1 and begins as the identity;
         ``scale`` [count] is what the product of the roots lacks."""
         state = super().new_state(count, shape, device, dtype)
-        for mode in range(len(shape)):
+        for mode in modes_of(state):
             state[f"root_{mode}"].diagonal(dim1=-2, dim2=-1).fill_(1.0)
         return {**state, "scale": torch.ones(count, dtype=dtype, device=device)}
 
     def accumulate(self, state: dict[str, Tensor], gradients: Tensor, verdict: Verdict) -> None:
         whole = gradients.to(torch.promote_types(gradients.dtype, self._root_dtype))
-        modes = range(gradients.ndim - 1)
+        modes = modes_of(state)
         for mode in modes:
             whitened = whole
             for other in modes:

@@ -48,15 +48,18 @@ class SOAPPreconditioner:
         self._basis_dtype = DTYPES[config.root_dtype]
         self._apply_dtype = DTYPES[config.apply_dtype] if config.apply_dtype else None
         self._factor_dtype = DTYPES[config.factor_dtype]
+        self._sides = config.sides
         self._factors = ShampooPreconditioner(config)
 
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """``factor_i`` and ``basis_i`` [count, d_i, d_i], ``rotated_second_moment`` [count, *shape], and
-        ``rotated_weight`` [count], the sum of the weights of what that moment has seen."""
+        """``factor_i`` and ``basis_i`` [count, d_i, d_i] of each dim but batch dims, ``rotated_second_moment``
+        [count, *shape], and ``rotated_weight`` [count], the sum of the weights of what that moment has seen."""
         state = {}
         for mode, d in enumerate(shape):
+            if self._sides(shape)[mode] == "none":
+                continue
             state[f"factor_{mode}"] = torch.zeros(count, d, d, dtype=self._factor_dtype, device=device)
             state[f"basis_{mode}"] = torch.zeros(count, d, d, dtype=self._basis_dtype, device=device)
         state["rotated_second_moment"] = torch.zeros(count, *shape, dtype=dtype, device=device)
@@ -68,7 +71,7 @@ class SOAPPreconditioner:
 
     def compute(self, state: dict[str, Tensor], step: int) -> Renewed:
         """Bases, and of what the second moment begins with or how its columns move."""
-        first = ~known(state["basis_0"])
+        first = ~known(state[f"basis_{modes_of(state)[0]}"])
         moved = first
         renewed: dict[str, Tensor] = {}
         failed: set[int] = set()
@@ -148,7 +151,7 @@ class SOAPPreconditioner:
         """The mean of ||G||^2 in the factor matrices [B]; all modes have the same."""
         seen = self._config.gradients_seen(step)
         weight = float(seen) if self._beta2 == 1.0 else 1.0 - self._beta2**seen
-        return wide(state["factor_0"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
+        return wide(state[f"factor_{modes_of(state)[0]}"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
 
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
         second, weight = state["rotated_second_moment"], state["rotated_weight"]
@@ -166,7 +169,7 @@ class SOAPPreconditioner:
     ) -> Tensor:
         """Into the eigenbases, or back."""
         turned = stack.to(dtype or torch.promote_types(stack.dtype, self._basis_dtype))
-        for mode in range(stack.ndim - 1):
+        for mode in (n for n in range(stack.ndim - 1) if f"basis_{n}" in state):
             basis = state[f"basis_{mode}"]
             turned = multiply(turned, basis if back else basis.mT, mode)
         return turned

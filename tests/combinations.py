@@ -1,0 +1,154 @@
+"""Values of all options of the rule, and few runs that hold every pair of them that combines: a covering array."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+# What stands together in one value could not be combined freely with the rest of it. An iterative solver has the ridge
+# of the reference where that is an absolute one. The first value of each option goes with all values of all others.
+VALUES: dict[str, list[dict[str, Any]]] = {
+    "preconditioner": [{"preconditioner": name} for name in ("shampoo", "soap", "kl_shampoo")],
+    "first_moment": [{"betas0": 0.9}, {"betas0": 0.0}, {"betas0": 0.9, "beta3": 0.4}],
+    "factors": [{"betas1": 0.95}, {"betas1": 1.0}],
+    "grafting": [{}, *({"grafting": g} for g in ("adam", "none", "sgd", "adagrad", "rmsprop", "normalized_adam"))],
+    "grafting_beta2": [{}, {"grafting_beta2": 0.8}],
+    "elementwise": [{}, {"elementwise": "sgd"}, {"elementwise": "rmsprop"}],
+    "decay": [{"weight_decay_type": kind} for kind in ("decoupled", "l2", "corrected", "independent")],
+    "momentum": [{}, {"momentum": 0.8, "dampening": 0.3}, {"momentum": 0.9, "nesterov": True}],
+    "bias": [{}, {"use_bias_correction": False}],
+    "root": [{}, {"exponent_override": 2.0}, {"exponent_override": [2.0, None, 8.0]}],
+    "regularisation": [
+        {},
+        {"rank_deficient": "pseudo_inverse", "relative_epsilon": 1e-4},
+        {"solver": "coupled_newton", "epsilon": 1e-3, "relative_epsilon": 0.0},
+        {"solver": "newton_db", "epsilon": 1e-3, "relative_epsilon": 0.0},
+    ],
+    "tolerance": [{}, {"refresh_tolerance": 0.2}],
+    "one_sided": [{}, {"one_sided": "left"}, {"one_sided": "right"}, {"one_sided": "smaller"}],
+    "large_dim": [{"large_dim": kind} for kind in ("block", "diagonal", "identity", "adagrad")],
+    "split": [{}, {"rules": [{"match": "matrix", "split": [1, 3]}]}],
+    "merging": [{}, {"merge_small_dims": False}],
+    "batch_dims": [{}, {"batch_dims": 1}],
+    "block": [{"max_preconditioner_dim": n} for n in (4, 6, 1024)],
+    "refresh": [{"refresh": kind} for kind in ("staggered", "sync", "background")],
+    "schedule": [
+        {"precondition_frequency": 3, "start_preconditioning_step": 8},
+        {"precondition_frequency": 1, "start_preconditioning_step": 8},
+        {"precondition_frequency": 3},
+        {"precondition_frequency": 1},
+    ],
+}
+OPTIONS = list(VALUES)
+SIZES = [len(values) for values in VALUES.values()]
+Row: TypeAlias = tuple[int, ...]
+Value: TypeAlias = tuple[int, int]  # number of an option and of a value of it
+
+
+def options_of(row: Row) -> dict[str, Any]:
+    """The optimizer's options: what makes every part of the rule count, and the row's own."""
+    options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-6}
+    for values, number in zip(VALUES.values(), row, strict=True):
+        options.update(values[number])
+    return options | {"betas": (options.pop("betas0"), options.pop("betas1"))}
+
+
+def row_of(*values: Value) -> Row:
+    """These values, and the first one of every other option."""
+    row = [0] * len(SIZES)
+    for option, number in values:
+        row[option] = number
+    return tuple(row)
+
+
+# What the package refuses, by the numbers of values. Beside one value of an option some of another do not go.
+REFUSED: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
+    ("preconditioner", 1): {"root": (2,), "regularisation": (1, 2, 3), "one_sided": (1, 2, 3), "large_dim": (1, 2)},
+    ("preconditioner", 2): {"root": (1, 2), "regularisation": (1,), "one_sided": (1, 2, 3), "large_dim": (1, 2)},
+    ("tolerance", 1): {"regularisation": (1, 2, 3)},
+    ("split", 1): {"one_sided": (3,), "large_dim": (1, 2)},
+}
+# SOAP's basis of a factor matrix with several null directions is not unique, so that there would be no one trajectory
+# to compare with: it starts when there are none.
+LEFT_OUT: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {("preconditioner", 1): {"schedule": (2, 3)}}
+
+
+def _pairs_in(table: dict[tuple[str, int], dict[str, tuple[int, ...]]]) -> set[tuple[Value, Value]]:
+    found = set()
+    for (option, number), others in table.items():
+        for other, numbers in others.items():
+            sides = [[(OPTIONS.index(option), number), (OPTIONS.index(other), n)] for n in numbers]
+            found |= {(min(pair), max(pair)) for pair in sides}
+    return found
+
+
+REFUSED_PAIRS = _pairs_in(REFUSED)
+NO_PAIRS = REFUSED_PAIRS | _pairs_in(LEFT_OUT)
+
+
+def combines(left: Value, right: Value) -> bool:
+    return (min(left, right), max(left, right)) not in NO_PAIRS
+
+
+def value_pairs() -> Iterator[tuple[Value, Value]]:
+    """All pairs of values of two options, that of the earlier option first."""
+    for a, b in itertools.combinations(range(len(SIZES)), 2):
+        for i, j in itertools.product(range(SIZES[a]), range(SIZES[b])):
+            yield (a, i), (b, j)
+
+
+def pairs_of(row: Row) -> set[tuple[Value, Value]]:
+    return set(itertools.combinations(enumerate(row), 2))
+
+
+def rows_of_pairs() -> list[Row]:
+    """Rows that together hold every pair that combines; greedily, each takes as many missing ones as it can."""
+    missing = {pair for pair in value_pairs() if combines(*pair)}
+    rows = []
+    while missing:
+        rows.append(_extended(dict(min(missing)), missing))
+        missing -= pairs_of(rows[-1])
+    return rows
+
+
+def _extended(chosen: dict[int, int], missing: set[tuple[Value, Value]]) -> Row:
+    for option in sorted(set(range(len(SIZES))) - set(chosen), key=lambda n: -SIZES[n]):
+        able = [n for n in range(SIZES[option]) if all(combines((option, n), other) for other in chosen.items())]
+
+        def gain(number: int, option: int = option) -> int:
+            return sum(tuple(sorted([(option, number), other])) in missing for other in chosen.items())
+
+        chosen[option] = max(able, key=lambda number: (gain(number), -number))
+    return tuple(chosen[n] for n in range(len(SIZES)))
+
+
+def rows_of_single_values() -> list[Row]:
+    """Every value of every option alone, with each preconditioner that takes it."""
+    rows = {row_of((0, p)) for p in range(SIZES[0])}
+    for p, (option, size) in itertools.product(range(SIZES[0]), list(enumerate(SIZES))[1:]):
+        rows |= {row_of((0, p), (option, n)) for n in range(1, size) if combines((0, p), (option, n))}
+    return sorted(rows)
+
+
+def rows_of_all_values(rows: list[Row]) -> list[Row]:
+    """Few of these rows that together hold every value, and every value of the preconditioner twice."""
+    missing = {(option, n): 2 if option == 0 else 1 for option, size in enumerate(SIZES) for n in range(size)}
+    found: list[Row] = []
+    while any(missing.values()):
+        best = max(rows, key=lambda row: (sum(missing[value] > 0 for value in enumerate(row)), row not in found))
+        found.append(best)
+        for value in enumerate(best):
+            missing[value] = max(0, missing[value] - 1)
+    return found
+
+
+PAIRS = rows_of_pairs()
+ALONE = rows_of_single_values()
+FEW = rows_of_all_values(PAIRS)
+
+
+def label(row: Row) -> str:
+    """The row as the values that are not the first."""
+    changed = [f"{option}{n}" for option, n in zip(OPTIONS, row, strict=True) if n]
+    return "-".join(changed) if len(changed) < 3 else "".join(map(str, row))
