@@ -151,7 +151,7 @@ def make_reference(scenario: Scenario, trained: Mapping[str, Tensor]) -> Referen
         overrides[rule["match"]] = overrides.get(rule["match"], {}) | changed
     second = scenario.second_group(list(trained))  # whose blocks take their turns after those of the first
     trained = {n: trained[n] for n in [*(n for n in trained if n not in second), *second]}
-    for name in ("bucket_mb", "communication_dtype"):  # how much travels at a time, and how, is no part of the rule
+    for name in ("bucket_mb", "communication_dtype", "solver"):  # how things travel and are computed is no part of it
         options.pop(name, None)
     exclude = ("embed.weight",) if options.pop("exclude", None) is None else ()
     return Reference(trained, overrides, exclude, **options)
