@@ -11,18 +11,19 @@ from torch import Tensor
 from shampoo_deepspeed.roots import decomposed, product, regularised
 
 
-def eigenbasis(matrices: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+def eigenbasis(matrices: Tensor, in_float64: bool = False) -> tuple[Tensor, Tensor, list[int]]:
     """Eigenvalues and eigenvectors in falling order.
 
     A matrix whose eigendecomposition fails or is not finite is tried again in float64.
 
     Args:
         matrices: [B, d, d], symmetric, float32 or float64.
+        in_float64: decompose in float64 at once, one matrix after another.
 
     Returns:
         Eigenvalues [B, d], bases [B, d, d], and the rows that failed even in float64 (their content is undefined).
     """
-    found = decomposed(matrices)
+    found = None if in_float64 else decomposed(matrices)
     values, vectors = found or (torch.empty_like(matrices[..., 0]), torch.empty_like(matrices))
     suspects = range(len(matrices)) if found is None else non_finite(vectors)
     failed = []

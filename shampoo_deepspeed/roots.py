@@ -137,12 +137,12 @@ def _by_eigh(
     work: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool, in_float64: bool
 ) -> tuple[Tensor, list[int]]:
     """The roots in the dtype of ``work``, and the rows that failed in float64 too."""
-    first = work.double() if in_float64 else work
-    found = _stack_root(first, root, epsilon, relative_epsilon, pseudo_inverse)
-    roots = torch.empty_like(work) if found is None else found.to(work.dtype)
+    found = None if in_float64 else _stack_root(work, root, epsilon, relative_epsilon, pseudo_inverse)
+    roots = torch.empty_like(work) if found is None else found
     suspects = range(len(work)) if found is None else _non_finite(roots)
     failed = []
     for row in suspects:
+        # One at a time, as float64 copies of a whole stack would be most of the memory that a step needs.
         retried = _stack_root(work[row : row + 1].double(), root, epsilon, relative_epsilon, pseudo_inverse)
         narrow = None if retried is None else retried.to(roots.dtype)  # which may overflow
         if narrow is None or _non_finite(narrow):

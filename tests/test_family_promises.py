@@ -98,9 +98,13 @@ def test_soap_in_a_turned_basis_turns_alike() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+@pytest.mark.parametrize("grafting", [None, "adam"])
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-def test_without_absolute_epsilons_the_scale_of_gradients_means_nothing(preconditioner: str, scale: float) -> None:
+def test_without_absolute_epsilons_the_scale_of_gradients_means_nothing(
+    preconditioner: str, grafting: str | None, scale: float
+) -> None:
     options = {"preconditioner": preconditioner, "precondition_frequency": 3, "epsilon": 0.0, "eps": 0.0}
+    options["grafting"] = grafting
     gradients = drawn(6, 4, steps=13)
     scaled = moves([scale * g for g in gradients], **options)
     for found, expected in zip(scaled, moves(gradients, **options), strict=True):
@@ -184,9 +188,12 @@ def batches(steps: int) -> list[Tensor]:
     return [torch.stack([data[s : s + 32] for s in row]).long() for row in starts]
 
 
-@pytest.mark.parametrize("frequency", [1, 5, 10, 20])
+PACES = [*((f, "staggered") for f in (1, 2, 3, 5, 10, 20, 50)), (10, "sync"), (10, "background")]
+
+
+@pytest.mark.parametrize(("frequency", "refresh"), PACES)
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-def test_the_first_steps_are_calm(preconditioner: str, frequency: int) -> None:
+def test_the_first_steps_are_calm(preconditioner: str, frequency: int, refresh: str) -> None:
     """No parameter of a small Llama on real text moves by more than 3 lr RMS in any of the first 50 steps."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -202,6 +209,7 @@ def test_the_first_steps_are_calm(preconditioner: str, frequency: int) -> None:
         model=model,
         preconditioner=preconditioner,
         precondition_frequency=frequency,
+        refresh=refresh,
     )
     losses = []
     for tokens in batches(50):

@@ -1,4 +1,8 @@
-"""A real training run at the default settings: what float32 does to directions, seen against float64 at every step."""
+"""A real training run at the default settings: what float32 does to directions, seen against float64 at every step.
+
+A twin in float64 gets the gradients and the parameters of the float32 run. It has a state of its own all the time, or
+takes the float32 run's state before each step, so that one step alone is compared.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.config import PRECONDITIONERS
 
 WIDTH, HEADS, LAYERS, LENGTH, BATCH = 48, 4, 2, 48, 12
 STEPS = 100
@@ -84,32 +89,84 @@ def cosine(left: Tensor, right: Tensor) -> float:
     return F.cosine_similarity(left.double().flatten(), right.double().flatten(), dim=0).item()
 
 
-@pytest.mark.parametrize("options", [{}, {"solver": "coupled_newton"}], ids=["defaults", "coupled_newton"])
-def test_float32_directions_are_those_of_float64_at_the_default_settings(options: dict[str, Any]) -> None:
-    """Both get the same gradients and parameters, those of the float32 run; each has a state of its own all the time.
+class Twins:
+    """The float32 run and its float64 twin. Only the model's own embedding is excluded, so that an ill-conditioned
+    head is among the matrices."""
 
-    Only the model's own embedding is excluded, so that an ill-conditioned head is among the matrices.
-    """
-    model = made_model()
-    own = dict(model.named_parameters())
-    twins = {name: nn.Parameter(p.detach().double()) for name, p in own.items()}
-    common: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "exclude": ["embed_tokens*"]}
-    optimizer = Shampoo(own.items(), **common, **options)
-    exact = Shampoo(twins.items(), factor_dtype="float64", root_dtype="float64", solver="eigh", **common)
-    losses, worst, rows = [], {}, batches()
-    for step, row in enumerate(rows, start=1):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(row[:, :-1]).flatten(0, 1), row[:, 1:].flatten())
+    def __init__(self, **options: Any) -> None:
+        self.model = made_model()
+        self.own = dict(self.model.named_parameters())
+        self.exact = {name: nn.Parameter(p.detach().double()) for name, p in self.own.items()}
+        common: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "exclude": ["embed_tokens*"], **options}
+        wide = {"factor_dtype": "float64", "root_dtype": "float64", "solver": "eigh"}
+        self.optimizer = Shampoo(self.own.items(), **common)
+        self.reference = Shampoo(self.exact.items(), **(common | wide))
+        self.losses: list[float] = []
+
+    def step(self, row: Tensor) -> dict[str, float]:
+        """One step of both; the cosine of each parameter's two steps."""
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(row[:, :-1]).flatten(0, 1), row[:, 1:].flatten())
         loss.backward()
-        losses.append(loss.item())
-        for name, p in own.items():
-            twins[name].data.copy_(p.detach())
+        self.losses.append(loss.item())
+        for name, p in self.own.items():
+            self.exact[name].data.copy_(p.detach())
             assert p.grad is not None
-            twins[name].grad = p.grad.double()
-        before = {name: p.detach().clone() for name, p in own.items()}
-        optimizer.step()
-        exact.step()
-        found = {n: cosine(own[n].detach() - before[n], twins[n].detach() - before[n].double()) for n in own}
+            self.exact[name].grad = p.grad.double()
+        before = {name: p.detach().clone() for name, p in self.own.items()}
+        self.optimizer.step()
+        self.reference.step()
+        return {
+            name: cosine(p.detach() - before[name], self.exact[name].detach() - before[name].double())
+            for name, p in self.own.items()
+        }
+
+    def share_state(self) -> None:
+        """The twin's blocks take the state of the float32 run's; those are tensors of the optimizers themselves."""
+        own, exact = (optimizer.state_dict()["shampoo"]["stacks"] for optimizer in (self.optimizer, self.reference))
+        for stack, twin in zip(own, exact, strict=True):
+            assert (stack["keys"], stack["refreshed"]) == (twin["keys"], twin["refreshed"])
+            for name, tensor in twin["tensors"].items():
+                tensor.copy_(stack["tensors"][name])
+
+    def refreshed(self) -> int:
+        """How many blocks have been refreshed so far at all."""
+        return sum(sum(stack["refreshed"]) for stack in self.optimizer.state_dict()["shampoo"]["stacks"])
+
+
+def assert_aligned(twins: Twins, shared: bool) -> None:
+    """In each step of the run, so at every refresh and after it."""
+    worst = {}
+    for step, row in enumerate(batches(), start=1):
+        if shared:
+            twins.share_state()
+        found = twins.step(row)
         worst[step] = min(found.values()), min(found, key=lambda name: found[name])
-    assert losses[-1] < 0.75 * losses[0]  # it trains
-    assert min(worst.values())[0] >= 0.999, sorted(worst.items(), key=lambda item: item[1])[:5]
+    assert twins.losses[-1] < 0.75 * twins.losses[0]  # it trains
+    assert twins.refreshed() == LAYERS * (4 + 3) + 2  # every matrix of the layers, positions, and the head
+    least = sorted(worst.items(), key=lambda item: item[1])[:5]
+    print(least)  # shown by pytest -rP
+    assert least[0][1][0] >= 0.999, least
+
+
+FREE: dict[str, dict[str, Any]] = {
+    "shampoo": {},
+    "coupled_newton": {"solver": "coupled_newton"},
+    "kl_shampoo": {"preconditioner": "kl_shampoo"},
+    "soap_with_wide_factors": {"preconditioner": "soap", "factor_dtype": "float64"},
+}
+
+
+@pytest.mark.parametrize("options", [pytest.param(options, id=name) for name, options in FREE.items()])
+def test_float32_directions_are_those_of_a_float64_run_at_the_default_settings(options: dict[str, Any]) -> None:
+    """Two runs apart from the first step on; deviations may add up over all the refreshes.
+
+    Of float32 factor matrices SOAP's smallest directions are rounding (docs/solvers.md), so here it has wider ones.
+    """
+    assert_aligned(Twins(**options), shared=False)
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+def test_float32_directions_are_those_of_float64_from_the_same_state(preconditioner: str) -> None:
+    """At the default settings, before, at and after each refresh: what one step in float32 loses."""
+    assert_aligned(Twins(preconditioner=preconditioner), shared=True)

@@ -137,11 +137,10 @@ class SOAPPreconditioner:
         if len(anew):
             # All directions count alike afterwards, those of the smallest eigenvalues too, of which a decomposition in
             # float32 keeps little. That is once per block; a power step from a given basis loses nothing like it.
-            found, fresh, wrong = eigenbasis(matrices[anew].double())
+            found, bases[anew], wrong = eigenbasis(matrices[anew], in_float64=True)
             found = found.clamp_min(0.0)
             total = found.sum(-1, keepdim=True)
-            values[anew] = torch.where(total > 0, found / total, 0.0).to(values.dtype)
-            bases[anew] = fresh.to(bases.dtype)
+            values[anew] = torch.where(total > 0, found / total, 0.0)
             failed = anew[wrong].tolist()
         if len(onward):
             bases[onward], columns[onward] = power_step(matrices[onward], bases[onward], self._relative_epsilon)
