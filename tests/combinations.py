@@ -12,6 +12,7 @@ VALUES: dict[str, list[dict[str, Any]]] = {
     "preconditioner": [{"preconditioner": name} for name in ("shampoo", "soap", "kl_shampoo")],
     "first_moment": [{"betas0": 0.9}, {"betas0": 0.0}, {"betas0": 0.9, "beta3": 0.4}],
     "factors": [{"betas1": 0.95}, {"betas1": 1.0}],
+    "statistics": [{}, {"statistics_frequency": 2}],
     "grafting": [{}, *({"grafting": g} for g in ("adam", "none", "sgd", "adagrad", "rmsprop", "normalized_adam"))],
     "grafting_beta2": [{}, {"grafting_beta2": 0.8}],
     "elementwise": [{}, {"elementwise": "sgd"}, {"elementwise": "rmsprop"}],
@@ -34,8 +35,8 @@ VALUES: dict[str, list[dict[str, Any]]] = {
     "block": [{"max_preconditioner_dim": n} for n in (4, 6, 1024)],
     "refresh": [{"refresh": kind} for kind in ("staggered", "sync", "background")],
     "schedule": [
-        {"precondition_frequency": 3, "start_preconditioning_step": 8},
-        {"precondition_frequency": 1, "start_preconditioning_step": 8},
+        {"precondition_frequency": 3, "start_preconditioning_step": 10},
+        {"precondition_frequency": 1, "start_preconditioning_step": 10},
         {"precondition_frequency": 3},
         {"precondition_frequency": 1},
     ],

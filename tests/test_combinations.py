@@ -38,7 +38,8 @@ STEPS = 24
 BOUND = 1e-9
 SHAPES = {"vector": (5,), "matrix": (6, 4), "conv": (4, 6, 2), "experts": (3, 2, 3, 2)}
 # Options that change nothing of the rule, and those that are tried elsewhere.
-NOT_OF_THE_RULE = {"bucket_mb", "communication_dtype", "failure_limit", "factor_dtype", "root_dtype"}
+NOT_OF_THE_RULE = {"bucket_mb", "overlap", "failure_limit"}
+NOT_OF_THE_RULE |= {"communication_dtype", "apply_dtype", "factor_dtype", "root_dtype"}
 ELSEWHERE = {"exclude", "no_decay", "split", "master_weights", "stochastic_rounding", "peak_lr"}
 
 

@@ -21,7 +21,7 @@ FLOAT64_BOUND = 1e-10
 # of its gradients. Roots and bases of rank-deficient factors come when there are none left.
 OTHER: dict[str, Any] = {
     "max_preconditioner_dim": {4: 5, 6: 9, 1024: 1024},
-    "start_preconditioning_step": {8: 10},
+    "start_preconditioning_step": {10: 13},
     "epsilon": {1e-3: 1e-5},
 }
 
