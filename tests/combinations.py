@@ -132,26 +132,30 @@ def rows_of_single_values() -> list[Row]:
     return sorted(rows)
 
 
-def rows_of_all_values(rows: list[Row]) -> list[Row]:
-    """Few of these rows that together hold every value, and every value of the preconditioner twice.
+def rows_of_all_values() -> list[Row]:
+    """Few rows that together hold every value, with two of SOAP and two of KL-Shampoo.
 
-    What happens to large dims shows only where there are some.
+    What happens to large dims shows only where there are some, which is with the smallest blocks.
     """
     large, block = OPTIONS.index("large_dim"), OPTIONS.index("block")
-    rows = [row for row in rows if row[large] == 0 or row[block] == 0]
-    missing = {(option, n): 2 if option == 0 else 1 for option, size in enumerate(SIZES) for n in range(size)}
-    found: list[Row] = []
-    while any(missing.values()):
-        best = max(rows, key=lambda row: (sum(missing[value] > 0 for value in enumerate(row)), row not in found))
-        found.append(best)
-        for value in enumerate(best):
-            missing[value] = max(0, missing[value] - 1)
+    missing = {(option, n) for option, size in enumerate(SIZES) for n in range(size)}
+    found = []
+    for preconditioner in (0, 1, 2, 0, 1, 2, 0, 0):
+        chosen = {0: preconditioner}
+        for option in sorted(range(1, len(SIZES)), key=lambda n: -SIZES[n]):
+            able = [n for n in range(SIZES[option]) if all(combines((option, n), other) for other in chosen.items())]
+            if (option == block and chosen[large]) or (option == large and preconditioner):
+                able = [0]
+            new = [n for n in able if (option, n) in missing]
+            chosen[option] = new[-1] if new else able[(len(found) + option) % len(able)]
+        found.append(tuple(chosen[n] for n in range(len(SIZES))))
+        missing -= set(enumerate(found[-1]))
     return found
 
 
 PAIRS = rows_of_pairs()
 ALONE = rows_of_single_values()
-FEW = rows_of_all_values(PAIRS)
+FEW = rows_of_all_values()
 
 
 def label(row: Row) -> str:
