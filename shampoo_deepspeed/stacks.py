@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 # A step makes half a dozen passes over its blocks and as many temporaries. On the CPU these are page faults and cache
 # misses unless few blocks at a time go through all of it; kernels gain nothing there from longer stacks.
 CACHED_BYTES = 2 << 20
+# A refresh holds a dozen temporaries of this size, and decompositions come one after another there anyway.
+REFRESHED_BYTES = 512 << 10
 
 
 class BlockStack:
@@ -49,6 +52,7 @@ class BlockStack:
         self.keys = tuple(keys)
         self.phases = phases
         self.shape = shape
+        self._device = device
         count = len(self.keys)
         preconditioner = build(config)
         self.tensors = preconditioner.new_state(count, shape, device, dtype)
@@ -176,7 +180,7 @@ class BlockStack:
             assert refresh is not None
             renewed = refresh.result().rows(rows[here][0] - refresh.first, rows[here][-1] + 1 - refresh.first)
             self.meter.take(refresh.meter)
-            with self.meter.watch.span(next(iter(state.values())).device):
+            with self.meter.watch.span(self._device):
                 failed = set(preconditioner.install(_part(state, here), renewed))
             for row in rows[here]:
                 del self.pending[row]
@@ -186,12 +190,21 @@ class BlockStack:
             if config.refresh == "background":
                 self._begin(rows[here], _part(state, here), step, preconditioner)
                 continue
-            with self.meter.refreshing(next(iter(state.values())).device):
-                renewed = preconditioner.compute(_part(state, here), step)
-                failed = set(preconditioner.install(_part(state, here), renewed))
-            self._note_refresh(rows[here], failed, what)
-            installed.append((here, renewed))
+            for few in self._pieces(here):
+                with self.meter.refreshing(self._device):
+                    renewed = preconditioner.compute(_part(state, few), step)
+                    failed = set(preconditioner.install(_part(state, few), renewed))
+                self._note_refresh(rows[few], failed, what)
+                installed.append((few, renewed))
         return installed
+
+    def _pieces(self, here: slice) -> Iterator[slice]:
+        """On the CPU so few rows at a time that what a refresh holds beside the state stays small."""
+        most = here.stop - here.start
+        if self._device.type == "cpu":
+            most = max(1, REFRESHED_BYTES // (math.prod(self.shape) * self.tensors[next(iter(self.tensors))].itemsize))
+        for begin in range(here.start, here.stop, most):
+            yield slice(begin, min(begin + most, here.stop))
 
     def _begin(self, rows: range, state: dict[str, Tensor], step: int, preconditioner: Preconditioner) -> None:
         """Compute in the background; the state stays as it is until these rows' next step, which waits for it."""
