@@ -136,10 +136,12 @@ def micro_batches(batch: dict[str, Any], rank: int, ranks: int, accumulate: int 
         yield {k: v[piece] if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def gradients(model: nn.Module, batch: dict[str, Any], zeros: bool = False) -> dict[str, Tensor | None]:
-    """Named gradients of the mean loss; `zeros` gives zeros where there is none, as DeepSpeed does."""
+def gradients(
+    model: nn.Module, batch: dict[str, Any], zeros: bool = False, scale: float = 1.0
+) -> dict[str, Tensor | None]:
+    """Named gradients of the mean loss times `scale`; `zeros` gives zeros where there is none, as DeepSpeed does."""
     model.zero_grad(set_to_none=True)
-    model(**cast(batch, next(model.parameters()).dtype)).backward()
+    (model(**cast(batch, next(model.parameters()).dtype)) * scale).backward()
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     return {n: torch.zeros_like(p) if zeros and p.grad is None else p.grad for n, p in named.items()}
 

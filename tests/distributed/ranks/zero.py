@@ -106,6 +106,16 @@ def final_parameters(scenario: Scenario) -> dict[str, Tensor]:
         return full_masters(engine) if scenario.half else full_parameters(engine)
 
 
+def every_step(scenario: Scenario) -> list[dict[str, dict[str, Tensor]]]:
+    """Of 16-bit training the float32 masters after each step, and the weights that the next gradients are taken at."""
+    steps = []
+    with engine_of(scenario) as engine:
+        for step in range(scenario.steps):
+            train(engine, scenario, range(step, step + 1))
+            steps.append({"masters": full_masters(engine), "weights": full_parameters(engine)})
+    return steps
+
+
 def reject(bad: BadStep) -> dict[str, Any]:
     """Trains, puts one step with a non-finite gradient on the last rank in between, and trains on."""
     scenario, last = bad.scenario, dist.get_world_size() - 1
