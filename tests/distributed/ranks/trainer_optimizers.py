@@ -75,10 +75,16 @@ def train_once(route: str, host: str, training: Training, folder: Path, resume: 
         wrapped = trainer.model_wrapped
         result = {"losses": seen.losses, "rates": seen.rates, "wrapper": type(wrapped).__name__}
         result |= {"parameters": whole(trainer.model), "traffic": innermost(trainer.optimizer).comm_stats()}
-        result |= {"history": seen.history, "logs": trainer.state.log_history}
+        result |= {"history": seen.history, "logs": trainer.state.log_history, "turns": turns(trainer.optimizer)}
         if hasattr(wrapped, "destroy"):
             wrapped.destroy()
         return result
+
+
+def turns(optimizer: Any) -> list[int | None]:
+    """Of each block that this rank owns the step of the window in which it is refreshed; None: with all others."""
+    units = innermost(optimizer).units
+    return [unit.plan.blocks[block].phase for unit in units for block in unit.plan.owned[unit.rank]]
 
 
 def refused(argument: tuple[str, dict[str, Any]]) -> str:
