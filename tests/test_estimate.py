@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -177,7 +178,6 @@ def test_llama_3_has_its_published_size() -> None:
 )
 def test_names_and_shapes_are_those_that_transformers_builds(kind: str, extra: dict[str, Any], tmp_path: Path) -> None:
     """In order, so that blocks and flat buffers are those of the run; a config.json is read as it is saved."""
-    transformers = pytest.importorskip("transformers")
     made = transformers.AutoConfig.for_model(**(SMALL | extra | {"model_type": kind}))
     made.save_pretrained(tmp_path)
     with torch.device("meta"):
@@ -188,7 +188,6 @@ def test_names_and_shapes_are_those_that_transformers_builds(kind: str, extra: d
 
 
 def test_other_models_come_through_the_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     from shampoo_deepspeed.integrations.models import transformers_parameters
 
     class Point:
