@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo_deepspeed.base import BlockOptimizer
 from shampoo_deepspeed.boxes import interval_to_boxes
 from shampoo_deepspeed.config import TRAINER_NO_DECAY
 from shampoo_deepspeed.hosts import Entry, Fresh, Layout, LayoutError, Parameter, Shard, whole_tensors
+from shampoo_deepspeed.persistence import BlockOptimizer
 
 from .deepspeed_checkpoints import note_folder, resume, wrap_checkpointing
 

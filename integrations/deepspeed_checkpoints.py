@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_deepspeed.base import BlockOptimizer
 from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
 from shampoo_deepspeed.manifest import CheckpointError, Manifest
+from shampoo_deepspeed.persistence import BlockOptimizer
 from shampoo_deepspeed.saved import START_ANEW, SavedState, cpu_group
 
 logger = logging.getLogger("shampoo_deepspeed")

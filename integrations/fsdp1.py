@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo_deepspeed.base import BlockOptimizer
 from shampoo_deepspeed.boxes import interval_to_boxes
 from shampoo_deepspeed.exchange import communication_device
 from shampoo_deepspeed.hosts import Entry, Fresh, Layout, LayoutError, Part, Shard, compute_dtype
 from shampoo_deepspeed.naming import clean_name, kinds_by_module, output_head
+from shampoo_deepspeed.persistence import BlockOptimizer
 from shampoo_deepspeed.torch_state import is_fsdp1
 
 from .fsdp1_checkpoints import load_beside, save_beside

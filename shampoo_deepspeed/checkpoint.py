@@ -19,10 +19,10 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from shampoo_deepspeed.base import BlockOptimizer
 from shampoo_deepspeed.fitting import misfits, restore_options, what_does_not_fit
 from shampoo_deepspeed.jobwide import decided, everyone
 from shampoo_deepspeed.manifest import CheckpointError, Manifest
+from shampoo_deepspeed.persistence import BlockOptimizer
 from shampoo_deepspeed.storage import damage
 from shampoo_deepspeed.stored import StoredState, base_key
 from shampoo_deepspeed.writing import prepared, write_checkpoint

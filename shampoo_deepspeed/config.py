@@ -1,11 +1,11 @@
-"""The one list of options: names, defaults, meaning and validation of everything that a user can set."""
+"""The one list of options: names, defaults and meaning of everything that a user can set."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,34 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.blocks import Side, sides_of
+from shampoo_deepspeed.consistency import DB_ROOTS as DB_ROOTS
+from shampoo_deepspeed.consistency import check_together
+from shampoo_deepspeed.validators import (
+    Check,
+    OptionError,
+    bad,
+    beta_pair,
+    dtype_name,
+    exactly,
+    flag,
+    fraction,
+    learning_rate,
+    lengths,
+    non_negative,
+    nullable,
+    one_of,
+    optional_beta,
+    optional_beta2,
+    optional_non_negative,
+    optional_one_of,
+    optional_positive,
+    optional_root,
+    optional_tolerance,
+    patterns_with,
+    positive_int,
+    small_int,
+    start_step,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +55,14 @@ GRAFTING_METHODS = (
     "normalized_rmsprop",
     "normalized_adam",
 )
-DB_ROOTS = (1, 2, 4, 8)  # what repeated square roots give
+REFRESHES = ("sync", "staggered", "background")
 DECAYS = ("l2", "decoupled", "corrected", "independent")
 LARGE_DIMS = ("block", "diagonal", "identity", "adagrad")
 SIDES = ("smaller", "left", "right")
 SOLVERS = ("auto", "eigh", "coupled_newton", "newton_db")
 PRECONDITIONERS = ("shampoo", "soap", "kl_shampoo")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+WIDE_DTYPES = ("float32", "float64")  # in 16 bits a slow average neither decays nor takes small terms
 
 # Embeddings and output heads have one row per token: their factor matrices would be huge and their gradients
 # are sparse in rows, so every production system trains them element-wise. Routers see few and sparse gradients too, and
@@ -83,221 +112,32 @@ IGNORED = ("foreach", "fused")
 ONLY_FALSE = ("capturable", "differentiable", "maximize")
 
 
-class OptionError(ValueError):
-    """An option has an unknown name or a value that is not allowed; the message names key, value and what is."""
-
-
-def _bad(key: str, value: object, allowed: str) -> OptionError:
-    return OptionError(f"Shampoo option {key!r} = {value!r} is not allowed: {allowed}.")
-
-
-def _number(key: str, value: object, low: float, high: float, allowed: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        hint = "; only the Hugging Face Trainer fills in 'auto'" if value == "auto" else ""
-        raise _bad(key, value, f"{allowed}{hint}")
-    if not low <= value <= high:  # NaN fails too
-        raise _bad(key, value, allowed)
-    return float(value)
-
-
-def _non_negative(key: str, value: object) -> float:
-    return _number(key, value, 0.0, 1e300, "a number >= 0")
-
-
-def _learning_rate(key: str, value: object) -> float | Tensor:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise _bad(key, value, "a number >= 0 or a Tensor with one element")
-        return value
-    return _non_negative(key, value)
-
-
-def _positive_int(key: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _bad(key, value, "an integer >= 1")
-    return value
-
-
-def _start_step(key: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
-        raise _bad(key, value, "an integer >= precondition_frequency, or -1 for precondition_frequency itself")
-    return value
-
-
-def _fraction(key: str, value: object) -> float:
-    number = _number(key, value, 0.0, 1.0, "a number in [0, 1)")
-    if number == 1.0:
-        raise _bad(key, value, "a number in [0, 1)")
-    return number
-
-
-def _betas(key: str, value: object) -> tuple[float, float]:
-    allowed = "two numbers [beta1, beta2] with 0 <= beta1 < 1 and 0 < beta2 <= 1 (1: an AdaGrad sum)"
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise _bad(key, value, allowed)
-    try:
-        beta1, beta2 = (_number(key, v, 0.0, 1.0, allowed) for v in value)
-    except OptionError:
-        raise _bad(key, value, allowed) from None
-    if beta1 == 1.0 or beta2 == 0.0:
-        raise _bad(key, value, allowed)
-    return beta1, beta2
-
-
-def _optional_beta2(key: str, value: object) -> float | None:
-    if value is None:
-        return None
-    number = _number(key, value, 0.0, 1.0, "null or a number in (0, 1)")
-    if number in (0.0, 1.0):
-        raise _bad(key, value, "null or a number in (0, 1)")
-    return number
-
-
-def _flag(key: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise _bad(key, value, "true or false")
-    return value
-
-
-def _optional_root(key: str, value: object) -> float | tuple[float | None, ...] | None:
-    allowed = "null or a number p > 0, the root in A^(-1/p), or a list of these for 1, 2, ... preconditioned dims"
-    if isinstance(value, (tuple, list)) and value:
-        try:
-            return tuple(None if p is None else _number(key, p, 1e-3, 1e3, allowed) for p in value)
-        except OptionError:
-            raise _bad(key, value, allowed) from None
-    return None if value is None else _number(key, value, 1e-3, 1e3, allowed)
-
-
-def _optional_beta(key: str, value: object) -> float | None:
-    return None if value is None else _number(key, value, 0.0, 1.0, "null or a number in [0, 1]")
-
-
-def _optional_non_negative(key: str, value: object) -> float | None:
-    return None if value is None else _number(key, value, 0.0, 1e300, "null or a number >= 0")
-
-
-def _optional_positive(key: str, value: object) -> float | None:
-    return None if value is None else _number(key, value, 1e-300, 1e300, "null or a number > 0")
-
-
-def _small_int(key: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value not in (0, 1):
-        raise _bad(key, value, "0, or 1 where the first dim counts matrices of their own")
-    return value
-
-
-def _lengths(key: str, value: object) -> tuple[int, ...]:
-    good = isinstance(value, (tuple, list)) and all(type(n) is int and n >= 1 for n in value)
-    if not good or len(value) == 1:  # type: ignore[arg-type]
-        raise _bad(key, value, "a list of lengths >= 1 such as [4096, 1024, 1024], or [] for no split")
-    return tuple(value)  # type: ignore[arg-type]
-
-
-def _method(key: str, value: object) -> str:
-    if not isinstance(value, str) or value.lower() not in GRAFTING_METHODS:
-        raise _bad(key, value, f"one of {', '.join(GRAFTING_METHODS)}")
-    return value.lower()
-
-
-def _one_of(*allowed: str) -> Callable[[str, object], str]:
-    def check(key: str, value: object) -> str:
-        if not isinstance(value, str) or value.lower() not in allowed:
-            raise _bad(key, value, f"one of {', '.join(allowed)}")
-        return value.lower()
-
-    return check
-
-
-def _optional_one_of(*allowed: str) -> Callable[[str, object], str | None]:
-    check = _one_of(*allowed)
-
-    def optional(key: str, value: object) -> str | None:
-        if value is None:
-            return None
-        try:
-            return check(key, value)
-        except OptionError:
-            raise _bad(key, value, f"null or one of {', '.join(allowed)}") from None
-
-    return optional
-
-
-def _optional_method(key: str, value: object) -> str | None:
-    return None if value is None else _method(key, value)
-
-
-def _preconditioner(key: str, value: object) -> str:
-    if not isinstance(value, str) or value.lower() not in PRECONDITIONERS:
-        raise _bad(key, value, f"one of {', '.join(PRECONDITIONERS)}")
-    return value.lower()
-
-
-def _optional_tolerance(key: str, value: object) -> float | None:
-    allowed = "null or a number in [0, 1)"
-    if value is None:
-        return None
-    number = _number(key, value, 0.0, 1.0, allowed)
-    if number == 1.0:
-        raise _bad(key, value, allowed)
-    return number
-
-
-def _refresh(key: str, value: object) -> str:
-    if value not in ("sync", "staggered", "background"):
-        raise _bad(key, value, "one of sync, staggered, background")
-    return str(value)
-
-
-def _patterns(key: str, value: object) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
-        raise _bad(key, value, 'a list of name patterns such as "*embed*" or kinds such as "kind:embedding"')
-    strange = [v for v in value if v.startswith("kind:") and v.removeprefix("kind:") not in KINDS]
-    if strange:
-        raise _bad(key, value, f"{strange[0]!r} is no kind; kinds are {', '.join(KINDS)}")
-    return tuple(value)
+_patterns = patterns_with(KINDS)
+_optional_dtype = nullable(dtype_name(*DTYPES))
+_optional_method = nullable(one_of(*GRAFTING_METHODS))
 
 
 def _rules(key: str, value: object) -> tuple[dict[str, Any], ...]:
     allowed = 'a list of rules such as {"match": "*q_proj*", "max_preconditioner_dim": 512}'
     if not isinstance(value, (tuple, list)):
-        raise _bad(key, value, allowed)
+        raise bad(key, value, allowed)
     checks = {option.name: option.metadata["check"] for option in fields(ShampooConfig)}
     rules = []
     for rule in value:
         if not isinstance(rule, Mapping) or "match" not in rule or len(rule) < 2:
-            raise _bad(key, value, allowed)
+            raise bad(key, value, allowed)
         match = rule["match"]
         patterns = _patterns(f"{key}: match", [match] if isinstance(match, str) else match)
         options = canonical({name: v for name, v in rule.items() if name != "match"})
         misplaced = sorted(set(options) & set(GROUP_ONLY))
         if misplaced:
-            raise _bad(key, value, f"{misplaced[0]!r} belongs to a parameter group and not to a rule")
+            raise bad(key, value, f"{misplaced[0]!r} belongs to a parameter group and not to a rule")
         rules.append({"match": patterns, **{name: checks[name](name, v) for name, v in options.items()}})
     return tuple(rules)
 
 
-def _dtype(key: str, value: object) -> str:
-    name = str(value).removeprefix("torch.")
-    if name not in DTYPES:
-        raise _bad(key, value, f"one of {', '.join(DTYPES)}")
-    return name
-
-
-def _wide_dtype(key: str, value: object) -> str:
-    name = str(value).removeprefix("torch.")
-    if name not in ("float32", "float64"):
-        # In 16 bits a slow average neither decays nor takes small terms.
-        raise _bad(key, value, "one of float32, float64")
-    return name
-
-
-def _optional_dtype(key: str, value: object) -> str | None:
-    return None if value is None else _dtype(key, value)
-
-
-def _option(default: Any, check: Callable[[str, object], Any], doc: str) -> Any:
-    return field(default=default, metadata={"check": check, "doc": doc})
+def _option(default: Any, validator: Check, doc: str) -> Any:
+    return field(default=default, metadata={"check": validator, "doc": doc})
 
 
 @dataclass(frozen=True)
@@ -315,94 +155,76 @@ class ShampooConfig:
         OptionError: an unknown option, a wrong type, or a value out of range.
     """
 
-    lr: float | Tensor = _option(1e-3, _learning_rate, "learning rate, read every step; AdamW's scale when grafted")
-    betas: tuple[float, float] = _option((0.9, 0.999), _betas, "decay of the first moment, of the factor matrices")
-    beta3: float | None = _option(None, _optional_beta, "weight of the old first moment in M; null: betas[0]")
-    eps: float = _option(1e-8, _non_negative, "added to the square root of second moments, as in AdamW")
-    weight_decay: float = _option(0.0, _non_negative, "weight decay")
-    decoupled_weight_decay: bool = _option(True, _flag, "AdamW's decay; false: L2, added to the gradient")
+    lr: float | Tensor = _option(1e-3, learning_rate, "learning rate, read every step; AdamW's scale when grafted")
+    betas: tuple[float, float] = _option((0.9, 0.999), beta_pair, "decay of the first moment, of the factor matrices")
+    beta3: float | None = _option(None, optional_beta, "weight of the old first moment in M; null: betas[0]")
+    eps: float = _option(1e-8, non_negative, "added to the square root of second moments, as in AdamW")
+    weight_decay: float = _option(0.0, non_negative, "weight decay")
+    decoupled_weight_decay: bool = _option(True, flag, "AdamW's decay; false: L2, added to the gradient")
     weight_decay_type: str | None = _option(
-        None, _optional_one_of(*DECAYS), "l2, decoupled, corrected or independent; null: by decoupled_weight_decay"
+        None, optional_one_of(*DECAYS), "l2, decoupled, corrected or independent; null: by decoupled_weight_decay"
     )
     peak_lr: float | None = _option(
-        None, _optional_positive, "what scales corrected and independent decay; null: lr at the start"
+        None, optional_positive, "what scales corrected and independent decay; null: lr at the start"
     )
     no_decay: tuple[str, ...] = _option((), _patterns, "patterns of parameters without weight decay")
-    epsilon: float = _option(1e-12, _non_negative, "absolute floor of the factor matrices' regularisation")
-    relative_epsilon: float = _option(1e-6, _fraction, "regularisation relative to the largest eigenvalue")
-    preconditioner: str = _option("shampoo", _preconditioner, "shampoo, soap or kl_shampoo")
-    max_preconditioner_dim: int = _option(1024, _positive_int, "block size: larger dims are cut, small ones merged")
-    merge_small_dims: bool = _option(True, _flag, "merge small neighbouring dims; false: only dims of size 1 go")
+    epsilon: float = _option(1e-12, non_negative, "absolute floor of the factor matrices' regularisation")
+    relative_epsilon: float = _option(1e-6, fraction, "regularisation relative to the largest eigenvalue")
+    preconditioner: str = _option("shampoo", one_of(*PRECONDITIONERS), "shampoo, soap or kl_shampoo")
+    max_preconditioner_dim: int = _option(1024, positive_int, "block size: larger dims are cut, small ones merged")
+    merge_small_dims: bool = _option(True, flag, "merge small neighbouring dims; false: only dims of size 1 go")
     large_dim: str = _option(
-        "block", _one_of(*LARGE_DIMS), "dims above the block size: cut, a diagonal, nothing, or AdaGrad for all of it"
+        "block", one_of(*LARGE_DIMS), "dims above the block size: cut, a diagonal, nothing, or AdaGrad for all of it"
     )
-    one_sided: str | None = _option(None, _optional_one_of(*SIDES), "the only dim with a factor; null: all dims")
-    batch_dims: int = _option(0, _small_int, "1: the first dim counts matrices of their own, as of stacked experts")
-    split: tuple[int, ...] = _option((), _lengths, "lengths of the parts of a fused matrix, each with its own blocks")
-    statistics_frequency: int = _option(1, _positive_int, "steps between gradients in the factors; each counts for all")
-    precondition_frequency: int = _option(10, _positive_int, "steps between two refreshes of roots or eigenbases")
-    refresh_tolerance: float | None = _option(None, _optional_tolerance, "off-diagonal mass that a kept basis may have")
+    one_sided: str | None = _option(None, optional_one_of(*SIDES), "the only dim with a factor; null: all dims")
+    batch_dims: int = _option(0, small_int, "1: the first dim counts matrices of their own, as of stacked experts")
+    split: tuple[int, ...] = _option((), lengths, "lengths of the parts of a fused matrix, each with its own blocks")
+    statistics_frequency: int = _option(1, positive_int, "steps between gradients in the factors; each counts for all")
+    precondition_frequency: int = _option(10, positive_int, "steps between two refreshes of roots or eigenbases")
+    refresh_tolerance: float | None = _option(None, optional_tolerance, "off-diagonal mass that a kept basis may have")
     refresh: str = _option(
         "staggered",
-        _refresh,
+        exactly(*REFRESHES),
         "staggered: spread over the frequency; background: also on a thread; sync: all blocks at once",
     )
-    start_preconditioning_step: int = _option(-1, _start_step, "first preconditioned step; -1: the frequency")
+    start_preconditioning_step: int = _option(-1, start_step, "first preconditioned step; -1: the frequency")
     grafting: str | None = _option(None, _optional_method, "whose step length blocks take; null: adam, for soap none")
-    grafting_beta2: float | None = _option(None, _optional_beta2, "decay of second moments; null: betas[1]")
+    grafting_beta2: float | None = _option(None, optional_beta2, "decay of second moments; null: betas[1]")
     elementwise: str | None = _option(None, _optional_method, "method of unpreconditioned parameters; null: grafting")
-    momentum: float = _option(0.0, _fraction, "momentum on the finished direction")
-    dampening: float = _option(0.0, _fraction, "dampening of momentum")
-    nesterov: bool = _option(False, _flag, "Nesterov momentum")
-    use_bias_correction: bool = _option(True, _flag, "correct first moment and factor matrices for their zero start")
+    momentum: float = _option(0.0, fraction, "momentum on the finished direction")
+    dampening: float = _option(0.0, fraction, "dampening of momentum")
+    nesterov: bool = _option(False, flag, "Nesterov momentum")
+    use_bias_correction: bool = _option(True, flag, "correct first moment and factor matrices for their zero start")
     exponent_override: float | tuple[float | None, ...] | None = _option(
-        None, _optional_root, "the p of A^(-1/p), or a list by number of preconditioned dims; null: twice it, soap 2"
+        None, optional_root, "the p of A^(-1/p), or a list by number of preconditioned dims; null: twice it, soap 2"
     )
     rank_deficient: str = _option(
-        "shift", _one_of("shift", "pseudo_inverse"), "small eigenvalues: regularised, or their root is 0"
+        "shift", one_of("shift", "pseudo_inverse"), "small eigenvalues: regularised, or their root is 0"
     )
-    solver: str = _option("auto", _one_of(*SOLVERS), "how inverse roots are computed; auto: by device and root")
+    solver: str = _option("auto", one_of(*SOLVERS), "how inverse roots are computed; auto: by device and root")
     exclude: tuple[str, ...] = _option(DEFAULT_EXCLUDE, _patterns, "patterns of parameters that stay element-wise")
     rules: tuple[dict[str, Any], ...] = _option(
         DEFAULT_RULES, _rules, "options of the parameters that match a pattern; the first rule that matches counts"
     )
-    factor_dtype: str = _option("float32", _wide_dtype, "dtype of factor matrices")
-    root_dtype: str = _option("float32", _dtype, "dtype of inverse roots and eigenbases")
-    master_weights: bool = _option(True, _flag, "keep a float32 copy of 16-bit parameters that the host keeps none of")
-    stochastic_rounding: bool = _option(False, _flag, "without master_weights: round bfloat16 parameters at random")
+    factor_dtype: str = _option("float32", dtype_name(*WIDE_DTYPES), "dtype of factor matrices")
+    root_dtype: str = _option("float32", dtype_name(*DTYPES), "dtype of inverse roots and eigenbases")
+    master_weights: bool = _option(True, flag, "keep a float32 copy of 16-bit parameters that the host keeps none of")
+    stochastic_rounding: bool = _option(False, flag, "without master_weights: round bfloat16 parameters at random")
     apply_dtype: str | None = _option(None, _optional_dtype, "dtype of products with roots or bases; null: the wider")
     communication_dtype: str | None = _option(None, _optional_dtype, "dtype between ranks; null: that of the moments")
     bucket_mb: float | None = _option(
         None,
-        _optional_non_negative,
+        optional_non_negative,
         "megabytes in a bucket, eight under way at once; null: a 16th of a rank's blocks, 2 to 16",
     )
-    overlap: bool = _option(True, _flag, "exchange while blocks are computed; false waits each time, to debug")
-    failure_limit: int = _option(10, _positive_int, "rejected steps or failed roots in a row before an error")
+    overlap: bool = _option(True, flag, "exchange while blocks are computed; false waits each time, to debug")
+    failure_limit: int = _option(10, positive_int, "rejected steps or failed roots in a row before an error")
 
     def __post_init__(self) -> None:
         for option in fields(self):
             checked = option.metadata["check"](option.name, getattr(self, option.name))
             object.__setattr__(self, option.name, checked)
-        if self.start_preconditioning_step not in (-1,) and self.start < self.precondition_frequency:
-            raise _bad(
-                "start_preconditioning_step",
-                self.start_preconditioning_step,
-                f"-1 or an integer >= precondition_frequency, which is {self.precondition_frequency}",
-            )
-        if self.nesterov and self.momentum == 0.0:
-            raise _bad("nesterov", self.nesterov, "true only together with momentum > 0")
-        if self.stochastic_rounding and self.master_weights:
-            raise _bad(
-                "stochastic_rounding", self.stochastic_rounding, "true only together with master_weights = false"
-            )
-        if self.preconditioner == "kl_shampoo" and self.exponent_override is not None:
-            allowed = "null with preconditioner kl_shampoo, whose statistics are made of inverse square roots"
-            raise _bad("exponent_override", self.exponent_override, allowed)
-        self._check_preconditioner()
-        self._check_solver()
-        self._check_decay()
-        self._check_blocks()
+        check_together(self)
         for number, rule in enumerate(self.rules):
             try:
                 self.under_rule(number)
@@ -418,52 +240,6 @@ class ShampooConfig:
     def by_rule(self) -> tuple[ShampooConfig, ...]:
         """``under_rule`` of all rules."""
         return tuple(self.under_rule(number) for number in range(len(self.rules)))
-
-    def _check_preconditioner(self) -> None:
-        """What Shampoo alone can do, and what a kept basis cannot."""
-        defaults = {"one_sided": (None,), "large_dim": ("block", "adagrad"), "rank_deficient": ("shift",)}
-        for name, values in defaults.items():
-            value = getattr(self, name)
-            if self.preconditioner != "shampoo" and value not in values:
-                allowed = " or ".join("null" if v is None else v for v in values)
-                raise _bad(name, value, f"{allowed} with preconditioner {self.preconditioner}")
-        if self.preconditioner == "soap" and isinstance(self.exponent_override, tuple):
-            raise _bad("exponent_override", self.exponent_override, "null or a number with preconditioner soap")
-        if self.refresh_tolerance is not None:
-            if self.rank_deficient != "shift":
-                raise _bad("rank_deficient", self.rank_deficient, "shift together with refresh_tolerance")
-            if self.solver not in ("auto", "eigh"):
-                raise _bad(
-                    "solver", self.solver, "auto or eigh together with refresh_tolerance, which keeps eigenbases"
-                )
-        if self.preconditioner == "soap" and self.solver not in ("auto", "eigh"):
-            raise _bad("solver", self.solver, "auto or eigh with preconditioner soap, which takes no inverse roots")
-
-    def _check_solver(self) -> None:
-        given = self.exponent_override
-        for root in given if isinstance(given, tuple) else (given,):
-            allowed = None
-            if self.solver == "coupled_newton" and root is not None and root != int(root):
-                allowed = f"not coupled_newton for exponent_override = {root}, which it needs to be an integer"
-            if self.solver == "newton_db" and root is not None and root not in DB_ROOTS:
-                allowed = f"not newton_db for exponent_override = {root}, which it needs to be 1, 2, 4 or 8"
-            if allowed:
-                raise _bad("solver", self.solver, allowed)
-        if self.rank_deficient == "pseudo_inverse" and self.solver not in ("auto", "eigh"):
-            raise _bad("solver", self.solver, "auto or eigh where rank_deficient is pseudo_inverse")
-
-    def _check_decay(self) -> None:
-        if not self.decoupled_weight_decay and self.weight_decay_type not in (None, "l2"):
-            raise _bad("weight_decay_type", self.weight_decay_type, "l2 or null where decoupled_weight_decay is false")
-        if self.beta3 is not None and self.betas[0] == 0.0:
-            raise _bad("beta3", self.beta3, "null where betas[0] is 0, as there is no first moment")
-
-    def _check_blocks(self) -> None:
-        # Parts may be of any size, and what a dim has must follow from the size of a block.
-        if self.split and self.large_dim not in ("block", "adagrad"):
-            raise _bad("large_dim", self.large_dim, "block or adagrad together with split")
-        if self.split and self.one_sided == "smaller":
-            raise _bad("one_sided", self.one_sided, "null, left or right together with split")
 
     @property
     def decay_type(self) -> str:
@@ -487,7 +263,7 @@ class ShampooConfig:
             return self
         peak = float(self.lr)
         if peak == 0.0:
-            raise _bad("peak_lr", None, f"a number > 0 where lr starts at 0 and weight decay is {self.decay_type}")
+            raise bad("peak_lr", None, f"a number > 0 where lr starts at 0 and weight decay is {self.decay_type}")
         return dataclasses.replace(self, peak_lr=peak)
 
     def sides(self, shape: tuple[int, ...]) -> tuple[Side, ...]:
@@ -646,7 +422,7 @@ def canonical(options: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if key in ONLY_FALSE:
             if value:
-                raise _bad(key, value, "false; Shampoo has no such mode")
+                raise bad(key, value, "false; Shampoo has no such mode")
             continue
         name = ALIASES.get(key, key)
         if name not in OPTION_NAMES:

@@ -125,7 +125,7 @@ class Measured(NamedTuple):
 
 
 def read(units: Iterable[Measured], rejected_steps: int) -> dict[str, float]:
-    """The metrics of an optimizer since the last reading; see ``BlockOptimizer.metrics``."""
+    """The metrics of an optimizer since the last reading; see ``UnitOptimizer.metrics``."""
     out = {"refresh_ms": 0.0, "exchange_ms": 0.0, "bytes_moved": 0.0}
     refreshed = held = 0
     conditions = []

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo_deepspeed import status
-from shampoo_deepspeed.base import BlockOptimizer
 from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.exchange import Bucket, CommStats, Transit
 from shampoo_deepspeed.groups import signature_with_options
+from shampoo_deepspeed.persistence import BlockOptimizer
 from shampoo_deepspeed.roots import full_precision
 from shampoo_deepspeed.rules import expanded
 from shampoo_deepspeed.shards import shard_gradients, update

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from shampoo_deepspeed.base import BlockOptimizer
 from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.hosts import Parameter
 from shampoo_deepspeed.manifest import BlockLayout, layout_key
+from shampoo_deepspeed.persistence import BlockOptimizer
 from shampoo_deepspeed.rules import STRIDE, number_under, rule_of
 from shampoo_deepspeed.saved import SavedState, parameter_of
 from shampoo_deepspeed.stored import StoredState, base_key, block_layout, dtype_name, stored_name

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shampoo_deepspeed.base import BlockOptimizer
 from shampoo_deepspeed.jobwide import decided, gathered
 from shampoo_deepspeed.manifest import NAME as MANIFEST
 from shampoo_deepspeed.manifest import CheckpointError, Manifest, sync_directory
+from shampoo_deepspeed.persistence import BlockOptimizer
 from shampoo_deepspeed.record import tables
 from shampoo_deepspeed.saved import SavedState
 from shampoo_deepspeed.storage import INDEX, Item, StorageError, checksum, write

@@ -1,0 +1,205 @@
+"""Checks of single values: each takes an option's name and value and gives the value as it is kept, or raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+Check = Callable[[str, object], Any]
+
+
+class OptionError(ValueError):
+    """An option has an unknown name or a value that is not allowed; the message names key, value and what is."""
+
+
+def bad(key: str, value: object, allowed: str) -> OptionError:
+    """The error of a value, with what is allowed."""
+    return OptionError(f"Shampoo option {key!r} = {value!r} is not allowed: {allowed}.")
+
+
+def number(key: str, value: object, low: float, high: float, allowed: str) -> float:
+    """A number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        hint = "; only the Hugging Face Trainer fills in 'auto'" if value == "auto" else ""
+        raise bad(key, value, f"{allowed}{hint}")
+    if not low <= value <= high:  # NaN fails too
+        raise bad(key, value, allowed)
+    return float(value)
+
+
+def non_negative(key: str, value: object) -> float:
+    return number(key, value, 0.0, 1e300, "a number >= 0")
+
+
+def learning_rate(key: str, value: object) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise bad(key, value, "a number >= 0 or a Tensor with one element")
+        return value
+    return non_negative(key, value)
+
+
+def positive_int(key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise bad(key, value, "an integer >= 1")
+    return value
+
+
+def start_step(key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
+        raise bad(key, value, "an integer >= precondition_frequency, or -1 for precondition_frequency itself")
+    return value
+
+
+def fraction(key: str, value: object) -> float:
+    found = number(key, value, 0.0, 1.0, "a number in [0, 1)")
+    if found == 1.0:
+        raise bad(key, value, "a number in [0, 1)")
+    return found
+
+
+def beta_pair(key: str, value: object) -> tuple[float, float]:
+    allowed = "two numbers [beta1, beta2] with 0 <= beta1 < 1 and 0 < beta2 <= 1 (1: an AdaGrad sum)"
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise bad(key, value, allowed)
+    try:
+        beta1, beta2 = (number(key, v, 0.0, 1.0, allowed) for v in value)
+    except OptionError:
+        raise bad(key, value, allowed) from None
+    if beta1 == 1.0 or beta2 == 0.0:
+        raise bad(key, value, allowed)
+    return beta1, beta2
+
+
+def optional_beta2(key: str, value: object) -> float | None:
+    if value is None:
+        return None
+    found = number(key, value, 0.0, 1.0, "null or a number in (0, 1)")
+    if found in (0.0, 1.0):
+        raise bad(key, value, "null or a number in (0, 1)")
+    return found
+
+
+def flag(key: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise bad(key, value, "true or false")
+    return value
+
+
+def optional_root(key: str, value: object) -> float | tuple[float | None, ...] | None:
+    allowed = "null or a number p > 0, the root in A^(-1/p), or a list of these for 1, 2, ... preconditioned dims"
+    if isinstance(value, (tuple, list)) and value:
+        try:
+            return tuple(None if p is None else number(key, p, 1e-3, 1e3, allowed) for p in value)
+        except OptionError:
+            raise bad(key, value, allowed) from None
+    return None if value is None else number(key, value, 1e-3, 1e3, allowed)
+
+
+def optional_beta(key: str, value: object) -> float | None:
+    return None if value is None else number(key, value, 0.0, 1.0, "null or a number in [0, 1]")
+
+
+def optional_non_negative(key: str, value: object) -> float | None:
+    return None if value is None else number(key, value, 0.0, 1e300, "null or a number >= 0")
+
+
+def optional_positive(key: str, value: object) -> float | None:
+    return None if value is None else number(key, value, 1e-300, 1e300, "null or a number > 0")
+
+
+def small_int(key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value not in (0, 1):
+        raise bad(key, value, "0, or 1 where the first dim counts matrices of their own")
+    return value
+
+
+def lengths(key: str, value: object) -> tuple[int, ...]:
+    good = isinstance(value, (tuple, list)) and all(type(n) is int and n >= 1 for n in value)
+    if not good or len(value) == 1:  # type: ignore[arg-type]
+        raise bad(key, value, "a list of lengths >= 1 such as [4096, 1024, 1024], or [] for no split")
+    return tuple(value)  # type: ignore[arg-type]
+
+
+def one_of(*allowed: str) -> Check:
+    """One of these, in capital letters too."""
+
+    def check(key: str, value: object) -> str:
+        if not isinstance(value, str) or value.lower() not in allowed:
+            raise bad(key, value, f"one of {', '.join(allowed)}")
+        return value.lower()
+
+    return check
+
+
+def optional_one_of(*allowed: str) -> Check:
+    """One of these, or None."""
+    check = one_of(*allowed)
+
+    def optional(key: str, value: object) -> str | None:
+        if value is None:
+            return None
+        try:
+            return check(key, value)
+        except OptionError:
+            raise bad(key, value, f"null or one of {', '.join(allowed)}") from None
+
+    return optional
+
+
+def optional_tolerance(key: str, value: object) -> float | None:
+    allowed = "null or a number in [0, 1)"
+    if value is None:
+        return None
+    found = number(key, value, 0.0, 1.0, allowed)
+    if found == 1.0:
+        raise bad(key, value, allowed)
+    return found
+
+
+def exactly(*allowed: str) -> Check:
+    """One of these, as it is written here."""
+
+    def check(key: str, value: object) -> str:
+        if value not in allowed:
+            raise bad(key, value, f"one of {', '.join(allowed)}")
+        return str(value)
+
+    return check
+
+
+def nullable(inner: Check) -> Check:
+    """What ``inner`` allows, or None."""
+
+    def check(key: str, value: object) -> Any:
+        return None if value is None else inner(key, value)
+
+    return check
+
+
+def dtype_name(*allowed: str) -> Check:
+    """The name of a dtype, which may be given as one."""
+
+    def check(key: str, value: object) -> str:
+        name = str(value).removeprefix("torch.")
+        if name not in allowed:
+            raise bad(key, value, f"one of {', '.join(allowed)}")
+        return name
+
+    return check
+
+
+def patterns_with(kinds: Sequence[str]) -> Check:
+    """A list of name patterns, and of ``kind:`` with one of these kinds."""
+
+    def check(key: str, value: object) -> tuple[str, ...]:
+        if isinstance(value, str) or not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
+            raise bad(key, value, 'a list of name patterns such as "*embed*" or kinds such as "kind:embedding"')
+        strange = [v for v in value if v.startswith("kind:") and v.removeprefix("kind:") not in kinds]
+        if strange:
+            raise bad(key, value, f"{strange[0]!r} is no kind; kinds are {', '.join(kinds)}")
+        return tuple(value)
+
+    return check
