@@ -12,7 +12,6 @@ the Trainer work (`--learning_rate`, `--max_steps`, `--resume_from_checkpoint`, 
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,15 +30,9 @@ from transformers import (
     set_seed,
 )
 
-from deepspeed_on_cpu import HAS_ACCELERATOR, prepare_for_cpu
-from language_model import LanguageModelArguments, build_model
-from text_data import (
-    find_text_files,
-    load_documents,
-    pack_tokens,
-    split_held_out,
-    train_tokenizer,
-)
+from deepspeed_start import HAS_ACCELERATOR, prepare_deepspeed
+from language_model import LanguageModelArguments, build_model, make_tokenizer
+from text_data import find_text_files, load_documents, pack_tokens, split_held_out
 
 HERE = Path(__file__).resolve().parent
 
@@ -106,12 +99,7 @@ def prepare_data(
     with training.main_process_first(desc="tokenizing"):
         if training.local_process_index == 0:
             documents = load_documents(files, folder / "cache").shuffle(seed=training.seed)
-            if example.model is None:
-                tokenizer = train_tokenizer(
-                    (batch["text"] for batch in documents.iter(batch_size=64)), example.vocab_size
-                )
-            else:
-                tokenizer = AutoTokenizer.from_pretrained(example.model)
+            tokenizer = make_tokenizer(example, (batch["text"] for batch in documents.iter(batch_size=64)))
             tokenizer.save_pretrained(tokenizer_at)
             pack_tokens(documents, tokenizer, example.sequence_length).save_to_disk(rows_at)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_at)
@@ -124,10 +112,7 @@ def main() -> None:
     parser = HfArgumentParser((ExampleArguments, TrainingArguments))
     parser.set_defaults(**DEFAULTS)
     example, training = parser.parse_args_into_dataclasses()
-    if "RANK" not in os.environ:
-        raise SystemExit("DeepSpeed needs a launcher, on one device too: start with deepspeed or torchrun")
-    if training.use_cpu:
-        prepare_for_cpu()
+    prepare_deepspeed(training.use_cpu)
     set_seed(training.seed)
     tokenizer, train, held_out = prepare_data(example, training)
     model = build_model(example, tokenizer)

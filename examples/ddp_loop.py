@@ -10,63 +10,25 @@ a rank keeps the state, and computes the roots, of its share only. Without `mode
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import HfArgumentParser
 
-from language_model import LanguageModelArguments, LoopArguments, ShampooArguments, batches, build_model, load_text
-from process_group import mean_over_ranks, process_group
+from language_model import build_model
 from shampoo_deepspeed import Shampoo
-
-
-@dataclass
-class DDPArguments(LoopArguments):
-    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 by autocast; weights stay float32"})
+from torch_loop import load_batches, parse, process_group, train
 
 
 def main() -> None:
-    parser = HfArgumentParser((LanguageModelArguments, ShampooArguments, DDPArguments))
-    example, shampoo, loop = parser.parse_args_into_dataclasses()
-    with process_group(loop.use_cpu) as (device, rank, ranks):
-        train(example, shampoo, loop, device, rank, ranks)
-
-
-def train(
-    example: LanguageModelArguments,
-    shampoo: ShampooArguments,
-    loop: DDPArguments,
-    device: torch.device,
-    rank: int,
-    ranks: int,
-) -> None:
-    torch.manual_seed(loop.seed)
-    count = loop.max_steps * loop.per_device_train_batch_size * ranks
-    tokenizer, rows = load_text(example, count, loop.seed)
-    model = DistributedDataParallel(build_model(example, tokenizer).to(device))
-    optimizer = Shampoo(
-        model.named_parameters(),
-        model=model,
-        lr=loop.learning_rate,
-        weight_decay=loop.weight_decay,
-        no_decay=["*norm*", "*bias*"],
-        **shampoo.options(),
-    )
-    for step, batch in enumerate(batches(rows.to(device), rank, ranks, loop.max_steps), start=1):
-        with torch.autocast(device.type, torch.bfloat16, enabled=loop.bf16):
-            loss = model(input_ids=batch, labels=batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), loop.max_grad_norm)
-        optimizer.step()
-        mean = mean_over_ranks(loss, ranks)
-        if rank == 0:
-            print(f"step {step} loss {mean:.6f}", flush=True)
-    if loop.output_dir is not None and rank == 0:
-        model.module.save_pretrained(loop.output_dir)
-        tokenizer.save_pretrained(loop.output_dir)
+    example, shampoo, loop = parse()
+    with process_group(loop.use_cpu) as ranks:
+        torch.manual_seed(loop.seed)
+        tokenizer, batches = load_batches(example, loop, ranks)
+        model = DistributedDataParallel(build_model(example, tokenizer).to(ranks.device))
+        optimizer = Shampoo(model.named_parameters(), model=model, **loop.options(), **shampoo.options())
+        train(model, optimizer, batches, loop, ranks, autocast=loop.bf16)
+        if loop.output_dir is not None and ranks.rank == 0:
+            model.module.save_pretrained(loop.output_dir)
+            tokenizer.save_pretrained(loop.output_dir)
 
 
 if __name__ == "__main__":

@@ -20,25 +20,20 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from language_model import (
     NOWHERE,
+    TRAINER_DEFAULTS,
     LanguageModelArguments,
     PrintLoss,
     ShampooArguments,
-    as_dataset,
     build_model,
-    load_text,
+    load_trainer_text,
 )
 from shampoo_deepspeed.integrations.trainer import ShampooTrainer, deferred
 
 # What differs from the Trainer's own defaults; the command line overrides each.
 DEFAULTS: dict[str, Any] = {
-    "output_dir": NOWHERE,
-    "save_strategy": "no",
-    "max_steps": 100,
+    **TRAINER_DEFAULTS,
     "learning_rate": 3e-3,
     "weight_decay": 0.1,
-    "logging_steps": 1,
-    "logging_nan_inf_filter": False,
-    "report_to": "none",
     # Under `accelerate launch` its own file says how to shard.
     "fsdp": "ACCELERATE_USE_FSDP" not in os.environ,
 }
@@ -49,14 +44,13 @@ def main() -> None:
     parser.set_defaults(**DEFAULTS)
     example, shampoo, training = parser.parse_args_into_dataclasses()
     set_seed(training.seed)
-    rows = training.max_steps * training.train_batch_size * training.world_size * training.gradient_accumulation_steps
-    tokenizer, sequences = load_text(example, rows, training.seed)
+    tokenizer, sequences = load_trainer_text(example, training)
     model = build_model(example, tokenizer)
 
     trainer = ShampooTrainer(
         model=model,
         args=training,
-        train_dataset=as_dataset(sequences),
+        train_dataset=sequences,
         processing_class=tokenizer,
         callbacks=[PrintLoss],
         optimizers=(deferred(lr="auto", weight_decay="auto", **shampoo.options()), None),

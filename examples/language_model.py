@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,16 @@ from text_data import find_text_files, first_characters, read_documents, token_r
 
 TOKENIZER_CHARACTERS = 2_000_000  # what a new tokenizer is trained on
 NOWHERE = str(Path(tempfile.gettempdir()) / "shampoo_example")  # the Trainer wants a folder where nothing is saved too
+
+# What differs from the Trainer's own defaults where an example prints each loss and keeps nothing.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "output_dir": NOWHERE,
+    "save_strategy": "no",
+    "max_steps": 100,
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,  # with it a diverged run would show its last finite loss
+    "report_to": "none",
+}
 
 
 @dataclass
@@ -65,7 +75,12 @@ class LoopArguments:
     max_grad_norm: float = field(default=1.0)
     seed: int = field(default=42)
     use_cpu: bool = field(default=False, metadata={"help": "Also where there are accelerators"})
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16; weights stay float32"})
     output_dir: str | None = field(default=None, metadata={"help": "Where the model goes; default: nowhere"})
+
+    def options(self) -> dict[str, Any]:
+        """What Shampoo takes of it; norms and biases do not decay, as with the Trainer."""
+        return {"lr": self.learning_rate, "weight_decay": self.weight_decay, "no_decay": ["*norm*", "*bias*"]}
 
 
 class PrintLoss(TrainerCallback):
@@ -83,14 +98,28 @@ class PrintLoss(TrainerCallback):
             print(f"step {state.global_step} loss {float(logs['loss']):.6f}", flush=True)
 
 
+def make_tokenizer(
+    arguments: LanguageModelArguments, texts: Iterable[str] | Iterable[list[str]]
+) -> PreTrainedTokenizerBase:
+    """The given model's, or for a new model one that is trained on the texts."""
+    if arguments.model is not None:
+        return AutoTokenizer.from_pretrained(arguments.model)
+    return train_tokenizer(texts, arguments.vocab_size)
+
+
+def load_trainer_text(
+    arguments: LanguageModelArguments, training: TrainingArguments
+) -> tuple[PreTrainedTokenizerBase, list[dict[str, Tensor]]]:
+    """The tokenizer, and as many sequences as a Trainer takes; every token but the first is a target."""
+    rows = training.max_steps * training.train_batch_size * training.world_size * training.gradient_accumulation_steps
+    tokenizer, sequences = load_text(arguments, rows, training.seed)
+    return tokenizer, [{"input_ids": row, "labels": row} for row in sequences]
+
+
 def load_text(arguments: LanguageModelArguments, rows: int, seed: int) -> tuple[PreTrainedTokenizerBase, Tensor]:
     """The tokenizer, and int64 [rows, sequence_length] in random order; the same on every rank, nothing is written."""
     files = find_text_files(arguments.text_dir)
-    if arguments.model is not None:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    else:
-        texts = first_characters(read_documents(files, seed), TOKENIZER_CHARACTERS)
-        tokenizer = train_tokenizer(texts, arguments.vocab_size)
+    tokenizer = make_tokenizer(arguments, first_characters(read_documents(files, seed), TOKENIZER_CHARACTERS))
     sequences = token_rows(read_documents(files, seed), tokenizer, rows, arguments.sequence_length)
     return tokenizer, sequences[torch.randperm(rows, generator=torch.Generator().manual_seed(seed))]
 
@@ -112,14 +141,3 @@ def build_model(arguments: LanguageModelArguments, tokenizer: PreTrainedTokenize
         pad_token_id=tokenizer.pad_token_id,
     )
     return AutoModelForCausalLM.from_config(config)
-
-
-def as_dataset(rows: Tensor) -> list[dict[str, Tensor]]:
-    """What a Trainer takes; every token but the first is a target."""
-    return [{"input_ids": row, "labels": row} for row in rows]
-
-
-def batches(rows: Tensor, rank: int, ranks: int, steps: int) -> Iterator[Tensor]:
-    """This rank's part of each step's global batch: the same rows per step on any number of ranks."""
-    for batch in rows.chunk(steps):
-        yield batch.chunk(ranks)[rank]

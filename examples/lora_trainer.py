@@ -21,7 +21,6 @@ here: Shampoo is the Trainer's `optimizers=`, with or without DeepSpeed.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,20 +28,22 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
-from deepspeed_on_cpu import HAS_ACCELERATOR, prepare_for_cpu
-from language_model import NOWHERE, LanguageModelArguments, PrintLoss, as_dataset, build_model, load_text
+from deepspeed_start import HAS_ACCELERATOR, prepare_deepspeed
+from language_model import (
+    NOWHERE,
+    TRAINER_DEFAULTS,
+    LanguageModelArguments,
+    PrintLoss,
+    build_model,
+    load_trainer_text,
+)
 from shampoo_deepspeed.blocks import cut_into_blocks
 from shampoo_deepspeed.integrations.trainer import ShampooTrainer, deferred
 
 # What differs from the Trainer's own defaults; the command line overrides each.
 DEFAULTS: dict[str, Any] = {
-    "output_dir": NOWHERE,
-    "save_strategy": "no",
-    "max_steps": 100,
+    **TRAINER_DEFAULTS,
     "learning_rate": 1e-3,
-    "logging_steps": 1,
-    "logging_nan_inf_filter": False,
-    "report_to": "none",
     "use_cpu": not HAS_ACCELERATOR,
 }
 
@@ -79,13 +80,10 @@ def main() -> None:
     parser = HfArgumentParser((LanguageModelArguments, LoraArguments, TrainingArguments))
     parser.set_defaults(**DEFAULTS)
     example, lora, training = parser.parse_args_into_dataclasses()
-    if training.deepspeed and "RANK" not in os.environ:
-        raise SystemExit("DeepSpeed needs a launcher, on one device too: start with deepspeed or torchrun")
-    if training.deepspeed and training.use_cpu:
-        prepare_for_cpu()
+    if training.deepspeed:
+        prepare_deepspeed(training.use_cpu)
     set_seed(training.seed)
-    rows = training.max_steps * training.train_batch_size * training.world_size * training.gradient_accumulation_steps
-    tokenizer, sequences = load_text(example, rows, training.seed)
+    tokenizer, sequences = load_trainer_text(example, training)
     adapters = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.lora_rank,
@@ -99,7 +97,7 @@ def main() -> None:
     trainer = ShampooTrainer(
         model=model,
         args=training,
-        train_dataset=as_dataset(sequences),
+        train_dataset=sequences,
         processing_class=tokenizer,
         callbacks=[PrintLoss],
         optimizers=(deferred(lr="auto", weight_decay="auto", **options), None),

@@ -89,13 +89,18 @@ def train_tokenizer(texts: Iterable[str] | Iterable[list[str]], vocab_size: int)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
 
+def token_lists(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of each text, with the one that ends it."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    return [ids + end for ids in encoded]
+
+
 def pack_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
     """Joins the tokens of the documents and cuts them into rows of `length` tokens, without padding."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def pack(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(batch["text"], return_attention_mask=False, verbose=False)["input_ids"]
-        tokens = list(chain.from_iterable(ids + end for ids in encoded))
+        tokens = list(chain.from_iterable(token_lists(batch["text"], tokenizer)))
         rows = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
         return {"input_ids": rows, "labels": rows}
 
@@ -109,10 +114,9 @@ def token_rows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, row
     Raises:
         ValueError: if the text is shorter.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
     for document in documents:
-        tokens += tokenizer(document, return_attention_mask=False, verbose=False)["input_ids"] + end
+        tokens += token_lists([document], tokenizer)[0]
         if len(tokens) >= rows * length:
             return torch.tensor(tokens[: rows * length]).view(rows, length)
     raise ValueError(f"the text has {len(tokens)} tokens, and {rows} sequences of {length} need {rows * length}")

@@ -1,4 +1,4 @@
-"""What DeepSpeed must be told where it is not to use an accelerator."""
+"""How a script starts DeepSpeed: by a launcher, and where it is not to use an accelerator told so."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import torch
 HAS_ACCELERATOR = torch.accelerator.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
-def prepare_for_cpu() -> None:
-    """Makes the process one of DeepSpeed's CPU ranks; call it before a model is built."""
+def prepare_deepspeed(use_cpu: bool) -> None:
+    """Makes the process one of DeepSpeed's ranks; call it before a model is built."""
+    if "RANK" not in os.environ:
+        raise SystemExit("DeepSpeed needs a launcher, on one device too: start with deepspeed or torchrun")
+    if not use_cpu:
+        return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     import deepspeed
