@@ -13,6 +13,7 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -45,10 +46,21 @@ def attempt(check: Check) -> RankResult:
     failure = None
     try:
         print(f"===== {check.name}", flush=True)
-        value = getattr(importlib.import_module(f"tests.distributed.ranks.{module}"), name)(check.argument)
+        value = getattr(imported(f"tests.distributed.ranks.{module}"), name)(check.argument)
     except BaseException:
         failure = traceback.format_exc()
     return RankResult(value, failure, time.time())
+
+
+def imported(name: str) -> ModuleType:
+    """The module. What comes with it (half a million objects of torch, transformers and deepspeed) is from then on no
+    business of the garbage collector, which DeepSpeed and the Trainer start in each training."""
+    new = name not in sys.modules
+    module = importlib.import_module(name)
+    if new:
+        gc.collect()
+        gc.freeze()
+    return module
 
 
 def write(path: Path, result: RankResult) -> None:
