@@ -58,8 +58,9 @@ class BlockStack:
         self.tensors = preconditioner.new_state(count, shape, device, dtype)
         if config.betas[0] != 0.0:
             self.tensors[preconditioner.first_moment] = torch.zeros(count, *shape, dtype=dtype, device=device)
-        if grafting.has_second_moment(config.warm_method):
-            self.tensors["second_moment"] = torch.zeros(count, *shape, dtype=dtype, device=device)
+        name = _second_moment(preconditioner, config)
+        if name is not None and name not in self.tensors:
+            self.tensors[name] = torch.zeros(count, *shape, dtype=dtype, device=device)
         self.refreshed = [False] * count
         self.failures = [0] * count
         # Rows whose refresh in the background is not installed so far; None where it has not begun since loading.
@@ -138,12 +139,13 @@ class BlockStack:
     ) -> Tensor:
         """Steps 4 to 6 for rows that are all preconditioned, or all not yet."""
         preconditioner, method, beta2 = build(config), config.warm_method, config.second_moment_beta
-        second = [state["second_moment"]] if "second_moment" in state else []
-        own = gradients
-        if second and grafting.is_normalized(method):
-            own = grafting.normalized(gradients, block_norms(gradients))
-        grafting.accumulate(method, second, [own], beta2, verdict)
-        ready = self.refreshed[rows[0]]
+        ready, name = self.refreshed[rows[0]], _second_moment(preconditioner, config)
+        second = [] if name is None or (ready and name == preconditioner.idle) else [state[name]]
+        if second:
+            own = gradients
+            if grafting.is_normalized(method):
+                own = grafting.normalized(gradients, block_norms(gradients))
+            grafting.accumulate(method, second, [own], beta2, verdict)
         seen = preconditioner.enter(state, gradients) if ready else gradients
         kept = [state[preconditioner.first_moment]] if config.betas[0] else []
         corrected = config.use_bias_correction
@@ -294,6 +296,15 @@ class BlockStack:
         self.pending.pop(row, None)
         if pending:
             self.pending[row] = None
+
+
+def _second_moment(preconditioner: Preconditioner, config: ShampooConfig) -> str | None:
+    """The name of the second moment of the grafting or first directions, if they have one. What is needed until the
+    first refresh only lies where the preconditioner keeps something that begins then."""
+    if not grafting.has_second_moment(config.warm_method):
+        return None
+    ends = config.grafting_method == "none" and preconditioner.idle is not None
+    return preconditioner.idle if ends else "second_moment"
 
 
 def _row_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -54,7 +54,10 @@ def state_deviations(optimizer: Shampoo, reference: Reference) -> dict[str, floa
             tensors = dict(stack["tensors"])
             if not stack["refreshed"][row]:  # what is applied means nothing so far
                 idle = ("root", "basis", "scale", "rotated_second", "rotated_weight")
+                warm = tensors.get("rotated_second_moment") if "second_moment" not in tensors else None
                 tensors = {n: t for n, t in tensors.items() if not n.startswith(idle)}
+                if warm is not None and block.method != "sgd":  # SOAP's element-wise one lies there until it begins
+                    tensors["second_moment"] = warm
             found = block_deviations(tensors, row, block, p.options.preconditioner)
             out |= {f"{key}: {tensor}": value for tensor, value in found.items()}
     return out

@@ -20,10 +20,12 @@ class Preconditioner(Protocol):
     """Mathematics of a stack of equal blocks. Stateless: all state is in the dict that each method gets.
 
     ``state`` maps names to tensors with the block as first dim; methods change them in place. ``first_moment`` is the
-    name under which it holds the first moments, where there are any; the step of a stack updates them.
+    name under which it holds the first moments, where there are any; the step of a stack updates them. ``idle`` names
+    a tensor [B, *shape] that the first refresh fills, whatever it held before.
     """
 
     first_moment: str
+    idle: str | None
 
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype

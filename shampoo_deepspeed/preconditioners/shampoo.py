@@ -27,6 +27,7 @@ class ShampooPreconditioner:
     """
 
     first_moment = "exp_avg"
+    idle: str | None = None
     # In float32 a root -1/4 at the default ridge is right to 2e-4; see docs/solvers.md.
     _in_float64 = False
 

@@ -36,6 +36,7 @@ class SOAPPreconditioner:
     """
 
     first_moment = "rotated_exp_avg"
+    idle: str | None = "rotated_second_moment"
 
     def __init__(self, config: ShampooConfig) -> None:
         self._config = config
