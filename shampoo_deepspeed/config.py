@@ -30,14 +30,10 @@ from shampoo_deepspeed.validators import (
     non_negative,
     nullable,
     one_of,
-    optional_beta,
     optional_beta2,
-    optional_non_negative,
-    optional_one_of,
-    optional_positive,
     optional_root,
-    optional_tolerance,
     patterns_with,
+    positive,
     positive_int,
     small_int,
     start_step,
@@ -157,15 +153,15 @@ class ShampooConfig:
 
     lr: float | Tensor = _option(1e-3, learning_rate, "learning rate, read every step; AdamW's scale when grafted")
     betas: tuple[float, float] = _option((0.9, 0.999), beta_pair, "decay of the first moment, of the factor matrices")
-    beta3: float | None = _option(None, optional_beta, "weight of the old first moment in M; null: betas[0]")
+    beta3: float | None = _option(None, nullable(fraction), "weight of the old first moment in M; null: betas[0]")
     eps: float = _option(1e-8, non_negative, "added to the square root of second moments, as in AdamW")
     weight_decay: float = _option(0.0, non_negative, "weight decay")
     decoupled_weight_decay: bool = _option(True, flag, "AdamW's decay; false: L2, added to the gradient")
     weight_decay_type: str | None = _option(
-        None, optional_one_of(*DECAYS), "l2, decoupled, corrected or independent; null: by decoupled_weight_decay"
+        None, nullable(one_of(*DECAYS)), "l2, decoupled, corrected or independent; null: by decoupled_weight_decay"
     )
     peak_lr: float | None = _option(
-        None, optional_positive, "what scales corrected and independent decay; null: lr at the start"
+        None, nullable(positive), "what scales corrected and independent decay; null: lr at the start"
     )
     no_decay: tuple[str, ...] = _option((), _patterns, "patterns of parameters without weight decay")
     epsilon: float = _option(1e-12, non_negative, "absolute floor of the factor matrices' regularisation")
@@ -176,12 +172,12 @@ class ShampooConfig:
     large_dim: str = _option(
         "block", one_of(*LARGE_DIMS), "dims above the block size: cut, a diagonal, nothing, or AdaGrad for all of it"
     )
-    one_sided: str | None = _option(None, optional_one_of(*SIDES), "the only dim with a factor; null: all dims")
+    one_sided: str | None = _option(None, nullable(one_of(*SIDES)), "the only dim with a factor; null: all dims")
     batch_dims: int = _option(0, small_int, "1: the first dim counts matrices of their own, as of stacked experts")
     split: tuple[int, ...] = _option((), lengths, "lengths of the parts of a fused matrix, each with its own blocks")
     statistics_frequency: int = _option(1, positive_int, "steps between gradients in the factors; each counts for all")
     precondition_frequency: int = _option(10, positive_int, "steps between two refreshes of roots or eigenbases")
-    refresh_tolerance: float | None = _option(None, optional_tolerance, "off-diagonal mass that a kept basis may have")
+    refresh_tolerance: float | None = _option(None, nullable(fraction), "off-diagonal mass that a kept basis may have")
     refresh: str = _option(
         "staggered",
         exactly(*REFRESHES),
@@ -214,7 +210,7 @@ class ShampooConfig:
     communication_dtype: str | None = _option(None, _optional_dtype, "dtype between ranks; null: that of the moments")
     bucket_mb: float | None = _option(
         None,
-        optional_non_negative,
+        nullable(non_negative),
         "megabytes in a bucket, eight under way at once; null: a 16th of a rank's blocks, 2 to 16",
     )
     overlap: bool = _option(True, flag, "exchange while blocks are computed; false waits each time, to debug")
@@ -339,6 +335,11 @@ class ShampooConfig:
     def gradients_seen(self, step: int) -> int:
         """How many gradients the factor matrices count as of this step: each taken one stands for a whole window."""
         return self.statistics_frequency * (1 + (step - 1) // self.statistics_frequency)
+
+    @property
+    def decompositions(self) -> float:
+        """How long one takes, of one in float32: KL-Shampoo's are in float64."""
+        return 2.0 if self.preconditioner == "kl_shampoo" else 1.0
 
     def products(self, order: int) -> float:
         """For each dim of a block of this order and step: products with a matrix of the size of its factor."""

@@ -80,7 +80,9 @@ def good_enough(matrices: Tensor, bases: Tensor, tolerance: float, inside: Tenso
     return known(bases) & (off <= tolerance * whole)
 
 
-def kept_or_new(matrices: Tensor, bases: Tensor, tolerance: float) -> tuple[Tensor, Tensor, list[int]]:
+def kept_or_new(
+    matrices: Tensor, bases: Tensor, tolerance: float, in_float64: bool = False
+) -> tuple[Tensor, Tensor, list[int]]:
     """Eigenvalues and bases: bases that are good enough stay and give diag(Q'AQ), the others are computed anew.
 
     Returns:
@@ -93,7 +95,7 @@ def kept_or_new(matrices: Tensor, bases: Tensor, tolerance: float) -> tuple[Tens
     rows = (~stays).nonzero().flatten()
     if not len(rows):
         return values, vectors, []
-    values[rows], vectors[rows], failed = eigenbasis(matrices[rows])
+    values[rows], vectors[rows], failed = eigenbasis(matrices[rows], in_float64)
     return values, vectors, rows[failed].tolist()
 
 

@@ -84,7 +84,8 @@ class Elementwise:
             own = verdict.cleaned([parts[n].to(self._dtype) for n in numbers])
             made, factor = self._directions(numbers, own, method, step, configs[group], verdict, squared_norms)
             torch._foreach_copy_([targets[n] for n in numbers], made)
-            torch._foreach_mul_([targets[n] for n in numbers], factor)
+            if factor != 1.0:
+                torch._foreach_mul_([targets[n] for n in numbers], factor)
 
     def _directions(
         self,

@@ -115,6 +115,7 @@ class Exchange:
         self.stacks: list[list[int]] = []
         self._lay_out_stacks()
         self.buckets = [self._resolve(n, t) for n, t in enumerate(plan.transfers(rank))]
+        self.waits = False  # for each collective where it is started, to debug
         self.stats = CommStats()
         self.meter = ExchangeMeter()
 
@@ -208,6 +209,8 @@ class Exchange:
         work = dist.all_to_all_single(
             incoming, outgoing, route.receive_splits, route.send_splits, group=self.group, async_op=True
         )
+        if self.waits:
+            work.wait()
         self.stats.bytes_sent += outgoing.nbytes
         self.stats.bytes_received += incoming.nbytes
         self.stats.collectives += 1

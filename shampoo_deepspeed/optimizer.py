@@ -120,24 +120,24 @@ def _precondition(
     buckets = exchange.buckets
     exchange.stats = CommStats()
     exchange.meter.steps += 1
-    ahead = IN_FLIGHT if all(config.overlap for config in configs.values()) else 0
-    arriving = deque(exchange.send_gradients(bucket, gradients) for bucket in buckets[:ahead])
+    exchange.waits = not all(config.overlap for config in configs.values())
+    arriving = deque(exchange.send_gradients(bucket, gradients) for bucket in buckets[:IN_FLIGHT])
     leaving: deque[tuple[Bucket, Transit]] = deque()
     for number, bucket in enumerate(buckets):
         shapes = [(stop - first, *unit.stacks[stack].shape) for stack, first, stop in bucket.rows]
         blocks = [torch.empty(shape, dtype=unit.dtype, device=unit.device) for shape in shapes]
-        if number + ahead < len(buckets):
-            arriving.append(exchange.send_gradients(buckets[number + ahead], gradients))
         exchange.receive_gradients(bucket, arriving.popleft(), gradients, blocks)
+        if number + IN_FLIGHT < len(buckets):
+            arriving.append(exchange.send_gradients(buckets[number + IN_FLIGHT], gradients))
         verdict.clean_(blocks)
         made = []
         for (stack, first, stop), block in zip(bucket.rows, blocks, strict=True):
             config = configs[unit.plan.blocks[exchange.stacks[stack][0]].group]
             rows = unit.row_steps(stack, steps)[first:stop]
             made.append(unit.stacks[stack].step(first, block, rows, config, verdict).contiguous())
-        leaving.append((bucket, exchange.send_directions(bucket, made, directions)))
-        if len(leaving) > ahead:
+        if len(leaving) == IN_FLIGHT:
             exchange.receive_directions(*leaving.popleft(), directions)
+        leaving.append((bucket, exchange.send_directions(bucket, made, directions)))
     for bucket, transit in leaving:
         exchange.receive_directions(bucket, transit, directions)
 

@@ -32,7 +32,7 @@ class Matrix:
 
     ``phases`` holds each block's refresh phase where refreshes are staggered; None where all happen together.
     ``sides`` is what each dim has where that is not a factor matrix for all, ``products`` how many products with a
-    factor's size there are for each dim and step.
+    factor's size there are for each dim and step, ``decompositions`` how long one takes, of one in float32.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +42,7 @@ class Matrix:
     phases: tuple[int, ...] | None = None
     sides: tuple[Side, ...] | None = None
     products: float = 2.0
+    decompositions: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +107,6 @@ def refresh_cost(lengths: Sequence[int], sides: Sequence[Side] | None = None) ->
     return sum(REFRESH_CUBES * n**3 for n in matrices)
 
 
-def block_cost(lengths: Sequence[int], frequency: int, sides: Sequence[Side] | None = None) -> float:
-    """FLOPs of a block per step, with the refresh's share."""
-    return step_cost(lengths, sides) + refresh_cost(lengths, sides) / frequency
-
-
 def bucket_elements(megabytes: float | None, itemsize: int) -> int | None:
     """Elements of this many bytes in a bucket; None leaves the choice to the plan."""
     return None if megabytes is None else max(1, int(megabytes * 2**20 / itemsize))
@@ -161,7 +157,10 @@ class Plan:
             self._holders += found
             shapes = {held.box.lengths for held in found}
             costs = {
-                shape: (step_cost(shape, matrix.sides, matrix.products), refresh_cost(shape, matrix.sides))
+                shape: (
+                    step_cost(shape, matrix.sides, matrix.products),
+                    matrix.decompositions * refresh_cost(shape, matrix.sides),
+                )
                 for shape in shapes
             }
             for index, (held, phase) in enumerate(zip(found, phases, strict=True)):

@@ -154,9 +154,11 @@ def _frequency(
 ) -> int | None:
     if speed is None:
         return None
-    costs = {shape: step_cost(shape, products=config.products(len(shape))) for shape in blocks}
+    costs = {shape: step_cost(shape, products=config.products(len(shape) - config.batch_dims)) for shape in blocks}
     step = sum(costs[shape] * many for shape, many in blocks.items()) / made.world_size
-    refresh = sum(refresh_cost(shape) * many for shape, many in blocks.items()) / made.world_size
+    refresh = (
+        sum(config.decompositions * refresh_cost(shape) * many for shape, many in blocks.items()) / made.world_size
+    )
     nbytes = max((max(pair) for pair in zip(made.sent, made.received, strict=True)), default=0)
     for frequency in FREQUENCIES:
         products, refreshes = (1.0 + LOCALITY_TOLERANCE) * step, (1.0 + LOCALITY_TOLERANCE) * refresh / frequency

@@ -40,8 +40,3 @@ def staggered_phases(costs: Sequence[float], frequency: int, earlier: Sequence[f
 def due_staggered(step: int, start: int, frequency: int, phase: int) -> bool:
     """Whether a block of this phase refreshes: first at ``start + phase``, and then every ``frequency`` steps."""
     return step >= start + phase and (step - start - phase) % frequency == 0
-
-
-def due_phase(step: int, start: int, frequency: int) -> int | None:
-    """The one phase whose blocks refresh at this step when staggered; None before ``start``."""
-    return (step - start) % frequency if step >= start else None

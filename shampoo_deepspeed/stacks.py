@@ -204,7 +204,8 @@ class BlockStack:
         """On the CPU so few rows at a time that what a refresh holds beside the state stays small."""
         most = here.stop - here.start
         if self._device.type == "cpu":
-            most = max(1, REFRESHED_BYTES // (math.prod(self.shape) * self.tensors[next(iter(self.tensors))].itemsize))
+            largest = max(math.prod(self.shape), max(self.shape) ** 2)  # of a block and its factor matrices
+            most = max(1, REFRESHED_BYTES // (largest * self.tensors[next(iter(self.tensors))].itemsize))
         for begin in range(here.start, here.stop, most):
             yield slice(begin, min(begin + most, here.stop))
 

@@ -124,8 +124,16 @@ def _why_elementwise(parameter: Parameter, merged: tuple[int, ...], config: Sham
 def matrix_of(treatment: Treatment, group: int, config: ShampooConfig, phases: tuple[int, ...] | None = None) -> Matrix:
     """A preconditioned parameter as the plan knows it; ``group`` and ``config`` are those of its rule, if any."""
     products = config.products(len(treatment.merged) - config.batch_dims)
-    frequency = config.precondition_frequency
-    return Matrix(treatment.merged, treatment.cuts, group, frequency, phases, treatment.sides, products)
+    return Matrix(
+        treatment.merged,
+        treatment.cuts,
+        group,
+        config.precondition_frequency,
+        phases,
+        treatment.sides,
+        products,
+        config.decompositions,
+    )
 
 
 class Unit:

@@ -13,10 +13,14 @@ Check = Callable[[str, object], Any]
 class OptionError(ValueError):
     """An option has an unknown name or a value that is not allowed; the message names key, value and what is."""
 
+    allowed = ""
+
 
 def bad(key: str, value: object, allowed: str) -> OptionError:
     """The error of a value, with what is allowed."""
-    return OptionError(f"Shampoo option {key!r} = {value!r} is not allowed: {allowed}.")
+    error = OptionError(f"Shampoo option {key!r} = {value!r} is not allowed: {allowed}.")
+    error.allowed = allowed
+    return error
 
 
 def number(key: str, value: object, low: float, high: float, allowed: str) -> float:
@@ -31,6 +35,10 @@ def number(key: str, value: object, low: float, high: float, allowed: str) -> fl
 
 def non_negative(key: str, value: object) -> float:
     return number(key, value, 0.0, 1e300, "a number >= 0")
+
+
+def positive(key: str, value: object) -> float:
+    return number(key, value, 1e-300, 1e300, "a number > 0")
 
 
 def learning_rate(key: str, value: object) -> float | Tensor:
@@ -98,18 +106,6 @@ def optional_root(key: str, value: object) -> float | tuple[float | None, ...] |
     return None if value is None else number(key, value, 1e-3, 1e3, allowed)
 
 
-def optional_beta(key: str, value: object) -> float | None:
-    return None if value is None else number(key, value, 0.0, 1.0, "null or a number in [0, 1]")
-
-
-def optional_non_negative(key: str, value: object) -> float | None:
-    return None if value is None else number(key, value, 0.0, 1e300, "null or a number >= 0")
-
-
-def optional_positive(key: str, value: object) -> float | None:
-    return None if value is None else number(key, value, 1e-300, 1e300, "null or a number > 0")
-
-
 def small_int(key: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value not in (0, 1):
         raise bad(key, value, "0, or 1 where the first dim counts matrices of their own")
@@ -134,31 +130,6 @@ def one_of(*allowed: str) -> Check:
     return check
 
 
-def optional_one_of(*allowed: str) -> Check:
-    """One of these, or None."""
-    check = one_of(*allowed)
-
-    def optional(key: str, value: object) -> str | None:
-        if value is None:
-            return None
-        try:
-            return check(key, value)
-        except OptionError:
-            raise bad(key, value, f"null or one of {', '.join(allowed)}") from None
-
-    return optional
-
-
-def optional_tolerance(key: str, value: object) -> float | None:
-    allowed = "null or a number in [0, 1)"
-    if value is None:
-        return None
-    found = number(key, value, 0.0, 1.0, allowed)
-    if found == 1.0:
-        raise bad(key, value, allowed)
-    return found
-
-
 def exactly(*allowed: str) -> Check:
     """One of these, as it is written here."""
 
@@ -174,7 +145,12 @@ def nullable(inner: Check) -> Check:
     """What ``inner`` allows, or None."""
 
     def check(key: str, value: object) -> Any:
-        return None if value is None else inner(key, value)
+        if value is None:
+            return None
+        try:
+            return inner(key, value)
+        except OptionError as error:
+            raise bad(key, value, f"null or {error.allowed}") from None
 
     return check
 

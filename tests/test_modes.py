@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from shampoo_deepspeed import ShampooConfig
+from shampoo_deepspeed import ShampooConfig, stacks
 from shampoo_deepspeed.preconditioners.modes import STRIP, add_gram_, symmetric
 from shampoo_deepspeed.stacks import BlockStack
 from shampoo_deepspeed.verdict import Verdict
@@ -17,6 +18,7 @@ from tests.stepping import made_up
 from tests.zoo import relative_error
 
 F64 = torch.float64
+ACCEPTED = Verdict(torch.tensor(False), F64)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
@@ -36,7 +38,7 @@ def test_fewer_multiplications_than_of_a_whole_product() -> None:
     """Above the diagonal strips nothing is written."""
     half = torch.zeros(1, 4 * STRIP, 4 * STRIP)
     add_gram_(half, torch.ones(1, 4 * STRIP, 3), 1.0, 1.0)
-    assert half[0, : -STRIP, -STRIP:].count_nonzero() == 0
+    assert half[0, :-STRIP, -STRIP:].count_nonzero() == 0
     assert half.count_nonzero() == 10 * STRIP**2
 
 
@@ -52,7 +54,7 @@ def test_blocks_with_strips_take_the_references_steps(preconditioner: str, refre
     mixing = [made_up(torch.empty(d, d, dtype=F64), 0, d) for d in shape]
     for step in range(1, 8):  # full rank and well apart, so that eigenvectors are defined to the last digits
         g = mixing[0] @ made_up(torch.empty(shape, dtype=F64), step) @ mixing[1]
-        (found,) = stack.step(0, g[None].clone(), [step], config, Verdict(torch.tensor(False), F64))
+        (found,) = stack.step(0, g[None].clone(), [step], config, ACCEPTED)
         assert relative_error(found, Reference.step_block(block, g, step, Options(**rule))) < 1e-8, step
     for mode, factor in block.factors.items():
         assert relative_error(symmetric(stack.tensors[f"factor_{mode}"])[0], factor) < 1e-9
@@ -75,3 +77,44 @@ def test_products_in_bfloat16_round_directions_and_leave_statistics_alone(precon
     for name in ("factor_0", "factor_1"):
         same = torch.equal(stacks[0].tensors[name], stacks[1].tensors[name])
         assert same, name
+
+
+@pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
+@pytest.mark.parametrize("phases", [None, [0, 0, 1, 1, 1]], ids=["sync", "staggered"])
+def test_few_rows_at_a_time_take_the_same_steps(
+    preconditioner: str, phases: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU a stack goes through a step, and through a refresh, in pieces that stay in the cache."""
+    options: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64", "refresh": "sync"}
+    config = ShampooConfig(preconditioner=preconditioner, precondition_frequency=2, betas=(0.9, 0.9), **options)
+    keys = [f"a/{row}" for row in range(5)]
+    runs = []
+    for cached, refreshed in ((1 << 30, 1 << 30), (1 << 30, 1), (3 * 4 * 12 * 8, 2 * 4 * 12 * 12), (1, 1)):
+        monkeypatch.setattr(stacks, "CACHED_BYTES", cached)
+        monkeypatch.setattr(stacks, "REFRESHED_BYTES", refreshed)
+        stack = BlockStack(keys, (12, 8), config, torch.device("cpu"), F64, phases)
+        found = [
+            stack.step(0, made_up(torch.empty(5, 12, 8, dtype=F64), step), [step] * 5, config, ACCEPTED)
+            for step in range(1, 8)
+        ]
+        assert all(stack.refreshed)
+        runs.append([torch.stack(found), *stack.tensors.values()])
+    for run in runs[1:]:
+        assert all(relative_error(one, other) < 1e-12 for one, other in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.05])
+def test_kl_shampoo_decomposes_in_float64(tolerance: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    eigh = torch.linalg.eigh
+
+    def watched(matrices: Tensor) -> Any:
+        seen.add(matrices.dtype)
+        return eigh(matrices)
+
+    monkeypatch.setattr(torch.linalg, "eigh", watched)
+    config = ShampooConfig(preconditioner="kl_shampoo", precondition_frequency=1, refresh_tolerance=tolerance)
+    stack = BlockStack(["a/0"], (12, 8), config, torch.device("cpu"), torch.float32)
+    for step in range(1, 4):
+        stack.step(0, made_up(torch.empty(1, 12, 8), step), [step], config, Verdict(torch.tensor(False), torch.float32))
+    assert seen == {F64}

@@ -124,7 +124,8 @@ class ShampooPreconditioner:
             solver = self._config.solver
             roots, failed = inverse_root(matrices, root, *ridge, self._root_dtype, solver, pseudo, self._in_float64)
             return {f"root_{mode}": roots}, failed
-        values, bases, failed = kept_or_new(matrices, state[f"basis_{mode}"].to(matrices.dtype), self._tolerance)
+        before = state[f"basis_{mode}"].to(matrices.dtype)
+        values, bases, failed = kept_or_new(matrices, before, self._tolerance, self._in_float64)
         roots, overflown = root_from_basis(values, bases, root, self._epsilon, self._relative_epsilon)
         return {f"root_{mode}": roots, f"basis_{mode}": bases}, sorted({*failed, *overflown})
 

@@ -84,7 +84,10 @@ def single_features() -> list[Check]:
 
 TINY_BUCKETS = {"bucket_mb": 0.0005}
 WAITING = Run(model="wide", extra=TINY_BUCKETS | {"overlap": False})
-IN_ORDER = [final("fsdp2_in_order", WAITING, 2), final("fsdp2_overlapped", replace(WAITING, extra=TINY_BUCKETS), 2)]
+IN_ORDER = [
+    Check("fsdp2_waiting", 2, "fsdp:waited", WAITING),
+    final("fsdp2_overlapped", replace(WAITING, extra=TINY_BUCKETS), 2),
+]
 REFUSED = [
     (Check("fsdp1_refused_original", 2, "fsdp:refused", "original"), "build the optimizer after wrapping"),
     (Check("fsdp1_refused_swapped", 2, "fsdp:refused", "swapped"), "build the optimizer after wrapping"),
@@ -119,8 +122,9 @@ def test_the_trajectory_is_that_of_the_reference(check: Check, ask: Ask) -> None
 
 @pytest.mark.parametrize("waiting, overlapped", [IN_ORDER], ids=["tiny_buckets"])
 def test_without_overlap_every_bit_is_the_same(waiting: Check, overlapped: Check, ask: Ask) -> None:
-    """The switch for debugging: each bucket is waited for, and nothing else changes."""
-    (one, *_), (other, *_) = ask(waiting), ask(overlapped)
+    """The switch for debugging: each collective is waited for, and nothing else changes."""
+    ((one, over), *_), (other, *_) = ask(waiting), ask(overlapped)
+    assert len(over) > 100 and all(over)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from shampoo_deepspeed import LayoutError, Shampoo
 from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
+from shampoo_deepspeed.exchange import Exchange, Transit
 from shampoo_deepspeed.naming import clean_name
 from tests.distributed.fsdp_runs import FROZEN, Run
 from tests.distributed.ranks.folders import shared_folder
@@ -111,6 +112,24 @@ def final_parameters(run: Run) -> dict[str, Tensor]:
         return trained(*built_before_sharding(run), run)
     model, mesh = sharded(run)
     return trained(model, built(model, run), mesh, run)
+
+
+def waited(run: Run) -> tuple[dict[str, Tensor], list[bool]]:
+    """The final parameters, and of each collective of the exchange whether it was over when it had been started."""
+    over: list[bool] = []
+    start = Exchange._start
+
+    def watched(*args: Any) -> Transit:
+        transit = start(*args)
+        if transit.work is not None:
+            over.append(transit.work.is_completed())
+        return transit
+
+    Exchange._start = watched  # type: ignore[method-assign]
+    try:
+        return final_parameters(run), over
+    finally:
+        Exchange._start = start  # type: ignore[method-assign]
 
 
 def built(model: nn.Module, run: Run) -> Shampoo:
