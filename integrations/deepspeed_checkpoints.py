@@ -23,9 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
+from shampoo_deepspeed.cpu_groups import cpu_group
 from shampoo_deepspeed.manifest import CheckpointError, Manifest
 from shampoo_deepspeed.persistence import BlockOptimizer
-from shampoo_deepspeed.saved import START_ANEW, SavedState, cpu_group
+from shampoo_deepspeed.saved import START_ANEW, SavedState
 
 logger = logging.getLogger("shampoo_deepspeed")
 

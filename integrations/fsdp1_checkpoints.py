@@ -15,8 +15,8 @@ from types import FrameType
 import torch.distributed as dist
 
 from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
+from shampoo_deepspeed.cpu_groups import cpu_group
 from shampoo_deepspeed.persistence import BlockOptimizer
-from shampoo_deepspeed.saved import cpu_group
 
 FOLDER = "shampoo"
 ACCELERATE = "accelerate.utils.fsdp_utils"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from shampoo_deepspeed._autoload import autoload, register
 
 if TYPE_CHECKING:
-    from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
+    from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo, wait_for_saves
     from shampoo_deepspeed.config import OptionError, ShampooConfig
     from shampoo_deepspeed.hosts import LayoutError
     from shampoo_deepspeed.manifest import CheckpointError
@@ -25,6 +25,7 @@ __all__ = [
     "load_shampoo",
     "register",
     "save_shampoo",
+    "wait_for_saves",
 ]
 
 _HOMES = {
@@ -35,6 +36,7 @@ _HOMES = {
     "CheckpointError": "shampoo_deepspeed.manifest",
     "load_shampoo": "shampoo_deepspeed.checkpoint",
     "save_shampoo": "shampoo_deepspeed.checkpoint",
+    "wait_for_saves": "shampoo_deepspeed.checkpoint",
 }
 
 

@@ -6,6 +6,7 @@ put in place by one rename, makes the save complete; only then is the data of an
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,12 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
+from shampoo_deepspeed.cpu_groups import exists
 from shampoo_deepspeed.fitting import misfits, restore_options, what_does_not_fit
 from shampoo_deepspeed.jobwide import decided, everyone
 from shampoo_deepspeed.manifest import CheckpointError, Manifest
 from shampoo_deepspeed.persistence import BlockOptimizer
-from shampoo_deepspeed.storage import damage
+from shampoo_deepspeed.storage import Item, damage
 from shampoo_deepspeed.stored import StoredState, base_key
 from shampoo_deepspeed.writing import prepared, write_checkpoint
 
@@ -51,8 +53,10 @@ def save_shampoo(
     it stays until the new one is complete.
 
     Args:
-        asynchronous: return once the state is copied aside on the CPU; a thread writes it. The next save waits for
-            it, as does the interpreter's exit.
+        asynchronous: return once the state is copied aside on the CPU; a thread writes it, together with those of the
+            other ranks. The next save waits for it, as does the interpreter's exit. Before
+            ``dist.destroy_process_group()`` call ``result()`` of the future or `wait_for_saves`: without its process
+            group a save cannot be completed.
         moments_dtype: dtype of moments on disk, e.g. torch.bfloat16, half the bytes and no longer bit-exact; None keeps
             theirs. Factor matrices, roots and master weights always keep theirs.
 
@@ -89,6 +93,16 @@ def save_shampoo(
     if _waits_in_files(optimizer) and future.exception() is None:
         _reopen(optimizer, folder)
     return future
+
+
+def wait_for_saves() -> None:
+    """Wait until no asynchronous save of this process is under way; call it before ``dist.destroy_process_group()``.
+
+    Raises:
+        CheckpointError: the first failure of a save, of whatever optimizer, that no other call has raised yet; it names
+            the save's path. The log names those of further ones.
+    """
+    _WRITER.wait_for_all()
 
 
 def load_shampoo(
@@ -133,7 +147,7 @@ def load_shampoo(
 
 @dataclass
 class _Writer:
-    """The thread that writes, its saves that may be under way, and the last one of each optimizer."""
+    """The thread that writes, its saves that may be under way or whose failure is untold, and each optimizer's last."""
 
     thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="shampoo-save")
@@ -154,21 +168,57 @@ class _Writer:
             CheckpointError: where the last save of this optimizer has failed; those of others are told by theirs.
         """
         wait(self.under_way)
-        self.under_way.clear()
         mine = self.last.pop(optimizer, None)
+        self.under_way = [future for future in self.under_way if future is not mine and _failed(future)]
         if mine is not None:
             mine.result()
 
+    def wait_for_all(self) -> None:
+        """Until nothing is being written.
 
-def _written(path: Path, *arguments: Any) -> None:
+        Raises:
+            CheckpointError: the first failure that was not told yet.
+        """
+        wait(self.under_way)
+        failed = [future for future in self.under_way if _failed(future)]
+        self.forget()
+        if failed:
+            failed[0].result()
+
+    def forget(self) -> None:
+        """All saves, and with their failures what those hold on to."""
+        self.under_way.clear()
+        self.last.clear()
+
+
+def _failed(future: Future[None]) -> bool:
+    return future.cancelled() or future.exception() is not None
+
+
+def _written(
+    path: Path,
+    items: Sequence[Item],
+    told: Mapping[str, Any],
+    unprepared: Exception | None,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """What the thread does; a failure names the path and, where a script has ended too early, what it should do."""
     try:
-        write_checkpoint(path, *arguments)
+        write_checkpoint(path, items, told, unprepared, group)
     except Exception as error:
-        logger.error("the asynchronous save into %s has failed: %s", path, error)
-        raise
+        failure = error if isinstance(error, CheckpointError) else CheckpointError(f"{path} cannot be written: {error}")
+        if group is not None and not exists(group):
+            failure = CheckpointError(
+                f"{path} is not complete: its process group was destroyed while a thread wrote it ({error}). Call "
+                "shampoo_deepspeed.wait_for_saves(), or result() of the future, on all ranks before "
+                "destroy_process_group()"
+            )
+        logger.error("the asynchronous save into %s has failed: %s", path, failure)
+        raise failure from error
 
 
 _WRITER = _Writer()
+atexit.register(_WRITER.forget)  # the thread was joined before; a failure holds on to the process group
 
 
 def _together(path: Path, everyones: Sequence[tuple[Any, ...]]) -> tuple[str | None, dict[str, str], set[str]]:

@@ -7,28 +7,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-from shampoo_deepspeed.saved import cpu_group
-
-_THREAD_GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+from shampoo_deepspeed.cpu_groups import cpu_group, thread_group
 
 
 def everyone(in_a_thread: bool = False) -> dist.ProcessGroup | None:
     """A group of all ranks for objects, None for a single process. A collective.
 
     Args:
-        in_a_thread: for the thread that writes, as two threads must not share one.
+        in_a_thread: for the thread that writes.
     """
     if not dist.is_initialized():
         return None
     world = dist.group.WORLD
     assert world is not None
-    if not in_a_thread:
-        return cpu_group(world)
-    if world not in _THREAD_GROUPS:
-        made = dist.new_group(backend="gloo")
-        assert made is not None
-        _THREAD_GROUPS[world] = made
-    return _THREAD_GROUPS[world]
+    return thread_group(world) if in_a_thread else cpu_group(world)
 
 
 def gathered(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:

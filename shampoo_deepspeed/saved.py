@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_deepspeed.boxes import Box, Placed, row_major
+from shampoo_deepspeed.cpu_groups import cpu_group
 from shampoo_deepspeed.unit import Unit
 
 FORMAT = 1
@@ -257,21 +258,6 @@ def consolidated(unit: Unit, own: SavedState) -> SavedState:
         return own
     parts = [SavedState.parse({"shampoo": part}) for part in gathered]
     return parts[0].joined(parts[1:])
-
-
-_CPU_GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
-
-
-def cpu_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of the same ranks for large objects: an accelerator's group would move them through its memory."""
-    if "cpu" in dist.get_backend_config(group):
-        return group
-    if group not in _CPU_GROUPS:
-        ranks = dist.get_process_group_ranks(group)
-        made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-        assert made is not None
-        _CPU_GROUPS[group] = made
-    return _CPU_GROUPS[group]
 
 
 def everyones_word(mine: Any, unit: Unit) -> list[Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
+from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo, wait_for_saves
 from shampoo_deepspeed.hosts import Layout, plain_layouts
 from shampoo_deepspeed.manifest import Manifest
 from tests.stepping import drive, parameter, same_bits, shampoo, state_of
+
+ROOT = Path(__file__).parent.parent
 
 
 def trained(steps: int = 3, **options: Any) -> tuple[list[nn.Parameter], Shampoo]:
@@ -218,3 +222,50 @@ def test_groups_that_were_several_are_told_to_keep_their_options(
     load_shampoo(one, tmp_path)
     assert one.param_groups[0]["lr"] == 0.75
     assert "group 0 keeps its own lr and other options: its parameters were in the groups [0, 1]" in caplog.text
+
+
+def test_waiting_for_all_saves_tells_the_first_failure_once(tmp_path: Path) -> None:
+    (_, first), (_, second), (_, good) = trained(), trained(), trained()
+    (tmp_path / "file").write_text("no folder")
+    bad = [tmp_path / "file" / name for name in "ab"]
+    for optimizer, path in zip((first, second, good), [*bad, tmp_path / "good"], strict=True):
+        save_shampoo(optimizer, path, asynchronous=True)
+    with pytest.raises(CheckpointError, match=f"{bad[0]} cannot be written"):
+        wait_for_saves()
+    assert (tmp_path / "good/manifest.json").is_file()
+    wait_for_saves()
+    save_shampoo(first, tmp_path / "again")
+
+
+def test_waiting_for_all_saves_tells_what_another_optimizer_s_save_has_passed_over(tmp_path: Path) -> None:
+    (_, failing), (_, other) = trained(), trained()
+    (tmp_path / "file").write_text("no folder")
+    bad = tmp_path / "file" / "below"
+    save_shampoo(failing, bad, asynchronous=True)
+    save_shampoo(other, tmp_path / "good")
+    with pytest.raises(CheckpointError, match=f"{bad} cannot be written"):
+        wait_for_saves()
+
+
+AT_EXIT = """
+import atexit, sys
+from pathlib import Path
+folder, made = Path(sys.argv[1]), {}
+atexit.register(lambda: print(len(made), "left,", (folder / "saved/manifest.json").is_file()))  # runs last
+import torch.distributed as dist
+from shampoo_deepspeed import cpu_groups, save_shampoo
+from tests.stepping import drive, parameter, shampoo
+made = cpu_groups._FOR_THREAD
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+params = [parameter(8, 6)]
+optimizer = shampoo([("w", params[0])], process_group=dist.group.WORLD)
+drive(optimizer, params, range(1))
+save_shampoo(optimizer, folder / "saved", asynchronous=True)
+print(len(made), "made")
+"""
+
+
+def test_the_interpreter_s_exit_waits_for_a_save_and_then_lets_go_of_its_process_group(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", AT_EXIT, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "1 made\n0 left, True\n", done.stdout + done.stderr

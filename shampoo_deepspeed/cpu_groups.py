@@ -1,0 +1,58 @@
+"""Process groups on the CPU beside those of a job: for large objects, and for the thread that writes checkpoints."""
+
+from __future__ import annotations
+
+import atexit
+
+import torch.distributed as dist
+
+Groups = dict[dist.ProcessGroup, dist.ProcessGroup]
+
+# By the group beside which they were made.
+_FOR_OBJECTS: Groups = {}
+_FOR_THREAD: Groups = {}
+
+
+def exists(group: dist.ProcessGroup) -> bool:
+    """Whether a group has not been destroyed since it was made."""
+    try:
+        dist.get_process_group_ranks(group)
+    except KeyError:
+        return False
+    return True
+
+
+def cpu_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks for large objects: an accelerator's group would move them through its memory."""
+    if "cpu" in dist.get_backend_config(group):
+        return group
+    _drop_stale(_FOR_OBJECTS)
+    if group not in _FOR_OBJECTS:
+        ranks = dist.get_process_group_ranks(group)
+        made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        assert made is not None
+        _FOR_OBJECTS[group] = made
+    return _FOR_OBJECTS[group]
+
+
+def thread_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of all ranks for the thread that writes, as two threads must not share one."""
+    _drop_stale(_FOR_THREAD)
+    if world not in _FOR_THREAD:
+        made = dist.new_group(backend="gloo")
+        assert made is not None
+        _FOR_THREAD[world] = made
+    return _FOR_THREAD[world]
+
+
+def _drop_stale(groups: Groups) -> None:
+    """Forget groups of a job that was ended by ``destroy_process_group``; the next one makes its own."""
+    for stale in [group for group, made in groups.items() if not (exists(group) and exists(made))]:
+        del groups[stale]
+
+
+@atexit.register
+def _release() -> None:
+    """A gloo group has threads, which must not outlive the interpreter. The thread that writes was joined before."""
+    _FOR_OBJECTS.clear()
+    _FOR_THREAD.clear()

@@ -1,0 +1,92 @@
+"""What a rank does in the checks of asynchronous saves: several jobs in one process, each with groups of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import TestCase
+from unittest.mock import patch
+
+import torch.distributed as dist
+from torch import nn
+
+from shampoo_deepspeed import CheckpointError, Shampoo, cpu_groups, load_shampoo, save_shampoo, wait_for_saves
+from shampoo_deepspeed.writing import write_checkpoint
+from tests.stepping import drive, parameter, same_bits, shampoo, snapshot
+
+SAVED, END = 3, 6
+
+
+def jobs(folder: Path) -> dict[str, Any]:
+    """A job that saves, one that goes on from there and saves again, and one that ends while a thread writes."""
+    ranks = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()  # the launch's own
+    seen: dict[str, Any] = {}
+    with job(folder, "first", ranks):
+        params, optimizer = made()
+        drive(optimizer, params, range(SAVED))
+        seen["complete"] = [saved_meanwhile(params, optimizer, folder / "first")]
+    with job(folder, "second", ranks):
+        again, other = made()
+        drive(other, again, range(SAVED))
+        load_shampoo(other, folder / "first")
+        seen["complete"].append(saved_meanwhile(again, other, folder / "second"))
+        seen["same"] = same_bits(snapshot(params), snapshot(again))
+        seen["groups"] = len(cpu_groups._FOR_THREAD)
+    with TestCase().assertLogs("shampoo_deepspeed", "ERROR") as log:
+        seen["told"] = ended_too_early(folder, ranks)
+    seen["log"] = log.output
+    begin(folder, "launch", ranks)
+    return seen
+
+
+def saved_meanwhile(params: list[nn.Parameter], optimizer: Shampoo, path: Path) -> bool:
+    """Save while the training goes on; whether the checkpoint is complete once all saves have been waited for."""
+    future = save_shampoo(optimizer, path, asynchronous=True)
+    drive(optimizer, params, range(SAVED, END))
+    wait_for_saves()
+    return future.done() and (path / "manifest.json").is_file()
+
+
+def ended_too_early(folder: Path, ranks: tuple[int, int]) -> str:
+    """What `wait_for_saves` says where the process group is destroyed before the thread comes to write."""
+    may_write = threading.Event()
+
+    def held(*arguments: Any) -> None:
+        may_write.wait()
+        write_checkpoint(*arguments)
+
+    with patch("shampoo_deepspeed.checkpoint.write_checkpoint", held):
+        with job(folder, "third", ranks):
+            params, optimizer = made()
+            drive(optimizer, params, range(1))
+            save_shampoo(optimizer, folder / "third", asynchronous=True)
+        may_write.set()
+        try:
+            wait_for_saves()
+        except CheckpointError as error:
+            wait_for_saves()  # what was told is not told again
+            return str(error)
+    return "nothing"
+
+
+def made() -> tuple[list[nn.Parameter], Shampoo]:
+    params = [parameter(16, 12), parameter(8, 6, seed=1), parameter(6)]
+    return params, shampoo(list(zip("abc", params, strict=True)), process_group=dist.group.WORLD)
+
+
+@contextmanager
+def job(folder: Path, name: str, ranks: tuple[int, int]) -> Iterator[None]:
+    begin(folder, name, ranks)
+    yield
+    dist.destroy_process_group()
+
+
+def begin(folder: Path, name: str, ranks: tuple[int, int]) -> None:
+    rank, size = ranks
+    method = f"file://{folder}/{name}.store"
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=size, timeout=timedelta(seconds=60))

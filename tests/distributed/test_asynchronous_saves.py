@@ -1,0 +1,38 @@
+"""Asynchronous saves of several ranks: complete once waited for, and what is told where nobody waits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launch import Check, run_checks
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """A launch of its own, as the check ends the launch's process group. Gives the folder and what the ranks saw."""
+    folder = tmp_path_factory.mktemp("jobs")
+    check = Check("jobs", 2, "asynchronous_saves:jobs", folder)
+    outcome = run_checks([check], tmp_path_factory.mktemp("launches"))["jobs"]
+    assert outcome.failure is None, outcome.failure
+    return folder, outcome.values
+
+
+def test_a_save_is_complete_once_it_was_waited_for(jobs: tuple[Path, list[Any]]) -> None:
+    for rank in jobs[1]:
+        assert rank["complete"] == [True, True]
+
+
+def test_a_new_process_group_in_the_same_process_goes_on(jobs: tuple[Path, list[Any]]) -> None:
+    for rank in jobs[1]:
+        assert rank["same"] and rank["groups"] == 1
+
+
+def test_a_save_whose_process_group_was_destroyed_says_what_to_do(jobs: tuple[Path, list[Any]]) -> None:
+    folder, ranks = jobs
+    assert not (folder / "third/manifest.json").exists()
+    for rank in ranks:
+        assert str(folder / "third") in rank["told"] and "wait_for_saves()" in rank["told"]
+        assert any(str(folder / "third") in line and "wait_for_saves()" in line for line in rank["log"])
