@@ -39,7 +39,7 @@ def prepared(
         if copies:
             items = [replace(item, content=_constant(item.content())) for item in items]
         return items, tables(optimizer, moments), None
-    except (RuntimeError, OSError, MemoryError) as error:
+    except Exception as error:
         return [], {}, error
 
 
@@ -73,7 +73,8 @@ def write_checkpoint(
         CheckpointError: on all ranks, where one of them fails.
     """
     rank = 0 if group is None else dist.get_rank(group)
-    problem = next((found for found in gathered(error and str(error), group) if found is not None), None)
+    words = None if error is None else str(error) or repr(error)
+    problem = next((found for found in gathered(words, group) if found is not None), None)
     if problem is not None:
         raise CheckpointError(f"{path} cannot be written: {problem}") from error
     folder, problem = decided(None, lambda _: _new_folder(path), group)
@@ -106,9 +107,11 @@ def _completed(path: Path, directory: Path, everyones: Sequence[tuple[Mapping[st
 def _not_in_use(path: Path, directory: Path) -> bool:
     """Whether the manifest in place is of another save; where that cannot be said, what is there stays."""
     try:
+        if not (path / MANIFEST).exists():
+            return True
         return Manifest.read(path).directory != directory.name
-    except CheckpointError:
-        return not (path / MANIFEST).exists()
+    except (CheckpointError, OSError):
+        return False
 
 
 def _facts(directory: Path, rank: int) -> tuple[dict[str, dict[str, Any]], str | None]:
@@ -116,15 +119,15 @@ def _facts(directory: Path, rank: int) -> tuple[dict[str, dict[str, Any]], str |
     try:
         own = [*directory.glob(f"__{rank}_*"), *([directory / INDEX] if rank == 0 else [])]
         return {file.name: {"bytes": file.stat().st_size, "crc32": checksum(file)} for file in own}, None
-    except OSError as error:
+    except Exception as error:  # as above
         return {}, f"what was written cannot be read: {error}"
 
 
 def _new_folder(path: Path) -> tuple[str | None, str | None]:
-    folder = f"data-{uuid.uuid4().hex[:12]}"  # as _OURS knows it
     try:
+        folder = f"data-{uuid.uuid4().hex[:12]}"  # as _OURS knows it
         (path / folder).mkdir(parents=True)
-    except OSError as error:
+    except Exception as error:  # as above
         return None, str(error)
     return folder, None
 
@@ -168,7 +171,12 @@ _OURS = re.compile(r"(manifest\.json\.)?data-[0-9a-f]{12}")
 
 def _remove_replaced(path: Path, directory: str) -> None:
     """Remove what earlier saves have left. The new one is complete, so what cannot be removed is no failure."""
-    for old in [found for found in path.iterdir() if _OURS.fullmatch(found.name) and found.name != directory]:
+    try:
+        replaced = [found for found in path.iterdir() if _OURS.fullmatch(found.name) and found.name != directory]
+    except OSError as error:
+        logger.warning("what earlier saves have left in %s could not be removed: %s", path, error)
+        return
+    for old in replaced:
         try:
             if old.is_dir():
                 shutil.rmtree(old)

@@ -130,6 +130,54 @@ def test_no_expert_of_an_earlier_save_stays_in_a_folder(tmp_path: Path, monkeypa
     assert {file.name for file in data.iterdir()} == {".metadata", "__0_0.distcp"}
 
 
+@pytest.mark.parametrize("error", [ValueError, KeyError, AssertionError])
+def test_a_save_that_cannot_be_prepared_fails_as_any_other(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the error is: other ranks wait for this one's word."""
+
+    def wrong(*_: Any) -> None:
+        raise error("the state is not as it should be")
+
+    _, optimizer = trained()
+    monkeypatch.setattr("shampoo_deepspeed.writing._items", wrong)
+    with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be written.*not as it should be"):
+        save_shampoo(optimizer, tmp_path)
+
+
+@pytest.mark.parametrize("number", [5, 13])
+def test_a_folder_that_fails_while_a_failure_is_cleared_away_is_no_other_failure(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody can say which save is in place, both stay."""
+
+    def broken(*_: Any) -> None:
+        raise OSError(number, "no answer")
+
+    _, optimizer = trained()
+    save_shampoo(optimizer, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("shampoo_deepspeed.manifest.Path.is_file", broken)
+        patched.setattr("shampoo_deepspeed.writing._commit", lambda *_: "it was refused")
+        with pytest.raises(CheckpointError, match="it was refused"):
+            save_shampoo(optimizer, tmp_path)
+    assert len(list(tmp_path.glob("data-*"))) == 2
+    save_shampoo(optimizer, tmp_path)
+    assert len(list(tmp_path.glob("data-*"))) == 1
+
+
+def test_a_folder_that_cannot_be_listed_is_no_failure_of_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    _, optimizer = trained()
+    monkeypatch.setattr("shampoo_deepspeed.writing.Path.iterdir", broken)
+    save_shampoo(optimizer, tmp_path)
+    assert (tmp_path / "manifest.json").is_file() and "could not be removed: [Errno 5]" in caplog.text
+
+
 def test_a_full_disk_leaves_the_last_save_and_nothing_else(tmp_path: Path) -> None:
     """The kernel itself refuses to write."""
     params, optimizer = trained()

@@ -6,7 +6,7 @@ import pytest
 
 from tests.distributed.conftest import Ask
 from tests.distributed.launch import Check
-from tests.distributed.ranks.checkpoint_faults import LOADING, SAVING
+from tests.distributed.ranks.checkpoint_faults import FIRST, LOADING, SAVING
 
 FAULTS = Check("checkpoint_faults", 2, "checkpoint_faults:faults", None)
 
@@ -14,7 +14,7 @@ FAULTS = Check("checkpoint_faults", 2, "checkpoint_faults:faults", None)
 @pytest.mark.parametrize("check", [FAULTS], ids=["faults"])
 def test_a_fault_of_one_rank_is_told_by_all(check: Check, ask: Ask) -> None:
     heard = ask(check)
-    for name in [*SAVING, *(f"{name} in the background" for name in SAVING), *LOADING]:
+    for name in [*SAVING, *(f"{name} in the background" for name in SAVING), *FIRST, "wrong", *LOADING]:
         for rank in heard:
             assert "Input/output error" in rank[name], name
     # Only one rank tells of what all know: with a thousand ranks the first one would hold as many copies.

@@ -19,6 +19,12 @@ SAVING = {
     "sync": "torch.distributed.checkpoint.filesystem.os.fsync",
     "checksum": "shampoo_deepspeed.writing.checksum",
 }
+# Of the first rank, whose answer the others wait for.
+FIRST = {
+    "folder": "shampoo_deepspeed.writing.uuid.uuid4",
+    "commit": "shampoo_deepspeed.writing._commit",
+    "clearing": "pathlib.Path.is_file",
+}
 LOADING = {"manifest": "pathlib.Path.read_bytes", "damage": "shampoo_deepspeed.checkpoint.damage"}
 
 
@@ -27,12 +33,16 @@ def broken(*_: Any) -> None:
     raise OSError(5, "Input/output error")
 
 
-def told(call: Callable[[], Any], place: str) -> str:
-    """What this rank hears of a call in which a function fails on the last rank."""
-    last = dist.get_rank() == dist.get_world_size() - 1
+def wrong(*_: Any) -> None:
+    """What no file system says."""
+    raise ValueError("Input/output error of another kind")
+
+
+def told(call: Callable[[], Any], place: str, rank: int = 1, how: Callable[..., None] = broken) -> str:
+    """What this rank hears of a call in which a function fails on one rank."""
     try:
-        if last:
-            with patch(place, broken):
+        if dist.get_rank() == rank:
+            with patch(place, how):
                 call()
         else:
             call()
@@ -54,6 +64,9 @@ def faults(_: None) -> dict[str, Any]:
         for name, place in SAVING.items():
             heard[name] = told(lambda: save_shampoo(optimizer, folder), place)
             heard[f"{name} in the background"] = told(lambda: in_the_background(optimizer, folder), place)
+        heard["wrong"] = told(lambda: save_shampoo(optimizer, folder), SAVING["prepare"], how=wrong)
+        for name, place in FIRST.items():
+            heard[name] = told(lambda: save_shampoo(optimizer, folder), place, rank=0)
         for name, place in LOADING.items():
             heard[name] = told(lambda: load_shampoo(optimizer, folder), place)
         heard["told"] = len(tables(optimizer, None)["parameters"])
