@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shampoo_deepspeed.block_form import block_layout, block_size, packed, unpack
 from shampoo_deepspeed.exchange import communication_device
 from shampoo_deepspeed.saved import everyones_word
-from shampoo_deepspeed.stored import block_layout, block_size, packed, unpack
 from shampoo_deepspeed.unit import Unit
 
 Interval = tuple[int, int]
@@ -36,7 +36,7 @@ class BlockBytes:
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
         mine = {
-            unit.plan.blocks[owned[0]].stack: block_size(block_layout(stack.export(), None))
+            unit.plan.blocks[owned[0]].stack: block_size(block_layout(stack.export()))
             for stack, owned in zip(unit.stacks, unit.exchange.stacks, strict=True)
         }
         sizes = {stack: size for word in everyones_word(mine, unit) for stack, size in word.items()}
@@ -112,7 +112,7 @@ class BlockBytes:
         for stack, owned in zip(unit.stacks, unit.exchange.stacks, strict=True):
             for row, b in enumerate(owned):
                 if b in blobs:
-                    unpack(stack, row, block_layout(stack.export(), None), blobs[b])
+                    unpack(stack, row, block_layout(stack.export()), blobs[b])
 
     def _common(self, number: int, owner: int, interval: Interval) -> list[_Stretch]:
         """What of an owner's blocks lies in an interval."""
@@ -202,4 +202,4 @@ def _cut(total: int, mesh: Any, place: Sequence[int]) -> Interval:
 
 def _packed(place: tuple[Mapping[str, Any], int]) -> Tensor:
     stack, row = place
-    return packed(stack, row, block_layout(stack, None))
+    return packed(stack, row, block_layout(stack))

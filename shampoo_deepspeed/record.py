@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 
+from shampoo_deepspeed.block_form import Form, block_layout, dtype_name
 from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.hosts import Parameter
 from shampoo_deepspeed.manifest import BlockLayout, layout_key
 from shampoo_deepspeed.persistence import BlockOptimizer
 from shampoo_deepspeed.rules import STRIDE, number_under, rule_of
 from shampoo_deepspeed.saved import SavedState, parameter_of
-from shampoo_deepspeed.stored import StoredState, base_key, block_layout, dtype_name, stored_name
+from shampoo_deepspeed.stored import StoredState, base_key, stored_name
 from shampoo_deepspeed.unit import Treatment, treat
 
 
-def tables(optimizer: BlockOptimizer, moments: torch.dtype | None) -> dict[str, Any]:
+def tables(optimizer: BlockOptimizer, form: Form) -> dict[str, Any]:
     """This rank's part of the manifest, in builtins; what several know the first rank of a unit tells."""
     waiting, configs = optimizer.waiting_state, optimizer.configs()
     known = {entry.parameter.key: entry.parameter for entry in optimizer.entries}
@@ -32,7 +33,7 @@ def tables(optimizer: BlockOptimizer, moments: torch.dtype | None) -> dict[str, 
         parameters |= records
         layouts |= as_stored
     elif waiting is not None:
-        layouts |= _layouts(waiting.everything(), numbers, moments)
+        layouts |= _layouts(waiting.everything(), numbers, form)
     for unit in optimizer.units:
         if unit.dtype != torch.float32:  # the blocks' bytes are others
             numbers |= {p.key: f"{numbers[p.key]} in {dtype_name(unit.dtype)}" for p in unit.parameters}
@@ -44,7 +45,7 @@ def tables(optimizer: BlockOptimizer, moments: torch.dtype | None) -> dict[str, 
             parameters[name] = _record(parameter, count, configs, numbers[parameter.key])
             if unit.layout.part is not None:
                 parameters[name]["parts"] = unit.layout.parts
-        layouts |= _layouts(SavedState.of_units([unit], 0), numbers, moments)
+        layouts |= _layouts(SavedState.of_units([unit], 0), numbers, form)
     # The rate is read from the group at every step and is not part of what is kept of its options. A host may have
     # taken out groups that have no parameters.
     live = {group["shampoo_group"]: {"lr": float(group["lr"])} for group in optimizer.param_groups}
@@ -108,11 +109,9 @@ def cuts_of(treatment: Treatment) -> list[list[int]] | None:
     return [list(along) for along in treatment.cuts] if treatment.preconditioned else None
 
 
-def _layouts(
-    state: SavedState, numbers: Mapping[str, int | str], moments: torch.dtype | None
-) -> dict[str, BlockLayout]:
+def _layouts(state: SavedState, numbers: Mapping[str, int | str], form: Form) -> dict[str, BlockLayout]:
     out = {}
     for stack in state.stacks:
         for number in {numbers[parameter_of(key)] for key in stack["keys"]}:
-            out[layout_key(number, stack["shape"])] = block_layout(stack, moments)
+            out[layout_key(number, stack["shape"])] = block_layout(stack, form)
     return out

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shampoo_deepspeed.block_form import Form, block_layout, block_size, cut, packed, read_status, unpack
 from shampoo_deepspeed.blocks import cut_into_blocks
 from shampoo_deepspeed.boxes import Box, Placed, row_major
 from shampoo_deepspeed.manifest import BlockLayout, Manifest, layout_key
@@ -29,11 +30,7 @@ from shampoo_deepspeed.stacks import BlockStack
 from shampoo_deepspeed.storage import Item, StorageError, Store, Wanted
 from shampoo_deepspeed.unit import Unit
 
-MOMENTS = ("exp_avg", "rotated_exp_avg", "second_moment", "rotated_second_moment", "momentum")
 _NUMBERED = re.compile(r"(.+)@[0-9]*", re.DOTALL)
-# Not a tensor of the stack: 1 where the block was refreshed plus 2 where a refresh is pending, and how often its roots
-# failed in a row.
-STATUS = ("status", "int64", (2,))
 
 
 def stored_name(key: str, part: int | None) -> str:
@@ -46,31 +43,18 @@ def stored_name(key: str, part: int | None) -> str:
     return f"{key}@{part}"
 
 
-def block_layout(stack: Mapping[str, Any], moments: torch.dtype | None) -> BlockLayout:
-    """What a stored block of an exported stack consists of; ``moments`` is their dtype on disk where it is another."""
-    layout: BlockLayout = []
-    for name, tensor in sorted(stack["tensors"].items()):
-        layout.append((name, dtype_name(_on_disk(name, tensor, moments)), tuple(tensor.shape[1:])))
-    return [*layout, STATUS]
-
-
-def block_size(layout: BlockLayout) -> int:
-    """Bytes of a stored block."""
-    return sum(_bytes(part) for part in layout)
-
-
 def state_items(
-    state: SavedState, shapes: Mapping[str, tuple[int, ...]], part: int | None, moments: torch.dtype | None
+    state: SavedState, shapes: Mapping[str, tuple[int, ...]], part: int | None, form: Form
 ) -> Iterable[Item]:
     """What a rank's state in memory gives to write.
 
     Args:
         shapes: of the parameters, by key.
         part: that of the unit's layout.
-        moments: their dtype on disk; None for their own.
+        form: on disk.
     """
     for stack in state.stacks:
-        layout = block_layout(stack, moments)
+        layout = block_layout(stack, form)
         size = block_size(layout)
         for row, key in enumerate(stack["keys"]):
             parameter, _, index = key.rpartition("/")
@@ -80,12 +64,12 @@ def state_items(
         position = 0
         for key, start, numel in exported["segments"]:
             for moment, tensor in sorted(exported["tensors"].items()):
-                dtype, values = _on_disk(moment, tensor, moments), tensor.narrow(0, position, numel)
+                dtype, values = form.dtype(moment, tensor), tensor.narrow(0, position, numel)
                 name = f"elementwise/{stored_name(key, part)}/{moment}"
                 yield Item(name, (math.prod(shapes[key]),), Box((start,), (numel,)), dtype, partial(values.to, dtype))
             position += numel
     for found in state.buffers:
-        dtype = _on_disk(found["kind"], found["buffer"], moments)
+        dtype = form.dtype(found["kind"], found["buffer"])
         for key, offsets, lengths, offset in found["shards"]:
             box = Box(tuple(offsets), tuple(lengths))
             view = view_of(found["buffer"], Placed(box, offset, row_major(lengths)))
@@ -235,11 +219,11 @@ class StoredState:
         shape = cut_into_blocks(record["merged"], record["cuts"])[int(index)].lengths
         name = layout_key(record["options"], shape)
         layout = self.manifest.layouts[name]
-        tensors = dict(zip((part[0] for part in layout), _cut(blob, layout), strict=True))
+        tensors = dict(zip((part[0] for part in layout), cut(blob, layout), strict=True))
         status = tensors.pop("status").tolist()
         stack = stacks.setdefault(name, {"keys": [], "shape": list(shape), "rows": []})
         stack["keys"].append(f"{_without_mark(key)}/{index}")
-        stack["rows"].append((*_read_status(status), tensors))
+        stack["rows"].append((*read_status(status), tensors))
 
     def items(self) -> Iterable[Item]:
         """What is still to be handed out, to be written again as it is; all ranks offer the same."""
@@ -259,61 +243,11 @@ def _without_mark(name: str) -> str:
     return name.removesuffix("@")
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """``"float32"`` for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _split(name: str) -> tuple[str, str, str]:
     """Kind, parameter and last part of a stored tensor's name; parameters may have slashes in their names."""
     kind, _, rest = name.partition("/")
     key, _, last = rest.rpartition("/")
     return kind, key, last
-
-
-def _bytes(part: tuple[str, str, Sequence[int]]) -> int:
-    dtype: torch.dtype = getattr(torch, part[1])
-    return math.prod(part[2]) * dtype.itemsize
-
-
-def _on_disk(name: str, tensor: Tensor, moments: torch.dtype | None) -> torch.dtype:
-    return moments if moments is not None and name in MOMENTS else tensor.dtype
-
-
-def packed(stack: Mapping[str, Any], row: int, layout: BlockLayout) -> Tensor:
-    """A block's state, a row of an exported stack, as bytes on the CPU."""
-    pending = "pending" in stack and stack["pending"][row]
-    status = torch.tensor([int(stack["refreshed"][row]) + 2 * int(pending), stack["failures"][row]], dtype=torch.int64)
-    parts = []
-    for name, dtype, _ in layout:
-        tensor = status if name == "status" else stack["tensors"][name][row]
-        parts.append(tensor.to(getattr(torch, dtype)).contiguous().reshape(-1).view(torch.uint8).cpu())
-    return torch.cat(parts)
-
-
-def _cut(blob: Tensor, layout: BlockLayout) -> list[Tensor]:
-    pieces = torch.split(blob, [_bytes(part) for part in layout])
-    # A view as a wider dtype must begin where that dtype may begin.
-    return [
-        piece.clone().view(getattr(torch, dtype)).view(tuple(shape))
-        for piece, (_, dtype, shape) in zip(pieces, layout, strict=True)
-    ]
-
-
-def unpack(stack: BlockStack, row: int, layout: BlockLayout, blob: Tensor) -> None:
-    """Put a block's bytes into a row of a stack."""
-    for (name, _, _), tensor in zip(layout, _cut(blob, layout), strict=True):
-        if name == "status":
-            stack.refreshed[row], stack.failures[row], pending = _read_status(tensor.tolist())
-            stack.mark_pending(row, pending)
-        else:
-            stack.tensors[name][row].copy_(tensor)
-
-
-def _read_status(status: Sequence[int]) -> tuple[bool, int, bool]:
-    """Whether the block was refreshed, failures in a row, whether a refresh is pending."""
-    flags, failures = status
-    return bool(flags & 1), int(failures), bool(flags & 2)
 
 
 def _stacked(stack: dict[str, Any]) -> dict[str, Any]:

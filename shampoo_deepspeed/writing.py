@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shampoo_deepspeed.block_form import Form
 from shampoo_deepspeed.jobwide import decided, gathered
 from shampoo_deepspeed.manifest import NAME as MANIFEST
 from shampoo_deepspeed.manifest import CheckpointError, Manifest, sync_directory
@@ -27,7 +28,7 @@ logger = logging.getLogger("shampoo_deepspeed")
 
 
 def prepared(
-    optimizer: BlockOptimizer, moments: torch.dtype | None, copies: bool
+    optimizer: BlockOptimizer, form: Form, copies: bool
 ) -> tuple[list[Item], dict[str, Any], Exception | None]:
     """What this rank writes and tells, or why it cannot, which the other ranks must hear before they wait for it.
 
@@ -35,10 +36,10 @@ def prepared(
         copies: of the tensors, on the CPU: the next step changes the live ones.
     """
     try:
-        items = list(_items(optimizer, moments))
+        items = list(_items(optimizer, form))
         if copies:
             items = [replace(item, content=_constant(item.content())) for item in items]
-        return items, tables(optimizer, moments), None
+        return items, tables(optimizer, form), None
     except Exception as error:
         return [], {}, error
 
@@ -48,16 +49,16 @@ def _constant(tensor: torch.Tensor) -> Any:
     return lambda: copy
 
 
-def _items(optimizer: BlockOptimizer, moments: torch.dtype | None) -> Iterable[Item]:
+def _items(optimizer: BlockOptimizer, form: Form) -> Iterable[Item]:
     shapes = {entry.parameter.key: entry.parameter.shape for entry in optimizer.entries}
     for unit in optimizer.units:
         state = SavedState.of_units([unit], optimizer.rejected_steps)
-        yield from state_items(state, shapes, unit.layout.part, moments)
+        yield from state_items(state, shapes, unit.layout.part, form)
     waiting = optimizer.waiting_state
     if isinstance(waiting, StoredState):
         yield from waiting.items()
     elif waiting is not None:
-        yield from state_items(waiting.everything(), shapes, None, moments)
+        yield from state_items(waiting.everything(), shapes, None, form)
 
 
 def write_checkpoint(

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch.distributed as dist
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
+from shampoo_deepspeed.block_form import AS_IN_MEMORY
 from shampoo_deepspeed.record import tables
 from tests.distributed.ranks.folders import shared_folder
 from tests.stepping import drive, parameter, shampoo
@@ -69,7 +70,7 @@ def faults(_: None) -> dict[str, Any]:
             heard[name] = told(lambda: save_shampoo(optimizer, folder), place, rank=0)
         for name, place in LOADING.items():
             heard[name] = told(lambda: load_shampoo(optimizer, folder), place)
-        heard["told"] = len(tables(optimizer, None)["parameters"])
+        heard["told"] = len(tables(optimizer, AS_IN_MEMORY)["parameters"])
         heard["loaded"] = load_shampoo(optimizer, folder).loaded
         drive(optimizer, params, range(2, 3))
         save_shampoo(optimizer, folder)
