@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.distributed.conftest import Ask
 from tests.distributed.launch import Check
-from tests.distributed.ranks.checkpoints import SAVED, STOP, TRAINING, Run, Seen
+from tests.distributed.ranks.checkpoints import SAVED, STOP, TRAINING, Run, Seen, dies_in
 from tests.distributed.test_zero import named
 from tests.zoo import relative_error
 
@@ -17,16 +17,19 @@ SHARDINGS = [(host, form) for host in ("fsdp1", "fsdp2") for form in (FULL, SHAR
 RUNS = [Run("ours", "ddp"), *(Run("ours", *sharding) for sharding in SHARDINGS)]
 STOCK = [Run("stock", "ddp"), *(Run("stock", *sharding) for sharding in SHARDINGS)]
 FLAT = [Run("ours", "fsdp1_flat", SHARDED), Run("stock", "fsdp1_flat", FULL)]
+MIXED = Run("mixed", "ddp")
+ZERO = [Run("stock", "zero3"), Run("ours", "zero2")]
 
 
 def check(function: str, run: Run) -> Check:
     return Check(f"{function}_{run.trainer}_{run.host}_{run.form[0]}", 2, f"checkpoints:{function}", run, seconds=180)
 
 
-TRAINED = [check("trained", run) for run in (*RUNS, *STOCK, *FLAT)]
+TRAINED = [check("trained", run) for run in (*RUNS, *STOCK, *FLAT, MIXED, *ZERO)]
 BESIDE = [check for check in TRAINED if check.argument.host.startswith("fsdp1")]
 ROBBED = check("robbed", Run("stock", "fsdp1", SHARDED))
-OURS = [check for check in TRAINED if check.argument.trainer == "ours"]
+OURS = [check for check in TRAINED if check.argument.trainer != "stock"]
+BETWEEN = [check for check in TRAINED if dies_in(check.argument) == "step"]
 # DDP's replicas divide nothing and FSDP2 needs a hand where accelerate alone saves; FSDP1 needs none.
 LOOPS = [check("accelerated", run) for run in (*RUNS, Run("stock", "fsdp1", FULL), Run("stock", "fsdp1", SHARDED))]
 HELPERS = [
@@ -46,7 +49,7 @@ def test_a_killed_and_resumed_trainer_is_the_uninterrupted_one_to_the_bit(check:
     for seen in ask(check):
         uninterrupted, killed, resumed = (seen[name] for name in ("uninterrupted", "killed", "resumed"))
         assert seen["error"] == "" and len(uninterrupted.losses) == TRAINING.steps
-        assert killed.losses == uninterrupted.losses[:STOP]
+        assert killed.losses == uninterrupted.losses[: STOP - (dies_in(check.argument) == "step")]
         assert resumed.losses == uninterrupted.losses[SAVED:]
         assert same(resumed.parameters, uninterrupted.parameters)
 
@@ -55,9 +58,19 @@ def test_a_killed_and_resumed_trainer_is_the_uninterrupted_one_to_the_bit(check:
 def test_the_half_written_newest_checkpoint_is_skipped_and_old_ones_are_removed(check: Check, ask: Ask) -> None:
     for seen in ask(check):
         assert seen["left"] == [f"checkpoint-{n}" for n in (2, SAVED, STOP)]  # it died before the oldest went
-        assert "shampoo" in seen["parts"]
+        assert "shampoo" in seen["parts"] or check.argument in ZERO
         (warning,) = [message for message in seen["messages"] if message.startswith("not resumed from")]
         assert f"checkpoint-{STOP}: its saving was interrupted" in warning
+        assert seen["finally"] == [f"checkpoint-{n}" for n in (STOP, TRAINING.steps)]
+
+
+@pytest.mark.parametrize("check", BETWEEN, ids=named)
+def test_a_stock_trainer_under_deepspeed_finds_its_newest_checkpoint_and_removes_old_ones(
+    check: Check, ask: Ask
+) -> None:
+    for seen in ask(check):
+        assert seen["left"] == [f"checkpoint-{n}" for n in (2, SAVED)]
+        assert f"global_step{SAVED}" in seen["parts"]
         assert seen["finally"] == [f"checkpoint-{n}" for n in (STOP, TRAINING.steps)]
 
 

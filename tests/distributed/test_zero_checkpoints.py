@@ -37,6 +37,16 @@ SCENARIOS = {
     "bf16_zero2": replace(BASE, half="bf16", stage=2),
     "bf16_optimizer": replace(BASE, half="bf16", stage=1, config=WIDE_SUMS),
 }
+# Each stage with each other preconditioner and, in turn, each schedule; saved in the middle of a window of refreshes.
+REFRESHES = ("sync", "staggered", "background")
+FAMILY = {
+    f"{p}_{REFRESHES[(stage + n) % 3]}_zero{stage}": replace(
+        BASE, stage=stage, options={**BASE.options, "preconditioner": p, "refresh": REFRESHES[(stage + n) % 3]}
+    )
+    for stage in range(4)
+    for n, p in enumerate(("shampoo", "soap", "kl_shampoo"))
+    if n or stage > 1
+}
 
 
 def check(name: str, function: str, argument: Any) -> Check:
@@ -46,6 +56,7 @@ def check(name: str, function: str, argument: Any) -> Check:
 # What two ranks have saved and converted, another launch with one rank goes on from.
 FOLDERS = tempfile.TemporaryDirectory(prefix="checkpoints")
 WAYS = [check(name, "all_ways", (scenario, Path(FOLDERS.name) / name)) for name, scenario in SCENARIOS.items()]
+RESUMED = [check(f"resumed_{name}", "same_way", scenario) for name, scenario in FAMILY.items()]
 CONVERTED = [c for c in WAYS if c.argument[0].stage > 0]
 FEWER = [c for c in CONVERTED if c.name != "checkpoint_bf16_zero2"]
 MOVED = [c for c in FEWER if c.name == "checkpoint_zero2"]
@@ -67,6 +78,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(check: Check, ask: As
         resumed = seen["resumed"]
         assert all(torch.equal(seen["whole"][n], resumed["parameters"][n]) for n in seen["whole"])
         assert resumed["options"] == seen["options"]
+
+
+@pytest.mark.parametrize("check", RESUMED, ids=named)
+def test_each_preconditioner_and_each_schedule_resumes_to_the_bit(check: Check, ask: Ask) -> None:
+    for seen in ask(check):
+        assert seen["preconditioner"] == check.argument.options["preconditioner"]
+        assert seen["refresh"] == check.argument.options["refresh"]
+        assert all(torch.equal(seen["whole"][n], seen["resumed"][n]) for n in seen["whole"])
 
 
 @pytest.mark.parametrize("check", WAYS, ids=named)

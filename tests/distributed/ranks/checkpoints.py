@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -24,10 +25,16 @@ from transformers import Trainer, TrainingArguments
 from shampoo_deepspeed import CheckpointError, Shampoo
 from shampoo_deepspeed.integrations.accelerate import prepare
 from shampoo_deepspeed.integrations.checkpoints import innermost
-from shampoo_deepspeed.integrations.trainer import ShampooCallback, ShampooFactory, ShampooTrainer, deferred
+from shampoo_deepspeed.integrations.trainer import (
+    ShampooCallback,
+    ShampooFactory,
+    ShampooTrainer,
+    ShampooTrainerMixin,
+    deferred,
+)
 from tests import zoo
 from tests.distributed.ranks.fsdp import full
-from tests.distributed.ranks.trainer import clean_process, logged, shared_folder
+from tests.distributed.ranks.trainer import clean_process, full_parameters, logged, shared_folder
 from tests.distributed.ranks.trainer_optimizers import Losses, pretend_to_have_accelerators, whole
 from tests.distributed.trainings import Training, make_data, make_model
 
@@ -44,14 +51,21 @@ class Killed(Exception):
 
 
 class Dies:
-    """Before a Trainer: dies in the middle of the save of a step, when the optimizer's part is written."""
+    """Before a Trainer: dies in the middle of the save of a step, when the optimizer's part is written ("save"), or in
+    the step after one that was saved ("step")."""
 
-    dies = False
+    dies = ""
 
     def _save_rng_state(self: Any, output_dir: str) -> None:
-        if self.dies and self.state.global_step == STOP:
+        if self.dies == "save" and self.state.global_step == STOP:
             raise Killed
         super()._save_rng_state(output_dir)  # type: ignore[misc]
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self.dies == "step" and self.state.global_step == STOP - 1:
+            raise Killed
+        return loss
 
 
 class DyingShampooTrainer(Dies, ShampooTrainer):
@@ -62,9 +76,20 @@ class DyingTrainer(Dies, Trainer):
     pass
 
 
+class OfAUser(Trainer):
+    """Some Trainer: with a loss of its own."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return 2.0 * super().compute_loss(*args, **kwargs)
+
+
+class DyingMixed(Dies, ShampooTrainerMixin, OfAUser):
+    pass
+
+
 @dataclass(frozen=True)
 class Run:
-    """A Trainer ("ours" or "stock"), a host, and how FSDP is to write state dicts."""
+    """A Trainer ("ours", "mixed" into a user's, or "stock"), a host, and how FSDP is to write state dicts."""
 
     trainer: str
     host: str
@@ -78,14 +103,15 @@ class Seen:
 
 
 def trained(run: Run) -> dict[str, Any]:
-    """What three runs saw: uninterrupted; killed in the middle of its last save; resumed after that."""
+    """What three runs saw: uninterrupted; killed in the middle of its last save, or between two; resumed after that."""
+    dies = dies_in(run)
     with shared_folder() as folder, logged() as messages:
         uninterrupted, _ = train_once(run, folder / "a", saves=False)
-        killed, _ = train_once(run, folder / "b", dies=True)
+        killed, _ = train_once(run, folder / "b", dies=dies)
         dist.barrier()
         left = sorted(path.name for path in (folder / "b").iterdir())
         parts = sorted(path.name for path in (folder / f"b/checkpoint-{SAVED}").iterdir())
-        last = True if run.trainer == "ours" else str(folder / f"b/checkpoint-{SAVED}")
+        last = True if run.trainer != "stock" or dies == "step" else str(folder / f"b/checkpoint-{SAVED}")
         resumed, error = train_once(run, folder / "b", resume=last)
         return {
             "uninterrupted": uninterrupted, "killed": killed, "resumed": resumed, "error": error, "left": left,
@@ -93,10 +119,15 @@ def trained(run: Run) -> dict[str, Any]:
         }  # fmt: skip
 
 
+def dies_in(run: Run) -> str:
+    """A stock Trainer does not know which checkpoint is complete: where it is to find the newest, that is whole."""
+    return "step" if run.trainer == "stock" and run.host.startswith("zero") else "save"
+
+
 def robbed(run: Run) -> str:
     """What a Trainer says that is to go on from a checkpoint whose part of ours is gone."""
     with shared_folder() as folder:
-        train_once(run, folder, dies=True)
+        train_once(run, folder, dies=dies_in(run))
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(folder / f"checkpoint-{SAVED}/shampoo")
@@ -105,7 +136,7 @@ def robbed(run: Run) -> str:
 
 
 def train_once(
-    run: Run, folder: Path, saves: bool = True, dies: bool = False, resume: Any = None
+    run: Run, folder: Path, saves: bool = True, dies: str = "", resume: Any = None
 ) -> tuple[Seen, str]:
     with clean_process():
         callback, seen, error = Losses(), Seen(), ""
@@ -117,7 +148,10 @@ def train_once(
             error = "killed"
         except (RuntimeError, CheckpointError) as raised:
             return seen, str(raised)
-        seen.losses, seen.parameters = callback.losses, whole(trainer.model)
+        zero = run.host.startswith("zero")
+        seen.losses, seen.parameters = callback.losses, (full_parameters if zero else whole)(trainer.model)
+        if zero:
+            trainer.model_wrapped.destroy()
         return seen, error
 
 
@@ -129,16 +163,22 @@ def made_trainer(run: Run, folder: Path, saves: bool, callback: ShampooCallback)
         config = {"version": int(run.host[4]), "sync_module_states": False, "state_dict_type": run.form}
         config["use_orig_params"] = run.host != "fsdp1_flat"
         common |= {"fsdp": True, "fsdp_config": config}
+    if run.host.startswith("zero"):
+        deepspeed.init_distributed("gloo")
+        common["deepspeed"] = replace(TRAINING, stage=int(run.host[4])).deepspeed_config()
+        if run.trainer != "stock":
+            del common["deepspeed"]["optimizer"]
     arguments = TrainingArguments(str(folder), **common)
     if run.host.startswith("fsdp"):
         pretend_to_have_accelerators(arguments)
     given: dict[str, Any] = {"train_dataset": make_data(TRAINING.steps), "callbacks": [callback]}
     options = TRAINING.trainer_options() | TRAINING.own_options()
     if run.trainer == "stock":
-        return DyingTrainer(
-            make_model("llama"), arguments, optimizer_cls_and_kwargs=(ShampooFactory, options), **given
-        )
-    return DyingShampooTrainer(make_model("llama"), arguments, optimizers=(deferred(**options), None), **given)
+        if not run.host.startswith("zero"):  # whose JSON says it
+            given["optimizer_cls_and_kwargs"] = (ShampooFactory, options)
+        return DyingTrainer(make_model("llama"), arguments, **given)
+    kind = DyingMixed if run.trainer == "mixed" else DyingShampooTrainer
+    return kind(make_model("llama"), arguments, optimizers=(deferred(**options), None), **given)
 
 
 def accelerated(run: Run) -> list[Seen]:

@@ -38,6 +38,17 @@ def all_ways(argument: tuple[Scenario, Path]) -> dict[str, Any]:
     return out
 
 
+def same_way(scenario: Scenario) -> dict[str, Any]:
+    """An uninterrupted run, and one resumed under the same stage; what of it is Shampoo's."""
+    with shared_folder() as folder:
+        whole, again = saved(scenario, folder), resumed(scenario, folder)
+    (options, *_) = whole["options"]
+    return {
+        "whole": whole["whole"], "resumed": again["parameters"], "preconditioner": options["preconditioner"],
+        "refresh": options["refresh"],
+    }  # fmt: skip
+
+
 def saved(scenario: Scenario, folder: Path) -> dict[str, Any]:
     """Trains, and saves on the way; what is uninterrupted, and what DeepSpeed's files hold."""
     with engine_of(scenario) as engine:
