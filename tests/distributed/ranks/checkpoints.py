@@ -52,7 +52,7 @@ class Killed(Exception):
 
 class Dies:
     """Before a Trainer: dies in the middle of the save of a step, when the optimizer's part is written ("save"), or in
-    the step after one that was saved ("step")."""
+    a step between two saves ("step")."""
 
     dies = ""
 
