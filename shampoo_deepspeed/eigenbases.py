@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.roots import decomposed, product, regularised
+from shampoo_deepspeed.roots import decomposed, non_finite, product, regularised
 
 
 def eigenbasis(matrices: Tensor, in_float64: bool = False) -> tuple[Tensor, Tensor, list[int]]:
@@ -109,9 +109,3 @@ def root_from_basis(
     columns = bases.gather(-1, order.unsqueeze(-2).expand_as(bases))
     roots = product(columns * scales.unsqueeze(-2), columns.mT)
     return roots, non_finite(roots)
-
-
-def non_finite(stack: Tensor) -> list[int]:
-    """Rows of [B, d, d] with an entry that is not finite; read on the host."""
-    finite = torch.isfinite(stack).flatten(1).all(1)
-    return [row for row, good in enumerate(finite.tolist()) if not good]

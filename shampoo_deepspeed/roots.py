@@ -72,6 +72,11 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return (left.double() @ right.double()).to(left.dtype) if _beside.get() else left @ right
 
 
+def symmetric(matrices: Tensor) -> Tensor:
+    """The symmetric matrices [B, d, d] with these lower triangles, as new tensors."""
+    return matrices.tril() + matrices.tril(-1).mT
+
+
 def inverse_root(
     matrices: Tensor,
     root: float,
@@ -89,7 +94,8 @@ def inverse_root(
     does not converge to the eigendecomposition; one for which that fails or is not finite is tried again in float64.
 
     Args:
-        matrices: [B, d, d], symmetric, float32 or wider (narrower ones are widened to float32).
+        matrices: [B, d, d], of which the lower triangles count, float32 or wider (narrower ones are widened to
+            float32).
         root: p > 0.
         epsilon, relative_epsilon: absolute and relative regularisation, >= 0.
         dtype: dtype of the result.
@@ -106,6 +112,7 @@ def inverse_root(
     if solver == "eigh":
         roots, failed = _by_eigh(work, root, epsilon, relative_epsilon, pseudo_inverse, in_float64)
         return roots.to(dtype), failed
+    work = symmetric(work)
     iteration = coupled_newton if solver == "coupled_newton" else newton_db
     beside = _beside.get()
     with nullcontext() if beside else full_precision(work.device.type):
@@ -139,13 +146,13 @@ def _by_eigh(
     """The roots in the dtype of ``work``, and the rows that failed in float64 too."""
     found = None if in_float64 else _stack_root(work, root, epsilon, relative_epsilon, pseudo_inverse)
     roots = torch.empty_like(work) if found is None else found
-    suspects = range(len(work)) if found is None else _non_finite(roots)
+    suspects = range(len(work)) if found is None else non_finite(roots)
     failed = []
     for row in suspects:
         # One at a time, as float64 copies of a whole stack would be most of the memory that a step needs.
         retried = _stack_root(work[row : row + 1].double(), root, epsilon, relative_epsilon, pseudo_inverse)
         narrow = None if retried is None else retried.to(roots.dtype)  # which may overflow
-        if narrow is None or _non_finite(narrow):
+        if narrow is None or non_finite(narrow):
             failed.append(row)
         else:
             roots[row] = narrow[0]
@@ -158,7 +165,7 @@ def diagonal_root(
     """``inverse_root`` of diagonal matrices [B, d]; their entries are their eigenvalues."""
     work = diagonals if diagonals.dtype == torch.float64 else diagonals.float()
     roots = _scales(work, root, epsilon, relative_epsilon, pseudo_inverse).to(dtype)
-    return roots, _non_finite(torch.stack([work, roots.to(work.dtype)], dim=-1))  # the root of infinity is 0
+    return roots, non_finite(torch.stack([work, roots.to(work.dtype)], dim=-1))  # the root of infinity is 0
 
 
 def decomposed(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -208,6 +215,8 @@ def regularised(values: Tensor, epsilon: float, relative_epsilon: float) -> Tens
     return values - lowest.clamp_max(0.0) + (relative_epsilon * highest).clamp_min(epsilon)
 
 
-def _non_finite(stack: Tensor) -> list[int]:
-    finite = torch.isfinite(stack).all(dim=-1).all(dim=-1)
+def non_finite(stack: Tensor) -> list[int]:
+    """Rows of [B, ...] with an entry that is not finite; read on the host."""
+    low, high = torch.aminmax(stack.flatten(1), dim=1)  # NaN where there is one
+    finite = torch.isfinite(low) & torch.isfinite(high)
     return [row for row, good in enumerate(finite.tolist()) if not good]

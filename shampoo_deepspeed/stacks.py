@@ -169,7 +169,7 @@ class BlockStack:
     ) -> list[tuple[slice, Renewed]]:
         """Step 3 of the rule: install what was computed in the background, and refresh what is due.
 
-        Gives what was installed, and for which of the rows.
+        Gives what was installed, and for which of the rows, where the preconditioner has something to settle then.
         """
         preconditioner = build(config)
         what = "eigenbasis" if config.preconditioner == "soap" else "inverse root"
@@ -198,7 +198,7 @@ class BlockStack:
                     failed = set(preconditioner.install(_part(state, few), renewed))
                 self._note_refresh(rows[few], failed, what)
                 installed.append((few, renewed))
-        return installed
+        return installed if preconditioner.settles else []
 
     def _pieces(self, here: slice) -> Iterator[slice]:
         """On the CPU so few rows at a time that what a refresh holds beside the state stays small."""

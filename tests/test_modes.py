@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed import ShampooConfig, stacks
-from shampoo_deepspeed.preconditioners.modes import STRIP, add_gram_, symmetric
+from shampoo_deepspeed.preconditioners.modes import STRIP, add_gram_
+from shampoo_deepspeed.roots import symmetric
 from shampoo_deepspeed.stacks import BlockStack
 from shampoo_deepspeed.verdict import Verdict
 from tests.reference import Options, Reference, new_block

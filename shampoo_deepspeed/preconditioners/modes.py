@@ -39,7 +39,7 @@ def multiply(stack: Tensor, matrices: Tensor, mode: int) -> Tensor:
 def add_gram_(factors: Tensor, unfolded: Tensor, decay: float, weight: float) -> None:
     """A <- decay * A + weight * XX' in place, for A [B, d, d] and X [B, d, n] of one dtype.
 
-    Only the lower triangles are defined; what lies above them may be old (see ``symmetric``).
+    Only the lower triangles are defined; what lies above them may be old (see ``roots.symmetric``).
     """
     d = factors.shape[-1]
     strips = min(STRIPS, d // STRIP) if factors.device.type == "cpu" else 1
@@ -48,8 +48,3 @@ def add_gram_(factors: Tensor, unfolded: Tensor, decay: float, weight: float) ->
         end = min(d, begin + width)
         rows = factors[:, begin:end, :end]
         rows.baddbmm_(unfolded[:, begin:end], unfolded[:, :end].mT, beta=decay, alpha=weight)
-
-
-def symmetric(matrices: Tensor) -> Tensor:
-    """The symmetric matrices [B, d, d] with these lower triangles, as new tensors."""
-    return matrices.tril() + matrices.tril(-1).mT

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from shampoo_deepspeed.config import DTYPES, ShampooConfig
 from shampoo_deepspeed.eigenbases import kept_or_new, root_from_basis
-from shampoo_deepspeed.preconditioners.modes import add_gram_, multiply, symmetric, unfold
+from shampoo_deepspeed.preconditioners.modes import add_gram_, multiply, unfold
 from shampoo_deepspeed.preconditioners.renewed import Renewed
-from shampoo_deepspeed.roots import diagonal_root, inverse_root
+from shampoo_deepspeed.roots import diagonal_root, inverse_root, symmetric
 from shampoo_deepspeed.verdict import Verdict
 
 
@@ -28,6 +28,7 @@ class ShampooPreconditioner:
 
     first_moment = "exp_avg"
     idle: str | None = None
+    settles = False
     # In float32 a root -1/4 at the default ridge is right to 2e-4; see docs/solvers.md.
     _in_float64 = False
 
@@ -100,7 +101,7 @@ class ShampooPreconditioner:
         return gradients
 
     def settle(self, state: dict[str, Tensor], renewed: Renewed, moments: Tensor) -> None:
-        """Nothing: roots do not depend on moments."""
+        """Never called: roots do not depend on moments."""
 
     def leave(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
         return moments
@@ -109,8 +110,7 @@ class ShampooPreconditioner:
         """The factor matrices of a mode, wide enough to decompose and corrected for their zero start if asked."""
         factor = state[f"factor_{mode}"]
         corrected = self._bias_correction and self._beta2 < 1.0
-        whole = wide(factor) if factor.ndim == 2 else symmetric(wide(factor))
-        return whole / (1.0 - self._beta2 ** self._config.gradients_seen(step) if corrected else 1.0)
+        return wide(factor) / (1.0 - self._beta2 ** self._config.gradients_seen(step) if corrected else 1.0)
 
     def _renewed(
         self, state: dict[str, Tensor], mode: int, matrices: Tensor, root: float
@@ -124,6 +124,7 @@ class ShampooPreconditioner:
             solver = self._config.solver
             roots, failed = inverse_root(matrices, root, *ridge, self._root_dtype, solver, pseudo, self._in_float64)
             return {f"root_{mode}": roots}, failed
+        matrices = symmetric(matrices)
         before = state[f"basis_{mode}"].to(matrices.dtype)
         values, bases, failed = kept_or_new(matrices, before, self._tolerance, self._in_float64)
         roots, overflown = root_from_basis(values, bases, root, self._epsilon, self._relative_epsilon)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.config import DTYPES, ShampooConfig
-from shampoo_deepspeed.eigenbases import eigenbasis, good_enough, known, non_finite, power_step
-from shampoo_deepspeed.preconditioners.modes import multiply, symmetric
+from shampoo_deepspeed.eigenbases import eigenbasis, good_enough, known, power_step
+from shampoo_deepspeed.preconditioners.modes import multiply
 from shampoo_deepspeed.preconditioners.renewed import Renewed
 from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner, modes_of, wide, write
+from shampoo_deepspeed.roots import non_finite, symmetric
 from shampoo_deepspeed.verdict import Verdict
 
 
@@ -37,6 +38,7 @@ class SOAPPreconditioner:
 
     first_moment = "rotated_exp_avg"
     idle: str | None = "rotated_second_moment"
+    settles = True
 
     def __init__(self, config: ShampooConfig) -> None:
         self._config = config
