@@ -21,9 +21,9 @@ from shampoo_deepspeed.owners import assign, best_possible
 REFRESH_CUBES = 25.0
 
 # With n buckets all of the exchange but one n-th each way can be hidden, and on a CPU a bucket stays in the cache from
-# arrival to departure. Below half a million elements the calls cost more than the bytes; above four million a
-# link gains nothing and memory is lost.
-BUCKETS, FEWEST_IN_BUCKET, MOST_IN_BUCKET = 16, 1 << 19, 1 << 22
+# arrival to departure. More than eight, or less than half a million elements, cost more in calls than they hide
+# (benchmarks.slow_link); above four million a link gains nothing and memory is lost.
+BUCKETS, FEWEST_IN_BUCKET, MOST_IN_BUCKET = 8, 1 << 19, 1 << 22
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from shampoo_deepspeed.blocks import Side, cut_into_blocks
 from shampoo_deepspeed.boxes import Box, tiling_error, whole
 from shampoo_deepspeed.owners import LOCALITY_TOLERANCE
-from shampoo_deepspeed.plan import Matrix, Piece, Plan, Transfers, refresh_cost, step_cost
+from shampoo_deepspeed.plan import (
+    FEWEST_IN_BUCKET,
+    MOST_IN_BUCKET,
+    Matrix,
+    Piece,
+    Plan,
+    Transfers,
+    refresh_cost,
+    step_cost,
+)
 from shampoo_deepspeed.refresh import staggered_phases
 from tests import plan_oracle
 from tests.strategies import sharded
@@ -228,3 +237,16 @@ def test_a_side_that_is_switched_off_costs_nothing() -> None:
     neither = cost(("none", "none"))
     assert both - left == pytest.approx(right - neither) and left < 0.05 * both
     assert left < cost(("matrix", "diagonal")) < 1.5 * left
+
+
+@pytest.mark.parametrize("size, expected", [(64, 1), (2048, 4), (4096, 8), (16384, 32)])
+def test_a_plan_that_may_choose_makes_eight_buckets_within_bounds(size: int, expected: int) -> None:
+    """Of half a million to four million elements, whoever owns how much."""
+    cuts = tuple((min(size, 512),) * (size // min(size, 512)) for _ in range(2))
+    shards = [[(0, Box((row, 0), (size // 2, size)))] for row in (0, size // 2)]
+    plan = Plan([Matrix((size, size), cuts, 0, 10)], shards, None)
+    filled = [[0] * plan.bucket_count for _ in range(2)]
+    for block, owner, bucket in zip(plan.blocks, plan.owners, plan.buckets, strict=True):
+        filled[owner][bucket] += block.box.numel
+    assert plan.bucket_count == pytest.approx(expected, abs=1 if expected > 1 else 0)
+    assert all(MOST_IN_BUCKET >= n >= min(FEWEST_IN_BUCKET, sum(own)) for own in filled for n in own[:-1])
