@@ -58,7 +58,7 @@ FOLDERS = tempfile.TemporaryDirectory(prefix="checkpoints")
 WAYS = [check(name, "all_ways", (scenario, Path(FOLDERS.name) / name)) for name, scenario in SCENARIOS.items()]
 RESUMED = [check(f"resumed_{name}", "same_way", scenario) for name, scenario in FAMILY.items()]
 CONVERTED = [c for c in WAYS if c.argument[0].stage > 0]
-FEWER = [c for c in CONVERTED if c.name != "checkpoint_bf16_zero2"]
+FEWER = [c for c in WAYS if c.name != "checkpoint_bf16_zero2"]
 MOVED = [c for c in FEWER if c.name == "checkpoint_zero2"]
 CLIENT = [
     check(f"client_zero{stage}{'_universal' * universal}", "client", (replace(BASE, stage=stage), universal))
@@ -131,7 +131,8 @@ def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("check", FEWER, ids=named)
-def test_a_converted_checkpoint_goes_on_on_fewer_ranks(check: Check, ask: Ask, alone: dict[str, Any]) -> None:
+def test_a_checkpoint_goes_on_on_fewer_ranks(check: Check, ask: Ask, alone: dict[str, Any]) -> None:
+    """Converted first, as DeepSpeed wants it, but at stage 0."""
     whole, seen = ask(check)[0], alone[check.name]
     found = {n: relative_error(seen["parameters"][n], whole["whole"][n]) for n in whole["whole"]}
     print(f"worst: {max(found.values()):.1e}")  # shown by pytest -rP

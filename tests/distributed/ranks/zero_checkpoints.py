@@ -122,8 +122,10 @@ def convert(folder: Path, tag: str = "saved", to: str = "converted", inject: boo
 
 
 def resumed_elsewhere(argument: tuple[Scenario, Path]) -> dict[str, Any]:
-    """Goes on from a converted checkpoint that another number of ranks has saved."""
+    """Goes on from a checkpoint that another number of ranks has saved, converted where its stage needs that."""
     scenario, folder = argument
+    if scenario.stage == 0:
+        return resumed(scenario, folder, "saved")
     return resumed(with_universal(scenario), folder, "converted")
 
 
