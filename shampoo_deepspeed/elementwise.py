@@ -106,13 +106,9 @@ class Elementwise:
                 grafting.normalized(g, norms[self.segments[n].parameter])
                 for n, g in zip(numbers, gradients, strict=True)
             ]
-        grafting.accumulate(method, second, scaled, config.second_moment_beta, verdict)
-        beta1 = config.betas[0] if "exp_avg" in self.views else 0.0
-        first = [self.views["exp_avg"][n] for n in numbers] if beta1 else []
-        corrected = config.use_bias_correction
-        moments, factor = grafting.first_moment(first, gradients, beta1, step, corrected, verdict, config.beta3)
-        made, other = grafting.direction(method, moments, second, step, config.second_moment_beta, config.eps)
-        return made, factor * other
+        first = [self.views["exp_avg"][n] for n in numbers] if config.betas[0] else []
+        warm = grafting.advance(method, first, second, gradients, scaled, step, config, verdict)
+        return warm.directions, warm.factor
 
     def _parts(self, bases: Sequence[Tensor]) -> list[Tensor]:
         return [bases[s.tensor].narrow(0, s.offset, s.numel) for s in self.segments]

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.verdict import Verdict
+
+# Where torch has one kernel for all of an optimizer's step, which reads and writes everything once.
+FUSED_DEVICES = ("cpu", "cuda")
 
 
 def has_second_moment(method: str) -> bool:
@@ -97,3 +102,86 @@ def first_moment(
     torch._foreach_mul_(list(moments), verdict.keep(beta1))
     torch._foreach_add_(list(moments), list(gradients), alpha=1.0 - beta1)
     return ahead, 1.0 / (1.0 - beta3 * beta1 ** (step - 1)) if bias_correction else 1.0
+
+
+class Warm(NamedTuple):
+    """First moments and directions of an element-wise step, each to be multiplied by its factor.
+
+    Callers have other numbers to multiply by too, and each pass over a block costs. Tensors may be state.
+    """
+
+    moments: list[Tensor]
+    lacking: float
+    directions: list[Tensor]
+    factor: float
+
+
+def advance(
+    method: str,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    scaled: Sequence[Tensor],
+    step: int,
+    config: ShampooConfig,
+    verdict: Verdict,
+) -> Warm:
+    """Update first and second moments in place and give what they make.
+
+    Args:
+        scaled: what second moments see, the normalized gradients for normalized methods.
+    """
+    if _fuses(method, first, second, gradients, config):
+        return _adam(first, second, gradients, step, config, verdict)
+    beta1, beta2, corrected = config.betas[0], config.second_moment_beta, config.use_bias_correction
+    accumulate(method, second, scaled, beta2, verdict)
+    moments, lacking = first_moment(first, gradients, beta1, step, corrected, verdict, config.beta3)
+    directions, factor = direction(method, moments, second, step, beta2, config.eps)
+    return Warm(moments, lacking, directions, factor * lacking)
+
+
+def _fuses(
+    method: str,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    config: ShampooConfig,
+) -> bool:
+    """Whether torch's kernel does the same: not without a first moment, nor with eps = 0, where it divides by 0."""
+    if method != "adam" or not first or config.beta3 not in (None, config.betas[0]):
+        return False
+    if config.eps <= 0.0 or config.second_moment_beta >= 1.0 or gradients[0].device.type not in FUSED_DEVICES:
+        return False
+    return all(g.dtype == m.dtype == v.dtype for g, m, v in zip(gradients, first, second, strict=True))
+
+
+def _adam(
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    step: int,
+    config: ShampooConfig,
+    verdict: Verdict,
+) -> Warm:
+    """Adam's part in one pass: a step with rate -1 from weights of zero is the direction itself."""
+    beta1, corrected = config.betas[0], config.use_bias_correction
+    directions = [torch.zeros_like(g) for g in gradients]
+    taken = torch.full((), step, dtype=torch.float32, device=gradients[0].device)  # read as such, whatever it is
+    torch._fused_adam_(
+        directions,
+        list(gradients),
+        list(first),
+        list(second),
+        [],
+        [taken] * len(directions),
+        lr=-1.0,
+        beta1=beta1,
+        beta2=config.second_moment_beta,
+        weight_decay=0.0,
+        eps=config.eps,
+        amsgrad=False,
+        maximize=False,
+        found_inf=verdict.found_inf,
+    )
+    lack = 1.0 - beta1**step
+    return Warm(list(first), 1.0 / lack if corrected else 1.0, directions, 1.0 if corrected else lack)

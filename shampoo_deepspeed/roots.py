@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -217,6 +217,16 @@ def regularised(values: Tensor, epsilon: float, relative_epsilon: float) -> Tens
 
 def non_finite(stack: Tensor) -> list[int]:
     """Rows of [B, ...] with an entry that is not finite; read on the host."""
-    low, high = torch.aminmax(stack.flatten(1), dim=1)  # NaN where there is one
+    flat = stack.flatten(1)
+    low, high = extremes(flat.unbind()) if flat.device.type == "cpu" else torch.aminmax(flat, dim=1)
     finite = torch.isfinite(low) & torch.isfinite(high)
     return [row for row, good in enumerate(finite.tolist()) if not good]
+
+
+def extremes(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The least and the largest element of each tensor, both NaN where it holds one: [len(tensors)] each.
+
+    For the CPU, whose kernel takes fifteen times as long along a dim, and twenty times as long for a maximum norm.
+    """
+    found = [torch.aminmax(tensor) for tensor in tensors]
+    return torch.stack([pair.min for pair in found]), torch.stack([pair.max for pair in found])

@@ -81,7 +81,7 @@ def random_bits(key: str, shape: Sequence[int], box: Box, step: int, device: tor
     place = torch.zeros((), dtype=torch.int64, device=device)
     for stride, offset, length in zip(row_major(shape), box.offsets, box.lengths, strict=True):
         place = place.unsqueeze(-1) + torch.arange(offset, offset + length, device=device) * stride
-    seed = _mixed(torch.tensor((zlib.crc32(key.encode()) << 31) ^ step, dtype=torch.int64, device=device))
+    seed = _mixed(torch.full((), (zlib.crc32(key.encode()) << 31) ^ step, dtype=torch.int64, device=device))
     return _mixed(place.reshape(-1) + seed) & 0xFFFF
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.config import ShampooConfig
+from shampoo_deepspeed.grafting import FUSED_DEVICES
 from shampoo_deepspeed.rounding import wide_weights, write_back
 from shampoo_deepspeed.unit import Region, Unit
 from shampoo_deepspeed.verdict import Verdict
@@ -76,21 +77,76 @@ def update(
     """
     values = wide_weights(unit, configs)
     for group, regions in _regions_by_group(unit, active).items():
-        config = configs[group]
+        config, rate = configs[group], rates[group]
+        if isinstance(rate, Tensor) and rate.device.type == "cpu":
+            rate = float(rate)  # a copy from there would wait for the device
         weights = [_region(values[r.tensor], r) for r in regions]
         steps = [directions[r.tensor][r.start : r.stop].view_as(w) for r, w in zip(regions, weights, strict=True)]
-        if config.decay_type != "l2" and config.weight_decay:
-            decaying = [n for n, r in enumerate(regions) if r.decays]
-            if decaying:
-                _add_decay([steps[n] for n in decaying], [weights[n] for n in decaying], config.decay(rates[group]))
-        if config.momentum:
-            steps = _with_momentum(unit, regions, steps, config, verdict)
-        rate = verdict.scale_number(rates[group])
-        if rate is None:
-            torch._foreach_mul_(steps, verdict.scale(rates[group]))
-            rate = 1.0
-        torch._foreach_add_(weights, steps, alpha=-rate)
+        rest = list(range(len(regions)))
+        if not config.momentum and not isinstance(rate, Tensor):
+            fused = [_fuses(w, s) for w, s in zip(weights, steps, strict=True)]
+            for decays in (True, False):
+                chosen = [n for n, r in enumerate(regions) if r.decays == decays and fused[n]]
+                _in_one_pass([weights[n] for n in chosen], [steps[n] for n in chosen], config, rate, decays, verdict)
+            rest = [n for n in rest if not fused[n]]
+        if rest:
+            others = [weights[n] for n in rest], [steps[n] for n in rest]
+            _in_many_passes(unit, [regions[n] for n in rest], *others, config, rate, verdict)
     write_back(unit, values, configs)
+
+
+def _fuses(weight: Tensor, step: Tensor) -> bool:
+    """Whether torch's kernel for SGD takes these; it knows nothing of strides."""
+    return weight.device.type in FUSED_DEVICES and weight.is_contiguous() and weight.dtype == step.dtype
+
+
+def _in_one_pass(
+    weights: list[Tensor],
+    steps: list[Tensor],
+    config: ShampooConfig,
+    rate: float,
+    decays: bool,
+    verdict: Verdict,
+) -> None:
+    """W <- W - lr * (direction + decay * W), each read and written once."""
+    if not weights:
+        return
+    torch._fused_sgd_(
+        weights,
+        steps,
+        [],
+        weight_decay=float(config.decay(rate)) if decays and config.weight_decay else 0.0,
+        momentum=0.0,
+        lr=rate,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+        found_inf=verdict.found_inf,
+    )
+
+
+def _in_many_passes(
+    unit: Unit,
+    regions: Sequence[Region],
+    weights: list[Tensor],
+    steps: list[Tensor],
+    config: ShampooConfig,
+    rate: float | Tensor,
+    verdict: Verdict,
+) -> None:
+    """The same with momentum, for weights of any strides and a rate that may be on the device."""
+    if config.decay_type != "l2" and config.weight_decay:
+        decaying = [n for n, r in enumerate(regions) if r.decays]
+        if decaying:
+            _add_decay([steps[n] for n in decaying], [weights[n] for n in decaying], config.decay(rate))
+    if config.momentum:
+        steps = _with_momentum(unit, regions, steps, config, verdict)
+    number = verdict.scale_number(rate)
+    if number is None:
+        torch._foreach_mul_(steps, verdict.scale(rate))
+        number = 1.0
+    torch._foreach_add_(weights, steps, alpha=-number)
 
 
 def _add_decay(steps: list[Tensor], weights: list[Tensor], decay: float | Tensor) -> None:

@@ -138,23 +138,43 @@ class BlockStack:
         verdict: Verdict,
     ) -> Tensor:
         """Steps 4 to 6 for rows that are all preconditioned, or all not yet."""
-        preconditioner, method, beta2 = build(config), config.warm_method, config.second_moment_beta
+        preconditioner, method = build(config), config.warm_method
         ready, name = self.refreshed[rows[0]], _second_moment(preconditioner, config)
         second = [] if name is None or (ready and name == preconditioner.idle) else [state[name]]
-        if second:
-            own = gradients
-            if grafting.is_normalized(method):
-                own = grafting.normalized(gradients, block_norms(gradients))
-            grafting.accumulate(method, second, [own], beta2, verdict)
-        seen = preconditioner.enter(state, gradients) if ready else gradients
         kept = [state[preconditioner.first_moment]] if config.betas[0] else []
+        normalizes = grafting.is_normalized(method) and second
+        own = grafting.normalized(gradients, block_norms(gradients)) if normalizes else gradients
+        if ready and preconditioner.turns:
+            if second:
+                grafting.accumulate(method, second, [own], config.second_moment_beta, verdict)
+            return self._turned(state, kept, second, gradients, renewed, step, config, verdict)
+        warm = grafting.advance(method, kept, second, [gradients], [own], step, config, verdict)
+        # What a moment or a direction lacks is one number, multiplied in last, as each pass over a block costs.
+        if not ready:
+            return warm.directions[0] if warm.factor == 1.0 else warm.directions[0] * warm.factor
+        direction = preconditioner.apply(state, gradients, warm.moments[0], verdict)
+        if config.grafting_method == "none":
+            return direction.mul_(warm.lacking)
+        return direction.mul_(_ratio(block_norms(warm.directions[0]) * warm.factor, block_norms(direction)))
+
+    def _turned(
+        self,
+        state: dict[str, Tensor],
+        kept: list[Tensor],
+        second: list[Tensor],
+        gradients: Tensor,
+        renewed: Renewed | None,
+        step: int,
+        config: ShampooConfig,
+        verdict: Verdict,
+    ) -> Tensor:
+        """The same where the preconditioner keeps first moments in coordinates of its own."""
+        preconditioner, method, beta2 = build(config), config.warm_method, config.second_moment_beta
+        seen = preconditioner.enter(state, gradients)
         corrected = config.use_bias_correction
         (moments,), lacking = grafting.first_moment(
             kept, [seen], config.betas[0], step, corrected, verdict, config.beta3
-        )  # what a moment or a direction lacks is one number, multiplied in last, as each pass over a block costs
-        if not ready:
-            (warm,), factor = grafting.direction(method, [moments], second, step, beta2, config.eps)
-            return warm * (factor * lacking)
+        )
         if renewed is not None:
             preconditioner.settle(state, renewed, moments * lacking)
         direction = preconditioner.apply(state, seen, moments, verdict)
@@ -198,7 +218,7 @@ class BlockStack:
                     failed = set(preconditioner.install(_part(state, few), renewed))
                 self._note_refresh(rows[few], failed, what)
                 installed.append((few, renewed))
-        return installed if preconditioner.settles else []
+        return installed if preconditioner.turns else []
 
     def _pieces(self, here: slice) -> Iterator[slice]:
         """On the CPU so few rows at a time that what a refresh holds beside the state stays small."""

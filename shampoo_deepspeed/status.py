@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.exchange import communication_device
+from shampoo_deepspeed.roots import extremes
 from shampoo_deepspeed.shards import ShardGradients
 from shampoo_deepspeed.unit import Unit
 from shampoo_deepspeed.verdict import Outcome, Verdict
@@ -82,10 +83,9 @@ def _flags(unit: Unit, gradients: ShardGradients, configs: Mapping[int, ShampooC
 
 def _peaks(tensors: Sequence[Tensor]) -> Tensor:
     """The largest magnitude in each tensor, NaN where it holds one: float32 [len(tensors)]."""
-    if tensors[0].device.type == "cpu":  # torch's maximum norm takes twenty times as long there as both extremes
-        extremes = [torch.aminmax(t) for t in tensors]
-        low, high = (torch.stack([e[side].float() for e in extremes]) for side in (0, 1))
-        return torch.maximum(-low, high)
+    if tensors[0].device.type == "cpu":
+        low, high = extremes(tensors)
+        return torch.maximum(-low, high).float()
     return torch.stack([v.float() for v in torch._foreach_norm(list(tensors), float("inf"))])
 
 

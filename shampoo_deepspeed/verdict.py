@@ -32,6 +32,11 @@ class Verdict:
         """The flag on the host; the first read waits for the device."""
         return bool(self._flag)
 
+    @cached_property
+    def found_inf(self) -> Tensor:
+        """The flag as torch's fused optimizers know it: float32, 1 where nothing may change."""
+        return self._flag.float()
+
     def clean_(self, gradients: Sequence[Tensor]) -> None:
         """Zero the gradients of a rejected step in place."""
         if self._accepted_on_host():
@@ -71,6 +76,8 @@ class Verdict:
     def scale(self, factor: float | Tensor) -> Tensor:
         """``factor``, or 0 where the step is rejected, as a 0-d tensor."""
         device = self._flag.device
+        if isinstance(factor, Tensor) and factor.device.type == "cpu":
+            factor = float(factor)  # a copy from there would wait for the device
         if isinstance(factor, Tensor):
             scalar = factor.detach().to(device=device, dtype=self._dtype).reshape(())
         else:
@@ -93,7 +100,7 @@ class Outcome:
         self._flags = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
         self._flags.copy_(flags, non_blocking=True)
         self._event = torch.Event(flags.device)
-        self._event.record()
+        self._event.record(torch.accelerator.current_stream(flags.device))
 
     def read(self) -> list[float]:
         """The values; waits for that copy only, not for what was queued since."""

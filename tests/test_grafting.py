@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shampoo_deepspeed import grafting
+from shampoo_deepspeed import grafting, shards
 from shampoo_deepspeed.config import GRAFTING_METHODS
 from shampoo_deepspeed.verdict import Verdict
 from tests.stepping import drive, made_up, parameter, same_bits, shampoo, snapshot
@@ -184,3 +184,92 @@ def test_a_block_whose_gradient_is_always_zero_stays_where_it_is(method: str) ->
         optimizer.step()
     assert torch.equal(p[:8], before[:8])
     assert torch.isfinite(p).all() and (p[8:] != before[8:]).all()
+
+
+class Counted:
+    """A kernel of torch's that counts its calls."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.calls = kernel, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.kernel(*args, **kwargs)
+
+
+FUSING: list[tuple[dict[str, Any], bool, bool]] = [
+    ({}, True, True),
+    ({"use_bias_correction": False}, True, True),
+    ({"weight_decay_type": "corrected", "peak_lr": 0.05}, True, True),
+    ({"weight_decay_type": "independent", "peak_lr": 0.05}, True, True),
+    ({"decoupled_weight_decay": False}, True, True),
+    ({"lr": torch.tensor(0.01, dtype=F64)}, True, True),
+    ({"grafting_beta2": 0.9}, True, True),
+    ({"grafting": "none"}, True, True),
+    ({"preconditioner": "kl_shampoo"}, True, True),
+    ({"preconditioner": "soap"}, True, True),
+    ({"preconditioner": "soap", "grafting": "adam"}, True, True),
+    ({"momentum": 0.9}, True, False),
+    ({"eps": 0.0}, False, True),
+    ({"beta3": 0.5}, False, True),
+    ({"betas": (0.0, 0.9)}, False, True),
+    ({"grafting": "rmsprop"}, False, True),
+    ({"grafting": "normalized_adam"}, False, True),
+    ({"grafting": "sgd"}, False, True),
+]
+
+
+@pytest.mark.parametrize("options, moments, weights", FUSING)
+def test_torchs_fused_kernels_do_what_the_plain_passes_do(
+    options: dict[str, Any], moments: bool, weights: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """State and weights of blocks, of a vector and of a weight with strides that no kernel takes. They are used where
+    they can be and nowhere else. A step is rejected in between."""
+
+    def trained() -> tuple[list[Tensor], int, int]:
+        turned = nn.Parameter(parameter(10, 12, seed=1, dtype=F64).detach().mT)
+        params = [parameter(12, 10, dtype=F64), parameter(7, seed=2, dtype=F64), turned]
+        adam, sgd = Counted(torch._fused_adam_), Counted(torch._fused_sgd_)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "_fused_adam_", adam)
+            patch.setattr(torch, "_fused_sgd_", sgd)
+            optimizer = shampoo(params, **({"eps": EPS} | options))
+            drive(optimizer, params, range(4))
+            before = snapshot(params)
+            for p in params:
+                p.grad = torch.full_like(p, torch.inf)
+            optimizer.step()
+            assert same_bits(params, before)
+            drive(optimizer, params, range(4, 8))
+        state = optimizer.state_dict()["shampoo"]
+        parts = [*state["stacks"], *state["elementwise"]]
+        return [*snapshot(params), *(t for part in parts for t in part["tensors"].values())], adam.calls, sgd.calls
+
+    fused, adam, sgd = trained()
+    assert (adam > 0, sgd > 0) == (moments, weights)
+    monkeypatch.setattr(grafting, "FUSED_DEVICES", ())
+    monkeypatch.setattr(shards, "FUSED_DEVICES", ())
+    plain, *calls = trained()
+    assert calls == [0, 0]
+    for one, other in zip(fused, plain, strict=True):
+        assert relative_error(one, other) < 1e-12
+
+
+def test_the_fused_kernel_gets_its_step_in_float32_whatever_torchs_default_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it reads these bytes as float32 without asking."""
+    seen: list[torch.dtype] = []
+    kernel = torch._fused_adam_
+
+    def noted(*args: Any, **kwargs: Any) -> None:
+        seen.extend(step.dtype for step in args[5])
+        kernel(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "_fused_adam_", noted)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(F64)
+    try:
+        p = parameter(12, 10, dtype=F64)
+        drive(shampoo([p]), [p], range(2))
+    finally:
+        torch.set_default_dtype(default)
+    assert set(seen) == {torch.float32}

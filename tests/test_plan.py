@@ -15,10 +15,12 @@ from shampoo_deepspeed.owners import LOCALITY_TOLERANCE
 from shampoo_deepspeed.plan import (
     FEWEST_IN_BUCKET,
     MOST_IN_BUCKET,
+    MOST_ON_ACCELERATOR,
     Matrix,
     Piece,
     Plan,
     Transfers,
+    bucket_ends,
     refresh_cost,
     step_cost,
 )
@@ -239,14 +241,49 @@ def test_a_side_that_is_switched_off_costs_nothing() -> None:
     assert left < cost(("matrix", "diagonal")) < 1.5 * left
 
 
-@pytest.mark.parametrize("size, expected", [(64, 1), (2048, 4), (4096, 8), (16384, 32)])
-def test_a_plan_that_may_choose_makes_eight_buckets_within_bounds(size: int, expected: int) -> None:
-    """Of half a million to four million elements, whoever owns how much."""
-    cuts = tuple((min(size, 512),) * (size // min(size, 512)) for _ in range(2))
-    shards = [[(0, Box((row, 0), (size // 2, size)))] for row in (0, size // 2)]
-    plan = Plan([Matrix((size, size), cuts, 0, 10)], shards, None)
-    filled = [[0] * plan.bucket_count for _ in range(2)]
+def filled_buckets(plan: Plan) -> list[list[int]]:
+    """Elements of each rank's blocks in each bucket."""
+    filled = [[0] * plan.bucket_count for _ in range(plan.world_size)]
     for block, owner, bucket in zip(plan.blocks, plan.owners, plan.buckets, strict=True):
         filled[owner][bucket] += block.box.numel
-    assert plan.bucket_count == pytest.approx(expected, abs=1 if expected > 1 else 0)
-    assert all(MOST_IN_BUCKET >= n >= min(FEWEST_IN_BUCKET, sum(own)) for own in filled for n in own[:-1])
+    return filled
+
+
+@pytest.mark.parametrize("size, equal", [(64, 1), (2048, 4), (4096, 8), (16384, 32)])
+@pytest.mark.parametrize("most", [MOST_IN_BUCKET, MOST_ON_ACCELERATOR])
+def test_a_plan_that_may_choose_makes_eight_buckets_within_bounds(size: int, equal: int, most: int) -> None:
+    """Of half a million to so many elements, whoever owns how much; and three more as the ends are small."""
+    cuts = tuple((min(size, 512),) * (size // min(size, 512)) for _ in range(2))
+    shards = [[(0, Box((row, 0), (size // 2, size)))] for row in (0, size // 2)]
+    plan = Plan([Matrix((size, size), cuts, 0, 10)], shards, None, most=most)
+    equal = equal if most == MOST_IN_BUCKET else min(equal, 8)
+    assert equal <= plan.bucket_count <= equal + 3 if equal > 1 else plan.bucket_count == 1
+    for own in filled_buckets(plan):
+        assert all(n <= most for n in own)
+        if equal > 1:
+            assert min(own[1:-1]) >= FEWEST_IN_BUCKET // 2 and max(own[0], own[-1]) <= max(own) // 2
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 8, 100])
+@pytest.mark.parametrize("tapered", [True, False])
+def test_buckets_end_where_all_blocks_do_and_none_is_larger_than_an_equal_part(count: int, tapered: bool) -> None:
+    ends = bucket_ends(count, tapered)
+    sizes = [b - a for a, b in zip([0.0, *ends], ends, strict=False)]
+    assert ends[-1] == pytest.approx(1.0) and max(sizes) <= 1.0 / count + 1e-12
+    assert sizes == pytest.approx(sizes[::-1])
+    if tapered and count >= 4:
+        assert sizes[0] == pytest.approx(sizes[1] / 2) == pytest.approx(sizes[2] / 4) and len(sizes) == count + 3
+    else:
+        assert len(sizes) == count and sizes[0] == pytest.approx(sizes[-1])
+
+
+def test_one_rank_has_equal_buckets_and_all_ranks_have_equal_shares() -> None:
+    """What moves nowhere has no ends to hide; and a rank with less has as many buckets, so that none waits for it."""
+    cuts = ((8,) * 32, (8,) * 32)
+    alone = Plan([Matrix((256, 256), cuts, 0, 10)], [[(0, Box((0, 0), (256, 256)))]], 65536 // 8)
+    assert filled_buckets(alone) == [[65536 // 8] * 8]
+    shards = [[(0, Box((0, 0), (64, 256)))], [(0, Box((64, 0), (192, 256)))]]
+    plan = Plan([Matrix((256, 256), cuts, 0, 10)], shards, 65536 // 16)
+    one, other = filled_buckets(plan)
+    shares = [[n / sum(own) for n in own] for own in (one, other)]
+    assert shares[0] == pytest.approx(shares[1], abs=0.02)

@@ -21,13 +21,13 @@ class Preconditioner(Protocol):
 
     ``state`` maps names to tensors with the block as first dim; methods change them in place. ``first_moment`` is the
     name under which it holds the first moments, where there are any; the step of a stack updates them. ``idle`` names
-    a tensor [B, *shape] that the first refresh fills, whatever it held before; ``settles`` tells whether ``settle`` has
-    anything to do.
+    a tensor [B, *shape] that the first refresh fills, whatever it held before; ``turns`` tells whether it
+    keeps first moments in coordinates of its own: then ``enter``, ``settle`` and ``leave`` have something to do.
     """
 
     first_moment: str
     idle: str | None
-    settles: bool
+    turns: bool
 
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype

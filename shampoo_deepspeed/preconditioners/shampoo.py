@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.config import DTYPES, ShampooConfig
 from shampoo_deepspeed.eigenbases import kept_or_new, root_from_basis
-from shampoo_deepspeed.preconditioners.modes import add_gram_, multiply, unfold
+from shampoo_deepspeed.preconditioners.modes import add_gram_, multiply_modes, unfold
 from shampoo_deepspeed.preconditioners.renewed import Renewed
 from shampoo_deepspeed.roots import diagonal_root, inverse_root, symmetric
 from shampoo_deepspeed.verdict import Verdict
@@ -28,7 +28,7 @@ class ShampooPreconditioner:
 
     first_moment = "exp_avg"
     idle: str | None = None
-    settles = False
+    turns = False
     # In float32 a root -1/4 at the default ridge is right to 2e-4; see docs/solvers.md.
     _in_float64 = False
 
@@ -132,10 +132,10 @@ class ShampooPreconditioner:
 
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
         direction = moments.to(self._apply_dtype or torch.promote_types(moments.dtype, self._root_dtype))
-        for mode in modes_of(state):
-            root = state[f"root_{mode}"]
-            # It is symmetric, and the CPU's products are faster with it transposed.
-            direction = multiply(direction, root if root.ndim == 2 else root.mT, mode)
+        roots = {mode: state[f"root_{mode}"] for mode in modes_of(state)}
+        # They are symmetric, and the CPU's products are faster with them transposed.
+        turned = {mode: root if root.ndim == 2 else root.mT for mode, root in roots.items()}
+        direction = multiply_modes(direction, turned)
         return direction.to(moments.dtype)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.config import DTYPES, ShampooConfig
 from shampoo_deepspeed.eigenbases import eigenbasis, good_enough, known, power_step
-from shampoo_deepspeed.preconditioners.modes import multiply
+from shampoo_deepspeed.preconditioners.modes import multiply_modes
 from shampoo_deepspeed.preconditioners.renewed import Renewed
 from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner, modes_of, wide, write
 from shampoo_deepspeed.roots import non_finite, symmetric
@@ -38,7 +38,7 @@ class SOAPPreconditioner:
 
     first_moment = "rotated_exp_avg"
     idle: str | None = "rotated_second_moment"
-    settles = True
+    turns = True
 
     def __init__(self, config: ShampooConfig) -> None:
         self._config = config
@@ -171,7 +171,5 @@ class SOAPPreconditioner:
     ) -> Tensor:
         """Into the eigenbases, or back."""
         turned = stack.to(dtype or torch.promote_types(stack.dtype, self._basis_dtype))
-        for mode in (n for n in range(stack.ndim - 1) if f"basis_{n}" in state):
-            basis = state[f"basis_{mode}"]
-            turned = multiply(turned, basis if back else basis.mT, mode)
-        return turned
+        bases = {mode: state[f"basis_{mode}"] for mode in range(stack.ndim - 1) if f"basis_{mode}" in state}
+        return multiply_modes(turned, {mode: basis if back else basis.mT for mode, basis in bases.items()})
