@@ -1,10 +1,13 @@
 """`python -m benchmarks`: all benchmarks of speed, memory and training in short, in five minutes of an idle machine.
 
 Longer forms and options: `python -m benchmarks.step_time --help`, and likewise end_to_end, slow_link, memory, scaling,
-convergence. How exact runs are takes longer: benchmarks.exactness.
+convergence, and for a GPU accelerator, which comes along where there is one. How exact runs are takes longer:
+benchmarks.exactness.
 """
 
 from __future__ import annotations
+
+import torch
 
 from benchmarks import convergence, end_to_end, memory, scaling, slow_link, step_time
 
@@ -17,6 +20,10 @@ def main() -> None:
     memory.main(["--preconditioner", "shampoo", "soap"])
     scaling.main(["--ranks", "1", "2", "--rounds", "1", "--plan-ranks", "8", "64", "1024", "--models", "llama-3-8b"])
     convergence.main(["--steps", "100", "--layers", "2", "--hidden", "128", "--rates", "2e-3"])
+    if torch.cuda.is_available():
+        from benchmarks import accelerator  # needs Transformers
+
+        accelerator.main(["--size", "350m", "--block", "1024", "--solver", "eigh", "coupled_newton", "--rounds", "1"])
 
 
 if __name__ == "__main__":
