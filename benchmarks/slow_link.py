@@ -87,6 +87,9 @@ class Handle:
 def prefer_others_to_me(computing: int) -> None:
     """Let the link's threads go first: a real link needs neither a core nor the interpreter to move what it has.
 
+    For the rest of the process, which is one rank of one run. Other load on the machine then slows computing down, and
+    `tune` the link with it.
+
     Args:
         computing: the thread that steps, which yields to all others from now on.
     """

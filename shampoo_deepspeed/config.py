@@ -211,7 +211,7 @@ class ShampooConfig:
     bucket_mb: float | None = _option(
         None,
         nullable(non_negative),
-        "megabytes in a bucket, eight under way at once; null: an eighth of a rank's blocks, 2 to 16, on a GPU to 128",
+        "megabytes in a bucket, eight under way at once; null: an eighth of a rank's blocks, 2 to 16",
     )
     overlap: bool = _option(True, flag, "exchange while blocks are computed; false waits each time, to debug")
     failure_limit: int = _option(10, positive_int, "rejected steps or failed roots in a row before an error")

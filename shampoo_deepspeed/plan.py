@@ -24,10 +24,10 @@ REFRESH_CUBES = 25.0
 
 # With n buckets all of the exchange but one n-th each way can be hidden, and on a CPU a bucket stays in the cache from
 # arrival to departure. More than eight, or less than half a million elements, cost more in calls than they hide
-# (benchmarks.slow_link); above four million a link gains nothing and memory is lost. On an accelerator a bucket is also
-# a launch of each kernel, and four blocks of 1024 x 1024 would not fill it.
-BUCKETS, FEWEST_IN_BUCKET, MOST_IN_BUCKET, MOST_ON_ACCELERATOR = 8, 1 << 19, 1 << 22, 1 << 25
-# Sizes of the first buckets, and of the last in reverse, where there are so many.
+# (benchmarks.slow_link); above four million a link gains nothing and memory is lost.
+BUCKETS, FEWEST_IN_BUCKET, MOST_IN_BUCKET = 8, 1 << 19, 1 << 22
+# Sizes of the first buckets, and of the last in reverse, where there are so many and a block is no larger than the
+# least of them.
 TAPER, FEWEST_TAPERED = (0.25, 0.5), 4
 
 
@@ -117,16 +117,15 @@ def bucket_elements(megabytes: float | None, itemsize: int) -> int | None:
     return None if megabytes is None else max(1, int(megabytes * 2**20 / itemsize))
 
 
-def bucket_ends(count: int, tapered: bool) -> list[float]:
-    """Where buckets end, as shares of what an owner has: so many or a few more, none larger than an equal part.
+def tapered_ends(count: int) -> list[float]:
+    """Where buckets end, as shares of what an owner has: three more than ``count``, none larger than that part of it.
 
     The first one's gradients and the last one's directions are all that nothing can hide, so these are small, and what
     lies next to them half as large as the others: then a bucket arrives while the one before it is computed.
     """
-    sizes = [1.0] * count
-    if tapered and count >= FEWEST_TAPERED:
-        sizes = [*TAPER, *[1.0] * (count - 1), *reversed(TAPER)]
-    return [part / sum(sizes) for part in accumulate(sizes)]
+    sizes = [*TAPER, *[1.0] * (count - 1), *reversed(TAPER)]
+    whole = sum(sizes)
+    return [part / whole for part in accumulate(sizes)]
 
 
 class Plan:
@@ -136,10 +135,9 @@ class Plan:
         matrices: the preconditioned parameters, the same list on all ranks.
         shards: for each rank the boxes it holds, as (index of the matrix, box in its merged shape).
             Together they must cover every matrix exactly once; replicas of one box count once.
-        bucket_elements: a bucket is closed when an owner's blocks in it reach this many elements. None: one of
+        bucket_elements: elements of an owner's blocks in a bucket at most, but for one larger block. None: one of
             ``BUCKETS`` parts of what the fullest rank owns, within bounds.
         carried: loads of earlier units, which decide between ranks that are equal in this one.
-        most: bound of what the plan chooses.
     """
 
     def __init__(
@@ -148,7 +146,6 @@ class Plan:
         shards: Sequence[Sequence[tuple[int, Box]]],
         bucket_elements: int | None = 1 << 62,
         carried: Sequence[float] | None = None,
-        most: int = MOST_IN_BUCKET,
     ) -> None:
         self.world_size = len(shards)
         self.matrices = tuple(matrices)
@@ -160,7 +157,7 @@ class Plan:
         carried = carried or [0.0] * self.world_size
         self.owners, self.loads = assign(self.blocks, self._holders, self.world_size, carried)
         self.owned = self._owned_in_stack_order()
-        self.buckets = self._bucket_blocks(bucket_elements, most)
+        self.buckets = self._bucket_blocks(bucket_elements)
         self.bucket_count = max(self.buckets, default=-1) + 1
         self.moving = [False] * self.bucket_count
         for holders, owner, bucket in zip(self._holders, self.owners, self.buckets, strict=True):
@@ -195,31 +192,33 @@ class Plan:
             owned[self.owners[block]].append(block)
         return owned
 
-    def _bucket_blocks(self, bucket_elements: int | None, most: int) -> list[int]:
+    def _bucket_blocks(self, bucket_elements: int | None) -> list[int]:
         """Bucket of each block: along each owner's stacks, so that a bucket is a slice of each stack.
 
-        Whoever owns how much, all have the same share of it in a bucket: none waits for one that has more to do.
+        Where the ends are small, all owners have the same share of their blocks in a bucket; else each fills bucket
+        after bucket.
         """
         totals = [sum(self.blocks[block].box.numel for block in owned) for owned in self.owned]
-        fullest = max(totals)
         if bucket_elements is None:
-            bucket_elements = min(max(fullest // BUCKETS, FEWEST_IN_BUCKET), most)
-        ends = bucket_ends(-(-fullest // bucket_elements), self.world_size > 1)
+            bucket_elements = min(max(max(totals) // BUCKETS, FEWEST_IN_BUCKET), MOST_IN_BUCKET)
+        largest = max((block.box.numel for block in self.blocks), default=0)
+        count = -(-max(totals) // bucket_elements)
+        tapers = self.world_size > 1 and count >= FEWEST_TAPERED and largest <= TAPER[0] * bucket_elements
+        ends = tapered_ends(count) if tapers else []
         buckets = [0] * len(self.blocks)
         for owned, total in zip(self.owned, totals, strict=True):
             bucket = filled = done = 0
             for block in owned:
                 numel = self.blocks[block].box.numel
                 due = bisect_right(ends, (done + numel / 2) / total)
+                if filled and filled + numel > bucket_elements:
+                    due = max(due, bucket + 1)
                 if due > bucket:
                     bucket, filled = due, 0
-                elif filled and filled + numel > bucket_elements:
-                    bucket, filled = bucket + 1, 0
                 buckets[block] = bucket
                 filled += numel
                 done += numel
-        number_of = {bucket: number for number, bucket in enumerate(sorted(set(buckets)))}
-        return [number_of[bucket] for bucket in buckets]
+        return buckets
 
     def transfers(self, rank: int) -> list[Transfers]:
         """What this rank sends, receives and keeps, bucket by bucket.

@@ -72,6 +72,8 @@ class BlockStack:
     ) -> Tensor:
         """Directions of the rows from ``first`` on, given their gradients [n, *shape], which are used up.
 
+        They may be state: copy them and leave them as they are.
+
         Args:
             steps: the number of each row's step, counted from 1; rows with 0 take no part: they get direction 0 and
                 keep their state.
@@ -142,22 +144,20 @@ class BlockStack:
         ready, name = self.refreshed[rows[0]], _second_moment(preconditioner, config)
         second = [] if name is None or (ready and name == preconditioner.idle) else [state[name]]
         kept = [state[preconditioner.first_moment]] if config.betas[0] else []
-        normalizes = grafting.is_normalized(method) and second
+        normalizes = grafting.is_normalized(method) and bool(second)
         own = grafting.normalized(gradients, block_norms(gradients)) if normalizes else gradients
-        if ready and preconditioner.turns:
+        if ready and (preconditioner.turns or config.grafting_method == "none"):
             if second:
                 grafting.accumulate(method, second, [own], config.second_moment_beta, verdict)
-            return self._turned(state, kept, second, gradients, renewed, step, config, verdict)
+            return self._apart(state, kept, second, gradients, renewed, step, config, verdict)
         warm = grafting.advance(method, kept, second, [gradients], [own], step, config, verdict)
         # What a moment or a direction lacks is one number, multiplied in last, as each pass over a block costs.
         if not ready:
             return warm.directions[0] if warm.factor == 1.0 else warm.directions[0] * warm.factor
         direction = preconditioner.apply(state, gradients, warm.moments[0], verdict)
-        if config.grafting_method == "none":
-            return direction.mul_(warm.lacking)
         return direction.mul_(_ratio(block_norms(warm.directions[0]) * warm.factor, block_norms(direction)))
 
-    def _turned(
+    def _apart(
         self,
         state: dict[str, Tensor],
         kept: list[Tensor],
@@ -168,7 +168,7 @@ class BlockStack:
         config: ShampooConfig,
         verdict: Verdict,
     ) -> Tensor:
-        """The same where the preconditioner keeps first moments in coordinates of its own."""
+        """The same where first moments are kept in coordinates of the preconditioner's own, or no length is grafted."""
         preconditioner, method, beta2 = build(config), config.warm_method, config.second_moment_beta
         seen = preconditioner.enter(state, gradients)
         corrected = config.use_bias_correction

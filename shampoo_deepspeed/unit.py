@@ -25,7 +25,7 @@ from shampoo_deepspeed.grafting import is_normalized
 from shampoo_deepspeed.hosts import Layout, LayoutError, Parameter, compute_dtype
 from shampoo_deepspeed.metrics import Measured
 from shampoo_deepspeed.naming import matching
-from shampoo_deepspeed.plan import MOST_IN_BUCKET, MOST_ON_ACCELERATOR, Matrix, Plan, bucket_elements
+from shampoo_deepspeed.plan import Matrix, Plan, bucket_elements
 from shampoo_deepspeed.rules import number_under, rule_of
 from shampoo_deepspeed.stacks import BlockStack
 from shampoo_deepspeed.verdict import Outcome
@@ -190,8 +190,7 @@ class Unit:
         held = [[(number_of[p], box) for p, box in shards if p in number_of] for shards in everyone]
         first = configs[self.parameters[0].group]
         item = torch.empty((), dtype=self.dtype).element_size()
-        most = MOST_IN_BUCKET if self.device.type == "cpu" else MOST_ON_ACCELERATOR
-        self.plan = Plan(matrices, held, bucket_elements(first.bucket_mb, item), carried, most)
+        self.plan = Plan(matrices, held, bucket_elements(first.bucket_mb, item), carried)
         wire = DTYPES[first.communication_dtype] if first.communication_dtype else self.dtype
         own = [(tensor, place) for p, tensor, place in places if p in number_of]
         self.loads_so_far = [a + b for a, b in zip(carried, self.plan.loads, strict=True)]

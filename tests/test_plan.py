@@ -15,14 +15,13 @@ from shampoo_deepspeed.owners import LOCALITY_TOLERANCE
 from shampoo_deepspeed.plan import (
     FEWEST_IN_BUCKET,
     MOST_IN_BUCKET,
-    MOST_ON_ACCELERATOR,
     Matrix,
     Piece,
     Plan,
     Transfers,
-    bucket_ends,
     refresh_cost,
     step_cost,
+    tapered_ends,
 )
 from shampoo_deepspeed.refresh import staggered_phases
 from tests import plan_oracle
@@ -250,31 +249,26 @@ def filled_buckets(plan: Plan) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("size, equal", [(64, 1), (2048, 4), (4096, 8), (16384, 32)])
-@pytest.mark.parametrize("most", [MOST_IN_BUCKET, MOST_ON_ACCELERATOR])
-def test_a_plan_that_may_choose_makes_eight_buckets_within_bounds(size: int, equal: int, most: int) -> None:
-    """Of half a million to so many elements, whoever owns how much; and three more as the ends are small."""
-    cuts = tuple((min(size, 512),) * (size // min(size, 512)) for _ in range(2))
+def test_a_plan_that_may_choose_makes_eight_buckets_within_bounds(size: int, equal: int) -> None:
+    """Of half a million to four million elements, whoever owns how much; and up to three more as the ends are small."""
+    cuts = tuple((min(size, 256),) * (size // min(size, 256)) for _ in range(2))
     shards = [[(0, Box((row, 0), (size // 2, size)))] for row in (0, size // 2)]
-    plan = Plan([Matrix((size, size), cuts, 0, 10)], shards, None, most=most)
-    equal = equal if most == MOST_IN_BUCKET else min(equal, 8)
-    assert equal <= plan.bucket_count <= equal + 3 if equal > 1 else plan.bucket_count == 1
+    plan = Plan([Matrix((size, size), cuts, 0, 10)], shards, None)
+    assert plan.bucket_count == (equal + 3 if equal > 1 else 1)
     for own in filled_buckets(plan):
-        assert all(n <= most for n in own)
+        assert all(n <= MOST_IN_BUCKET for n in own)
         if equal > 1:
-            assert min(own[1:-1]) >= FEWEST_IN_BUCKET // 2 and max(own[0], own[-1]) <= max(own) // 2
+            assert min(own[2:-2]) >= 0.7 * FEWEST_IN_BUCKET
+            assert max(own[0], own[-1]) <= 0.35 * max(own) and max(own[1], own[-2]) <= 0.6 * max(own)
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 8, 100])
-@pytest.mark.parametrize("tapered", [True, False])
-def test_buckets_end_where_all_blocks_do_and_none_is_larger_than_an_equal_part(count: int, tapered: bool) -> None:
-    ends = bucket_ends(count, tapered)
+@pytest.mark.parametrize("count", [4, 8, 100])
+def test_tapered_buckets_end_where_all_blocks_do_and_none_is_larger_than_an_equal_part(count: int) -> None:
+    ends = tapered_ends(count)
     sizes = [b - a for a, b in zip([0.0, *ends], ends, strict=False)]
-    assert ends[-1] == pytest.approx(1.0) and max(sizes) <= 1.0 / count + 1e-12
+    assert ends[-1] == pytest.approx(1.0) and max(sizes) <= 1.0 / count + 1e-12 and len(sizes) == count + 3
     assert sizes == pytest.approx(sizes[::-1])
-    if tapered and count >= 4:
-        assert sizes[0] == pytest.approx(sizes[1] / 2) == pytest.approx(sizes[2] / 4) and len(sizes) == count + 3
-    else:
-        assert len(sizes) == count and sizes[0] == pytest.approx(sizes[-1])
+    assert sizes[0] == pytest.approx(sizes[1] / 2) and sizes[1] == pytest.approx(sizes[2] / 2)
 
 
 def test_one_rank_has_equal_buckets_and_all_ranks_have_equal_shares() -> None:
@@ -287,3 +281,20 @@ def test_one_rank_has_equal_buckets_and_all_ranks_have_equal_shares() -> None:
     one, other = filled_buckets(plan)
     shares = [[n / sum(own) for n in own] for own in (one, other)]
     assert shares[0] == pytest.approx(shares[1], abs=0.02)
+
+
+@pytest.mark.parametrize("elements", [1, 32 * 32, 3 * 32 * 32])
+def test_blocks_as_large_as_buckets_make_no_more_buckets_than_the_fullest_rank_needs(elements: int) -> None:
+    """Each is one collective for all ranks; 33 blocks of 4 ranks."""
+    cuts = ((32,) * 33, (32,))
+    shards = [[(0, Box((264 * rank, 0), (264, 32)))] for rank in range(4)]
+    plan = Plan([Matrix((1056, 32), cuts, 0, 10)], shards, elements)
+    most = max(len(owned) for owned in plan.owned)
+    assert plan.bucket_count == -(-most // max(1, elements // 1024))
+
+
+def test_a_bucket_of_every_block_is_planned_at_once() -> None:
+    """`bucket_mb` may be 0; 16,384 blocks."""
+    cuts = ((8,) * 128, (8,) * 128)
+    plan = Plan([Matrix((1024, 1024), cuts, 0, 10)], [[(0, Box((0, 0), (1024, 1024)))]], 1)
+    assert plan.bucket_count == 128 * 128
