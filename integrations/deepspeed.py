@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo_deepspeed.boxes import interval_to_boxes
-from shampoo_deepspeed.config import TRAINER_NO_DECAY
+from shampoo_deepspeed.choices import TRAINER_NO_DECAY
 from shampoo_deepspeed.hosts import Entry, Fresh, Layout, LayoutError, Parameter, Shard, whole_tensors
 from shampoo_deepspeed.persistence import BlockOptimizer
 

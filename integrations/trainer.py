@@ -19,7 +19,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.config import TRAINER_NO_DECAY
+from shampoo_deepspeed.choices import TRAINER_NO_DECAY
 from shampoo_deepspeed.hosts import hosts
 from shampoo_deepspeed.naming import clean_name
 

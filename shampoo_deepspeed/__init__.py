@@ -10,10 +10,11 @@ from shampoo_deepspeed._autoload import autoload, register
 
 if TYPE_CHECKING:
     from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo, wait_for_saves
-    from shampoo_deepspeed.config import OptionError, ShampooConfig
+    from shampoo_deepspeed.config import ShampooConfig
     from shampoo_deepspeed.hosts import LayoutError
     from shampoo_deepspeed.manifest import CheckpointError
     from shampoo_deepspeed.optimizer import Shampoo
+    from shampoo_deepspeed.validators import OptionError
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
 _HOMES = {
     "Shampoo": "shampoo_deepspeed.optimizer",
     "ShampooConfig": "shampoo_deepspeed.config",
-    "OptionError": "shampoo_deepspeed.config",
+    "OptionError": "shampoo_deepspeed.validators",
     "LayoutError": "shampoo_deepspeed.hosts",
     "CheckpointError": "shampoo_deepspeed.manifest",
     "load_shampoo": "shampoo_deepspeed.checkpoint",

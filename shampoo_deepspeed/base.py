@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo_deepspeed import status
-from shampoo_deepspeed.config import OPTION_NAMES, OptionError, ShampooConfig, canonical
+from shampoo_deepspeed.config import OPTION_NAMES, ShampooConfig, canonical
 from shampoo_deepspeed.groups import checked_group, group_options
 from shampoo_deepspeed.hosts import CheckpointingHost, Entry, Fresh, Layout, Parameter, Part, hosts, plain_layouts
 from shampoo_deepspeed.metrics import read
@@ -20,7 +20,9 @@ from shampoo_deepspeed.naming import clean_name, names_and_kinds
 from shampoo_deepspeed.phases import refresh_phases
 from shampoo_deepspeed.report import treatment_table
 from shampoo_deepspeed.rules import expanded
-from shampoo_deepspeed.unit import Unit, treat
+from shampoo_deepspeed.treatment import treat
+from shampoo_deepspeed.unit import Unit
+from shampoo_deepspeed.validators import OptionError
 
 logger = logging.getLogger("shampoo_deepspeed")
 

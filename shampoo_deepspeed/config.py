@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shampoo_deepspeed.blocks import Side, sides_of
+from shampoo_deepspeed.choices import (
+    DECAYS,
+    DEFAULT_EXCLUDE,
+    DEFAULT_RULES,
+    DTYPES,
+    GRAFTING_METHODS,
+    KINDS,
+    LARGE_DIMS,
+    PRECONDITIONERS,
+    REFRESHES,
+    SIDES,
+    SOLVERS,
+    WIDE_DTYPES,
+)
 from shampoo_deepspeed.consistency import DB_ROOTS as DB_ROOTS
 from shampoo_deepspeed.consistency import check_together
+from shampoo_deepspeed.option_names import FIXED_OPTIONS, GROUP_ONLY, renamed
 from shampoo_deepspeed.validators import (
     Check,
     OptionError,
@@ -38,75 +50,6 @@ from shampoo_deepspeed.validators import (
     small_int,
     start_step,
 )
-
-logger = logging.getLogger(__name__)
-
-GRAFTING_METHODS = (
-    "none",
-    "sgd",
-    "adagrad",
-    "rmsprop",
-    "adam",
-    "normalized_adagrad",
-    "normalized_rmsprop",
-    "normalized_adam",
-)
-REFRESHES = ("sync", "staggered", "background")
-DECAYS = ("l2", "decoupled", "corrected", "independent")
-LARGE_DIMS = ("block", "diagonal", "identity", "adagrad")
-SIDES = ("smaller", "left", "right")
-SOLVERS = ("auto", "eigh", "coupled_newton", "newton_db")
-PRECONDITIONERS = ("shampoo", "soap", "kl_shampoo")
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-WIDE_DTYPES = ("float32", "float64")  # in 16 bits a slow average neither decays nor takes small terms
-
-# Embeddings and output heads have one row per token: their factor matrices would be huge and their gradients
-# are sparse in rows, so every production system trains them element-wise. Routers see few and sparse gradients too, and
-# norms and biases with more than one dim (of heads, of experts) are still lists of vectors.
-DEFAULT_EXCLUDE = (
-    "kind:embedding",
-    "kind:lm_head",
-    "*embed*",
-    "*lm_head*",
-    "*wte*",
-    "*wpe*",
-    "kind:router",
-    "*router*",
-    "*.gate.wg.*",
-    "kind:norm",
-    "*bias",
-)
-# What names_and_kinds and shapes can tell.
-KINDS = ("embedding", "lm_head", "layernorm", "norm", "router", "experts", "0d", "1d", "2d", "3d", "4d", "5d")
-# Stacked experts [experts, out, in] are matrices of their own.
-DEFAULT_RULES: tuple[dict[str, Any], ...] = ({"match": ("kind:experts",), "batch_dims": 1},)
-
-# The Hugging Face Trainer's own rule (Trainer.get_decay_parameter_names), as name patterns.
-TRAINER_NO_DECAY = (
-    "kind:layernorm",
-    "*bias*",
-    "*layernorm*",
-    "*rmsnorm*",
-    "norm",
-    "norm.*",
-    "*.norm",
-    "*.norm.*",
-    "*_norm",
-    "*_norm.*",
-)
-
-# Names that other packages use for the same thing.
-ALIASES = {
-    "grafting_epsilon": "eps",
-    "use_decoupled_weight_decay": "decoupled_weight_decay",
-    "use_nesterov": "nesterov",
-    "grafting_type": "grafting",
-}
-# What hosts pass to every torch optimizer. The first mean nothing here, as all kernels are already batched; the
-# second change what a step does, so that only their default can be taken.
-IGNORED = ("foreach", "fused")
-ONLY_FALSE = ("capturable", "differentiable", "maximize")
-
 
 _patterns = patterns_with(KINDS)
 _optional_dtype = nullable(dtype_name(*DTYPES))
@@ -367,74 +310,8 @@ class ShampooConfig:
 
 
 OPTION_NAMES = tuple(f.name for f in fields(ShampooConfig))
-# These shape blocks and state, so they are fixed from a group's first step on; whether there is a first moment, a
-# second one, or a kept basis is fixed too.
-FIXED_OPTIONS = (
-    "preconditioner",
-    "refresh",
-    "max_preconditioner_dim",
-    "merge_small_dims",
-    "large_dim",
-    "one_sided",
-    "batch_dims",
-    "split",
-    "rules",
-    "exclude",
-    "no_decay",
-    "factor_dtype",
-    "root_dtype",
-    "communication_dtype",
-    "bucket_mb",
-)
-# The step of a whole parameter group uses these, so rules for single parameters cannot change them.
-GROUP_ONLY = (
-    "lr",
-    "weight_decay",
-    "decoupled_weight_decay",
-    "weight_decay_type",
-    "peak_lr",
-    "no_decay",
-    "exclude",
-    "rules",
-    "momentum",
-    "dampening",
-    "nesterov",
-    "master_weights",
-    "stochastic_rounding",
-    "communication_dtype",
-    "bucket_mb",
-    "overlap",
-    "failure_limit",
-)
-# These shape what ranks exchange, so one optimizer has one value of each.
-GLOBAL_OPTIONS = ("communication_dtype", "bucket_mb", "overlap", "failure_limit")
 
 
 def canonical(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options under our names, values unchecked; aliases are replaced, unknown names raise ``OptionError``.
-
-    What torch's own optimizers take and this one has no use for is left out.
-    """
-    out: dict[str, Any] = {}
-    for key, value in options.items():
-        if key in IGNORED:
-            if value:
-                logger.info("Shampoo ignores %r: its kernels are batched over blocks already", key)
-            continue
-        if key in ONLY_FALSE:
-            if value:
-                raise bad(key, value, "false; Shampoo has no such mode")
-            continue
-        name = ALIASES.get(key, key)
-        if name not in OPTION_NAMES:
-            raise OptionError(f"Unknown Shampoo option {key!r} = {value!r}{_suggest(key)}")
-        if name in out:
-            raise OptionError(f"Shampoo option {name!r} is given twice (as {key!r} = {value!r} too).")
-        out[name] = value
-    return out
-
-
-def _suggest(key: str, names: Iterable[str] = OPTION_NAMES) -> str:
-    close = difflib.get_close_matches(key, list(names), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    return f"{hint} Allowed: {', '.join(names)}."
+    """Options under our names, values unchecked; aliases are replaced, unknown names raise ``OptionError``."""
+    return renamed(options, OPTION_NAMES)

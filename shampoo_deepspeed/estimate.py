@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 
 from shampoo_deepspeed.boxes import Box, merged_places
-from shampoo_deepspeed.config import DTYPES, ShampooConfig
+from shampoo_deepspeed.choices import DTYPES
+from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.elementwise import Elementwise, Segment
 from shampoo_deepspeed.hosts import Parameter
 from shampoo_deepspeed.layouts import SUB_GROUP_SIZE, UnitLayout, layouts
@@ -26,7 +27,7 @@ from shampoo_deepspeed.phases import refresh_phases
 from shampoo_deepspeed.plan import Plan, bucket_elements
 from shampoo_deepspeed.rules import expanded, number_under, rule_of
 from shampoo_deepspeed.stacks import BlockStack
-from shampoo_deepspeed.unit import matrix_of, treat
+from shampoo_deepspeed.treatment import matrix_of, treat
 
 META = torch.device("meta")
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from shampoo_deepspeed.config import OPTION_NAMES, OptionError, ShampooConfig
+from shampoo_deepspeed.config import OPTION_NAMES, ShampooConfig
 from shampoo_deepspeed.hosts import Parameter
 from shampoo_deepspeed.manifest import Manifest
 from shampoo_deepspeed.persistence import BlockOptimizer
 from shampoo_deepspeed.record import cuts_of
 from shampoo_deepspeed.stored import base_key
-from shampoo_deepspeed.unit import treat
+from shampoo_deepspeed.treatment import treat
+from shampoo_deepspeed.validators import OptionError
 
 logger = logging.getLogger("shampoo_deepspeed")
 

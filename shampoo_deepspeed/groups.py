@@ -8,16 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from shampoo_deepspeed.config import (
-    ALIASES,
-    GLOBAL_OPTIONS,
-    IGNORED,
-    ONLY_FALSE,
-    OPTION_NAMES,
-    OptionError,
-    ShampooConfig,
-    canonical,
-)
+from shampoo_deepspeed.config import OPTION_NAMES, ShampooConfig, canonical
+from shampoo_deepspeed.option_names import ALIASES, GLOBAL_OPTIONS, IGNORED, ONLY_FALSE
+from shampoo_deepspeed.validators import OptionError
 
 
 def group_options(config: ShampooConfig) -> dict[str, Any]:

@@ -29,7 +29,8 @@ from shampoo_deepspeed.torch_state import (
     robust_group,
     unit_entries,
 )
-from shampoo_deepspeed.unit import Unit, treat
+from shampoo_deepspeed.treatment import treat
+from shampoo_deepspeed.unit import Unit
 
 logger = logging.getLogger("shampoo_deepspeed")
 

@@ -11,7 +11,7 @@ from shampoo_deepspeed.hosts import Parameter
 from shampoo_deepspeed.plan import refresh_cost
 from shampoo_deepspeed.refresh import staggered_phases
 from shampoo_deepspeed.rules import number_under, rule_of
-from shampoo_deepspeed.unit import treat
+from shampoo_deepspeed.treatment import treat
 
 
 def refresh_phases(parameters: Iterable[Parameter], configs: Mapping[int, ShampooConfig]) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from shampoo_deepspeed.estimate import Estimate, block_bytes
 from shampoo_deepspeed.hosts import Parameter
 from shampoo_deepspeed.owners import LOCALITY_TOLERANCE
 from shampoo_deepspeed.plan import refresh_cost, step_cost
-from shampoo_deepspeed.unit import treat
+from shampoo_deepspeed.treatment import treat
 
 # Beyond these nobody trains: eigendecompositions of larger blocks take seconds each, roots older than that are stale.
 BLOCK_SIZES = (128, 256, 512, 1024, 2048)

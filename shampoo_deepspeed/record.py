@@ -15,7 +15,7 @@ from shampoo_deepspeed.persistence import BlockOptimizer
 from shampoo_deepspeed.rules import STRIDE, number_under, rule_of
 from shampoo_deepspeed.saved import SavedState, parameter_of
 from shampoo_deepspeed.stored import StoredState, base_key, stored_name
-from shampoo_deepspeed.unit import Treatment, treat
+from shampoo_deepspeed.treatment import Treatment, treat
 
 
 def tables(optimizer: BlockOptimizer, form: Form) -> dict[str, Any]:

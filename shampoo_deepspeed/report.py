@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from shampoo_deepspeed.blocks import cut_into_blocks
 from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.hosts import Parameter
-from shampoo_deepspeed.unit import Treatment, treat
+from shampoo_deepspeed.treatment import Treatment, treat
 
 
 def treatment_table(parameters: Iterable[Parameter], configs: Mapping[int, ShampooConfig]) -> str:

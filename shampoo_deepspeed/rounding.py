@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.boxes import Box, row_major
-from shampoo_deepspeed.config import OptionError, ShampooConfig
+from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.unit import Unit
+from shampoo_deepspeed.validators import OptionError
 
 
 def wide_weights(unit: Unit, configs: Mapping[int, ShampooConfig]) -> list[Tensor]:

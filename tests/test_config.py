@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
-from shampoo_deepspeed.config import ALIASES, DTYPES, GLOBAL_OPTIONS, GRAFTING_METHODS, OPTION_NAMES, PRECONDITIONERS
+from shampoo_deepspeed.choices import DTYPES, GRAFTING_METHODS, PRECONDITIONERS
+from shampoo_deepspeed.config import OPTION_NAMES
+from shampoo_deepspeed.option_names import ALIASES, GLOBAL_OPTIONS
 from tests.stepping import parameter
 
 NUMBER = "a number >= 0"

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shampoo_deepspeed import Shampoo, ShampooConfig
-from shampoo_deepspeed.config import PRECONDITIONERS
+from shampoo_deepspeed.choices import PRECONDITIONERS
 from shampoo_deepspeed.preconditioners import build
 from shampoo_deepspeed.verdict import Verdict
 from tests.stepping import drive, made_up, parameter, refresh, same_bits, shampoo, snapshot

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shampoo_deepspeed import grafting, shards
-from shampoo_deepspeed.config import GRAFTING_METHODS
+from shampoo_deepspeed.choices import GRAFTING_METHODS
 from shampoo_deepspeed.verdict import Verdict
 from tests.stepping import drive, made_up, parameter, same_bits, shampoo, snapshot
 from tests.zoo import relative_error

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.config import GRAFTING_METHODS
+from shampoo_deepspeed.choices import GRAFTING_METHODS
 from tests.stepping import drive, parameter, same_bits, shampoo, snapshot, state_of, through_a_file, train
 from tests.zoo import make_model
 

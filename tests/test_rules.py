@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
-from shampoo_deepspeed.config import GROUP_ONLY, OPTION_NAMES
+from shampoo_deepspeed.config import OPTION_NAMES
+from shampoo_deepspeed.option_names import GROUP_ONLY
 from shampoo_deepspeed.rules import STRIDE, expanded
 from tests.reference import Reference
 from tests.stepping import drive, parameter, same_bits, shampoo, snapshot, state_of, through_a_file

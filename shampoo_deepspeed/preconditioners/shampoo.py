@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.config import DTYPES, ShampooConfig
+from shampoo_deepspeed.choices import DTYPES
+from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.eigenbases import kept_or_new, root_from_basis
 from shampoo_deepspeed.preconditioners.modes import add_gram_, multiply_modes, unfold
 from shampoo_deepspeed.preconditioners.renewed import Renewed

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.config import DTYPES, ShampooConfig
+from shampoo_deepspeed.choices import DTYPES
+from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.eigenbases import eigenbasis, good_enough, known, power_step
 from shampoo_deepspeed.preconditioners.modes import multiply_modes
 from shampoo_deepspeed.preconditioners.renewed import Renewed

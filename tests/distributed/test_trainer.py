@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.config import TRAINER_NO_DECAY
+from shampoo_deepspeed.choices import TRAINER_NO_DECAY
 from shampoo_deepspeed.naming import matching, names_and_kinds
 from tests.distributed.conftest import Ask
 from tests.distributed.launch import Check

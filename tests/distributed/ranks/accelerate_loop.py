@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.config import TRAINER_NO_DECAY
+from shampoo_deepspeed.choices import TRAINER_NO_DECAY
 from shampoo_deepspeed.integrations.accelerate import prepare
 from tests.distributed.ranks.trainer import clean_process, shared_folder
 from tests.distributed.ranks.trainer_optimizers import whole
