@@ -25,7 +25,6 @@ from shampoo_deepspeed.choices import (
     SOLVERS,
     WIDE_DTYPES,
 )
-from shampoo_deepspeed.consistency import DB_ROOTS as DB_ROOTS
 from shampoo_deepspeed.consistency import check_together
 from shampoo_deepspeed.option_names import FIXED_OPTIONS, GROUP_ONLY, renamed
 from shampoo_deepspeed.validators import (

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from shampoo_deepspeed.choices import DB_ROOTS
 from shampoo_deepspeed.validators import bad
 
 if TYPE_CHECKING:
     from shampoo_deepspeed.config import ShampooConfig
-
-DB_ROOTS = (1, 2, 4, 8)  # what repeated square roots give
 
 
 def check_together(config: ShampooConfig) -> None:

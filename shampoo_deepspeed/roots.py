@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.config import DB_ROOTS
+from shampoo_deepspeed.choices import DB_ROOTS
 from shampoo_deepspeed.metrics import note_spectrum
 from shampoo_deepspeed.newton import coupled_newton, newton_db
 
