@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shampoo_deepspeed import status
 from shampoo_deepspeed.config import OPTION_NAMES, ShampooConfig, canonical
 from shampoo_deepspeed.groups import checked_group, group_options
-from shampoo_deepspeed.hosts import CheckpointingHost, Entry, Fresh, Layout, Parameter, Part, hosts, plain_layouts
+from shampoo_deepspeed.hosts import CheckpointingHost, Entry, Fresh, Parameter, Part, hosts, plain_layouts
 from shampoo_deepspeed.metrics import read
 from shampoo_deepspeed.naming import clean_name, names_and_kinds
 from shampoo_deepspeed.phases import refresh_phases
@@ -102,7 +102,8 @@ class UnitOptimizer(torch.optim.Optimizer):
         phases = refresh_phases((entry.parameter for entry in self.entries), configs)
         for layout in layouts:
             carried = self._loads.get(id(layout.process_group))
-            unit = self._new_unit(layout, configs, carried, phases)
+            unit = Unit(layout, configs, carried, phases)
+            self._take_up(unit)
             self._loads[id(layout.process_group)] = unit.loads_so_far
             self.units.append(unit)
             self._unit_of.update((id(t), unit) for t in unit.tensors)
@@ -110,14 +111,8 @@ class UnitOptimizer(torch.optim.Optimizer):
         self._report(configs)
         return made
 
-    def _new_unit(
-        self,
-        layout: Layout,
-        configs: Mapping[int, ShampooConfig],
-        carried: Sequence[float] | None,
-        phases: Mapping[str, tuple[int, ...]],
-    ) -> Unit:
-        return Unit(layout, configs, carried, phases)
+    def _take_up(self, unit: Unit) -> None:
+        """What a subclass does with a new unit before its first step."""
 
     def note_state(self, unit: Unit) -> None:
         """Torch's tools take an empty ``state`` for that of an optimizer before its first step."""

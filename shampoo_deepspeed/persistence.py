@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from shampoo_deepspeed.base import UnitOptimizer
 from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.groups import group_options
-from shampoo_deepspeed.hosts import CheckpointingHost, Entry, Fresh, Layout, Parameter, SavingHost, hosts
+from shampoo_deepspeed.hosts import CheckpointingHost, Entry, Fresh, Parameter, SavingHost, hosts
 from shampoo_deepspeed.saved import FORMAT, START_ANEW, SavedState, StateSource, consolidated, lacking
 from shampoo_deepspeed.torch_state import (
     FSDP1,
@@ -38,18 +37,10 @@ logger = logging.getLogger("shampoo_deepspeed")
 class BlockOptimizer(UnitOptimizer):
     """What any blockwise optimizer needs beside its step: a ``UnitOptimizer`` that saves and loads its units."""
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        model: nn.Module | None,
-        process_group: dist.ProcessGroup | None,
-        options: dict[str, Any],
-    ) -> None:
-        self.waiting_state: StateSource | None = None  # loaded, and not yet handed out to units
-        self._elsewhere: Mapping[str, Any] | None = None  # in effect while a host saves what was saved beside it
-        self.awaited: Mapping[str, Any] | None = None  # where a loaded state dict says that the state is
-        self._consolidated: SavedState | None = None
-        super().__init__(params, model, process_group, options)
+    waiting_state: StateSource | None = None  # loaded, and not yet handed out to units
+    awaited: Mapping[str, Any] | None = None  # where a loaded state dict says that the state is
+    _elsewhere: Mapping[str, Any] | None = None  # in effect while a host saves what was saved beside it
+    _consolidated: SavedState | None = None
 
     def _new_units(self, fresh: Sequence[Fresh]) -> list[Unit]:
         """Units of tensors that have none, with what was loaded for them."""
@@ -60,18 +51,11 @@ class BlockOptimizer(UnitOptimizer):
             )
         return super()._new_units(fresh)
 
-    def _new_unit(
-        self,
-        layout: Layout,
-        configs: Mapping[int, ShampooConfig],
-        carried: Sequence[float] | None,
-        phases: Mapping[str, tuple[int, ...]],
-    ) -> Unit:
-        unit = super()._new_unit(layout, configs, carried, phases)
+    def _take_up(self, unit: Unit) -> None:
+        """Hand out to a new unit what was loaded for it."""
         if self.waiting_state is not None:
             self.waiting_state.hand_out(unit)
             self.waiting_state = self.waiting_state.without({p.key for p in unit.parameters})
-        return unit
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with this rank's block and element-wise state under ``"shampoo"``.
