@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.report import figure
 from shampoo_deepspeed import Shampoo
 
 WINDOW = 25  # of the mean losses that are compared
@@ -210,14 +211,9 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
     """Smoothed losses of the best runs against steps and against CPU seconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     best = best_runs(records)
     target = trailing_mean(best["adamw"]["loss"])[-1]
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+    made, panels = figure(path, 2, 4.4)
     for name, record in best.items():
         smooth = trailing_mean(record["loss"])
         steps = list(range(1, len(smooth) + 1))
@@ -226,12 +222,9 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     for panel, label in zip(panels, ("step", "CPU seconds"), strict=True):
         panel.axhline(target, color="grey", linewidth=0.8, linestyle="--")
         panel.set_xlabel(label)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(f"training loss (mean of {WINDOW} steps)")
     panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    made.savefig(path, dpi=130)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -74,13 +74,11 @@ def slowest(values: Sequence[float], length: int) -> float:
 
 def figure(path: Path, columns: int = 1, height: float = 3.6) -> tuple[Any, Any]:
     """A matplotlib figure and its panels, in the style of the project's plots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    made, panels = plt.subplots(1, columns, figsize=(9, height), layout="constrained", squeeze=False)
+    made = Figure(figsize=(9, height), layout="constrained")
+    panels = made.subplots(1, columns, squeeze=False)
     for panel in panels[0]:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)

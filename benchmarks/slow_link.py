@@ -139,13 +139,13 @@ class SlowLink:
             self.timeline.computing.append((begin, time.perf_counter()))
             return made
 
-        dist.all_to_all_single = self.all_to_all_single  # type: ignore[assignment]
-        BlockStack.step = noted  # type: ignore[assignment,method-assign]
+        dist.all_to_all_single = self.all_to_all_single
+        BlockStack.step = noted
         try:
             yield
         finally:
             dist.all_to_all_single = self._real
-            BlockStack.step = advance  # type: ignore[method-assign]
+            BlockStack.step = advance
             self._thread.shutdown()
 
 
@@ -206,14 +206,15 @@ def tune(link: SlowLink, measured: Sequence[Timeline], setting: Setting) -> None
 
     Again and again, as the machine's speed changes, and by how long it was busy, as nothing sleeps exactly.
     """
-    spans = [total(t.computing) for t in measured], [total(t.link) for t in measured]
-    computing, busy = means = torch.tensor([statistics.median(s) for s in spans])
-    dist.all_reduce(means)
-    wanted = computing.item() / dist.get_world_size() * setting.link_over_compute
-    calls, nbytes = len(measured[-1].link), measured[-1].nbytes
-    rate = max(0.0, wanted - calls * setting.delay) / nbytes
+    spans = [t.computing for t in measured], [t.link for t in measured]
+    sums = torch.tensor([statistics.median(map(total, kind)) for kind in spans])
+    dist.all_reduce(sums)  # so that all ranks set the same
+    computing, busy = (sums / dist.get_world_size()).tolist()
+    wanted, nbytes = computing * setting.link_over_compute, measured[-1].nbytes
     if link.seconds_per_byte:
-        rate = link.seconds_per_byte * min(1.25, max(0.8, wanted * dist.get_world_size() / busy.item()))
+        rate = link.seconds_per_byte * min(1.25, max(0.8, wanted / busy))  # by steps, as one may have been disturbed
+    else:
+        rate = max(0.0, wanted - len(measured[-1].link) * setting.delay) / nbytes
     link.delay, link.seconds_per_byte = setting.delay, rate
 
 

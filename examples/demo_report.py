@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure
 
 WINDOW = 25
 COLOURS = ("#d1495b", "#30638e", "#3c8d5a", "#7a5195")
@@ -54,7 +51,8 @@ def trailing_mean(values: list[float], window: int) -> list[float]:
 
 def draw(runs: list[Run], title: str, path: Path) -> None:
     """Loss against steps and against seconds; the last run's final loss is the line to beat."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for run, colour in zip(runs, cycle(COLOURS), strict=False):
         label = f"{run.name}, lr {run.learning_rate:g}"
         for panel, x in zip(panels, (run.steps, run.seconds), strict=True):
@@ -82,7 +80,6 @@ def draw(runs: list[Run], title: str, path: Path) -> None:
     )
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def table(runs: list[Run]) -> str:

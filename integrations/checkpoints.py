@@ -13,7 +13,7 @@ import os
 import re
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.state import DistributedType
@@ -24,13 +24,18 @@ from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shamp
 from shampoo_deepspeed.manifest import Manifest
 from shampoo_deepspeed.saved import SavedState
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _BeforeATrainer
+else:
+    _BeforeATrainer = object  # the class after it among a user's bases is the Trainer
+
 logger = logging.getLogger("shampoo_deepspeed")
 
 FOLDER = "shampoo"
 TRAINER_STATE = "trainer_state.json"
 
 
-class TrainerCheckpoints:
+class TrainerCheckpoints(_BeforeATrainer):
     """Part of ``ShampooTrainerMixin``: ``checkpoint-N/shampoo`` is written first, ``trainer_state.json`` last."""
 
     def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -41,30 +46,30 @@ class TrainerCheckpoints:
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_complete(self.args.output_dir) or True
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self: Any, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
         """Writes into a folder that is there already make it incomplete until they are through."""
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (folder / TRAINER_STATE).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
+        super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         optimizer = innermost(self.optimizer)
         if self.is_deepspeed_enabled or not isinstance(optimizer, Shampoo):
-            return super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return super()._save_optimizer_and_scheduler(output_dir)
         save_shampoo(optimizer, Path(output_dir) / FOLDER)
         with optimizer.state_saved_elsewhere({"folder": FOLDER}):
-            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         optimizer = innermost(self.optimizer)
         folder = Path(checkpoint, FOLDER) if checkpoint is not None else None
         if folder is None or not folder.is_dir() or self.is_deepspeed_enabled or not isinstance(optimizer, Shampoo):
-            return super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return super()._load_optimizer_and_scheduler(checkpoint)
         with optimizer.state_saved_elsewhere({"folder": str(folder)}):
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            super()._load_optimizer_and_scheduler(checkpoint)
         load_shampoo(optimizer, folder)
 
 

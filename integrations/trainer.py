@@ -111,7 +111,7 @@ class ShampooTrainerMixin(TrainerCheckpoints):
             raise TypeError("give optimizers=(...) by keyword")
         optimizer, scheduler = optimizers
         if not _is_ours(optimizer):
-            super().__init__(*args, optimizers=optimizers, **kwargs)  # type: ignore[call-arg]
+            super().__init__(*args, optimizers=optimizers, **kwargs)
             self._take_name(optimizer, scheduler)
             return
         _check_scheduler(optimizer, scheduler)
@@ -152,13 +152,13 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         optimizer = innermost(self.optimizer)
         if "loss" in logs and isinstance(optimizer, Shampoo):
             logs = logs | _prefixed(optimizer.metrics())
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The scheduler that was given, also under DeepSpeed, where the Trainer has dropped it by now."""
         if self.lr_scheduler is None and self._given_scheduler is not None:
             self.lr_scheduler = self._given_scheduler
-        return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
+        return super().create_scheduler(*args, **kwargs)
 
 
 class ShampooTrainer(ShampooTrainerMixin, Trainer):

@@ -82,40 +82,34 @@ def update(
             rate = float(rate)  # a copy from there would wait for the device
         weights = [_region(values[r.tensor], r) for r in regions]
         steps = [directions[r.tensor][r.start : r.stop].view_as(w) for r, w in zip(regions, weights, strict=True)]
-        rest = list(range(len(regions)))
-        if not config.momentum and not isinstance(rate, Tensor):
-            fused = [_fuses(w, s) for w, s in zip(weights, steps, strict=True)]
-            for decays in (True, False):
-                chosen = [n for n, r in enumerate(regions) if r.decays == decays and fused[n]]
-                _in_one_pass([weights[n] for n in chosen], [steps[n] for n in chosen], config, rate, decays, verdict)
-            rest = [n for n in rest if not fused[n]]
+        fused = [_fuses(w, s, config, rate) for w, s in zip(weights, steps, strict=True)]
+        for decays in (True, False):
+            chosen = [n for n, r in enumerate(regions) if fused[n] and r.decays == decays]
+            if chosen:
+                decay = float(config.decay(rate)) if decays and config.weight_decay else 0.0
+                _in_one_pass([weights[n] for n in chosen], [steps[n] for n in chosen], float(rate), decay, verdict)
+        rest = [n for n, done in enumerate(fused) if not done]
         if rest:
             others = [weights[n] for n in rest], [steps[n] for n in rest]
             _in_many_passes(unit, [regions[n] for n in rest], *others, config, rate, verdict)
     write_back(unit, values, configs)
 
 
-def _fuses(weight: Tensor, step: Tensor) -> bool:
-    """Whether torch's kernel for SGD takes these; it knows nothing of strides."""
+def _fuses(weight: Tensor, step: Tensor, config: ShampooConfig, rate: float | Tensor) -> bool:
+    """Whether torch's kernel for SGD does the same; its momentum is another, it knows nothing of strides, and of a rate
+    on the device it takes float32 only."""
+    if config.momentum or isinstance(rate, Tensor):
+        return False
     return weight.device.type in FUSED_DEVICES and weight.is_contiguous() and weight.dtype == step.dtype
 
 
-def _in_one_pass(
-    weights: list[Tensor],
-    steps: list[Tensor],
-    config: ShampooConfig,
-    rate: float,
-    decays: bool,
-    verdict: Verdict,
-) -> None:
+def _in_one_pass(weights: list[Tensor], steps: list[Tensor], rate: float, decay: float, verdict: Verdict) -> None:
     """W <- W - lr * (direction + decay * W), each read and written once."""
-    if not weights:
-        return
     torch._fused_sgd_(
         weights,
         steps,
         [],
-        weight_decay=float(config.decay(rate)) if decays and config.weight_decay else 0.0,
+        weight_decay=decay,
         momentum=0.0,
         lr=rate,
         dampening=0.0,

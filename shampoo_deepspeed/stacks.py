@@ -155,7 +155,7 @@ class BlockStack:
         if not ready:
             return warm.directions[0] if warm.factor == 1.0 else warm.directions[0] * warm.factor
         direction = preconditioner.apply(state, gradients, warm.moments[0], verdict)
-        return direction.mul_(_ratio(block_norms(warm.directions[0]) * warm.factor, block_norms(direction)))
+        return _grafted(direction, warm.directions[0], warm.factor)
 
     def _apart(
         self,
@@ -171,10 +171,8 @@ class BlockStack:
         """The same where first moments are kept in coordinates of the preconditioner's own, or no length is grafted."""
         preconditioner, method, beta2 = build(config), config.warm_method, config.second_moment_beta
         seen = preconditioner.enter(state, gradients)
-        corrected = config.use_bias_correction
-        (moments,), lacking = grafting.first_moment(
-            kept, [seen], config.betas[0], step, corrected, verdict, config.beta3
-        )
+        beta1, corrected = config.betas[0], config.use_bias_correction
+        (moments,), lacking = grafting.first_moment(kept, [seen], beta1, step, corrected, verdict, config.beta3)
         if renewed is not None:
             preconditioner.settle(state, renewed, moments * lacking)
         direction = preconditioner.apply(state, seen, moments, verdict)
@@ -182,7 +180,7 @@ class BlockStack:
             return direction.mul_(lacking)
         moments = preconditioner.leave(state, moments)
         (warm,), factor = grafting.direction(method, [moments], second, step, beta2, config.eps)
-        return direction.mul_(_ratio(block_norms(warm) * (factor * lacking), block_norms(direction)))
+        return _grafted(direction, warm, factor * lacking)
 
     def _refresh(
         self, rows: range, state: dict[str, Tensor], step: int, config: ShampooConfig, verdict: Verdict
@@ -341,5 +339,7 @@ def block_norms(stack: Tensor) -> Tensor:
     return torch.linalg.vector_norm(stack, dim=tuple(range(1, stack.ndim)), keepdim=True)
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator > 0, numerator / denominator, 0.0)
+def _grafted(direction: Tensor, warm: Tensor, factor: float) -> Tensor:
+    """Blocks of ``direction``, in place, each with the length of its block of ``warm`` times the factor."""
+    lengths, own = block_norms(warm) * factor, block_norms(direction)
+    return direction.mul_(torch.where(own > 0, lengths / own, 0.0))

@@ -68,16 +68,14 @@ class Verdict:
         return 1.0 if self.rejected else decay
 
     def scale_number(self, factor: float | Tensor) -> float | None:
-        """What `scale` gives, as a number; None where reading it would wait."""
-        if self._flag.device.type != "cpu" or (isinstance(factor, Tensor) and factor.device.type != "cpu"):
+        """What `scale` gives, as a number; None where reading it would wait, as for a factor on an accelerator."""
+        if self._flag.device.type != "cpu" or isinstance(factor, Tensor):
             return None
-        return 0.0 if self.rejected else float(factor)
+        return 0.0 if self.rejected else factor
 
     def scale(self, factor: float | Tensor) -> Tensor:
         """``factor``, or 0 where the step is rejected, as a 0-d tensor."""
         device = self._flag.device
-        if isinstance(factor, Tensor) and factor.device.type == "cpu":
-            factor = float(factor)  # a copy from there would wait for the device
         if isinstance(factor, Tensor):
             scalar = factor.detach().to(device=device, dtype=self._dtype).reshape(())
         else:
