@@ -22,9 +22,9 @@ from shampoo_deepspeed.owners import assign, best_possible
 # A batched eigendecomposition with the rebuild of the root costs about as many FLOPs as this many d^3.
 REFRESH_CUBES = 25.0
 
-# With n buckets all of the exchange but one n-th each way can be hidden, and on a CPU a bucket stays in the cache from
-# arrival to departure. More than eight, or less than half a million elements, cost more in calls than they hide
-# (benchmarks.slow_link); above four million a link gains nothing and memory is lost.
+# With n equal buckets all of the exchange but one n-th each way can be hidden, and on a CPU a bucket stays in the cache
+# from arrival to departure. More than eight hid no more, and less than half a million elements cost more in calls than
+# they hide (benchmarks.slow_link); above four million a link gains nothing and memory is lost.
 BUCKETS, FEWEST_IN_BUCKET, MOST_IN_BUCKET = 8, 1 << 19, 1 << 22
 # Sizes of the first buckets, and of the last in reverse, where there are so many and a block is no larger than the
 # least of them.
