@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 
 import torch
 
@@ -23,3 +25,6 @@ def prepare_deepspeed(use_cpu: bool) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # On GPUs the Trainer does this; without it ZeRO-3 would build the model as if there were one rank.
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    # Else a thread of gloo, which may wait for the interpreter, aborts the process that ends (torch 2.13). Shampoo does
+    # this by itself; AdamW, which the demo trains beside it, does not.
+    atexit.register(time.sleep, 0.1)

@@ -1,12 +1,16 @@
-"""Process groups on the CPU beside those of a job: for large objects, and for the thread that writes checkpoints."""
+"""Process groups on the CPU beside those of a job (for large objects, for the thread that writes), and how they end."""
 
 from __future__ import annotations
 
 import atexit
+import functools
+import time
 
 import torch.distributed as dist
 
 Groups = dict[dist.ProcessGroup, dist.ProcessGroup]
+
+EXIT_SECONDS = 0.1
 
 # By the group beside which they were made.
 _FOR_OBJECTS: Groups = {}
@@ -49,6 +53,17 @@ def _drop_stale(groups: Groups) -> None:
     """Forget groups of a job that was ended by ``destroy_process_group``; the next one makes its own."""
     for stale in [group for group, made in groups.items() if not (exists(group) and exists(made))]:
         del groups[stale]
+
+
+@functools.cache
+def part_in_order() -> None:
+    """Makes this process wait a moment at its exit, which the threads of gloo groups, the host's too, need.
+
+    They take the interpreter's lock to let go of a finished collective's tensors. One that still waits for it when the
+    interpreter ends aborts the process ("terminate called without an active exception"), however well all went; and
+    ``destroy_process_group()`` ends no thread of a group that a model or a device mesh still holds (torch 2.13).
+    """
+    atexit.register(time.sleep, EXIT_SECONDS)
 
 
 @atexit.register

@@ -17,6 +17,7 @@ from torch import Tensor
 from shampoo_deepspeed.boxes import Box, Placed, merged_places, tiling_error
 from shampoo_deepspeed.choices import DTYPES
 from shampoo_deepspeed.config import ShampooConfig
+from shampoo_deepspeed.cpu_groups import part_in_order
 from shampoo_deepspeed.elementwise import Elementwise, Segment
 from shampoo_deepspeed.exchange import Exchange, communication_device
 from shampoo_deepspeed.grafting import is_normalized
@@ -77,6 +78,8 @@ class Unit:
         self.group = layout.process_group
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
         self.world_size = dist.get_world_size(self.group) if self.group is not None else 1
+        if dist.is_initialized():
+            part_in_order()
         locals_ = self.local_tensors()
         self.sizes = [t.numel() for t in locals_]
         self.device = locals_[0].device if locals_ else torch.device("cpu")

@@ -2,7 +2,6 @@
 
 import argparse
 
-import torch.distributed as dist
 from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
@@ -61,8 +60,6 @@ def main() -> None:
         optimizer_cls_and_kwargs=(ShampooFactory, {"lr": args.learning_rate, "weight_decay": 0.1}),
     )
     trainer.train()
-    if dist.is_initialized():  # else torch's gloo threads may abort a process that ends, whatever was trained
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""A process that has trained among other ranks ends with success, whatever torch's threads still have to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.distributed.launch import ROOT
+
+# Gloo's thread drops the last reference to the tensor while this one keeps the interpreter to itself until its end.
+BUSY_TO_THE_END = """
+import sys, time
+import torch
+import torch.distributed as dist
+from tests.stepping import drive, parameter, shampoo
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=0, world_size=1)
+held = dist.group.WORLD
+params = [parameter(8, 6)]
+drive(shampoo([("w", params[0])]), params, range(2))
+sys.setswitchinterval(1000)
+tensor = torch.rand(1000)
+dist.all_reduce(tensor, async_op=True)
+end = time.monotonic() + 0.2
+while time.monotonic() < end:
+    pass
+"""
+
+
+def test_a_gloo_thread_that_waits_for_the_interpreter_aborts_no_exit(tmp_path: Path) -> None:
+    """Without the wait each such process ends by SIGABRT."""
+    command = [sys.executable, "-c", BUSY_TO_THE_END, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+ALONE = """
+from shampoo_deepspeed.cpu_groups import part_in_order
+from tests.stepping import drive, parameter, shampoo
+params = [parameter(8, 6)]
+drive(shampoo([("w", params[0])]), params, range(2))
+print(part_in_order.cache_info().currsize, "waits")
+"""
+
+
+def test_a_process_alone_does_not_wait() -> None:
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "0 waits\n", done.stdout + done.stderr
