@@ -15,7 +15,7 @@ from shampoo_deepspeed.manifest import Manifest
 from shampoo_deepspeed.persistence import BlockOptimizer
 from shampoo_deepspeed.record import cuts_of
 from shampoo_deepspeed.stored import base_key
-from shampoo_deepspeed.treatment import treat
+from shampoo_deepspeed.treatment import decays_under, treat
 from shampoo_deepspeed.validators import OptionError
 
 logger = logging.getLogger("shampoo_deepspeed")
@@ -84,24 +84,72 @@ def what_does_not_fit(path: Path, problems: Mapping[str, str]) -> str:
 
 
 def restore_options(optimizer: BlockOptimizer, manifest: Manifest, keys: frozenset[str]) -> None:
-    """Options of saved groups for the groups of today whose parameters all come from one saved group."""
-    numbers = {base_key(name): record["group"] for name, record in manifest.parameters.items()}
+    """Options of saved groups for today's groups that go on from them.
+
+    A group keeps, with a warning, what the saved groups of its parameters do not share. Weight decay goes by what it
+    did to each parameter: one host has two groups where another has one and ``no_decay``.
+
+    Args:
+        keys: of the parameters that go on.
+    """
+    numbers = {base_key(name): str(record["group"]) for name, record in manifest.parameters.items()}
+    saved = {n: ShampooConfig.from_options(manifest.groups[n]) for n in {numbers[key] for key in keys}}
     configs = optimizer.configs()
     for group in optimizer.param_groups:
-        fixed = set(configs[group["shampoo_group"]].shape_of_state())
-        members = [e.parameter.key for e in optimizer.entries if e.parameter.group == group["shampoo_group"]]
-        origins = {numbers[key] for key in members if key in keys}
-        if len(origins) > 1:
-            logger.warning(
-                "group %s keeps its own lr and other options: its parameters were in the groups %s of the checkpoint",
-                group["shampoo_group"],
-                sorted(origins),
-            )
-        if len(origins) != 1:
+        number = group["shampoo_group"]
+        config = configs[number]
+        members = [e.parameter for e in optimizer.entries if e.parameter.group == number and e.parameter.key in keys]
+        if not members:
             continue
-        saved = ShampooConfig.from_options(manifest.groups[str(origins.pop())])
+        origins = sorted({numbers[parameter.key] for parameter in members})
+        fixed = set(config.shape_of_state()) - {"betas"}
+        differing = []
         for name in OPTION_NAMES:
-            if name == "lr" and isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(saved.lr)
-            elif name not in fixed or name == "betas":
-                group[name] = getattr(saved, name)
+            values = {getattr(saved[origin], name) for origin in origins} if name not in fixed else set()
+            if len(values) == 1 and name != "weight_decay":
+                _put(group, name, values.pop())
+            elif len(values) > 1 and name != "weight_decay":
+                differing.append(name)
+        if differing:
+            logger.warning(
+                "group %s keeps its own %s: its parameters were in the groups %s of the checkpoint, which differ there",
+                number,
+                ", ".join(differing),
+                ", ".join(origins),
+            )
+        _restore_decay(group, members, config, [saved[numbers[parameter.key]] for parameter in members])
+
+
+def _put(group: dict[str, Any], name: str, value: Any) -> None:
+    if isinstance(group[name], torch.Tensor):  # lr, which a compiled step or a scheduler may hold
+        group[name].fill_(value)
+    else:
+        group[name] = value
+
+
+def _restore_decay(
+    group: dict[str, Any], members: Sequence[Parameter], config: ShampooConfig, saved: Sequence[ShampooConfig]
+) -> None:
+    """The weight decay that the group's decaying parameters had, and a warning about those that had another.
+
+    Args:
+        members: the group's parameters that go on.
+        saved: the options that each was saved with.
+    """
+    was = [c.weight_decay if decays_under(p, c) else 0.0 for p, c in zip(members, saved, strict=True)]
+    decaying = [decays_under(p, config) for p in members]
+    wanted = {decay for decay, here in zip(was, decaying, strict=True) if here}
+    if len(wanted) == 1:
+        group["weight_decay"] = wanted.pop()
+    elif len({c.weight_decay for c in saved}) == 1:
+        group["weight_decay"] = saved[0].weight_decay
+    now = [group["weight_decay"] if here else 0.0 for here in decaying]
+    others = [(p.key, old, new) for p, old, new in zip(members, was, now, strict=True) if old != new]
+    if others:
+        logger.warning(
+            "%d parameters have another weight decay than in the checkpoint's run, such as %s: %g there, %g here; give "
+            "the same no_decay patterns or parameter groups as then (a DeepSpeed JSON leaves out norms and biases "
+            "unless it says otherwise), or options=False to keep all of today's options",
+            len(others),
+            *others[0],
+        )

@@ -45,10 +45,7 @@ def treat(parameter: Parameter, config: ShampooConfig) -> Treatment:
     Raises:
         OptionError: where ``split`` does not fit the shape.
     """
-    if parameter.name is None and not parameter.kinds and config.no_decay:
-        decays = sum(n > 1 for n in parameter.shape) > 1  # no names: the usual rule of thumb
-    else:
-        decays = matching(config.no_decay, parameter.name, parameter.kinds, parameter.shape) is None
+    decays = decays_under(parameter, config)
     rule, pattern = rule_of(parameter.name, parameter.kinds, parameter.shape, config), None
     if rule is not None:
         pattern = matching(config.rules[rule]["match"], parameter.name, parameter.kinds, parameter.shape)
@@ -65,6 +62,13 @@ def treat(parameter: Parameter, config: ShampooConfig) -> Treatment:
         return Treatment(merged, dims, None, decays, cuts, sides, rule=pattern)
     except ValueError as error:
         raise OptionError(f"Shampoo option 'split' does not fit parameter {parameter.key}: {error}.") from None
+
+
+def decays_under(parameter: Parameter, config: ShampooConfig) -> bool:
+    """Whether a parameter has the weight decay of its group: by ``no_decay``, and by shape where nothing has a name."""
+    if parameter.name is None and not parameter.kinds and config.no_decay:
+        return sum(n > 1 for n in parameter.shape) > 1  # the usual rule of thumb
+    return matching(config.no_decay, parameter.name, parameter.kinds, parameter.shape) is None
 
 
 def _why_elementwise(parameter: Parameter, merged: tuple[int, ...], config: ShampooConfig) -> tuple[str | None, str]:

@@ -20,6 +20,7 @@ from shampoo_deepspeed.manifest import Manifest
 from tests.stepping import drive, parameter, same_bits, shampoo, state_of
 
 ROOT = Path(__file__).parent.parent
+Groups = tuple[dict[str, Any], ...]
 
 
 def trained(steps: int = 3, **options: Any) -> tuple[list[nn.Parameter], Shampoo]:
@@ -269,7 +270,53 @@ def test_groups_that_were_several_are_told_to_keep_their_options(
     one = Shampoo([("w", w), ("b", b)], lr=0.75)
     load_shampoo(one, tmp_path)
     assert one.param_groups[0]["lr"] == 0.75
-    assert "group 0 keeps its own lr and other options: its parameters were in the groups [0, 1]" in caplog.text
+    assert "group 0 keeps its own lr: its parameters were in the groups 0, 1 of the checkpoint" in caplog.text
+
+
+NAMES = ("weight", "norm.weight")
+BY_PATTERN = ({"params": NAMES, "weight_decay": 0.25, "no_decay": ["*norm*"]},)
+BY_GROUP = ({"params": NAMES[:1], "weight_decay": 0.25}, {"params": NAMES[1:], "weight_decay": 0.0})
+
+
+@pytest.mark.parametrize("before, after", [(BY_PATTERN, BY_GROUP), (BY_GROUP, BY_PATTERN)])
+def test_no_decay_and_groups_without_decay_are_one_another_s_continuation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, before: Groups, after: Groups
+) -> None:
+    """A DeepSpeed JSON says by patterns, the Trainer elsewhere by two groups, which parameters have no weight decay."""
+    params = [parameter(8, 6), parameter(6)]
+    optimizer = in_groups(params, before, lr=0.125)
+    drive(optimizer, params, range(2))
+    save_shampoo(optimizer, tmp_path)
+    own = [nn.Parameter(p.detach().clone()) for p in params]
+    again = in_groups(own, after, lr=0.5)
+    for group in again.param_groups:
+        group["weight_decay"] *= 3
+    load_shampoo(again, tmp_path)
+    assert [group["weight_decay"] for group in again.param_groups] == [group["weight_decay"] for group in after]
+    assert all(group["lr"] == 0.125 for group in again.param_groups)
+    assert "weight decay" not in caplog.text and "keeps its own" not in caplog.text
+    for with_, given in ((optimizer, params), (again, own)):
+        drive(with_, given, range(2, 4))
+    assert same_bits([p.detach() for p in params], [p.detach() for p in own])
+
+
+def test_another_weight_decay_than_before_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    params = [parameter(8, 6), parameter(6)]
+    optimizer = in_groups(params, BY_PATTERN)
+    drive(optimizer, params, range(1))
+    save_shampoo(optimizer, tmp_path)
+    load_shampoo(in_groups(params, ({"params": NAMES, "weight_decay": 0.5},)), tmp_path, options=False)
+    assert "weight decay" not in caplog.text
+    again = in_groups(params, ({"params": NAMES, "weight_decay": 0.5},))
+    load_shampoo(again, tmp_path)
+    assert again.param_groups[0]["weight_decay"] == 0.25
+    assert "1 parameters have another weight decay than in the" in caplog.text
+    assert "such as norm.weight: 0 there, 0.25 here" in caplog.text
+
+
+def in_groups(params: list[nn.Parameter], groups: Groups, **options: Any) -> Shampoo:
+    by_name = dict(zip(NAMES, params, strict=True))
+    return Shampoo([{**group, "params": [(n, by_name[n]) for n in group["params"]]} for group in groups], **options)
 
 
 def test_waiting_for_all_saves_tells_the_first_failure_once(tmp_path: Path) -> None:
