@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.wrappers import innermost
 
-from .checkpoints import add_to_save_state, innermost
+from .checkpoints import add_to_save_state
 
 
 def prepare(accelerator: Accelerator, *objects: Any) -> Any:

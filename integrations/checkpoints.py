@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
 from shampoo_deepspeed.manifest import Manifest
 from shampoo_deepspeed.saved import SavedState
+from shampoo_deepspeed.wrappers import innermost
 
 if TYPE_CHECKING:
     from transformers import Trainer as _BeforeATrainer
@@ -195,10 +196,3 @@ def _cut_short(folder: Path) -> str | None:
         if not file.is_file() or file.stat().st_size != facts["bytes"]:
             return f"{file} is missing or was cut short"
     return None
-
-
-def innermost(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of accelerate and DeepSpeed, each of which keeps the next as ``optimizer``."""
-    while getattr(optimizer, "optimizer", None) is not None:
-        optimizer = optimizer.optimizer
-    return optimizer

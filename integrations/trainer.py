@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 import torch.distributed as dist
@@ -18,13 +19,14 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed import Shampoo, load_shampoo
 from shampoo_deepspeed.choices import TRAINER_NO_DECAY
 from shampoo_deepspeed.hosts import hosts
 from shampoo_deepspeed.naming import clean_name
+from shampoo_deepspeed.wrappers import innermost
 
 from .accelerate import check_innermost, refuse_offload
-from .checkpoints import TrainerCheckpoints, check_resumed, innermost
+from .checkpoints import TrainerCheckpoints, check_resumed
 from .transformers_names import NAME, add_name, options_from_text
 
 logger = logging.getLogger("shampoo_deepspeed")
@@ -82,11 +84,12 @@ class Deferred:
         return {k: known[k] if k in known and v == "auto" else v for k, v in self.options.items()}
 
 
-def deferred(lr: float | str, **options: Any) -> Deferred:
+def deferred(lr: float | str = "auto", **options: Any) -> Deferred:
     """``ShampooTrainer(..., optimizers=(deferred(lr=1e-3, weight_decay=0.1), None))``: no parameters needed yet.
 
     Args:
-        lr: learning rate; ``"auto"`` takes that of TrainingArguments, as it does for betas, eps and weight_decay.
+        lr: learning rate; ``"auto"`` takes that of TrainingArguments. ``betas``, ``eps`` and ``weight_decay`` may be
+            ``"auto"`` too; not given they are Shampoo's own.
         **options: as those of :class:`ShampooFactory`.
     """
     return Deferred({"lr": lr, **options})
@@ -169,13 +172,22 @@ class ShampooCallback(TrainerCallback):
     """Raises at the start of training where it is not Shampoo that trains: some hosts replace an optimizer silently.
 
     Also where the Trainer goes on from a checkpoint that gave no state to Shampoo, unless ``require_state`` is False;
-    then it starts anew. ``history`` holds ``Shampoo.metrics()`` of each training log, with its ``"step"``. The stock
+    then it starts anew.
+
+    Args:
+        start_from: the folder with the ``manifest.json`` of an optimizer state that this training begins with, written
+            under any host on any number of ranks (a DeepSpeed checkpoint's ``global_stepN/shampoo``, for one). Weights
+            are the model's matter, options those of this run. Where the Trainer resumes from a checkpoint of its own,
+            the state is from there.
+
+    ``history`` holds ``Shampoo.metrics()`` of each training log, with its ``"step"``. The stock
     Trainer's own logs are written before a callback sees them; for metrics in them take :class:`ShampooTrainerMixin`.
     """
 
     require_state = True
 
-    def __init__(self) -> None:
+    def __init__(self, start_from: str | PathLike[str] | None = None) -> None:
+        self.start_from = start_from
         self.history: list[dict[str, float]] = []
 
     def on_train_begin(
@@ -187,6 +199,8 @@ class ShampooCallback(TrainerCallback):
             "Trainer(optimizer_cls_and_kwargs=(ShampooFactory, {...})), or, under DeepSpeed, as "
             '"optimizer": {"type": "Shampoo"} in its JSON',
         )
+        if self.start_from is not None and state.global_step == 0:
+            load_shampoo(inner, self.start_from, options=False)
         if not (args.deepspeed and inner.awaited):  # its host loads what is awaited at the next step, or raises
             check_resumed(inner, state, self.require_state)
 

@@ -34,6 +34,8 @@ def options_from_text(text: str) -> dict[str, Any]:
             raise OptionError(f"Shampoo option {part!r} in optim_args has no value; write key=value, lists as a;b")
         if key == "rules" and value:
             raise OptionError("Shampoo option 'rules' in optim_args can only be empty; write rules in Python or JSON")
+        if key in options:
+            raise OptionError(f"Shampoo option {key!r} is given twice in optim_args: {text!r}")
         options[key] = _value(_DEFAULTS.get(ALIASES.get(key, key)), value)
     return canonical(options)
 

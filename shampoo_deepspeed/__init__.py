@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shampoo_deepspeed.manifest import CheckpointError
     from shampoo_deepspeed.optimizer import Shampoo
     from shampoo_deepspeed.validators import OptionError
+    from shampoo_deepspeed.wrappers import unwrap
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "load_shampoo",
     "register",
     "save_shampoo",
+    "unwrap",
     "wait_for_saves",
 ]
 
@@ -37,6 +39,7 @@ _HOMES = {
     "CheckpointError": "shampoo_deepspeed.manifest",
     "load_shampoo": "shampoo_deepspeed.checkpoint",
     "save_shampoo": "shampoo_deepspeed.checkpoint",
+    "unwrap": "shampoo_deepspeed.wrappers",
     "wait_for_saves": "shampoo_deepspeed.checkpoint",
 }
 

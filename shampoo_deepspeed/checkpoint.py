@@ -28,6 +28,7 @@ from shampoo_deepspeed.manifest import CheckpointError, Manifest
 from shampoo_deepspeed.persistence import BlockOptimizer
 from shampoo_deepspeed.storage import Item, damage
 from shampoo_deepspeed.stored import StoredState, base_key
+from shampoo_deepspeed.wrappers import unwrap
 from shampoo_deepspeed.writing import prepared, write_checkpoint
 
 logger = logging.getLogger("shampoo_deepspeed")
@@ -42,7 +43,7 @@ class LoadReport:
 
 
 def save_shampoo(
-    optimizer: BlockOptimizer,
+    optimizer: Any,
     path: str | PathLike[str],
     *,
     asynchronous: bool = False,
@@ -55,6 +56,7 @@ def save_shampoo(
     it stays until the new one is complete.
 
     Args:
+        optimizer: a Shampoo, or what holds one: a wrapper of a host, a DeepSpeed engine, a Trainer that trains.
         asynchronous: return once the state is copied aside on the CPU; a thread writes it, together with those of the
             other ranks. The next save waits for it, as does the interpreter's exit. Before
             ``dist.destroy_process_group()`` call ``result()`` of the future or `wait_for_saves`: without its process
@@ -70,9 +72,11 @@ def save_shampoo(
     Raises:
         CheckpointError: on all ranks, where one of them fails (from ``result()`` of the future if asynchronous), or
             where a loaded state dict waits for ``load_shampoo``.
+        TypeError: where there is no Shampoo in ``optimizer``.
         ValueError: for an empty path, and for another ``moments_dtype`` than bfloat16, float32 or float64. In float16
             second moments of small gradients would be 0, and the next steps without bound.
     """
+    optimizer = unwrap(optimizer)
     if moments_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"moments_dtype = {moments_dtype} is not allowed: None, bfloat16, float32 or float64")
     _WRITER.wait(optimizer)
@@ -110,13 +114,14 @@ def wait_for_saves() -> None:
 
 
 def load_shampoo(
-    optimizer: BlockOptimizer, path: str | PathLike[str], *, strict: bool = True, options: bool = True
+    optimizer: Any, path: str | PathLike[str], *, strict: bool = True, options: bool = True
 ) -> LoadReport:
     """Go on from a checkpoint, from the next step on; call it on all ranks. World size and host may have changed.
 
     The files are checked now and read when the next step finds out what each rank owns; they must stay until then.
 
     Args:
+        optimizer: as for ``save_shampoo``.
         strict: raise where anything does not fit. Otherwise parameters that fit go on, the others start anew, and the
             report and a warning name them.
         options: take over lr and the other options that a group may change at any time, as torch's
@@ -124,7 +129,9 @@ def load_shampoo(
 
     Raises:
         CheckpointError: on all ranks: no complete checkpoint, a damaged file, or (strict) what does not fit.
+        TypeError: where there is no Shampoo in ``optimizer``.
     """
+    optimizer = unwrap(optimizer)
     _WRITER.wait(optimizer)
     # It is read later, when a loop may have changed its directory, or a link to its newest checkpoint.
     folder, group = Path(path).resolve(), everyone()

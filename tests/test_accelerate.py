@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.integrations.accelerate import check_innermost, innermost, prepare, refuse_offload
+from shampoo_deepspeed.integrations.accelerate import check_innermost, prepare, refuse_offload
+from shampoo_deepspeed.wrappers import innermost
 
 
 @pytest.fixture

@@ -25,9 +25,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from shampoo_deepspeed import CheckpointError, Shampoo, ShampooConfig
 from shampoo_deepspeed.config import OPTION_NAMES
-from shampoo_deepspeed.integrations.checkpoints import add_to_save_state, innermost, newest_complete
+from shampoo_deepspeed.integrations.checkpoints import add_to_save_state, newest_complete
 from shampoo_deepspeed.integrations.trainer import ShampooCallback, ShampooFactory, ShampooTrainer, deferred
 from shampoo_deepspeed.torch_state import completed_group, robust_group
+from shampoo_deepspeed.wrappers import innermost
 from tests.distributed.trainings import Training, make_data, make_model
 from tests.stepping import same_bits, shampoo, snapshot, state_of, train
 from tests.zoo import make_model as zoo_model
@@ -121,6 +122,33 @@ def test_a_checkpoint_without_the_optimizer_starts_it_anew_only_if_asked(
     again.train(path)
     assert "the optimizer starts anew" in caplog.text
     assert set(state_of(innermost(again.optimizer))["steps"].values()) == {2}
+
+
+def test_a_trainer_begins_with_the_state_of_another_run(tmp_path: Path) -> None:
+    """The schedule and the other options are its own; once it resumes from its own checkpoints, so is the state."""
+    before, _ = trainer(tmp_path / "before", max_steps=2)
+    before.train()
+    start = ShampooCallback(tmp_path / "before/checkpoint-2/shampoo")
+    run, _ = trainer(tmp_path / "run", ShampooTrainer, start, max_steps=2)
+    run.model.load_state_dict(before.model.state_dict())
+    plain = copy.deepcopy(run.model)
+    run.train()
+    assert set(state_of(innermost(run.optimizer))["steps"].values()) == {4}
+    anew, _ = trainer(tmp_path / "anew", max_steps=2)
+    anew.model.load_state_dict(plain.state_dict())
+    anew.train()
+    assert [g["lr"] for g in run.optimizer.param_groups] == [g["lr"] for g in anew.optimizer.param_groups]
+    assert not same_bits(snapshot(run.model.parameters()), snapshot(anew.model.parameters()))
+    again, _ = trainer(tmp_path / "run", ShampooTrainer, start, max_steps=3)
+    again.train(True)
+    assert set(state_of(innermost(again.optimizer))["steps"].values()) == {5}
+
+
+def test_a_state_to_begin_with_that_is_not_there_stops_the_training_at_its_start(tmp_path: Path) -> None:
+    run, seen = trainer(tmp_path, ShampooTrainer, ShampooCallback(tmp_path / "nothing"))
+    with pytest.raises(CheckpointError, match="nothing"):
+        run.train()
+    assert not seen.losses
 
 
 def test_another_trainer_cannot_lose_the_state_of_ours_and_reads_its_own(tmp_path: Path) -> None:

@@ -32,10 +32,10 @@ from shampoo_deepspeed.integrations.trainer import (
     ShampooTrainer,
     ShampooTrainerMixin,
     deferred,
-    innermost,
     register_with_transformers,
 )
 from shampoo_deepspeed.integrations.transformers_names import options_from_text
+from shampoo_deepspeed.wrappers import innermost
 from tests.distributed.trainings import DECAY, RATE, Training, make_data, make_model, trainer_groups
 
 TRAINING = Training(steps=4)
@@ -254,6 +254,7 @@ def test_every_option_can_be_written_as_text(option: tuple[str, Any]) -> None:
         ("precondition_frequency=often", "'precondition_frequency' = 'often' is not allowed: an integer"),
         ("betas=0.9", "'betas' = .0.9. is not allowed: two numbers"),
         ("nesterov", "'nesterov' in optim_args has no value"),
+        ("lr=1e-3,lr=2e-3", "'lr' is given twice in optim_args"),
     ],
 )
 def test_wrong_text_is_an_error_before_training(text: str, message: str, arguments: Any) -> None:

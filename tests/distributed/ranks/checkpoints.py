@@ -24,7 +24,6 @@ from transformers import Trainer, TrainingArguments
 
 from shampoo_deepspeed import CheckpointError, Shampoo
 from shampoo_deepspeed.integrations.accelerate import prepare
-from shampoo_deepspeed.integrations.checkpoints import innermost
 from shampoo_deepspeed.integrations.trainer import (
     ShampooCallback,
     ShampooFactory,
@@ -32,6 +31,7 @@ from shampoo_deepspeed.integrations.trainer import (
     ShampooTrainerMixin,
     deferred,
 )
+from shampoo_deepspeed.wrappers import innermost
 from tests import zoo
 from tests.distributed.ranks.fsdp import full
 from tests.distributed.ranks.trainer import clean_process, full_parameters, logged, shared_folder

@@ -22,10 +22,10 @@ from shampoo_deepspeed.integrations.trainer import (
     ShampooFactory,
     ShampooTrainer,
     deferred,
-    innermost,
     register_with_transformers,
 )
 from shampoo_deepspeed.naming import clean_name
+from shampoo_deepspeed.wrappers import innermost
 from tests.distributed.ranks.folders import shared_folder
 from tests.distributed.ranks.trainer import clean_process, drop, full_parameters
 from tests.distributed.trainings import Training, make_data, make_model, trainer_groups
