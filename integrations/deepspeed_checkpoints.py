@@ -142,7 +142,7 @@ def _convertible(engine: Any, where: Mapping[str, str]) -> Iterator[None]:
     for tensor in _partitions(engine, stage):
         before[tensor] = dict(optimizer.state.get(tensor, {}))
         nothing = torch.zeros(1, dtype=torch.uint8).expand(tensor.numel())
-        step = before[tensor].get("step", torch.zeros(()))
+        step = before[tensor].get("step", torch.zeros((), dtype=torch.float32))
         optimizer.state[tensor] = {"step": step, **dict.fromkeys(PLACEHOLDERS, nothing)}
     for group in optimizer.param_groups:
         group[MARKER] = dict(where)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -108,10 +109,27 @@ class DTensorHost:
             group: dist.ProcessGroup = mesh.get_group()
             return group
         if ranks not in self._groups:
-            made = dist.new_group(list(ranks), use_local_synchronization=True)
+            with _not_split():
+                made = dist.new_group(list(ranks), use_local_synchronization=True)
             assert made is not None
             self._groups[ranks] = made
         return self._groups[ranks]
+
+
+@contextmanager
+def _not_split() -> Iterator[None]:
+    """Groups are made of their own ranks alone.
+
+    Where the job's NCCL group is bound to a device (``init_process_group(device_id=...)``) torch makes others by
+    splitting it, in which all ranks of the job must take part, also those that have no such group.
+    """
+    world: Any = dist.group.WORLD
+    bound = world.bound_device_id
+    world.bound_device_id = None
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound
 
 
 def _is_dtensor(tensor: Tensor) -> bool:

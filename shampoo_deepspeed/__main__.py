@@ -72,6 +72,10 @@ def _estimate(given: argparse.Namespace) -> str:
         host, options, sub_group_size = _from_deepspeed(given.ds_config, given.host)
     if host is None:
         raise UsageError(f"--host is missing: one of {', '.join(HOSTS)}, or give --ds-config")
+    if host == "hsdp" and given.shard_ranks is None:
+        raise UsageError("--shard-ranks is missing: over how many ranks hsdp shards each parameter")
+    if host != "hsdp" and given.shard_ranks is not None:
+        raise UsageError(f"--shard-ranks {given.shard_ranks} is not allowed with --host {host}: it belongs to hsdp")
     config = ShampooConfig.from_options({**options, **_own_options(given)})
     speed = _speed(given)
     parameters = parameters_of_file(given.shapes) if given.shapes else parameters_of(given.model)

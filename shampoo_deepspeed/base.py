@@ -18,7 +18,7 @@ from shampoo_deepspeed.hosts import CheckpointingHost, Entry, Fresh, Parameter, 
 from shampoo_deepspeed.metrics import read
 from shampoo_deepspeed.naming import clean_name, names_and_kinds
 from shampoo_deepspeed.phases import refresh_phases
-from shampoo_deepspeed.report import treatment_table
+from shampoo_deepspeed.report import doubts, treatment_table
 from shampoo_deepspeed.rules import expanded
 from shampoo_deepspeed.treatment import treat
 from shampoo_deepspeed.unit import Unit
@@ -42,8 +42,7 @@ class UnitOptimizer(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | None,
         options: dict[str, Any],
     ) -> None:
-        if isinstance(params, Tensor):
-            raise TypeError("params is a Tensor; give an iterable of parameters, (name, parameter) pairs or groups")
+        _check_types(params, model, process_group)
         given = list(params)
         options = canonical(options)
         for host in hosts():
@@ -175,6 +174,8 @@ class UnitOptimizer(torch.optim.Optimizer):
         if first and not self._reported:
             trained = [e.parameter for e in self.entries if _trains(e.reference())]
             logger.info("Shampoo preconditions:\n%s", treatment_table(trained, configs))
+            for doubt in doubts([e.parameter for e in self.entries], configs):
+                logger.warning(doubt)
         self._reported = True
 
     def _config(self, group: dict[str, Any]) -> ShampooConfig:
@@ -280,6 +281,16 @@ class UnitOptimizer(torch.optim.Optimizer):
             is not known yet.
         """
         return read([unit.measured() for unit in self.units], self.rejected_steps)
+
+
+def _check_types(params: Any, model: Any, process_group: Any) -> None:
+    if isinstance(params, (Tensor, nn.Module, Mapping)):
+        what = "a Module; give its named_parameters()" if isinstance(params, nn.Module) else type(params).__name__
+        raise TypeError(f"params is {what}; allowed: an iterable of parameters, (name, parameter) pairs or groups")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model = {model!r} is not allowed: None, or the nn.Module that the parameters belong to")
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group = {process_group!r} is not allowed: None, or a torch.distributed.ProcessGroup")
 
 
 def _parts(tensor: Tensor, name: str | None, kinds: frozenset[str]) -> Sequence[Part]:

@@ -113,9 +113,7 @@ def wait_for_saves() -> None:
     _WRITER.wait_for_all()
 
 
-def load_shampoo(
-    optimizer: Any, path: str | PathLike[str], *, strict: bool = True, options: bool = True
-) -> LoadReport:
+def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = True, options: bool = True) -> LoadReport:
     """Go on from a checkpoint, from the next step on; call it on all ranks. World size and host may have changed.
 
     The files are checked now and read when the next step finds out what each rank owns; they must stay until then.

@@ -62,15 +62,21 @@ def _rules(key: str, value: object) -> tuple[dict[str, Any], ...]:
     checks = {option.name: option.metadata["check"] for option in fields(ShampooConfig)}
     rules = []
     for rule in value:
-        if not isinstance(rule, Mapping) or "match" not in rule or len(rule) < 2:
+        if not isinstance(rule, Mapping):
             raise bad(key, value, allowed)
+        if "match" not in rule or len(rule) < 2:
+            lacking = "options beside 'match'" if "match" in rule else "'match'"
+            raise bad(key, value, f"{rule!r} lacks {lacking}; {allowed}")
         match = rule["match"]
         patterns = _patterns(f"{key}: match", [match] if isinstance(match, str) else match)
         options = canonical({name: v for name, v in rule.items() if name != "match"})
         misplaced = sorted(set(options) & set(GROUP_ONLY))
         if misplaced:
             raise bad(key, value, f"{misplaced[0]!r} belongs to a parameter group and not to a rule")
-        rules.append({"match": patterns, **{name: checks[name](name, v) for name, v in options.items()}})
+        try:
+            rules.append({"match": patterns, **{name: checks[name](name, v) for name, v in options.items()}})
+        except OptionError as error:
+            raise OptionError(f"in the rule for {list(patterns)}: {error}") from None
     return tuple(rules)
 
 

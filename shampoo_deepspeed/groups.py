@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -12,6 +13,11 @@ from shampoo_deepspeed.config import OPTION_NAMES, ShampooConfig, canonical
 from shampoo_deepspeed.option_names import ALIASES, GLOBAL_OPTIONS, IGNORED, ONLY_FALSE
 from shampoo_deepspeed.validators import OptionError
 
+logger = logging.getLogger("shampoo_deepspeed")
+
+# What torch, its schedulers and DeepSpeed keep in groups beside options.
+_HOSTS_OWN = ("params", "param_names", "initial_lr", "name", "moe", "shampoo_group")
+
 
 def group_options(config: ShampooConfig) -> dict[str, Any]:
     """The options as a parameter group holds them."""
@@ -19,14 +25,22 @@ def group_options(config: ShampooConfig) -> dict[str, Any]:
 
 
 def checked_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A group with aliases replaced and all options present and checked; other keys belong to the host."""
+    """A group with aliases replaced and all options present and checked; other keys stay, with a warning."""
     group = dict(group)
     own = {}
     for key in list(group):
         if key in OPTION_NAMES or key in ALIASES or key in IGNORED or key in ONLY_FALSE:
             own[key] = group.pop(key)
-        elif key not in ("params", "param_names") and difflib.get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.85):
-            canonical({key: group[key]})
+        elif key not in _HOSTS_OWN:
+            if difflib.get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.85):
+                canonical({key: group[key]})  # raises
+            logger.warning(
+                "Shampoo has no option %r (= %r in a parameter group), and leaves it to whoever reads it there; "
+                "options are %s",
+                key,
+                group[key],
+                ", ".join(OPTION_NAMES),
+            )
     options = {**{name: defaults[name] for name in OPTION_NAMES}, **canonical(own)}
     for name in GLOBAL_OPTIONS:
         if options[name] != defaults[name]:

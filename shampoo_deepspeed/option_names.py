@@ -18,9 +18,10 @@ ALIASES = {
     "use_nesterov": "nesterov",
     "grafting_type": "grafting",
 }
-# What hosts pass to every torch optimizer. The first mean nothing here, as all kernels are already batched; the
-# second change what a step does, so that only their default can be taken.
-IGNORED = ("foreach", "fused")
+# What hosts pass to every torch optimizer, and what DeepSpeed's JSONs for AdamW have. The first say with which kernels,
+# which means nothing here, as all are already batched; the second change what a step does, so that only their default
+# can be taken.
+IGNORED = ("foreach", "fused", "torch_adam")
 ONLY_FALSE = ("capturable", "differentiable", "maximize")
 
 # These shape blocks and state, so they are fixed from a group's first step on; whether there is a first moment, a
@@ -97,6 +98,6 @@ def renamed(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _suggest(key: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, names, n=1)
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"{hint} Allowed: {', '.join(names)}."

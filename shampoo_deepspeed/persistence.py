@@ -21,6 +21,7 @@ from shampoo_deepspeed.saved import FORMAT, START_ANEW, SavedState, StateSource,
 from shampoo_deepspeed.torch_state import (
     FSDP1,
     TorchState,
+    as_count,
     asking_helper,
     completed_group,
     elsewhere_entry,
@@ -102,7 +103,7 @@ class BlockOptimizer(UnitOptimizer):
         # All that could have state, so that what is saved and a template of it have the same names.
         tensors = [(t, g, n) for g in self.param_groups for n, t in enumerate(g["params"]) if t.requires_grad]
         if elsewhere or helper == FSDP1:
-            steps = {id(tensor): self.state.get(tensor, {}).get("step", torch.zeros(())) for tensor, _, _ in tensors}
+            steps = {id(tensor): self.state.get(tensor, {}).get("step", as_count(0)) for tensor, _, _ in tensors}
             return {id(t): elsewhere_entry(t, steps[id(t)], elsewhere) for t, _, _ in tensors}
         fresh = [Fresh(t, g["shampoo_group"], n) for t, g, n in tensors if id(t) not in self._unit_of]
         if fresh:
@@ -147,7 +148,7 @@ class BlockOptimizer(UnitOptimizer):
         before, self._elsewhere = self._elsewhere, where
         # Tools of torch take an empty state for that of an optimizer before its first step, and would make one.
         empty = [t for group in self.param_groups for t in group["params"] if t.requires_grad] if not self.state else []
-        self.state.update((tensor, {"step": torch.zeros(())}) for tensor in empty)
+        self.state.update((tensor, {"step": as_count(0)}) for tensor in empty)
         try:
             yield
         finally:
@@ -212,7 +213,7 @@ class BlockOptimizer(UnitOptimizer):
         self.rejected_steps = source.rejected_steps
         self.state.clear()
         for tensor in (tensor for group in self.param_groups for tensor in group["params"] if source.steps):
-            self.state[tensor]["step"] = torch.tensor(float(max(source.steps.values())))
+            self.state[tensor]["step"] = as_count(max(source.steps.values()))
 
     def _forget_units(self) -> None:
         """Units are built anew at the next step, on all ranks together: handing out state needs communication."""

@@ -1,14 +1,16 @@
-"""The one table that the first step logs: what is preconditioned, what is not, and why."""
+"""What the first step logs: a table of what is preconditioned, what is not and why, and what may not be meant so."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from shampoo_deepspeed.blocks import cut_into_blocks
+from shampoo_deepspeed.choices import DEFAULT_EXCLUDE, DEFAULT_RULES, TRAINER_NO_DECAY
 from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.hosts import Parameter
+from shampoo_deepspeed.naming import matching
 from shampoo_deepspeed.treatment import Treatment, treat
 
 
@@ -34,6 +36,37 @@ def treatment_table(parameters: Iterable[Parameter], configs: Mapping[int, Shamp
     table = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
     total = max(1, sum(elements.values()))
     return f"{table}\n{elements[True]:,} of {total:,} elements ({elements[True] / total:.1%}) are preconditioned"
+
+
+def doubts(parameters: Sequence[Parameter], configs: Mapping[int, ShampooConfig]) -> list[str]:
+    """What a user will not have meant: patterns of theirs that match nothing, and matrices that have no names.
+
+    Args:
+        parameters: all that the optimizer was given, the frozen ones too.
+    """
+    out = []
+    for option, pattern in _own_patterns(configs.values()):
+        if not any(matching([pattern], p.name, p.kinds, p.shape) for p in parameters):
+            out.append(f"{option}: no parameter of the optimizer matches {pattern!r}")
+    excluded = [p for p in parameters if configs[p.group].exclude]
+    nameless = [p for p in excluded if p.name is None and not p.kinds and treat(p, configs[p.group]).preconditioned]
+    if nameless:
+        out.append(
+            f"of the preconditioned parameters {len(nameless)} have no names, so that none is known as an embedding or "
+            "an output head, which are best left out: give model.named_parameters(), or model=model beside them"
+        )
+    return out
+
+
+def _own_patterns(configs: Iterable[ShampooConfig]) -> Iterable[tuple[str, str]]:
+    """(option, pattern) of all patterns that are not there by default."""
+    usual = {*DEFAULT_EXCLUDE, *TRAINER_NO_DECAY, *(pattern for rule in DEFAULT_RULES for pattern in rule["match"])}
+    found: dict[tuple[str, str], None] = {}
+    for config in configs:
+        rules = [("rules", pattern) for rule in config.rules for pattern in rule["match"]]
+        patterns = [*(("exclude", p) for p in config.exclude), *(("no_decay", p) for p in config.no_decay), *rules]
+        found |= dict.fromkeys((option, pattern) for option, pattern in patterns if pattern not in usual)
+    return found
 
 
 def _blocks(treatment: Treatment) -> str:

@@ -265,7 +265,7 @@ def everyones_word(mine: Any, unit: Unit) -> list[Any]:
     if unit.group is None:
         return [mine]
     gathered: list[Any] = [None] * unit.world_size
-    dist.all_gather_object(gathered, mine, group=unit.group)
+    dist.all_gather_object(gathered, mine, group=cpu_group(unit.group))
     return gathered
 
 

@@ -25,8 +25,11 @@ logger = logging.getLogger(__name__)
 # A step makes half a dozen passes over its blocks and as many temporaries. On the CPU these are page faults and cache
 # misses unless few blocks at a time go through all of it; kernels gain nothing there from longer stacks.
 CACHED_BYTES = 2 << 20
-# A refresh holds a dozen temporaries of this size, and decompositions come one after another there anyway.
+# A refresh holds a dozen temporaries of this size: on the CPU, where decompositions come one after another anyway, and
+# elsewhere, where larger batches than this fill a device no better, and cuSOLVER takes 32,767 matrices at most.
 REFRESHED_BYTES = 512 << 10
+REFRESHED_ELSEWHERE = 256 << 20
+MOST_REFRESHED = 8192
 
 
 class BlockStack:
@@ -219,18 +222,22 @@ class BlockStack:
         return installed if preconditioner.turns else []
 
     def _pieces(self, here: slice) -> Iterator[slice]:
-        """On the CPU so few rows at a time that what a refresh holds beside the state stays small."""
-        most = here.stop - here.start
-        if self._device.type == "cpu":
-            largest = max(math.prod(self.shape), max(self.shape) ** 2)  # of a block and its factor matrices
-            most = max(1, REFRESHED_BYTES // (largest * self.tensors[next(iter(self.tensors))].itemsize))
+        """So few rows at a time that what a refresh holds beside the state stays small."""
+        largest = max(math.prod(self.shape), max(self.shape) ** 2)  # of a block and its factor matrices
+        most = REFRESHED_BYTES if self._device.type == "cpu" else REFRESHED_ELSEWHERE
+        most = max(1, min(MOST_REFRESHED, most // (largest * self.tensors[next(iter(self.tensors))].itemsize)))
         for begin in range(here.start, here.stop, most):
             yield slice(begin, min(begin + most, here.stop))
 
     def _begin(self, rows: range, state: dict[str, Tensor], step: int, preconditioner: Preconditioner) -> None:
         """Compute in the background; the state stays as it is until these rows' next step, which waits for it."""
         device = next(iter(state.values())).device
-        refresh = Refresh(lambda: preconditioner.compute(state, step), rows[0], device)
+
+        def compute() -> Renewed:
+            pieces = list(self._pieces(slice(0, len(rows))))
+            return Renewed.joined([preconditioner.compute(_part(state, few), step) for few in pieces], pieces)
+
+        refresh = Refresh(compute, rows[0], device)
         self.pending.update(dict.fromkeys(rows, refresh))
 
     def _await_background(

@@ -35,7 +35,7 @@ class Report:
 
     def verdict(self, unit: Unit) -> Verdict:
         """The device-side verdict for a unit's tensors."""
-        return Verdict((self._flags[_BAD] > 0).to(unit.device), unit.dtype)
+        return Verdict((self._flags[_BAD] > 0).to(unit.device), unit.dtype, lambda: read(self.outcome)[0])
 
     def any_gradient(self) -> bool:
         """Whether any element of any gradient is not zero; read on the host, so only asked at first steps."""

@@ -75,7 +75,8 @@ def write(items: Sequence[Item], directory: Path, group: dist.ProcessGroup | Non
     Raises:
         StorageError: on all ranks, where one of them fails or the boxes do not make up whole tensors.
     """
-    writer = dcp.FileSystemWriter(directory, sync_files=True)
+    # The contents are on the CPU: nothing is to be copied ahead, for which torch would look at the first device.
+    writer = dcp.FileSystemWriter(directory, sync_files=True, per_thread_copy_ahead=0)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -52,7 +52,7 @@ def elsewhere_entry(tensor: Tensor, step: Tensor, elsewhere: bool) -> Entry:
     FSDP1 none."""
     shape = () if is_fsdp1(tensor) else (1,)
     note = torch.full(shape, 0.0 if elsewhere else NOWHERE, device=tensor.device)
-    return {"step": step, MARK: torch.tensor(float(FORMAT)), ELSEWHERE: note}
+    return {"step": step, MARK: as_count(FORMAT), ELSEWHERE: note}
 
 
 def is_fsdp1(tensor: Tensor) -> bool:
@@ -81,12 +81,17 @@ def unit_entries(
                 " ZeRO); use save_shampoo(optimizer, path) and load_shampoo(optimizer, path) beside them, and call "
                 "them within optimizer.state_saved_elsewhere({...})"
             )
-        entry = {"step": torch.tensor(float(unit.steps[number])), MARK: torch.tensor(float(FORMAT))}
-        entry[REJECTED] = torch.tensor(float(rejected_steps))
+        entry = {"step": as_count(unit.steps[number]), MARK: as_count(FORMAT)}
+        entry[REJECTED] = as_count(rejected_steps)
         entry |= {name: as_sharded(tensor, flat) for name, flat in _flat_moments(unit, number, configs).items()}
         stored = blocks.collected(number, rows) if unit.treatments[number].preconditioned else None
         entries.append(entry if stored is None else entry | {BLOCKS: stored})
     return entries
+
+
+def as_count(number: int) -> Tensor:
+    """A count as torch's optimizers hold it, whatever the default dtype: in 16 bits 1,001 would be 1,000."""
+    return torch.tensor(float(number), dtype=torch.float32)
 
 
 def is_torch_state(state_dict: Mapping[str, Any]) -> bool:

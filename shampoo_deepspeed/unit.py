@@ -17,7 +17,7 @@ from torch import Tensor
 from shampoo_deepspeed.boxes import Box, Placed, merged_places, tiling_error
 from shampoo_deepspeed.choices import DTYPES
 from shampoo_deepspeed.config import ShampooConfig
-from shampoo_deepspeed.cpu_groups import part_in_order
+from shampoo_deepspeed.cpu_groups import cpu_group, part_in_order
 from shampoo_deepspeed.elementwise import Elementwise, Segment
 from shampoo_deepspeed.exchange import Exchange, communication_device
 from shampoo_deepspeed.grafting import is_normalized
@@ -91,7 +91,7 @@ class Unit:
         ]
         # Steps taken by each parameter. All ranks count alike, without a read of the device.
         self.steps = [0] * len(self.parameters)
-        self.clock = torch.zeros(())  # the largest of them, as torch's tools know it
+        self.clock = torch.zeros((), dtype=torch.float32)  # the largest of them, as torch's tools know it
         self.pending: Pending | None = None
         self.rejected_in_a_row = 0
         # Flat buffers that lie with the shard, by kind ("momentum", "master") and local tensor.
@@ -144,7 +144,9 @@ class Unit:
         signature = [(p.key, p.shape, p.group, options[p.group], turns.get(p.key)) for p in self.parameters]
         plain = [(p, box.offsets, box.lengths) for p, box in mine]
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, (signature, str(self.dtype), plain, self.layout.problem), group=self.group)
+        assert self.group is not None
+        said = (signature, str(self.dtype), plain, self.layout.problem)
+        dist.all_gather_object(gathered, said, group=cpu_group(self.group))
         for rank, (other, dtype, _, problem) in enumerate(gathered):
             if problem:
                 raise LayoutError(f"rank {rank}: {problem}")

@@ -23,11 +23,14 @@ def bad(key: str, value: object, allowed: str) -> OptionError:
     return error
 
 
+def _hinted(allowed: str, value: object) -> str:
+    return f"{allowed}; only the Hugging Face Trainer fills in 'auto'" if value == "auto" else allowed
+
+
 def number(key: str, value: object, low: float, high: float, allowed: str) -> float:
     """A number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        hint = "; only the Hugging Face Trainer fills in 'auto'" if value == "auto" else ""
-        raise bad(key, value, f"{allowed}{hint}")
+        raise bad(key, value, _hinted(allowed, value))
     if not low <= value <= high:  # NaN fails too
         raise bad(key, value, allowed)
     return float(value)
@@ -43,8 +46,9 @@ def positive(key: str, value: object) -> float:
 
 def learning_rate(key: str, value: object) -> float | Tensor:
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise bad(key, value, "a number >= 0 or a Tensor with one element")
+        known = value.numel() == 1 and value.device.type == "cpu"  # elsewhere a look would wait for the device
+        if value.numel() != 1 or (known and not 0.0 <= float(value) <= 1e300):
+            raise bad(key, value, "a number >= 0 or a Tensor with one such element")
         return value
     return non_negative(key, value)
 
@@ -71,7 +75,7 @@ def fraction(key: str, value: object) -> float:
 def beta_pair(key: str, value: object) -> tuple[float, float]:
     allowed = "two numbers [beta1, beta2] with 0 <= beta1 < 1 and 0 < beta2 <= 1 (1: an AdaGrad sum)"
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise bad(key, value, allowed)
+        raise bad(key, value, _hinted(allowed, value))
     try:
         beta1, beta2 = (number(key, v, 0.0, 1.0, allowed) for v in value)
     except OptionError:
@@ -97,7 +101,10 @@ def flag(key: str, value: object) -> bool:
 
 
 def optional_root(key: str, value: object) -> float | tuple[float | None, ...] | None:
-    allowed = "null or a number p > 0, the root in A^(-1/p), or a list of these for 1, 2, ... preconditioned dims"
+    allowed = (
+        "null or a number p from 0.001 to 1000, the root in A^(-1/p), or a list of these for 1, 2, ... preconditioned "
+        "dims"
+    )
     if isinstance(value, (tuple, list)) and value:
         try:
             return tuple(None if p is None else number(key, p, 1e-3, 1e3, allowed) for p in value)

@@ -7,7 +7,7 @@ flag one step later, when it is long there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -20,17 +20,20 @@ class Verdict:
     Args:
         rejected: 0-d bool tensor.
         dtype: dtype of the scalars that `keep` and `scale` give.
+        read: gives the flag on the host once it is known, where that waits for less than a copy of ``rejected`` would:
+            a copy made now is behind all that the device has to do so far.
     """
 
-    def __init__(self, rejected: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, rejected: Tensor, dtype: torch.dtype, read: Callable[[], bool] | None = None) -> None:
         self._flag = rejected
         self._dtype = dtype
-        self._keeps: dict[float, Tensor] = {}
+        self._read = read
+        self._keeps: dict[tuple[float, torch.dtype], Tensor] = {}
 
     @cached_property
     def rejected(self) -> bool:
         """The flag on the host; the first read waits for the device."""
-        return bool(self._flag)
+        return bool(self._flag) if self._read is None else self._read()
 
     @cached_property
     def found_inf(self) -> Tensor:
@@ -54,12 +57,13 @@ class Verdict:
         """On the CPU nothing waits for a read of the flag, and a mask costs as much as the update itself."""
         return self._flag.device.type == "cpu" and not self.rejected
 
-    def keep(self, decay: float) -> Tensor:
-        """``decay``, or 1 where the step is rejected, as a 0-d tensor."""
-        if decay not in self._keeps:
-            scalar = torch.full((), decay, dtype=self._dtype, device=self._flag.device)
-            self._keeps[decay] = scalar.masked_fill_(self._flag, 1.0)
-        return self._keeps[decay]
+    def keep(self, decay: float, dtype: torch.dtype | None = None) -> Tensor:
+        """``decay``, or 1 where the step is rejected, as a 0-d tensor, in the dtype of what it multiplies."""
+        dtype = dtype or self._dtype
+        if (decay, dtype) not in self._keeps:
+            scalar = torch.full((), decay, dtype=dtype, device=self._flag.device)
+            self._keeps[decay, dtype] = scalar.masked_fill_(self._flag, 1.0)
+        return self._keeps[decay, dtype]
 
     def keep_number(self, decay: float) -> float | None:
         """What `keep` gives, as a number that a kernel can take with others; None where reading it would wait."""
@@ -95,7 +99,7 @@ class Outcome:
         if flags.device.type == "cpu":
             self._flags = flags.clone()
             return
-        self._flags = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        self._flags = torch.empty(flags.shape, dtype=flags.dtype, device="cpu", pin_memory=True)
         self._flags.copy_(flags, non_blocking=True)
         self._event = torch.Event(flags.device)
         self._event.record(torch.accelerator.current_stream(flags.device))

@@ -56,6 +56,8 @@ def _run(
         if ready is None:
             with meter.refreshing(device):
                 return compute()
+        # A new thread is on the first device, and leaving a stream's context would make one of its memory's contexts.
+        torch.accelerator.set_device_index(device)
         stream = _stream(device)
         with stream:
             stream.wait_event(ready)
@@ -79,7 +81,7 @@ def _stream(device: torch.device) -> torch.Stream:
 @cache
 def _load_linear_algebra(device: torch.device) -> None:
     """Torch loads its solvers at their first use, and not if two threads come first at once."""
-    torch.linalg.eigh(torch.eye(2, device=device))
+    torch.linalg.eigh(torch.eye(2, device=device, dtype=torch.float32))
 
 
 if hasattr(os, "register_at_fork"):

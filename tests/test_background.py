@@ -147,7 +147,7 @@ def test_failures_are_counted_and_logged_when_installed(
     preconditioner: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     p = parameter(6, 6)
-    optimizer = background([p], preconditioner=preconditioner, precondition_frequency=1)
+    optimizer = background([("w", p)], preconditioner=preconditioner, precondition_frequency=1)
 
     def refuse(*_: Any) -> Any:
         raise torch.linalg.LinAlgError("did not converge")
@@ -162,7 +162,7 @@ def test_failures_are_counted_and_logged_when_installed(
         assert caplog.records == [] and unit.stacks[0].failures == [0]
         drive(optimizer, [p], [1])
     word = "eigenbasis" if preconditioner == "soap" else "inverse root"
-    assert [r.getMessage().split(":")[0] for r in caplog.records] == [f"no {word} of block group0.0/0"]
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == [f"no {word} of block w/0"]
     assert (unit.stacks[0].failures, unit.stacks[0].refreshed) == ([1], [False])
     drive(optimizer, [p], [2])
     assert (unit.stacks[0].failures, unit.stacks[0].refreshed) == ([0], [True])

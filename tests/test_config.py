@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
 from shampoo_deepspeed.choices import DTYPES, GRAFTING_METHODS, PRECONDITIONERS
@@ -36,7 +37,9 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("lr", math.nan, NUMBER),
     ("lr", math.inf, NUMBER),
     ("lr", 10**400, NUMBER),
-    ("lr", torch.ones(2), "a Tensor with one element"),
+    ("lr", torch.ones(2), "a Tensor with one such element"),
+    ("lr", torch.tensor(-1.0), "a Tensor with one such element"),
+    ("lr", torch.tensor(math.nan), "a Tensor with one such element"),
     ("betas", 0.9, BETAS),
     ("betas", [0.9], BETAS),
     ("betas", [0.9, 0.99, 0.999], BETAS),
@@ -92,8 +95,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("split", [4, 0], "a list of lengths >= 1"),
     ("split", 3, "a list of lengths >= 1"),
     ("split", [2.0, 3], "a list of lengths >= 1"),
-    ("exponent_override", [4, "2"], "null or a number p > 0"),
-    ("exponent_override", [], "null or a number p > 0"),
+    ("exponent_override", [4, "2"], "null or a number p from 0.001 to 1000"),
+    ("exponent_override", [], "null or a number p from 0.001 to 1000"),
     ("exclude", ["kind:norms"], "'kind:norms' is no kind; kinds are embedding"),
     ("rules", {"match": "*q*"}, "a list of rules such as"),
     ("rules", [{"match": "*q*"}], "a list of rules such as"),
@@ -112,8 +115,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("nesterov", "yes", FLAG),
     ("nesterov", True, "true only together with momentum > 0"),
     ("use_bias_correction", 0, FLAG),
-    ("exponent_override", 0, "null or a number p > 0"),
-    ("exponent_override", -2.0, "null or a number p > 0"),
+    ("exponent_override", 0, "null or a number p from 0.001 to 1000"),
+    ("exponent_override", -2.0, "null or a number p from 0.001 to 1000"),
     ("exclude", "*embed*", PATTERNS),
     ("exclude", [None], PATTERNS),
     ("factor_dtype", "float16", "one of float32, float64"),
@@ -179,7 +182,7 @@ def test_auto_is_an_error_for_every_option_but_the_solver(key: str) -> None:
         ShampooConfig.from_options({key: "auto"})
 
 
-@pytest.mark.parametrize("key", ["lr", "eps", "weight_decay", "momentum"])
+@pytest.mark.parametrize("key", ["lr", "betas", "eps", "weight_decay", "momentum"])
 def test_auto_where_the_trainer_would_fill_it_in_says_so(key: str) -> None:
     with pytest.raises(OptionError, match="only the Hugging Face Trainer fills in 'auto'"):
         ShampooConfig.from_options({key: "auto"})
@@ -204,6 +207,34 @@ def test_a_misspelt_option_of_a_group_is_an_error_and_a_hosts_own_key_is_not() -
         Shampoo([{"params": [parameter(3)], "weight_decy": 0.1}])
     optimizer = Shampoo([{"params": [parameter(3)], "name": "experts", "moe": True, "initial_lr": 0.1}])
     assert (optimizer.param_groups[0]["name"], optimizer.param_groups[0]["moe"]) == ("experts", True)
+
+
+def test_a_key_of_a_group_that_nobody_is_known_to_read_stays_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = Shampoo([{"params": [parameter(3)], "name": "experts", "initial_lr": 0.1}])
+    assert not caplog.text
+    optimizer.add_param_group({"params": [parameter(4)], "wd": 0.1})
+    assert optimizer.param_groups[1]["wd"] == 0.1
+    assert "no option 'wd' (= 0.1 in a parameter group)" in caplog.text and "weight_decay" in caplog.text
+
+
+def test_what_deepspeed_s_json_for_adamw_says_of_its_kernel_means_nothing_here() -> None:
+    assert ShampooConfig.from_options({"torch_adam": True, "fused": True}) == ShampooConfig()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((nn.Linear(2, 2),), r"params is a Module; give its named_parameters\(\); allowed: an iterable"),
+        ((nn.Linear(2, 2).state_dict(),), "params is OrderedDict; allowed: an iterable of parameters"),
+        ((torch.ones(2),), "params is Tensor; allowed: an iterable of parameters"),
+        (([parameter(3)], {"model": 3}), "model = 3 is not allowed: None, or the nn.Module"),
+        (([parameter(3)], {"process_group": 3}), "process_group = 3 is not allowed: None, or a torch"),
+    ],
+)
+def test_a_wrong_type_is_an_error_before_the_first_step(arguments: tuple[Any, ...], message: str) -> None:
+    params, options = arguments if len(arguments) == 2 else (arguments[0], {})
+    with pytest.raises(TypeError, match=message):
+        Shampoo(params, **options)
 
 
 @pytest.mark.parametrize("key", GLOBAL_OPTIONS)

@@ -331,6 +331,8 @@ def test_a_deepspeed_json_gives_host_and_options(capsys: pytest.CaptureFixture[s
         (["--model", "llama-3-8b"], "--host is missing: one of zero1"),
         (["--model", "llama-3-8b", "--host", "ddp", "--option", "beta=1"], "Unknown Shampoo option 'beta'"),
         (["--model", "llama-3-8b", "--host", "ddp", "--option", "betas"], "--option 'betas' is not allowed: NAME=JSON"),
+        (["--model", "llama-3-8b", "--host", "hsdp"], "--shard-ranks is missing"),
+        (["--model", "llama-3-8b", "--host", "zero3", "--shard-ranks", "3"], "--shard-ranks 3 is not allowed with"),
         (["--model", "llama-3-8b", "--host", "ddp", "--tflops", "4"], "--tokens-per-step and --tflops go together"),
         (["--model", "llama-3-8b", "--host", "ddp", "--tflops", "-4"], "--tflops -4 is not allowed: a number > 0"),
         (["--model", "llama-3-8b", "--ds-config", "missing.json"], "--ds-config 'missing.json' is not a JSON file"),

@@ -81,12 +81,13 @@ def test_products_in_bfloat16_round_directions_and_leave_statistics_alone(precon
 
 
 @pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
-@pytest.mark.parametrize("phases", [None, [0, 0, 1, 1, 1]], ids=["sync", "staggered"])
+@pytest.mark.parametrize("refresh", ["sync", "staggered", "background"])
 def test_few_rows_at_a_time_take_the_same_steps(
-    preconditioner: str, phases: list[int] | None, monkeypatch: pytest.MonkeyPatch
+    preconditioner: str, refresh: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the CPU a stack goes through a step, and through a refresh, in pieces that stay in the cache."""
-    options: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64", "refresh": "sync"}
+    phases = None if refresh == "sync" else [0, 0, 1, 1, 1]
+    options: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64", "refresh": refresh}
     config = ShampooConfig(preconditioner=preconditioner, precondition_frequency=2, betas=(0.9, 0.9), **options)
     keys = [f"a/{row}" for row in range(5)]
     runs = []

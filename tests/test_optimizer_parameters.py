@@ -311,7 +311,7 @@ def test_nothing_keeps_parameters_alive_before_the_first_step() -> None:
 
 def test_steps_without_any_gradient_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     """As after a wrapper has replaced the model's parameters: nothing else would tell."""
-    optimizer = shampoo([parameter(4, 6)])
+    optimizer = shampoo([("w", parameter(4, 6))])
     for _ in range(2):
         optimizer.step()
     assert [m for m in caplog.messages if "found no gradient" in m] == caplog.messages[:1]

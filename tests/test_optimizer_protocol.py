@@ -122,7 +122,7 @@ def test_a_tensor_learning_rate_changed_in_place_holds_from_the_next_step() -> N
 
 
 def test_a_tensor_learning_rate_of_several_elements_is_refused() -> None:
-    with pytest.raises(OptionError, match="'lr'.*one element"):
+    with pytest.raises(OptionError, match="'lr'.*one such element"):
         Shampoo([parameter(3)], lr=torch.ones(2))
 
 

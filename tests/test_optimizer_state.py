@@ -13,6 +13,7 @@ from torch import nn
 
 from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.choices import GRAFTING_METHODS
+from shampoo_deepspeed.torch_state import as_count
 from tests.stepping import drive, parameter, same_bits, shampoo, snapshot, state_of, through_a_file, train
 from tests.zoo import make_model
 
@@ -374,3 +375,21 @@ def test_a_state_dict_may_bring_other_options_to_an_optimizer_that_has_stepped()
     drive(other, [saving], range(3, 7))
     drive(optimizer, [own], range(3, 7))
     assert same_bits(snapshot([own]), snapshot([saving]))
+
+
+def test_a_default_dtype_of_16_bits_rounds_no_count() -> None:
+    """1,001 is no number of bfloat16, and some set it while they build a model."""
+    p = parameter(8, 6)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        optimizer = shampoo([("w", p)], refresh="background", precondition_frequency=2)
+        saved = optimizer.state_dict()
+        drive(optimizer, [p], range(3))
+        entry = optimizer.state[p]["step"]
+        counts = as_count(1001)
+    finally:
+        torch.set_default_dtype(default)
+    assert saved["shampoo"]["steps"] == {} and entry.dtype == counts.dtype == torch.float32
+    assert (float(entry), float(counts)) == (3.0, 1001.0)
+    assert all(t.dtype == torch.float32 for stack in state_of(optimizer)["stacks"] for t in stack["tensors"].values())

@@ -20,6 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shampoo_deepspeed import LayoutError
 from shampoo_deepspeed.boxes import tiling_error
+from shampoo_deepspeed.integrations.fsdp import DTensorHost
 from shampoo_deepspeed.integrations.placements import local_boxes
 
 WORLD = 8
@@ -142,3 +143,21 @@ def test_a_local_tensor_that_the_placements_do_not_explain_is_refused() -> None:
         local_boxes((4, 4), [Shard(0)], [2], [0], (3, 4))
     with pytest.raises(LayoutError, match="neither sharded nor replicated"):
         local_boxes((4, 4), [Partial()], [2], [0], (4, 4))
+
+
+def test_a_group_of_some_ranks_is_made_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a job that is bound to a device torch would split it, which waits for ranks that never come."""
+    with world(0):
+        mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2))
+        job: Any = dist.group.WORLD
+        job.bound_device_id = bound = torch.device("cpu", 0)
+        seen: list[Any] = []
+
+        def new_group(ranks: list[int], use_local_synchronization: bool) -> Any:
+            seen.append((ranks, use_local_synchronization, job.bound_device_id))
+            return object()
+
+        monkeypatch.setattr(dist, "new_group", new_group)
+        host = DTensorHost()
+        assert host._group(mesh) is host._group(mesh)
+        assert seen == [([0, 1, 2, 3], True, None)] and job.bound_device_id == bound

@@ -97,7 +97,7 @@ def test_a_bad_gradient_of_one_parameter_rejects_those_of_all_groups_and_dtypes(
 
 def test_rejected_steps_are_counted_logged_and_saved(caplog: pytest.LogCaptureFixture) -> None:
     params = three()
-    optimizer = shampoo(params)
+    optimizer = shampoo(zip("abc", params, strict=True))
     with caplog.at_level(logging.WARNING, logger="shampoo_deepspeed"):
         for step in range(6):
             spoil(params, step, 0, math.nan if step % 2 else 1.0)
@@ -105,7 +105,7 @@ def test_rejected_steps_are_counted_logged_and_saved(caplog: pytest.LogCaptureFi
         saved = optimizer.state_dict()
     assert optimizer.rejected_steps == 3
     assert [r.getMessage()[-10:] for r in caplog.records] == ["(1 so far)", "(2 so far)", "(3 so far)"]
-    other = shampoo(three())
+    other = shampoo(zip("abc", three(), strict=True))
     other.load_state_dict(saved)
     assert other.rejected_steps == 3
 

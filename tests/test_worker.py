@@ -148,13 +148,14 @@ def test_on_an_accelerator_a_stream_of_its_own_begins_after_the_factors_and_is_w
     FakeQueue.log.clear()
     monkeypatch.setattr(torch, "Event", lambda *_, **__: FakeQueue("event"))
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda *_: FakeQueue("main"))
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda d: FakeQueue.log.append(f"thread on {d}"))
     monkeypatch.setattr(worker, "_stream", lambda _: FakeQueue("side"))
     monkeypatch.setattr(worker, "_load_linear_algebra", lambda _: None)
     monkeypatch.setattr(RefreshMeter, "refreshing", lambda *_: nullcontext())
-    refresh = worker.Refresh(compute, 0, torch.device("cuda"))
+    refresh = worker.Refresh(compute, 0, torch.device("cuda", 1))
     assert refresh.result().tensors.keys() == {"root_0"}
     assert FakeQueue.log == [
-        "event record", "side enter", "side wait_event", "compute", "side exit", "side synchronize",
+        "event record", "thread on cuda:1", "side enter", "side wait_event", "compute", "side exit", "side synchronize",
         "memory kept for main",
     ]  # fmt: skip
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -13,6 +15,15 @@ class Renewed:
 
     tensors: dict[str, Tensor]
     failed: frozenset[int]
+
+    @staticmethod
+    def joined(parts: Sequence[Renewed], places: Sequence[slice]) -> Renewed:
+        """Those of neighbouring blocks together; ``places`` are the parts' rows."""
+        if len(parts) == 1:
+            return parts[0]
+        tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        failed = [place.start + row for part, place in zip(parts, places, strict=True) for row in part.failed]
+        return Renewed(tensors, frozenset(failed))
 
     def rows(self, first: int, stop: int) -> Renewed:
         """Those of some neighbouring blocks, as views."""

@@ -74,7 +74,7 @@ class ShampooPreconditioner:
         unfolded = unfolded.to(torch.promote_types(factor.dtype, unfolded.dtype))
         decay = verdict.keep_number(self._decay)
         if decay is None:
-            factor.mul_(verdict.keep(self._decay))
+            factor.mul_(verdict.keep(self._decay, factor.dtype))
             decay = 1.0
         if factor.ndim == 2:
             factor.mul_(decay).add_(unfolded.square().sum(dim=-1), alpha=weight)

@@ -158,8 +158,8 @@ class SOAPPreconditioner:
 
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
         second, weight = state["rotated_second_moment"], state["rotated_weight"]
-        second.mul_(verdict.keep(self._beta)).addcmul_(entered, entered, value=1.0 - self._beta)
-        weight.mul_(verdict.keep(self._beta)).add_(verdict.scale(1.0 - self._beta))
+        second.mul_(verdict.keep(self._beta, second.dtype)).addcmul_(entered, entered, value=1.0 - self._beta)
+        weight.mul_(verdict.keep(self._beta, weight.dtype)).add_(verdict.scale(1.0 - self._beta))
         mean = second / weight.clamp_min(torch.finfo(weight.dtype).tiny).view(-1, *[1] * (second.ndim - 1))
         roots = mean.sqrt_() if self._root == 2.0 else mean.pow_(1.0 / self._root)
         largest = roots.amax(dim=tuple(range(1, roots.ndim)), keepdim=True)
