@@ -133,7 +133,9 @@ class ShampooConfig:
     )
     start_preconditioning_step: int = _option(-1, start_step, "first preconditioned step; -1: the frequency")
     grafting: str | None = _option(None, _optional_method, "whose step length blocks take; null: adam, for soap none")
-    grafting_beta2: float | None = _option(None, optional_beta2, "decay of second moments; null: betas[1], or 0.999 where that is 1")
+    grafting_beta2: float | None = _option(
+        None, optional_beta2, "decay of second moments; null: betas[1], or 0.999 where that is 1"
+    )
     elementwise: str | None = _option(
         None, _optional_method, "method of unpreconditioned parameters; null: as grafting, or adam where that is none"
     )
