@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shampoo_deepspeed.cpu_groups import part_in_order
 from tests.distributed.launch import Check, RankResult
 
 PARENT_SECONDS = 120.0
@@ -38,6 +39,7 @@ def main(folder: Path) -> None:
         gc.collect()
         dist.barrier()
     dist.destroy_process_group()
+    part_in_order()  # checks without an optimizer use gloo too
 
 
 def attempt(check: Check) -> RankResult:
