@@ -199,7 +199,8 @@ class ShampooCallback(TrainerCallback):
             "Trainer(optimizer_cls_and_kwargs=(ShampooFactory, {...})), or, under DeepSpeed, as "
             '"optimizer": {"type": "Shampoo"} in its JSON',
         )
-        if self.start_from is not None and state.global_step == 0:
+        # A second train() of the same Trainer begins at step 0 too, and goes on with what the optimizer has.
+        if self.start_from is not None and state.global_step == 0 and not inner.has_state:
             load_shampoo(inner, self.start_from, options=False)
         if not (args.deepspeed and inner.awaited):  # its host loads what is awaited at the next step, or raises
             check_resumed(inner, state, self.require_state)

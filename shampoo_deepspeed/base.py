@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from shampoo_deepspeed import status
 from shampoo_deepspeed.config import OPTION_NAMES, ShampooConfig, canonical
-from shampoo_deepspeed.groups import checked_group, group_options
+from shampoo_deepspeed.groups import checked_group, group_options, unknown_keys
 from shampoo_deepspeed.hosts import CheckpointingHost, Entry, Fresh, Parameter, Part, hosts, plain_layouts
 from shampoo_deepspeed.metrics import read
 from shampoo_deepspeed.naming import clean_name, names_and_kinds
@@ -58,6 +59,7 @@ class UnitOptimizer(torch.optim.Optimizer):
         self._loads: dict[int, list[float]] = {}  # of each process group's ranks, by all units so far
         self._configs: dict[int, tuple[tuple[Any, ...], ShampooConfig]] = {}
         self._reported = False
+        self._unread: set[str] = set()  # keys of groups that were told of
         self.rejected_steps = 0
         super().__init__(given, group_options(ShampooConfig.from_options(options)))
         self._known = {}
@@ -210,6 +212,15 @@ class UnitOptimizer(torch.optim.Optimizer):
         Raises:
             OptionError: for an option that is unknown, out of range, or that all groups must share.
         """
+        for key in unknown_keys(param_group) - self._unread:
+            self._unread.add(key)
+            logger.warning(
+                "Shampoo has no option %r (= %s in a parameter group), and leaves it to whoever reads it there; "
+                "options are %s",
+                key,
+                reprlib.repr(param_group[key]),
+                ", ".join(OPTION_NAMES),
+            )
         group = checked_group(param_group, self.defaults)
         super().add_param_group(group)
         added = self.param_groups[-1]
@@ -284,8 +295,9 @@ class UnitOptimizer(torch.optim.Optimizer):
 
 
 def _check_types(params: Any, model: Any, process_group: Any) -> None:
-    if isinstance(params, (Tensor, nn.Module, Mapping)):
-        what = "a Module; give its named_parameters()" if isinstance(params, nn.Module) else type(params).__name__
+    module = isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList)
+    if module or isinstance(params, (Tensor, Mapping)):
+        what = "a Module; give its named_parameters()" if module else type(params).__name__
         raise TypeError(f"params is {what}; allowed: an iterable of parameters, (name, parameter) pairs or groups")
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model = {model!r} is not allowed: None, or the nn.Module that the parameters belong to")

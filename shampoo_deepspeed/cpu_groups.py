@@ -33,7 +33,10 @@ def cpu_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     _drop_stale(_FOR_OBJECTS)
     if group not in _FOR_OBJECTS:
         ranks = dist.get_process_group_ranks(group)
-        made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        # Where all ranks take part they count alike. Else torch names the group by how many groups a rank is in, and
+        # ranks that are in different numbers of others would wait for one another for ever.
+        some = len(ranks) < dist.get_world_size()
+        made = dist.new_group(ranks, backend="gloo", use_local_synchronization=some)
         assert made is not None
         _FOR_OBJECTS[group] = made
     return _FOR_OBJECTS[group]

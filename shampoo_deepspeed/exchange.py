@@ -7,8 +7,8 @@ packs them in one call, and runs `all_to_all_single` with uneven splits on the g
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -236,6 +236,21 @@ class Transit(NamedTuple):
     work: dist.Work | None
     outgoing: Tensor | None
     incoming: Tensor | None
+
+
+@contextmanager
+def current_device(device: torch.device) -> Iterator[None]:
+    """Within it this device is the thread's current one, through which torch moves objects between an accelerator's
+    ranks: in a job that never calls ``set_device`` that would be the first one for all of them."""
+    if device.type == "cpu":
+        yield
+        return
+    before = torch.accelerator.current_device_index()
+    torch.accelerator.set_device_index(device)
+    try:
+        yield
+    finally:
+        torch.accelerator.set_device_index(before)
 
 
 def communication_device(group: dist.ProcessGroup | None, home: torch.device) -> torch.device:

@@ -31,6 +31,12 @@ _NOT_STORED = (
     "refresh",
     "precondition_frequency",
 )
+# What is checked together, so that some of it alone may be a combination that is not allowed.
+_TOGETHER = (
+    ("momentum", "dampening", "nesterov"),
+    ("weight_decay_type", "decoupled_weight_decay", "peak_lr"),
+    ("precondition_frequency", "start_preconditioning_step"),
+)
 
 
 def misfits(known: Sequence[Parameter], configs: Mapping[int, ShampooConfig], manifest: Manifest) -> dict[str, str]:
@@ -92,8 +98,9 @@ def restore_options(optimizer: BlockOptimizer, manifest: Manifest, keys: frozens
     Args:
         keys: of the parameters that go on.
     """
-    numbers = {base_key(name): str(record["group"]) for name, record in manifest.parameters.items()}
-    saved = {n: ShampooConfig.from_options(manifest.groups[n]) for n in {numbers[key] for key in keys}}
+    records = {base_key(name): record for name, record in manifest.parameters.items()}
+    origin = {key: str(records[key]["group"]) for key in keys}
+    saved = {number: ShampooConfig.from_options(manifest.groups[number]) for number in set(origin.values())}
     configs = optimizer.configs()
     for group in optimizer.param_groups:
         number = group["shampoo_group"]
@@ -101,23 +108,50 @@ def restore_options(optimizer: BlockOptimizer, manifest: Manifest, keys: frozens
         members = [e.parameter for e in optimizer.entries if e.parameter.group == number and e.parameter.key in keys]
         if not members:
             continue
-        origins = sorted({numbers[parameter.key] for parameter in members})
-        fixed = set(config.shape_of_state()) - {"betas"}
-        differing = []
-        for name in OPTION_NAMES:
-            values = {getattr(saved[origin], name) for origin in origins} if name not in fixed else set()
-            if len(values) == 1 and name != "weight_decay":
-                _put(group, name, values.pop())
-            elif len(values) > 1 and name != "weight_decay":
-                differing.append(name)
-        if differing:
-            logger.warning(
-                "group %s keeps its own %s: its parameters were in the groups %s of the checkpoint, which differ there",
-                number,
-                ", ".join(differing),
-                ", ".join(origins),
-            )
-        _restore_decay(group, members, config, [saved[numbers[parameter.key]] for parameter in members])
+        origins = sorted({origin[parameter.key] for parameter in members})
+        _take_over(group, config, {o: saved[o] for o in origins})
+        was = {}
+        for parameter in members:
+            before = saved[origin[parameter.key]]
+            decays = records[parameter.key].get("decays", decays_under(parameter, before))  # older saves do not tell
+            was[parameter.key] = before.weight_decay if decays else 0.0
+        _restore_decay(group, [p for p in members if not p.frozen], config, was)
+
+
+def _take_over(group: dict[str, Any], config: ShampooConfig, saved: Mapping[str, ShampooConfig]) -> None:
+    """The options, but for weight decay, that the saved groups of a group's parameters share."""
+    number, first = group["shampoo_group"], next(iter(saved.values()))
+    shared, differing = _restorable(list(saved.values()), config)
+    if differing:
+        logger.warning(
+            "group %s keeps its own %s: its parameters were in the groups %s of the checkpoint, which differ there",
+            number,
+            ", ".join(differing),
+            ", ".join(saved),
+        )
+    own = {name: getattr(config, name) for name in OPTION_NAMES}
+    try:
+        ShampooConfig(**{**own, **{name: getattr(first, name) for name in shared}})
+    except OptionError as error:
+        logger.warning(
+            "group %s keeps its own options but lr, as the checkpoint's do not go with them: %s", number, error
+        )
+        shared = [name for name in shared if name == "lr"]
+    for name in shared:
+        _put(group, name, getattr(first, name))
+
+
+def _restorable(saved: Sequence[ShampooConfig], config: ShampooConfig) -> tuple[list[str], list[str]]:
+    """Which options a group takes over from the saved groups of its parameters, and in which these differ."""
+    fixed = set(config.shape_of_state()) - {"betas"}
+    equal = {name for name in OPTION_NAMES if all(getattr(s, name) == getattr(saved[0], name) for s in saved)}
+    differing = [name for name in OPTION_NAMES if name not in equal | fixed and name != "weight_decay"]
+    taken = equal - fixed - {"weight_decay"}
+    for together in _TOGETHER:
+        stay = {name for name in together if name not in taken}
+        if any(name not in equal or getattr(config, name) != getattr(saved[0], name) for name in stay):
+            taken -= set(together)
+    return [name for name in OPTION_NAMES if name in taken], differing
 
 
 def _put(group: dict[str, Any], name: str, value: Any) -> None:
@@ -128,28 +162,27 @@ def _put(group: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _restore_decay(
-    group: dict[str, Any], members: Sequence[Parameter], config: ShampooConfig, saved: Sequence[ShampooConfig]
+    group: dict[str, Any], members: Sequence[Parameter], config: ShampooConfig, was: Mapping[str, float]
 ) -> None:
     """The weight decay that the group's decaying parameters had, and a warning about those that had another.
 
     Args:
-        members: the group's parameters that go on.
-        saved: the options that each was saved with.
+        members: the group's parameters that go on and are trained.
+        was: the weight decay in force for each of them when it was saved, by key.
     """
-    was = [c.weight_decay if decays_under(p, c) else 0.0 for p, c in zip(members, saved, strict=True)]
-    decaying = [decays_under(p, config) for p in members]
-    wanted = {decay for decay, here in zip(was, decaying, strict=True) if here}
+    decaying = [p for p in members if decays_under(p, config)]
+    wanted = {was[p.key] for p in decaying}
     if len(wanted) == 1:
         group["weight_decay"] = wanted.pop()
-    elif len({c.weight_decay for c in saved}) == 1:
-        group["weight_decay"] = saved[0].weight_decay
-    now = [group["weight_decay"] if here else 0.0 for here in decaying]
-    others = [(p.key, old, new) for p, old, new in zip(members, was, now, strict=True) if old != new]
+    now = {p.key: group["weight_decay"] if p in decaying else 0.0 for p in members}
+    others = [key for key in now if now[key] != was[key]]
     if others:
         logger.warning(
             "%d parameters have another weight decay than in the checkpoint's run, such as %s: %g there, %g here; give "
             "the same no_decay patterns or parameter groups as then (a DeepSpeed JSON leaves out norms and biases "
             "unless it says otherwise), or options=False to keep all of today's options",
             len(others),
-            *others[0],
+            others[0],
+            was[others[0]],
+            now[others[0]],
         )

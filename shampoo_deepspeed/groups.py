@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -13,10 +12,12 @@ from shampoo_deepspeed.config import OPTION_NAMES, ShampooConfig, canonical
 from shampoo_deepspeed.option_names import ALIASES, GLOBAL_OPTIONS, IGNORED, ONLY_FALSE
 from shampoo_deepspeed.validators import OptionError
 
-logger = logging.getLogger("shampoo_deepspeed")
-
 # What torch, its schedulers and DeepSpeed keep in groups beside options.
-_HOSTS_OWN = ("params", "param_names", "initial_lr", "name", "moe", "shampoo_group")
+_HOSTS_OWN = {
+    "params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "name", "moe",
+    "shampoo_group",
+}  # fmt: skip
+_OWN = {*OPTION_NAMES, *ALIASES, *IGNORED, *ONLY_FALSE}
 
 
 def group_options(config: ShampooConfig) -> dict[str, Any]:
@@ -24,23 +25,20 @@ def group_options(config: ShampooConfig) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in fields(config)}
 
 
+def unknown_keys(group: Mapping[str, Any]) -> set[str]:
+    """Keys of a group that neither this package nor a host that it knows reads."""
+    return {key for key in group if key not in _HOSTS_OWN and key not in _OWN}
+
+
 def checked_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A group with aliases replaced and all options present and checked; other keys stay, with a warning."""
+    """A group with aliases replaced and all options present and checked; other keys stay."""
     group = dict(group)
     own = {}
     for key in list(group):
-        if key in OPTION_NAMES or key in ALIASES or key in IGNORED or key in ONLY_FALSE:
+        if key in _OWN:
             own[key] = group.pop(key)
-        elif key not in _HOSTS_OWN:
-            if difflib.get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.85):
-                canonical({key: group[key]})  # raises
-            logger.warning(
-                "Shampoo has no option %r (= %r in a parameter group), and leaves it to whoever reads it there; "
-                "options are %s",
-                key,
-                group[key],
-                ", ".join(OPTION_NAMES),
-            )
+        elif key in unknown_keys(group) and difflib.get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.85):
+            canonical({key: group[key]})  # raises
     options = {**{name: defaults[name] for name in OPTION_NAMES}, **canonical(own)}
     for name in GLOBAL_OPTIONS:
         if options[name] != defaults[name]:

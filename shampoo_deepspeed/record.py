@@ -101,6 +101,7 @@ def _record(
         "steps": steps,
         "merged": list(treatment.merged) if blocks else None,
         "cuts": cuts_of(treatment),
+        "decays": treatment.decays,
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.boxes import Box, Placed, row_major
 from shampoo_deepspeed.cpu_groups import cpu_group
+from shampoo_deepspeed.exchange import current_device
 from shampoo_deepspeed.unit import Unit
 
 FORMAT = 1
@@ -265,7 +266,8 @@ def everyones_word(mine: Any, unit: Unit) -> list[Any]:
     if unit.group is None:
         return [mine]
     gathered: list[Any] = [None] * unit.world_size
-    dist.all_gather_object(gathered, mine, group=cpu_group(unit.group))
+    with current_device(unit.device):
+        dist.all_gather_object(gathered, mine, group=unit.group)
     return gathered
 
 

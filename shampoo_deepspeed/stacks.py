@@ -223,7 +223,8 @@ class BlockStack:
 
     def _pieces(self, here: slice) -> Iterator[slice]:
         """So few rows at a time that what a refresh holds beside the state stays small."""
-        largest = max(math.prod(self.shape), max(self.shape) ** 2)  # of a block and its factor matrices
+        factors = [tensor[0].numel() for name, tensor in self.tensors.items() if name.startswith("factor_")]
+        largest = max(math.prod(self.shape), *factors)
         most = REFRESHED_BYTES if self._device.type == "cpu" else REFRESHED_ELSEWHERE
         most = max(1, min(MOST_REFRESHED, most // (largest * self.tensors[next(iter(self.tensors))].itemsize)))
         for begin in range(here.start, here.stop, most):

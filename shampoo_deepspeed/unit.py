@@ -17,9 +17,9 @@ from torch import Tensor
 from shampoo_deepspeed.boxes import Box, Placed, merged_places, tiling_error
 from shampoo_deepspeed.choices import DTYPES
 from shampoo_deepspeed.config import ShampooConfig
-from shampoo_deepspeed.cpu_groups import cpu_group, part_in_order
+from shampoo_deepspeed.cpu_groups import part_in_order
 from shampoo_deepspeed.elementwise import Elementwise, Segment
-from shampoo_deepspeed.exchange import Exchange, communication_device
+from shampoo_deepspeed.exchange import Exchange, communication_device, current_device
 from shampoo_deepspeed.grafting import is_normalized
 from shampoo_deepspeed.hosts import Layout, LayoutError, compute_dtype
 from shampoo_deepspeed.metrics import Measured
@@ -144,9 +144,9 @@ class Unit:
         signature = [(p.key, p.shape, p.group, options[p.group], turns.get(p.key)) for p in self.parameters]
         plain = [(p, box.offsets, box.lengths) for p, box in mine]
         gathered: list[Any] = [None] * self.world_size
-        assert self.group is not None
         said = (signature, str(self.dtype), plain, self.layout.problem)
-        dist.all_gather_object(gathered, said, group=cpu_group(self.group))
+        with current_device(self.device):
+            dist.all_gather_object(gathered, said, group=self.group)
         for rank, (other, dtype, _, problem) in enumerate(gathered):
             if problem:
                 raise LayoutError(f"rank {rank}: {problem}")

@@ -47,7 +47,7 @@ def positive(key: str, value: object) -> float:
 def learning_rate(key: str, value: object) -> float | Tensor:
     if isinstance(value, Tensor):
         known = value.numel() == 1 and value.device.type == "cpu"  # elsewhere a look would wait for the device
-        if value.numel() != 1 or (known and not 0.0 <= float(value) <= 1e300):
+        if value.numel() != 1 or (known and not 0.0 <= float(value.detach()) <= 1e300):
             raise bad(key, value, "a number >= 0 or a Tensor with one such element")
         return value
     return non_negative(key, value)

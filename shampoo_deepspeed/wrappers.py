@@ -9,8 +9,11 @@ from shampoo_deepspeed.persistence import BlockOptimizer
 
 def innermost(optimizer: Any) -> Any:
     """What is inside the wrappers of accelerate and DeepSpeed, each of which keeps the next as ``optimizer``."""
-    while getattr(optimizer, "optimizer", None) is not None:
-        optimizer = optimizer.optimizer
+    seen = set()
+    while not isinstance(optimizer, BlockOptimizer) and id(optimizer) not in seen:
+        seen.add(id(optimizer))
+        inner = getattr(optimizer, "optimizer", None)
+        optimizer = optimizer if inner is None else inner
     return optimizer
 
 

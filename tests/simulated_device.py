@@ -167,5 +167,7 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(torch, "Event", event)
     monkeypatch.setattr(torch.accelerator, "current_stream", _Stream)
     monkeypatch.setattr(torch.accelerator, "set_device_index", lambda device: None)
+    # What the device's first use does is done again where there is a real one.
+    monkeypatch.setattr(worker, "_load_linear_algebra", worker._load_linear_algebra.__wrapped__)
     _NOTED.__init__()  # type: ignore[misc]
     return _NOTED

@@ -134,6 +134,10 @@ def test_a_trainer_begins_with_the_state_of_another_run(tmp_path: Path) -> None:
     plain = copy.deepcopy(run.model)
     run.train()
     assert set(state_of(innermost(run.optimizer))["steps"].values()) == {4}
+    again, _ = trainer(tmp_path / "twice", ShampooTrainer, start, max_steps=2)
+    again.train()
+    again.train()
+    assert set(state_of(innermost(again.optimizer))["steps"].values()) == {6}  # the second goes on with the first
     anew, _ = trainer(tmp_path / "anew", max_steps=2)
     anew.model.load_state_dict(plain.state_dict())
     anew.train()

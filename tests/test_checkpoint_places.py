@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo, wait_for_saves
+from shampoo_deepspeed.choices import TRAINER_NO_DECAY
 from shampoo_deepspeed.hosts import Layout, plain_layouts
 from shampoo_deepspeed.manifest import Manifest
 from tests.stepping import drive, parameter, same_bits, shampoo, state_of
@@ -309,9 +310,85 @@ def test_another_weight_decay_than_before_is_told(tmp_path: Path, caplog: pytest
     assert "weight decay" not in caplog.text
     again = in_groups(params, ({"params": NAMES, "weight_decay": 0.5},))
     load_shampoo(again, tmp_path)
-    assert again.param_groups[0]["weight_decay"] == 0.25
-    assert "1 parameters have another weight decay than in the" in caplog.text
-    assert "such as norm.weight: 0 there, 0.25 here" in caplog.text
+    assert again.param_groups[0]["weight_decay"] == 0.5
+    assert "2 parameters have another weight decay than in the" in caplog.text
+    assert "such as weight: 0.25 there, 0.5 here" in caplog.text
+
+
+class Normed(nn.Module):
+    """A norm that nothing in its name gives away, as in GPT-2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.ln_1 = parameter(8, 6), nn.LayerNorm(6, bias=False)
+
+
+def test_decay_by_kind_is_known_to_a_loop_that_gives_names_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Normed()
+    params = list(model.parameters())
+    options = {"weight_decay": 0.25, "no_decay": TRAINER_NO_DECAY}
+    drive(optimizer := Shampoo(model.named_parameters(), model=model, **options), params, range(1))
+    save_shampoo(optimizer, tmp_path)
+    weight, norm = model.named_parameters()
+    apart = Shampoo([{"params": [weight], "weight_decay": 0.25}, {"params": [norm], "weight_decay": 0.0}])
+    load_shampoo(apart, tmp_path)
+    assert [group["weight_decay"] for group in apart.param_groups] == [0.25, 0.0]
+    assert "weight decay" not in caplog.text
+    load_shampoo(Shampoo(model.named_parameters(), weight_decay=0.25), tmp_path)
+    assert "such as ln_1.weight: 0 there, 0.25 here" in caplog.text
+
+
+def test_a_group_of_parameters_that_decayed_differently_keeps_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = [parameter(8, 6), parameter(6)]
+    drive(optimizer := in_groups(params, BY_PATTERN), params, range(1))
+    save_shampoo(optimizer, tmp_path)
+    again = in_groups(params, ({"params": NAMES, "weight_decay": 0.0},))
+    load_shampoo(again, tmp_path)
+    assert again.param_groups[0]["weight_decay"] == 0.0
+    assert "such as weight: 0.25 there, 0 here" in caplog.text
+    params[1].requires_grad_(False)  # whose decay means nothing
+    caplog.clear()
+    again = in_groups(params, ({"params": NAMES, "weight_decay": 0.0},))
+    load_shampoo(again, tmp_path)
+    assert again.param_groups[0]["weight_decay"] == 0.25 and "weight decay" not in caplog.text
+
+
+def apart(first: dict[str, Any], second: dict[str, Any]) -> Groups:
+    return ({"params": NAMES[:1], **first}, {"params": NAMES[1:], **second})
+
+
+OPTIONS_THAT_CLASH: list[tuple[Groups, dict[str, Any], str]] = [
+    (
+        apart({"momentum": 0.9, "nesterov": True}, {"momentum": 0.8, "nesterov": True}),
+        {},
+        "group 0 keeps its own momentum: its parameters were in the groups 0, 1",
+    ),
+    (({"params": NAMES, "start_preconditioning_step": 10},), {"precondition_frequency": 50}, ""),
+    (
+        apart({"solver": "newton_db", "exponent_override": 8}, {"solver": "newton_db", "exponent_override": 4}),
+        {"exponent_override": 3},
+        "group 0 keeps its own options but lr, as the checkpoint's do not go with them: Shampoo option 'solver'",
+    ),
+]
+
+
+@pytest.mark.parametrize("before, today, told", OPTIONS_THAT_CLASH)
+def test_options_come_only_in_combinations_that_are_allowed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, before: Groups, today: dict[str, Any], told: str
+) -> None:
+    """And the next step does not find out."""
+    params = [parameter(8, 6), parameter(6)]
+    drive(optimizer := in_groups(params, before, lr=0.125), params, range(1))
+    save_shampoo(optimizer, tmp_path)
+    again = in_groups(params, ({"params": NAMES},), **today)
+    load_shampoo(again, tmp_path)
+    assert again.param_groups[0]["lr"] == 0.125
+    assert told in caplog.text and not again.param_groups[0]["nesterov"]
+    drive(again, params, range(1, 3))
 
 
 def in_groups(params: list[nn.Parameter], groups: Groups, **options: Any) -> Shampoo:

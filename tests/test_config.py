@@ -215,6 +215,12 @@ def test_a_key_of_a_group_that_nobody_is_known_to_read_stays_with_a_warning(capl
     optimizer.add_param_group({"params": [parameter(4)], "wd": 0.1})
     assert optimizer.param_groups[1]["wd"] == 0.1
     assert "no option 'wd' (= 0.1 in a parameter group)" in caplog.text and "weight_decay" in caplog.text
+    optimizer.add_param_group({"params": [parameter(5)], "wd": 0.2})
+    assert caplog.text.count("no option") == 1
+
+
+def test_a_list_of_parameters_that_is_a_module_is_taken() -> None:
+    assert len(Shampoo(nn.ParameterList([parameter(3), parameter(4)])).param_groups[0]["params"]) == 2
 
 
 def test_what_deepspeed_s_json_for_adamw_says_of_its_kernel_means_nothing_here() -> None:

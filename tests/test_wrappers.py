@@ -30,6 +30,16 @@ def test_saving_and_loading_take_what_holds_the_optimizer(tmp_path: Path) -> Non
     assert load_shampoo(Holder(again), tmp_path).loaded == ("w",)
 
 
+def test_attributes_of_the_optimizer_itself_do_not_mislead() -> None:
+    inner = shampoo([("w", parameter(8, 6))])
+    inner.optimizer = "a note of the user's"  # type: ignore[attr-defined]
+    assert unwrap(Holder(inner)) is inner
+    circle = Holder(None)
+    circle.optimizer = circle
+    with pytest.raises(TypeError, match="a Shampoo is needed"):
+        unwrap(circle)
+
+
 @pytest.mark.parametrize(
     "wrong, found",
     [
