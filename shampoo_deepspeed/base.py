@@ -59,7 +59,6 @@ class UnitOptimizer(torch.optim.Optimizer):
         self._loads: dict[int, list[float]] = {}  # of each process group's ranks, by all units so far
         self._configs: dict[int, tuple[tuple[Any, ...], ShampooConfig]] = {}
         self._reported = False
-        self._unread: set[str] = set()  # keys of groups that were told of
         self.rejected_steps = 0
         super().__init__(given, group_options(ShampooConfig.from_options(options)))
         self._known = {}
@@ -212,8 +211,8 @@ class UnitOptimizer(torch.optim.Optimizer):
         Raises:
             OptionError: for an option that is unknown, out of range, or that all groups must share.
         """
-        for key in unknown_keys(param_group) - self._unread:
-            self._unread.add(key)
+        told = {key for earlier in self.param_groups for key in earlier}
+        for key in sorted(unknown_keys(param_group) - told):
             logger.warning(
                 "Shampoo has no option %r (= %s in a parameter group), and leaves it to whoever reads it there; "
                 "options are %s",
