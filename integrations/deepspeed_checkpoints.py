@@ -141,8 +141,8 @@ def _convertible(engine: Any, where: Mapping[str, str]) -> Iterator[None]:
     before: dict[Tensor, dict[str, Any]] = {}
     for tensor in _partitions(engine, stage):
         before[tensor] = dict(optimizer.state.get(tensor, {}))
-        nothing = torch.zeros(1, dtype=torch.uint8).expand(tensor.numel())
-        step = before[tensor].get("step", torch.zeros((), dtype=torch.float32))
+        nothing = torch.zeros(1, dtype=torch.uint8, device="cpu").expand(tensor.numel())
+        step = before[tensor].get("step", torch.zeros((), dtype=torch.float32, device="cpu"))
         optimizer.state[tensor] = {"step": step, **dict.fromkeys(PLACEHOLDERS, nothing)}
     for group in optimizer.param_groups:
         group[MARKER] = dict(where)

@@ -116,6 +116,8 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         if not _is_ours(optimizer):
             super().__init__(*args, optimizers=optimizers, **kwargs)
             self._take_name(optimizer, scheduler)
+            if _json_names_shampoo(self.args):
+                self._watch()
             return
         _check_scheduler(optimizer, scheduler)
         super().__init__(*args, **kwargs)
@@ -126,9 +128,9 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         if optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim == NAME:
             named = _named(self.args)
             _check_scheduler(named, scheduler)
-            self._take(named, scheduler)
+            self._take(named, scheduler, by_name=True)
 
-    def _take(self: Any, optimizer: Shampoo | Deferred, scheduler: Any) -> None:
+    def _take(self: Any, optimizer: Shampoo | Deferred, scheduler: Any, by_name: bool = False) -> None:
         if self.optimizer_cls_and_kwargs is not None:
             raise ValueError("both optimizers= and optimizer_cls_and_kwargs= are given; leave one out")
         state = self.accelerator.state
@@ -137,16 +139,21 @@ class ShampooTrainerMixin(TrainerCheckpoints):
             _refuse_flat_fsdp(getattr(state, "fsdp_plugin", None))
             factory: Callable[[], Callable[..., Shampoo]] = _Prebuilt(optimizer)
         else:
-            options, rule = optimizer.filled(self.args), self.get_decay_parameter_names
-            if self.accelerator.distributed_type.value.startswith("MULTI_"):  # DDP
-                options.setdefault("process_group", dist.group.WORLD)
 
             def factory() -> Callable[..., Shampoo]:
-                return lambda model, **_: build(model, options, rule)
+                # Now, and not before: a search for hyperparameters changes the arguments of the same Trainer.
+                options = (_named(self.args) if by_name else optimizer).filled(self.args)
+                if self.accelerator.distributed_type.value.startswith("MULTI_"):  # DDP
+                    options.setdefault("process_group", dist.group.WORLD)
+                return lambda model, **_: build(model, options, self.get_decay_parameter_names)
 
         no_options: dict[str, Any] = {}
         self.optimizer_cls_and_kwargs = (factory, no_options)
         self.lr_scheduler = self.callback_handler.lr_scheduler = self._given_scheduler = scheduler
+        self._watch()
+
+    def _watch(self: Any) -> None:
+        """Have it checked that Shampoo trains."""
         if not any(isinstance(callback, ShampooCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(ShampooCallback)
 
@@ -262,6 +269,13 @@ def _named(arguments: TrainingArguments) -> Deferred:
     """What ``optim_args`` asks for; the rest is to come from TrainingArguments."""
     given = options_from_text(arguments.optim_args or "")
     return Deferred(dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto") | given)
+
+
+def _json_names_shampoo(arguments: TrainingArguments) -> bool:
+    """Whether DeepSpeed's JSON asks for Shampoo, which accelerate may ignore (ACCELERATE_USE_CPU)."""
+    json = getattr(arguments, "hf_deepspeed_config", None)
+    optimizer = json.config.get("optimizer", {}) if json is not None else {}
+    return str(optimizer.get("type", "")).lower() == NAME
 
 
 def _prefixed(metrics: Mapping[str, float]) -> dict[str, float]:

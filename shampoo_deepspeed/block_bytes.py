@@ -96,7 +96,7 @@ class BlockBytes:
         """
         unit, stretches = self.unit, self._stretches[number]
         own = {s.block: s for s in stretches if unit.plan.owners[s.block] == unit.rank}
-        blobs = {b: torch.empty(s.stop - s.start, dtype=torch.uint8) for b, s in own.items()}
+        blobs = {b: torch.empty(s.stop - s.start, dtype=torch.uint8, device="cpu") for b, s in own.items()}
         if all(interval == (0, self.total(number)) for interval in intervals):
             for b, s in own.items():
                 blobs[b].copy_(local[s.start : s.stop])

@@ -60,7 +60,8 @@ def block_size(layout: BlockLayout) -> int:
 def packed(stack: Mapping[str, Any], row: int, layout: BlockLayout) -> Tensor:
     """A block's state, a row of an exported stack, as bytes on the CPU."""
     pending = "pending" in stack and stack["pending"][row]
-    status = torch.tensor([int(stack["refreshed"][row]) + 2 * int(pending), stack["failures"][row]], dtype=torch.int64)
+    flags = [int(stack["refreshed"][row]) + 2 * int(pending), stack["failures"][row]]
+    status = torch.tensor(flags, dtype=torch.int64, device="cpu")  # whatever the default device
     parts = []
     for name, kind, _ in layout:
         tensor = status if name == "status" else stack["tensors"][name][row]

@@ -31,6 +31,8 @@ _NOT_STORED = (
     "refresh",
     "precondition_frequency",
 )
+# What schedules change, so that it differs at most resumptions.
+_SCHEDULED = ("lr", "peak_lr", "betas", "momentum")
 # What is checked together, so that some of it alone may be a combination that is not allowed.
 _TOGETHER = (
     ("momentum", "dampening", "nesterov"),
@@ -137,6 +139,13 @@ def _take_over(group: dict[str, Any], config: ShampooConfig, saved: Mapping[str,
             "group %s keeps its own options but lr, as the checkpoint's do not go with them: %s", number, error
         )
         shared = [name for name in shared if name == "lr"]
+    changed = [n for n in shared if own[n] != getattr(first, n) and n not in _SCHEDULED]
+    if changed:
+        logger.warning(
+            "group %s goes on with the checkpoint's %s",
+            number,
+            ", ".join(f"{name} = {getattr(first, name)!r} (given here: {own[name]!r})" for name in changed),
+        )
     for name in shared:
         _put(group, name, getattr(first, name))
 

@@ -70,7 +70,8 @@ class Shampoo(BlockOptimizer):
         super().__init__(params, model, process_group, {"lr": lr, **options})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    @torch.compiler.disable  # what is compiled around a step leaves it as it is: blocks are batched already
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of all tensors in ``param_groups`` that have a gradient.
 
         Raises:

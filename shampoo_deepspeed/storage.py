@@ -186,7 +186,9 @@ class _Reader(LoadPlanner):
         place = _place(read_item)
         if place not in self._buffers:
             found: Any = self._index.state_dict_metadata[place[0]]
-            self._buffers[place] = torch.empty(self._wanted[place].box.lengths, dtype=found.properties.dtype)
+            self._buffers[place] = torch.empty(
+                self._wanted[place].box.lengths, dtype=found.properties.dtype, device="cpu"
+            )
         part = self._buffers[place]
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             part = part.narrow(dim, start, length)

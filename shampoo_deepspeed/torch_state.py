@@ -90,8 +90,8 @@ def unit_entries(
 
 
 def as_count(number: int) -> Tensor:
-    """A count as torch's optimizers hold it, whatever the default dtype: in 16 bits 1,001 would be 1,000."""
-    return torch.tensor(float(number), dtype=torch.float32)
+    """A count as torch's optimizers hold it, whatever the default dtype and device: in 16 bits 1,001 would be 1,000."""
+    return torch.tensor(float(number), dtype=torch.float32, device="cpu")
 
 
 def is_torch_state(state_dict: Mapping[str, Any]) -> bool:

@@ -91,7 +91,7 @@ class Unit:
         ]
         # Steps taken by each parameter. All ranks count alike, without a read of the device.
         self.steps = [0] * len(self.parameters)
-        self.clock = torch.zeros((), dtype=torch.float32)  # the largest of them, as torch's tools know it
+        self.clock = torch.zeros((), dtype=torch.float32, device="cpu")  # the largest of them, as torch's tools know it
         self.pending: Pending | None = None
         self.rejected_in_a_row = 0
         # Flat buffers that lie with the shard, by kind ("momentum", "master") and local tensor.
@@ -106,7 +106,7 @@ class Unit:
         matrices = [self._matrix(p, configs) for p in number_of]
         held = [[(number_of[p], box) for p, box in shards if p in number_of] for shards in everyone]
         first = configs[self.parameters[0].group]
-        item = torch.empty((), dtype=self.dtype).element_size()
+        item = self.dtype.itemsize
         self.plan = Plan(matrices, held, bucket_elements(first.bucket_mb, item), carried)
         wire = DTYPES[first.communication_dtype] if first.communication_dtype else self.dtype
         own = [(tensor, place) for p, tensor, place in places if p in number_of]

@@ -315,6 +315,18 @@ def test_another_weight_decay_than_before_is_told(tmp_path: Path, caplog: pytest
     assert "such as weight: 0.25 there, 0.5 here" in caplog.text
 
 
+def test_options_that_a_checkpoint_has_otherwise_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    params, optimizer = trained(lr=0.5, refresh="sync", precondition_frequency=2)
+    named = list(zip("wb", params, strict=True))
+    save_shampoo(optimizer, tmp_path)
+    load_shampoo(shampoo(named, lr=0.25, refresh="sync", precondition_frequency=2), tmp_path)
+    assert "goes on with" not in caplog.text  # a schedule's rate differs at most resumptions
+    again = shampoo(named, refresh="sync", precondition_frequency=5)
+    load_shampoo(again, tmp_path)
+    assert "goes on with the checkpoint's precondition_frequency = 2 (given here: 5)" in caplog.text
+    assert again.param_groups[0]["precondition_frequency"] == 2
+
+
 class Normed(nn.Module):
     """A norm that nothing in its name gives away, as in GPT-2."""
 

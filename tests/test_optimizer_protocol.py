@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, StepLR
 
 from shampoo_deepspeed import OptionError, Shampoo
@@ -258,3 +258,25 @@ def test_torch_sees_an_ordinary_optimizer() -> None:
 def steps_of(optimizer: Shampoo, key: str) -> int:
     """How many steps a parameter has taken, by the saved state."""
     return int(optimizer.state_dict()["shampoo"]["steps"][key])
+
+
+def test_a_compiled_training_step_leaves_the_optimizer_s_as_it_is() -> None:
+    """Torch's compiler cannot trace it, and does not try."""
+    found = []
+    for compiled in (False, True):
+        model = nn.Linear(6, 5)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(made_up(p, 0))
+        optimizer = shampoo(model.named_parameters(), precondition_frequency=1)
+
+        def train_step(inputs: Tensor, model: nn.Module = model, optimizer: Shampoo = optimizer) -> None:
+            model(inputs).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step = torch.compile(train_step, backend="aot_eager") if compiled else train_step
+        for number in range(3):
+            step(made_up(torch.empty(4, 6), number))
+        found.append(snapshot(model.parameters()))
+    assert same_bits(*found)

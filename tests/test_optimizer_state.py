@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed import Shampoo, load_shampoo, save_shampoo
 from shampoo_deepspeed.choices import GRAFTING_METHODS
 from shampoo_deepspeed.torch_state import as_count
 from tests.stepping import drive, parameter, same_bits, shampoo, snapshot, state_of, through_a_file, train
@@ -393,3 +394,31 @@ def test_a_default_dtype_of_16_bits_rounds_no_count() -> None:
     assert saved["shampoo"]["steps"] == {} and entry.dtype == counts.dtype == torch.float32
     assert (float(entry), float(counts)) == (3.0, 1001.0)
     assert all(t.dtype == torch.float32 for stack in state_of(optimizer)["stacks"] for t in stack["tensors"].values())
+
+
+@pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
+def test_a_default_device_is_none_for_what_the_optimizer_keeps(preconditioner: str, tmp_path: Path) -> None:
+    """The meta device is one from which nothing comes back."""
+    p = parameter(8, 6)
+    torch.set_default_device("meta")
+    try:
+        options = {"preconditioner": preconditioner, "precondition_frequency": 2, "refresh": "background"}
+        optimizer = shampoo([("w", p)], **options)
+        drive_here(optimizer, p, 4)
+        save_shampoo(optimizer, tmp_path / "one", packed_factors=True)
+        save_shampoo(optimizer, tmp_path / "two", asynchronous=True).result()
+        other = shampoo([("w", p)], **options)
+        load_shampoo(other, tmp_path / "one")
+        drive_here(other, p, 1)
+        other.load_state_dict(optimizer.state_dict())
+        drive_here(other, p, 1)
+    finally:
+        torch.set_default_device(None)
+    assert set(state_of(other)["steps"].values()) == {5}
+    assert torch.isfinite(p).all() and p.device.type == "cpu"
+
+
+def drive_here(optimizer: Shampoo, p: nn.Parameter, steps: int) -> None:
+    for _ in range(steps):
+        p.grad = p.detach() * 0.5 + 0.125
+        optimizer.step()

@@ -8,6 +8,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,6 +216,32 @@ def test_the_name_works_on_the_command_line(tmp_path: Path, arguments: Any) -> N
     (asked,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(line)
     group = Trainer(make_model("llama"), asked).create_optimizer().param_groups[0]
     assert group["betas"] == (0.8, 0.9) and group["lr"] == asked.learning_rate
+
+
+@pytest.mark.parametrize("way", ["deferred", "name"])
+def test_a_search_for_hyperparameters_gets_the_rates_that_it_tries(way: str, arguments: Any) -> None:
+    """The Trainer changes its arguments and trains again, from `model_init`."""
+    given = {"optimizers": (deferred(weight_decay="auto"), None)} if way == "deferred" else {}
+    asked = arguments(**(NAMED if way == "name" else {}), max_steps=1, lr_scheduler_type="constant")
+    seen = Losses()
+    trainer = ShampooTrainer(
+        model_init=lambda: make_model("llama"), args=asked, train_dataset=make_data(2), callbacks=[seen], **given
+    )
+    decays = []
+    for rate, decay in ((0.1, 0.3), (0.2, 0.0)):
+        trainer.args.learning_rate, trainer.args.weight_decay = rate, decay
+        trainer.train()
+        decays.append(innermost(trainer.optimizer).param_groups[0]["weight_decay"])
+    assert seen.rates == [0.1, 0.2] and decays == [0.3, 0.0]
+
+
+def test_a_json_that_accelerate_ignores_trains_no_other_optimizer(arguments: Any) -> None:
+    """As it does where ACCELERATE_USE_CPU is set; a Trainer that is to train with Shampoo says so."""
+    asked = arguments()
+    asked.hf_deepspeed_config = SimpleNamespace(config={"optimizer": {"type": "Shampoo"}})
+    trainer = ShampooTrainer(make_model("llama"), asked, train_dataset=make_data(2))
+    with pytest.raises(RuntimeError, match="the optimizer that trains is torch.optim.adamw.AdamW, not Shampoo"):
+        trainer.train()
 
 
 def test_options_as_text_become_what_they_are() -> None:
