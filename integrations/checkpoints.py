@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
 from shampoo_deepspeed.manifest import Manifest
 from shampoo_deepspeed.saved import SavedState
-from shampoo_deepspeed.wrappers import innermost
+from shampoo_deepspeed.wrappers import innermost, unwrap
 
 if TYPE_CHECKING:
     from transformers import Trainer as _BeforeATrainer
@@ -83,10 +83,7 @@ def add_to_save_state(accelerator: Accelerator, optimizer: Any) -> None:
     Raises:
         TypeError: where the optimizer is not Shampoo.
     """
-    inner = innermost(optimizer)
-    if not isinstance(inner, Shampoo):
-        found = f"{type(inner).__module__}.{type(inner).__qualname__}"
-        raise TypeError(f"add_to_save_state() takes a Shampoo, here it is {found}")
+    inner = unwrap(optimizer)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return
     attached = getattr(accelerator.save_state, "shampoos", ())

@@ -139,7 +139,7 @@ def _take_over(group: dict[str, Any], config: ShampooConfig, saved: Mapping[str,
             "group %s keeps its own options but lr, as the checkpoint's do not go with them: %s", number, error
         )
         shared = [name for name in shared if name == "lr"]
-    changed = [n for n in shared if own[n] != getattr(first, n) and n not in _SCHEDULED]
+    changed = [n for n in shared if n not in _SCHEDULED and own[n] != getattr(first, n)]
     if changed:
         logger.warning(
             "group %s goes on with the checkpoint's %s",
@@ -179,11 +179,11 @@ def _restore_decay(
         members: the group's parameters that go on and are trained.
         was: the weight decay in force for each of them when it was saved, by key.
     """
-    decaying = [p for p in members if decays_under(p, config)]
-    wanted = {was[p.key] for p in decaying}
+    decaying = {p.key for p in members if decays_under(p, config)}
+    wanted = {was[key] for key in decaying}
     if len(wanted) == 1:
         group["weight_decay"] = wanted.pop()
-    now = {p.key: group["weight_decay"] if p in decaying else 0.0 for p in members}
+    now = {p.key: group["weight_decay"] if p.key in decaying else 0.0 for p in members}
     others = [key for key in now if now[key] != was[key]]
     if others:
         logger.warning(

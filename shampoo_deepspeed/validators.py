@@ -120,10 +120,9 @@ def small_int(key: str, value: object) -> int:
 
 
 def lengths(key: str, value: object) -> tuple[int, ...]:
-    good = isinstance(value, (tuple, list)) and all(type(n) is int and n >= 1 for n in value)
-    if not good or len(value) == 1:  # type: ignore[arg-type]
-        raise bad(key, value, "a list of lengths >= 1 such as [4096, 1024, 1024], or [] for no split")
-    return tuple(value)  # type: ignore[arg-type]
+    if isinstance(value, (tuple, list)) and len(value) != 1 and all(type(n) is int and n >= 1 for n in value):
+        return tuple(value)
+    raise bad(key, value, "a list of lengths >= 1 such as [4096, 1024, 1024], or [] for no split")
 
 
 def one_of(*allowed: str) -> Check:

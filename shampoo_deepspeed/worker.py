@@ -56,7 +56,7 @@ def _run(
         if ready is None:
             with meter.refreshing(device):
                 return compute()
-        # A new thread is on the first device, and leaving a stream's context would make one of its memory's contexts.
+        # A new thread is on the first device. Leaving a stream's context goes back there, which on CUDA takes memory.
         torch.accelerator.set_device_index(device)
         stream = _stream(device)
         with stream:
