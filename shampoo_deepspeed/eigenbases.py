@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shampoo_deepspeed.reproducible import power
 from shampoo_deepspeed.roots import decomposed, non_finite, product, regularised
 
 
@@ -23,16 +24,16 @@ def eigenbasis(matrices: Tensor, in_float64: bool = False) -> tuple[Tensor, Tens
     Returns:
         Eigenvalues [B, d], bases [B, d, d], and the rows that failed even in float64 (their content is undefined).
     """
-    found = None if in_float64 else decomposed(matrices)
-    values, vectors = found or (torch.empty_like(matrices[..., 0]), torch.empty_like(matrices))
-    suspects = range(len(matrices)) if found is None else non_finite(vectors)
+    values, vectors = torch.empty_like(matrices[..., 0]), torch.empty_like(matrices)
+    if not in_float64:
+        values, vectors = decomposed(matrices)
     failed = []
-    for row in suspects:
-        retried = decomposed(matrices[row : row + 1].double())
-        if retried is None or non_finite(retried[1]):
+    for row in range(len(matrices)) if in_float64 else non_finite(vectors):
+        again = decomposed(matrices[row : row + 1].double())
+        if non_finite(again[1]):
             failed.append(row)
         else:
-            values[row], vectors[row] = retried[0][0].to(values.dtype), retried[1][0].to(vectors.dtype)
+            values[row], vectors[row] = again[0][0].to(values.dtype), again[1][0].to(vectors.dtype)
     return values.flip(-1), vectors.flip(-1), failed
 
 
@@ -55,7 +56,17 @@ def power_step(matrices: Tensor, bases: Tensor, ridge: float = 0.0) -> tuple[Ten
     order = estimates.argsort(dim=-1, descending=True, stable=True)
     if ridge > 0:
         products = products + (ridge * estimates.amax(-1)).view(-1, 1, 1) * bases
-    return torch.linalg.qr(products.gather(-1, order.unsqueeze(-2).expand_as(products)))[0], order
+    return orthonormalised(products.gather(-1, order.unsqueeze(-2).expand_as(products))), order
+
+
+def orthonormalised(matrices: Tensor) -> Tensor:
+    """Q of each matrix's QR decomposition [B, d, d]; it depends on the matrix's values alone (see ``reproducible``)."""
+    if matrices.device.type != "cpu":
+        return torch.linalg.qr(matrices)[0]
+    out = torch.empty_like(matrices)
+    for matrix, target in zip(matrices, out, strict=True):
+        target.copy_(torch.linalg.qr(matrix)[0])
+    return out
 
 
 def known(bases: Tensor) -> Tensor:
@@ -105,7 +116,7 @@ def root_from_basis(
     """Q diag(l)^(-1/root) Q' with the one regularisation of all solvers, and the rows that are not finite."""
     order = values.argsort(dim=-1)
     rising = regularised(values.gather(-1, order), epsilon, relative_epsilon)
-    scales = torch.where(rising <= 0, 0.0, rising.clamp_min(torch.finfo(rising.dtype).tiny).pow(-1.0 / root))
+    scales = torch.where(rising <= 0, 0.0, power(rising.clamp_min(torch.finfo(rising.dtype).tiny), -1.0 / root))
     columns = bases.gather(-1, order.unsqueeze(-2).expand_as(bases))
     roots = product(columns * scales.unsqueeze(-2), columns.mT)
     return roots, non_finite(roots)

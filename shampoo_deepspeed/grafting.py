@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.config import ShampooConfig
+from shampoo_deepspeed.reproducible import in_whole_registers
 from shampoo_deepspeed.verdict import Verdict
 
 # Where torch has one kernel for all of an optimizer's step, which reads and writes everything once.
@@ -167,21 +168,26 @@ def _adam(
     beta1, corrected = config.betas[0], config.use_bias_correction
     directions = [torch.zeros_like(g) for g in gradients]
     taken = torch.full((), step, dtype=torch.float32, device=gradients[0].device)  # read as such, whatever it is
-    torch._fused_adam_(
-        directions,
-        list(gradients),
-        list(first),
-        list(second),
-        [],
-        [taken] * len(directions),
-        lr=-1.0,
-        beta1=beta1,
-        beta2=config.second_moment_beta,
-        weight_decay=0.0,
-        eps=config.eps,
-        amsgrad=False,
-        maximize=False,
-        found_inf=verdict.found_inf,
-    )
+
+    def advance_(lists: Sequence[list[Tensor]]) -> None:
+        made, seen, averages, squares = lists
+        torch._fused_adam_(
+            made,
+            seen,
+            averages,
+            squares,
+            [],
+            [taken] * len(made),
+            lr=-1.0,
+            beta1=beta1,
+            beta2=config.second_moment_beta,
+            weight_decay=0.0,
+            eps=config.eps,
+            amsgrad=False,
+            maximize=False,
+            found_inf=verdict.found_inf,
+        )
+
+    in_whole_registers(advance_, directions, gradients, first, second)
     lack = 1.0 - beta1**step
     return Warm(list(first), 1.0 / lack if corrected else 1.0, directions, 1.0 if corrected else lack)

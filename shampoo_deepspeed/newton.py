@@ -13,6 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from shampoo_deepspeed.reproducible import elementwise, power
+
 MAX_ITERATIONS = 100
 _SQUARINGS = 6
 _STALL_BELOW = 1e-2
@@ -35,7 +37,7 @@ def coupled_newton(matrices: Tensor, root: int, epsilon: float, relative_epsilon
     """
     regular, bound = with_ridge(matrices, epsilon, relative_epsilon)
     scale = (root + 1) / (2.0 * bound)
-    start = _identity(matrices) * scale.pow(1.0 / root)
+    start = _identity(matrices) * power(scale, 1.0 / root)
 
     def advance(state: State, step: Tensor) -> State:
         return torch.bmm(state[0], step), torch.bmm(torch.linalg.matrix_power(step, root), state[1])
@@ -67,7 +69,7 @@ def newton_db(matrices: Tensor, root: int, epsilon: float, relative_epsilon: flo
         failed.update(wrong)
     if root == 1:
         inverse = torch.bmm(inverse, inverse)
-    return _symmetric(inverse) * bound.pow(-1.0 / root), sorted(failed)
+    return _symmetric(inverse) * power(bound, -1.0 / root), sorted(failed)
 
 
 def with_ridge(matrices: Tensor, epsilon: float, relative_epsilon: float) -> tuple[Tensor, Tensor]:
@@ -88,13 +90,13 @@ def upper_bound(matrices: Tensor) -> Tensor:
     d = 1,024, where the Frobenius norm alone may be 32 l_max. Zero for a zero matrix.
     """
     size = matrices.abs().amax(dim=(-2, -1), keepdim=True)  # its squares may leave the range of the dtype
-    logarithm, power = size.double().log(), matrices / size
+    logarithm, power = elementwise(torch.log, size.double()), matrices / size
     for k in range(_SQUARINGS + 1):
         power = torch.bmm(power, power) if k else power
         norm = torch.linalg.matrix_norm(power, keepdim=True)
-        logarithm = logarithm + norm.double().log() / 2**k
+        logarithm = logarithm + elementwise(torch.log, norm.double()) / 2**k
         power = power / norm
-    return torch.where(size == 0, 0.0, logarithm.exp().to(matrices.dtype))
+    return torch.where(size == 0, 0.0, elementwise(torch.exp, logarithm).to(matrices.dtype))
 
 
 def _iterate(

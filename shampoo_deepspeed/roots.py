@@ -13,6 +13,7 @@ from torch import Tensor
 from shampoo_deepspeed.choices import DB_ROOTS
 from shampoo_deepspeed.metrics import note_spectrum
 from shampoo_deepspeed.newton import coupled_newton, newton_db
+from shampoo_deepspeed.reproducible import power
 
 # Elements of a row from which on the CPU finds its extremes faster by a call of its own.
 LONG = 1 << 12
@@ -151,15 +152,15 @@ def _by_eigh(
     work: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool, in_float64: bool
 ) -> tuple[Tensor, list[int]]:
     """The roots in the dtype of ``work``, and the rows that failed in float64 too."""
-    found = None if in_float64 else _stack_root(work, root, epsilon, relative_epsilon, pseudo_inverse)
-    roots = torch.empty_like(work) if found is None else found
-    suspects = range(len(work)) if found is None else non_finite(roots)
+    roots = torch.empty_like(work)
+    if not in_float64:
+        roots = _stack_root(work, root, epsilon, relative_epsilon, pseudo_inverse)
     failed = []
-    for row in suspects:
+    for row in range(len(work)) if in_float64 else non_finite(roots):
         # One at a time, as float64 copies of a whole stack would be most of the memory that a step needs.
         retried = _stack_root(work[row : row + 1].double(), root, epsilon, relative_epsilon, pseudo_inverse)
-        narrow = None if retried is None else retried.to(roots.dtype)  # which may overflow
-        if narrow is None or non_finite(narrow):
+        narrow = retried.to(roots.dtype)  # which may overflow
+        if non_finite(narrow):
             failed.append(row)
         else:
             roots[row] = narrow[0]
@@ -175,18 +176,38 @@ def diagonal_root(
     return roots, non_finite(torch.stack([work, roots.to(work.dtype)], dim=-1))  # the root of infinity is 0
 
 
-def decomposed(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Eigenvalues and eigenvectors in rising order, or None where LAPACK or cuSOLVER reports that a matrix of the stack
-    did not converge. NaN where an accelerator's vectors are not orthonormal."""
+def decomposed(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors in rising order; each matrix's depend on its values alone (see ``reproducible``).
+
+    NaN for a matrix that did not converge, as LAPACK or cuSOLVER report, and where an accelerator's vectors are not
+    orthonormal.
+    """
+    if matrices.device.type in TRUSTED:
+        return _one_by_one(matrices)
     try:
         values, vectors = torch.linalg.eigh(matrices)
-    except torch.linalg.LinAlgError:
-        return None
-    except RuntimeError as error:
-        if "cusolver" not in str(error).lower():
+    except RuntimeError as error:  # LinAlgError is one
+        if not _did_not_converge(error):
             raise
-        return None  # some cuSOLVER versions say so instead of LinAlgError
-    return (values, vectors) if matrices.device.type in TRUSTED else checked(values, vectors)
+        values, vectors = _one_by_one(matrices)
+    return checked(values, vectors)
+
+
+def _one_by_one(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.empty_like(matrices[..., 0]), torch.empty_like(matrices).mT  # columns lie contiguously
+    for row, matrix in enumerate(matrices):
+        try:
+            values[row], vectors[row] = torch.linalg.eigh(matrix)
+        except RuntimeError as error:
+            if not _did_not_converge(error):
+                raise
+            values[row], vectors[row] = torch.nan, torch.nan
+    return values, vectors
+
+
+def _did_not_converge(error: RuntimeError) -> bool:
+    """Whether that is what an error says; some cuSOLVER versions do so by another one than LinAlgError."""
+    return isinstance(error, torch.linalg.LinAlgError) or "cusolver" in str(error).lower()
 
 
 def checked(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,12 +224,9 @@ def checked(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 def _stack_root(
     matrices: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool
-) -> Tensor | None:
-    """The roots, or None where the decomposition failed."""
-    found = decomposed(matrices)
-    if found is None:
-        return None
-    values, vectors = found
+) -> Tensor:
+    """The roots, NaN where the decomposition failed."""
+    values, vectors = decomposed(matrices)
     scales = _scales(values, root, epsilon, relative_epsilon, pseudo_inverse)
     return product(vectors * scales.unsqueeze(-2), vectors.mT)
 
@@ -224,7 +242,7 @@ def _scales(values: Tensor, root: float, epsilon: float, relative_epsilon: float
         values = regularised(values, epsilon, relative_epsilon)
         smallest = values.amin(dim=-1)
     note_spectrum(torch.stack([smallest, values.amax(dim=-1)], dim=-1))
-    powers = values.clamp_min(torch.finfo(values.dtype).tiny).pow(-1.0 / root)
+    powers = power(values.clamp_min(torch.finfo(values.dtype).tiny), -1.0 / root)
     return torch.where(values == 0, 0.0, powers)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from shampoo_deepspeed.preconditioners.modes import multiply, unfold
 from shampoo_deepspeed.preconditioners.renewed import Renewed
 from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner, modes_of
+from shampoo_deepspeed.reproducible import power
 from shampoo_deepspeed.verdict import Verdict
 
 
@@ -68,7 +69,7 @@ class KLShampooPreconditioner(ShampooPreconditioner):
             mean = torch.where(mean > 0, mean, 1.0)  # no gradient so far
             tensors, wrong = self._renewed(state, mode, matrices, 2.0)
             tensors[f"root_{mode}"] = tensors[f"root_{mode}"] * mean.sqrt().view(-1, 1, 1)
-            scale *= mean.pow(-0.5 / len(modes))
+            scale *= power(mean, -0.5 / len(modes))
             renewed |= tensors
             failed.update(wrong)
         return Renewed({**renewed, "scale": scale}, frozenset(failed))

@@ -11,6 +11,7 @@ from shampoo_deepspeed.eigenbases import eigenbasis, good_enough, known, power_s
 from shampoo_deepspeed.preconditioners.modes import multiply_modes
 from shampoo_deepspeed.preconditioners.renewed import Renewed
 from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner, modes_of, wide, write
+from shampoo_deepspeed.reproducible import power
 from shampoo_deepspeed.roots import non_finite, symmetric
 from shampoo_deepspeed.verdict import Verdict
 
@@ -161,7 +162,7 @@ class SOAPPreconditioner:
         second.mul_(verdict.keep(self._beta, second.dtype)).addcmul_(entered, entered, value=1.0 - self._beta)
         weight.mul_(verdict.keep(self._beta, weight.dtype)).add_(verdict.scale(1.0 - self._beta))
         mean = second / weight.clamp_min(torch.finfo(weight.dtype).tiny).view(-1, *[1] * (second.ndim - 1))
-        roots = mean.sqrt_() if self._root == 2.0 else mean.pow_(1.0 / self._root)
+        roots = mean.sqrt_() if self._root == 2.0 else power(mean, 1.0 / self._root)
         largest = roots.amax(dim=tuple(range(1, roots.ndim)), keepdim=True)
         roots.add_(largest.mul_(self._relative_epsilon).add_(self._eps))
         direction = torch.where(roots > 0, moments / roots, 0.0)

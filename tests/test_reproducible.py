@@ -1,0 +1,161 @@
+"""A block's result depends on its values alone: not on its neighbours in a stack, nor on its place in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shampoo_deepspeed import ShampooConfig, grafting
+from shampoo_deepspeed.eigenbases import eigenbasis, kept_or_new, power_step
+from shampoo_deepspeed.reproducible import LANES, UNDIVIDED, elementwise, power
+from shampoo_deepspeed.roots import diagonal_root, inverse_root
+from shampoo_deepspeed.stacks import BlockStack
+from shampoo_deepspeed.verdict import Verdict
+
+ROWS = 5
+SIZES = (1, 2, 3, 7, 16, 17, 33, 63, 65)
+DTYPES = (torch.float32, torch.float64)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "other_root": {"exponent_override": 2.7},
+    "coupled_newton": {"solver": "coupled_newton", "exponent_override": 3.0},
+    "newton_db": {"solver": "newton_db", "exponent_override": 2.0},
+    "pseudo_inverse": {"rank_deficient": "pseudo_inverse", "relative_epsilon": 1e-4},
+    "tolerance": {"refresh_tolerance": 0.1},
+    "ungrafted": {"grafting": "none", "beta3": 0.4},
+    "rmsprop": {"grafting": "rmsprop", "eps": 0.0},
+    "normalized": {"grafting": "normalized_adam"},
+    "diagonals": {"large_dim": "diagonal", "max_preconditioner_dim": 32},
+    "narrow_products": {"apply_dtype": "bfloat16", "root_dtype": "bfloat16"},
+    "background": {"refresh": "background"},
+    "kl_shampoo": {"preconditioner": "kl_shampoo"},
+    "kl_tolerance": {"preconditioner": "kl_shampoo", "refresh_tolerance": 0.1},
+    "soap": {"preconditioner": "soap"},
+    "soap_other_root": {"preconditioner": "soap", "exponent_override": 3.0},
+    "soap_grafted": {"preconditioner": "soap", "grafting": "adam", "apply_dtype": "bfloat16"},
+}
+
+
+def gradients(shape: tuple[int, ...], step: int, dtype: torch.dtype) -> Tensor:
+    """[ROWS, *shape], of another scale in each row."""
+    generator = torch.Generator().manual_seed(step)
+    scale = torch.logspace(-3, 2, ROWS, dtype=torch.float64).view(-1, *[1] * len(shape))
+    return (torch.randn(ROWS, *shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def stepped(rows: range, shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """All state of a stack with these rows after some steps, and its last updates."""
+    config = ShampooConfig(precondition_frequency=2, **options)
+    stack = BlockStack([f"a/{row}" for row in rows], shape, config, torch.device("cpu"), dtype)
+    accepted, made = Verdict(torch.tensor(False), dtype), torch.empty(0)
+    for step in range(1, 8):
+        given = gradients(shape, step, dtype)[rows.start : rows.stop].clone()
+        made = stack.step(0, given, [step] * len(rows), config, accepted).clone()
+    return {**stack.tensors, "updates": made}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("shape", [(7, 5), (17, 33), (63, 16), (3, 5, 7), (65, 65)], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_a_block_in_a_stack_steps_as_it_does_alone(
+    options: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    together = stepped(range(ROWS), shape, options, dtype)
+    for row in range(ROWS):
+        alone = stepped(range(row, row + 1), shape, options, dtype)
+        for name, tensor in together.items():
+            assert torch.equal(tensor[row], alone[name][0]), name
+
+
+def covariances(d: int, dtype: torch.dtype) -> Tensor:
+    unfolded = gradients((d, d + 3), d, dtype)
+    return unfolded @ unfolded.mT / (d + 3)
+
+
+def one_basis(stack: Tensor) -> Tensor:
+    """The same orthonormal basis for every matrix of a stack."""
+    d = stack.shape[-1]
+    return torch.linalg.qr(covariances(d, stack.dtype)[0])[0].expand_as(stack).contiguous()
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "root": lambda a: inverse_root(a, 4.0, 0.0, 1e-6, a.dtype)[:1],
+    "root_in_float64": lambda a: inverse_root(a, 2.0, 0.0, 1e-6, a.dtype, in_float64=True)[:1],
+    "odd_root": lambda a: inverse_root(a, 3.3, 0.0, 1e-6, a.dtype)[:1],
+    "coupled_newton": lambda a: inverse_root(a, 4.0, 0.0, 1e-4, a.dtype, "coupled_newton")[:1],
+    "newton_db": lambda a: inverse_root(a, 4.0, 0.0, 1e-4, a.dtype, "newton_db")[:1],
+    "diagonal_root": lambda a: diagonal_root(a[..., 0].abs(), 3.0, 0.0, 1e-6, a.dtype, False)[:1],
+    "eigenbasis": lambda a: eigenbasis(a)[:2],
+    "power_step": lambda a: power_step(a, one_basis(a), 1e-6),
+    "kept_or_new": lambda a: kept_or_new(a, one_basis(a), 0.3)[:2],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("d", [*SIZES, 127, 129, 255])
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+def test_a_matrix_in_a_batch_gives_what_it_does_alone(
+    function: Callable[[Tensor], tuple[Tensor, ...]], d: int, dtype: torch.dtype
+) -> None:
+    matrices = covariances(d, dtype)
+    batch = function(matrices)
+    for row in range(ROWS):
+        for whole, alone in zip(batch, function(matrices[row : row + 1].clone()), strict=True):
+            assert torch.equal(whole[row], alone[0])
+
+
+@pytest.mark.parametrize("at_fault", [torch.nan, torch.inf])
+def test_a_matrix_that_cannot_be_decomposed_changes_no_bit_of_the_others(at_fault: float) -> None:
+    matrices = covariances(17, torch.float32)
+    alone = inverse_root(matrices[[0, 2, 3, 4]], 4.0, 0.0, 1e-6, torch.float32)[0]
+    basis = eigenbasis(matrices[[0, 2, 3, 4]])[1]
+    matrices[1, 3, 2] = at_fault
+    roots, failed = inverse_root(matrices, 4.0, 0.0, 1e-6, torch.float32)
+    assert failed == [1] and torch.equal(roots[[0, 2, 3, 4]], alone)
+    bases = eigenbasis(matrices)
+    assert bases[2] == [1] and torch.equal(bases[1][[0, 2, 3, 4]], basis)
+
+
+@pytest.mark.parametrize("length", [1, 5, LANES - 1, LANES, 1000, UNDIVIDED + 3, 3 * UNDIVIDED + 77])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("function", [lambda x: power(x, -0.25), lambda x: power(x, 0.3), lambda x: power(x, -0.5),
+                                      lambda x: elementwise(torch.log, x)])  # fmt: skip
+def test_an_element_gives_the_same_at_every_place(
+    function: Callable[[Tensor], Tensor], dtype: torch.dtype, length: int
+) -> None:
+    values = torch.rand(length, generator=torch.Generator().manual_seed(length), dtype=torch.float64).add(0.1).to(dtype)
+    whole = function(values)
+    for start in {0, 1, 3, length // 2, length - 1} & set(range(length)):
+        assert torch.equal(function(values[start:].clone()), whole[start:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("method", ["adam", "rmsprop", "adagrad"])
+@pytest.mark.parametrize("length", [1, 31, 129, 70_001])
+def test_an_element_of_an_unpreconditioned_parameter_steps_the_same_at_every_place(
+    length: int, method: str, dtype: torch.dtype
+) -> None:
+    """However a parameter is cut into shards."""
+    config, accepted = ShampooConfig(), Verdict(torch.tensor(False), dtype)
+
+    def run(cuts: list[int]) -> Tensor:
+        sizes = [b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
+        first, second = ([torch.zeros(n, dtype=dtype) for n in sizes] for _ in range(2))
+        made: list[Tensor] = []
+        for step in range(1, 4):
+            whole = torch.randn(length, generator=torch.Generator().manual_seed(step), dtype=torch.float64).to(dtype)
+            parts = list(torch.split(whole, sizes))
+            made = grafting.advance(method, first, second, parts, parts, step, config, accepted).directions
+        return torch.cat([*first, *second, *made])
+
+    def rejoined(cuts: list[int]) -> Tensor:
+        sizes = [b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
+        return torch.cat([torch.cat(kind.split(sizes)) for kind in run(cuts).split(length)])
+
+    for cuts in ([1], [length // 3], [length // 3, length // 2 + 1]):
+        if length > 1:
+            assert torch.equal(rejoined(cuts), run([]))
