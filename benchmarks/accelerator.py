@@ -30,7 +30,7 @@ from benchmarks.contestants import Contestant, adamw, ours
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.report import machine, table
 from benchmarks.step_time import clock
-from shampoo_deepspeed.choices import SOLVERS
+from shampoo_deepspeed.options.choices import SOLVERS
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 88, "layers": 2, "heads": 2},

@@ -24,9 +24,9 @@ from benchmarks.contestants import REFRESHES, RULES
 from benchmarks.gpt import Size, batch, build
 from benchmarks.report import machine, table
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.config import ShampooConfig
+from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.estimate import estimate
-from shampoo_deepspeed.hosts import Parameter
+from shampoo_deepspeed.options.config import ShampooConfig
 
 
 class Peak(NamedTuple):

@@ -25,9 +25,9 @@ from benchmarks.gpt import Size, batch, build
 from benchmarks.ranks import run_on_ranks
 from benchmarks.report import figure, machine, mean, table
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.config import ShampooConfig
 from shampoo_deepspeed.estimate import estimate
-from shampoo_deepspeed.model_shapes import parameters_of
+from shampoo_deepspeed.estimate.model_shapes import parameters_of
+from shampoo_deepspeed.options.config import ShampooConfig
 
 HOSTS = ("fsdp2", "ddp")
 MODELS = ("llama-3-8b", "llama-3-70b")

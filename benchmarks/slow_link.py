@@ -37,7 +37,7 @@ from benchmarks.contestants import RULES
 from benchmarks.ranks import run_on_ranks
 from benchmarks.report import figure, machine, table
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.stacks import BlockStack
+from shampoo_deepspeed.algorithm.block_stack import BlockStack
 
 Spans: TypeAlias = list[tuple[float, float]]
 

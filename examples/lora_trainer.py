@@ -37,7 +37,7 @@ from language_model import (
     build_model,
     load_trainer_text,
 )
-from shampoo_deepspeed.blocks import cut_into_blocks
+from shampoo_deepspeed.geometry.blocks import cut_into_blocks
 from shampoo_deepspeed.integrations.trainer import ShampooTrainer, deferred
 
 # What differs from the Trainer's own defaults; the command line overrides each.

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.wrappers import innermost
+from shampoo_deepspeed.state.unwrap import innermost
 
 from .checkpoints import add_to_save_state
 

@@ -21,9 +21,9 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
-from shampoo_deepspeed.manifest import Manifest
-from shampoo_deepspeed.saved import SavedState
-from shampoo_deepspeed.wrappers import innermost, unwrap
+from shampoo_deepspeed.checkpoint.manifest import Manifest
+from shampoo_deepspeed.state.state_dict import SavedState
+from shampoo_deepspeed.state.unwrap import innermost, unwrap
 
 if TYPE_CHECKING:
     from transformers import Trainer as _BeforeATrainer

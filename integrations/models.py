@@ -6,8 +6,8 @@ import logging
 
 import torch
 
-from shampoo_deepspeed.hosts import Parameter
-from shampoo_deepspeed.naming import names_and_kinds
+from shampoo_deepspeed.distributed.frameworks import Parameter
+from shampoo_deepspeed.options.parameter_names import names_and_kinds
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from shampoo_deepspeed import Shampoo, load_shampoo
-from shampoo_deepspeed.choices import TRAINER_NO_DECAY
-from shampoo_deepspeed.hosts import hosts
-from shampoo_deepspeed.naming import clean_name
-from shampoo_deepspeed.wrappers import innermost
+from shampoo_deepspeed.distributed.frameworks import hosts
+from shampoo_deepspeed.options.choices import TRAINER_NO_DECAY
+from shampoo_deepspeed.options.parameter_names import clean_name
+from shampoo_deepspeed.state.unwrap import innermost
 
 from .accelerate import check_innermost, refuse_offload
 from .checkpoints import TrainerCheckpoints, check_resumed

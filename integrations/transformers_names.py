@@ -11,8 +11,8 @@ import transformers
 from transformers import TrainingArguments
 
 from shampoo_deepspeed import OptionError, ShampooConfig
-from shampoo_deepspeed.config import canonical
-from shampoo_deepspeed.option_names import ALIASES
+from shampoo_deepspeed.options.config import canonical
+from shampoo_deepspeed.options.names import ALIASES
 
 NAME = "shampoo"
 _DEFAULTS = {field.name: field.default for field in fields(ShampooConfig)}

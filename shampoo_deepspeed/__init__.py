@@ -10,12 +10,12 @@ from shampoo_deepspeed._autoload import autoload, register
 
 if TYPE_CHECKING:
     from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo, wait_for_saves
-    from shampoo_deepspeed.config import ShampooConfig
-    from shampoo_deepspeed.hosts import LayoutError
-    from shampoo_deepspeed.manifest import CheckpointError
+    from shampoo_deepspeed.checkpoint.manifest import CheckpointError
+    from shampoo_deepspeed.distributed.frameworks import LayoutError
     from shampoo_deepspeed.optimizer import Shampoo
-    from shampoo_deepspeed.validators import OptionError
-    from shampoo_deepspeed.wrappers import unwrap
+    from shampoo_deepspeed.options.checks import OptionError
+    from shampoo_deepspeed.options.config import ShampooConfig
+    from shampoo_deepspeed.state.unwrap import unwrap
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,13 +33,13 @@ __all__ = [
 
 _HOMES = {
     "Shampoo": "shampoo_deepspeed.optimizer",
-    "ShampooConfig": "shampoo_deepspeed.config",
-    "OptionError": "shampoo_deepspeed.validators",
-    "LayoutError": "shampoo_deepspeed.hosts",
-    "CheckpointError": "shampoo_deepspeed.manifest",
+    "ShampooConfig": "shampoo_deepspeed.options.config",
+    "OptionError": "shampoo_deepspeed.options.checks",
+    "LayoutError": "shampoo_deepspeed.distributed.frameworks",
+    "CheckpointError": "shampoo_deepspeed.checkpoint.manifest",
     "load_shampoo": "shampoo_deepspeed.checkpoint",
     "save_shampoo": "shampoo_deepspeed.checkpoint",
-    "unwrap": "shampoo_deepspeed.wrappers",
+    "unwrap": "shampoo_deepspeed.state.unwrap",
     "wait_for_saves": "shampoo_deepspeed.checkpoint",
 }
 

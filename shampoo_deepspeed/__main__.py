@@ -10,13 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shampoo_deepspeed.config import ShampooConfig, canonical
-from shampoo_deepspeed.contents import describe
+from shampoo_deepspeed.checkpoint.inspect import describe
+from shampoo_deepspeed.checkpoint.manifest import CheckpointError
 from shampoo_deepspeed.estimate import Estimate, estimate
-from shampoo_deepspeed.layouts import HOSTS, SUB_GROUP_SIZE
-from shampoo_deepspeed.manifest import CheckpointError
-from shampoo_deepspeed.model_shapes import BUILT_IN, parameters_of, parameters_of_file
-from shampoo_deepspeed.recommend import Overhead, Recommendation, Speed, expected_overhead, recommend
+from shampoo_deepspeed.estimate.expected_shards import HOSTS, SUB_GROUP_SIZE
+from shampoo_deepspeed.estimate.model_shapes import BUILT_IN, parameters_of, parameters_of_file
+from shampoo_deepspeed.estimate.recommend import Overhead, Recommendation, Speed, expected_overhead, recommend
+from shampoo_deepspeed.options.config import ShampooConfig, canonical
 
 # Float32 products run at about a tenth of the speed of bfloat16 ones on current accelerators.
 FLOAT32_SHARE = 0.1

@@ -10,17 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo_deepspeed import status
-from shampoo_deepspeed.config import ShampooConfig
-from shampoo_deepspeed.exchange import Bucket, CommStats, Transit
-from shampoo_deepspeed.groups import signature_with_options
-from shampoo_deepspeed.persistence import BlockOptimizer
-from shampoo_deepspeed.roots import full_precision
-from shampoo_deepspeed.rules import expanded
-from shampoo_deepspeed.shards import shard_gradients, update
-from shampoo_deepspeed.torch_state import DCP, asking_helper
-from shampoo_deepspeed.unit import Pending, Unit
-from shampoo_deepspeed.verdict import Verdict
+from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.distributed.exchange import Bucket, CommStats, Transit
+from shampoo_deepspeed.engine import agreement as status
+from shampoo_deepspeed.engine.shard_update import shard_gradients, update
+from shampoo_deepspeed.engine.step_unit import Pending, Unit
+from shampoo_deepspeed.linalg.precision import full_precision
+from shampoo_deepspeed.options.config import ShampooConfig
+from shampoo_deepspeed.options.param_groups import signature_with_options
+from shampoo_deepspeed.options.rules import expanded
+from shampoo_deepspeed.state.dcp_state import DCP, asking_helper
+from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
 # Buckets under way at a time, each way. A bucket with a refresh computes for several times as long as the others, and
 # the link would idle meanwhile if it knew of no more than the next one.

@@ -9,11 +9,11 @@ import pytest
 from torch import Tensor, nn
 
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.preconditioners import Preconditioner
-from shampoo_deepspeed.preconditioners.kl_shampoo import KLShampooPreconditioner
-from shampoo_deepspeed.preconditioners.renewed import Renewed
-from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner
-from shampoo_deepspeed.preconditioners.soap import SOAPPreconditioner
+from shampoo_deepspeed.algorithm.preconditioners import Preconditioner
+from shampoo_deepspeed.algorithm.preconditioners.kl_shampoo import KLShampooPreconditioner
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import Renewed
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
+from shampoo_deepspeed.algorithm.preconditioners.soap import SOAPPreconditioner
 from tests.stepping import drive, parameter, shampoo
 
 FREQUENCY = 4

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from shampoo_deepspeed.boxes import Box
-from shampoo_deepspeed.owners import LOCALITY_TOLERANCE, best_possible
-from shampoo_deepspeed.plan import Piece, Plan, Transfers
+from shampoo_deepspeed.geometry.boxes import Box
+from shampoo_deepspeed.geometry.owners import LOCALITY_TOLERANCE, best_possible
+from shampoo_deepspeed.geometry.plan import Piece, Plan, Transfers
 
 Held = Sequence[Sequence[tuple[int, Box]]]
 

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from shampoo_deepspeed import metrics, status, verdict, worker
+from shampoo_deepspeed.algorithm import background as worker
+from shampoo_deepspeed.algorithm import found_inf as verdict
+from shampoo_deepspeed.engine import agreement as status
+from shampoo_deepspeed.runtime import metrics
 
 DEVICE = torch.device("cuda", 0)
 PACKAGE = ("/shampoo_deepspeed/", "/integrations/")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.preconditioners import Preconditioner
+from shampoo_deepspeed.algorithm.preconditioners import Preconditioner
 from tests.zoo import gradients, make_batch
 
 # Blocks smaller than the parameters, and a refresh that a few steps cross. All blocks refresh together, so that what

@@ -6,7 +6,7 @@ import math
 
 from hypothesis import strategies as st
 
-from shampoo_deepspeed.boxes import Box, interval_to_boxes
+from shampoo_deepspeed.geometry.boxes import Box, interval_to_boxes
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
 matrix_shapes = st.lists(st.integers(2, 8), min_size=2, max_size=3).map(tuple)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.integrations.accelerate import check_innermost, prepare, refuse_offload
-from shampoo_deepspeed.wrappers import innermost
+from shampoo_deepspeed.state.unwrap import innermost
 
 
 @pytest.fixture

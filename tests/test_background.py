@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from shampoo_deepspeed.preconditioners.renewed import Renewed
-from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import Renewed
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
 from tests.backgrounds import (
     FORMS,
     FREQUENCY,

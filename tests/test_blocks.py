@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shampoo_deepspeed.blocks import blocks_touching, cut_into_blocks, cut_lengths, merge_small_dims, sides_of
-from shampoo_deepspeed.boxes import Box, tiling_error
+from shampoo_deepspeed.geometry.blocks import blocks_touching, cut_into_blocks, cut_lengths, merge_small_dims, sides_of
+from shampoo_deepspeed.geometry.boxes import Box, tiling_error
 from tests.strategies import shapes
 
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shampoo_deepspeed.blocks import merge_small_dims
-from shampoo_deepspeed.boxes import Box, interval_to_boxes, merged_places, tiling_error, whole
+from shampoo_deepspeed.geometry.blocks import merge_small_dims
+from shampoo_deepspeed.geometry.boxes import Box, interval_to_boxes, merged_places, tiling_error, whole
 from tests.strategies import shapes
 
 

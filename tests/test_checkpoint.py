@@ -18,8 +18,8 @@ from torch import nn
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
 from shampoo_deepspeed.__main__ import main as command
-from shampoo_deepspeed.contents import describe
-from shampoo_deepspeed.manifest import Manifest
+from shampoo_deepspeed.checkpoint.inspect import describe
+from shampoo_deepspeed.checkpoint.manifest import Manifest
 from tests import kept_checkpoint as kept
 from tests.stepping import drive, parameter, same_bits, shampoo, snapshot, state_of, train
 from tests.zoo import make_model, relative_error

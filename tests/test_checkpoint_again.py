@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
-from shampoo_deepspeed.manifest import Manifest
-from shampoo_deepspeed.saved import SavedState
+from shampoo_deepspeed.checkpoint.manifest import Manifest
+from shampoo_deepspeed.state.state_dict import SavedState
 from tests.stepping import drive, parameter, same_bits, shampoo, state_of
 
 
@@ -142,7 +142,7 @@ def test_a_save_is_complete_though_the_last_one_cannot_be_removed(
         raise OSError(39, "Directory not empty")
 
     with monkeypatch.context() as patch:
-        patch.setattr("shampoo_deepspeed.writing.shutil.rmtree", busy)
+        patch.setattr("shampoo_deepspeed.checkpoint.save.shutil.rmtree", busy)
         save_shampoo(optimizer, tmp_path)
     assert "Directory not empty" in caplog.text
     assert Manifest.read(tmp_path).parameters["a"]["steps"] == 2
@@ -205,7 +205,7 @@ def test_unreadable_files_are_told_as_any_other_damage(tmp_path: Path, monkeypat
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("shampoo_deepspeed.writing.checksum", broken)
+        patch.setattr("shampoo_deepspeed.checkpoint.save.checksum", broken)
         with pytest.raises(CheckpointError, match="Input/output error"):
             save_shampoo(optimizer, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -229,7 +229,7 @@ def test_what_cannot_be_read_when_it_is_needed_is_told_to_all_ranks(
     def broken(*_: Any) -> None:
         raise RuntimeError("PytorchStreamReader failed reading file")
 
-    monkeypatch.setattr("shampoo_deepspeed.storage.Store.read", broken)
+    monkeypatch.setattr("shampoo_deepspeed.checkpoint.tensor_store.Store.read", broken)
     with pytest.raises(ValueError, match="cannot be loaded: .*PytorchStreamReader"):
         drive(optimizer, params, range(1, 2))
 

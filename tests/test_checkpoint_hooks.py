@@ -24,11 +24,11 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from shampoo_deepspeed import CheckpointError, Shampoo, ShampooConfig
-from shampoo_deepspeed.config import OPTION_NAMES
 from shampoo_deepspeed.integrations.checkpoints import add_to_save_state, newest_complete
 from shampoo_deepspeed.integrations.trainer import ShampooCallback, ShampooFactory, ShampooTrainer, deferred
-from shampoo_deepspeed.torch_state import completed_group, robust_group
-from shampoo_deepspeed.wrappers import innermost
+from shampoo_deepspeed.options.config import OPTION_NAMES
+from shampoo_deepspeed.state.dcp_state import completed_group, robust_group
+from shampoo_deepspeed.state.unwrap import innermost
 from tests.distributed.trainings import Training, make_data, make_model
 from tests.stepping import same_bits, shampoo, snapshot, state_of, train
 from tests.zoo import make_model as zoo_model

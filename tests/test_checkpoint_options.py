@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from shampoo_deepspeed import Shampoo, load_shampoo, save_shampoo
-from shampoo_deepspeed.choices import TRAINER_NO_DECAY
+from shampoo_deepspeed.options.choices import TRAINER_NO_DECAY
 from tests.stepping import drive, parameter, same_bits, shampoo
 
 Groups = tuple[dict[str, Any], ...]

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo, wait_for_saves
-from shampoo_deepspeed.hosts import Layout, plain_layouts
-from shampoo_deepspeed.manifest import Manifest
+from shampoo_deepspeed.checkpoint.manifest import Manifest
+from shampoo_deepspeed.distributed.frameworks import Layout, plain_layouts
 from tests.stepping import drive, parameter, same_bits, shampoo, state_of
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +96,7 @@ def as_experts(monkeypatch: pytest.MonkeyPatch, part: int | None, parts: int) ->
             layout.part, layout.parts = part, parts
         return found
 
-    monkeypatch.setattr("shampoo_deepspeed.base.plain_layouts", layouts)
+    monkeypatch.setattr("shampoo_deepspeed.engine.unit_optimizer.plain_layouts", layouts)
 
 
 def test_experts_do_not_take_the_state_of_others_with_their_names(
@@ -140,7 +140,7 @@ def test_a_save_that_cannot_be_prepared_fails_as_any_other(
         raise error("the state is not as it should be")
 
     _, optimizer = trained()
-    monkeypatch.setattr("shampoo_deepspeed.writing._items", wrong)
+    monkeypatch.setattr("shampoo_deepspeed.checkpoint.save._items", wrong)
     with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be written.*not as it should be"):
         save_shampoo(optimizer, tmp_path)
 
@@ -157,8 +157,8 @@ def test_a_folder_that_fails_while_a_failure_is_cleared_away_is_no_other_failure
     _, optimizer = trained()
     save_shampoo(optimizer, tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr("shampoo_deepspeed.manifest.Path.is_file", broken)
-        patched.setattr("shampoo_deepspeed.writing._commit", lambda *_: "it was refused")
+        patched.setattr("shampoo_deepspeed.checkpoint.manifest.Path.is_file", broken)
+        patched.setattr("shampoo_deepspeed.checkpoint.save._commit", lambda *_: "it was refused")
         with pytest.raises(CheckpointError, match="it was refused"):
             save_shampoo(optimizer, tmp_path)
     assert len(list(tmp_path.glob("data-*"))) == 2
@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_listed_is_no_failure_of_a_save(
         raise OSError(5, "Input/output error")
 
     _, optimizer = trained()
-    monkeypatch.setattr("shampoo_deepspeed.writing.Path.iterdir", broken)
+    monkeypatch.setattr("shampoo_deepspeed.checkpoint.save.Path.iterdir", broken)
     save_shampoo(optimizer, tmp_path)
     assert (tmp_path / "manifest.json").is_file() and "could not be removed: [Errno 5]" in caplog.text
 
@@ -212,7 +212,7 @@ def test_a_manifest_that_cannot_be_written_is_not_left_half(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"shampoo_deepspeed.manifest.{place}", full)
+        patch.setattr(f"shampoo_deepspeed.checkpoint.manifest.{place}", full)
         with pytest.raises(CheckpointError, match="No space left"):
             save_shampoo(optimizer, tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
@@ -230,7 +230,7 @@ def test_a_save_that_is_complete_but_not_yet_durable_keeps_its_data(
         if len(calls) == 2:
             raise OSError(5, "Input/output error")
 
-    for module in ("manifest", "writing"):
+    for module in ("checkpoint.manifest", "checkpoint.save"):
         monkeypatch.setattr(f"shampoo_deepspeed.{module}.sync_directory", second_fails)
     with pytest.raises(CheckpointError, match="Input/output error"):
         save_shampoo(optimizer, tmp_path)
@@ -288,7 +288,8 @@ from pathlib import Path
 folder, made = Path(sys.argv[1]), {}
 atexit.register(lambda: print(len(made), "left,", (folder / "saved/manifest.json").is_file()))  # runs last
 import torch.distributed as dist
-from shampoo_deepspeed import cpu_groups, save_shampoo
+from shampoo_deepspeed.distributed import process_groups as cpu_groups
+from shampoo_deepspeed import save_shampoo
 from tests.stepping import drive, parameter, shampoo
 made = cpu_groups._FOR_THREAD
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)

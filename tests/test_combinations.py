@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
-from shampoo_deepspeed.config import OPTION_NAMES
-from shampoo_deepspeed.option_names import GROUP_ONLY
+from shampoo_deepspeed.options.config import OPTION_NAMES
+from shampoo_deepspeed.options.names import GROUP_ONLY
 from tests.combinations import (
     ALONE,
     NO_PAIRS,

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
-from shampoo_deepspeed.choices import DTYPES, GRAFTING_METHODS, PRECONDITIONERS
-from shampoo_deepspeed.config import OPTION_NAMES
-from shampoo_deepspeed.option_names import ALIASES, GLOBAL_OPTIONS
+from shampoo_deepspeed.options.choices import DTYPES, GRAFTING_METHODS, PRECONDITIONERS
+from shampoo_deepspeed.options.config import OPTION_NAMES
+from shampoo_deepspeed.options.names import ALIASES, GLOBAL_OPTIONS
 from tests.stepping import parameter
 
 NUMBER = "a number >= 0"

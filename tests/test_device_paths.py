@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.verdict import Verdict
+from shampoo_deepspeed.algorithm.found_inf import Verdict
 from tests.simulated_device import Device, Mode, OnDevice, simulate
 
 STEPS, FREQUENCY = 7, 3

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.eigenbases import (
+from shampoo_deepspeed.linalg.eigenbases import (
     eigenbasis,
     good_enough,
     kept_or_new,
@@ -18,7 +18,7 @@ from shampoo_deepspeed.eigenbases import (
     power_step,
     root_from_basis,
 )
-from shampoo_deepspeed.roots import inverse_root
+from shampoo_deepspeed.linalg.inverse_root import inverse_root
 
 F64 = torch.float64
 eigh = torch.linalg.eigh

@@ -17,15 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import shampoo_deepspeed.model_shapes as model_shapes
+import shampoo_deepspeed.estimate.model_shapes as model_shapes
 from shampoo_deepspeed import Shampoo, ShampooConfig
 from shampoo_deepspeed.__main__ import main
-from shampoo_deepspeed.boxes import Box, tiling_error
+from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.estimate import Estimate, Step, estimate
-from shampoo_deepspeed.hosts import Parameter
-from shampoo_deepspeed.layouts import HOSTS, layouts
-from shampoo_deepspeed.model_shapes import ModelError, llama_shapes, parameters_of, parameters_of_file
-from shampoo_deepspeed.recommend import Speed, expected_overhead, recommend
+from shampoo_deepspeed.estimate.expected_shards import HOSTS, layouts
+from shampoo_deepspeed.estimate.model_shapes import ModelError, llama_shapes, parameters_of, parameters_of_file
+from shampoo_deepspeed.estimate.recommend import Speed, expected_overhead, recommend
+from shampoo_deepspeed.geometry.boxes import Box, tiling_error
 from tests.strategies import shapes
 from tests.zoo import gradients, make_batch, make_model
 

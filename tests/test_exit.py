@@ -13,7 +13,7 @@ BUSY_TO_THE_END = """
 import sys, time
 import torch
 import torch.distributed as dist
-from shampoo_deepspeed.cpu_groups import part_in_order
+from shampoo_deepspeed.distributed.process_groups import part_in_order
 from tests.stepping import drive, parameter, shampoo
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=0, world_size=1)
 held = dist.group.WORLD
@@ -37,7 +37,7 @@ def test_a_gloo_thread_that_waits_for_the_interpreter_aborts_no_exit(tmp_path: P
 
 
 ALONE = """
-from shampoo_deepspeed.cpu_groups import part_in_order
+from shampoo_deepspeed.distributed.process_groups import part_in_order
 from tests.stepping import drive, parameter, shampoo
 params = [parameter(8, 6)]
 drive(shampoo([("w", params[0])]), params, range(2))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed import Shampoo, ShampooConfig
-from shampoo_deepspeed.stacks import BlockStack
-from shampoo_deepspeed.verdict import Verdict
+from shampoo_deepspeed.algorithm.block_stack import BlockStack
+from shampoo_deepspeed.algorithm.found_inf import Verdict
 from tests.comparing import block_deviations
 from tests.reference import Options, Reference, new_block
 from tests.zoo import gradients, make_batch, make_model, relative_error

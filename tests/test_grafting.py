@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shampoo_deepspeed import grafting, shards
-from shampoo_deepspeed.choices import GRAFTING_METHODS
-from shampoo_deepspeed.verdict import Verdict
+from shampoo_deepspeed.algorithm import grafting
+from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.engine import shard_update as shards
+from shampoo_deepspeed.options.choices import GRAFTING_METHODS
 from tests.stepping import drive, made_up, parameter, same_bits, shampoo, snapshot
 from tests.zoo import relative_error
 

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from shampoo_deepspeed.metrics import ExchangeMeter, Measured, RefreshMeter, Stopwatch, note_spectrum, read
-from shampoo_deepspeed.roots import inverse_root
+from shampoo_deepspeed.linalg.inverse_root import inverse_root
+from shampoo_deepspeed.runtime.metrics import ExchangeMeter, Measured, RefreshMeter, Stopwatch, note_spectrum, read
 from tests.stepping import drive, parameter, shampoo
 
 CPU = torch.device("cpu")

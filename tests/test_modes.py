@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed import ShampooConfig, stacks
-from shampoo_deepspeed.preconditioners.modes import STRIP, add_gram_
-from shampoo_deepspeed.roots import symmetric
-from shampoo_deepspeed.stacks import BlockStack
-from shampoo_deepspeed.verdict import Verdict
+from shampoo_deepspeed import ShampooConfig
+from shampoo_deepspeed.algorithm import block_stack as stacks
+from shampoo_deepspeed.algorithm.block_stack import BlockStack
+from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.linalg.inverse_root import symmetric
+from shampoo_deepspeed.linalg.mode_products import STRIP, add_gram_
 from tests.reference import Options, Reference, new_block
 from tests.stepping import made_up
 from tests.zoo import relative_error

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import ShampooConfig
-from shampoo_deepspeed.choices import DEFAULT_EXCLUDE, KINDS, TRAINER_NO_DECAY
-from shampoo_deepspeed.hosts import Parameter
-from shampoo_deepspeed.naming import clean_name, matching, names_and_kinds
-from shampoo_deepspeed.treatment import treat
+from shampoo_deepspeed.distributed.frameworks import Parameter
+from shampoo_deepspeed.engine.policy import treat
+from shampoo_deepspeed.options.choices import DEFAULT_EXCLUDE, KINDS, TRAINER_NO_DECAY
+from shampoo_deepspeed.options.parameter_names import clean_name, matching, names_and_kinds
 from tests.stepping import drive, parameter, shampoo
 
 NOTHING: frozenset[str] = frozenset()

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shampoo_deepspeed import OptionError, ShampooConfig, newton
-from shampoo_deepspeed.newton import coupled_newton, newton_db, upper_bound, with_ridge
-from shampoo_deepspeed.roots import chosen_solver, full_precision, inverse_root
+from shampoo_deepspeed import OptionError, ShampooConfig
+from shampoo_deepspeed.linalg import newton
+from shampoo_deepspeed.linalg.inverse_root import chosen_solver, inverse_root
+from shampoo_deepspeed.linalg.newton import coupled_newton, newton_db, upper_bound, with_ridge
+from shampoo_deepspeed.linalg.precision import full_precision
 from tests.stepping import drive, parameter, shampoo, snapshot
 from tests.test_roots import basis, compose
 from tests.zoo import relative_error
@@ -173,7 +175,7 @@ def test_products_of_an_iteration_run_in_full_precision(monkeypatch: pytest.Monk
         seen.add((backends.cuda.matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
         return coupled_newton(matrices, *rest)
 
-    monkeypatch.setattr("shampoo_deepspeed.roots.coupled_newton", watched)
+    monkeypatch.setattr("shampoo_deepspeed.linalg.inverse_root.coupled_newton", watched)
     backends.fp32_precision = "tf32"
     try:
         with torch.autocast("cpu"):

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import Shampoo, load_shampoo, save_shampoo
-from shampoo_deepspeed.choices import GRAFTING_METHODS
-from shampoo_deepspeed.torch_state import as_count
+from shampoo_deepspeed.options.choices import GRAFTING_METHODS
+from shampoo_deepspeed.state.dcp_state import as_count
 from tests.stepping import drive, parameter, same_bits, shampoo, snapshot, state_of, through_a_file, train
 from tests.zoo import make_model
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import Shampoo, load_shampoo, save_shampoo
-from shampoo_deepspeed.manifest import Manifest
+from shampoo_deepspeed.checkpoint.manifest import Manifest
 from tests.stepping import drive, parameter, same_bits, shampoo, snapshot
 from tests.test_checkpoint import FORMS
 

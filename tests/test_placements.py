@@ -19,9 +19,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shampoo_deepspeed import LayoutError
-from shampoo_deepspeed.boxes import tiling_error
+from shampoo_deepspeed.geometry.boxes import tiling_error
 from shampoo_deepspeed.integrations.fsdp import DTensorHost
-from shampoo_deepspeed.integrations.placements import local_boxes
+from shampoo_deepspeed.integrations.fsdp.placements import local_boxes
 
 WORLD = 8
 SIZES = [*range(1, 28), 40, 41, 63]

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shampoo_deepspeed.blocks import Side, cut_into_blocks
-from shampoo_deepspeed.boxes import Box, tiling_error, whole
-from shampoo_deepspeed.owners import LOCALITY_TOLERANCE
-from shampoo_deepspeed.plan import (
+from shampoo_deepspeed.engine.staggering import staggered_phases
+from shampoo_deepspeed.geometry.blocks import Side, cut_into_blocks
+from shampoo_deepspeed.geometry.boxes import Box, tiling_error, whole
+from shampoo_deepspeed.geometry.owners import LOCALITY_TOLERANCE
+from shampoo_deepspeed.geometry.plan import (
     FEWEST_IN_BUCKET,
     MOST_IN_BUCKET,
     Matrix,
@@ -23,7 +24,6 @@ from shampoo_deepspeed.plan import (
     step_cost,
     tapered_ends,
 )
-from shampoo_deepspeed.refresh import staggered_phases
 from tests import plan_oracle
 from tests.strategies import sharded
 

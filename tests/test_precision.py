@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner
-from shampoo_deepspeed.roots import full_precision
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
+from shampoo_deepspeed.linalg.precision import full_precision
 from tests.stepping import drive, parameter, same_bits, shampoo, snapshot
 
 backends: Any = torch.backends

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.choices import PRECONDITIONERS
+from shampoo_deepspeed.options.choices import PRECONDITIONERS
 
 WIDTH, HEADS, LAYERS, LENGTH, BATCH = 48, 4, 2, 48, 12
 STEPS = 100

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shampoo_deepspeed.refresh import due_staggered, staggered_phases
+from shampoo_deepspeed.engine.staggering import due_staggered, staggered_phases
 
 costs_of_blocks = st.lists(st.integers(1, 1000).map(float), max_size=200)
 frequencies = st.integers(1, 24)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed import ShampooConfig, grafting
-from shampoo_deepspeed.eigenbases import eigenbasis, kept_or_new, power_step
-from shampoo_deepspeed.reproducible import LANES, UNDIVIDED, elementwise, power
-from shampoo_deepspeed.roots import diagonal_root, inverse_root
-from shampoo_deepspeed.stacks import BlockStack
-from shampoo_deepspeed.verdict import Verdict
+from shampoo_deepspeed import ShampooConfig
+from shampoo_deepspeed.algorithm import grafting
+from shampoo_deepspeed.algorithm.block_stack import BlockStack
+from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.linalg.eigenbases import eigenbasis, kept_or_new, power_step
+from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root
+from shampoo_deepspeed.linalg.reproducible import LANES, UNDIVIDED, elementwise, power
 
 ROWS = 5
 SIZES = (1, 2, 3, 7, 16, 17, 33, 63, 65)

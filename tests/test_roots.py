@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shampoo_deepspeed import Shampoo, ShampooConfig
-from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner
-from shampoo_deepspeed.roots import checked, inverse_root, regularised
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
+from shampoo_deepspeed.linalg.inverse_root import checked, inverse_root, regularised
 from tests.stepping import drive, parameter, refresh, same_bits, shampoo, snapshot
 from tests.zoo import relative_error
 
@@ -200,7 +200,7 @@ def test_vectors_of_an_accelerator_that_are_not_orthonormal_are_done_again(monke
     monkeypatch.setattr(torch.linalg, "eigh", skewed)
     unnoticed, _ = inverse_root(stack, 2.0, 0.0, 1e-6, torch.float32)
     assert relative_error(unnoticed[1], expected[1]) > 0.1
-    monkeypatch.setattr("shampoo_deepspeed.roots.TRUSTED", ())
+    monkeypatch.setattr("shampoo_deepspeed.linalg.inverse_root.TRUSTED", ())
     found, failed = inverse_root(stack, 2.0, 0.0, 1e-6, torch.float32)
     assert failed == []
     torch.testing.assert_close(found, expected)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import OptionError, Shampoo
-from shampoo_deepspeed.boxes import Box, whole
-from shampoo_deepspeed.rounding import random_bits, stochastically_rounded
+from shampoo_deepspeed.engine.master_weights import random_bits, stochastically_rounded
+from shampoo_deepspeed.geometry.boxes import Box, whole
 from tests.stepping import drive, made_up, parameter, same_bits, shampoo, snapshot, state_of, through_a_file
 
 CPU = torch.device("cpu")

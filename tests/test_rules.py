@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
-from shampoo_deepspeed.config import OPTION_NAMES
-from shampoo_deepspeed.option_names import GROUP_ONLY
-from shampoo_deepspeed.rules import STRIDE, expanded
+from shampoo_deepspeed.options.config import OPTION_NAMES
+from shampoo_deepspeed.options.names import GROUP_ONLY
+from shampoo_deepspeed.options.rules import STRIDE, expanded
 from tests.reference import Reference
 from tests.stepping import drive, parameter, same_bits, shampoo, snapshot, state_of, through_a_file
 from tests.test_naming import MixtureLayer, TopKRouter

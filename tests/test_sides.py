@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shampoo_deepspeed import OptionError, Shampoo
-from shampoo_deepspeed.choices import PRECONDITIONERS
+from shampoo_deepspeed.options.choices import PRECONDITIONERS
 from tests.stepping import drive, parameter, same_bits, shampoo, snapshot
 from tests.zoo import relative_error
 

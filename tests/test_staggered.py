@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
-from shampoo_deepspeed.hosts import Parameter
-from shampoo_deepspeed.phases import refresh_phases
-from shampoo_deepspeed.stacks import BlockStack
+from shampoo_deepspeed.algorithm.block_stack import BlockStack
+from shampoo_deepspeed.distributed.frameworks import Parameter
+from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
 from tests.stepping import drive, parameter, same_bits, shampoo, snapshot, state_of, through_a_file
 
 FREQUENCY = 4

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
-from shampoo_deepspeed.manifest import Manifest
-from shampoo_deepspeed.torch_state import elsewhere_entry
+from shampoo_deepspeed.checkpoint.manifest import Manifest
+from shampoo_deepspeed.state.dcp_state import elsewhere_entry
 from tests.stepping import same_bits, shampoo, snapshot, train
 from tests.zoo import make_model
 

@@ -36,7 +36,7 @@ from shampoo_deepspeed.integrations.trainer import (
     register_with_transformers,
 )
 from shampoo_deepspeed.integrations.transformers_names import options_from_text
-from shampoo_deepspeed.wrappers import innermost
+from shampoo_deepspeed.state.unwrap import innermost
 from tests.distributed.trainings import DECAY, RATE, Training, make_data, make_model, trainer_groups
 
 TRAINING = Training(steps=4)

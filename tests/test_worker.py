@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shampoo_deepspeed import roots, worker
-from shampoo_deepspeed.metrics import RefreshMeter
-from shampoo_deepspeed.preconditioners import build
-from shampoo_deepspeed.preconditioners.renewed import Renewed
+from shampoo_deepspeed.algorithm import background as worker
+from shampoo_deepspeed.algorithm.preconditioners import build
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import Renewed
+from shampoo_deepspeed.linalg import precision
+from shampoo_deepspeed.runtime.metrics import RefreshMeter
 from tests.backgrounds import FORMS, FREQUENCY, Compute, finish, trained, wrap_compute
 from tests.stepping import drive
 
@@ -40,7 +41,7 @@ class Products(TorchDispatchMode):
 def test_no_product_of_the_thread_can_see_a_precision_switch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The switches belong to the process: it neither touches them nor has a float32 product that reads them."""
     seen, switching = Products(), []
-    original = roots._ieee_products
+    original = precision._ieee_products
 
     def watched() -> Any:
         switching.append(threading.current_thread())
@@ -53,7 +54,7 @@ def test_no_product_of_the_thread_can_see_a_precision_switch(name: str, monkeypa
 
         return work
 
-    monkeypatch.setattr(roots, "_ieee_products", watched)
+    monkeypatch.setattr(precision, "_ieee_products", watched)
     wrap_compute(monkeypatch, watching)
     _, optimizer = trained(2 * FREQUENCY + 2, **FORMS[name])
     finish(optimizer)
@@ -163,7 +164,7 @@ def test_on_an_accelerator_a_stream_of_its_own_begins_after_the_factors_and_is_w
 SCRIPT = """
 import os, sys, time, torch
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.preconditioners.shampoo import ShampooPreconditioner
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
 original = ShampooPreconditioner.compute
 def slow(*arguments):
     time.sleep(0.2)

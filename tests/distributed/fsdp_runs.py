@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.naming import matching
+from shampoo_deepspeed.options.parameter_names import matching
 from tests.distributed.scenarios import STRICT
 from tests.reference import Reference
 from tests.zoo import gradients, make_batch, make_model

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shampoo_deepspeed.cpu_groups import part_in_order
+from shampoo_deepspeed.distributed.process_groups import part_in_order
 from tests.distributed.launch import Check, RankResult
 
 PARENT_SECONDS = 120.0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shampoo_deepspeed.blocks import cut_into_blocks
+from shampoo_deepspeed.geometry.blocks import cut_into_blocks
 from tests.distributed.commands import accelerate_launch, losses, run, torchrun
 from tests.distributed.launch import ROOT, free_port
 from tests.zoo import relative_error

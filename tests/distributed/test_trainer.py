@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.choices import TRAINER_NO_DECAY
-from shampoo_deepspeed.naming import matching, names_and_kinds
+from shampoo_deepspeed.options.choices import TRAINER_NO_DECAY
+from shampoo_deepspeed.options.parameter_names import matching, names_and_kinds
 from tests.distributed.conftest import Ask
 from tests.distributed.launch import Check
 from tests.distributed.trainings import BETAS, BOUND, DECAY, RATE, Training, expected, make_model, trainer_decayed

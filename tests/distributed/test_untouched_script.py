@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from shampoo_deepspeed.manifest import Manifest
+from shampoo_deepspeed.checkpoint.manifest import Manifest
 from tests.distributed.commands import run, torchrun
 
 STANDIN = Path(__file__).resolve().parent / "standin"

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.choices import TRAINER_NO_DECAY
 from shampoo_deepspeed.integrations.accelerate import prepare
+from shampoo_deepspeed.options.choices import TRAINER_NO_DECAY
 from tests.distributed.ranks.trainer import clean_process, shared_folder
 from tests.distributed.ranks.trainer_optimizers import whole
 from tests.distributed.trainings import GLOBAL_BATCH, Training, make_data, make_model, trainer_groups

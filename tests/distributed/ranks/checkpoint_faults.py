@@ -10,20 +10,20 @@ from unittest.mock import patch
 import torch.distributed as dist
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
-from shampoo_deepspeed.block_form import AS_IN_MEMORY
-from shampoo_deepspeed.record import tables
+from shampoo_deepspeed.checkpoint.records import tables
+from shampoo_deepspeed.state.block_codec import AS_IN_MEMORY
 from tests.distributed.ranks.folders import shared_folder
 from tests.stepping import drive, parameter, shampoo
 
 SAVING = {
-    "prepare": "shampoo_deepspeed.writing._items",
+    "prepare": "shampoo_deepspeed.checkpoint.save._items",
     "sync": "torch.distributed.checkpoint.filesystem.os.fsync",
-    "checksum": "shampoo_deepspeed.writing.checksum",
+    "checksum": "shampoo_deepspeed.checkpoint.save.checksum",
 }
 # Of the first rank, whose answer the others wait for.
 FIRST = {
-    "folder": "shampoo_deepspeed.writing.uuid.uuid4",
-    "commit": "shampoo_deepspeed.writing._commit",
+    "folder": "shampoo_deepspeed.checkpoint.save.uuid.uuid4",
+    "commit": "shampoo_deepspeed.checkpoint.save._commit",
     "clearing": "pathlib.Path.is_file",
 }
 LOADING = {"manifest": "pathlib.Path.read_bytes", "damage": "shampoo_deepspeed.checkpoint.damage"}

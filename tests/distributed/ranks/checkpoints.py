@@ -31,7 +31,7 @@ from shampoo_deepspeed.integrations.trainer import (
     ShampooTrainerMixin,
     deferred,
 )
-from shampoo_deepspeed.wrappers import innermost
+from shampoo_deepspeed.state.unwrap import innermost
 from tests import zoo
 from tests.distributed.ranks.fsdp import full
 from tests.distributed.ranks.trainer import clean_process, full_parameters, logged, shared_folder

@@ -26,8 +26,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from shampoo_deepspeed import LayoutError, Shampoo
 from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
-from shampoo_deepspeed.exchange import Exchange, Transit
-from shampoo_deepspeed.naming import clean_name
+from shampoo_deepspeed.distributed.exchange import Exchange, Transit
+from shampoo_deepspeed.options.parameter_names import clean_name
 from tests.distributed.fsdp_runs import FROZEN, Run
 from tests.distributed.ranks.folders import shared_folder
 from tests.zoo import cast, make_batch, make_model, micro_batches

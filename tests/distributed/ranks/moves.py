@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 
 from shampoo_deepspeed import Shampoo, load_shampoo, save_shampoo
-from shampoo_deepspeed.naming import clean_name
+from shampoo_deepspeed.options.parameter_names import clean_name
 from tests.distributed.moves import HALF, STEPS, Move
 from tests.zoo import make_batch, make_model, micro_batches
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from shampoo_deepspeed import load_shampoo, save_shampoo
-from shampoo_deepspeed.naming import clean_name
+from shampoo_deepspeed.options.parameter_names import clean_name
 from tests.distributed.fsdp_runs import Run
 from tests.distributed.ranks.folders import shared_folder
 from tests.distributed.ranks.fsdp import built, full, mesh_rank, sharded

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from shampoo_deepspeed.wrappers import innermost
+from shampoo_deepspeed.state.unwrap import innermost
 from tests.distributed.ranks.trainer import clean_process, shared_folder
 from tests.distributed.ranks.trainer_optimizers import Losses, whole
 from tests.distributed.snippets import Snippet

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from shampoo_deepspeed.config import OPTION_NAMES
+from shampoo_deepspeed.options.config import OPTION_NAMES
 from tests.distributed.ranks.folders import shared_folder
 from tests.distributed.trainings import Training, make_data, make_model
 

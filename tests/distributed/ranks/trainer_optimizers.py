@@ -24,8 +24,8 @@ from shampoo_deepspeed.integrations.trainer import (
     deferred,
     register_with_transformers,
 )
-from shampoo_deepspeed.naming import clean_name
-from shampoo_deepspeed.wrappers import innermost
+from shampoo_deepspeed.options.parameter_names import clean_name
+from shampoo_deepspeed.state.unwrap import innermost
 from tests.distributed.ranks.folders import shared_folder
 from tests.distributed.ranks.trainer import clean_process, drop, full_parameters
 from tests.distributed.trainings import Training, make_data, make_model, trainer_groups

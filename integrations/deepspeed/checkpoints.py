@@ -1,0 +1,269 @@
+"""DeepSpeed's own checkpoints: Shampoo's state lies beside their files, in ``<dir>/<tag>/shampoo``.
+
+DeepSpeed's files then hold the options and the id and place of that state. Where it converts a checkpoint for another
+number of ranks (``ds_to_universal``), only flat moments and ``param_groups`` get through, so these carry placeholders
+and the id, and the state is found again beside the converted files. File names below are DeepSpeed's (0.19.8).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import sys
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
+from shampoo_deepspeed.checkpoint.manifest import CheckpointError, Manifest
+from shampoo_deepspeed.distributed.process_groups import cpu_group
+from shampoo_deepspeed.state.state_dict import START_ANEW, SavedState
+from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
+
+logger = logging.getLogger("shampoo_deepspeed")
+
+FOLDER = "shampoo"
+PLACE = "SHAMPOO_CHECKPOINT"  # an environment variable: where the state is, if it was moved away from DeepSpeed's files
+MARKER = "shampoo_checkpoint"  # in param_groups
+PLACEHOLDERS = ("exp_avg", "exp_avg_sq")
+SAVED_BY = "DeepSpeed"  # in what a state dict says of its state's place; other hosts may say other things there
+
+
+def wrap_checkpointing(engine: Any) -> None:
+    """Let an engine's ``save_checkpoint`` and ``load_checkpoint`` carry the state of its optimizer."""
+    reference = weakref.ref(engine)
+    save, load = type(engine).save_checkpoint, type(engine).load_checkpoint
+
+    @wraps(save)
+    def save_checkpoint(save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        itself = reference()
+        assert itself is not None
+        if not save_dir:
+            return save(itself, save_dir, tag, *args, **kwargs)
+        tag = f"global_step{itself.global_steps}" if tag is None else str(tag)
+        # Ours first: DeepSpeed then writes its files and, last of all, `latest`.
+        where = _saved(itself.basic_optimizer, Path(save_dir) / tag)
+        with itself.basic_optimizer.state_saved_elsewhere(where), _convertible(itself, where):
+            return save(itself, save_dir, tag, *args, **kwargs)
+
+    @wraps(load)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        itself = reference()
+        assert itself is not None
+        optimizer = itself.basic_optimizer
+        given = inspect.signature(load).bind(itself, *args, **kwargs).arguments
+        before = [dict(group) for group in optimizer.param_groups] if itself.load_universal_checkpoint() else []
+        result = load(itself, *args, **kwargs)
+        if given.get("load_optimizer_states", True) and not given.get("load_module_only", False):
+            resume(optimizer, Path(result[0]).parent if result[0] else None, again=True)
+        else:
+            _leave_out(optimizer, before)
+        return result
+
+    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = False) -> None:
+    """Load the state that DeepSpeed's loaded files tell of; call it on all ranks. Nothing where they tell of none.
+
+    Args:
+        folder: that of the loaded files, where it is known.
+        again: also where the optimizer has met tensors since they were loaded.
+
+    Raises:
+        CheckpointError: where the state is not there, and `START_ANEW` is not set; any step would raise it again.
+    """
+    marks = _taken_marks(optimizer)
+    where = marks[0] if marks else optimizer.awaited  # a load that failed may have left the latter
+    if where is None or not _is_ours(where):
+        _refuse_moments(optimizer)
+        return
+    overwritten = _set_groups_apart(optimizer)
+    _drop_placeholders(optimizer)
+    if optimizer.awaited is None and optimizer.units and not again:
+        return  # DeepSpeed steps one group after the other, and this is not the first one
+    optimizer.awaited = where
+    found, reasons = _found(where, folder or where.get("folder"))
+    everyones = _everyones((found is not None, reasons))
+    missing = next((said for there, said in everyones if not there), None)
+    if missing is None:
+        assert found is not None
+        load_shampoo(optimizer, found, options=overwritten)
+    elif os.environ.get(START_ANEW) == "1":
+        logger.warning("%s; Shampoo's state starts anew (%s = 1)", missing, START_ANEW)
+        optimizer.take_state(SavedState({}, [], [], []))
+    else:
+        raise CheckpointError(
+            f"{missing}. Put the checkpoint's folder {FOLDER!r} back, say where it is by the environment variable "
+            f"{PLACE}, load with load_optimizer_states=False, or set {START_ANEW}=1 to go on with new state"
+        )
+
+
+def note_folder(optimizer: BlockOptimizer, folder: Path | None) -> None:
+    """Called while DeepSpeed loads a state dict: remember from where, for `resume`."""
+    _taken_marks(optimizer)
+    if folder is not None and optimizer.awaited is not None and _is_ours(optimizer.awaited):
+        optimizer.awaited = {**optimizer.awaited, "folder": str(folder)}
+
+
+def _saved(optimizer: BlockOptimizer, folder: Path) -> dict[str, str]:
+    """Write the state; gives its id and place."""
+    resume(optimizer)
+    path = folder.absolute() / FOLDER
+    save_shampoo(optimizer, path)
+    saved = _everyones(Manifest.read(path).directory if dist.get_rank() == 0 else None)[0]
+    return {"saved_by": SAVED_BY, "id": saved, "path": str(path)}
+
+
+def _is_ours(where: Mapping[str, Any] | None) -> bool:
+    return where is not None and where.get("saved_by") == SAVED_BY
+
+
+@contextmanager
+def _convertible(engine: Any, where: Mapping[str, str]) -> Iterator[None]:
+    """While DeepSpeed saves: what its converter insists on, and what it lets through.
+
+    That is, for stages 1 to 3, flat moments and a step of every partition, and a note in the model's file
+    (ds_to_universal.py); the placeholders take one byte on disk.
+    """
+    optimizer, stage = engine.basic_optimizer, int(engine.zero_optimization_stage())
+    if stage == 0:  # saved whole: any number of ranks loads it
+        yield
+        return
+    before: dict[Tensor, dict[str, Any]] = {}
+    for tensor in _partitions(engine, stage):
+        before[tensor] = dict(optimizer.state.get(tensor, {}))
+        nothing = torch.zeros(1, dtype=torch.uint8, device="cpu").expand(tensor.numel())
+        step = before[tensor].get("step", torch.zeros((), dtype=torch.float32, device="cpu"))
+        optimizer.state[tensor] = {"step": step, **dict.fromkeys(PLACEHOLDERS, nothing)}
+    for group in optimizer.param_groups:
+        group[MARKER] = dict(where)
+    try:
+        with _convertible_model(engine.module, stage < 3 and engine.zero_round_robin_gradients()):
+            yield
+    finally:
+        _taken_marks(optimizer)
+        for tensor, state in before.items():
+            optimizer.state[tensor] = state
+            if not state:
+                del optimizer.state[tensor]
+
+
+@contextmanager
+def _convertible_model(module: Any, round_robin: bool) -> Iterator[None]:
+    """The note that ``ds_to_universal --inject_missing_state`` would make, or one that makes it refuse."""
+    names = sys.modules["deepspeed.checkpoint.constants"]
+    key = names.UNIVERSAL_CHECKPOINT_INFO
+    if getattr(module, key, None) is not None:
+        yield
+        return
+    note: dict[str, Any] = {names.UNIVERSAL_CHECKPOINT_VERSION_KEY: names.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+    if round_robin:
+        reason = "it was saved with round_robin_gradients = true, for which DeepSpeed converts weights wrongly"
+        note[names.AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS] = {"this checkpoint": reason}
+    setattr(module, key, note)
+    try:
+        yield
+    finally:
+        delattr(module, key)
+
+
+def _partitions(engine: Any, stage: int) -> Sequence[Tensor]:
+    """The flat tensors whose state DeepSpeed saves; ZeRO-3 puts them into ``param_groups`` for that moment only."""
+    if stage == 3:
+        flat: Sequence[Tensor] = engine.optimizer.fp32_partitioned_groups_flat
+        return flat
+    return [tensor for group in engine.basic_optimizer.param_groups for tensor in group["params"]]
+
+
+def _taken_marks(optimizer: BlockOptimizer) -> list[dict[str, str]]:
+    return [group.pop(MARKER) for group in optimizer.param_groups if MARKER in group]
+
+
+def _set_groups_apart(optimizer: BlockOptimizer) -> bool:
+    """Whether ZeRO-3 gave all groups the options of the first one (stage3.py), which is undone."""
+    numbers = sorted({entry.parameter.group for entry in optimizer.entries})
+    now = [group["shampoo_group"] for group in optimizer.param_groups]
+    if len(now) != len(numbers) or now == numbers:
+        return False
+    optimizer.groups_apart(numbers)
+    return True
+
+
+def _refuse_moments(optimizer: BlockOptimizer) -> None:
+    """Moments without a note of ours are of another optimizer, whose universal checkpoint DeepSpeed has loaded."""
+    if not any(name in state for state in optimizer.state.values() for name in PLACEHOLDERS):
+        return
+    if os.environ.get(START_ANEW) != "1":
+        raise CheckpointError(
+            "the universal checkpoint was not saved by Shampoo. To go on with Shampoo from a run of another optimizer "
+            f"load with load_optimizer_states=False, or set the environment variable {START_ANEW}=1"
+        )
+    logger.warning("the universal checkpoint is not Shampoo's (%s = 1): state and options start anew", START_ANEW)
+    _drop_placeholders(optimizer)
+    optimizer.groups_apart([group["shampoo_group"] for group in optimizer.param_groups])
+
+
+def _drop_placeholders(optimizer: BlockOptimizer) -> None:
+    """DeepSpeed has made dense tensors of them, and fragments of these for each parameter (tensor_fragment.py)."""
+    for state in optimizer.state.values():
+        for name in PLACEHOLDERS:
+            state.pop(name, None)
+    for entry in optimizer.entries:
+        fragments = getattr(getattr(entry.reference(), "_hp_mapping", None), "optim_fragment", None) or {}
+        for name in PLACEHOLDERS:
+            fragments.pop(name, None)
+
+
+def _leave_out(optimizer: BlockOptimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Without optimizer states what is here stays; of universal checkpoints DeepSpeed has loaded them all the same.
+
+    Args:
+        groups: what the groups were before, of a universal checkpoint.
+    """
+    optimizer.awaited = None
+    if groups:
+        _drop_placeholders(optimizer)
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            for name in set(group) - set(before):
+                del group[name]
+            group.update(before, params=group["params"])
+
+
+def _found(where: Mapping[str, Any], folder: str | Path | None) -> tuple[Path | None, str]:
+    """The folder that holds the state with this id, or None and what was looked at."""
+    candidates = []
+    if os.environ.get(PLACE):
+        candidates += [Path(os.environ[PLACE]), Path(os.environ[PLACE]) / FOLDER]
+    if folder is not None:
+        candidates += [Path(folder) / FOLDER, *sorted(Path(folder).absolute().parent.glob(f"*/{FOLDER}"))]
+    candidates.append(Path(where["path"]))
+    reasons = {}
+    for path in candidates:
+        try:
+            found = Manifest.read(path).directory
+        except CheckpointError as error:
+            reasons[path] = str(error)
+            continue
+        if found == where["id"]:
+            return path, ""
+        reasons[path] = f"{path} holds another save ({found})"
+    return None, f"Shampoo's state {where['id']} of this DeepSpeed checkpoint is missing: {'; '.join(reasons.values())}"
+
+
+def _everyones(mine: Any) -> list[Any]:
+    """What all ranks say. A collective, unless this process is alone."""
+    world = dist.group.WORLD
+    if world is None:
+        return [mine]
+    words: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(words, mine, group=cpu_group(world))
+    return words

@@ -1,0 +1,200 @@
+"""What ZeRO 0-3 and the half-precision wrappers leave on each rank, as boxes of the model's parameters.
+
+DeepSpeed replaces the model's parameters in ``param_groups`` by flat float32 partitions, or by float32 copies; this
+file works out which flat interval is whose. File names below are DeepSpeed's (0.19.8).
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from shampoo_deepspeed.distributed.frameworks import Entry, Fresh, Layout, Parameter, Shard, whole_tensors
+from shampoo_deepspeed.geometry.boxes import interval_to_boxes
+
+_ExpertPart = tuple[int | None, int]
+
+
+def paired(entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[tuple[Entry, Fresh]] | None:
+    """Each fresh tensor with its entry: itself, or the float32 copy, at first by its place in the group."""
+    own = {id(entry.reference()): entry for entry in entries}
+    own |= {id(entry.stand_in()): entry for entry in entries if entry.stand_in is not None}
+    if all(id(item.tensor) in own for item in fresh):
+        return [(own[id(item.tensor)], item) for item in fresh]
+    pairs = []
+    for group in dict.fromkeys(item.group for item in fresh):
+        copies = [item for item in fresh if item.group == group]
+        originals = {id(t): p for p, t in _originals(entries, group)}
+        sources = [own[key] for key in originals]
+        if [tuple(item.tensor.shape) for item in copies] != [s.parameter.shape for s in sources]:
+            return None
+        pairs += list(zip(sources, copies, strict=True))
+    return pairs
+
+
+def replicated(engine: Any, pairs: Sequence[tuple[Entry, Fresh]]) -> list[Layout]:
+    """Stage 0: whole tensors (FP16_UnfusedOptimizer: float32 copies), the same on all data-parallel ranks."""
+    by_group: dict[tuple[int, _ExpertPart], tuple[dist.ProcessGroup | None, list[tuple[Entry, Fresh]]]] = {}
+    for entry, item in pairs:
+        group = _replica_group(engine, entry.reference()) if engine is not None else None
+        key = (id(group), _expert_part(entry.reference()))
+        by_group.setdefault(key, (group, []))[1].append((entry, item))
+    layouts = []
+    for (_, (part, parts)), (group, members) in by_group.items():
+        layout = whole_tensors([entry.parameter for entry, _ in members], [item for _, item in members])
+        layout.process_group, layout.part, layout.parts = group, part, parts
+        layout.one_rank_saves = True
+        for entry, item in members:
+            original = entry.reference()
+            if original is not None and original is not item.tensor:
+                entry.stand_in = weakref.ref(item.tensor)
+                _check_master(layout, entry.parameter, item.tensor, original.detach())
+        layouts.append(layout)
+    return layouts
+
+
+def is_partition(item: Fresh, entries: Sequence[Entry]) -> bool:
+    """Whether a tensor is a flat partition that ZeRO-1/2/3 or BF16_Optimizer has put into ``param_groups``."""
+    if item.tensor.ndim != 1 or any(entry.reference() is item.tensor for entry in entries):
+        return False
+    if isinstance(getattr(item.tensor, "ds_id", None), str):
+        return True
+    return bool(_flat_members(entries, item.group))
+
+
+def partition_layout(item: Fresh, entries: Sequence[Entry]) -> Layout:
+    """The layout of a flat partition: whose intervals lie in it, on this rank."""
+    if isinstance(getattr(item.tensor, "ds_id", None), str):
+        return _stage3_layout(item, entries)
+    return _stage12_layout(item, entries)
+
+
+def _originals(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, Tensor]]:
+    """The trainable, non-empty parameters of a group, in order: those that DeepSpeed optimizes (runtime/utils.py)."""
+    found = []
+    for entry in entries:
+        tensor = entry.reference()
+        if (
+            entry.parameter.group == group
+            and tensor is not None
+            and tensor.requires_grad
+            and 0 not in entry.parameter.shape
+        ):
+            found.append((entry.parameter, tensor))
+    return found
+
+
+def _flat_members(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, Any]]:
+    """The parameters of a group that lie in its flat buffer: all that were trainable when DeepSpeed built it.
+
+    They carry ``_dp_group``, as may leftovers of an earlier engine, which lie elsewhere. Whether they are trainable
+    now says nothing: layers may be frozen for a while.
+    """
+    tensors = [(e.parameter, e.reference()) for e in entries if e.parameter.group == group]
+    marked = [(p, t) for p, t in tensors if t is not None and hasattr(t, "_dp_group") and t.numel()]
+    if not marked:
+        return []
+    anchor = next((t for _, t in marked if t.requires_grad), marked[0][1])
+    buffer = anchor.untyped_storage().data_ptr()
+    return [(p, t) for p, t in marked if t.untyped_storage().data_ptr() == buffer]
+
+
+def _stage12_layout(item: Fresh, entries: Sequence[Entry]) -> Layout:
+    """ZeRO-1/2 and BF16_Optimizer: equal contiguous partitions of one flat buffer.
+
+    The model's parameters are views of that buffer, so their storage offsets are the layout of all ranks, also with
+    reordered (``round_robin_gradients``) or aligned parameters, where DeepSpeed's own ``_hp_mapping`` may be wrong.
+    """
+    members = _flat_members(entries, item.group)
+    flat, group = item.tensor, members[0][1]._dp_group
+    rank, size = dist.get_rank(group), flat.numel()
+    layout = Layout([p for p, _ in members], [flat], [item.group], [], _or_none(group), may_probe=False)
+    layout.part, layout.parts = _expert_part(members[0][1])
+    outside = {p.key for p, _ in _originals(entries, item.group)} - {p.key for p, _ in members}
+    if outside:
+        layout.problem = f"these parameters are not in the flat buffer of their group: {', '.join(sorted(outside))}"
+        return layout
+    base = min(int(tensor.storage_offset()) for _, tensor in members)
+    for number, (parameter, tensor) in enumerate(members):
+        begin = int(tensor.storage_offset()) - base
+        start, stop = max(begin, rank * size), min(begin + tensor.numel(), (rank + 1) * size)
+        if start < stop:
+            master = flat[start - rank * size : stop - rank * size]
+            _place(layout, number, start - begin, stop - begin, start - rank * size)
+            _check_master(layout, parameter, master, tensor.detach().reshape(-1)[start - begin : stop - begin])
+    return layout
+
+
+def _stage3_layout(item: Fresh, entries: Sequence[Entry]) -> Layout:
+    """ZeRO-3: every parameter is cut evenly over its ranks; a sub-group's partitions are concatenated.
+
+    Padding behind a partition is uninitialised memory and is never read or written.
+    """
+    known = {id(entry.reference()): entry.parameter for entry in entries}
+    owner = next(t._z3_optimizer for e in entries if (t := e.reference()) is not None and hasattr(t, "_z3_optimizer"))
+    number = next(n for n, flat in enumerate(owner.fp32_partitioned_groups_flat) if flat is item.tensor)
+    members = owner.fp16_groups[number]
+    group = members[0].ds_process_group
+    rank = dist.get_rank(group)
+    parameters = [known[id(member)] for member in members]
+    layout = Layout(parameters, [item.tensor], [parameters[0].group], [], _or_none(group), may_probe=False)
+    layout.part, layout.parts = _expert_part(members[0])
+    offset = 0
+    for index, (parameter, member) in enumerate(zip(parameters, members, strict=True)):
+        part = member.ds_tensor.ds_numel
+        start, stop = rank * part, min((rank + 1) * part, member.ds_numel)
+        if start < stop:
+            _place(layout, index, start, stop, offset)
+            master = item.tensor[offset : offset + stop - start]
+            _check_master(layout, parameter, master, member.ds_tensor.detach().reshape(-1)[: stop - start])
+        offset += part
+    if {p.group for p in parameters} != {item.group}:
+        layout.problem = f"the ZeRO-3 sub-group that begins with {parameters[0].key} mixes parameter groups"
+    return layout
+
+
+def _place(layout: Layout, number: int, start: int, stop: int, offset: int) -> None:
+    """Add the flat interval [start, stop) of a parameter, which lies at ``offset`` of the layout's one tensor."""
+    for box in interval_to_boxes(layout.parameters[number].shape, start, stop):
+        layout.shards.append(Shard(number, box, 0, offset))
+        offset += box.numel
+
+
+def _check_master(layout: Layout, parameter: Parameter, master: Tensor, low: Tensor) -> None:
+    """The master copy must be this very piece of the parameter; ZenFlow's transposed layout would fail here."""
+    cast = master.detach().to(low.dtype).to(low.device)
+    if low.numel() == cast.numel() and bool(((cast == low) | (cast.isnan() & low.isnan())).all()):
+        return
+    layout.problem = layout.problem or (
+        f"the float32 master does not hold what the model's parameter {parameter.key} holds: the model's weights were "
+        "changed after deepspeed.initialize, or DeepSpeed has laid it out in a way that this version does not know"
+    )
+
+
+def _replica_group(engine: Any, parameter: Any) -> dist.ProcessGroup | None:
+    """The ranks that hold the same copy of a parameter: all data-parallel ones, for an expert those of its group."""
+    if getattr(parameter, "allreduce", True) is False:
+        return _or_none(engine.expert_data_parallel_group[parameter.group_name])
+    return _or_none(engine.seq_data_parallel_group)
+
+
+def _expert_part(parameter: Any) -> _ExpertPart:
+    """Which of its equally named experts an expert parameter is, this rank's place among the expert-parallel ranks, and
+    how many there are."""
+    if getattr(parameter, "allreduce", True):
+        return None, 1
+    group = sys.modules["deepspeed.utils.groups"]._get_expert_parallel_group(parameter.group_name)
+    parts = dist.get_world_size(group)
+    return (dist.get_rank(group), parts) if parts > 1 else (None, 1)
+
+
+def _or_none(group: Any) -> dist.ProcessGroup | None:
+    """The group, or None where it has one rank only: then nothing needs to be communicated."""
+    if dist.get_world_size(group) == 1:
+        return None
+    return dist.group.WORLD if group is None else group

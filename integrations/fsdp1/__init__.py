@@ -1,0 +1,276 @@
+"""FSDP1: flat intervals of the model's parameters, of which tensors show nothing; the wrapped model explains them.
+
+With ``use_orig_params=True`` an optimizer is given the original parameters as 1-D pieces, with ``False`` one flat
+tensor for each wrapped module. File names below are torch's (torch/distributed/fsdp, 2.13).
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shampoo_deepspeed.distributed.frameworks import Entry, Fresh, Layout, LayoutError, Part, Shard, compute_dtype
+from shampoo_deepspeed.geometry.boxes import interval_to_boxes
+from shampoo_deepspeed.options.parameter_names import clean_name, kinds_by_module, output_head
+from shampoo_deepspeed.runtime.devices import communication_device
+from shampoo_deepspeed.state.dcp_state import is_fsdp1
+from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
+
+from .checkpoints import load_beside, save_beside
+
+FLAT_NAME = "_flat_param"
+MOST_OF_A_MODULE = 1 << 20  # parameters of a wrapped module
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The flat interval [start, stop) of an original parameter on this rank, at ``offset`` of the tensor."""
+
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a tensor in ``param_groups`` is made of: its pieces, and for a flat tensor (else None) their names.
+
+    ``group`` holds the shards of all pieces, and their replicas; None where the tensor was seen without its model.
+    """
+
+    tensor: weakref.ref[Tensor]
+    pieces: tuple[_Piece, ...]
+    parts: tuple[Part, ...] | None
+    group: dist.ProcessGroup | None
+
+
+class FullyShardedHost:
+    """The adapter. Hybrid sharding is over the world: replicas of a shard group hold equal intervals."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Known] = {}
+
+    def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
+        """FSDP1 builds no optimizers, but ``accelerator.prepare(model, optimizer)`` loads an empty state into one right
+        after it has wrapped the model; the calling frame has both."""
+        module = sys.modules.get("torch.distributed.fsdp")
+        frame: FrameType | None = sys._getframe(1)
+        for _ in range(24):
+            if frame is None or module is None:
+                return None
+            if frame.f_code.co_name == "prepare_optimizer":
+                models = getattr(frame.f_locals.get("self"), "_models", ())
+                wrapped = [model for model in models if module.FullyShardedDataParallel.fsdp_modules(model)]
+                own = {id(tensor) for tensor in given}
+                return next((m for m in wrapped if any(id(p) in own for p in m.parameters())), None)
+            frame = frame.f_back
+        return None
+
+    def note_model(self, model: nn.Module) -> None:
+        """Learn names and intervals of a wrapped model's parameters (_flat_param.py)."""
+        module = sys.modules.get("torch.distributed.fsdp")
+        if module is None:
+            return
+        self._known = {key: known for key, known in self._known.items() if known.tensor() is not None}
+        head = output_head(model)
+        heads = {id(part) for part in head.modules()} if head is not None else set()
+        told = kinds_by_module(model)
+        places = {id(part): place for place, part in enumerate(model.modules())}
+        for name, wrapped in model.named_modules():
+            handle = wrapped._handle if isinstance(wrapped, module.FullyShardedDataParallel) else None
+            if handle is None:
+                continue
+            hybrid = getattr(wrapped, "_inter_node_pg", None) is not None
+            group: Any = dist.group.WORLD if hybrid else wrapped.process_group
+            flat = handle.flat_param
+            if not handle._use_orig_params:
+                self._remember(flat, _pieces(flat), _parts(flat, name, heads, told, places), group)
+                continue
+            for parameter, piece in zip(flat._params, _pieces(flat), strict=True):
+                # What stands in the model is the piece alone.
+                self._remember(parameter, (_Piece(piece.shape, piece.start, piece.stop, 0),), None, group)
+
+    def admit(self, optimizer_class: type) -> None:
+        """FSDP1 takes every optimizer."""
+
+    def global_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
+        """The shape of an original parameter before flattening."""
+        known = self._find(parameter)
+        return known.pieces[0].shape if known is not None else None
+
+    def parts(self, tensor: Tensor, name: str | None) -> Sequence[Part] | None:
+        """The original parameters in a flat tensor.
+
+        Their names come from the model, or from the flat tensor's own name in ``model.named_parameters()``. Without
+        either they have none and are treated as other parameters without a name are.
+        """
+        known = self._find(tensor)
+        if getattr(tensor, "_is_flat_param", False) and (known is None or known.group is None):
+            parts = _parts(_flat(tensor), name.removesuffix(FLAT_NAME) if name is not None else None, None, {})
+            known = self._remember(tensor, _pieces(_flat(tensor)), parts, None)
+        return known.parts if known is not None else None
+
+    def joining(self, waiting: Sequence[Fresh]) -> list[Fresh]:
+        """Pieces that are trained on any rank: on a rank that holds nothing of a parameter no gradient ever shows.
+
+        A flat tensor is never empty, and reduce-scatter is a collective: all ranks have its gradient or none has.
+        """
+        by_group: dict[int, tuple[Any, list[Fresh]]] = {}
+        for item in waiting:
+            known = self._find(item.tensor)
+            if known is not None and known.parts is None and item.tensor.requires_grad:
+                by_group.setdefault(id(known.group), (known.group, []))[1].append(item)
+        found = []
+        for group, items in by_group.values():
+            here = float(any(item.tensor.grad is not None for item in items))
+            anywhere = torch.tensor(here, device=communication_device(group, items[0].tensor.device))
+            dist.all_reduce(anywhere, group=group)
+            if anywhere.item() > 0:
+                found += [item for item in items if item.tensor.grad is None]
+        return found
+
+    def layouts(
+        self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[Fresh]
+    ) -> list[Layout] | None:
+        """One layout for each process group and dtype of wrapped parameters; None where there is none.
+
+        Raises:
+            LayoutError: for other parameters beside them, and where only the model could tell the process group.
+        """
+        members = [(item, known) for item in fresh if (known := self._find(item.tensor)) is not None]
+        if not members:
+            return None
+        if len(members) != len(fresh):
+            raise LayoutError(
+                f"{len(fresh) - len(members)} of {len(fresh)} parameters with a gradient are not FSDP1's: give ignored "
+                "ones to an optimizer of their own; the others must be in the wrapped model, model=..."
+            )
+        units: dict[tuple[int, torch.dtype], tuple[Any, list[tuple[Tensor, _Known]]]] = {}
+        for item, known in members:
+            group = known.group if known.group is not None else _group_of(_flat(item.tensor))
+            key = id(group), compute_dtype(item.tensor)
+            units.setdefault(key, (group, []))[1].append((item.tensor, known))
+        return [_layout(group, tensors, entries) for group, tensors in units.values()]
+
+    def save_beside(self, optimizer: BlockOptimizer) -> bool:
+        """Whether it is accelerate that asks; where it saves, the state is in its folder now."""
+        return save_beside(optimizer)
+
+    def note_load(self, optimizer: BlockOptimizer) -> None:
+        """Called within ``load_fsdp_optimizer``, which runs on all ranks together."""
+        if any(is_fsdp1(tensor) for group in optimizer.param_groups for tensor in group["params"]):
+            load_beside(optimizer)
+
+    def resume(self, optimizer: BlockOptimizer) -> None:
+        """What was not there to be loaded is not there later."""
+
+    def _remember(
+        self, tensor: Tensor, pieces: tuple[_Piece, ...], parts: tuple[Part, ...] | None, group: Any
+    ) -> _Known:
+        known = self._known[id(tensor)] = _Known(weakref.ref(tensor), pieces, parts, group)
+        return known
+
+    def _find(self, tensor: Tensor) -> _Known | None:
+        known = self._known.get(id(tensor))
+        return known if known is not None and known.tensor() is tensor else None
+
+
+def _flat(tensor: Tensor) -> Any:
+    """A FlatParameter in the eyes of the type checker, which is not to import it."""
+    return tensor
+
+
+def _pieces(flat: Any) -> tuple[_Piece, ...]:
+    if any(extension is not None for extension in flat._param_extensions):
+        raise LayoutError(
+            f"FSDP1 over tensor parallelism flattens pieces of {', '.join(flat._fqns)} and does not show which; use "
+            "FSDP2 (fully_shard)"
+        )
+    pieces = []
+    for shape, info in zip(flat._shapes, flat._shard_param_infos, strict=True):
+        start, stop = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)
+        pieces.append(_Piece(tuple(shape), start, stop, info.offset_in_shard or 0))
+    return tuple(pieces)
+
+
+def _parts(
+    flat: Any,
+    prefix: str | None,
+    heads: set[int] | None,
+    told: Mapping[int, frozenset[str]],
+    places: Mapping[int, int] | None = None,
+) -> tuple[Part, ...]:
+    """Names and kinds in a flat tensor, as an unwrapped model would have them (``naming.names_and_kinds``).
+
+    Args:
+        prefix: name of the wrapped module, None where it is not known.
+        heads: ids of the output head's modules; None without a model, from which kinds come.
+        told: kinds of modules' own parameters, by the modules' ids.
+        places: of modules in the model, by their ids; without a model the order is that of the flat tensor.
+    """
+    parts = []
+    for number, (path, shape, info) in enumerate(zip(flat._fqns, flat._shapes, flat._param_infos, strict=True)):
+        name = clean_name(".".join(filter(None, (prefix.strip("."), path)))) if prefix is not None else None
+        kinds = _kinds(flat, info, heads, told) if heads is not None else frozenset[str]()
+        turn = places[id(info.module)] * MOST_OF_A_MODULE + number if places is not None else None
+        parts.append(Part(clean_name(path), tuple(shape), name, kinds, turn))
+    return tuple(parts)
+
+
+def _kinds(flat: Any, info: Any, heads: set[int], told: Mapping[int, frozenset[str]]) -> frozenset[str]:
+    """The kinds of all modules that hold a parameter; the first is in ``_param_infos``, others that are tied to it."""
+    own = (info.module, info.param_name)
+    holders = [info, *(s for s in flat._shared_param_infos if (s.prim_module, s.prim_param_name) == own)]
+    kinds = {kind for holder in holders for kind in told.get(id(holder.module), ())}
+    if any(holder.param_name == "weight" and id(holder.module) in heads for holder in holders):
+        kinds.add("lm_head")
+    return frozenset(kinds)
+
+
+def _group_of(flat: Any) -> dist.ProcessGroup | None:
+    """The ranks of a flat tensor that was seen without its model: all, or none that must be asked (NO_SHARD)."""
+    padded = getattr(flat, "_padded_unsharded_size", None)
+    if padded is None:
+        return None
+    ranks = padded.numel() // flat._sharded_size.numel()
+    if ranks != dist.get_world_size():
+        raise LayoutError(
+            f"an FSDP1 parameter is sharded over {ranks} of {dist.get_world_size()} ranks, and only the model tells "
+            "which: give the optimizer the wrapped model, Shampoo(model.named_parameters(), model=model, ...)"
+        )
+    return dist.group.WORLD
+
+
+def _layout(group: Any, tensors: Sequence[tuple[Tensor, _Known]], entries: Sequence[Entry]) -> Layout:
+    """One step unit of these tensors."""
+    of_tensor: dict[int, list[Entry]] = {}
+    for entry in entries:
+        of_tensor.setdefault(id(entry.reference()), []).append(entry)
+    layout = Layout([], [], [], [], group if group is not None and dist.get_world_size(group) > 1 else None, homes=[])
+    assert layout.homes is not None
+    for number, (tensor, known) in enumerate(tensors):
+        own = of_tensor[id(tensor)]
+        layout.tensors.append(tensor)
+        layout.groups.append(own[0].parameter.group)
+        # An empty piece has no gradient though the parameter may have one on other ranks.
+        layout.agrees |= known.parts is None
+        for entry, piece in zip(own, known.pieces, strict=True):
+            offset = piece.offset
+            for box in interval_to_boxes(piece.shape, piece.start, piece.stop):
+                layout.shards.append(Shard(len(layout.parameters), box, number, offset))
+                offset += box.numel
+            layout.parameters.append(entry.parameter)
+            layout.homes.append(number)
+    return layout
+
+
+HOST = FullyShardedHost()

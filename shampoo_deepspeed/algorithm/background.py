@@ -1,0 +1,88 @@
+"""One thread beside the training loop, where refreshes are computed while the next forward and backward run.
+
+On an accelerator it works on a stream of its own. Nothing that it computes depends on when it does so: its inputs do
+not change before it is done, and it reads no process-wide precision switch (see ``roots.beside_the_forward``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import Renewed
+from shampoo_deepspeed.linalg.precision import beside_the_forward
+from shampoo_deepspeed.runtime.metrics import RefreshMeter
+
+
+class Refresh:
+    """A refresh of neighbouring rows of a stack that is under way on the thread.
+
+    Args:
+        compute: what to do there. The tensors that it reads must not change before ``result`` has returned.
+        first: the stack's row that its row 0 is.
+        device: of these tensors; on an accelerator what its current stream has to do so far is done first.
+    """
+
+    def __init__(self, compute: Callable[[], Renewed], first: int, device: torch.device) -> None:
+        self.first = first
+        self.meter = RefreshMeter()
+        self._device = device
+        ready = None
+        if device.type != "cpu":
+            _load_linear_algebra(device)
+            ready = torch.Event(device)
+            ready.record(torch.accelerator.current_stream(device))
+        self._future = _executor().submit(_run, compute, self.meter, device, ready, torch.get_num_threads())
+
+    def result(self) -> Renewed:
+        """Waits until it is done; every call raises what the thread has raised."""
+        renewed = self._future.result()
+        if self._device.type != "cpu":
+            for tensor in renewed.tensors.values():  # whose memory belongs to the other stream
+                tensor.record_stream(torch.accelerator.current_stream(self._device))
+        return renewed
+
+
+def _run(
+    compute: Callable[[], Renewed], meter: RefreshMeter, device: torch.device, ready: torch.Event | None, threads: int
+) -> Renewed:
+    if torch.get_num_threads() != threads:  # OpenMP keeps this number for each thread
+        torch.set_num_threads(threads)
+    with torch.no_grad(), beside_the_forward():
+        if ready is None:
+            with meter.refreshing(device):
+                return compute()
+        # A new thread is on the first device. Leaving a stream's context goes back there, which on CUDA takes memory.
+        torch.accelerator.set_device_index(device)
+        stream = _stream(device)
+        with stream:
+            stream.wait_event(ready)
+            with meter.refreshing(device):
+                renewed = compute()
+        stream.synchronize()
+        return renewed
+
+
+@cache
+def _executor() -> ThreadPoolExecutor:
+    """The one thread; the interpreter's exit waits for what it has begun."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="shampoo-refresh")
+
+
+@cache
+def _stream(device: torch.device) -> torch.Stream:
+    return torch.Stream(device)
+
+
+@cache
+def _load_linear_algebra(device: torch.device) -> None:
+    """Torch loads its solvers at their first use, and not if two threads come first at once."""
+    torch.linalg.eigh(torch.eye(2, device=device, dtype=torch.float32))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_executor.cache_clear)  # threads do not survive a fork

@@ -1,0 +1,193 @@
+"""Element-wise methods (SGD, AdaGrad, RMSProp, Adam, normalized): grafting directions and second moments.
+
+Pure functions on lists of tensors. A block stack passes one tensor [B, *block], element-wise parameters pass one
+view each. The direction of a grafting method gives each block its step length (arXiv 2309.06497, section 2.4.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.linalg.reproducible import in_whole_registers
+from shampoo_deepspeed.options.config import ShampooConfig
+
+# Where torch has one kernel for all of an optimizer's step, which reads and writes everything once.
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+def has_second_moment(method: str) -> bool:
+    """Whether the method keeps a second moment at all."""
+    return method not in ("none", "sgd")
+
+
+def is_normalized(method: str) -> bool:
+    """Whether the second moment is that of G / ||G||."""
+    return method.startswith("normalized_")
+
+
+def accumulate(
+    method: str, second: Sequence[Tensor], gradients: Sequence[Tensor], beta2: float, verdict: Verdict
+) -> None:
+    """Update second moments in place: v + G*G (AdaGrad), or b2 * v + (1 - b2) G*G (RMSProp, Adam).
+
+    The normalized methods take gradients that the caller has normalized.
+    """
+    if not has_second_moment(method):
+        return
+    weight = 1.0
+    if not method.endswith("adagrad"):
+        torch._foreach_mul_(list(second), verdict.keep(beta2))
+        weight = 1.0 - beta2
+    torch._foreach_addcmul_(list(second), list(gradients), list(gradients), value=weight)
+
+
+def direction(
+    method: str, moments: Sequence[Tensor], second: Sequence[Tensor], step: int, beta2: float, eps: float
+) -> tuple[list[Tensor], float]:
+    """The method's direction M / (sqrt(v) + eps), with Adam's v corrected for its zero start; M for SGD.
+
+    Args:
+        moments: first moments M, shapes as ``second``.
+        step: t >= 1.
+        eps: added to the square root; with 0, elements without any gradient so far get 0.
+
+    Returns:
+        Tensors, and a number that they are to be multiplied by: callers have other numbers to multiply by too, and
+        each pass over a block costs.
+    """
+    if not has_second_moment(method):
+        return list(moments), 1.0
+    corrected = math.sqrt(1.0 - beta2**step) if method.endswith("adam") else 1.0
+    roots = torch._foreach_sqrt(list(second))
+    if eps > 0:
+        torch._foreach_add_(roots, eps * corrected)
+        return list(torch._foreach_div(list(moments), roots)), corrected
+    return [torch.where(r > 0, m / r, 0.0) for m, r in zip(moments, roots, strict=True)], corrected
+
+
+def normalized(gradient: Tensor, norm: Tensor) -> Tensor:
+    """G / norm, zero where the norm is zero; ``norm`` broadcasts against ``gradient``."""
+    return torch.where(norm > 0, gradient / norm, 0.0)
+
+
+def first_moment(
+    moments: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    beta1: float,
+    step: int,
+    bias_correction: bool,
+    verdict: Verdict,
+    beta3: float | None = None,
+) -> tuple[list[Tensor], float]:
+    """Update m = b1 * m + (1 - b1) G in place and return M, that is m corrected for its zero start if asked.
+
+    With beta1 = 0 there is no moment, and M is G. With ``beta3``, M is b3 * m + (1 - b3) G of the old m instead, as in
+    Lion and NAdam: a smaller b3 than b1 looks ahead, b3 = 0 takes G alone.
+
+    Returns:
+        Tensors and the number to multiply them by for M. They may be state, or the gradients.
+    """
+    if beta1 == 0.0:
+        return list(gradients), 1.0
+    beta3 = beta1 if beta3 is None else beta3
+    ahead = list(moments)
+    if beta3 != beta1:
+        ahead = list(torch._foreach_mul(ahead, beta3))
+        torch._foreach_add_(ahead, list(gradients), alpha=1.0 - beta3)
+    torch._foreach_mul_(list(moments), verdict.keep(beta1))
+    torch._foreach_add_(list(moments), list(gradients), alpha=1.0 - beta1)
+    return ahead, 1.0 / (1.0 - beta3 * beta1 ** (step - 1)) if bias_correction else 1.0
+
+
+class Warm(NamedTuple):
+    """First moments and directions of an element-wise step, each to be multiplied by its factor.
+
+    Callers have other numbers to multiply by too, and each pass over a block costs. Tensors may be state.
+    """
+
+    moments: list[Tensor]
+    lacking: float
+    directions: list[Tensor]
+    factor: float
+
+
+def advance(
+    method: str,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    scaled: Sequence[Tensor],
+    step: int,
+    config: ShampooConfig,
+    verdict: Verdict,
+) -> Warm:
+    """Update first and second moments in place and give what they make.
+
+    Args:
+        scaled: what second moments see, the normalized gradients for normalized methods.
+    """
+    if _fuses(method, first, second, gradients, config):
+        return _adam(first, second, gradients, step, config, verdict)
+    beta1, beta2, corrected = config.betas[0], config.second_moment_beta, config.use_bias_correction
+    accumulate(method, second, scaled, beta2, verdict)
+    moments, lacking = first_moment(first, gradients, beta1, step, corrected, verdict, config.beta3)
+    directions, factor = direction(method, moments, second, step, beta2, config.eps)
+    return Warm(moments, lacking, directions, factor * lacking)
+
+
+def _fuses(
+    method: str,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    config: ShampooConfig,
+) -> bool:
+    """Whether torch's kernel does the same: not without a first moment, nor with eps = 0, where it divides by 0."""
+    if method != "adam" or not first or config.beta3 not in (None, config.betas[0]):
+        return False
+    if config.eps <= 0.0 or config.second_moment_beta >= 1.0 or gradients[0].device.type not in FUSED_DEVICES:
+        return False
+    return all(g.dtype == m.dtype == v.dtype for g, m, v in zip(gradients, first, second, strict=True))
+
+
+def _adam(
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    step: int,
+    config: ShampooConfig,
+    verdict: Verdict,
+) -> Warm:
+    """Adam's part in one pass: a step with rate -1 from weights of zero is the direction itself."""
+    beta1, corrected = config.betas[0], config.use_bias_correction
+    directions = [torch.zeros_like(g) for g in gradients]
+    taken = torch.full((), step, dtype=torch.float32, device=gradients[0].device)  # read as such, whatever it is
+
+    def advance_(lists: Sequence[list[Tensor]]) -> None:
+        made, seen, averages, squares = lists
+        torch._fused_adam_(
+            made,
+            seen,
+            averages,
+            squares,
+            [],
+            [taken] * len(made),
+            lr=-1.0,
+            beta1=beta1,
+            beta2=config.second_moment_beta,
+            weight_decay=0.0,
+            eps=config.eps,
+            amsgrad=False,
+            maximize=False,
+            found_inf=verdict.found_inf,
+        )
+
+    in_whole_registers(advance_, directions, gradients, first, second)
+    lack = 1.0 - beta1**step
+    return Warm(list(first), 1.0 / lack if corrected else 1.0, directions, 1.0 if corrected else lack)

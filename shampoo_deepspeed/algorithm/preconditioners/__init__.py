@@ -1,0 +1,77 @@
+"""Preconditioners: one small class each, all with the interface of `Preconditioner`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.algorithm.preconditioners.kl_shampoo import KLShampooPreconditioner
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import Renewed
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
+from shampoo_deepspeed.algorithm.preconditioners.soap import SOAPPreconditioner
+from shampoo_deepspeed.options.config import ShampooConfig
+
+
+class Preconditioner(Protocol):
+    """Mathematics of a stack of equal blocks. Stateless: all state is in the dict that each method gets.
+
+    ``state`` maps names to tensors with the block as first dim; methods change them in place. ``first_moment`` is the
+    name under which it holds the first moments, where there are any; the step of a stack updates them. ``idle`` names
+    a tensor [B, *shape] that the first refresh fills, whatever it held before; ``turns`` tells whether it
+    keeps first moments in coordinates of its own: then ``enter``, ``settle`` and ``leave`` have something to do.
+    """
+
+    first_moment: str
+    idle: str | None
+    turns: bool
+
+    def new_state(
+        self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """State of ``count`` blocks that have not seen a gradient; ``dtype`` is that of moments and directions."""
+        ...
+
+    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, verdict: Verdict) -> None:
+        """Take the gradients [B, *shape] of one step into the statistics."""
+        ...
+
+    def compute(self, state: dict[str, Tensor], step: int) -> Renewed:
+        """The part of a refresh that takes long: reads factor matrices and bases and changes nothing."""
+        ...
+
+    def install(self, state: dict[str, Tensor], renewed: Renewed) -> list[int]:
+        """The rest of it; gives the rows that failed and were left as they were."""
+        ...
+
+    def enter(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
+        """Gradients as the first moment takes them in, from a block's first refresh on; until then as they are."""
+        ...
+
+    def settle(self, state: dict[str, Tensor], renewed: Renewed, moments: Tensor) -> None:
+        """What a refresh leaves to do when the first moments [B, *shape] of its step are there, corrected."""
+        ...
+
+    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
+        """The preconditioned direction of first moments [B, *shape], linear in them, as a new tensor. ``entered`` are
+        the gradients that ``enter`` gave. Called once in each step of blocks that have been refreshed."""
+        ...
+
+    def leave(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
+        """First moments as those of the gradients themselves, undoing ``enter``."""
+        ...
+
+
+_CLASSES: dict[str, Callable[[ShampooConfig], Preconditioner]] = {
+    "shampoo": ShampooPreconditioner,
+    "soap": SOAPPreconditioner,
+    "kl_shampoo": KLShampooPreconditioner,
+}
+
+
+def build(config: ShampooConfig) -> Preconditioner:
+    """The preconditioner that the options ask for."""
+    return _CLASSES[config.preconditioner](config)

@@ -1,0 +1,79 @@
+"""KL-Shampoo: Shampoo whose factor matrices minimise a Kullback-Leibler divergence (arXiv 2509.03378)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import Renewed
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner, modes_of
+from shampoo_deepspeed.linalg.mode_products import multiply, unfold
+from shampoo_deepspeed.linalg.reproducible import power
+
+
+class KLShampooPreconditioner(ShampooPreconditioner):
+    r"""Factors S_i <- b2 S_i + (1 - b2) X_(i) X_(i)^T / n_i, applied as S_i^(-1/2) along every mode.
+
+    X is G multiplied along every *other* mode j by S_j^(-1/2), and n_i the product of the other dims. Derivation:
+    the gradient g = vec(G) has second moment E[gg'], to be fitted by S = S_1 (x) ... (x) S_k. Up to a constant,
+
+        2 KL(N(0, E[gg']) || N(0, S)) = sum_i n_i log det S_i + E[g' S^-1 g],
+
+    and the derivative by S_i^-1 vanishes at S_i = E[X_(i) X_(i)'] / n_i (for a matrix: S_a = E[G S_b^-1 G'] / d_b,
+    claim 2 of the paper). The preconditioner is S^(-1/2), so every mode gets the root 2, whatever the order.
+
+    S fixes its factors only up to scalars whose product is 1. Here every S_j counts with its mean eigenvalue scaled
+    to 1 wherever another factor is made of it, so that all factors have the scale of the squared gradient from the
+    first step on, statistics from before and after a refresh weigh alike, and gradients of another scale give the
+    same directions. At the minimum the mean eigenvalues of all factors are then equal, and S is that mean times the
+    product of the scaled factors; while they differ, their geometric mean stands for it.
+
+    Before the first refresh the other factors count as identities. After it they count as of the last refresh.
+    """
+
+    # Roots -1/2 double what float32 loses of small eigenvalues, and the next statistics are made of these roots.
+    _in_float64 = True
+
+    def new_state(
+        self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """As for Shampoo, but ``root_i`` belongs to factors scaled to mean eigenvalue 1 and begins as the identity;
+        ``scale`` [count] is what the product of the roots lacks."""
+        state = super().new_state(count, shape, device, dtype)
+        for mode in modes_of(state):
+            state[f"root_{mode}"].diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        return {**state, "scale": torch.ones(count, dtype=dtype, device=device)}
+
+    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, verdict: Verdict) -> None:
+        whole = gradients.to(torch.promote_types(gradients.dtype, self._root_dtype))
+        modes = modes_of(state)
+        for mode in modes:
+            whitened = whole
+            for other in modes:
+                if other != mode:
+                    whitened = multiply(whitened, state[f"root_{other}"], other)
+            unfolded = unfold(whitened, mode)
+            self._add(state[f"factor_{mode}"], unfolded / math.sqrt(unfolded.shape[-1]), verdict)
+
+    def compute(self, state: dict[str, Tensor], step: int) -> Renewed:
+        modes = modes_of(state)
+        scale = torch.ones_like(state["scale"])
+        renewed: dict[str, Tensor] = {}
+        failed: set[int] = set()
+        for mode in modes:
+            matrices = self._corrected(state, mode, step)
+            mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
+            mean = torch.where(mean > 0, mean, 1.0)  # no gradient so far
+            tensors, wrong = self._renewed(state, mode, matrices, 2.0)
+            tensors[f"root_{mode}"] = tensors[f"root_{mode}"] * mean.sqrt().view(-1, 1, 1)
+            scale *= power(mean, -0.5 / len(modes))
+            renewed |= tensors
+            failed.update(wrong)
+        return Renewed({**renewed, "scale": scale}, frozenset(failed))
+
+    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
+        direction = super().apply(state, entered, moments, verdict)
+        return direction * state["scale"].view(-1, *[1] * (moments.ndim - 1))

@@ -1,0 +1,158 @@
+"""Shampoo: multiply each mode of a block by the inverse root of its factor matrix (arXiv 1802.09568, 2309.06497)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import Renewed
+from shampoo_deepspeed.linalg.eigenbases import kept_or_new, root_from_basis
+from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root, symmetric
+from shampoo_deepspeed.linalg.mode_products import add_gram_, multiply_modes, unfold
+from shampoo_deepspeed.options.choices import DTYPES
+from shampoo_deepspeed.options.config import ShampooConfig
+
+
+class ShampooPreconditioner:
+    """Factor matrices A_i <- b2 A_i + (1 - b2) G_(i) G_(i)^T, applied as A_i^(-1/p) along mode i.
+
+    Of each factor matrix only the lower triangle is defined; what lies above it may be old. p is twice the number of
+    modes that have a factor at all. A mode may have the diagonal of its factor only, or
+    nothing (``ShampooConfig.sides``), which then is neither kept nor computed.
+
+    With ``refresh_tolerance`` eigenbases are kept too. A refresh then computes a new one only where the factor matrix
+    has moved out of its basis, and takes the diagonal of Q'AQ for eigenvalues elsewhere (arXiv 2506.03595).
+    """
+
+    first_moment = "exp_avg"
+    idle: str | None = None
+    turns = False
+    # In float32 a root -1/4 at the default ridge is right to 2e-4; see docs/solvers.md.
+    _in_float64 = False
+
+    def __init__(self, config: ShampooConfig) -> None:
+        self._beta2 = config.betas[1]
+        self._decay = self._beta2**config.statistics_frequency
+        self._bias_correction = config.use_bias_correction
+        self._config = config
+        self._epsilon = config.epsilon
+        self._relative_epsilon = config.relative_epsilon
+        self._tolerance = config.refresh_tolerance
+        self._factor_dtype = DTYPES[config.factor_dtype]
+        self._root_dtype = DTYPES[config.root_dtype]
+        self._apply_dtype = DTYPES[config.apply_dtype] if config.apply_dtype else None
+
+    def new_state(
+        self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """``factor_i`` and ``root_i`` [count, d_i, d_i] for each dim that has them, [count, d_i] of a diagonal, and
+        ``basis_i`` where bases are kept.
+
+        Roots mean nothing before the first refresh, and a basis of zeros is not known so far.
+        """
+        kinds = {"factor": self._factor_dtype, "root": self._root_dtype}
+        if self._tolerance is not None:
+            kinds["basis"] = self._root_dtype
+        state = {}
+        for mode, (d, side) in enumerate(zip(shape, self._config.sides(shape), strict=True)):
+            for kind, own in kinds.items():
+                if side == "matrix" or (side == "diagonal" and kind != "basis"):
+                    size = (count, d, d) if side == "matrix" else (count, d)
+                    state[f"{kind}_{mode}"] = torch.zeros(size, dtype=own, device=device)
+        return state
+
+    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, verdict: Verdict) -> None:
+        for mode in modes_of(state):
+            self._add(state[f"factor_{mode}"], unfold(gradients, mode), verdict)
+
+    def _add(self, factor: Tensor, unfolded: Tensor, verdict: Verdict) -> None:
+        """A <- b A + (1 - b) XX', or A + n XX' with b2 = 1, where b = b2^n and X counts for n gradients."""
+        weight = float(self._config.statistics_frequency) if self._beta2 == 1.0 else 1.0 - self._decay
+        unfolded = unfolded.to(torch.promote_types(factor.dtype, unfolded.dtype))
+        decay = verdict.keep_number(self._decay)
+        if decay is None:
+            factor.mul_(verdict.keep(self._decay, factor.dtype))
+            decay = 1.0
+        if factor.ndim == 2:
+            factor.mul_(decay).add_(unfolded.square().sum(dim=-1), alpha=weight)
+        elif factor.dtype == unfolded.dtype:
+            add_gram_(factor, unfolded, decay, weight)
+        else:
+            factor.mul_(decay).add_(torch.bmm(unfolded, unfolded.mT), alpha=weight)
+
+    def compute(self, state: dict[str, Tensor], step: int) -> Renewed:
+        modes = modes_of(state)
+        root = self._config.root(len(modes))
+        renewed: dict[str, Tensor] = {}
+        failed: set[int] = set()
+        for mode in modes:
+            tensors, wrong = self._renewed(state, mode, self._corrected(state, mode, step), root)
+            renewed |= tensors
+            failed.update(wrong)
+        return Renewed(renewed, frozenset(failed))
+
+    def install(self, state: dict[str, Tensor], renewed: Renewed) -> list[int]:
+        write(state, renewed.tensors, renewed.failed)
+        return sorted(renewed.failed)
+
+    def enter(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
+        return gradients
+
+    def settle(self, state: dict[str, Tensor], renewed: Renewed, moments: Tensor) -> None:
+        """Never called: roots do not depend on moments."""
+
+    def leave(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
+        return moments
+
+    def _corrected(self, state: dict[str, Tensor], mode: int, step: int) -> Tensor:
+        """The factor matrices of a mode, wide enough to decompose and corrected for their zero start if asked."""
+        factor = state[f"factor_{mode}"]
+        corrected = self._bias_correction and self._beta2 < 1.0
+        return wide(factor) / (1.0 - self._beta2 ** self._config.gradients_seen(step) if corrected else 1.0)
+
+    def _renewed(
+        self, state: dict[str, Tensor], mode: int, matrices: Tensor, root: float
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """What a refresh changes of one mode, by name, and the rows that failed."""
+        ridge, pseudo = (self._epsilon, self._relative_epsilon), self._config.rank_deficient == "pseudo_inverse"
+        if matrices.ndim == 2:
+            roots, failed = diagonal_root(matrices, root, *ridge, self._root_dtype, pseudo)
+            return {f"root_{mode}": roots}, failed
+        if self._tolerance is None:
+            solver = self._config.solver
+            roots, failed = inverse_root(matrices, root, *ridge, self._root_dtype, solver, pseudo, self._in_float64)
+            return {f"root_{mode}": roots}, failed
+        matrices = symmetric(matrices)
+        before = state[f"basis_{mode}"].to(matrices.dtype)
+        values, bases, failed = kept_or_new(matrices, before, self._tolerance, self._in_float64)
+        roots, overflown = root_from_basis(values, bases, root, self._epsilon, self._relative_epsilon)
+        return {f"root_{mode}": roots, f"basis_{mode}": bases}, sorted({*failed, *overflown})
+
+    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
+        direction = moments.to(self._apply_dtype or torch.promote_types(moments.dtype, self._root_dtype))
+        roots = {mode: state[f"root_{mode}"] for mode in modes_of(state)}
+        # They are symmetric, and the CPU's products are faster with them transposed.
+        turned = {mode: root if root.ndim == 2 else root.mT for mode, root in roots.items()}
+        direction = multiply_modes(direction, turned)
+        return direction.to(moments.dtype)
+
+
+def modes_of(state: dict[str, Tensor]) -> list[int]:
+    """The modes that have a factor, in order."""
+    return sorted(int(name.removeprefix("factor_")) for name in state if name.startswith("factor_"))
+
+
+def wide(matrices: Tensor) -> Tensor:
+    """In float32 at least."""
+    return matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+
+
+def write(state: dict[str, Tensor], tensors: Mapping[str, Tensor], failed: Collection[int]) -> None:
+    """Write what a refresh has computed; rows of which one mode failed keep what they had of all modes."""
+    for name, tensor in tensors.items():
+        for row in failed:
+            tensor[row] = state[name][row]
+        state[name].copy_(tensor)

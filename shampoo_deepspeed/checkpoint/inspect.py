@@ -1,0 +1,65 @@
+"""What a checkpoint holds, as text: `python -m shampoo_deepspeed inspect PATH`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shampoo_deepspeed.checkpoint.manifest import CheckpointError, Manifest
+from shampoo_deepspeed.checkpoint.tensor_store import damage
+from shampoo_deepspeed.geometry.blocks import cut_into_blocks
+from shampoo_deepspeed.options.config import ShampooConfig
+
+
+def describe(path: Path) -> str:
+    """Parameters, options, sizes and health of a checkpoint.
+
+    Raises:
+        CheckpointError: where there is no complete checkpoint, or a file is damaged.
+    """
+    manifest = Manifest.read(path)
+    problem = damage(path / manifest.directory, manifest.files)
+    if problem:
+        raise CheckpointError(problem)
+    size = sum(facts["bytes"] for facts in manifest.files.values())
+    steps = {record["steps"] for record in manifest.parameters.values()}
+    ranks = f"{manifest.world_size} rank{'s' * (manifest.world_size != 1)}"
+    lines = [
+        f"Shampoo checkpoint {path}",
+        f"saved by {ranks} with torch {manifest.versions['torch']}",
+        f"{len(manifest.files)} files, {_megabytes(size)}, all checksums right",
+        f"steps: {_range(steps)}; rejected: {manifest.rejected_steps}",
+    ]
+    lines += [f"group {number}: {_changed(options)}" for number, options in sorted(manifest.groups.items())]
+    rows = [_row(name, record) for name, record in manifest.parameters.items()]
+    header = ("parameter", "shape", "group", "steps", "state")
+    widths = [max(len(row[n]) for row in [header, *rows]) for n in range(len(header))]
+    lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
+    return "\n".join(lines)
+
+
+def _row(name: str, record: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+    shape = "x".join(map(str, record["shape"])) or "scalar"
+    state = "element-wise"
+    if record["merged"] is not None:
+        blocks = cut_into_blocks(record["merged"], record["cuts"])
+        largest = "x".join(map(str, max((b.lengths for b in blocks), key=math.prod)))
+        state = f"{len(blocks)} block{'s' * (len(blocks) != 1)}, largest {largest}"
+    return name, shape, str(record["group"]), str(record["steps"]), state
+
+
+def _changed(options: Mapping[str, Any]) -> str:
+    """The options that differ from the defaults."""
+    defaults = ShampooConfig().to_json()
+    changed = [f"{k} = {v}" for k, v in options.items() if k not in defaults or defaults[k] != v]
+    return ", ".join(changed) or "all options at their defaults"
+
+
+def _range(values: set[int]) -> str:
+    return str(min(values)) if len(values) == 1 else f"{min(values, default=0)} to {max(values, default=0)}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,248 @@
+"""A directory of tensors that all ranks write together, each tensor in boxes, through torch.distributed.checkpoint.
+
+Writers and readers may cut a tensor differently. Contents are made when they are written and taken when they are
+read, one at a time, so that neither side holds a second copy of everything.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from shampoo_deepspeed.geometry.boxes import Box
+
+INDEX = ".metadata"  # torch's own name for the list of what lies where
+
+
+class StorageError(RuntimeError):
+    """A checkpoint cannot be written or read; the message names the file or the tensor."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A box of a tensor that this rank can write; equal boxes of several ranks are written once.
+
+    ``shape`` is that of the whole tensor; ``content`` makes the box's tensor.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    box: Box
+    dtype: torch.dtype
+    content: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A box of a stored tensor that this rank wants; ``take`` gets it as a CPU tensor."""
+
+    key: str
+    box: Box
+    take: Callable[[Tensor], object]
+
+
+def write(items: Sequence[Item], directory: Path, group: dist.ProcessGroup | None) -> None:
+    """Write the items of all ranks of a group (None: of this process alone) into a new directory. A collective.
+
+    Raises:
+        StorageError: on all ranks, where one of them fails or the boxes do not make up whole tensors.
+    """
+    # The contents are on the CPU: nothing is to be copied ahead, for which torch would look at the first device.
+    writer = dcp.FileSystemWriter(directory, sync_files=True, per_thread_copy_ahead=0)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save({}, storage_writer=writer, planner=_Writer(items), process_group=group, no_dist=group is None)
+    except CheckpointException as error:  # derives from BaseException
+        causes = {f"rank {rank}: {cause[0]!r}" for rank, cause in error.failures.items()}
+        raise StorageError(f"{directory} could not be written: {'; '.join(sorted(causes))}") from error
+
+
+class Store:
+    """What a directory holds, read without the other ranks.
+
+    Raises:
+        StorageError: where the directory has no readable index.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._reader = dcp.FileSystemReader(directory)
+        try:
+            self._index: Metadata = self._reader.read_metadata()
+        except (OSError, EOFError, ValueError, KeyError, AttributeError, ImportError) as error:
+            raise StorageError(f"{directory / INDEX} cannot be read: {error!r}") from error
+        except Exception as error:
+            if "Unpickling" not in type(error).__name__:
+                raise
+            raise StorageError(f"{directory / INDEX} cannot be read: {error!r}") from error
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype, list[Box]]]:
+        """Shape, dtype and stored boxes of every tensor."""
+        out = {}
+        for key, found in self._index.state_dict_metadata.items():
+            assert isinstance(found, TensorStorageMetadata)
+            boxes = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in found.chunks]
+            out[key] = (tuple(found.size), found.properties.dtype, boxes)
+        return out
+
+    def read(self, wanted: Iterable[Wanted]) -> None:
+        """Read boxes; each goes to its ``take`` as soon as it is complete.
+
+        Raises:
+            StorageError: where a tensor or a part of it is not here, or a file cannot be read.
+        """
+        planner = _Reader(wanted, self._index)
+        try:
+            self._reader.set_up_storage_reader(self._index, is_coordinator=True)
+            plan = self._reader.prepare_local_plan(planner.create_local_plan())
+            self._reader.read_data(plan, planner).wait()
+        except OSError as error:
+            raise StorageError(f"a file of {self.directory} cannot be read: {error}") from error
+        planner.check_complete()
+
+    def read_one(self, key: str, box: Box) -> Tensor:
+        """One box as a CPU tensor."""
+        out: list[Tensor] = []
+        self.read([Wanted(key, box, out.append)])
+        return out[0]
+
+
+class _Writer(DefaultSavePlanner):
+    """Offers items as shards; torch's global plan drops copies and checks that the rest covers every tensor."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._items = {(item.key, item.box.offsets): item for item in items}
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan([_write_item(item) for item in self._items.values()])
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        assert write_item.index.offset is not None
+        item = self._items[write_item.index.fqn, tuple(write_item.index.offset)]
+        # torch.save stores a view's whole storage.
+        return item.content().detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _write_item(item: Item) -> WriteItem:
+    offsets = torch.Size(item.box.offsets)
+    data = TensorWriteData(
+        chunk=ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(item.box.lengths)),
+        properties=TensorProperties(dtype=item.dtype),
+        size=torch.Size(item.shape),
+    )
+    return WriteItem(index=MetadataIndex(item.key, offsets), type=WriteItemType.SHARD, tensor_data=data)
+
+
+class _Reader(LoadPlanner):
+    """Fills a buffer for each wanted box and hands it over once complete."""
+
+    def __init__(self, wanted: Iterable[Wanted], index: Metadata) -> None:
+        self._wanted = {(w.key, w.box.offsets): w for w in wanted}
+        self._left = {place: w.box.numel for place, w in self._wanted.items()}
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._index = index
+
+    def create_local_plan(self) -> LoadPlan:
+        items: list[ReadItem] = []
+        for w in self._wanted.values():
+            found = self._index.state_dict_metadata.get(w.key)
+            if not isinstance(found, TensorStorageMetadata):
+                raise StorageError(f"the checkpoint does not hold {w.key!r}")
+            chunk = ChunkStorageMetadata(offsets=torch.Size(w.box.offsets), sizes=torch.Size(w.box.lengths))
+            items += create_read_items_for_chunk_list(w.key, found, [chunk])
+        return LoadPlan(items)
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        place = _place(read_item)
+        if place not in self._buffers:
+            found: Any = self._index.state_dict_metadata[place[0]]
+            self._buffers[place] = torch.empty(
+                self._wanted[place].box.lengths, dtype=found.properties.dtype, device="cpu"
+            )
+        part = self._buffers[place]
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            part = part.narrow(dim, start, length)
+        return part
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        place = _place(read_item)
+        self._left[place] -= tensor.numel()
+        if self._left[place] == 0:
+            self._wanted[place].take(self._buffers.pop(place))
+
+    def check_complete(self) -> None:
+        """Raise where something wanted was not there."""
+        for (key, offsets), left in self._left.items():
+            if left:
+                raise StorageError(f"the checkpoint lacks {left} elements of {key!r} from {offsets} on")
+
+    # The rest of the interface is for readers that plan together, or store pickled objects.
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        raise NotImplementedError
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        raise NotImplementedError
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        raise StorageError(f"{read_item.dest_index.fqn!r} is no tensor")
+
+
+def _place(read_item: ReadItem) -> tuple[str, tuple[int, ...]]:
+    assert read_item.dest_index.offset is not None
+    return read_item.dest_index.fqn, tuple(read_item.dest_index.offset)
+
+
+def checksum(file: Path) -> str:
+    """CRC-32 of a file's bytes, as eight hexadecimal digits."""
+    value = 0
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 22):
+            value = zlib.crc32(piece, value)
+    return f"{value:08x}"
+
+
+def damage(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """What is wrong with the first of these files (name: ``bytes`` and ``crc32``) that is not as it was written."""
+    for name, expected in sorted(files.items()):
+        file = directory / name
+        if not file.is_file():
+            return f"{file} is missing"
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            return f"{file} has {size} bytes and should have {expected['bytes']}: it was cut short or changed"
+        if checksum(file) != expected["crc32"]:
+            return f"{file} is damaged: its checksum is not the one that was saved"
+    return None

@@ -1,0 +1,262 @@
+"""What a host (DeepSpeed, FSDP, ...) tells the engine: which boxes of which parameter this rank holds.
+
+A host adapter describes; it does no mathematics. Adapters are asked at the first step of new tensors, because hosts
+swap parameters after the optimizer is built. Where none claims the tensors, they are whole (`plain_layouts`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shampoo_deepspeed.geometry.boxes import Box, whole
+
+
+class LayoutError(RuntimeError):
+    """The host's shards cannot be what they should be, or cannot be used; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A model parameter by its global shape; the same on all ranks.
+
+    ``group`` is the optimizer's number of its parameter group, ``name`` is None where no names are known; ``frozen`` is
+    whether it took no gradients when the optimizer was given it; ``turn`` sorts the parameters of a group.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    group: int
+    name: str | None = None
+    kinds: frozenset[str] = frozenset()
+    frozen: bool = False
+    turn: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the parameters that a tensor given to an optimizer is made of; ``path`` tells it from the others.
+
+    ``turn`` sorts as the unwrapped model's parameters do, where that is known.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    name: str | None = None
+    kinds: frozenset[str] = frozenset()
+    turn: int | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One box of a parameter that this rank holds.
+
+    The box is contiguous (row-major) from element ``offset`` on in the flattened local tensor number ``tensor``.
+    """
+
+    parameter: int
+    box: Box
+    tensor: int
+    offset: int
+
+
+def _local_gradient(tensor: Tensor) -> Tensor | None:
+    return tensor.grad
+
+
+@dataclass
+class Layout:
+    """A step unit: tensors that are stepped together, and what lies in them on this rank.
+
+    Args:
+        parameters: all of the unit, also those of which this rank holds nothing; the same list on all ranks.
+        tensors: what stands in ``param_groups``; their local parts are all on one device.
+        groups: parameter group number of each tensor.
+        shards: what lies where in the tensors.
+        process_group: the ranks whose shards make up the parameters; None where this rank holds all of them alone.
+        may_probe: whether a host or tool may make a first call with zero gradients that must do nothing.
+        one_rank_saves: whether the host stores only one rank's state dict, though ranks own different blocks.
+        agrees: whether ranks must ask each other which parameters take part, because a gradient is None also where a
+            rank holds nothing; costs a small all-reduce and a host read per step.
+        homes: the number of the tensor that each parameter lies in, also where this rank's part of it is empty; None
+            where there is one tensor only. Parameters of one tensor take part in a step together.
+        part: which of several equally named sets of parameters this is: with expert parallelism ranks hold different
+            experts under the same names.
+        parts: how many such sets there are.
+        local: the local part of a tensor in ``param_groups``, as a view that can be updated.
+        gradient: the gradient of that part, None where the tensor takes no part in the step.
+        problem: what is wrong on this rank; raised on all ranks together, so that none waits for another.
+    """
+
+    parameters: list[Parameter]
+    tensors: list[Tensor]
+    groups: list[int]
+    shards: list[Shard]
+    process_group: dist.ProcessGroup | None = None
+    may_probe: bool = True
+    one_rank_saves: bool = False
+    agrees: bool = False
+    homes: list[int] | None = None
+    part: int | None = None
+    parts: int = 1
+    local: Callable[[Tensor], Tensor] = Tensor.detach
+    gradient: Callable[[Tensor], Tensor | None] = _local_gradient
+    problem: str | None = None
+
+
+@dataclass
+class Entry:
+    """A parameter as the optimizer was given it; the reference is weak, so nothing unsharded is kept alive.
+
+    ``stand_in`` is a host's copy of it in ``param_groups``, once a host has found that out.
+    """
+
+    parameter: Parameter
+    reference: weakref.ref[Tensor] = field(repr=False)
+    stand_in: weakref.ref[Tensor] | None = field(default=None, repr=False)
+
+
+@dataclass
+class Fresh:
+    """A trainable tensor that belongs to no unit yet, its group's number, and its place in the group."""
+
+    tensor: Tensor
+    group: int
+    place: int
+
+
+class Host(Protocol):
+    """An adapter. All methods are called on all ranks alike."""
+
+    def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
+        """Called when an optimizer is built, and when a state is loaded before its first step: the model whose
+        parameters it is given, where the host knows it.
+
+        May complete ``options`` with defaults that hold under this host only.
+        """
+        ...
+
+    def note_model(self, model: nn.Module) -> None:
+        """Called before an optimizer takes parameters, with the model that holds them, where that is known."""
+        ...
+
+    def admit(self, optimizer_class: type) -> None:
+        """Tell the host that this class is one that it can work with."""
+        ...
+
+    def global_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
+        """The unsharded shape, where the host hides it; None for a parameter that is not the host's."""
+        ...
+
+    def parts(self, tensor: Tensor, name: str | None) -> Sequence[Part] | None:
+        """The parameters that a flat tensor is made of, given the tensor's name; None where it is a single one."""
+        ...
+
+    def joining(self, waiting: Sequence[Fresh]) -> list[Fresh]:
+        """Those of the tensors without a unit and without a gradient here that join, as other ranks have a gradient.
+
+        Called at each step with all trainable tensors that have no unit. Most hosts give all ranks a gradient or none
+        and answer without asking other ranks.
+        """
+        ...
+
+    def layouts(
+        self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[Fresh]
+    ) -> list[Layout] | None:
+        """Layouts that together hold all fresh tensors, or None where these tensors are not this host's."""
+        ...
+
+
+@runtime_checkable
+class CheckpointingHost(Protocol):
+    """An adapter whose host's own checkpoints keep the optimizer's state beside their files.
+
+    See ``BlockOptimizer.state_saved_elsewhere``; ``optimizer.awaited`` is what was given to it.
+    """
+
+    def note_load(self, optimizer: Any) -> None:
+        """Called where a loaded state dict says that the state is elsewhere; may run on one rank after the other."""
+        ...
+
+    def resume(self, optimizer: Any) -> None:
+        """Called on all ranks together in steps that may build units: load what is awaited, if anything is."""
+        ...
+
+
+@runtime_checkable
+class SavingHost(Protocol):
+    """An adapter that can write the state while a host's own tool asks for a state dict that has no room for it."""
+
+    def save_beside(self, optimizer: Any) -> bool:
+        """Called on all ranks together: whether it is this host that asks, and the state is now beside its files."""
+        ...
+
+
+@cache
+def hosts() -> tuple[Host, ...]:
+    """All adapters that are installed: the entry points ``shampoo_deepspeed.frameworks``, ours and others'.
+
+    Entry points keep the core free of imports of what stands above it.
+    """
+    found = entry_points(group="shampoo_deepspeed.frameworks")
+    return tuple(point.load() for point in sorted(found, key=lambda point: point.name))
+
+
+def plain_layouts(entries: Sequence[Entry], fresh: Sequence[Fresh], replicas: dist.ProcessGroup | None) -> list[Layout]:
+    """Whole parameters on this rank: a single process, or replicas, which divide the work where their group is known.
+
+    Replicas must all have a gradient or none, which DistributedDataParallel sees to: it asks all ranks which parameters
+    were used (``find_unused_parameters``), and one that was used anywhere gets its gradient everywhere.
+
+    Raises:
+        LayoutError: for tensors that some wrapper has sharded.
+    """
+    known = {id(e.reference()): e.parameter for e in entries}
+    units: dict[tuple[torch.device, torch.dtype], list[Fresh]] = defaultdict(list)
+    for item in fresh:
+        _refuse_sharded(item.tensor)
+        units[item.tensor.device, compute_dtype(item.tensor)].append(item)
+    layouts = []
+    for items in units.values():
+        parameters = [known[id(item.tensor)] for item in items if id(item.tensor) in known]
+        if len(parameters) != len(items):
+            raise LayoutError(
+                "some tensors in param_groups are not the parameters that the optimizer was built with, and no known "
+                "host has put them there; build the optimizer after wrapping the model"
+            )
+        layout = whole_tensors(parameters, items)
+        if replicas is not None and dist.get_world_size(replicas) > 1:
+            layout.process_group, layout.one_rank_saves = replicas, True
+        layouts.append(layout)
+    return layouts
+
+
+def whole_tensors(parameters: list[Parameter], items: Sequence[Fresh]) -> Layout:
+    """The layout of unsharded tensors, one parameter each."""
+    shards = [Shard(n, whole(item.tensor.shape), n, 0) for n, item in enumerate(items) if item.tensor.numel()]
+    homes = list(range(len(items)))
+    return Layout(parameters, [i.tensor for i in items], [i.group for i in items], shards, homes=homes)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Moments and directions are kept in float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _refuse_sharded(tensor: Tensor) -> None:
+    if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
+        raise LayoutError("these parameters are DTensors, and no installed adapter has taken them")
+    if getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_fsdp_flattened", False):
+        raise LayoutError(
+            "these are FSDP1 parameters, which do not show what they are pieces of: build the optimizer after wrapping "
+            "and give it the wrapped model, Shampoo(model.named_parameters(), model=model, ...)"
+        )

@@ -1,0 +1,100 @@
+"""How a parameter is treated, by shape, name and kind: preconditioned and in which blocks, or element-wise and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from shampoo_deepspeed.distributed.frameworks import Parameter
+from shampoo_deepspeed.geometry.blocks import Side, cut_lengths, merge_small_dims
+from shampoo_deepspeed.geometry.plan import Matrix
+from shampoo_deepspeed.options.checks import OptionError
+from shampoo_deepspeed.options.config import ShampooConfig
+from shampoo_deepspeed.options.parameter_names import matching
+from shampoo_deepspeed.options.rules import rule_of
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What happens to a parameter: its merged shape where preconditioned, else why it is element-wise and how.
+
+    ``cuts`` are the lengths of its blocks and ``sides`` what each dim of them has; ``method`` is the element-wise one;
+    ``rule`` is the pattern of the rule that it is under, if any.
+    """
+
+    merged: tuple[int, ...]
+    dims: tuple[tuple[int, ...], ...]
+    reason: str | None
+    decays: bool
+    cuts: tuple[tuple[int, ...], ...] = ()
+    sides: tuple[Side, ...] = ()
+    method: str = ""
+    rule: str | None = None
+
+    @property
+    def preconditioned(self) -> bool:
+        return self.reason is None
+
+
+def treat(parameter: Parameter, config: ShampooConfig) -> Treatment:
+    """Decide by shape, name and kind alone whether and how a parameter is preconditioned and whether it decays.
+
+    Args:
+        config: the options of its group; a rule that it matches counts.
+
+    Raises:
+        OptionError: where ``split`` does not fit the shape.
+    """
+    decays = decays_under(parameter, config)
+    rule, pattern = rule_of(parameter.name, parameter.kinds, parameter.shape, config), None
+    if rule is not None:
+        pattern = matching(config.rules[rule]["match"], parameter.name, parameter.kinds, parameter.shape)
+        config = config.by_rule[rule]
+    limit, batch = config.max_preconditioner_dim, config.batch_dims
+    merged, dims = merge_small_dims(parameter.shape, limit, batch, config.merge_small_dims)
+    reason, method = _why_elementwise(parameter, merged, config)
+    if reason is not None:
+        flat = (tuple(range(len(parameter.shape))),)
+        return Treatment((math.prod(parameter.shape),), flat, reason, decays, method=method, rule=pattern)
+    sides = config.sides(merged)
+    try:
+        cuts = cut_lengths(merged, limit, sides, batch, config.split)
+        return Treatment(merged, dims, None, decays, cuts, sides, rule=pattern)
+    except ValueError as error:
+        raise OptionError(f"Shampoo option 'split' does not fit parameter {parameter.key}: {error}.") from None
+
+
+def decays_under(parameter: Parameter, config: ShampooConfig) -> bool:
+    """Whether a parameter has the weight decay of its group: by ``no_decay``, and by shape where nothing has a name."""
+    if parameter.name is None and not parameter.kinds and config.no_decay:
+        return sum(n > 1 for n in parameter.shape) > 1  # the usual rule of thumb
+    return matching(config.no_decay, parameter.name, parameter.kinds, parameter.shape) is None
+
+
+def _why_elementwise(parameter: Parameter, merged: tuple[int, ...], config: ShampooConfig) -> tuple[str | None, str]:
+    """(why a parameter is element-wise, or None; the method of its direction)."""
+    pattern = matching(config.exclude, parameter.name, parameter.kinds, parameter.shape)
+    if pattern is not None:
+        return f"excluded by {pattern!r}", config.elementwise_method
+    if len(merged) - config.batch_dims < 2 or 0 in merged:
+        return "fewer than two dims larger than 1", config.elementwise_method
+    if config.large_dim == "adagrad" and max(merged[config.batch_dims :]) > config.max_preconditioner_dim:
+        return f"a dim above {config.max_preconditioner_dim}: AdaGrad", "adagrad"
+    if not any(side != "none" for side in config.sides(merged)):
+        return f"its dims are above {config.max_preconditioner_dim}", config.elementwise_method
+    return None, config.elementwise_method
+
+
+def matrix_of(treatment: Treatment, group: int, config: ShampooConfig, phases: tuple[int, ...] | None = None) -> Matrix:
+    """A preconditioned parameter as the plan knows it; ``group`` and ``config`` are those of its rule, if any."""
+    products = config.products(len(treatment.merged) - config.batch_dims)
+    return Matrix(
+        treatment.merged,
+        treatment.cuts,
+        group,
+        config.precondition_frequency,
+        phases,
+        treatment.sides,
+        products,
+        config.decompositions,
+    )

@@ -1,0 +1,180 @@
+"""The shard's side of a step: gradients with L2 decay before it, decoupled decay, momentum and update after it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.algorithm.grafting import FUSED_DEVICES
+from shampoo_deepspeed.engine.master_weights import wide_weights, write_back
+from shampoo_deepspeed.engine.step_unit import Region, Unit
+from shampoo_deepspeed.options.config import ShampooConfig
+
+
+class ShardGradients(NamedTuple):
+    """Flat gradients of a unit's tensors as the host gave them, with L2 decay, and which parameters take part."""
+
+    raw: list[Tensor]
+    decayed: list[Tensor]
+    active: list[bool]
+
+
+def shard_gradients(unit: Unit, configs: Mapping[int, ShampooConfig]) -> ShardGradients:
+    """Collect the gradients, and add weight decay where it is coupled (step 1 of the rule).
+
+    Raises:
+        RuntimeError: for a sparse gradient.
+    """
+    gradients = [unit.layout.gradient(tensor) for tensor in unit.tensors]
+    active = _taking_part(unit, gradients)
+    flat = []
+    for size, gradient in zip(unit.sizes, gradients, strict=True):
+        if gradient is None:
+            flat.append(torch.zeros(size, dtype=unit.dtype, device=unit.device))
+            continue
+        if gradient.layout is not torch.strided:
+            raise RuntimeError("Shampoo takes no sparse gradients; build the embedding with sparse=False")
+        flat.append(gradient.detach().reshape(-1).contiguous())  # strides of 0 or 2 survive a reshape
+    coupled = [g for g, c in configs.items() if c.weight_decay and c.decay_type == "l2"]
+    if not coupled:
+        return ShardGradients(flat, flat, active)
+    decayed = [g.to(unit.dtype, copy=True) for g in flat]
+    values = wide_weights(unit, configs)
+    for r in unit.regions:
+        group = unit.layout.groups[r.tensor]
+        if r.decays and group in coupled:
+            weights = values[r.tensor].reshape(-1)[r.start : r.stop]
+            decayed[r.tensor][r.start : r.stop].add_(weights, alpha=configs[group].weight_decay)
+    return ShardGradients(flat, decayed, active)
+
+
+def _taking_part(unit: Unit, gradients: Sequence[Tensor | None]) -> list[bool]:
+    """Which parameters step; a parameter steps with its tensor, on all ranks alike.
+
+    Where a host's layout does not ask to agree, its ranks have a gradient of a tensor all together or not at all.
+    """
+    mine = [gradient is not None for gradient in gradients]
+    stepping = unit.any_rank(mine) if unit.layout.agrees else mine
+    return [stepping[home] for home in unit.layout.homes or [0] * len(unit.parameters)]
+
+
+def update(
+    unit: Unit,
+    directions: Sequence[Tensor],
+    active: Sequence[bool],
+    configs: Mapping[int, ShampooConfig],
+    rates: Mapping[int, float | Tensor],
+    verdict: Verdict,
+) -> None:
+    """Steps 7 to 9 of the rule on the shards: decoupled decay, momentum, and W <- W - lr * direction.
+
+    ``directions`` are used up: their content is undefined afterwards.
+    """
+    values = wide_weights(unit, configs)
+    for group, regions in _regions_by_group(unit, active).items():
+        config, rate = configs[group], rates[group]
+        if isinstance(rate, Tensor) and rate.device.type == "cpu":
+            rate = float(rate)  # a copy from there would wait for the device
+        weights = [_region(values[r.tensor], r) for r in regions]
+        steps = [directions[r.tensor][r.start : r.stop].view_as(w) for r, w in zip(regions, weights, strict=True)]
+        fused = [_fuses(w, s, config, rate) for w, s in zip(weights, steps, strict=True)]
+        for decays in (True, False):
+            chosen = [n for n, r in enumerate(regions) if fused[n] and r.decays == decays]
+            if chosen:
+                decay = float(config.decay(rate)) if decays and config.weight_decay else 0.0
+                _in_one_pass([weights[n] for n in chosen], [steps[n] for n in chosen], float(rate), decay, verdict)
+        rest = [n for n, done in enumerate(fused) if not done]
+        if rest:
+            others = [weights[n] for n in rest], [steps[n] for n in rest]
+            _in_many_passes(unit, [regions[n] for n in rest], *others, config, rate, verdict)
+    write_back(unit, values, configs)
+
+
+def _fuses(weight: Tensor, step: Tensor, config: ShampooConfig, rate: float | Tensor) -> bool:
+    """Whether torch's kernel for SGD does the same; its momentum is another, it knows nothing of strides, and of a rate
+    on the device it takes float32 only."""
+    if config.momentum or isinstance(rate, Tensor):
+        return False
+    return weight.device.type in FUSED_DEVICES and weight.is_contiguous() and weight.dtype == step.dtype
+
+
+def _in_one_pass(weights: list[Tensor], steps: list[Tensor], rate: float, decay: float, verdict: Verdict) -> None:
+    """W <- W - lr * (direction + decay * W), each read and written once."""
+    torch._fused_sgd_(
+        weights,
+        steps,
+        [],
+        weight_decay=decay,
+        momentum=0.0,
+        lr=rate,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+        found_inf=verdict.found_inf,
+    )
+
+
+def _in_many_passes(
+    unit: Unit,
+    regions: Sequence[Region],
+    weights: list[Tensor],
+    steps: list[Tensor],
+    config: ShampooConfig,
+    rate: float | Tensor,
+    verdict: Verdict,
+) -> None:
+    """The same with momentum, for weights of any strides and a rate that may be on the device."""
+    if config.decay_type != "l2" and config.weight_decay:
+        decaying = [n for n, r in enumerate(regions) if r.decays]
+        if decaying:
+            _add_decay([steps[n] for n in decaying], [weights[n] for n in decaying], config.decay(rate))
+    if config.momentum:
+        steps = _with_momentum(unit, regions, steps, config, verdict)
+    number = verdict.scale_number(rate)
+    if number is None:
+        torch._foreach_mul_(steps, verdict.scale(rate))
+        number = 1.0
+    torch._foreach_add_(weights, steps, alpha=-number)
+
+
+def _add_decay(steps: list[Tensor], weights: list[Tensor], decay: float | Tensor) -> None:
+    if isinstance(decay, Tensor):  # scaled by a learning rate that lives on the device
+        weights = [w * decay.to(device=w.device, dtype=s.dtype) for w, s in zip(weights, steps, strict=True)]
+        decay = 1.0
+    torch._foreach_add_(steps, weights, alpha=decay)
+
+
+def _regions_by_group(unit: Unit, active: Sequence[bool]) -> dict[int, list[Region]]:
+    chosen: dict[int, list[Region]] = defaultdict(list)
+    for region in unit.regions:
+        if active[region.parameter]:
+            chosen[unit.layout.groups[region.tensor]].append(region)
+    return chosen
+
+
+def _region(tensor: Tensor, region: Region) -> Tensor:
+    """A region that is a whole tensor keeps the tensor's own strides; flat shards are contiguous."""
+    return tensor if region.stop - region.start == tensor.numel() else tensor.view(-1)[region.start : region.stop]
+
+
+def _with_momentum(
+    unit: Unit, regions: Sequence[Region], steps: list[Tensor], config: ShampooConfig, verdict: Verdict
+) -> list[Tensor]:
+    """Step 8: B <- mu * B + (1 - dampening) * U; gives B, or with Nesterov (1 - dampening) * U + mu * B."""
+    buffers = [
+        unit.buffer("momentum", r.tensor)[r.start : r.stop].view_as(step)
+        for r, step in zip(regions, steps, strict=True)
+    ]
+    torch._foreach_mul_(steps, 1.0 - config.dampening)
+    torch._foreach_mul_(buffers, verdict.keep(config.momentum))
+    torch._foreach_add_(buffers, torch._foreach_mul(steps, verdict.scale(1.0)))
+    if not config.nesterov:
+        return [b.clone() for b in buffers]
+    torch._foreach_add_(steps, buffers, alpha=config.momentum)
+    return steps

@@ -1,0 +1,276 @@
+"""A step unit: local tensors that are stepped together, with their plan, exchange, stacks and element-wise parts.
+
+Built once, from a host's layout, at the first step of its tensors.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shampoo_deepspeed.algorithm.block_stack import BlockStack
+from shampoo_deepspeed.algorithm.elementwise import Elementwise, Segment
+from shampoo_deepspeed.algorithm.found_inf import Outcome
+from shampoo_deepspeed.algorithm.grafting import is_normalized
+from shampoo_deepspeed.distributed.exchange import Exchange
+from shampoo_deepspeed.distributed.frameworks import Layout, LayoutError, compute_dtype
+from shampoo_deepspeed.distributed.process_groups import part_in_order
+from shampoo_deepspeed.engine.policy import matrix_of, treat
+from shampoo_deepspeed.geometry.boxes import Box, Placed, merged_places, tiling_error
+from shampoo_deepspeed.geometry.plan import Matrix, Plan, bucket_elements
+from shampoo_deepspeed.options.choices import DTYPES
+from shampoo_deepspeed.options.config import ShampooConfig
+from shampoo_deepspeed.options.rules import number_under, rule_of
+from shampoo_deepspeed.runtime.devices import communication_device, current_device
+from shampoo_deepspeed.runtime.metrics import Measured
+
+
+class Pending(NamedTuple):
+    """A step whose outcome the host has not read yet, and which parameters took part in it."""
+
+    outcome: Outcome
+    active: list[bool]
+
+
+@dataclass(frozen=True)
+class Region:
+    """Elements [start, stop) of a flattened local tensor that are updated alike; all take part or none does.
+
+    ``parameter`` is the first of those that lie in it.
+    """
+
+    tensor: int
+    start: int
+    stop: int
+    parameter: int
+    decays: bool
+
+
+class Unit:
+    """Everything that one step of these tensors needs.
+
+    Args:
+        layout: what the host says of this rank.
+        configs: options by parameter group number, and of rules by theirs; the same on all ranks.
+        carried: each rank's load from units built before.
+        phases: by parameter key the refresh phase of each block, where refreshes are staggered.
+
+    Raises:
+        LayoutError: on all ranks alike, where ranks disagree or the shards do not tile the parameters.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        configs: Mapping[int, ShampooConfig],
+        carried: Sequence[float] | None = None,
+        phases: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        self.layout = layout
+        self._phases = phases or {}
+        self.tensors = layout.tensors
+        self.parameters = layout.parameters
+        self.group = layout.process_group
+        self.rank = dist.get_rank(self.group) if self.group is not None else 0
+        self.world_size = dist.get_world_size(self.group) if self.group is not None else 1
+        if dist.is_initialized():
+            part_in_order()
+        locals_ = self.local_tensors()
+        self.sizes = [t.numel() for t in locals_]
+        self.device = locals_[0].device if locals_ else torch.device("cpu")
+        self.dtype = compute_dtype(locals_[0]) if locals_ else torch.float32
+        self.treatments = [treat(p, configs[p.group]) for p in self.parameters]
+        # The number of each parameter's options: those of its group, or of a rule of it.
+        self.options = [
+            number_under(p.group, rule_of(p.name, p.kinds, p.shape, configs[p.group])) for p in self.parameters
+        ]
+        # Steps taken by each parameter. All ranks count alike, without a read of the device.
+        self.steps = [0] * len(self.parameters)
+        self.clock = torch.zeros((), dtype=torch.float32, device="cpu")  # the largest of them, as torch's tools know it
+        self.pending: Pending | None = None
+        self.rejected_in_a_row = 0
+        # Flat buffers that lie with the shard, by kind ("momentum", "master") and local tensor.
+        self.buffers: dict[str, dict[int, Tensor]] = {"momentum": {}, "master": {}}
+        self._build(configs, carried or [0.0] * self.world_size)
+
+    def _build(self, configs: Mapping[int, ShampooConfig], carried: Sequence[float]) -> None:
+        places = self._placed_shards()
+        everyone = self._gather(places, configs)
+        self._check_tiling(everyone)
+        number_of = {p: n for n, p in enumerate(p for p, t in enumerate(self.treatments) if t.preconditioned)}
+        matrices = [self._matrix(p, configs) for p in number_of]
+        held = [[(number_of[p], box) for p, box in shards if p in number_of] for shards in everyone]
+        first = configs[self.parameters[0].group]
+        item = self.dtype.itemsize
+        self.plan = Plan(matrices, held, bucket_elements(first.bucket_mb, item), carried)
+        wire = DTYPES[first.communication_dtype] if first.communication_dtype else self.dtype
+        own = [(tensor, place) for p, tensor, place in places if p in number_of]
+        self.loads_so_far = [a + b for a, b in zip(carried, self.plan.loads, strict=True)]
+        self.exchange = Exchange(self.plan, self.rank, own, self.group, wire, self.device)
+        self.block_parameters = list(number_of)
+        self.stacks = [self._stack(blocks, configs) for blocks in self.exchange.stacks]
+        self.elementwise = self._elementwise_part(places, everyone, configs)
+        self.regions = self._joined_regions()
+        self.needs_norms = any(is_normalized(t.method) for t in self.treatments if not t.preconditioned)
+
+    def _placed_shards(self) -> list[tuple[int, int, Placed]]:
+        """This rank's shards as (parameter, tensor, place in its merged shape)."""
+        placed = []
+        for shard in self.layout.shards:
+            treatment, shape = self.treatments[shard.parameter], self.parameters[shard.parameter].shape
+            if not shape:
+                placed.append((shard.parameter, shard.tensor, Placed(Box((0,), (1,)), shard.offset, (1,))))
+                continue
+            for place in merged_places(shard.box, shape, treatment.dims, shard.offset):
+                placed.append((shard.parameter, shard.tensor, place))
+        return placed
+
+    def _gather(
+        self, places: Sequence[tuple[int, int, Placed]], configs: Mapping[int, ShampooConfig]
+    ) -> list[list[tuple[int, Box]]]:
+        """All ranks' shards; raises on all of them where any two see other parameters or options."""
+        mine = [(p, place.box) for p, _, place in places]
+        if self.world_size == 1:
+            if self.layout.problem:
+                raise LayoutError(self.layout.problem)
+            return [mine]
+        options = {g: str(sorted(configs[g].to_json().items())) for g in {p.group for p in self.parameters}}
+        turns = {key: hash(phases) for key, phases in self._phases.items()}  # those of all blocks would be megabytes
+        signature = [(p.key, p.shape, p.group, options[p.group], turns.get(p.key)) for p in self.parameters]
+        plain = [(p, box.offsets, box.lengths) for p, box in mine]
+        gathered: list[Any] = [None] * self.world_size
+        said = (signature, str(self.dtype), plain, self.layout.problem)
+        with current_device(self.device):
+            dist.all_gather_object(gathered, said, group=self.group)
+        for rank, (other, dtype, _, problem) in enumerate(gathered):
+            if problem:
+                raise LayoutError(f"rank {rank}: {problem}")
+            if other != gathered[0][0] or dtype != gathered[0][1]:
+                raise LayoutError(f"ranks 0 and {rank} disagree: {_first_difference(gathered[0], gathered[rank])}")
+        return [[(p, Box(tuple(o), tuple(n))) for p, o, n in shards] for _, _, shards, _ in gathered]
+
+    def _check_tiling(self, everyone: Sequence[Sequence[tuple[int, Box]]]) -> None:
+        boxes: dict[int, set[Box]] = defaultdict(set)
+        for shards in everyone:
+            for p, box in shards:
+                boxes[p].add(box)
+        wrong = []
+        for p, parameter in enumerate(self.parameters):
+            error = tiling_error(self.treatments[p].merged, boxes[p])
+            if error:
+                wrong.append(f"{parameter.key} {parameter.shape}: {error}")
+        if wrong:
+            raise LayoutError(
+                "the host's shards do not cover every element of these parameters exactly once:\n  "
+                + "\n  ".join(wrong)
+            )
+
+    def _matrix(self, p: int, configs: Mapping[int, ShampooConfig]) -> Matrix:
+        number, phases = self.options[p], self._phases.get(self.parameters[p].key)
+        return matrix_of(self.treatments[p], number, configs[number], phases)
+
+    def block_key(self, block: int) -> str:
+        """The key of a block of the plan: parameter key and index of the block within it."""
+        found = self.plan.blocks[block]
+        return f"{self.parameters[self.block_parameters[found.parameter]].key}/{found.index}"
+
+    def _stack(self, blocks: Sequence[int], configs: Mapping[int, ShampooConfig]) -> BlockStack:
+        group, shape = self.plan.blocks[blocks[0]].stack
+        keys = [self.block_key(b) for b in blocks]
+        phases = [phase for b in blocks if (phase := self.plan.blocks[b].phase) is not None]
+        return BlockStack(keys, shape, configs[group], self.device, self.dtype, phases or None)
+
+    def _elementwise_part(
+        self,
+        places: Sequence[tuple[int, int, Placed]],
+        everyone: Sequence[Sequence[tuple[int, Box]]],
+        configs: Mapping[int, ShampooConfig],
+    ) -> Elementwise:
+        copies: dict[tuple[int, Box], int] = defaultdict(int)
+        for shards in everyone:
+            for held in shards:
+                copies[held] += 1
+        segments = []
+        for p, tensor, place in places:
+            if not self.treatments[p].preconditioned:
+                parameter, method = self.parameters[p], self.treatments[p].method
+                (start,), (numel,) = place.box.offsets, place.box.lengths
+                share = 1.0 / copies[p, place.box]
+                segments.append(
+                    Segment(p, parameter.key, self.options[p], method, start, numel, tensor, place.offset, share)
+                )
+        return Elementwise(segments, configs, self.device, self.dtype)
+
+    def _joined_regions(self) -> list[Region]:
+        """What the shards cover of the local tensors; neighbours that decay alike are joined, padding is left out."""
+        joined: list[Region] = []
+        for shard in sorted(self.layout.shards, key=lambda s: (s.tensor, s.offset)):
+            decays = self.treatments[shard.parameter].decays
+            region = Region(shard.tensor, shard.offset, shard.offset + shard.box.numel, shard.parameter, decays)
+            last = joined[-1] if joined else None
+            if last and (last.tensor, last.stop, last.decays) == (region.tensor, region.start, decays):
+                joined[-1] = replace(last, stop=region.stop)
+            else:
+                joined.append(region)
+        return joined
+
+    def local_tensors(self) -> list[Tensor]:
+        """The local parts of the unit's tensors, as they are now; views that can be updated."""
+        return [self.layout.local(tensor) for tensor in self.tensors]
+
+    def any_rank(self, flags: Sequence[bool]) -> list[bool]:
+        """For each flag whether it is set on any rank of the unit; read on the host."""
+        if self.group is None:
+            return list(flags)
+        values = torch.tensor(flags, dtype=torch.float32, device=communication_device(self.group, self.device))
+        dist.all_reduce(values, group=self.group)
+        return [value > 0 for value in values.tolist()]
+
+    def buffer(self, kind: str, tensor: int) -> Tensor:
+        """The flat buffer of a kind for a local tensor, zeros at first; it lies with the shard."""
+        buffers = self.buffers[kind]
+        if tensor not in buffers:
+            buffers[tensor] = torch.zeros(self.sizes[tensor], dtype=self.dtype, device=self.device)
+        return buffers[tensor]
+
+    @property
+    def fresh(self) -> bool:
+        """Whether no step has been taken yet."""
+        return not any(self.steps)
+
+    def count(self, active: Sequence[bool]) -> list[int]:
+        """Count a step of the parameters that take part; gives each one's step number, 0 for the others."""
+        self.steps = [step + part for step, part in zip(self.steps, active, strict=True)]
+        self.clock.fill_(max(self.steps))
+        return [step if part else 0 for step, part in zip(self.steps, active, strict=True)]
+
+    def row_steps(self, stack: int, steps: Sequence[int]) -> list[int]:
+        """The parameters' ``steps`` for each row of a stack."""
+        blocks = self.exchange.stacks[stack]
+        return [steps[self.block_parameters[self.plan.blocks[b].parameter]] for b in blocks]
+
+    def measured(self) -> Measured:
+        """What is measured of this unit's steps on this rank."""
+        return Measured(self.exchange.meter, [stack.meter for stack in self.stacks], len(self.plan.owned[self.rank]))
+
+    def settle(self, rejected: bool) -> None:
+        """Note the outcome of the last step; a rejected one has changed no tensor, its counts are undone here."""
+        assert self.pending is not None
+        if rejected:
+            self.steps = [step - part for step, part in zip(self.steps, self.pending.active, strict=True)]
+            self.clock.fill_(max(self.steps))
+        self.rejected_in_a_row = self.rejected_in_a_row + 1 if rejected else 0
+        self.pending = None
+
+
+def _first_difference(left: Any, right: Any) -> str:
+    for a, b in zip(left[0], right[0], strict=False):
+        if a != b:
+            return f"{a} against {b}"
+    return f"{len(left[0])} parameters in {left[1]} against {len(right[0])} in {right[1]}"

@@ -1,0 +1,139 @@
+"""What each host will leave on each rank, told from shapes alone, before anything runs. Pure integers, no tensors.
+
+The same boxes as the adapters find at the first step; `tests/test_estimate.py` and the distributed checks compare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from shampoo_deepspeed.geometry.boxes import Box, interval_to_boxes, whole
+
+HOSTS = ("zero1", "zero2", "zero3", "fsdp2", "ddp", "hsdp")
+# DeepSpeed's default of zero_optimization.sub_group_size, elements of one rank (deepspeed/runtime/zero/config.py).
+SUB_GROUP_SIZE = 10**9
+# ZeRO-1/2 pad their flat buffer to this many elements a rank (nccl_start_alignment_factor in stage_1_and_2.py).
+ALIGNMENT = 2
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """A step unit as a host will make it.
+
+    Args:
+        parameters: which parameters are in it, by number.
+        shards: for each rank what it holds, as (index into ``parameters``, box). Equal ranks may share one list.
+        sizes: for each rank the elements of its local tensors, padding included.
+    """
+
+    parameters: Sequence[int]
+    shards: Sequence[Sequence[tuple[int, Box]]]
+    sizes: Sequence[int]
+
+
+def layouts(
+    host: str,
+    shapes: Sequence[tuple[int, ...]],
+    world_size: int,
+    shard_ranks: int | None = None,
+    sub_group_size: int = SUB_GROUP_SIZE,
+) -> list[UnitLayout]:
+    """The step units of one parameter group under a host.
+
+    Args:
+        host: one of ``HOSTS``; ``ddp`` is ZeRO-0 too, with the replicas sharing the work.
+        shapes: global shapes in the optimizer's order, none with a dim of 0.
+        world_size: data-parallel ranks.
+        shard_ranks: under ``hsdp``, ranks that a parameter is sharded over; the others are replicas.
+        sub_group_size: under ``zero3``, elements of one rank at which DeepSpeed closes a sub-group.
+
+    Raises:
+        ValueError: for a host that is not known, and for ranks that do not divide evenly.
+    """
+    if host not in HOSTS:
+        raise ValueError(f"host {host!r} is not allowed: one of {', '.join(HOSTS)}")
+    if world_size < 1:
+        raise ValueError(f"world_size {world_size} is not allowed: an integer >= 1")
+    numbers = range(len(shapes))
+    if host == "ddp":
+        everything = [(n, whole(shape)) for n, shape in enumerate(shapes)]
+        return [UnitLayout(numbers, [everything] * world_size, [sum(map(math.prod, shapes))] * world_size)]
+    if host in ("zero1", "zero2"):
+        return [_flat_buffer(shapes, world_size)]
+    if host == "zero3":
+        groups = _sub_groups([-(-math.prod(shape) // world_size) for shape in shapes], sub_group_size)
+        return [_per_parameter(group, [shapes[n] for n in group], world_size, _flat_part) for group in groups]
+    sharded = world_size if host == "fsdp2" else shard_ranks or world_size
+    if world_size % sharded:
+        raise ValueError(f"shard_ranks {sharded} is not allowed: it must divide world_size, which is {world_size}")
+    unit = _per_parameter(numbers, shapes, sharded, _chunk)
+    copies = world_size // sharded  # the mesh is (replicate, shard): neighbours share a replica
+    return [UnitLayout(numbers, list(unit.shards) * copies, list(unit.sizes) * copies)]
+
+
+def _flat_buffer(shapes: Sequence[tuple[int, ...]], ranks: int) -> UnitLayout:
+    """ZeRO-1/2: equal contiguous partitions of all parameters, one after another."""
+    total = sum(map(math.prod, shapes))
+    part = -(-total // (ALIGNMENT * ranks)) * ALIGNMENT
+    shards: list[list[tuple[int, Box]]] = [[] for _ in range(ranks)]
+    begin = 0
+    for number, shape in enumerate(shapes):
+        end = begin + math.prod(shape)
+        for rank in range(begin // part, (end - 1) // part + 1):
+            start, stop = max(begin, rank * part), min(end, (rank + 1) * part)
+            shards[rank] += [(number, box) for box in interval_to_boxes(shape, start - begin, stop - begin)]
+        begin = end
+    return UnitLayout(range(len(shapes)), shards, [part if held else 0 for held in shards])
+
+
+def _sub_groups(partitions: Sequence[int], limit: int) -> list[list[int]]:
+    """ZeRO-3 closes a sub-group once its partitions reach the limit (stage3.py, _create_fp16_sub_groups)."""
+    groups: list[list[int]] = [[]]
+    filled = 0
+    for number, size in enumerate(partitions):
+        if groups[-1] and filled >= limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(number)
+        filled += size
+    return groups
+
+
+def _per_parameter(
+    numbers: Sequence[int],
+    shapes: Sequence[tuple[int, ...]],
+    ranks: int,
+    part: Callable[[tuple[int, ...], int, int], tuple[Sequence[Box], int]],
+) -> UnitLayout:
+    """Every parameter is cut over all ranks; ``part`` tells boxes and local elements, once for each shape."""
+
+    @cache
+    def parts(shape: tuple[int, ...]) -> list[tuple[Sequence[Box], int]]:
+        return [part(shape, ranks, rank) for rank in range(ranks)]
+
+    shards: list[list[tuple[int, Box]]] = [[] for _ in range(ranks)]
+    sizes = [0] * ranks
+    for index, shape in enumerate(shapes):
+        for rank, (boxes, size) in enumerate(parts(shape)):
+            shards[rank] += [(index, box) for box in boxes]
+            sizes[rank] += size
+    return UnitLayout(numbers, shards, sizes)
+
+
+def _flat_part(shape: tuple[int, ...], ranks: int, rank: int) -> tuple[Sequence[Box], int]:
+    """ZeRO-3: equal flat intervals; the last ones are padded."""
+    numel = math.prod(shape)
+    part = -(-numel // ranks)
+    return interval_to_boxes(shape, min(rank * part, numel), min((rank + 1) * part, numel)), part
+
+
+def _chunk(shape: tuple[int, ...], ranks: int, rank: int) -> tuple[Sequence[Box], int]:
+    """FSDP2: rows as torch.chunk cuts them; the last ranks may hold fewer, or nothing."""
+    rows = -(-shape[0] // ranks)
+    start = min(rank * rows, shape[0])
+    held = min(rows, shape[0] - start)
+    box = Box((start, *(0,) * (len(shape) - 1)), (held, *shape[1:]))
+    return ([box] if held else []), box.numel

@@ -1,0 +1,308 @@
+"""Memory, bytes, FLOPs and balance of a run before it starts: the plan of every rank, from shapes alone.
+
+Geometry is the optimizer's own (`plan`, `boxes`), and so is state: stacks are built on the meta device and measured.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from shampoo_deepspeed.algorithm.block_stack import BlockStack
+from shampoo_deepspeed.algorithm.elementwise import Elementwise, Segment
+from shampoo_deepspeed.distributed.frameworks import Parameter
+from shampoo_deepspeed.engine.policy import matrix_of, treat
+from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
+from shampoo_deepspeed.estimate.expected_shards import SUB_GROUP_SIZE, UnitLayout, layouts
+from shampoo_deepspeed.geometry.boxes import Box, merged_places
+from shampoo_deepspeed.geometry.plan import Plan, bucket_elements
+from shampoo_deepspeed.options.choices import DTYPES
+from shampoo_deepspeed.options.config import ShampooConfig
+from shampoo_deepspeed.options.rules import expanded, number_under, rule_of
+
+META = torch.device("meta")
+
+
+class Step(NamedTuple):
+    """FLOPs of a step: of the slowest rank, the part of it that is refresh, and the mean of the ranks.
+
+    Ranks wait for one another in each step unit, so the slowest ranks of all units add up.
+    """
+
+    slowest: float
+    refresh: float
+    mean: float
+
+
+@dataclass
+class Estimate:
+    """What a run will hold, move and compute, rank by rank.
+
+    Args:
+        elements, preconditioned: of all parameters, of those with factor matrices.
+        blocks, units: how many.
+        state: bytes on each rank by kind of state ("factor", "root", "exp_avg", "second_moment", ...).
+        adamw: bytes of AdamW's two float32 moments on each rank under the same host.
+        sent, received: bytes a step on each rank.
+        collectives: all-to-all calls a step.
+        loads: FLOPs on each rank per step, with the refreshes' share; all units together.
+        window: each step of a refresh window.
+    """
+
+    world_size: int
+    elements: int = 0
+    preconditioned: int = 0
+    blocks: int = 0
+    units: int = 0
+    state: dict[str, list[int]] = field(default_factory=dict)
+    adamw: list[int] = field(default_factory=list)
+    sent: list[int] = field(default_factory=list)
+    received: list[int] = field(default_factory=list)
+    collectives: int = 0
+    loads: list[float] = field(default_factory=list)
+    window: list[Step] = field(default_factory=list)
+
+    @property
+    def state_bytes(self) -> list[int]:
+        """Bytes of all state on each rank."""
+        return [sum(kinds) for kinds in zip(*self.state.values(), strict=True)] or [0] * self.world_size
+
+    @property
+    def imbalance(self) -> float:
+        """Slowest rank's load over the mean, 1.0 is perfect."""
+        mean = sum(self.loads) / self.world_size
+        return max(self.loads) / mean if mean else 1.0
+
+    @property
+    def slowest_step(self) -> float:
+        """FLOPs of the slowest rank in the slowest step of a window."""
+        return max((step.slowest for step in self.window), default=0.0)
+
+    @property
+    def fastest_step(self) -> float:
+        """FLOPs of the slowest rank in the fastest step of a window."""
+        return min((step.slowest for step in self.window), default=0.0)
+
+    @property
+    def mean_step(self) -> float:
+        """FLOPs of the slowest rank per step, over a window."""
+        return sum(step.slowest for step in self.window) / max(1, len(self.window))
+
+    def add_state(self, kind: str, rank: int, nbytes: int) -> None:
+        """Count bytes of a kind on a rank."""
+        self.state.setdefault(kind, [0] * self.world_size)[rank] += nbytes
+
+    def to_json(self) -> dict[str, object]:
+        """Numbers over ranks as mean and largest."""
+        return {
+            "world_size": self.world_size,
+            "elements": self.elements,
+            "preconditioned_elements": self.preconditioned,
+            "blocks": self.blocks,
+            "step_units": self.units,
+            "state_bytes": {kind: _over_ranks(values) for kind, values in self.state.items()},
+            "state_bytes_total": _over_ranks(self.state_bytes),
+            "adamw_state_bytes": _over_ranks(self.adamw),
+            "bytes_sent_per_step": _over_ranks(self.sent),
+            "bytes_received_per_step": _over_ranks(self.received),
+            "collectives_per_step": self.collectives,
+            "flops_per_step": _over_ranks(self.loads),
+            "flops_of_slowest_rank": {
+                "mean_step": self.mean_step,
+                "fastest_step": self.fastest_step,
+                "slowest_step": self.slowest_step,
+            },
+            "imbalance": self.imbalance,
+            "imbalance_of_worst_step": max((s.slowest / s.mean for s in self.window if s.mean), default=1.0),
+        }
+
+
+def _over_ranks(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": sum(values) / max(1, len(values)), "largest": max(values, default=0)}
+
+
+def estimate(
+    parameters: Sequence[Parameter],
+    world_size: int,
+    host: str,
+    config: ShampooConfig,
+    *,
+    shard_ranks: int | None = None,
+    sub_group_size: int = SUB_GROUP_SIZE,
+    weights_dtype: str = "float32",
+) -> Estimate:
+    """Plan a run of these parameters as one parameter group, and count.
+
+    Args:
+        parameters: in the order in which the optimizer will be given them, all with group 0.
+        host: one of ``layouts.HOSTS``.
+        shard_ranks: under ``hsdp``, ranks that each parameter is sharded over.
+        sub_group_size: under ``zero3``, DeepSpeed's option.
+        weights_dtype: dtype of what the optimizer updates: "float32" under ZeRO, which keeps masters; narrower ones
+            get a float32 master from the optimizer where ``master_weights`` is on.
+
+    Raises:
+        ValueError: for a host, a number of ranks or a dtype that is not allowed.
+    """
+    if weights_dtype not in ("float64", "float32", "bfloat16", "float16"):
+        raise ValueError(f"weights_dtype {weights_dtype!r} is not allowed: float64, float32, bfloat16 or float16")
+    if host.startswith("zero"):
+        weights_dtype = "float32"
+    made = Estimate(world_size)
+    made.adamw, made.loads = [0] * world_size, [0.0] * world_size
+    made.sent, made.received = [0] * world_size, [0] * world_size
+    made.window = [Step(0.0, 0.0, 0.0)] * config.precondition_frequency
+    phases = refresh_phases(parameters, expanded({0: config}))
+    with _collector_paused():
+        for layout in layouts(host, [p.shape for p in parameters], world_size, shard_ranks, sub_group_size):
+            members = [parameters[n] for n in layout.parameters]
+            unit = _Unit(members, layout, config, getattr(torch, weights_dtype), phases)
+            unit.plan_onto(made)
+            unit.measure_onto(made)
+    return made
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A thousand ranks' shards are a million small tuples without a cycle; walking them would take half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _Unit:
+    """One step unit: its plan, and what the plan means for memory and traffic."""
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        layout: UnitLayout,
+        config: ShampooConfig,
+        weights: torch.dtype,
+        phases: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.parameters, self.layout, self.config, self.weights = parameters, layout, config, weights
+        self.phases = phases
+        self.dtype = torch.promote_types(weights, torch.float32)
+        self.configs = expanded({0: config})
+        self.treatments = [treat(p, config) for p in parameters]
+        self.numbers = [number_under(0, rule_of(p.name, p.kinds, p.shape, config)) for p in parameters]
+        preconditioned = [n for n, t in enumerate(self.treatments) if t.preconditioned]
+        self.number_of = {n: number for number, n in enumerate(preconditioned)}
+
+    def plan_onto(self, made: Estimate) -> None:
+        """Make the plan and add up work and traffic."""
+        config = self.config
+        matrices = [
+            matrix_of(t, number, self.configs[number], self.phases.get(p.key))
+            for p, t, number in zip(self.parameters, self.treatments, self.numbers, strict=True)
+            if t.preconditioned
+        ]
+        bucket = bucket_elements(config.bucket_mb, self.dtype.itemsize)
+        self.plan = plan = Plan(matrices, self._merged_shards(), bucket, made.loads)
+        wire = (DTYPES[config.communication_dtype] if config.communication_dtype else self.dtype).itemsize
+        for rank, (sent, received) in enumerate(plan.traffic):
+            made.sent[rank] += sent * wire
+            made.received[rank] += received * wire
+        made.collectives += 2 * sum(plan.moving)
+        made.loads = [a + b for a, b in zip(made.loads, plan.loads, strict=True)]
+        made.window = [_with_unit(step, plan, offset) for offset, step in enumerate(made.window)]
+        made.blocks += len(plan.blocks)
+        made.units += 1
+        made.elements += sum(math.prod(p.shape) for p in self.parameters)
+        made.preconditioned += sum(math.prod(m.shape) for m in matrices)
+
+    def _merged_shards(self) -> list[list[tuple[int, Box]]]:
+        """Each rank's boxes of preconditioned parameters, in their merged shapes."""
+
+        @cache
+        def merged(shape: tuple[int, ...], dims: tuple[tuple[int, ...], ...], box: Box) -> list[Box]:
+            return [place.box for place in merged_places(box, shape, dims)]
+
+        def of_rank(held: Sequence[tuple[int, Box]]) -> list[tuple[int, Box]]:
+            found = []
+            for n, box in held:
+                if n in self.number_of:
+                    boxes = merged(self.parameters[n].shape, self.treatments[n].dims, box)
+                    found += [(self.number_of[n], part) for part in boxes]
+            return found
+
+        return _each_list_once(self.layout.shards, of_rank)
+
+    def measure_onto(self, made: Estimate) -> None:
+        """Add up the bytes of state: blocks at their owners, the rest beside the shards."""
+        counts = Counter(
+            (owner, b.group, b.box.lengths) for owner, b in zip(self.plan.owners, self.plan.blocks, strict=True)
+        )
+        kinds_of_blocks = {(number, shape) for _, number, shape in counts}
+        sizes = {(n, shape): block_bytes(shape, self.configs[n], self.dtype) for n, shape in kinds_of_blocks}
+        for (rank, number, shape), count in counts.items():
+            for kind, nbytes in sizes[number, shape].items():
+                made.add_state(kind, rank, count * nbytes)
+
+        def beside(held: Sequence[tuple[int, Box]]) -> Counter[tuple[int, str]]:
+            numels: Counter[tuple[int, str]] = Counter()
+            for n, box in held:
+                if n not in self.number_of:
+                    numels[self.numbers[n], self.treatments[n].method] += box.numel
+            return numels
+
+        for rank, numels in enumerate(_each_list_once(self.layout.shards, beside)):
+            for (number, method), numel in numels.items():
+                for kind, nbytes in self._elementwise_bytes(number, method).items():
+                    made.add_state(kind, rank, numel * nbytes)
+            size = self.layout.sizes[rank]
+            made.adamw[rank] += 8 * size
+            if self.config.momentum:
+                made.add_state("momentum", rank, size * self.dtype.itemsize)
+            if self.config.master_weights and self.weights != self.dtype:
+                made.add_state("master", rank, size * self.dtype.itemsize)
+
+    @cache  # noqa: B019  a unit lives as long as its estimate is made
+    def _elementwise_bytes(self, number: int, method: str) -> dict[str, int]:
+        """Bytes of one element's state by kind."""
+        segment = Segment(0, "", number, method, 0, 1, 0, 0, 1.0)
+        return _bytes_by_kind(Elementwise([segment], self.configs, META, self.dtype).tensors)
+
+
+def _with_unit(step: Step, plan: Plan, offset: int) -> Step:
+    """A step of the window with a unit's work added."""
+    loads = plan.loads_at(offset)
+    slowest = max(range(plan.world_size), key=loads.__getitem__)
+    refresh = loads[slowest] - plan.step_loads[slowest]
+    return Step(step.slowest + loads[slowest], step.refresh + refresh, step.mean + sum(loads) / plan.world_size)
+
+
+def block_bytes(shape: tuple[int, ...], config: ShampooConfig, dtype: torch.dtype = torch.float32) -> dict[str, int]:
+    """Bytes of one block's state by kind: those of a stack with one row."""
+    return _bytes_by_kind(BlockStack([""], shape, config, META, dtype).tensors)
+
+
+def _bytes_by_kind(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Bytes by name; what differs in a trailing number only (the dims' factor matrices) counts together."""
+    kinds: dict[str, int] = defaultdict(int)
+    for name, tensor in tensors.items():
+        kinds[re.sub(r"_\d+$", "", name)] += tensor.nbytes
+    return kinds
+
+
+def _each_list_once(lists: Sequence[Sequence[tuple[int, Box]]], function: Callable[..., object]) -> list:
+    """The function of each list; ranks that share one list share its result."""
+    known: dict[int, object] = {}
+    for held in lists:
+        if id(held) not in known:
+            known[id(held)] = function(held)
+    return [known[id(held)] for held in lists]

@@ -1,0 +1,167 @@
+"""Which block size and refresh frequency fit a memory budget and a share of the step's time. Plain arithmetic.
+
+Candidates are judged by totals over ranks and not by a full plan each, so an answer takes no longer than the estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from shampoo_deepspeed.distributed.frameworks import Parameter
+from shampoo_deepspeed.engine.policy import treat
+from shampoo_deepspeed.estimate.planner import Estimate, block_bytes
+from shampoo_deepspeed.geometry.owners import LOCALITY_TOLERANCE
+from shampoo_deepspeed.geometry.plan import refresh_cost, step_cost
+from shampoo_deepspeed.options.config import ShampooConfig
+
+# Beyond these nobody trains: eigendecompositions of larger blocks take seconds each, roots older than that are stale.
+BLOCK_SIZES = (128, 256, 512, 1024, 2048)
+FREQUENCIES = (1, 2, 5, 10, 20, 50, 100)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A device and the work of a step.
+
+    Args:
+        tokens: tokens of a step on all ranks together.
+        tflops: what one rank reaches in the model's forward and backward.
+        optimizer_tflops: what it reaches in the optimizer's float32 products.
+        refresh_tflops: what it reaches in refreshes, with ``plan.REFRESH_CUBES`` d^3 for a factor matrix.
+        bandwidth: GB/s that a rank sends (and at once receives) between ranks; None: exchange costs nothing.
+    """
+
+    tokens: float
+    tflops: float
+    optimizer_tflops: float
+    refresh_tflops: float
+    bandwidth: float | None = None
+
+    def model_seconds(self, elements: int, world_size: int) -> float:
+        """Forward and backward: 6 FLOPs for each parameter and token."""
+        return 6.0 * elements * self.tokens / (world_size * self.tflops * 1e12)
+
+    def overhead(self, products: float, refreshes: float, nbytes: float, elements: int, world_size: int) -> float:
+        """The optimizer's time over the model's, nothing of it hidden; products and refreshes in FLOPs."""
+        seconds = products / (self.optimizer_tflops * 1e12) + refreshes / (self.refresh_tflops * 1e12)
+        if self.bandwidth is not None:
+            seconds += nbytes / (self.bandwidth * 1e9)
+        return seconds / self.model_seconds(elements, world_size)
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """The optimizer's share on top of forward and backward: over a window, and in its slowest step."""
+
+    model_seconds: float
+    mean: float
+    slowest: float
+
+
+def expected_overhead(made: Estimate, speed: Speed) -> Overhead:
+    """What the estimate means at this speed. AdamW's own time, which is bound by memory, is not taken off."""
+    nbytes = max((max(pair) for pair in zip(made.sent, made.received, strict=True)), default=0)
+    shares = [
+        speed.overhead(step.slowest - step.refresh, step.refresh, nbytes, made.elements, made.world_size)
+        for step in made.window
+    ]
+    return Overhead(
+        speed.model_seconds(made.elements, made.world_size), sum(shares) / len(shares), max(shares, default=0.0)
+    )
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A block size with the state that it needs on the fullest rank, and the frequency that its time allows.
+
+    ``frequency`` is None where no speed is given, or where no frequency in the list is rare enough.
+    """
+
+    max_preconditioner_dim: int
+    state_bytes: float
+    frequency: int | None
+
+
+def recommend(
+    parameters: Sequence[Parameter],
+    config: ShampooConfig,
+    made: Estimate,
+    budget: float,
+    speed: Speed | None = None,
+    overhead: float = 0.05,
+) -> Recommendation | None:
+    """The largest block size whose state fits into ``budget`` bytes a rank, and the most frequent refresh then.
+
+    Where a speed is given, a block size that no frequency makes fast enough is passed over while a smaller one is not.
+
+    Args:
+        made: the estimate under ``config``; what lies beside the shards is taken from it.
+        overhead: the share of forward and backward that the optimizer may take on average, of 1.
+
+    Returns:
+        None where no block size fits.
+    """
+    beside = max(made.state_bytes) - _owned_bytes(_blocks(parameters, config), config, made.world_size)
+    fitting = None
+    for size in BLOCK_SIZES:
+        candidate = replace(config, max_preconditioner_dim=size)
+        blocks = _blocks(parameters, candidate)
+        needed = max(0.0, beside) + _owned_bytes(blocks, candidate, made.world_size)
+        if needed > budget:
+            continue
+        found = Recommendation(size, needed, _frequency(blocks, candidate, made, speed, overhead))
+        if speed is None or fitting is None or found.frequency is not None:
+            fitting = found
+    return fitting
+
+
+def _blocks(parameters: Sequence[Parameter], config: ShampooConfig) -> Mapping[tuple[int, ...], int]:
+    """How many blocks there are of each shape."""
+    shapes: Counter[tuple[int, ...]] = Counter()
+    for parameter in parameters:
+        treatment = treat(parameter, config)
+        if treatment.preconditioned:
+            shapes[treatment.merged] += 1
+    blocks: Counter[tuple[int, ...]] = Counter()
+    for shape, times in shapes.items():
+        cut: dict[tuple[int, ...], int] = {(): times}
+        for n in shape:
+            whole, rest = divmod(n, config.max_preconditioner_dim)
+            lengths = [(config.max_preconditioner_dim, whole), (rest, 1 if rest else 0)]
+            cut = {(*head, d): many * some for head, many in cut.items() for d, some in lengths if some}
+        blocks.update(cut)
+    return blocks
+
+
+def _owned_bytes(blocks: Mapping[tuple[int, ...], int], config: ShampooConfig, ranks: int) -> float:
+    """Bytes of blocks on the fullest rank: the mean with the planner's tolerance, or whole blocks where few."""
+    sizes = {shape: sum(block_bytes(shape, config).values()) for shape in blocks}
+    total = sum(sizes[shape] * many for shape, many in blocks.items())
+    whole_blocks = math.ceil(sum(blocks.values()) / ranks) * max(sizes.values(), default=0)
+    mean = total / ranks
+    return mean if ranks == 1 else max((1.0 + LOCALITY_TOLERANCE) * mean, min(whole_blocks, total))
+
+
+def _frequency(
+    blocks: Mapping[tuple[int, ...], int],
+    config: ShampooConfig,
+    made: Estimate,
+    speed: Speed | None,
+    overhead: float,
+) -> int | None:
+    if speed is None:
+        return None
+    costs = {shape: step_cost(shape, products=config.products(len(shape) - config.batch_dims)) for shape in blocks}
+    step = sum(costs[shape] * many for shape, many in blocks.items()) / made.world_size
+    refresh = (
+        sum(config.decompositions * refresh_cost(shape) * many for shape, many in blocks.items()) / made.world_size
+    )
+    nbytes = max((max(pair) for pair in zip(made.sent, made.received, strict=True)), default=0)
+    for frequency in FREQUENCIES:
+        products, refreshes = (1.0 + LOCALITY_TOLERANCE) * step, (1.0 + LOCALITY_TOLERANCE) * refresh / frequency
+        if speed.overhead(products, refreshes, nbytes, made.elements, made.world_size) <= overhead:
+            return frequency
+    return None

@@ -1,0 +1,116 @@
+"""Which ranks hold which parts of a matrix's blocks. Pure integers, no tensors.
+
+Layers of one shape are mostly sharded alike, so this is worked out once for each shape and sharding and shared: a plan
+for a thousand ranks has millions of parts but a few distinct answers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+from shampoo_deepspeed.geometry.blocks import Cuts, blocks_touching, cut_into_blocks
+from shampoo_deepspeed.geometry.boxes import Box
+
+# A rank that holds less of a block than this share of it is no better an owner than any other.
+SHARE_THAT_COUNTS = 8
+
+
+class Part(NamedTuple):
+    """A part of a block and the ranks that hold it, more than one where there are replicas."""
+
+    box: Box
+    ranks: tuple[int, ...]
+
+
+class BlockHolders:
+    """Who holds one block.
+
+    Args:
+        box: the block.
+        parts: what it is cut into, each with its ranks; sorted by box here.
+    """
+
+    def __init__(self, box: Box, parts: Sequence[Part]) -> None:
+        self.box = box
+        self.parts = sorted(parts)
+        self._ranks_by_box = dict(self.parts)
+
+    def ranks_of(self, part: Box) -> tuple[int, ...]:
+        """The ranks that hold a part."""
+        return self._ranks_by_box[part]
+
+    @cached_property
+    def held(self) -> dict[int, int]:
+        """Elements of the block that each rank holds, where that is any."""
+        held: dict[int, int] = defaultdict(int)
+        for part in self.parts:
+            numel = part.box.numel
+            for rank in part.ranks:
+                held[rank] += numel
+        return dict(held)
+
+    @cached_property
+    def copies(self) -> int:
+        """Elements held by all ranks together; more than the block has where there are replicas."""
+        return sum(self.held.values())
+
+    @cached_property
+    def candidates(self) -> list[tuple[int, tuple[int, ...]]]:
+        """(elements, ranks) of ranks that hold so much that owning the block there saves traffic; most first."""
+        elements: dict[tuple[int, ...], int] = defaultdict(int)
+        for part in self.parts:
+            elements[part.ranks] += part.box.numel
+        enough = [(n, ranks) for ranks, n in elements.items() if n * SHARE_THAT_COUNTS >= self.box.numel]
+        return sorted(enough, key=lambda item: (-item[0], item[1]))
+
+    def lies_only_on(self, rank: int) -> bool:
+        """Whether this rank, and no other, holds all of the block."""
+        return self.copies == self.box.numel == self.held.get(rank, 0)
+
+
+def holders_of_blocks(shape: Sequence[int], cuts: Cuts, held: Sequence[tuple[int, Box]]) -> list[BlockHolders]:
+    """For each block of a matrix, in the order of ``cut_into_blocks``, who holds it.
+
+    Args:
+        held: (rank, box) of every shard; equal boxes are replicas.
+    """
+    ranks: dict[Box, list[int]] = defaultdict(list)
+    for rank, box in held:
+        ranks[box].append(rank)
+    blocks = cut_into_blocks(shape, cuts)
+    parts: list[list[Part]] = [[] for _ in blocks]
+    shared: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for shard, holding in ranks.items():
+        together = tuple(dict.fromkeys(holding))
+        together = shared.setdefault(together, together)
+        for index in blocks_touching(shape, cuts, shard):
+            common = blocks[index].intersect(shard)
+            if common is not None:
+                parts[index].append(Part(common, together))
+    return [BlockHolders(box, found) for box, found in zip(blocks, parts, strict=True)]
+
+
+def holders_of_matrices(
+    matrices: Sequence[tuple[tuple[int, ...], Cuts]], shards: Sequence[Sequence[tuple[int, Box]]]
+) -> list[list[BlockHolders]]:
+    """``holders_of_blocks`` of each matrix; matrices that are sharded alike get the very same objects.
+
+    Args:
+        matrices: (shape, cuts) of each; cuts must be hashable.
+        shards: for each rank the boxes it holds, as (index of the matrix, box in its shape).
+    """
+    by_matrix: list[list[tuple[int, Box]]] = [[] for _ in matrices]
+    for rank, held in enumerate(shards):
+        for number, box in held:
+            by_matrix[number].append((rank, box))
+    known: dict[tuple[tuple[int, ...], Cuts, tuple[tuple[int, Box], ...]], list[BlockHolders]] = {}
+    found = []
+    for (shape, cuts), held_here in zip(matrices, by_matrix, strict=True):
+        key = (shape, cuts, tuple(held_here))
+        if key not in known:
+            known[key] = holders_of_blocks(shape, cuts, held_here)
+        found.append(known[key])
+    return found

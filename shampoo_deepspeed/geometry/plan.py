@@ -1,0 +1,328 @@
+"""Who owns which block, and what travels between ranks each step. Pure integers, no tensors.
+
+The plan of a step unit is a pure function of the parameters' shapes, the options and the shards of all ranks, so
+every rank computes the same one. Transfers are worked out for one rank at a time: those of all would be millions.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+
+from shampoo_deepspeed.geometry.blocks import Cuts, Side, blocks_touching
+from shampoo_deepspeed.geometry.boxes import Box
+from shampoo_deepspeed.geometry.holders import BlockHolders, holders_of_matrices
+from shampoo_deepspeed.geometry.owners import assign, best_possible
+
+# A batched eigendecomposition with the rebuild of the root costs about as many FLOPs as this many d^3.
+REFRESH_CUBES = 25.0
+
+# With n equal buckets all of the exchange but one n-th each way can be hidden, and on a CPU a bucket stays in the cache
+# from arrival to departure. More than eight hid no more, and less than half a million elements cost more in calls than
+# they hide (benchmarks.slow_link); above four million a link gains nothing and memory is lost.
+BUCKETS, FEWEST_IN_BUCKET, MOST_IN_BUCKET = 8, 1 << 19, 1 << 22
+# Sizes of the first buckets, and of the last in reverse, where there are so many and a block is no larger than the
+# least of them.
+TAPER, FEWEST_TAPERED = (0.25, 0.5), 4
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A preconditioned parameter: its merged shape, how it is cut into blocks, stack key (group) and refresh frequency.
+
+    ``phases`` holds each block's refresh phase where refreshes are staggered; None where all happen together.
+    ``sides`` is what each dim has where that is not a factor matrix for all, ``products`` how many products with a
+    factor's size there are for each dim and step, ``decompositions`` how long one takes, of one in float32.
+    """
+
+    shape: tuple[int, ...]
+    cuts: Cuts
+    group: int
+    frequency: int
+    phases: tuple[int, ...] | None = None
+    sides: tuple[Side, ...] | None = None
+    products: float = 2.0
+    decompositions: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block: its parameter (index into the matrices), its index there, its box, and its group.
+
+    ``step`` is FLOPs of a step without refresh, ``refresh`` those of a refresh, ``cost`` a step with the refresh's
+    share, and ``phase`` when that is.
+    """
+
+    parameter: int
+    index: int
+    box: Box
+    group: int
+    cost: float
+    step: float
+    refresh: float
+    phase: int | None
+
+    @property
+    def stack(self) -> tuple[int, tuple[int, ...]]:
+        """Blocks of one rank with this same key are computed as one stack."""
+        return self.group, self.box.lengths
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a block on its way: the block, the part's box, and (at the holder) which shard it lies in."""
+
+    block: int
+    box: Box
+    shard: int
+
+
+@dataclass
+class Transfers:
+    """One rank's share of a bucket. Lists per peer are in the same order on both sides."""
+
+    local: list[Piece] = field(default_factory=list)
+    gradients_out: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
+    gradients_in: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
+    directions_out: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
+    directions_in: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
+
+
+def step_cost(lengths: Sequence[int], sides: Sequence[Side] | None = None, products: float = 2.0) -> float:
+    """FLOPs of a block in a step without refresh: so many products with its factors' size for each dim.
+
+    A dim with a diagonal costs four operations for each element and one with nothing costs nothing. The element-wise
+    part of a step counts too, so that no block is free.
+    """
+    numel = math.prod(lengths)
+    total = 4.0 * numel
+    for n, side in zip(lengths, sides or ["matrix"] * len(lengths), strict=True):
+        total += {"matrix": 2.0 * products * n * numel, "diagonal": 4.0 * numel, "none": 0.0}[side]
+    return total
+
+
+def refresh_cost(lengths: Sequence[int], sides: Sequence[Side] | None = None) -> float:
+    """FLOPs of a block's refresh."""
+    matrices = [n for n, side in zip(lengths, sides or ["matrix"] * len(lengths), strict=True) if side == "matrix"]
+    return sum(REFRESH_CUBES * n**3 for n in matrices)
+
+
+def bucket_elements(megabytes: float | None, itemsize: int) -> int | None:
+    """Elements of this many bytes in a bucket; None leaves the choice to the plan."""
+    return None if megabytes is None else max(1, int(megabytes * 2**20 / itemsize))
+
+
+def tapered_ends(count: int) -> list[float]:
+    """Where buckets end, as shares of what an owner has: three more than ``count``, none larger than that part of it.
+
+    The first one's gradients and the last one's directions are all that nothing can hide, so these are small, and what
+    lies next to them half as large as the others: then a bucket arrives while the one before it is computed.
+    """
+    sizes = [*TAPER, *[1.0] * (count - 1), *reversed(TAPER)]
+    whole = sum(sizes)
+    return [part / whole for part in accumulate(sizes)]
+
+
+class Plan:
+    """Owners, buckets and transfers of one step unit.
+
+    Args:
+        matrices: the preconditioned parameters, the same list on all ranks.
+        shards: for each rank the boxes it holds, as (index of the matrix, box in its merged shape).
+            Together they must cover every matrix exactly once; replicas of one box count once.
+        bucket_elements: elements of an owner's blocks in a bucket at most, but for one larger block. None: one of
+            ``BUCKETS`` parts of what the fullest rank owns, within bounds.
+        carried: loads of earlier units, which decide between ranks that are equal in this one.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        shards: Sequence[Sequence[tuple[int, Box]]],
+        bucket_elements: int | None = 1 << 62,
+        carried: Sequence[float] | None = None,
+    ) -> None:
+        self.world_size = len(shards)
+        self.matrices = tuple(matrices)
+        self._shards = shards
+        self.blocks: list[Block] = []
+        self._holders: list[BlockHolders] = []
+        self._first: list[int] = []
+        self._list_blocks(holders_of_matrices([(m.shape, m.cuts) for m in matrices], shards))
+        carried = carried or [0.0] * self.world_size
+        self.owners, self.loads = assign(self.blocks, self._holders, self.world_size, carried)
+        self.owned = self._owned_in_stack_order()
+        self.buckets = self._bucket_blocks(bucket_elements)
+        self.bucket_count = max(self.buckets, default=-1) + 1
+        self.moving = [False] * self.bucket_count
+        for holders, owner, bucket in zip(self._holders, self.owners, self.buckets, strict=True):
+            if not self.moving[bucket] and not holders.lies_only_on(owner):
+                self.moving[bucket] = True
+
+    def _list_blocks(self, holders: Sequence[Sequence[BlockHolders]]) -> None:
+        for number, (matrix, found) in enumerate(zip(self.matrices, holders, strict=True)):
+            phases = matrix.phases or [None] * len(found)
+            if len(phases) != len(found):
+                raise ValueError(f"matrix {number} {matrix.shape} has {len(found)} blocks but {len(phases)} phases")
+            self._first.append(len(self.blocks))
+            self._holders += found
+            shapes = {held.box.lengths for held in found}
+            costs = {
+                shape: (
+                    step_cost(shape, matrix.sides, matrix.products),
+                    matrix.decompositions * refresh_cost(shape, matrix.sides),
+                )
+                for shape in shapes
+            }
+            for index, (held, phase) in enumerate(zip(found, phases, strict=True)):
+                step, refresh = costs[held.box.lengths]
+                cost = step + refresh / matrix.frequency
+                self.blocks.append(Block(number, index, held.box, matrix.group, cost, step, refresh, phase))
+
+    def _owned_in_stack_order(self) -> list[list[int]]:
+        """Each rank's blocks by stack, and within it by phase: a staggered refresh then works on a slice."""
+        owned: list[list[int]] = [[] for _ in range(self.world_size)]
+        keys = [(block.stack, -1 if block.phase is None else block.phase) for block in self.blocks]
+        for block in sorted(range(len(self.blocks)), key=keys.__getitem__):
+            owned[self.owners[block]].append(block)
+        return owned
+
+    def _bucket_blocks(self, bucket_elements: int | None) -> list[int]:
+        """Bucket of each block: along each owner's stacks, so that a bucket is a slice of each stack.
+
+        Where the ends are small, all owners have the same share of their blocks in a bucket; else each fills bucket
+        after bucket.
+        """
+        totals = [sum(self.blocks[block].box.numel for block in owned) for owned in self.owned]
+        if bucket_elements is None:
+            bucket_elements = min(max(max(totals) // BUCKETS, FEWEST_IN_BUCKET), MOST_IN_BUCKET)
+        largest = max((block.box.numel for block in self.blocks), default=0)
+        count = -(-max(totals) // bucket_elements)
+        tapers = self.world_size > 1 and count >= FEWEST_TAPERED and largest <= TAPER[0] * bucket_elements
+        ends = tapered_ends(count) if tapers else []
+        buckets = [0] * len(self.blocks)
+        for owned, total in zip(self.owned, totals, strict=True):
+            bucket = filled = done = 0
+            for block in owned:
+                numel = self.blocks[block].box.numel
+                due = bisect_right(ends, (done + numel / 2) / total)
+                if filled and filled + numel > bucket_elements:
+                    due = max(due, bucket + 1)
+                if due > bucket:
+                    bucket, filled = due, 0
+                buckets[block] = bucket
+                filled += numel
+                done += numel
+        return buckets
+
+    def transfers(self, rank: int) -> list[Transfers]:
+        """What this rank sends, receives and keeps, bucket by bucket.
+
+        Gradients of a piece come from its owner if that holds it, else from one of its holders; directions go to
+        every holder.
+        """
+        out = [Transfers() for _ in range(self.bucket_count)]
+        for block, box, shard in self._pieces_held(rank):
+            owner, bucket = self.owners[block], out[self.buckets[block]]
+            if owner == rank:
+                bucket.local.append(Piece(block, box, shard))
+                continue
+            piece = Piece(block, box, shard)
+            bucket.directions_in[owner].append(piece)
+            if self._source(block, self._holders[block].ranks_of(box)) == rank:
+                bucket.gradients_out[owner].append(piece)
+        for block in sorted(self.owned[rank]):
+            bucket = out[self.buckets[block]]
+            for box, ranks in self._holders[block].parts:
+                piece = Piece(block, box, -1)
+                for holder in ranks:
+                    if holder != rank:
+                        bucket.directions_out[holder].append(piece)
+                source = self._source(block, ranks)
+                if source != rank:
+                    bucket.gradients_in[source].append(piece)
+        return out
+
+    def _pieces_held(self, rank: int) -> Iterator[tuple[int, Box, int]]:
+        """(block, part of it, shard) of all that a rank holds, in the order of blocks and their parts."""
+        pieces = []
+        for shard, (number, box) in enumerate(self._shards[rank]):
+            matrix, first = self.matrices[number], self._first[number]
+            for index in blocks_touching(matrix.shape, matrix.cuts, box):
+                common = self.blocks[first + index].box.intersect(box)
+                if common is not None:
+                    pieces.append((first + index, common, shard))
+        return iter(sorted(pieces))
+
+    def _source(self, block: int, ranks: tuple[int, ...]) -> int:
+        """The rank whose copy of a gradient piece goes to the owner."""
+        owner = self.owners[block]
+        if len(ranks) == 1:
+            return ranks[0]
+        return owner if owner in self._holders[block].held and owner in ranks else ranks[block % len(ranks)]
+
+    @cached_property
+    def traffic(self) -> list[tuple[int, int]]:
+        """Elements that each rank (sends, receives) per step, gradients and directions together.
+
+        Sums, not lists: directions come for all that a rank holds but what it owns itself, and where no other rank has
+        a copy it sends the gradients of just that.
+        """
+        sent, received = [0] * self.world_size, [0] * self.world_size
+        copied = [False] * len(self.matrices)
+        for block, holders in zip(self.blocks, self._holders, strict=True):
+            copied[block.parameter] |= holders.copies > holders.box.numel
+        for rank, held in enumerate(self._shards):
+            received[rank] = sum(box.numel for _, box in held)
+            sent[rank] = sum(box.numel for number, box in held if not copied[number])
+        for number, (holders, owner) in enumerate(zip(self._holders, self.owners, strict=True)):
+            own, numel = holders.held.get(owner, 0), holders.box.numel
+            received[owner] += numel - 2 * own
+            sent[owner] += holders.copies - own
+            if not copied[self.blocks[number].parameter]:
+                sent[owner] -= own
+                continue
+            for box, ranks in holders.parts:
+                source = self._source(number, ranks)
+                if source != owner:
+                    sent[source] += box.numel
+        return list(zip(sent, received, strict=True))
+
+    def elements_moved(self, rank: int) -> tuple[int, int]:
+        """Elements that this rank (sends, receives) per step, gradients and directions together."""
+        return self.traffic[rank]
+
+    @property
+    def imbalance(self) -> float:
+        """Slowest rank's load over the best possible bound, 1.0 is perfect."""
+        best = best_possible([b.cost for b in self.blocks], self.world_size)
+        return max(self.loads) / best if best else 1.0
+
+    def loads_at(self, offset: int) -> list[float]:
+        """Each rank's FLOPs in the step that comes ``offset`` steps after the first preconditioned one."""
+        loads = list(self.step_loads)
+        for (frequency, phase), refreshes in self._refresh_loads.items():
+            if offset % frequency == phase:
+                loads = [a + b for a, b in zip(loads, refreshes, strict=True)]
+        return loads
+
+    @cached_property
+    def step_loads(self) -> list[float]:
+        """Each rank's FLOPs in a step without refresh."""
+        loads = [0.0] * self.world_size
+        for block, owner in zip(self.blocks, self.owners, strict=True):
+            loads[owner] += block.step
+        return loads
+
+    @cached_property
+    def _refresh_loads(self) -> dict[tuple[int, int], list[float]]:
+        """Each rank's FLOPs of refreshes by (frequency, phase)."""
+        loads: dict[tuple[int, int], list[float]] = defaultdict(lambda: [0.0] * self.world_size)
+        for block, owner in zip(self.blocks, self.owners, strict=True):
+            loads[self.matrices[block.parameter].frequency, block.phase or 0][owner] += block.refresh
+        return dict(loads)

@@ -1,0 +1,212 @@
+"""Inverse p-th roots of stacks of symmetric positive semi-definite matrices. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from shampoo_deepspeed.linalg.newton import coupled_newton, newton_db
+from shampoo_deepspeed.linalg.precision import full_precision, no_switch_counts, product
+from shampoo_deepspeed.linalg.reproducible import power
+from shampoo_deepspeed.options.choices import DB_ROOTS
+from shampoo_deepspeed.runtime.metrics import note_spectrum
+
+# Elements of a row from which on the CPU finds its extremes faster by a call of its own.
+LONG = 1 << 12
+# Devices whose eigenvectors are taken as they are; from others none of V'V - I may be as large as this. Rounding leaves
+# less than a tenth of it in float32.
+TRUSTED = ("cpu",)
+ORTHONORMAL = 1e-2
+
+
+def symmetric(matrices: Tensor) -> Tensor:
+    """The symmetric matrices [B, d, d] with these lower triangles, as new tensors."""
+    return matrices.tril() + matrices.tril(-1).mT
+
+
+def inverse_root(
+    matrices: Tensor,
+    root: float,
+    epsilon: float,
+    relative_epsilon: float,
+    dtype: torch.dtype,
+    solver: str = "eigh",
+    pseudo_inverse: bool = False,
+    in_float64: bool = False,
+) -> tuple[Tensor, list[int]]:
+    """A^(-1/root) of each matrix of a stack (arXiv 2309.06497, section 4.1).
+
+    Eigenvalues are regularised by ``l - min(l_min, 0) + max(epsilon, relative_epsilon * l_max)``; one that is still
+    zero gets root 0. The iterative solvers do so with a bound of l_max (``newton.upper_bound``) and leave a matrix that
+    does not converge to the eigendecomposition; one for which that fails or is not finite is tried again in float64.
+
+    Args:
+        matrices: [B, d, d], of which the lower triangles count, float32 or wider (narrower ones are widened to
+            float32).
+        root: p > 0.
+        epsilon, relative_epsilon: absolute and relative regularisation, >= 0.
+        dtype: dtype of the result.
+        solver: ``"auto" | "eigh" | "coupled_newton" | "newton_db"``; what ``chosen_solver`` makes of it is used.
+        pseudo_inverse: nothing is shifted; eigenvalues up to ``max(epsilon, relative_epsilon * l_max)`` get root 0.
+        in_float64: eigendecompositions in float64 of float32 matrices too; about twice the time, and the root is
+            right to rounding where the ridge is near the rounding of the largest eigenvalue.
+
+    Returns:
+        The roots [B, d, d], and the rows that failed even in float64 (their content is undefined).
+    """
+    work = matrices if matrices.dtype == torch.float64 else matrices.float()
+    solver = chosen_solver(solver, work, root, relative_epsilon, pseudo_inverse)
+    if solver == "eigh":
+        roots, failed = _by_eigh(work, root, epsilon, relative_epsilon, pseudo_inverse, in_float64)
+        return roots.to(dtype), failed
+    work = symmetric(work)
+    iteration = coupled_newton if solver == "coupled_newton" else newton_db
+    beside = no_switch_counts()
+    with nullcontext() if beside else full_precision(work.device.type):
+        roots, left = iteration(work.double() if beside else work, int(root), epsilon, relative_epsilon)
+    if not left:
+        return roots.to(dtype), []
+    found, wrong = _by_eigh(work[left], root, epsilon, relative_epsilon, pseudo_inverse, in_float64)
+    roots[left] = found.to(roots.dtype)
+    return roots.to(dtype), [left[n] for n in wrong]
+
+
+def chosen_solver(solver: str, work: Tensor, root: float, relative_epsilon: float, pseudo_inverse: bool) -> str:
+    """The solver for a stack: what was asked for where it can do it, else the eigendecomposition.
+
+    ``"auto"`` is the eigendecomposition on the CPU, where it costs as much as 5 to 8 products, and coupled Newton
+    elsewhere, if the ridge is above the rounding of the largest eigenvalue, so that it converges. See docs/solvers.md.
+    """
+    if pseudo_inverse:
+        return "eigh"  # to cut eigenvalues off one must know them
+    newton = root == int(root)
+    if solver == "auto":
+        covered = relative_epsilon >= 4.0 * torch.finfo(work.dtype).eps
+        return "coupled_newton" if work.device.type != "cpu" and newton and covered else "eigh"
+    able = newton if solver == "coupled_newton" else root in DB_ROOTS
+    return solver if able else "eigh"
+
+
+def _by_eigh(
+    work: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool, in_float64: bool
+) -> tuple[Tensor, list[int]]:
+    """The roots in the dtype of ``work``, and the rows that failed in float64 too."""
+    roots = torch.empty_like(work)
+    if not in_float64:
+        roots = _stack_root(work, root, epsilon, relative_epsilon, pseudo_inverse)
+    failed = []
+    for row in range(len(work)) if in_float64 else non_finite(roots):
+        # One at a time, as float64 copies of a whole stack would be most of the memory that a step needs.
+        retried = _stack_root(work[row : row + 1].double(), root, epsilon, relative_epsilon, pseudo_inverse)
+        narrow = retried.to(roots.dtype)  # which may overflow
+        if non_finite(narrow):
+            failed.append(row)
+        else:
+            roots[row] = narrow[0]
+    return roots, failed
+
+
+def diagonal_root(
+    diagonals: Tensor, root: float, epsilon: float, relative_epsilon: float, dtype: torch.dtype, pseudo_inverse: bool
+) -> tuple[Tensor, list[int]]:
+    """``inverse_root`` of diagonal matrices [B, d]; their entries are their eigenvalues."""
+    work = diagonals if diagonals.dtype == torch.float64 else diagonals.float()
+    roots = _scales(work, root, epsilon, relative_epsilon, pseudo_inverse).to(dtype)
+    return roots, non_finite(torch.stack([work, roots.to(work.dtype)], dim=-1))  # the root of infinity is 0
+
+
+def decomposed(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors in rising order; each matrix's depend on its values alone (see ``reproducible``).
+
+    NaN for a matrix that did not converge, as LAPACK or cuSOLVER report, and where an accelerator's vectors are not
+    orthonormal.
+    """
+    if matrices.device.type in TRUSTED:
+        return _one_by_one(matrices)
+    try:
+        values, vectors = torch.linalg.eigh(matrices)
+    except RuntimeError as error:  # LinAlgError is one
+        if not _did_not_converge(error):
+            raise
+        values, vectors = _one_by_one(matrices)
+    return checked(values, vectors)
+
+
+def _one_by_one(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.empty_like(matrices[..., 0]), torch.empty_like(matrices).mT  # columns lie contiguously
+    for row, matrix in enumerate(matrices):
+        try:
+            values[row], vectors[row] = torch.linalg.eigh(matrix)
+        except RuntimeError as error:
+            if not _did_not_converge(error):
+                raise
+            values[row], vectors[row] = torch.nan, torch.nan
+    return values, vectors
+
+
+def _did_not_converge(error: RuntimeError) -> bool:
+    """Whether that is what an error says; some cuSOLVER versions do so by another one than LinAlgError."""
+    return isinstance(error, torch.linalg.LinAlgError) or "cusolver" in str(error).lower()
+
+
+def checked(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [B, d] and eigenvectors [B, d, d], NaN for matrices whose vectors are not orthonormal.
+
+    Batched kernels of cuSOLVER have given such vectors without an error (pytorch issue 192483). One product, where the
+    decomposition costs many; no read on the host.
+    """
+    gram = product(vectors.mT, vectors)
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    wrong = ~(gram.abs().amax(dim=(-2, -1)) < ORTHONORMAL)  # NaN too
+    return values.masked_fill(wrong[:, None], torch.nan), vectors.masked_fill(wrong[:, None, None], torch.nan)
+
+
+def _stack_root(
+    matrices: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool
+) -> Tensor:
+    """The roots, NaN where the decomposition failed."""
+    values, vectors = decomposed(matrices)
+    scales = _scales(values, root, epsilon, relative_epsilon, pseudo_inverse)
+    return product(vectors * scales.unsqueeze(-2), vectors.mT)
+
+
+def _scales(values: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool) -> Tensor:
+    """l^(-1/root) of eigenvalues [B, d], regularised or cut off; 0 where nothing is left to take a root of."""
+    if pseudo_inverse:
+        cut = (relative_epsilon * values.amax(dim=-1, keepdim=True)).clamp_min(epsilon)
+        kept = values > cut
+        smallest = torch.where(kept, values, torch.inf).amin(dim=-1)
+        values = torch.where(kept, values, 0.0 * values)  # a NaN stays one, and is found
+    else:
+        values = regularised(values, epsilon, relative_epsilon)
+        smallest = values.amin(dim=-1)
+    note_spectrum(torch.stack([smallest, values.amax(dim=-1)], dim=-1))
+    powers = power(values.clamp_min(torch.finfo(values.dtype).tiny), -1.0 / root)
+    return torch.where(values == 0, 0.0, powers)
+
+
+def regularised(values: Tensor, epsilon: float, relative_epsilon: float) -> Tensor:
+    """The one regularisation of all solvers, on eigenvalues [B, d] in any order."""
+    lowest, highest = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
+    return values - lowest.clamp_max(0.0) + (relative_epsilon * highest).clamp_min(epsilon)
+
+
+def non_finite(stack: Tensor) -> list[int]:
+    """Rows of [B, ...] with an entry that is not finite; read on the host."""
+    flat = stack.flatten(1)
+    one_by_one = flat.device.type == "cpu" and flat.shape[1] >= LONG
+    low, high = extremes(flat.unbind()) if one_by_one else torch.aminmax(flat, dim=1)
+    finite = torch.isfinite(low) & torch.isfinite(high)
+    return [row for row, good in enumerate(finite.tolist()) if not good]
+
+
+def extremes(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The least and the largest element of each tensor, both NaN where it holds one: [len(tensors)] each.
+
+    For the CPU, whose kernel takes fifteen times as long along a dim, and twenty times as long for a maximum norm.
+    """
+    found = [torch.aminmax(tensor) for tensor in tensors]
+    return torch.stack([pair.min for pair in found]), torch.stack([pair.max for pair in found])

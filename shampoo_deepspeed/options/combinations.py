@@ -1,0 +1,84 @@
+"""Which values of options do not go together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shampoo_deepspeed.options.checks import bad
+from shampoo_deepspeed.options.choices import DB_ROOTS
+
+if TYPE_CHECKING:
+    from shampoo_deepspeed.options.config import ShampooConfig
+
+
+def check_together(config: ShampooConfig) -> None:
+    """Raise where two options do not go together.
+
+    Raises:
+        OptionError: naming one of them, its value, and what is allowed beside the other.
+    """
+    if config.start_preconditioning_step not in (-1,) and config.start < config.precondition_frequency:
+        raise bad(
+            "start_preconditioning_step",
+            config.start_preconditioning_step,
+            f"-1 or an integer >= precondition_frequency, which is {config.precondition_frequency}",
+        )
+    if config.nesterov and config.momentum == 0.0:
+        raise bad("nesterov", config.nesterov, "true only together with momentum > 0")
+    if config.stochastic_rounding and config.master_weights:
+        raise bad("stochastic_rounding", config.stochastic_rounding, "true only together with master_weights = false")
+    if config.preconditioner == "kl_shampoo" and config.exponent_override is not None:
+        allowed = "null with preconditioner kl_shampoo, whose statistics are made of inverse square roots"
+        raise bad("exponent_override", config.exponent_override, allowed)
+    _check_preconditioner(config)
+    _check_solver(config)
+    _check_decay(config)
+    _check_blocks(config)
+
+
+def _check_preconditioner(config: ShampooConfig) -> None:
+    """What Shampoo alone can do, and what a kept basis cannot."""
+    defaults = {"one_sided": (None,), "large_dim": ("block", "adagrad"), "rank_deficient": ("shift",)}
+    for name, values in defaults.items():
+        value = getattr(config, name)
+        if config.preconditioner != "shampoo" and value not in values:
+            allowed = " or ".join("null" if v is None else v for v in values)
+            raise bad(name, value, f"{allowed} with preconditioner {config.preconditioner}")
+    if config.preconditioner == "soap" and isinstance(config.exponent_override, tuple):
+        raise bad("exponent_override", config.exponent_override, "null or a number with preconditioner soap")
+    if config.refresh_tolerance is not None:
+        if config.rank_deficient != "shift":
+            raise bad("rank_deficient", config.rank_deficient, "shift together with refresh_tolerance")
+        if config.solver not in ("auto", "eigh"):
+            raise bad("solver", config.solver, "auto or eigh together with refresh_tolerance, which keeps eigenbases")
+    if config.preconditioner == "soap" and config.solver not in ("auto", "eigh"):
+        raise bad("solver", config.solver, "auto or eigh with preconditioner soap, which takes no inverse roots")
+
+
+def _check_solver(config: ShampooConfig) -> None:
+    given = config.exponent_override
+    for root in given if isinstance(given, tuple) else (given,):
+        allowed = None
+        if config.solver == "coupled_newton" and root is not None and root != int(root):
+            allowed = f"not coupled_newton for exponent_override = {root}, which it needs to be an integer"
+        if config.solver == "newton_db" and root is not None and root not in DB_ROOTS:
+            allowed = f"not newton_db for exponent_override = {root}, which it needs to be 1, 2, 4 or 8"
+        if allowed:
+            raise bad("solver", config.solver, allowed)
+    if config.rank_deficient == "pseudo_inverse" and config.solver not in ("auto", "eigh"):
+        raise bad("solver", config.solver, "auto or eigh where rank_deficient is pseudo_inverse")
+
+
+def _check_decay(config: ShampooConfig) -> None:
+    if not config.decoupled_weight_decay and config.weight_decay_type not in (None, "l2"):
+        raise bad("weight_decay_type", config.weight_decay_type, "l2 or null where decoupled_weight_decay is false")
+    if config.beta3 is not None and config.betas[0] == 0.0:
+        raise bad("beta3", config.beta3, "null where betas[0] is 0, as there is no first moment")
+
+
+def _check_blocks(config: ShampooConfig) -> None:
+    # Parts may be of any size, and what a dim has must follow from the size of a block.
+    if config.split and config.large_dim not in ("block", "adagrad"):
+        raise bad("large_dim", config.large_dim, "block or adagrad together with split")
+    if config.split and config.one_sided == "smaller":
+        raise bad("one_sided", config.one_sided, "null, left or right together with split")

@@ -1,0 +1,326 @@
+"""The one list of options: names, defaults and meaning of everything that a user can set."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from shampoo_deepspeed.geometry.blocks import Side, sides_of
+from shampoo_deepspeed.options.checks import (
+    Check,
+    OptionError,
+    bad,
+    beta_pair,
+    dtype_name,
+    exactly,
+    flag,
+    fraction,
+    learning_rate,
+    lengths,
+    non_negative,
+    nullable,
+    one_of,
+    optional_beta2,
+    optional_root,
+    patterns_with,
+    positive,
+    positive_int,
+    small_int,
+    start_step,
+)
+from shampoo_deepspeed.options.choices import (
+    DECAYS,
+    DEFAULT_EXCLUDE,
+    DEFAULT_RULES,
+    DTYPES,
+    GRAFTING_METHODS,
+    KINDS,
+    LARGE_DIMS,
+    PRECONDITIONERS,
+    REFRESHES,
+    SIDES,
+    SOLVERS,
+    WIDE_DTYPES,
+)
+from shampoo_deepspeed.options.combinations import check_together
+from shampoo_deepspeed.options.names import FIXED_OPTIONS, GROUP_ONLY, renamed
+
+_patterns = patterns_with(KINDS)
+_optional_dtype = nullable(dtype_name(*DTYPES))
+_optional_method = nullable(one_of(*GRAFTING_METHODS))
+
+
+def _rules(key: str, value: object) -> tuple[dict[str, Any], ...]:
+    allowed = 'a list of rules such as {"match": "*q_proj*", "max_preconditioner_dim": 512}'
+    if not isinstance(value, (tuple, list)):
+        raise bad(key, value, allowed)
+    checks = {option.name: option.metadata["check"] for option in fields(ShampooConfig)}
+    rules = []
+    for rule in value:
+        if not isinstance(rule, Mapping):
+            raise bad(key, value, allowed)
+        if "match" not in rule or len(rule) < 2:
+            lacking = "options beside 'match'" if "match" in rule else "'match'"
+            raise bad(key, value, f"{rule!r} lacks {lacking}; {allowed}")
+        match = rule["match"]
+        patterns = _patterns(f"{key}: match", [match] if isinstance(match, str) else match)
+        options = canonical({name: v for name, v in rule.items() if name != "match"})
+        misplaced = sorted(set(options) & set(GROUP_ONLY))
+        if misplaced:
+            raise bad(key, value, f"{misplaced[0]!r} belongs to a parameter group and not to a rule")
+        try:
+            rules.append({"match": patterns, **{name: checks[name](name, v) for name, v in options.items()}})
+        except OptionError as error:
+            raise OptionError(f"in the rule for {list(patterns)}: {error}") from None
+    return tuple(rules)
+
+
+def _option(default: Any, validator: Check, doc: str) -> Any:
+    return field(default=default, metadata={"check": validator, "doc": doc})
+
+
+@dataclass(frozen=True)
+class ShampooConfig:
+    """The options of one parameter group; names follow the Distributed Shampoo README (arXiv 2309.06497).
+
+    ``eps``, ``epsilon`` and ``relative_epsilon`` are three different things. ``eps`` is AdamW's: it is added to
+    the square root in the grafting (and element-wise) direction. ``epsilon`` and ``relative_epsilon`` regularise
+    factor matrices, by the one formula of all solvers: with eigenvalues l, the root is taken of
+    ``l - min(l_min, 0) + max(epsilon, relative_epsilon * l_max)``. The relative part is what guards float32:
+    a float32 factor matrix carries eigenvalues down to about 1e-7 of its largest, below that is rounding noise,
+    and gradients have no fixed scale that an absolute number could fit.
+
+    Raises:
+        OptionError: an unknown option, a wrong type, or a value out of range.
+    """
+
+    lr: float | Tensor = _option(1e-3, learning_rate, "learning rate, read every step; AdamW's scale when grafted")
+    betas: tuple[float, float] = _option((0.9, 0.999), beta_pair, "decay of the first moment, of the factor matrices")
+    beta3: float | None = _option(None, nullable(fraction), "weight of the old first moment in M; null: betas[0]")
+    eps: float = _option(1e-8, non_negative, "added to the square root of second moments, as in AdamW")
+    weight_decay: float = _option(0.0, non_negative, "weight decay")
+    decoupled_weight_decay: bool = _option(True, flag, "AdamW's decay; false: L2, added to the gradient")
+    weight_decay_type: str | None = _option(
+        None, nullable(one_of(*DECAYS)), "l2, decoupled, corrected or independent; null: by decoupled_weight_decay"
+    )
+    peak_lr: float | None = _option(
+        None, nullable(positive), "what scales corrected and independent decay; null: lr at the start"
+    )
+    no_decay: tuple[str, ...] = _option((), _patterns, "patterns of parameters without weight decay")
+    epsilon: float = _option(1e-12, non_negative, "absolute floor of the factor matrices' regularisation")
+    relative_epsilon: float = _option(1e-6, fraction, "regularisation relative to the largest eigenvalue")
+    preconditioner: str = _option("shampoo", one_of(*PRECONDITIONERS), "shampoo, soap or kl_shampoo")
+    max_preconditioner_dim: int = _option(1024, positive_int, "block size: larger dims are cut, small ones merged")
+    merge_small_dims: bool = _option(True, flag, "merge small neighbouring dims; false: only dims of size 1 go")
+    large_dim: str = _option(
+        "block", one_of(*LARGE_DIMS), "dims above the block size: cut, a diagonal, nothing, or AdaGrad for all of it"
+    )
+    one_sided: str | None = _option(None, nullable(one_of(*SIDES)), "the only dim with a factor; null: all dims")
+    batch_dims: int = _option(0, small_int, "1: the first dim counts matrices of their own, as of stacked experts")
+    split: tuple[int, ...] = _option((), lengths, "lengths of the parts of a fused matrix, each with its own blocks")
+    statistics_frequency: int = _option(1, positive_int, "steps between gradients in the factors; each counts for all")
+    precondition_frequency: int = _option(10, positive_int, "steps between two refreshes of roots or eigenbases")
+    refresh_tolerance: float | None = _option(None, nullable(fraction), "off-diagonal mass that a kept basis may have")
+    refresh: str = _option(
+        "staggered",
+        exactly(*REFRESHES),
+        "staggered: spread over the frequency; background: also on a thread; sync: all blocks at once",
+    )
+    start_preconditioning_step: int = _option(-1, start_step, "first preconditioned step; -1: the frequency")
+    grafting: str | None = _option(None, _optional_method, "whose step length blocks take; null: adam, for soap none")
+    grafting_beta2: float | None = _option(
+        None, optional_beta2, "decay of second moments; null: betas[1], or 0.999 where that is 1"
+    )
+    elementwise: str | None = _option(
+        None, _optional_method, "method of unpreconditioned parameters; null: as grafting, or adam where that is none"
+    )
+    momentum: float = _option(0.0, fraction, "momentum on the finished direction")
+    dampening: float = _option(0.0, fraction, "dampening of momentum")
+    nesterov: bool = _option(False, flag, "Nesterov momentum")
+    use_bias_correction: bool = _option(True, flag, "correct first moment and factor matrices for their zero start")
+    exponent_override: float | tuple[float | None, ...] | None = _option(
+        None, optional_root, "the p of A^(-1/p), or a list by number of preconditioned dims; null: twice it, soap 2"
+    )
+    rank_deficient: str = _option(
+        "shift", one_of("shift", "pseudo_inverse"), "small eigenvalues: regularised, or their root is 0"
+    )
+    solver: str = _option("auto", one_of(*SOLVERS), "how inverse roots are computed; auto: by device and root")
+    exclude: tuple[str, ...] = _option(DEFAULT_EXCLUDE, _patterns, "patterns of parameters that stay element-wise")
+    rules: tuple[dict[str, Any], ...] = _option(
+        DEFAULT_RULES, _rules, "options of the parameters that match a pattern; the first rule that matches counts"
+    )
+    factor_dtype: str = _option("float32", dtype_name(*WIDE_DTYPES), "dtype of factor matrices")
+    root_dtype: str = _option("float32", dtype_name(*DTYPES), "dtype of inverse roots and eigenbases")
+    master_weights: bool = _option(True, flag, "keep a float32 copy of 16-bit parameters that the host keeps none of")
+    stochastic_rounding: bool = _option(False, flag, "without master_weights: round bfloat16 parameters at random")
+    apply_dtype: str | None = _option(None, _optional_dtype, "dtype of products with roots or bases; null: the wider")
+    communication_dtype: str | None = _option(None, _optional_dtype, "dtype between ranks; null: that of the moments")
+    bucket_mb: float | None = _option(
+        None,
+        nullable(non_negative),
+        "megabytes in a bucket, eight under way at once; null: an eighth of a rank's blocks, 2 to 16",
+    )
+    overlap: bool = _option(True, flag, "exchange while blocks are computed; false waits each time, to debug")
+    failure_limit: int = _option(10, positive_int, "rejected steps or failed roots in a row before an error")
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            checked = option.metadata["check"](option.name, getattr(self, option.name))
+            object.__setattr__(self, option.name, checked)
+        check_together(self)
+        for number, rule in enumerate(self.rules):
+            try:
+                self.under_rule(number)
+            except OptionError as error:
+                raise OptionError(f"in the rule for {list(rule['match'])}: {error}") from None
+
+    def under_rule(self, number: int) -> ShampooConfig:
+        """These options as they are for parameters that match a rule."""
+        changed = {name: value for name, value in self.rules[number].items() if name != "match"}
+        return dataclasses.replace(self, rules=(), **changed)
+
+    @cached_property
+    def by_rule(self) -> tuple[ShampooConfig, ...]:
+        """``under_rule`` of all rules."""
+        return tuple(self.under_rule(number) for number in range(len(self.rules)))
+
+    @property
+    def decay_type(self) -> str:
+        """How weight decay enters: l2, decoupled, corrected or independent."""
+        return self.weight_decay_type or ("decoupled" if self.decoupled_weight_decay else "l2")
+
+    def decay(self, rate: float | Tensor) -> float | Tensor:
+        """What the weights are multiplied by before they join the direction, given the learning rate of the step.
+
+        ``corrected`` (arXiv 2506.02285) scales by lr / peak lr, ``independent`` by 1 / peak lr, so that the step's own
+        factor lr makes it ``weight_decay * lr / peak_lr``; 0 for ``l2``.
+        """
+        if self.decay_type in ("l2", "decoupled"):
+            return self.weight_decay if self.decay_type == "decoupled" else 0.0
+        assert self.peak_lr is not None
+        return self.weight_decay * (rate if self.decay_type == "corrected" else 1.0) / self.peak_lr
+
+    def with_peak(self) -> ShampooConfig:
+        """These options with the learning rate of now as the peak, where one is needed and none is given."""
+        if self.peak_lr is not None or self.decay_type not in ("corrected", "independent"):
+            return self
+        peak = float(self.lr)
+        if peak == 0.0:
+            raise bad("peak_lr", None, f"a number > 0 where lr starts at 0 and weight decay is {self.decay_type}")
+        return dataclasses.replace(self, peak_lr=peak)
+
+    def sides(self, shape: tuple[int, ...]) -> tuple[Side, ...]:
+        """What each dim of a merged shape, or of a block of it, has: a factor matrix, a diagonal or nothing."""
+        if self.preconditioner != "shampoo":
+            return sides_of(shape, self.max_preconditioner_dim, batch_dims=self.batch_dims)
+        large = "block" if self.large_dim == "adagrad" else self.large_dim
+        return sides_of(shape, self.max_preconditioner_dim, large, self.one_sided, self.batch_dims)
+
+    def root(self, count: int) -> float:
+        """The p of A^(-1/p) for a block with so many preconditioned dims."""
+        given = self.exponent_override
+        if isinstance(given, tuple):
+            given = given[count - 1] if count <= len(given) else None
+        return 2.0 * count if given is None else given
+
+    @property
+    def start(self) -> int:
+        """The first preconditioned step, counted from 1."""
+        start = self.start_preconditioning_step
+        return self.precondition_frequency if start == -1 else start
+
+    @property
+    def grafting_method(self) -> str:
+        """The grafting in force: as given, else the preconditioner's own. SOAP has Adam's step length already."""
+        if self.grafting is not None:
+            return self.grafting
+        return "none" if self.preconditioner == "soap" else "adam"
+
+    @property
+    def warm_method(self) -> str:
+        """The method of a block's directions before its first refresh, and of their length after it where grafted."""
+        return self.elementwise_method if self.grafting_method == "none" else self.grafting_method
+
+    @property
+    def second_moment_beta(self) -> float:
+        """Decay of second moments: that of grafting, and SOAP's of the rotated gradient."""
+        if self.grafting_beta2 is not None:
+            return self.grafting_beta2
+        return self.betas[1] if self.betas[1] < 1.0 else 0.999
+
+    @property
+    def elementwise_method(self) -> str:
+        """The method of parameters (and of blocks before their first refresh) that have no inverse root."""
+        if self.elementwise is not None:
+            return self.elementwise
+        return "adam" if self.grafting_method == "none" else self.grafting_method
+
+    def shape_of_state(self) -> dict[str, Any]:
+        """What may not change once there is state, by option."""
+        plain = ("none", "sgd")  # no second moment
+        fixed = {name: getattr(self, name) for name in FIXED_OPTIONS}
+        if self.staggers:  # whose phases are those of this frequency
+            fixed["precondition_frequency"] = self.precondition_frequency
+        kinds = {"grafting": self.warm_method in plain, "elementwise": self.elementwise_method in plain}
+        kinds["refresh_tolerance"] = self.keeps_basis
+        return {**fixed, "betas": self.betas[0] == 0.0, **kinds}
+
+    @property
+    def keeps_basis(self) -> bool:
+        """Whether inverse roots are made from eigenbases that are kept, so that a refresh can find one good enough."""
+        return self.refresh_tolerance is not None and self.preconditioner != "soap"
+
+    @property
+    def staggers(self) -> bool:
+        """Whether refreshes are spread over the window."""
+        return self.refresh in ("staggered", "background")
+
+    def takes_statistics(self, step: int) -> bool:
+        """Whether the gradient of this step (counted from 1) goes into the factor matrices."""
+        return (step - 1) % self.statistics_frequency == 0
+
+    def gradients_seen(self, step: int) -> int:
+        """How many gradients the factor matrices count as of this step: each taken one stands for a whole window."""
+        return self.statistics_frequency * (1 + (step - 1) // self.statistics_frequency)
+
+    @property
+    def decompositions(self) -> float:
+        """How long one takes, of one in float32: KL-Shampoo's are in float64."""
+        return 2.0 if self.preconditioner == "kl_shampoo" else 1.0
+
+    def products(self, order: int) -> float:
+        """For each dim of a block of this order and step: products with a matrix of the size of its factor."""
+        statistics = float(order) if self.preconditioner == "kl_shampoo" else 1.0
+        return statistics / self.statistics_frequency + (2.0 if self.preconditioner == "soap" else 1.0)
+
+    def refreshes_at(self, step: int) -> bool:
+        """Whether inverse roots are recomputed at this step (counted from 1)."""
+        return step >= self.start and (step == self.start or step % self.precondition_frequency == 0)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> ShampooConfig:
+        """Build from keyword or JSON options.
+
+        Raises:
+            OptionError: naming the first wrong key, its value and what is allowed.
+        """
+        return cls(**canonical(options))
+
+    def to_json(self) -> dict[str, Any]:
+        """All options as JSON types; ``from_options`` reads them back."""
+        out = dataclasses.asdict(self)
+        out["lr"] = float(self.lr)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in out.items()}
+
+
+OPTION_NAMES = tuple(f.name for f in fields(ShampooConfig))
+
+
+def canonical(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under our names, values unchecked; aliases are replaced, unknown names raise ``OptionError``."""
+    return renamed(options, OPTION_NAMES)

@@ -1,0 +1,103 @@
+"""Names of options: those that others use for them, and which may be set or changed where."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shampoo_deepspeed.options.checks import OptionError, bad
+
+logger = logging.getLogger(__name__)
+
+# Names that other packages use for the same thing.
+ALIASES = {
+    "grafting_epsilon": "eps",
+    "use_decoupled_weight_decay": "decoupled_weight_decay",
+    "use_nesterov": "nesterov",
+    "grafting_type": "grafting",
+}
+# What hosts pass to every torch optimizer, and what DeepSpeed's JSONs for AdamW have. The first say with which kernels,
+# which means nothing here, as all are already batched; the second change what a step does, so that only their default
+# can be taken.
+IGNORED = ("foreach", "fused", "torch_adam")
+ONLY_FALSE = ("capturable", "differentiable", "maximize")
+
+# These shape blocks and state, so they are fixed from a group's first step on; whether there is a first moment, a
+# second one, or a kept basis is fixed too.
+FIXED_OPTIONS = (
+    "preconditioner",
+    "refresh",
+    "max_preconditioner_dim",
+    "merge_small_dims",
+    "large_dim",
+    "one_sided",
+    "batch_dims",
+    "split",
+    "rules",
+    "exclude",
+    "no_decay",
+    "factor_dtype",
+    "root_dtype",
+    "communication_dtype",
+    "bucket_mb",
+)
+# The step of a whole parameter group uses these, so rules for single parameters cannot change them.
+GROUP_ONLY = (
+    "lr",
+    "weight_decay",
+    "decoupled_weight_decay",
+    "weight_decay_type",
+    "peak_lr",
+    "no_decay",
+    "exclude",
+    "rules",
+    "momentum",
+    "dampening",
+    "nesterov",
+    "master_weights",
+    "stochastic_rounding",
+    "communication_dtype",
+    "bucket_mb",
+    "overlap",
+    "failure_limit",
+)
+# These shape what ranks exchange, so one optimizer has one value of each.
+GLOBAL_OPTIONS = ("communication_dtype", "bucket_mb", "overlap", "failure_limit")
+
+
+def renamed(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Options under our names, values unchecked; aliases are replaced.
+
+    What torch's own optimizers take and this one has no use for is left out.
+
+    Args:
+        names: of all options.
+
+    Raises:
+        OptionError: a name that is unknown or given twice, or a mode of torch's that is asked for and not there.
+    """
+    out: dict[str, Any] = {}
+    for key, value in options.items():
+        if key in IGNORED:
+            if value:
+                logger.info("Shampoo ignores %r: its kernels are batched over blocks already", key)
+            continue
+        if key in ONLY_FALSE:
+            if value:
+                raise bad(key, value, "false; Shampoo has no such mode")
+            continue
+        name = ALIASES.get(key, key)
+        if name not in names:
+            raise OptionError(f"Unknown Shampoo option {key!r} = {value!r}{_suggest(key, names)}")
+        if name in out:
+            raise OptionError(f"Shampoo option {name!r} is given twice (as {key!r} = {value!r} too).")
+        out[name] = value
+    return out
+
+
+def _suggest(key: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"{hint} Allowed: {', '.join(names)}."

@@ -1,0 +1,61 @@
+"""Parameter groups and the constructor's signature: from user's options to complete, checked group dicts."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from shampoo_deepspeed.options.checks import OptionError
+from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig, canonical
+from shampoo_deepspeed.options.names import ALIASES, GLOBAL_OPTIONS, IGNORED, ONLY_FALSE
+
+# What torch, its schedulers and DeepSpeed keep in groups beside options.
+_HOSTS_OWN = {
+    "params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "name", "moe",
+    "shampoo_group",
+}  # fmt: skip
+_OWN = {*OPTION_NAMES, *ALIASES, *IGNORED, *ONLY_FALSE}
+
+
+def group_options(config: ShampooConfig) -> dict[str, Any]:
+    """The options as a parameter group holds them."""
+    return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def unknown_keys(group: Mapping[str, Any]) -> set[str]:
+    """Keys of a group that neither this package nor a host that it knows reads."""
+    return {key for key in group if key not in _HOSTS_OWN and key not in _OWN}
+
+
+def checked_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with aliases replaced and all options present and checked; other keys stay."""
+    group = dict(group)
+    own = {}
+    for key in list(group):
+        if key in _OWN:
+            own[key] = group.pop(key)
+        elif key in unknown_keys(group) and difflib.get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.85):
+            canonical({key: group[key]})  # raises
+    options = {**{name: defaults[name] for name in OPTION_NAMES}, **canonical(own)}
+    for name in GLOBAL_OPTIONS:
+        if options[name] != defaults[name]:
+            raise OptionError(
+                f"Shampoo option {name!r} = {options[name]!r} in a parameter group is not allowed: all groups share "
+                f"one value, here {defaults[name]!r}."
+            )
+    return {**group, **group_options(ShampooConfig.from_options(options).with_peak())}
+
+
+def signature_with_options(function: Callable[..., Any]) -> inspect.Signature:
+    """A method's signature with every option in place of ``**options``, so that help() and editors show them."""
+    own = inspect.signature(function)
+    kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(ShampooConfig)
+        if f.name != "lr"
+    ]
+    return inspect.Signature([*kept[1:], *options])

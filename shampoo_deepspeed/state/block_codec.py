@@ -1,0 +1,129 @@
+"""A block's state in bytes: which of its tensors lie there, one after the other, and in which form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shampoo_deepspeed.algorithm.block_stack import BlockStack
+
+# A block's tensors as they lie in its stored bytes, one after the other: name, dtype, shape.
+BlockLayout = list[tuple[str, str, tuple[int, ...]]]
+
+MOMENTS = ("exp_avg", "rotated_exp_avg", "second_moment", "rotated_second_moment", "momentum")
+# Not a tensor of the stack: 1 where the block was refreshed plus 2 where a refresh is pending, and how often its roots
+# failed in a row.
+STATUS = ("status", "int64", (2,))
+# After the dtype of a square matrix of which only this is stored, row by row.
+TRIANGLE = " lower triangle"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a save differs from the state in memory.
+
+    Args:
+        moments: dtype of moments, None for their own.
+        packed_factors: of factor matrices only the lower triangles are stored; nothing else of them is ever read (see
+            ``linalg.inverse_root.symmetric``).
+    """
+
+    moments: torch.dtype | None = None
+    packed_factors: bool = False
+
+    def dtype(self, name: str, tensor: Tensor) -> torch.dtype:
+        """That of a tensor of the state where it is stored."""
+        return self.moments if self.moments is not None and name in MOMENTS else tensor.dtype
+
+
+AS_IN_MEMORY = Form()
+
+
+def block_layout(stack: Mapping[str, Any], form: Form = AS_IN_MEMORY) -> BlockLayout:
+    """What a stored block of an exported stack consists of."""
+    layout: BlockLayout = []
+    for name, tensor in sorted(stack["tensors"].items()):
+        shape = tuple(tensor.shape[1:])
+        packs = form.packed_factors and name.startswith("factor_") and len(shape) == 2
+        layout.append((name, dtype_name(form.dtype(name, tensor)) + TRIANGLE * packs, shape))
+    return [*layout, STATUS]
+
+
+def block_size(layout: BlockLayout) -> int:
+    """Bytes of a stored block."""
+    return sum(_bytes(part) for part in layout)
+
+
+def packed(stack: Mapping[str, Any], row: int, layout: BlockLayout) -> Tensor:
+    """A block's state, a row of an exported stack, as bytes on the CPU."""
+    pending = "pending" in stack and stack["pending"][row]
+    flags = [int(stack["refreshed"][row]) + 2 * int(pending), stack["failures"][row]]
+    status = torch.tensor(flags, dtype=torch.int64, device="cpu")  # whatever the default device
+    parts = []
+    for name, kind, _ in layout:
+        tensor = status if name == "status" else stack["tensors"][name][row]
+        if kind.endswith(TRIANGLE):
+            tensor = tensor[_lower(tensor)]
+        parts.append(tensor.to(_dtype(kind)).contiguous().reshape(-1).view(torch.uint8).cpu())
+    return torch.cat(parts)
+
+
+def cut(blob: Tensor, layout: BlockLayout) -> list[Tensor]:
+    """The tensors of a stored block."""
+    pieces = torch.split(blob, [_bytes(part) for part in layout])
+    # A view as a wider dtype must begin where that dtype may begin.
+    flat = [piece.clone().view(_dtype(kind)) for piece, (_, kind, _) in zip(pieces, layout, strict=True)]
+    return [
+        _mirrored(piece, shape) if kind.endswith(TRIANGLE) else piece.view(tuple(shape))
+        for piece, (_, kind, shape) in zip(flat, layout, strict=True)
+    ]
+
+
+def unpack(stack: BlockStack, row: int, layout: BlockLayout, blob: Tensor) -> None:
+    """Put a block's bytes into a row of a stack."""
+    for (name, _, _), tensor in zip(layout, cut(blob, layout), strict=True):
+        if name == "status":
+            stack.refreshed[row], stack.failures[row], pending = read_status(tensor.tolist())
+            stack.mark_pending(row, pending)
+        else:
+            stack.tensors[name][row].copy_(tensor)
+
+
+def read_status(status: Sequence[int]) -> tuple[bool, int, bool]:
+    """Whether the block was refreshed, failures in a row, whether a refresh is pending."""
+    flags, failures = status
+    return bool(flags & 1), int(failures), bool(flags & 2)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(kind: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, kind.removesuffix(TRIANGLE))
+    return found
+
+
+def _bytes(part: tuple[str, str, Sequence[int]]) -> int:
+    _, kind, shape = part
+    numel = shape[0] * (shape[0] + 1) // 2 if kind.endswith(TRIANGLE) else math.prod(shape)
+    return numel * _dtype(kind).itemsize
+
+
+def _lower(matrix: Tensor) -> Tensor:
+    """Which elements of a square matrix are in its lower triangle."""
+    return torch.ones(matrix.shape, dtype=torch.bool, device=matrix.device).tril()
+
+
+def _mirrored(triangle: Tensor, shape: Sequence[int]) -> Tensor:
+    """The symmetric matrix with this lower triangle."""
+    matrix = triangle.new_zeros(tuple(shape))
+    lower = _lower(matrix)
+    matrix[lower] = triangle
+    return torch.where(lower, matrix, matrix.mT)

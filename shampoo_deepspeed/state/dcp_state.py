@@ -1,0 +1,231 @@
+"""State as torch.distributed.checkpoint.state_dict carries it: tensors of each parameter under ``state``.
+
+These helpers keep nothing else of a state dict but the options. They gather DTensors or cut whole tensors as today's
+ranks need them, after a template that must have the same keys on all ranks. So a parameter's entry is
+``shampoo_blocks`` the bytes of its blocks in the order of their index (uint8, 1-D), cut over the parameter's mesh;
+``exp_avg`` and ``second_moment`` where it is element-wise, ``momentum``, ``master``: sharded as the parameter is;
+``step``, ``shampoo_format`` and ``shampoo_rejected`` (the optimizer's count of rejected steps), 0-d.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shampoo_deepspeed.algorithm.elementwise import moments_of
+from shampoo_deepspeed.engine.step_unit import Unit
+from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
+from shampoo_deepspeed.options.param_groups import group_options
+from shampoo_deepspeed.state.dtensor_blocks import BlockBytes, as_sharded, interval_of, local_part
+from shampoo_deepspeed.state.state_dict import FORMAT, SavedState, everyones_word, lacking
+
+BLOCKS, MARK, ELSEWHERE = "shampoo_blocks", "shampoo_format", "shampoo_elsewhere"
+REJECTED = "shampoo_rejected"
+NOWHERE = 1.0  # the value of ELSEWHERE where the optimizer had no state
+DCP = "torch.distributed.checkpoint.state_dict"
+FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
+
+Entry = dict[str, Tensor]
+
+
+def asking_helper() -> str | None:
+    """The module of torch's helpers on whose behalf we are called, if one is."""
+    frame: Any = sys._getframe(1)
+    for _ in range(16):
+        frame = frame.f_back
+        if frame is None:
+            return None
+        name: str = frame.f_globals.get("__name__", "")
+        if name in (DCP, FSDP1):
+            return name
+    return None
+
+
+def elsewhere_entry(tensor: Tensor, step: Tensor, elsewhere: bool) -> Entry:
+    """What says that the state is elsewhere, or that there is none yet; torch wants at least one tensor that has dims,
+    FSDP1 none."""
+    shape = () if is_fsdp1(tensor) else (1,)
+    note = torch.full(shape, 0.0 if elsewhere else NOWHERE, device=tensor.device)
+    return {"step": step, MARK: as_count(FORMAT), ELSEWHERE: note}
+
+
+def is_fsdp1(tensor: Tensor) -> bool:
+    """Whether this is FSDP1's flat parameter, or has been made a view of it."""
+    return bool(getattr(tensor, "_fsdp_flattened", False) or getattr(tensor, "_is_flat_param", False))
+
+
+def unit_entries(
+    unit: Unit, configs: Mapping[int, ShampooConfig], consolidated: SavedState | None, rejected_steps: int
+) -> list[Entry]:
+    """The entries of a unit's tensors, copies. A collective where they are DTensors.
+
+    Args:
+        consolidated: of replicas, the state of all of them, on the first one.
+
+    Raises:
+        RuntimeError: where torch's helpers cannot carry the state.
+    """
+    blocks = BlockBytes(unit)
+    rows = consolidated.rows() if consolidated is not None else blocks.own_rows()
+    entries = []
+    for number, tensor in enumerate(unit.tensors):
+        if unit.layout.homes != list(range(len(unit.tensors))) or is_fsdp1(tensor):
+            raise RuntimeError(
+                "torch's own checkpoint helpers cannot carry Shampoo's state of parameters that are flat shards (FSDP1,"
+                " ZeRO); use save_shampoo(optimizer, path) and load_shampoo(optimizer, path) beside them, and call "
+                "them within optimizer.state_saved_elsewhere({...})"
+            )
+        entry = {"step": as_count(unit.steps[number]), MARK: as_count(FORMAT)}
+        entry[REJECTED] = as_count(rejected_steps)
+        entry |= {name: as_sharded(tensor, flat) for name, flat in _flat_moments(unit, number, configs).items()}
+        stored = blocks.collected(number, rows) if unit.treatments[number].preconditioned else None
+        entries.append(entry if stored is None else entry | {BLOCKS: stored})
+    return entries
+
+
+def as_count(number: int) -> Tensor:
+    """A count as torch's optimizers hold it, whatever the default dtype and device: in 16 bits 1,001 would be 1,000."""
+    return torch.tensor(float(number), dtype=torch.float32, device="cpu")
+
+
+def is_torch_state(state_dict: Mapping[str, Any]) -> bool:
+    """Whether a state dict is one that `unit_entries` or `elsewhere_entry` went into."""
+    return any(isinstance(entry, Mapping) and MARK in entry for entry in state_dict.get("state", {}).values())
+
+
+def robust_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group that torch's helpers do not take apart so far that `completed_group` cannot tell."""
+    return {**group, "rules": json.dumps(group["rules"])}
+
+
+def completed_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group as it was before torch's helpers, which make lists of tuples and drop empty ones."""
+    defaults = group_options(ShampooConfig())
+    if isinstance(group.get("rules"), str):
+        group = {**group, "rules": json.loads(group["rules"])}
+    own = {n: tuple(v) if isinstance(v, list) and n in defaults else v for n, v in group.items()}
+    return {n: () if isinstance(defaults[n], tuple) else defaults[n] for n in OPTION_NAMES} | own
+
+
+@dataclass(frozen=True)
+class TorchState:
+    """Entries that torch's helpers have loaded, by parameter key, as a `StateSource`."""
+
+    entries: Mapping[str, Mapping[str, Tensor]]
+    elsewhere: Mapping[str, Any] | None = None
+    rejected_steps: int = 0
+
+    @classmethod
+    def parse(cls, state_dict: Mapping[str, Any], keys: Iterable[Sequence[str]]) -> TorchState:
+        """Take a state dict apart.
+
+        Args:
+            keys: of the parameters in each parameter group.
+
+        Raises:
+            ValueError: for another number of parameters, or another format.
+        """
+        notes = [float(entry[ELSEWHERE]) for entry in state_dict["state"].values() if ELSEWHERE in entry]
+        if notes:
+            return cls({}, None if notes[0] == NOWHERE else {"beside": "the checkpoint"})
+        entries: dict[str, Mapping[str, Tensor]] = {}
+        for group, names in zip(state_dict["param_groups"], keys, strict=True):
+            if len(group["params"]) != len(names):
+                raise ValueError(f"a saved parameter group has {len(group['params'])} parameters, here {len(names)}")
+            found = {n: state_dict["state"].get(p) for n, p in zip(names, group["params"], strict=True)}
+            entries |= {name: entry for name, entry in found.items() if entry}
+        wrong = {int(entry[MARK]) if MARK in entry else None for entry in entries.values()} - {FORMAT}
+        if wrong:
+            raise ValueError(f"Shampoo state format {wrong.pop()!r} is unknown here; this version reads {FORMAT}")
+        return cls(entries, None, max((int(entry.get(REJECTED, 0)) for entry in entries.values()), default=0))
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """Steps by parameter key."""
+        return {key: int(entry["step"]) for key, entry in self.entries.items()}
+
+    def without(self, keys: set[str]) -> TorchState:
+        """What is left when the parameters ``keys`` are taken out."""
+        return replace(self, entries={key: entry for key, entry in self.entries.items() if key not in keys})
+
+    def everything(self) -> SavedState:
+        """Not to be had without the other ranks."""
+        if not self.entries:
+            return SavedState({}, [], [], [])
+        raise RuntimeError(
+            "the optimizer's state was loaded by torch's checkpoint helpers and its blocks find their owners at the "
+            "next step; save it after that"
+        )
+
+    def hand_out(self, unit: Unit) -> None:
+        """Give a unit its state; bytes of blocks travel to their owners of today.
+
+        Raises:
+            ValueError: on all ranks alike, where the entries do not fit.
+        """
+        blocks = BlockBytes(unit)
+        places = [interval_of(self.entries.get(p.key, {}).get(BLOCKS)) for p in unit.parameters]
+        everyones = everyones_word((self._problem(unit, blocks), places), unit)
+        problem = next((word for word, _ in everyones if word), None)
+        if problem:
+            raise ValueError(problem)
+        for number, parameter in enumerate(unit.parameters):
+            entry = self.entries.get(parameter.key)
+            if entry is None:
+                continue
+            unit.steps[number] = int(entry["step"])
+            self._fill_moments(unit, number, entry)
+            if unit.treatments[number].preconditioned and unit.steps[number]:
+                blocks.distribute(number, local_part(entry[BLOCKS]), [own[number] for _, own in everyones])
+
+    def _problem(self, unit: Unit, blocks: BlockBytes) -> str | None:
+        for number, parameter in enumerate(unit.parameters):
+            entry = self.entries.get(parameter.key)
+            if entry is None or not int(entry["step"]):
+                continue
+            treatment = unit.treatments[number]
+            moments = unit.elementwise.needs.get((unit.options[number], treatment.method), set())
+            needed = {BLOCKS} if treatment.preconditioned else moments
+            missing = sorted(needed - set(entry))
+            if missing:
+                return f"the saved state of {parameter.key!r} lacks {missing}: {lacking(parameter.key + '/0')}"
+            for name, value in entry.items():
+                numel = local_part(value).numel()
+                if name not in ("step", MARK, REJECTED, BLOCKS) and numel != unit.sizes[number]:
+                    return f"the saved {name} of {parameter.key!r} has {numel} elements here, not {unit.sizes[number]}"
+            if treatment.preconditioned and entry[BLOCKS].numel() != blocks.total(number):
+                return (
+                    f"the saved blocks of {parameter.key!r} have {entry[BLOCKS].numel()} bytes, and here they have "
+                    f"{blocks.total(number)}; its shape, max_preconditioner_dim, betas or grafting differ"
+                )
+        return None
+
+    def _fill_moments(self, unit: Unit, number: int, entry: Mapping[str, Tensor]) -> None:
+        for name, views in unit.elementwise.views.items():
+            for segment, view in zip(unit.elementwise.segments, views, strict=True):
+                if segment.tensor == number and name in entry:
+                    view.copy_(local_part(entry[name]).reshape(-1).narrow(0, segment.offset, segment.numel))
+        for kind in unit.buffers:
+            if kind in entry:
+                unit.buffer(kind, number).copy_(local_part(entry[kind]).reshape(-1))
+
+
+def _flat_moments(unit: Unit, number: int, configs: Mapping[int, ShampooConfig]) -> dict[str, Tensor]:
+    """Moments of a tensor's element-wise parameter and its buffers, each as a flat copy of the local tensor's size."""
+    config = configs[unit.layout.groups[number]]
+    out: dict[str, Tensor] = {}
+    if not unit.treatments[number].preconditioned:
+        for name in sorted(moments_of(configs[unit.options[number]], unit.treatments[number].method)):
+            out[name] = torch.zeros(unit.sizes[number], dtype=unit.dtype, device=unit.device)
+            for segment, view in zip(unit.elementwise.segments, unit.elementwise.views.get(name, []), strict=False):
+                if segment.tensor == number:
+                    out[name].narrow(0, segment.offset, segment.numel).copy_(view)
+    narrow = unit.layout.local(unit.tensors[number]).dtype != unit.dtype
+    used = {"momentum": config.momentum != 0.0, "master": narrow and config.master_weights}
+    return out | {kind: unit.buffer(kind, number).clone() for kind in sorted(unit.buffers) if used[kind]}

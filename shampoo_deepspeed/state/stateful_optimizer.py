@@ -1,0 +1,316 @@
+"""State of a blockwise optimizer that comes and goes: state dicts, copies, and what waits for its units."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shampoo_deepspeed.distributed.frameworks import CheckpointingHost, Entry, Fresh, Parameter, SavingHost, hosts
+from shampoo_deepspeed.engine.policy import treat
+from shampoo_deepspeed.engine.step_unit import Unit
+from shampoo_deepspeed.engine.unit_optimizer import UnitOptimizer
+from shampoo_deepspeed.options.config import ShampooConfig
+from shampoo_deepspeed.options.param_groups import group_options
+from shampoo_deepspeed.state.dcp_state import (
+    FSDP1,
+    TorchState,
+    as_count,
+    asking_helper,
+    completed_group,
+    elsewhere_entry,
+    is_torch_state,
+    robust_group,
+    unit_entries,
+)
+from shampoo_deepspeed.state.state_dict import FORMAT, START_ANEW, SavedState, StateSource, consolidated, lacking
+
+logger = logging.getLogger("shampoo_deepspeed")
+
+
+class BlockOptimizer(UnitOptimizer):
+    """What any blockwise optimizer needs beside its step: a ``UnitOptimizer`` that saves and loads its units."""
+
+    waiting_state: StateSource | None = None  # loaded, and not yet handed out to units
+    awaited: Mapping[str, Any] | None = None  # where a loaded state dict says that the state is
+    _elsewhere: Mapping[str, Any] | None = None  # in effect while a host saves what was saved beside it
+    _consolidated: SavedState | None = None
+
+    def _new_units(self, fresh: Sequence[Fresh]) -> list[Unit]:
+        """Units of tensors that have none, with what was loaded for them."""
+        if self.awaited is not None:
+            raise RuntimeError(
+                f"the loaded state dict says that the optimizer's state is saved elsewhere ({dict(self.awaited)}); "
+                "call load_shampoo(optimizer, path) on all ranks before the first step"
+            )
+        return super()._new_units(fresh)
+
+    def _take_up(self, unit: Unit) -> None:
+        """Hand out to a new unit what was loaded for it."""
+        if self.waiting_state is not None:
+            self.waiting_state.hand_out(unit)
+            self.waiting_state = self.waiting_state.without({p.key for p in unit.parameters})
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict, with this rank's block and element-wise state under ``"shampoo"``.
+
+        Runs no collective and holds tensors and builtins only. Tensors are the live ones.
+
+        To torch.distributed.checkpoint.state_dict, which asks on all ranks, it gives copies instead, under ``"state"``
+        (see ``torch_state``), and exchanges pieces of blocks.
+
+        Raises:
+            RuntimeError: where ranks own different blocks, the host stores one rank's dict only (replicas), and
+                ``consolidate_state_dict`` was not called since the last step; or where FSDP1 asks, which cannot carry
+                this state, and no host writes it beside.
+        """
+        self.settle()
+        helper = asking_helper()
+        elsewhere = self._elsewhere if self._elsewhere is not None else self.awaited
+        if elsewhere is not None and helper is None:
+            return self._torch_state_dict({"shampoo": {"format": FORMAT, "elsewhere": dict(elsewhere)}})
+        if helper is not None:
+            state = self._torch_state_dict({"state": self._numbered(self._entries_for(helper))})
+            return {**state, "param_groups": [robust_group(group) for group in state["param_groups"]]}
+        self._refuse_one_rank()
+        own = (self._consolidated or self._own_state()).to_dict()
+        return self._torch_state_dict({"shampoo": own})
+
+    def _refuse_one_rank(self) -> None:
+        if self._consolidated is None and any(u.layout.one_rank_saves and u.world_size > 1 for u in self.units):
+            raise RuntimeError(
+                "each rank owns the Shampoo state of some blocks only, but here one rank's state dict is stored for "
+                "all; call optimizer.consolidate_state_dict() on all ranks first"
+            )
+
+    def _entries_for(self, helper: str) -> dict[int, dict[str, Tensor]]:
+        """What torch's helpers get for ``state``, by id of tensors. A collective where parameters are sharded."""
+        elsewhere = self._elsewhere is not None or self.awaited is not None
+        if helper == FSDP1 and self.has_state and not elsewhere:
+            elsewhere = any(host.save_beside(self) for host in hosts() if isinstance(host, SavingHost))
+            if not elsewhere:
+                raise RuntimeError(
+                    "FSDP1's own optimizer state dict cannot carry Shampoo's state; use save_shampoo(optimizer, path) "
+                    "and load_shampoo(optimizer, path), or accelerate's save_state, or the Trainer"
+                )
+        # All that could have state, so that what is saved and a template of it have the same names.
+        tensors = [(t, g, n) for g in self.param_groups for n, t in enumerate(g["params"]) if t.requires_grad]
+        if elsewhere or helper == FSDP1:
+            steps = {id(tensor): self.state.get(tensor, {}).get("step", as_count(0)) for tensor, _, _ in tensors}
+            return {id(t): elsewhere_entry(t, steps[id(t)], elsewhere) for t, _, _ in tensors}
+        fresh = [Fresh(t, g["shampoo_group"], n) for t, g, n in tensors if id(t) not in self._unit_of]
+        if fresh:
+            self._new_units(fresh)
+        if any(not unit.fresh for unit in self.units):
+            self._refuse_one_rank()
+        configs, entries = self.configs(), {}
+        for unit in self.units:
+            made = unit_entries(unit, configs, self._consolidated, self.rejected_steps)
+            for tensor, entry in zip(unit.tensors, made, strict=True):
+                entries[id(tensor)] = entry
+                for name in entry:  # torch takes what it finds here for the names of what it has to load
+                    self.state[tensor].setdefault(name, unit.clock)
+        return entries
+
+    def _numbered(self, entries: Mapping[int, Any]) -> dict[int, Any]:
+        """By number of the tensors, as torch writes state dicts."""
+        tensors = (tensor for group in self.param_groups for tensor in group["params"])
+        return {number: entries[id(tensor)] for number, tensor in enumerate(tensors) if id(tensor) in entries}
+
+    def _torch_state_dict(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        # First of the hooks, so that those of the user see the whole state dict.
+        handle = self.register_state_dict_post_hook(
+            lambda _, state: state.update({"state": _without_names(state["state"]), **own}), prepend=True
+        )
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _own_state(self) -> SavedState:
+        own = SavedState.of_units(self.units, self.rejected_steps)
+        return own if self.waiting_state is None else own.joined([self.waiting_state.everything()])
+
+    @contextmanager
+    def state_saved_elsewhere(self, where: Mapping[str, Any]) -> Iterator[None]:
+        """Within it ``state_dict()`` holds the options, the steps, and ``where`` (builtins) in place of the state.
+
+        For hosts whose own checkpoint keeps the state dict, beside which ``save_shampoo`` has written. A state dict
+        that a host's tool has robbed of all but the options can be loaded within it too; ``load_shampoo`` must follow.
+        """
+        before, self._elsewhere = self._elsewhere, where
+        # Tools of torch take an empty state for that of an optimizer before its first step, and would make one.
+        empty = [t for group in self.param_groups for t in group["params"] if t.requires_grad] if not self.state else []
+        self.state.update((tensor, {"step": as_count(0)}) for tensor in empty)
+        try:
+            yield
+        finally:
+            self._elsewhere = before
+            if empty and not self.units and self.waiting_state is None:
+                self.state.clear()
+
+    def consolidate_state_dict(self) -> None:
+        """Gather the state of all ranks that share parameters, for the next ``state_dict()``; call it on all ranks.
+
+        As in torch's ZeroRedundancyOptimizer: the first rank of each group then has all of it, to be saved. The copy
+        lies on the CPU and is dropped at the next step.
+        """
+        self.settle()
+        parts = [consolidated(unit, SavedState.of_units([unit], self.rejected_steps)) for unit in self.units]
+        waiting = [] if self.waiting_state is None else [self.waiting_state.everything()]
+        self._consolidated = SavedState({}, [], [], [], self.rejected_steps).joined([*parts, *waiting])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take options and state; blocks are handed out to their owners at the next step.
+
+        Parameters that had no gradient when the state was saved start anew.
+
+        Raises:
+            ValueError: where this is not a Shampoo state dict, or (for parameters without a step so far: at the next
+                step) does not fit the parameters.
+        """
+        parsed: list[SavedState | TorchState] = []
+        # Last of the hooks, so that those of the user see the whole state dict and may replace it.
+        handle = self.register_load_state_dict_pre_hook(lambda _, state: self._take_apart(state, parsed))
+        numbers = [group["shampoo_group"] for group in self.param_groups]
+        try:
+            super().load_state_dict(state_dict)  # type: ignore[arg-type]
+        finally:
+            handle.remove()
+        if not self.units:  # accelerate loads an empty state while it prepares an optimizer
+            given = [tensor for group in self.param_groups for tensor in group["params"]]
+            for model in (host.model_under_construction({}, given) for host in hosts()):
+                if model is not None:
+                    self.note_model(model)
+        self._forget_units()
+        for group, number in zip(self.param_groups, numbers, strict=True):
+            group["shampoo_group"] = number
+            self._config(group)
+        self.take_state(parsed[0])
+        self.awaited = parsed[0].elsewhere
+        if self.awaited is not None:
+            for host in hosts() if self._elsewhere is None else ():  # otherwise whoever loads knows where it is
+                if isinstance(host, CheckpointingHost):
+                    host.note_load(self)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether any parameter has taken a step, in this process or in what was loaded."""
+        loaded = self.waiting_state is not None and any(self.waiting_state.steps.values())
+        return loaded or any(not unit.fresh for unit in self.units)
+
+    def take_state(self, source: StateSource) -> None:
+        """Go on from this state, from the next step on; call it on all ranks. What was there is dropped."""
+        self._forget_units()
+        self.waiting_state, self.awaited, self._consolidated = source, None, None
+        self.rejected_steps = source.rejected_steps
+        self.state.clear()
+        for tensor in (tensor for group in self.param_groups for tensor in group["params"] if source.steps):
+            self.state[tensor]["step"] = as_count(max(source.steps.values()))
+
+    def _forget_units(self) -> None:
+        """Units are built anew at the next step, on all ranks together: handing out state needs communication."""
+        self.units, self._unit_of, self._loads = [], {}, {}
+
+    def _take_apart(self, state_dict: Mapping[str, Any], parsed: list[SavedState | TorchState]) -> dict[str, Any]:
+        """Our part goes to ``parsed``, once it is known to fit; the rest is torch's."""
+        if "shampoo" not in state_dict and (self._elsewhere is not None or is_torch_state(state_dict)):
+            if is_torch_state(state_dict):
+                keys = self._keys_by_group()
+                parsed.append(TorchState.parse(state_dict, keys))
+            else:
+                parsed.append(TorchState({}, self._elsewhere))
+            groups = [completed_group(group) for group in state_dict["param_groups"]]
+            return {**state_dict, "state": {}, "param_groups": groups}
+        if "shampoo" not in state_dict and os.environ.get(START_ANEW) == "1":
+            logger.warning("the loaded state dict is not Shampoo's (%s = 1): state and options start anew", START_ANEW)
+            parsed.append(SavedState({}, [], [], []))
+            return {"state": {}, "param_groups": torch.optim.Optimizer.state_dict(self)["param_groups"]}
+        saved = SavedState.parse(state_dict)
+        rest = {key: value for key, value in state_dict.items() if key != "shampoo"}
+        if saved.elsewhere is not None:
+            parsed.append(saved)
+            return {**rest, "state": {}}
+        strange = set(saved.steps) - {entry.parameter.key for entry in self.entries}
+        if strange:
+            raise ValueError(
+                f"the saved state is that of other parameters: {', '.join(sorted(strange)[:5])}"
+                f"{', ...' if len(strange) > 5 else ''} are not here; build the optimizer with the same names"
+            )
+        defaults = group_options(ShampooConfig())
+        configs = [ShampooConfig(**{n: g.get(n, v) for n, v in defaults.items()}) for g in state_dict["param_groups"]]
+        if len(configs) == len(self.param_groups):
+            self._check_units(saved, configs)
+        parsed.append(saved)
+        return rest
+
+    def _keys_by_group(self) -> list[list[str]]:
+        """Keys of the parameters in each group; hosts replace tensors and keep their order."""
+        keys: dict[int, list[str]] = {group["shampoo_group"]: [] for group in self.param_groups}
+        for entry in self.entries:
+            keys[entry.parameter.group].append(entry.parameter.key)
+        return [keys[group["shampoo_group"]] for group in self.param_groups]
+
+    def _check_units(self, saved: SavedState, configs: Sequence[ShampooConfig]) -> None:
+        """Raise early where a unit stays as it is under these options and no other rank is needed.
+
+        Else the next step finds out, on all ranks together.
+        """
+        after = {group["shampoo_group"]: config for group, config in zip(self.param_groups, configs, strict=True)}
+        before = {number: config for number, (_, config) in self._configs.items()}
+        for unit in self.units:
+            if unit.group is not None or any(_reshaped(p, before[p.group], after[p.group]) for p in unit.parameters):
+                continue
+            problem, missing = saved.problem(unit), saved.missing(unit)
+            if problem or missing:
+                raise ValueError(problem or lacking(missing[0]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        if any(unit.group is not None for unit in self.units):
+            raise RuntimeError("this optimizer cannot be copied: its state is divided among ranks; use state_dict()")
+        self.settle()
+        base = super().__getstate__()
+        return {**base, "shampoo": self._own_state().to_dict(), "entries": [asdict(e.parameter) for e in self.entries]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved, parameters = state.pop("shampoo", None), state.pop("entries", None)
+        super().__setstate__(state)
+        for group in (self.defaults, *self.param_groups):  # may be from before an option existed
+            for name, value in group_options(ShampooConfig()).items():
+                group.setdefault(name, value)
+        if parameters is None:
+            return
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        if len(tensors) != len(parameters):
+            raise RuntimeError(
+                "this optimizer cannot be copied while a host has replaced its parameters by flat shards"
+            )
+        self._known, self.units, self._unit_of, self._configs, self._loads = {}, [], {}, {}, {}
+        self._reported, self._consolidated, self._replicas = True, None, None
+        self.entries = [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
+        waiting = SavedState.parse({"shampoo": saved})
+        self.waiting_state, self._elsewhere, self.awaited = waiting, None, None
+        self.rejected_steps = waiting.rejected_steps
+        self.configs()
+
+
+def _reshaped(parameter: Parameter, before: ShampooConfig, after: ShampooConfig) -> bool:
+    """Whether a parameter's blocks or state would be others under other options."""
+    patterns = {"exclude": None, "no_decay": None, "rules": None}  # these count by their effect
+    same = {**before.shape_of_state(), **patterns} == {**after.shape_of_state(), **patterns}
+    return not same or treat(parameter, before) != treat(parameter, after)
+
+
+def _without_names(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """torch's ``"state"`` without what only stands there for its name."""
+    return {
+        number: {name: value for name, value in entry.items() if name == "step" or value is not entry.get("step")}
+        for number, entry in state.items()
+    }
