@@ -1,9 +1,9 @@
-"""How far each host's run ends from the dense single-process reference: the exactness tests, as one Markdown table.
+"""How far each framework's run ends from the dense single-process reference: the exactness tests as a Markdown table.
 
     python -m benchmarks.exactness [--ranks 1 2 4]
 
 The checks are those of tests/distributed (8 or 9 steps with several refreshes, odd shapes included); a number is the
-largest |W - W_ref| / |W_ref| of any parameter in any of a host's runs. W_ref is the float64 run of tests/reference.py,
+largest |W - W_ref| / |W_ref| of any parameter in any of its runs. W_ref is the float64 run of tests/reference.py,
 which shares no code with the package; in the Trainer's rows it is the package's own Shampoo in one process, in a plain
 loop with float64 weights and the Trainer's own parameter groups.
 """
@@ -46,18 +46,18 @@ FSDP_HOSTS = {
     "uneven_tensor_parallel": "FSDP2 x tensor parallel, uneven rows",
 }
 TRAINER_HOSTS = {"ddp": "DDP", "fsdp1": "FSDP1", "fsdp2": "FSDP2"}
-Key = tuple[str, int]  # host and ranks
+Key = tuple[str, int]  # framework and ranks
 
 
 def checks() -> list[Check]:
-    """All runs that start from the same numbers on every host; options of their own are left to the tests."""
+    """All runs that start from the same numbers on every framework; options of their own are left to the tests."""
     alone = [test_fsdp.final("alone", replace(run, layout="replicas"), 1) for run in test_fsdp.SETTINGS]
     plain = [c for c in test_fsdp.checks() if not c.argument.extra]
     trainer = [c for c in test_trainer.EXACT if not c.argument.options]
     return [*alone, *plain, *test_zero.matrix(), *test_zero.sharding(), *trainer, *test_trainer_optimizers.ROUTES]
 
 
-def host(check: Check) -> str:
+def framework(check: Check) -> str:
     argument = check.argument
     if isinstance(argument, scenarios.Scenario):
         return f"DeepSpeed ZeRO-{argument.stage}"
@@ -100,15 +100,15 @@ def deviation(check: Check, outcome: Outcome) -> float:
 def measured(found: Iterable[tuple[Check, float]]) -> dict[Key, dict[str, list[float]]]:
     table: dict[Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for check, value in found:
-        table[host(check), check.ranks][settings(check)].append(value)
+        table[framework(check), check.ranks][settings(check)].append(value)
     return table
 
 
 def markdown(table: Mapping[Key, Mapping[str, list[float]]]) -> str:
-    """A row for each host and number of ranks; a dash where a host has no such run."""
-    lines = [f"| host | ranks | runs | {' | '.join(SETTINGS)} |", "|---|---|---|---|---|---|"]
-    hosts = list(dict.fromkeys(name for name, _ in table))
-    for (name, ranks), row in sorted(table.items(), key=lambda item: (hosts.index(item[0][0]), item[0][1])):
+    """A row for each framework and number of ranks; a dash where a framework has no such run."""
+    lines = [f"| framework | ranks | runs | {' | '.join(SETTINGS)} |", "|---|---|---|---|---|---|"]
+    frameworks = list(dict.fromkeys(name for name, _ in table))
+    for (name, ranks), row in sorted(table.items(), key=lambda item: (frameworks.index(item[0][0]), item[0][1])):
         numbers = [f"{max(row[s]):.1e}" if s in row else "-" for s in SETTINGS]
         lines.append(f"| {name} | {ranks} | {sum(map(len, row.values()))} | {' | '.join(numbers)} |")
     return "\n".join(lines)

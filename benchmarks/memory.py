@@ -1,10 +1,10 @@
-"""Peak memory of a step against the plan: weights, gradients, state (the planner's bytes), directions and buckets.
+"""Peak memory of a step against the plan: weights, gradients, state (the planner's bytes), updates and buckets.
 
     python -m benchmarks.memory [--width 512] [--block 256] [--bucket-mb 2]
 
 torch's profiler tells each allocation and release of a step; state must be the planner's to the byte. Planned for a
 step on one rank are one direction for each element that is held, and for a bucket on its way its gradients and its
-directions. What lies at the peak beyond that is listed by the operator that allocated it.
+updates. What lies at the peak beyond that is listed by the operator that allocated it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def measure(rule: str, refresh: str, width: int, block: int, bucket_mb: float, f
         for k in rows
     )
     plan = {"weights and gradients": 2 * weights, "state": planned_state(model, options)}
-    plan |= {"directions": weights, "buckets": 2 * largest}
+    plan |= {"updates": weights, "buckets": 2 * largest}
     return {"plan": plan, "held": held_bytes(optimizer), "step": highest, "weights": weights}
 
 
@@ -124,7 +124,7 @@ def row(rule: str, refresh: str, found: dict[str, Any]) -> list[object]:
         f"{rule}, {refresh}",
         plan["state"] / mb,
         found["held"] / plan["state"],
-        (plan["directions"] + plan["buckets"]) / mb,
+        (plan["updates"] + plan["buckets"]) / mb,
         step / mb,
         sum(plan.values()) / mb,
         total / mb,

@@ -2,7 +2,7 @@
 
 A stand-in for implementations that walk over their blocks, as the reference Distributed Shampoo does. It is the rule of
 `shampoo_deepspeed.Shampoo` with `refresh="sync"`, `solver="eigh"` and Adam's grafting, and tests hold it to that. It
-reads nothing back to the host and makes no copy that the rule does not need.
+reads nothing back to the CPU and makes no copy that the rule does not need.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Block:
 class PlainLoop(torch.optim.Optimizer):
     """One block after another: factors, an eigendecomposition of each every ``frequency`` steps, Adam's step length.
 
-    Groups with ``elementwise=True``, and parameters that are no matrices, get Adam's direction.
+    Groups with ``elementwise=True``, and parameters that are no matrices, get Adam's update.
 
     Args:
         weight_decay: decoupled.
@@ -77,7 +77,7 @@ class PlainLoop(torch.optim.Optimizer):
         state["step"] += 1
         for block in state["blocks"]:
             weights = p[block.box]
-            step = direction(block, p.grad[block.box], state["step"], group)
+            step = update(block, p.grad[block.box], state["step"], group)
             if group["weight_decay"]:
                 step = step.add_(weights, alpha=group["weight_decay"])
             weights.add_(step, alpha=-group["lr"])
@@ -99,8 +99,8 @@ def new_block(p: Tensor, box: tuple[Any, ...]) -> Block:
     return Block(box, zero, zero.clone(), [piece.new_zeros(d, d) for d in sides])
 
 
-def direction(block: Block, g: Tensor, t: int, group: dict[str, Any]) -> Tensor:
-    """A new tensor: Adam's direction, after the first refresh Shampoo's at the length of Adam's."""
+def update(block: Block, g: Tensor, t: int, group: dict[str, Any]) -> Tensor:
+    """A new tensor: Adam's update, after the first refresh Shampoo's at the length of Adam's."""
     (beta1, beta2), (lack1, lack2) = group["betas"], (1.0 - beta**t for beta in group["betas"])
     for mode, a in enumerate(block.factors):
         x = g if mode == 0 else g.mT

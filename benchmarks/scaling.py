@@ -1,6 +1,6 @@
 """CPU time of a step on 1, 2 and 4 ranks of this machine, and time and balance of the plan on 8 to 1,024 ranks.
 
-    python -m benchmarks.scaling [--ranks 1 2 4] [--hosts fsdp2 ddp] [--plot docs/plan_time.png]
+    python -m benchmarks.scaling [--ranks 1 2 4] [--frameworks fsdp2 ddp] [--plot docs/plan_time.png]
 
 Steps: the small GPT, staggered refreshes; a rank's number is the CPU time of its step, without the time
 that it waits. Bytes moved are compared with the plan's. Plans: the planner's run for Llama-3 shapes under FSDP2, which
@@ -29,7 +29,7 @@ from shampoo_deepspeed.estimate import estimate
 from shampoo_deepspeed.estimate.model_shapes import parameters_of
 from shampoo_deepspeed.options.config import ShampooConfig
 
-HOSTS = ("fsdp2", "ddp")
+FRAMEWORKS = ("fsdp2", "ddp")
 MODELS = ("llama-3-8b", "llama-3-70b")
 FREQUENCY = 10
 
@@ -43,12 +43,12 @@ class Rank(NamedTuple):
     planned: int
 
 
-def train(host: str, width: int, block: int, rounds: int) -> Rank:
+def train(framework: str, width: int, block: int, rounds: int) -> Rank:
     """What each rank does."""
     size = Size(width=width)
     model: nn.Module = build(size)
     options: dict[str, Any] = {"refresh": "staggered", "precondition_frequency": FREQUENCY}
-    if host == "ddp":
+    if framework == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
     else:
         for layer in model.layers:
@@ -72,18 +72,20 @@ def train(host: str, width: int, block: int, rounds: int) -> Rank:
     return Rank(seconds, load, moved, planned)
 
 
-def step_rows(hosts: Sequence[str], counts: Sequence[int], width: int, block: int, rounds: int) -> list[list[object]]:
+def step_rows(
+    frameworks: Sequence[str], counts: Sequence[int], width: int, block: int, rounds: int
+) -> list[list[object]]:
     out: list[list[object]] = []
-    for host in hosts:
+    for framework in frameworks:
         alone: float | None = None
         for count in counts:
-            ranks: list[Rank] = run_on_ranks(count, train, host, width, block, rounds)
+            ranks: list[Rank] = run_on_ranks(count, train, framework, width, block, rounds)
             means = [mean(rank.seconds, FREQUENCY) for rank in ranks]
             alone = max(means) if alone is None else alone
             loads = [rank.load for rank in ranks]
             out.append(
                 [
-                    f"{host}, {count} rank{'s' if count > 1 else ''}",
+                    f"{framework}, {count} rank{'s' if count > 1 else ''}",
                     1e3 * max(means),
                     max(means) / alone,
                     max(means) / statistics.fmean(means),
@@ -129,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print both tables and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4], help="of the measured steps")
-    parser.add_argument("--hosts", nargs="+", default=list(HOSTS), choices=HOSTS)
+    parser.add_argument("--frameworks", nargs="+", default=list(FRAMEWORKS), choices=FRAMEWORKS)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--block", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2, help="windows of steps that are counted")
@@ -140,9 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     print(f"\nscaling; {machine()}\nwidth {args.width}, block {args.block}, staggered, frequency {FREQUENCY}\n")
     if args.ranks:
-        heads = ["host", "slowest rank's CPU ms a step", "over 1 rank's", "slowest / mean", "in the plan"]
+        heads = ["framework", "slowest rank's CPU ms a step", "over 1 rank's", "slowest / mean", "in the plan"]
         heads += ["MiB moved by a rank", "and planned"]
-        print(table(heads, step_rows(args.hosts, args.ranks, args.width, args.block, args.rounds)), flush=True)
+        print(table(heads, step_rows(args.frameworks, args.ranks, args.width, args.block, args.rounds)), flush=True)
     rows = plan_rows(args.models, args.plan_ranks)
     heads = ["model", "ranks", "sync: plan CPU s", "slowest / mean", "staggered: plan CPU s", "slowest / mean"]
     print(f"\n{table(heads, rows)}")

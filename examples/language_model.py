@@ -125,7 +125,7 @@ def load_text(arguments: LanguageModelArguments, rows: int, seed: int) -> tuple[
 
 
 def build_model(arguments: LanguageModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The given model, or a new small Llama; weights in float32, which hosts cast under --bf16."""
+    """The given model, or a new small Llama; weights in float32, which frameworks cast under --bf16."""
     if arguments.model is not None:
         return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     config = LlamaConfig(

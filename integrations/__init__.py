@@ -1,1 +1,1 @@
-"""Host adapters: one file per host, each imports the core and (lazily) its host only."""
+"""Adapters: one file per framework, each imports the core and (lazily) its framework only."""

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.state.unwrap import innermost
+from shampoo_deepspeed.state.unwrap import inner_optimizer
 
 from .checkpoints import add_to_save_state
 
@@ -42,9 +42,11 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
     prepared = accelerator.prepare(*objects)
     everything = prepared if isinstance(prepared, (tuple, list)) else [prepared]
     optimizer = everything[optimizers[0]]
-    check_innermost(optimizer, 'give prepare() a Shampoo, and leave "optimizer" out of the DeepSpeed configuration')
+    check_inner_optimizer(
+        optimizer, 'give prepare() a Shampoo, and leave "optimizer" out of the DeepSpeed configuration'
+    )
     if models and plugin is None:
-        _introduce(everything[models[0]], innermost(optimizer))
+        _introduce(everything[models[0]], inner_optimizer(optimizer))
     add_to_save_state(accelerator, optimizer)
     return prepared
 
@@ -60,16 +62,16 @@ def _introduce(model: nn.Module, optimizer: Shampoo) -> None:
             "trained: it was built from another model, or FSDP1 with use_orig_params=False has replaced them by flat "
             "vectors; prepare the model alone and build Shampoo(model.named_parameters(), model=model) from the result"
         )
-    optimizer.note_model(model)
+    optimizer.attach_model(model)
 
 
-def check_innermost(optimizer: Any, remedy: str) -> Shampoo:
+def check_inner_optimizer(optimizer: Any, remedy: str) -> Shampoo:
     """The Shampoo that trains.
 
     Raises:
         RuntimeError: where it is another optimizer.
     """
-    inner = innermost(optimizer)
+    inner = inner_optimizer(optimizer)
     if not isinstance(inner, Shampoo):
         found = f"{type(inner).__module__}.{type(inner).__qualname__}"
         raise RuntimeError(f"the optimizer that trains is {found}, not Shampoo; {remedy}")

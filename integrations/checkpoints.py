@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
 from shampoo_deepspeed.checkpoint.manifest import Manifest
 from shampoo_deepspeed.state.state_dict import SavedState
-from shampoo_deepspeed.state.unwrap import innermost, unwrap
+from shampoo_deepspeed.state.unwrap import inner_optimizer, unwrap
 
 if TYPE_CHECKING:
     from transformers import Trainer as _BeforeATrainer
@@ -57,19 +57,19 @@ class TrainerCheckpoints(_BeforeATrainer):
         super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
-        optimizer = innermost(self.optimizer)
+        optimizer = inner_optimizer(self.optimizer)
         if self.is_deepspeed_enabled or not isinstance(optimizer, Shampoo):
             return super()._save_optimizer_and_scheduler(output_dir)
         save_shampoo(optimizer, Path(output_dir) / FOLDER)
-        with optimizer.state_saved_elsewhere({"folder": FOLDER}):
+        with optimizer.with_external_state({"folder": FOLDER}):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
-        optimizer = innermost(self.optimizer)
+        optimizer = inner_optimizer(self.optimizer)
         folder = Path(checkpoint, FOLDER) if checkpoint is not None else None
         if folder is None or not folder.is_dir() or self.is_deepspeed_enabled or not isinstance(optimizer, Shampoo):
             return super()._load_optimizer_and_scheduler(checkpoint)
-        with optimizer.state_saved_elsewhere({"folder": str(folder)}):
+        with optimizer.with_external_state({"folder": str(folder)}):
             super()._load_optimizer_and_scheduler(checkpoint)
         load_shampoo(optimizer, folder)
 
@@ -101,13 +101,13 @@ def add_to_save_state(accelerator: Accelerator, optimizer: Any) -> None:
 
     @wraps(save_state)
     def save(*args: Any, **kwargs: Any) -> Any:
-        with inner.state_saved_elsewhere({"folder": name}):
+        with inner.with_external_state({"folder": name}):
             return save_state(*args, **kwargs)
 
     @wraps(load_state)
     def load(*args: Any, **kwargs: Any) -> None:
         loaded_from.clear()
-        with inner.state_saved_elsewhere({"folder": name}):
+        with inner.with_external_state({"folder": name}):
             load_state(*args, **kwargs)
         folder = loaded_from[-1] / name
         if folder.is_dir() or not inner.has_state:  # one process may have saved without us

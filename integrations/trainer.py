@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer: ``optimizers=`` under every host, a factory for the stock Trainer, a check at the start.
+"""The Hugging Face Trainer: ``optimizers=`` under every framework, a factory for the stock Trainer, a check.
 
 The stock Trainer takes a finished optimizer in a single process and under DDP only: under FSDP it raises, under
 DeepSpeed it trains with AdamW and says nothing. Its ``optimizer_cls_and_kwargs=`` works everywhere, so all ways here
@@ -20,12 +20,12 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from shampoo_deepspeed import Shampoo, load_shampoo
-from shampoo_deepspeed.distributed.frameworks import hosts
+from shampoo_deepspeed.distributed.frameworks import adapters
 from shampoo_deepspeed.options.choices import TRAINER_NO_DECAY
 from shampoo_deepspeed.options.parameter_names import clean_name
-from shampoo_deepspeed.state.unwrap import innermost
+from shampoo_deepspeed.state.unwrap import inner_optimizer
 
-from .accelerate import check_innermost, refuse_offload
+from .accelerate import check_inner_optimizer, refuse_offload
 from .checkpoints import TrainerCheckpoints, check_resumed
 from .transformers_names import NAME, add_name, options_from_text
 
@@ -58,7 +58,7 @@ class ShampooFactory:
     and weight decay of TrainingArguments are not known here, so they must be given.
 
     Raises:
-        ValueError: where the host would replace the optimizer.
+        ValueError: where the framework would replace the optimizer.
     """
 
     def __call__(self, model: nn.Module, **options: Any) -> Shampoo:
@@ -159,7 +159,7 @@ class ShampooTrainerMixin(TrainerCheckpoints):
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Training logs get the optimizer's metrics since the last one, for all that reads logs."""
-        optimizer = innermost(self.optimizer)
+        optimizer = inner_optimizer(self.optimizer)
         if "loss" in logs and isinstance(optimizer, Shampoo):
             logs = logs | _prefixed(optimizer.metrics())
         super().log(logs, *args, **kwargs)
@@ -172,19 +172,20 @@ class ShampooTrainerMixin(TrainerCheckpoints):
 
 
 class ShampooTrainer(ShampooTrainerMixin, Trainer):
-    """A Trainer that takes ``optimizers=(Shampoo(...) or deferred(...), scheduler or None)`` under every host."""
+    """A Trainer that takes ``optimizers=(Shampoo(...) or deferred(...), scheduler or None)`` under every framework."""
 
 
 class ShampooCallback(TrainerCallback):
-    """Raises at the start of training where it is not Shampoo that trains: some hosts replace an optimizer silently.
+    """Raises at the start of training if another optimizer trains: some frameworks replace one silently.
 
     Also where the Trainer goes on from a checkpoint that gave no state to Shampoo, unless ``require_state`` is False;
     then it starts anew.
 
     Args:
         start_from: the folder with the ``manifest.json`` of an optimizer state that this training begins with, written
-            under any host on any number of ranks (a DeepSpeed checkpoint's ``global_stepN/shampoo``, for one). Weights
-            are the model's matter, options those of this run. Where the Trainer resumes from a checkpoint of its own,
+            under any framework on any number of ranks (for one, a DeepSpeed checkpoint's ``global_stepN/shampoo``).
+            Weights are the model's matter, options those of this run. If the Trainer
+            resumes from a checkpoint of its own,
             the state is from there.
 
     ``history`` holds ``Shampoo.metrics()`` of each training log, with its ``"step"``. The stock
@@ -200,7 +201,7 @@ class ShampooCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, *_: Any, optimizer: Any = None, **__: Any
     ) -> None:
-        inner = check_innermost(
+        inner = check_inner_optimizer(
             optimizer,
             'give it by optim="shampoo", by ShampooTrainer(optimizers=...), by '
             "Trainer(optimizer_cls_and_kwargs=(ShampooFactory, {...})), or, under DeepSpeed, as "
@@ -209,13 +210,15 @@ class ShampooCallback(TrainerCallback):
         # A second train() of the same Trainer begins at step 0 too, and goes on with what the optimizer has.
         if self.start_from is not None and state.global_step == 0 and not inner.has_state:
             load_shampoo(inner, self.start_from, options=False)
-        if not (args.deepspeed and inner.awaited):  # its host loads what is awaited at the next step, or raises
+        if not (
+            args.deepspeed and inner.external_state
+        ):  # its framework loads what is external_state at the next step, or raises
             check_resumed(inner, state, self.require_state)
 
     def on_log(
         self, _: Any, state: TrainerState, *__: Any, logs: dict[str, float], optimizer: Any = None, **___: Any
     ) -> None:
-        inner = innermost(optimizer)
+        inner = inner_optimizer(optimizer)
         if "loss" in logs and isinstance(inner, Shampoo):
             logged = {key: value for key, value in logs.items() if key.startswith(PREFIX)}  # by the mixin
             self.history.append({"step": state.global_step, **(logged or _prefixed(inner.metrics()))})
@@ -254,8 +257,8 @@ class _Prebuilt:
                 "Shampoo was built from another model (model_init= makes a new one), or a wrapper has replaced them; "
                 "use optimizers=(deferred(lr=...), None)"
             )
-        for host in hosts():
-            host.note_model(model)  # under FSDP1 it is wrapped by now
+        for adapter in adapters():
+            adapter.attach_model(model)  # under FSDP1 it is wrapped by now
         return self.optimizer
 
 

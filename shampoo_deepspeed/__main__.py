@@ -13,7 +13,7 @@ from typing import Any
 from shampoo_deepspeed.checkpoint.inspect import describe
 from shampoo_deepspeed.checkpoint.manifest import CheckpointError
 from shampoo_deepspeed.estimate import Estimate, estimate
-from shampoo_deepspeed.estimate.expected_shards import HOSTS, SUB_GROUP_SIZE
+from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, SUB_GROUP_SIZE
 from shampoo_deepspeed.estimate.model_shapes import BUILT_IN, parameters_of, parameters_of_file
 from shampoo_deepspeed.estimate.recommend import Overhead, Recommendation, Speed, expected_overhead, recommend
 from shampoo_deepspeed.options.config import ShampooConfig, canonical
@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--model", help=f"{', '.join(BUILT_IN)}; a config.json or its folder; a Hugging Face id")
     model.add_argument("--shapes", help='a JSON file of names and shapes, {"layer.weight": [1024, 4096], ...}')
     command.add_argument("--world-size", type=int, required=True, help="data-parallel ranks")
-    command.add_argument("--host", choices=HOSTS, help="what shards the model; with --ds-config its ZeRO stage")
+    command.add_argument(
+        "--framework", choices=FRAMEWORKS, help="what shards the model; with --ds-config its ZeRO stage"
+    )
     command.add_argument("--shard-ranks", type=int, help="hsdp: ranks that a parameter is sharded over")
     command.add_argument("--ds-config", help="a DeepSpeed JSON: ZeRO stage, sub_group_size, the optimizer's options")
     command.add_argument("--max-preconditioner-dim", type=int, help="block size")
@@ -66,23 +68,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _estimate(given: argparse.Namespace) -> str:
-    host, sub_group_size = given.host, SUB_GROUP_SIZE
+    framework, sub_group_size = given.framework, SUB_GROUP_SIZE
     options: dict[str, Any] = {}
     if given.ds_config is not None:
-        host, options, sub_group_size = _from_deepspeed(given.ds_config, given.host)
-    if host is None:
-        raise UsageError(f"--host is missing: one of {', '.join(HOSTS)}, or give --ds-config")
-    if host == "hsdp" and given.shard_ranks is None:
+        framework, options, sub_group_size = _from_deepspeed(given.ds_config, given.framework)
+    if framework is None:
+        raise UsageError(f"--framework is missing: one of {', '.join(FRAMEWORKS)}, or give --ds-config")
+    if framework == "hsdp" and given.shard_ranks is None:
         raise UsageError("--shard-ranks is missing: over how many ranks hsdp shards each parameter")
-    if host != "hsdp" and given.shard_ranks is not None:
-        raise UsageError(f"--shard-ranks {given.shard_ranks} is not allowed with --host {host}: it belongs to hsdp")
+    if framework != "hsdp" and given.shard_ranks is not None:
+        raise UsageError(
+            f"--shard-ranks {given.shard_ranks} is not allowed with --framework {framework}: it belongs to hsdp"
+        )
     config = ShampooConfig.from_options({**options, **_own_options(given)})
     speed = _speed(given)
     parameters = parameters_of_file(given.shapes) if given.shapes else parameters_of(given.model)
     made = estimate(
         parameters,
         given.world_size,
-        host,
+        framework,
         config,
         shard_ranks=given.shard_ranks,
         sub_group_size=sub_group_size,
@@ -93,11 +97,15 @@ def _estimate(given: argparse.Namespace) -> str:
     if given.memory_budget is not None:
         fitting = recommend(parameters, config, made, given.memory_budget * 2**30, speed, given.overhead_budget)
     if given.json:
-        out: dict[str, Any] = {"model": given.model or given.shapes, "host": host, "options": config.to_json()}
+        out: dict[str, Any] = {
+            "model": given.model or given.shapes,
+            "framework": framework,
+            "options": config.to_json(),
+        }
         out |= made.to_json() | {"overhead": overhead and asdict(overhead)}
         out |= {"recommendation": fitting and asdict(fitting)} if given.memory_budget is not None else {}
         return json.dumps(out, indent=2)
-    lines = [*_heading(given, host, config), *_table(made), *_overhead_lines(overhead, config)]
+    lines = [*_heading(given, framework, config), *_table(made), *_overhead_lines(overhead, config)]
     return "\n".join(lines + _recommendation_lines(given, fitting, speed))
 
 
@@ -117,8 +125,8 @@ def _own_options(given: argparse.Namespace) -> dict[str, Any]:
     return canonical(options)
 
 
-def _from_deepspeed(path: str, host: str | None) -> tuple[str, dict[str, Any], int]:
-    """(host, options, sub_group_size) of a DeepSpeed JSON; what the Trainer would fill in keeps its default."""
+def _from_deepspeed(path: str, framework: str | None) -> tuple[str, dict[str, Any], int]:
+    """(framework, options, sub_group_size) of a DeepSpeed JSON; what the Trainer would fill in keeps its default."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -131,8 +139,10 @@ def _from_deepspeed(path: str, host: str | None) -> tuple[str, dict[str, Any], i
     stages = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
     if stage not in stages:
         raise UsageError(f"--ds-config {path!r}: zero_optimization.stage = {stage!r} is not allowed: 0, 1, 2 or 3")
-    if host is not None and host != stages[stage]:
-        raise UsageError(f"--host {host!r} is not what {path!r} says: ZeRO stage {stage}, that is {stages[stage]}")
+    if framework is not None and framework != stages[stage]:
+        raise UsageError(
+            f"--framework {framework!r} is not what {path!r} says: ZeRO stage {stage}, that is {stages[stage]}"
+        )
     size = zero.get("sub_group_size", SUB_GROUP_SIZE)
     size = SUB_GROUP_SIZE if size == "auto" else int(size)
     options = {name: value for name, value in optimizer.get("params", {}).items() if value != "auto"}
@@ -152,10 +162,10 @@ def _speed(given: argparse.Namespace) -> Speed | None:
     return Speed(given.tokens_per_step, given.tflops, slower, given.refresh_tflops or slower, given.bandwidth)
 
 
-def _heading(given: argparse.Namespace, host: str, config: ShampooConfig) -> list[str]:
+def _heading(given: argparse.Namespace, framework: str, config: ShampooConfig) -> list[str]:
     ranks = f"{given.world_size} rank{'s' if given.world_size > 1 else ''}"
     blocks = f"blocks of at most {config.max_preconditioner_dim}, refresh every {config.precondition_frequency} steps"
-    return [f"{given.model or given.shapes} under {host} on {ranks}, {blocks}", ""]
+    return [f"{given.model or given.shapes} under {framework} on {ranks}, {blocks}", ""]
 
 
 def _table(made: Estimate) -> list[str]:

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.distributed.exchange import Bucket, CommStats, Transit
 from shampoo_deepspeed.engine import agreement as status
 from shampoo_deepspeed.engine.shard_update import shard_gradients, update
-from shampoo_deepspeed.engine.step_unit import Pending, Unit
+from shampoo_deepspeed.engine.step_unit import Pending, StepUnit
 from shampoo_deepspeed.linalg.precision import full_precision
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.param_groups import signature_with_options
@@ -38,10 +38,10 @@ class Shampoo(BlockOptimizer):
         U = m \times_1 A_1^{-1/2k} \cdots \times_k A_k^{-1/2k}, \qquad
         W \leftarrow W - \mathit{lr}\left(\frac{\|D\|_F}{\|U\|_F}\, U + \mathit{wd}\, W\right)
 
-    where D is the direction of the grafting method (Adam's by default), which gives each block its step length.
+    where D is the update of the grafting method (Adam's by default), which gives each block its step length.
     Inverse roots are recomputed every ``precondition_frequency`` steps from ``start_preconditioning_step`` on; before
-    that the direction is D. Vectors, scalars, embeddings and output heads get D always. With the option
-    ``preconditioner`` blocks get SOAP's or KL-Shampoo's direction instead (see the classes in ``preconditioners``).
+    that the update is D. Vectors, scalars, embeddings and output heads get D always. With the option
+    ``preconditioner`` blocks get SOAP's or KL-Shampoo's update instead (see the classes in ``preconditioners``).
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or parameter groups. Names let ``exclude`` and ``no_decay``
@@ -75,7 +75,7 @@ class Shampoo(BlockOptimizer):
         """One step of all tensors in ``param_groups`` that have a gradient.
 
         Raises:
-            LayoutError: at the first step, where the host's shards are not what they should be.
+            LayoutError: at the first step, where the framework's shards are not what they should be.
             RuntimeError: where ``failure_limit`` steps in a row were rejected or roots of a block failed.
         """
         loss = None
@@ -95,27 +95,27 @@ class Shampoo(BlockOptimizer):
                     self.note_state(unit)
                 continue  # a tool's hidden first call, which only wants the state to exist
             with full_precision(unit.device.type):
-                verdict = report.verdict(unit)
-                directions = [torch.empty(n, dtype=unit.dtype, device=unit.device) for n in unit.sizes]
+                found_inf = report.found_inf(unit)
+                updates = [torch.empty(n, dtype=unit.dtype, device=unit.device) for n in unit.sizes]
                 steps = unit.count(active)
-                _precondition(unit, gradients, directions, steps, configs, verdict)
+                _precondition(unit, gradients, updates, steps, configs, found_inf)
                 norms = report.squared_norms(unit)
-                unit.elementwise.step(gradients, directions, steps, configs, verdict, norms)
-                update(unit, directions, active, configs, rates, verdict)
+                unit.elementwise.step(gradients, updates, steps, configs, found_inf, norms)
+                update(unit, updates, active, configs, rates, found_inf)
             unit.pending = Pending(report.outcome, active)
             self.note_state(unit)
         return loss
 
 
 def _precondition(
-    unit: Unit,
+    unit: StepUnit,
     gradients: Sequence[Tensor],
-    directions: Sequence[Tensor],
+    updates: Sequence[Tensor],
     steps: Sequence[int],
     configs: Mapping[int, ShampooConfig],
-    verdict: Verdict,
+    found_inf: FoundInf,
 ) -> None:
-    """Gradients to owners, one step of their stacks, directions back: while a bucket is computed, the next ones arrive
+    """Gradients to owners, one step of their stacks, updates back: while a bucket is computed, the next ones arrive
     and the last ones leave."""
     exchange = unit.exchange
     buckets = exchange.buckets
@@ -130,17 +130,17 @@ def _precondition(
         exchange.receive_gradients(bucket, arriving.popleft(), gradients, blocks)
         if number + IN_FLIGHT < len(buckets):
             arriving.append(exchange.send_gradients(buckets[number + IN_FLIGHT], gradients))
-        verdict.clean_(blocks)
+        found_inf.clean_(blocks)
         made = []
         for (stack, first, stop), block in zip(bucket.rows, blocks, strict=True):
             config = configs[unit.plan.blocks[exchange.stacks[stack][0]].group]
             rows = unit.row_steps(stack, steps)[first:stop]
-            made.append(unit.stacks[stack].step(first, block, rows, config, verdict).contiguous())
+            made.append(unit.stacks[stack].step(first, block, rows, config, found_inf).contiguous())
         if len(leaving) == IN_FLIGHT:
-            exchange.receive_directions(*leaving.popleft(), directions)
-        leaving.append((bucket, exchange.send_directions(bucket, made, directions)))
+            exchange.receive_updates(*leaving.popleft(), updates)
+        leaving.append((bucket, exchange.send_updates(bucket, made, updates)))
     for bucket, transit in leaving:
-        exchange.receive_directions(bucket, transit, directions)
+        exchange.receive_updates(bucket, transit, updates)
 
 
 Shampoo.__signature__ = signature_with_options(Shampoo.__init__)  # type: ignore[attr-defined]

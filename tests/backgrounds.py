@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.algorithm.preconditioners import Preconditioner
 from shampoo_deepspeed.algorithm.preconditioners.kl_shampoo import KLShampooPreconditioner
-from shampoo_deepspeed.algorithm.preconditioners.refresh_result import Renewed
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
 from shampoo_deepspeed.algorithm.preconditioners.soap import SOAPPreconditioner
 from tests.stepping import drive, parameter, shampoo
@@ -28,7 +28,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "every_step": {"precondition_frequency": 1},
     "soap_every_step": {"preconditioner": "soap", "precondition_frequency": 1},
 }
-Compute = Callable[[Preconditioner, dict[str, Tensor], int], Renewed]
+Compute = Callable[[Preconditioner, dict[str, Tensor], int], RefreshResult]
 
 
 def some_parameters() -> list[nn.Parameter]:

@@ -37,8 +37,8 @@ def transfers(plan: Plan, shards: Held) -> list[list[Transfers]]:
                 if holder == owner:
                     out[owner][bucket].local.append(Piece(block, box, shard))
                     continue
-                out[owner][bucket].directions_out[holder].append(Piece(block, box, -1))
-                out[holder][bucket].directions_in[owner].append(Piece(block, box, shard))
+                out[owner][bucket].updates_out[holder].append(Piece(block, box, -1))
+                out[holder][bucket].updates_in[owner].append(Piece(block, box, shard))
             if source != owner:
                 out[owner][bucket].gradients_in[source].append(Piece(block, box, -1))
                 out[source][bucket].gradients_out[owner].append(Piece(block, box, by_rank[source]))
@@ -47,12 +47,12 @@ def transfers(plan: Plan, shards: Held) -> list[list[Transfers]]:
 
 def elements(transfers: Sequence[Transfers]) -> tuple[int, int]:
     """Elements (sent, received) by these transfers."""
-    out = (pieces for t in transfers for pieces in (*t.gradients_out.values(), *t.directions_out.values()))
-    into = (pieces for t in transfers for pieces in (*t.gradients_in.values(), *t.directions_in.values()))
+    out = (pieces for t in transfers for pieces in (*t.gradients_out.values(), *t.updates_out.values()))
+    into = (pieces for t in transfers for pieces in (*t.gradients_in.values(), *t.updates_in.values()))
     return sum(p.box.numel for pieces in out for p in pieces), sum(p.box.numel for pieces in into for p in pieces)
 
 
-def owners(plan: Plan, shards: Held, carried: Sequence[float]) -> list[int]:
+def owners(plan: Plan, shards: Held, prior_loads: Sequence[float]) -> list[int]:
     """The rule of owners, by a full search over the ranks for every block."""
     pieces = pieces_of_blocks(plan, shards)
     ranks = range(plan.world_size)
@@ -74,7 +74,7 @@ def owners(plan: Plan, shards: Held, carried: Sequence[float]) -> list[int]:
             refresh = block.refresh if phase >= 0 else 0.0
 
             def key(rank: int, in_phase: list[float] = in_phase) -> tuple[float, float, float, int]:
-                return in_phase[rank], loads[rank], carried[rank], rank
+                return in_phase[rank], loads[rank], prior_loads[rank], rank
 
             together: dict[tuple[int, ...], int] = defaultdict(int)
             for box, by_rank in pieces[number].items():

@@ -66,7 +66,7 @@ class Options:
 
     @property
     def warm(self) -> str:
-        """The element-wise method of a block's first directions, and of its length where grafted."""
+        """The element-wise method of a block's first updates, and of its length where grafted."""
         return self.fallback if self.graft == "none" else self.graft
 
     @property
@@ -188,7 +188,7 @@ def rotate(x: Tensor, bases: dict[int, Tensor]) -> Tensor:
 
 
 def adam_in_basis(block: Block, g: Tensor, m: Tensor, o: Options) -> Tensor:
-    """SOAP's direction: v is the mean square of the rotated gradient, with b2 of the second moments."""
+    """SOAP's update: v is the mean square of the rotated gradient, with b2 of the second moments."""
     b = o.graft_beta2
     block.rotated = b * block.rotated + (1.0 - b) * rotate(g, block.bases) ** 2
     block.weight = b * block.weight + (1.0 - b)
@@ -268,20 +268,20 @@ class Reference:
         decay = o.weight_decay_type or ("decoupled" if o.decoupled_weight_decay else "l2")
         if decay == "l2":
             g = g + o.weight_decay * p.value
-        direction = torch.zeros(p.merged, dtype=g.dtype)
+        update = torch.zeros(p.merged, dtype=g.dtype)
         for block in p.blocks:
             bg = g.reshape(p.merged)[block.box]
-            direction[block.box] = self.step_block(block, bg, p.t, o)
-        direction = direction.view(g.shape)
+            update[block.box] = self.step_block(block, bg, p.t, o)
+        update = update.view(g.shape)
         if decay != "l2":
             peak = p.peak_lr if o.peak_lr is None else o.peak_lr
             scale = {"decoupled": 1.0, "corrected": o.lr / peak, "independent": 1.0 / peak}[decay]
-            direction = direction + scale * o.weight_decay * p.value
-        p.value -= o.lr * self._momentum(p, direction, o)
+            update = update + scale * o.weight_decay * p.value
+        p.value -= o.lr * self._momentum(p, update, o)
 
     @classmethod
     def step_block(cls, block: Block, g: Tensor, t: int, o: Options) -> Tensor:
-        """Steps 2 to 6 of the rule: the direction of one block in its step t."""
+        """Steps 2 to 6 of the rule: the update of one block in its step t."""
         if t in range(1, t + 1, o.statistics_frequency):
             cls._factors(block, g, o)
         cls._second_moment(block, g, o)
@@ -296,7 +296,7 @@ class Reference:
                 block.seen = t, {dim: a.clone() for dim, a in block.factors.items()}
             else:
                 cls._renew(block, m, t, o)
-        return cls._direction(block, g, m, t, o)
+        return cls._update(block, g, m, t, o)
 
     @classmethod
     def _renew(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
@@ -417,7 +417,7 @@ class Reference:
         return filtered / (1.0 - beta3 * beta1 ** (t - 1) if o.use_bias_correction else 1.0)
 
     @staticmethod
-    def _direction(block: Block, g: Tensor, m: Tensor, t: int, o: Options) -> Tensor:
+    def _update(block: Block, g: Tensor, m: Tensor, t: int, o: Options) -> Tensor:
         graft = m
         if block.method != "sgd":
             correct = 1.0 - o.graft_beta2**t if block.method.endswith("adam") else 1.0

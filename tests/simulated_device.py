@@ -1,4 +1,4 @@
-"""A device that is not there: tensors that say `cuda:0` and compute on the CPU, and a note of each read on the host.
+"""A device that is not there: tensors that say `cuda:0` and compute on the CPU, and a note of each read on the CPU.
 
 With it the branches for accelerators run where there is none, so that a mixture of devices or a wait for the device is
 found. It knows no streams: what runs on one does so at once.
@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from shampoo_deepspeed.algorithm import background as worker
-from shampoo_deepspeed.algorithm import found_inf as verdict
+from shampoo_deepspeed.algorithm import found_inf as found_inf
 from shampoo_deepspeed.engine import agreement as status
 from shampoo_deepspeed.runtime import metrics
 
 DEVICE = torch.device("cuda", 0)
 PACKAGE = ("/shampoo_deepspeed/", "/integrations/")
-# What brings a value to the host, or makes the host wait for a shape.
+# What brings a value to the CPU, or makes it wait for a shape.
 READS = {
     "item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "nonzero", "masked_select",
     "unique", "equal",
@@ -34,7 +34,7 @@ TO_HOST = {"cpu", "numpy", "tolist", "item"}
 
 
 class Device:
-    """What has been done on the device: reads on the host, and operations on tensors of two devices."""
+    """What has been done on the device: reads on the CPU, and operations on tensors of two devices."""
 
     def __init__(self) -> None:
         self.reads: list[str] = []
@@ -131,8 +131,8 @@ def _marked(out: Any) -> Any:
     return [_marked(item) for item in out] if isinstance(out, list) else out
 
 
-class _Outcome:
-    """As `Outcome`, whose copy to the host nobody waits for in the step."""
+class _StepFlags:
+    """As `StepFlags`, whose copy to the CPU nobody waits for in the step."""
 
     def __init__(self, flags: Tensor) -> None:
         self._flags = flags.clone()
@@ -164,8 +164,8 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> Device:
 
     monkeypatch.setattr(worker, "_run", in_mode)
     monkeypatch.setattr(worker, "_stream", _Stream)
-    for module in (verdict, status):
-        monkeypatch.setattr(module, "Outcome", _Outcome)
+    for module in (found_inf, status):
+        monkeypatch.setattr(module, "StepFlags", _StepFlags)
     monkeypatch.setattr(metrics.Stopwatch, "span", lambda self, device: contextlib.nullcontext())
     monkeypatch.setattr(torch, "Event", event)
     monkeypatch.setattr(torch.accelerator, "current_stream", _Stream)

@@ -58,9 +58,9 @@ def drive(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: Ite
 
 def refresh(preconditioner: Preconditioner, state: dict[str, Tensor], step: int, moments: Tensor) -> list[int]:
     """A whole refresh as a stack does it; gives the rows that failed."""
-    renewed = preconditioner.compute(state, step)
-    failed = preconditioner.install(state, renewed)
-    preconditioner.settle(state, renewed, moments)
+    result = preconditioner.compute(state, step)
+    failed = preconditioner.install(state, result)
+    preconditioner.settle(state, result, moments)
     return failed
 
 
@@ -92,8 +92,10 @@ def same_bits(left: Any, right: Any) -> bool:
             return False
         return torch.equal(_bytes(left), _bytes(right))
     if isinstance(left, Mapping):
-        return isinstance(right, Mapping) and left.keys() == right.keys() and all(
-            same_bits(value, right[key]) for key, value in left.items()
+        return (
+            isinstance(right, Mapping)
+            and left.keys() == right.keys()
+            and all(same_bits(value, right[key]) for key, value in left.items())
         )
     if isinstance(left, (list, tuple)):
         return type(left) is type(right) and len(left) == len(right) and all(map(same_bits, left, right))

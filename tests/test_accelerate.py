@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.integrations.accelerate import check_innermost, prepare, refuse_offload
-from shampoo_deepspeed.state.unwrap import innermost
+from shampoo_deepspeed.integrations.accelerate import check_inner_optimizer, prepare, refuse_offload
+from shampoo_deepspeed.state.unwrap import inner_optimizer
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_all_objects_come_back_in_their_places_and_train(accelerator: Accelerato
     loader = DataLoader([torch.ones(6)], batch_size=1)
     given = (loader, LambdaLR(shampoo, lambda step: 1.0), model, shampoo)
     prepared_loader, scheduler, prepared_model, optimizer = prepare(accelerator, *given)
-    assert prepared_model is model and innermost(optimizer) is shampoo and scheduler.scheduler is given[1]
+    assert prepared_model is model and inner_optimizer(optimizer) is shampoo and scheduler.scheduler is given[1]
     accelerator.backward(prepared_model(next(iter(prepared_loader))).sum())
     optimizer.step()
     assert not torch.equal(model.weight, before)
@@ -45,7 +45,7 @@ def test_one_shampoo_and_one_model_are_taken(accelerator: Accelerator) -> None:
     for wrong in ((model,), (model, shampoo, shampoo), (model, nn.Linear(2, 2), shampoo)):
         with pytest.raises(TypeError, match="give one Shampoo and its model; here are"):
             prepare(accelerator, *wrong)
-    assert innermost(prepare(accelerator, shampoo)) is shampoo
+    assert inner_optimizer(prepare(accelerator, shampoo)) is shampoo
 
 
 def test_the_model_must_hold_the_parameters(accelerator: Accelerator) -> None:
@@ -59,7 +59,7 @@ def test_the_wrapped_model_is_told_before_the_first_step(accelerator: Accelerato
     model(torch.ones(6)).sum().backward()
     shampoo.step()
     with pytest.raises(RuntimeError, match="must be told before the first step"):
-        shampoo.note_model(model)
+        shampoo.attach_model(model)
 
 
 def test_another_optimizer_in_the_place_of_shampoo_is_named() -> None:
@@ -67,7 +67,7 @@ def test_another_optimizer_in_the_place_of_shampoo_is_named() -> None:
     with pytest.raises(
         RuntimeError, match=r"the optimizer that trains is torch\.optim\.sgd\.SGD, not Shampoo; do this"
     ):
-        check_innermost(other, "do this")
+        check_inner_optimizer(other, "do this")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from shampoo_deepspeed.algorithm.preconditioners.refresh_result import Renewed
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
 from tests.backgrounds import (
     FORMS,
@@ -41,7 +41,7 @@ def test_a_slow_thread_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch
     choice = random.Random(5)
 
     def slowed(compute: Compute) -> Compute:
-        def work(*arguments: Any) -> Renewed:
+        def work(*arguments: Any) -> RefreshResult:
             time.sleep(choice.choice([0.0, 0.003]))
             found = compute(*arguments)
             time.sleep(choice.choice([0.0, 0.003]))
@@ -60,7 +60,7 @@ def test_the_step_does_not_wait_and_the_next_one_does(monkeypatch: pytest.Monkey
     allowed, threads = threading.Event(), []
 
     def held(compute: Compute) -> Compute:
-        def work(*arguments: Any) -> Renewed:
+        def work(*arguments: Any) -> RefreshResult:
             threads.append(threading.current_thread())
             assert allowed.wait(60)
             return compute(*arguments)
@@ -127,7 +127,7 @@ def test_an_error_on_the_thread_is_raised_by_the_step_that_needs_it(monkeypatch:
     """By every step that does, and no state has changed meanwhile."""
     params, optimizer = trained(FREQUENCY - 1)
 
-    def broken(*_: Any) -> Renewed:
+    def broken(*_: Any) -> RefreshResult:
         raise ZeroDivisionError("on the thread")
 
     with monkeypatch.context() as patch:

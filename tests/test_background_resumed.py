@@ -45,8 +45,8 @@ def another(
 ) -> tuple[list[nn.Parameter], Shampoo]:
     """The optimizer of another process that goes on, and its parameters."""
     if way in ("deepcopy", "pickle"):
-        copied, other = copy.deepcopy((params, optimizer)) if way == "deepcopy" else pickle.loads(
-            pickle.dumps((params, optimizer))
+        copied, other = (
+            copy.deepcopy((params, optimizer)) if way == "deepcopy" else pickle.loads(pickle.dumps((params, optimizer)))
         )
         return copied, other
     copied = [nn.Parameter(p) for p in snapshot(params)]

@@ -28,7 +28,7 @@ from shampoo_deepspeed.integrations.checkpoints import add_to_save_state, newest
 from shampoo_deepspeed.integrations.trainer import ShampooCallback, ShampooFactory, ShampooTrainer, deferred
 from shampoo_deepspeed.options.config import OPTION_NAMES
 from shampoo_deepspeed.state.dcp_state import completed_group, robust_group
-from shampoo_deepspeed.state.unwrap import innermost
+from shampoo_deepspeed.state.unwrap import inner_optimizer
 from tests.distributed.trainings import Training, make_data, make_model
 from tests.stepping import same_bits, shampoo, snapshot, state_of, train
 from tests.zoo import make_model as zoo_model
@@ -121,7 +121,7 @@ def test_a_checkpoint_without_the_optimizer_starts_it_anew_only_if_asked(
     again, _ = trainer(tmp_path, ShampooTrainer, willing, max_steps=4)
     again.train(path)
     assert "the optimizer starts anew" in caplog.text
-    assert set(state_of(innermost(again.optimizer))["steps"].values()) == {2}
+    assert set(state_of(inner_optimizer(again.optimizer))["steps"].values()) == {2}
 
 
 def test_a_trainer_begins_with_the_state_of_another_run(tmp_path: Path) -> None:
@@ -133,11 +133,11 @@ def test_a_trainer_begins_with_the_state_of_another_run(tmp_path: Path) -> None:
     run.model.load_state_dict(before.model.state_dict())
     plain = copy.deepcopy(run.model)
     run.train()
-    assert set(state_of(innermost(run.optimizer))["steps"].values()) == {4}
+    assert set(state_of(inner_optimizer(run.optimizer))["steps"].values()) == {4}
     again, _ = trainer(tmp_path / "twice", ShampooTrainer, start, max_steps=2)
     again.train()
     again.train()
-    assert set(state_of(innermost(again.optimizer))["steps"].values()) == {6}  # the second goes on with the first
+    assert set(state_of(inner_optimizer(again.optimizer))["steps"].values()) == {6}  # the second goes on with the first
     anew, _ = trainer(tmp_path / "anew", max_steps=2)
     anew.model.load_state_dict(plain.state_dict())
     anew.train()
@@ -145,7 +145,7 @@ def test_a_trainer_begins_with_the_state_of_another_run(tmp_path: Path) -> None:
     assert not same_bits(snapshot(run.model.parameters()), snapshot(anew.model.parameters()))
     again, _ = trainer(tmp_path / "run", ShampooTrainer, start, max_steps=3)
     again.train(True)
-    assert set(state_of(innermost(again.optimizer))["steps"].values()) == {5}
+    assert set(state_of(inner_optimizer(again.optimizer))["steps"].values()) == {5}
 
 
 def test_a_state_to_begin_with_that_is_not_there_stops_the_training_at_its_start(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_an_accelerate_loop_goes_on_to_the_bit(tmp_path: Path) -> None:
 
 def test_accelerate_does_not_lose_a_missing_part(tmp_path: Path) -> None:
     loop(tmp_path, load=False)
-    with pytest.raises(RuntimeError, match="state is saved elsewhere"):
+    with pytest.raises(RuntimeError, match="says where the optimizer.s state is saved"):
         loop(tmp_path, load=True, attached=False)
     (tmp_path / "shampoo/manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no manifest.json"):

@@ -1,4 +1,4 @@
-"""Every option alone and every pair of option values, in float64: directions of each step, and state, are the plain
+"""Every option alone and every pair of option values, in float64: updates of each step, and state, are the plain
 reference's.
 
 Tensors have one to four dims, and blocks are smaller than, equal to and larger than their dims.

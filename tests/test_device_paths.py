@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from tests.simulated_device import Device, Mode, OnDevice, simulate
 
 STEPS, FREQUENCY = 7, 3
@@ -44,7 +44,7 @@ def gradient(name: str, step: int) -> Tensor:
 def trained(
     options: dict[str, Any], device: Device | None = None, bad: int = -1
 ) -> tuple[list[Tensor], list[list[str]]]:
-    """The parameters after all steps, and what the host has read in each; step ``bad`` has gradients of NaN."""
+    """The parameters after all steps, and what the framework has read in each; step ``bad`` has gradients of NaN."""
     mark = (lambda t: t.as_subclass(OnDevice)) if device else (lambda t: t)
     params = {name: nn.Parameter(mark(gradient(name, -1))) for name in SHAPES}
     reads = []
@@ -83,9 +83,9 @@ def test_a_step_without_refresh_waits_for_nothing(case: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("rejected", [False, True])
 def test_a_decay_has_the_precision_of_what_it_multiplies(rejected: bool) -> None:
-    verdict = Verdict(torch.tensor(rejected), torch.float32)
-    assert verdict.keep(0.9999, torch.float64).item() == (1.0 if rejected else 0.9999)
-    assert verdict.keep(0.9999).dtype == torch.float32
+    found_inf = FoundInf(torch.tensor(rejected), torch.float32)
+    assert found_inf.keep(0.9999, torch.float64).item() == (1.0 if rejected else 0.9999)
+    assert found_inf.keep(0.9999).dtype == torch.float32
 
 
 @pytest.mark.parametrize("refresh", ["sync", "staggered", "background"])

@@ -22,7 +22,7 @@ from shampoo_deepspeed import Shampoo, ShampooConfig
 from shampoo_deepspeed.__main__ import main
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.estimate import Estimate, Step, estimate
-from shampoo_deepspeed.estimate.expected_shards import HOSTS, layouts
+from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, layouts
 from shampoo_deepspeed.estimate.model_shapes import ModelError, llama_shapes, parameters_of, parameters_of_file
 from shampoo_deepspeed.estimate.recommend import Speed, expected_overhead, recommend
 from shampoo_deepspeed.geometry.boxes import Box, tiling_error
@@ -77,13 +77,13 @@ def test_state_is_that_of_an_optimizer_in_one_process(options: dict[str, Any], d
 
 
 @settings(max_examples=100)
-@given(st.lists(shapes, min_size=1, max_size=5), st.integers(1, 6), st.sampled_from(HOSTS), st.integers(0, 60))
+@given(st.lists(shapes, min_size=1, max_size=5), st.integers(1, 6), st.sampled_from(FRAMEWORKS), st.integers(0, 60))
 def test_every_layout_covers_every_parameter_once(
-    of: Sequence[tuple[int, ...]], ranks: int, host: str, sub_group_size: int
+    of: Sequence[tuple[int, ...]], ranks: int, framework: str, sub_group_size: int
 ) -> None:
     """Replicas hold equal boxes; local tensors are as long as what lies in them, and padding."""
     sharded = next(n for n in (3, 2, 1) if ranks % n == 0)
-    units = layouts(host, of, ranks, sharded, sub_group_size)
+    units = layouts(framework, of, ranks, sharded, sub_group_size)
     assert [n for unit in units for n in unit.parameters] == list(range(len(of)))
     for unit in units:
         for index, number in enumerate(unit.parameters):
@@ -98,28 +98,28 @@ def test_hsdp_replicates_across_and_shards_within() -> None:
     assert unit.shards == [[(0, Box((0, 0), (2, 2)))], [(0, Box((2, 0), (2, 2)))]] * 2
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("ranks", [8, 24, 64, 256])
-def test_the_slowest_rank_of_llama_3_8b_is_within_five_percent(host: str, ranks: int) -> None:
-    made = estimate(parameters_of("llama-3-8b"), ranks, host, config(), shard_ranks=8)
+def test_the_slowest_rank_of_llama_3_8b_is_within_five_percent(framework: str, ranks: int) -> None:
+    made = estimate(parameters_of("llama-3-8b"), ranks, framework, config(), shard_ranks=8)
     assert made.blocks == 6656
     assert made.imbalance <= 1.05
 
 
-@pytest.mark.parametrize("host", ["zero2", "zero3", "fsdp2", "hsdp"])
+@pytest.mark.parametrize("framework", ["zero2", "zero3", "fsdp2", "hsdp"])
 @pytest.mark.parametrize("ranks", [8, 64])
-def test_every_step_of_a_staggered_window_is_balanced_and_as_long_as_any_other(host: str, ranks: int) -> None:
+def test_every_step_of_a_staggered_window_is_balanced_and_as_long_as_any_other(framework: str, ranks: int) -> None:
     """Of equal blocks a rank has 104 at 64 ranks, 10.4 for each step of the window."""
-    made = estimate(parameters_of("llama-3-8b"), ranks, host, config(refresh="staggered"), shard_ranks=8)
+    made = estimate(parameters_of("llama-3-8b"), ranks, framework, config(refresh="staggered"), shard_ranks=8)
     assert made.imbalance <= 1.05
     assert all(step.slowest <= 1.05 * step.mean for step in made.window)
     assert made.slowest_step <= 1.01 * made.fastest_step
 
 
-@pytest.mark.parametrize("host", ["zero2", "fsdp2"])
-def test_llama_3_70b_on_1024_ranks_takes_seconds(host: str) -> None:
+@pytest.mark.parametrize("framework", ["zero2", "fsdp2"])
+def test_llama_3_70b_on_1024_ranks_takes_seconds(framework: str) -> None:
     begun = time.process_time()
-    made = estimate(parameters_of("llama-3-70b"), 1024, host, config(), shard_ranks=8)
+    made = estimate(parameters_of("llama-3-70b"), 1024, framework, config(), shard_ranks=8)
     assert time.process_time() - begun < 10.0
     assert made.elements == 70_553_706_496
     assert made.imbalance <= 1.05
@@ -146,16 +146,19 @@ def test_work_is_spread_over_the_window_as_the_refreshes_are() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"host": "fsdp"}, "host 'fsdp' is not allowed: one of zero1"),
+        ({"framework": "fsdp"}, "framework 'fsdp' is not allowed: one of zero1"),
         ({"world_size": 0}, "world_size 0 is not allowed: an integer >= 1"),
-        ({"host": "hsdp", "shard_ranks": 3}, "shard_ranks 3 is not allowed: it must divide world_size, which is 4"),
+        (
+            {"framework": "hsdp", "shard_ranks": 3},
+            "shard_ranks 3 is not allowed: it must divide world_size, which is 4",
+        ),
         ({"weights_dtype": "float8"}, "weights_dtype 'float8' is not allowed"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> None:
-    given: dict[str, Any] = {"world_size": 4, "host": "ddp"} | arguments
+    given: dict[str, Any] = {"world_size": 4, "framework": "ddp"} | arguments
     with pytest.raises(ValueError, match=message):
-        estimate(matrices((8, 8)), given.pop("world_size"), given.pop("host"), config(), **given)
+        estimate(matrices((8, 8)), given.pop("world_size"), given.pop("framework"), config(), **given)
 
 
 # --- models
@@ -298,7 +301,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_the_table_and_the_json_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["--model", "llama-3.2-1b", "--world-size", "16", "--host", "fsdp2", "--option", "betas=[0.9, 0.95]"]
+    common = ["--model", "llama-3.2-1b", "--world-size", "16", "--framework", "fsdp2", "--option", "betas=[0.9, 0.95]"]
     speed = ["--tokens-per-step", "1e6", "--tflops", "400", "--bandwidth", "100", "--memory-budget", "2"]
     table, out = run(capsys, *common, *speed), json.loads(run(capsys, *common, *speed, "--json"))
     made = estimate(parameters_of("llama-3.2-1b"), 16, "fsdp2", config(betas=(0.9, 0.95)))
@@ -318,7 +321,7 @@ def test_a_deepspeed_json_gives_host_and_options(capsys: pytest.CaptureFixture[s
     path.write_text(json.dumps({"optimizer": {"type": "Shampoo", "params": params}, "zero_optimization": zero}))
     common = ["--model", "llama-3.2-1b", "--world-size", "4", "--ds-config", str(path), "--json"]
     out = json.loads(run(capsys, *common))
-    assert (out["host"], out["options"]["precondition_frequency"]) == ("zero3", 20)
+    assert (out["framework"], out["options"]["precondition_frequency"]) == ("zero3", 20)
     assert out["step_units"] > 10
     out = json.loads(run(capsys, *common, "--precondition-frequency", "5"))
     assert (out["options"]["precondition_frequency"], out["options"]["max_preconditioner_dim"]) == (5, 512)
@@ -327,16 +330,28 @@ def test_a_deepspeed_json_gives_host_and_options(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "llama-3-8", "--host", "ddp"], "'llama-3-8' is not known; did you mean 'llama-3-8b'"),
-        (["--model", "llama-3-8b"], "--host is missing: one of zero1"),
-        (["--model", "llama-3-8b", "--host", "ddp", "--option", "beta=1"], "Unknown Shampoo option 'beta'"),
-        (["--model", "llama-3-8b", "--host", "ddp", "--option", "betas"], "--option 'betas' is not allowed: NAME=JSON"),
-        (["--model", "llama-3-8b", "--host", "hsdp"], "--shard-ranks is missing"),
-        (["--model", "llama-3-8b", "--host", "zero3", "--shard-ranks", "3"], "--shard-ranks 3 is not allowed with"),
-        (["--model", "llama-3-8b", "--host", "ddp", "--tflops", "4"], "--tokens-per-step and --tflops go together"),
-        (["--model", "llama-3-8b", "--host", "ddp", "--tflops", "-4"], "--tflops -4 is not allowed: a number > 0"),
+        (["--model", "llama-3-8", "--framework", "ddp"], "'llama-3-8' is not known; did you mean 'llama-3-8b'"),
+        (["--model", "llama-3-8b"], "--framework is missing: one of zero1"),
+        (["--model", "llama-3-8b", "--framework", "ddp", "--option", "beta=1"], "Unknown Shampoo option 'beta'"),
+        (
+            ["--model", "llama-3-8b", "--framework", "ddp", "--option", "betas"],
+            "--option 'betas' is not allowed: NAME=JSON",
+        ),
+        (["--model", "llama-3-8b", "--framework", "hsdp"], "--shard-ranks is missing"),
+        (
+            ["--model", "llama-3-8b", "--framework", "zero3", "--shard-ranks", "3"],
+            "--shard-ranks 3 is not allowed with",
+        ),
+        (
+            ["--model", "llama-3-8b", "--framework", "ddp", "--tflops", "4"],
+            "--tokens-per-step and --tflops go together",
+        ),
+        (["--model", "llama-3-8b", "--framework", "ddp", "--tflops", "-4"], "--tflops -4 is not allowed: a number > 0"),
         (["--model", "llama-3-8b", "--ds-config", "missing.json"], "--ds-config 'missing.json' is not a JSON file"),
-        (["--model", "llama-3-8b", "--host", "ddp", "--max-preconditioner-dim", "0"], "'max_preconditioner_dim' = 0"),
+        (
+            ["--model", "llama-3-8b", "--framework", "ddp", "--max-preconditioner-dim", "0"],
+            "'max_preconditioner_dim' = 0",
+        ),
     ],
 )
 def test_bad_arguments_are_named(
@@ -354,7 +369,7 @@ def test_bad_arguments_are_named(
     [
         ({"optimizer": {"type": "AdamW"}}, "optimizer.type = 'AdamW' is not allowed: Shampoo"),
         ({"zero_optimization": {"stage": 5}}, "zero_optimization.stage = 5 is not allowed: 0, 1, 2 or 3"),
-        ({"zero_optimization": {"stage": 2}}, "--host 'zero3' is not what"),
+        ({"zero_optimization": {"stage": 2}}, "--framework 'zero3' is not what"),
         ({"optimizer": {"params": {"lrr": 1}}, "zero_optimization": {"stage": 3}}, "Unknown Shampoo option 'lrr'"),
     ],
 )
@@ -364,7 +379,9 @@ def test_a_bad_deepspeed_json_is_named(
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
     with pytest.raises(SystemExit):
-        main(["estimate", "--model", "llama-3-8b", "--world-size", "2", "--host", "zero3", "--ds-config", str(path)])
+        main(
+            ["estimate", "--model", "llama-3-8b", "--world-size", "2", "--framework", "zero3", "--ds-config", str(path)]
+        )
     assert message in capsys.readouterr().err
 
 

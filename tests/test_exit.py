@@ -13,13 +13,13 @@ BUSY_TO_THE_END = """
 import sys, time
 import torch
 import torch.distributed as dist
-from shampoo_deepspeed.distributed.process_groups import part_in_order
+from shampoo_deepspeed.distributed.process_groups import delay_exit_for_gloo
 from tests.stepping import drive, parameter, shampoo
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=0, world_size=1)
 held = dist.group.WORLD
 params = [parameter(8, 6)]
 drive(shampoo([("w", params[0])]), params, range(2))
-assert part_in_order.cache_info().currsize == 1
+assert delay_exit_for_gloo.cache_info().currsize == 1
 sys.setswitchinterval(1000)
 tensor = torch.rand(1000)
 dist.all_reduce(tensor, async_op=True)
@@ -37,11 +37,11 @@ def test_a_gloo_thread_that_waits_for_the_interpreter_aborts_no_exit(tmp_path: P
 
 
 ALONE = """
-from shampoo_deepspeed.distributed.process_groups import part_in_order
+from shampoo_deepspeed.distributed.process_groups import delay_exit_for_gloo
 from tests.stepping import drive, parameter, shampoo
 params = [parameter(8, 6)]
 drive(shampoo([("w", params[0])]), params, range(2))
-print(part_in_order.cache_info().currsize, "waits")
+print(delay_exit_for_gloo.cache_info().currsize, "waits")
 """
 
 

@@ -1,4 +1,4 @@
-"""SOAP, KL-Shampoo and kept eigenbases take the very steps of the float64 reference: state and directions."""
+"""SOAP, KL-Shampoo and kept eigenbases take the very steps of the float64 reference: state and updates."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from shampoo_deepspeed import Shampoo, ShampooConfig
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
-from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from tests.comparing import block_deviations
 from tests.reference import Options, Reference, new_block
 from tests.zoo import gradients, make_batch, make_model, relative_error
 
 BOUND = 1e-9
-ACCEPTED = Verdict(torch.tensor(False), torch.float64)
+ACCEPTED = FoundInf(torch.tensor(False), torch.float64)
 FLOAT64 = {"factor_dtype": "float64", "root_dtype": "float64"}
-# A basis of a factor with several null directions is not unique, so preconditioning starts when there are none left.
+# A basis of a factor with several null updates is not unique, so preconditioning starts when there are none left.
 BASE: dict[str, Any] = {"precondition_frequency": 3, "start_preconditioning_step": 8}
 EVERY_SECOND: dict[str, Any] = {"statistics_frequency": 2, "start_preconditioning_step": 12}
 EVERY_THIRD: dict[str, Any] = {"statistics_frequency": 3, "start_preconditioning_step": 17}
@@ -79,7 +79,7 @@ def draw(shape: tuple[int, ...], step: int, salt: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("options", CASES)
-def test_blocks_of_every_order_have_the_references_state_and_directions(
+def test_blocks_of_every_order_have_the_references_state_and_updates(
     options: dict[str, Any], shape: tuple[int, ...]
 ) -> None:
     config = ShampooConfig(**(BASE | FLOAT64 | options))
@@ -88,9 +88,9 @@ def test_blocks_of_every_order_have_the_references_state_and_directions(
     blocks = [new_block((...,), torch.zeros(shape, dtype=torch.float64), rule) for _ in stack.keys]
     for step in range(1, 25):
         drawn = [draw(shape, step, salt) for salt in (1, 2)]
-        directions = stack.step(0, torch.stack(drawn), [step, step], config, ACCEPTED)
+        updates = stack.step(0, torch.stack(drawn), [step, step], config, ACCEPTED)
         for row, (block, g) in enumerate(zip(blocks, drawn, strict=True)):
-            assert relative_error(directions[row], Reference.step_block(block, g, step, rule)) < BOUND, step
+            assert relative_error(updates[row], Reference.step_block(block, g, step, rule)) < BOUND, step
     for row, block in enumerate(blocks):
         found = block_deviations(stack.tensors, row, block, config.preconditioner)
         assert max(found.values()) < BOUND, found
@@ -99,7 +99,7 @@ def test_blocks_of_every_order_have_the_references_state_and_directions(
 @pytest.mark.parametrize("limit", [4, 12, 1024], ids=lambda n: f"blocks_of_{n}")
 @pytest.mark.parametrize("preconditioner", ["soap", "kl_shampoo"])
 def test_block_sizes_below_equal_and_above_the_dims(preconditioner: str, limit: int) -> None:
-    """Over whole parameters, with what is cut, merged or left element-wise, and all that follows the direction."""
+    """Over whole parameters, with what is cut, merged or left element-wise, and all that follows the update."""
     options: dict[str, Any] = {
         "preconditioner": preconditioner,
         "lr": 1e-2,

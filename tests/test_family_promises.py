@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shampoo_deepspeed import Shampoo, ShampooConfig
-from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners import build
 from shampoo_deepspeed.options.choices import PRECONDITIONERS
 from tests.stepping import drive, made_up, parameter, refresh, same_bits, shampoo, snapshot
@@ -21,12 +21,12 @@ from tests.zoo import relative_error
 
 F64 = torch.float64
 FLOAT64 = {"factor_dtype": "float64", "root_dtype": "float64"}
-ACCEPTED = Verdict(torch.tensor(False), F64)
+ACCEPTED = FoundInf(torch.tensor(False), F64)
 TEXT = Path(__file__).parent.parent / "README.md"
 
 
 def moves(gradients: list[Tensor], **options: Any) -> list[Tensor]:
-    """The directions of one parameter's steps."""
+    """The updates of one parameter's steps."""
     p = torch.nn.Parameter(torch.zeros_like(gradients[0]))
     optimizer = Shampoo([p], lr=1.0, **({} if p.dtype == torch.float32 else FLOAT64), **options)
     found = []
@@ -68,11 +68,11 @@ def test_signs_and_order_of_eigenvectors_mean_nothing_between_soaps_refreshes(op
         other["rotated_second_moment"] = other["rotated_second_moment"].index_select(mode + 1, order)
     for step in range(7, 12):
         g, m = (made_up(torch.empty(2, *shape, dtype=F64), step, salt) for salt in (0, 1))
-        directions = [
+        updates = [
             preconditioner.apply(kept, preconditioner.enter(kept, g), preconditioner.enter(kept, m), ACCEPTED)
             for kept in (state, other)
         ]
-        assert relative_error(directions[1], directions[0]) < 1e-12
+        assert relative_error(updates[1], updates[0]) < 1e-12
 
 
 @pytest.mark.parametrize("preconditioner", ["shampoo", "kl_shampoo"])
@@ -89,7 +89,7 @@ def test_an_orthogonal_change_of_basis_changes_the_direction_by_the_same(
 
 
 def test_soap_in_a_turned_basis_turns_alike() -> None:
-    """From the first refresh on: the element-wise direction before it is tied to the coordinates."""
+    """From the first refresh on: the element-wise update before it is tied to the coordinates."""
     left, right, gradients = orthogonal(6, 1), orthogonal(4, 2), drawn(6, 4)
     options = {"precondition_frequency": 2, "preconditioner": "soap", "elementwise": "sgd"}
     turned = moves([left @ g @ right for g in gradients], **options)
@@ -149,14 +149,14 @@ def gradients_of(kind: str, dtype: torch.dtype) -> list[Tensor]:
         found = [g[:, :1] @ g[:1] for g in random]
     elif kind == "one_rank_one":
         found = [random[0][:, :1] @ random[0][:1]] * 12
-    else:  # an exactly null direction of the left factor, as for what writes into a LayerNorm
+    else:  # an exactly null update of the left factor, as for what writes into a LayerNorm
         found = [g - g.mean(0, keepdim=True) for g in random]
     return [g.to(dtype) for g in found]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 @pytest.mark.parametrize("options", [{}, {"eps": 0.0, "epsilon": 0.0, "relative_epsilon": 0.0}], ids=str)
-@pytest.mark.parametrize("kind", ["zero", "rank_one", "one_rank_one", "null_direction"])
+@pytest.mark.parametrize("kind", ["zero", "rank_one", "one_rank_one", "null_update"])
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 def test_degenerate_gradients_give_finite_steps_and_with_the_default_epsilons_calm_ones(
     preconditioner: str, kind: str, options: dict[str, Any], dtype: torch.dtype
@@ -176,7 +176,7 @@ def test_degenerate_gradients_give_finite_steps_and_with_the_default_epsilons_ca
 
 def test_soap_leaves_an_exactly_null_direction_alone() -> None:
     """In float32 there is rounding noise only, which the relative part of eps keeps from becoming a step."""
-    gradients = [1e3 * g for g in gradients_of("null_direction", torch.float32)]
+    gradients = [1e3 * g for g in gradients_of("null_update", torch.float32)]
     for step in moves(gradients, preconditioner="soap", precondition_frequency=3)[2:]:
         assert step.mean(0).abs().max() < 0.15 * step.square().mean().sqrt()
 
@@ -233,10 +233,10 @@ def test_a_block_whose_refresh_fails_keeps_all_that_is_applied(
     """The other block of the stack is refreshed; a failure before the first refresh leaves nothing behind."""
     made = build(ShampooConfig(preconditioner=preconditioner, **options))
     state = made.new_state(2, (4, 3), torch.device("cpu"), torch.float32)
-    verdict = Verdict(torch.tensor(False), torch.float32)
+    found_inf = FoundInf(torch.tensor(False), torch.float32)
     for step in range(1, 5):
         g = made_up(torch.empty(2, 4, 3), step)
-        made.accumulate(state, g, verdict)
+        made.accumulate(state, g, found_inf)
         before = {name: tensor.clone() for name, tensor in state.items()}
         if step in (1, 4):
             state["factor_1"][0] = spoiled
@@ -246,7 +246,7 @@ def test_a_block_whose_refresh_fails_keeps_all_that_is_applied(
         assert any(not torch.equal(tensor[1], before[name][1]) for name, tensor in state.items())
         state["factor_1"].copy_(before["factor_1"])
         seen = made.enter(state, g)
-        assert torch.isfinite(made.apply(state, seen, seen, verdict)).all()
+        assert torch.isfinite(made.apply(state, seen, seen, found_inf)).all()
 
 
 @pytest.mark.parametrize("preconditioner", ["soap", "kl_shampoo"])

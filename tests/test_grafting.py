@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shampoo_deepspeed.algorithm import grafting
-from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.engine import shard_update as shards
 from shampoo_deepspeed.options.choices import GRAFTING_METHODS
 from tests.stepping import drive, made_up, parameter, same_bits, shampoo, snapshot
@@ -17,7 +17,7 @@ from tests.zoo import relative_error
 
 F64 = torch.float64
 BETA2, EPS = 0.9, 1e-3
-ACCEPTED, REJECTED = (Verdict(torch.tensor(flag), F64) for flag in (False, True))
+ACCEPTED, REJECTED = (FoundInf(torch.tensor(flag), F64) for flag in (False, True))
 WITH_MOMENT = [method for method in GRAFTING_METHODS if method not in ("none", "sgd")]
 
 
@@ -44,7 +44,7 @@ def test_second_moments_and_directions_are_those_of_the_plain_formulas(method: s
         v = plain_second_moment(method, history[:step])
         torch.testing.assert_close(second[0], v, rtol=1e-13, atol=0)
         corrected = v / (1 - BETA2**step) if method.endswith("adam") else v
-        (found,), factor = grafting.direction(method, [moment], second, step, BETA2, EPS)
+        (found,), factor = grafting.update(method, [moment], second, step, BETA2, EPS)
         torch.testing.assert_close(found * factor, moment / (corrected.sqrt() + EPS), rtol=1e-13, atol=0)
 
 
@@ -53,7 +53,7 @@ def test_without_a_second_moment_the_direction_is_the_first_moment(method: str) 
     assert not grafting.has_second_moment(method)
     moment = made_up(torch.empty(3, 4), 0)
     grafting.accumulate(method, [], [moment], BETA2, ACCEPTED)
-    (found,), factor = grafting.direction(method, [moment], [], 1, BETA2, EPS)
+    (found,), factor = grafting.update(method, [moment], [], 1, BETA2, EPS)
     assert torch.equal(found, moment) and factor == 1.0
 
 
@@ -71,7 +71,7 @@ def test_first_moments_are_those_of_the_plain_formula(beta1: float, corrected: b
 @pytest.mark.parametrize("corrected", [True, False])
 @pytest.mark.parametrize("method", ["sgd", "adam"])
 def test_what_follows_the_direction_does_not_reach_the_first_moment(method: str, corrected: bool) -> None:
-    """Without correction SGD's direction is the stored moment itself; decay, momentum and lr are applied in place."""
+    """Without correction SGD's update is the stored moment itself; decay, momentum and lr are applied in place."""
     p, bias = parameter(6, 5, dtype=F64), parameter(5, dtype=F64)
     optimizer = shampoo([p, bias], grafting=method, use_bias_correction=corrected, momentum=0.9, nesterov=True)
     drive(optimizer, [p, bias], range(5))
@@ -85,7 +85,7 @@ def test_what_follows_the_direction_does_not_reach_the_first_moment(method: str,
 def test_with_an_epsilon_of_zero_elements_without_any_gradient_get_zero(method: str) -> None:
     """0 / 0 must not become NaN; the other elements are as always."""
     moment, second = torch.tensor([0.0, 5.0, 2.0]), torch.tensor([0.0, 0.0, 4.0])
-    (found,), factor = grafting.direction(method, [moment], [second], 1, 0.75, 0.0)
+    (found,), factor = grafting.update(method, [moment], [second], 1, 0.75, 0.0)
     scale = 0.5 if method.endswith("adam") else 1.0
     assert torch.equal(found * factor, torch.tensor([0.0, 0.0, scale]))
 
@@ -155,7 +155,7 @@ GRAFTED = [method for method in GRAFTING_METHODS if method != "none"]
 
 @pytest.mark.parametrize("method", GRAFTED)
 def test_each_block_takes_the_step_length_of_its_grafting_method(method: str) -> None:
-    """Same moments, one step preconditioned and one not: other directions, equal lengths, block by block."""
+    """Same moments, one step preconditioned and one not: other updates, equal lengths, block by block."""
     p, warm = parameter(12, 10), parameter(12, 10)
     grafted = shampoo([p], grafting=method, weight_decay=0.0)
     other = shampoo([warm], grafting=method, weight_decay=0.0, start_preconditioning_step=100)

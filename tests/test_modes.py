@@ -12,7 +12,7 @@ from torch import Tensor
 from shampoo_deepspeed import ShampooConfig
 from shampoo_deepspeed.algorithm import block_stack as stacks
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
-from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.linalg.inverse_root import symmetric
 from shampoo_deepspeed.linalg.mode_products import STRIP, add_gram_
 from tests.reference import Options, Reference, new_block
@@ -20,7 +20,7 @@ from tests.stepping import made_up
 from tests.zoo import relative_error
 
 F64 = torch.float64
-ACCEPTED = Verdict(torch.tensor(False), F64)
+ACCEPTED = FoundInf(torch.tensor(False), F64)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
@@ -70,7 +70,7 @@ def test_products_in_bfloat16_round_directions_and_leave_statistics_alone(precon
     for step in range(1, 9):
         g = made_up(torch.empty(1, 12, 8), step)
         full, narrow = (
-            stack.step(0, g.clone(), [step], c, Verdict(torch.tensor(False), torch.float32))
+            stack.step(0, g.clone(), [step], c, FoundInf(torch.tensor(False), torch.float32))
             for stack, c in zip(stacks, configs, strict=True)
         )
         assert narrow.dtype == torch.float32
@@ -119,5 +119,7 @@ def test_kl_shampoo_decomposes_in_float64(tolerance: float | None, monkeypatch: 
     config = ShampooConfig(preconditioner="kl_shampoo", precondition_frequency=1, refresh_tolerance=tolerance)
     stack = BlockStack(["a/0"], (12, 8), config, torch.device("cpu"), torch.float32)
     for step in range(1, 4):
-        stack.step(0, made_up(torch.empty(1, 12, 8), step), [step], config, Verdict(torch.tensor(False), torch.float32))
+        stack.step(
+            0, made_up(torch.empty(1, 12, 8), step), [step], config, FoundInf(torch.tensor(False), torch.float32)
+        )
     assert seen == {F64}

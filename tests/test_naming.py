@@ -8,7 +8,7 @@ from torch import nn
 
 from shampoo_deepspeed import ShampooConfig
 from shampoo_deepspeed.distributed.frameworks import Parameter
-from shampoo_deepspeed.engine.policy import treat
+from shampoo_deepspeed.engine.policy import policy_of
 from shampoo_deepspeed.options.choices import DEFAULT_EXCLUDE, KINDS, TRAINER_NO_DECAY
 from shampoo_deepspeed.options.parameter_names import clean_name, matching, names_and_kinds
 from tests.stepping import drive, parameter, shampoo
@@ -233,5 +233,5 @@ def test_no_decay_patterns_keep_weights_from_decaying() -> None:
 @pytest.mark.parametrize(("shape", "decays"), [((6,), False), ((), False), ((1, 6), False), ((6, 5), True)])
 def test_without_names_no_decay_falls_back_to_matrices_only(shape: tuple[int, ...], decays: bool) -> None:
     config = ShampooConfig(weight_decay=0.1, no_decay=["*bias*"])
-    assert treat(Parameter("group0.0", shape, 0), config).decays == decays
-    assert treat(Parameter("group0.0", shape, 0), ShampooConfig(weight_decay=0.1)).decays
+    assert policy_of(Parameter("group0.0", shape, 0), config).decays == decays
+    assert policy_of(Parameter("group0.0", shape, 0), ShampooConfig(weight_decay=0.1)).decays

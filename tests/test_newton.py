@@ -28,7 +28,7 @@ SPECTRA: dict[str, Tensor] = {
     "large": torch.linspace(1e9, 3e12, D, dtype=F64),
     "small": torch.linspace(1e-26, 3e-24, D, dtype=F64),
     "rank_one": torch.tensor([1.0] + [0.0] * (D - 1), dtype=F64),
-    "null_direction": torch.tensor([0.0] + [1.0] * (D - 1), dtype=F64),
+    "null_update": torch.tensor([0.0] + [1.0] * (D - 1), dtype=F64),
     "geometric_1e-6": torch.logspace(0, -6, D, dtype=F64),
     "geometric_1e-12": torch.logspace(0, -12, D, dtype=F64),
     "clustered": torch.tensor([1.0 if n % 3 else 1e-4 for n in range(D)], dtype=F64),
@@ -79,7 +79,7 @@ def test_float32_roots_are_right_within_the_rounding_of_the_matrix(
 
 @pytest.mark.parametrize("solve", [coupled_newton, newton_db])
 def test_what_gradients_see_of_a_float32_root_is_right(solve: Callable[..., Any]) -> None:
-    """The error of A^(-1/4) A^(1/2): directions of small eigenvalues are also those of small gradients."""
+    """The error of A^(-1/4) A^(1/2): updates of small eigenvalues are also those of small gradients."""
     matrices = stack(torch.float32)
     found, _ = solve(matrices, 4, 0.0, 1e-6)
     values, q = torch.linalg.eigh(matrices.double())

@@ -242,7 +242,7 @@ def test_a_gradient_of_repeated_memory_is_read_right(shape: tuple[int, ...]) -> 
     assert torch.equal(p, plain)
 
 
-def test_every_element_of_a_reshaped_conv_gets_its_own_direction() -> None:
+def test_every_element_of_a_reshaped_conv_gets_its_own_update() -> None:
     """Weights of a conv and of the linear layer that does the same, patches unfolded, take the same steps."""
     conv = parameter(6, 4, 3, 3)
     linear = nn.Parameter(conv.detach().reshape(6, 36).clone())
@@ -298,7 +298,7 @@ def test_parameters_of_several_dtypes_share_one_optimizer() -> None:
 
 
 def test_nothing_keeps_parameters_alive_before_the_first_step() -> None:
-    """Hosts put flat shards in their place; whole parameters that stayed would cost the memory of the model."""
+    """Frameworks put flat shards in their place; whole parameters that stayed would cost the memory of the model."""
     model = nn.Sequential(nn.Linear(10, 12), nn.LayerNorm(12))
     optimizer = shampoo(model.parameters(), model=model)
     references = [weakref.ref(p) for p in model.parameters()] + [weakref.ref(m) for m in model]

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shampoo_deepspeed import LayoutError
 from shampoo_deepspeed.geometry.boxes import tiling_error
-from shampoo_deepspeed.integrations.fsdp import DTensorHost
+from shampoo_deepspeed.integrations.fsdp import DTensorAdapter
 from shampoo_deepspeed.integrations.fsdp.placements import local_boxes
 
 WORLD = 8
@@ -158,6 +158,6 @@ def test_a_group_of_some_ranks_is_made_without_the_others(monkeypatch: pytest.Mo
             return object()
 
         monkeypatch.setattr(dist, "new_group", new_group)
-        host = DTensorHost()
-        assert host._group(mesh) is host._group(mesh)
+        framework = DTensorAdapter()
+        assert framework._group(mesh) is framework._group(mesh)
         assert seen == [([0, 1, 2, 3], True, None)] and job.bound_device_id == bound

@@ -1,4 +1,4 @@
-"""Plans: each gradient element reaches its owner once, each holder gets its direction, ranks agree, loads balance."""
+"""Plans: each gradient element reaches its owner once, each holder gets its update, ranks agree, loads balance."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def moved(plan: Plan, transfers: list[list[Transfers]], kind: str) -> Iterable[t
 def test_what_is_sent_is_what_is_received(made: tuple[Plan, list[list[tuple[int, Box]]]]) -> None:
     plan, _ = made
     transfers = [plan.transfers(rank) for rank in range(plan.world_size)]
-    for out, into in (("gradients_out", "gradients_in"), ("directions_out", "directions_in")):
+    for out, into in (("gradients_out", "gradients_in"), ("updates_out", "updates_in")):
         sent = {(r, p, b): [(x.block, x.box) for x in pieces] for r, p, b, pieces in moved(plan, transfers, out)}
         got = {(p, r, b): [(x.block, x.box) for x in pieces] for r, p, b, pieces in moved(plan, transfers, into)}
         assert sent == got
@@ -104,7 +104,7 @@ def test_every_shard_element_gets_its_direction_once(made: tuple[Plan, list[list
     for rank, held in enumerate(shards):
         covered: dict[int, list[Box]] = {n: [] for n in range(len(held))}
         for bucket in plan.transfers(rank):
-            for piece in [*bucket.local, *(p for ps in bucket.directions_in.values() for p in ps)]:
+            for piece in [*bucket.local, *(p for ps in bucket.updates_in.values() for p in ps)]:
                 corner = held[piece.shard][1]
                 covered[piece.shard].append(Box(piece.box.within(corner), piece.box.lengths))
         for shard, boxes in covered.items():
@@ -126,7 +126,7 @@ def test_blocks_that_lie_whole_with_their_owner_move_nothing(made: tuple[Plan, l
         travelling = [
             pieces
             for rank in range(plan.world_size)
-            for kind in ("gradients_out", "directions_out")
+            for kind in ("gradients_out", "updates_out")
             for pieces in getattr(plan.transfers(rank)[number], kind).values()
         ]
         assert moves == any(travelling)
@@ -212,7 +212,7 @@ def test_a_block_stays_where_it_lies_when_balance_allows() -> None:
     assert plan.elements_moved(0) == (0, 0)
 
 
-def test_replicas_share_the_work_and_each_gets_the_others_directions() -> None:
+def test_replicas_share_the_work_and_each_gets_the_others_updates() -> None:
     plan = Plan([Matrix((8, 8), 4, 0, 10)], [[(0, whole((8, 8)))]] * 2)
     assert sorted(plan.owners) == [0, 0, 1, 1]
     assert plan.elements_moved(0) == (32, 32)
@@ -221,12 +221,12 @@ def test_replicas_share_the_work_and_each_gets_the_others_directions() -> None:
 
 def test_ranks_that_are_equal_in_a_unit_take_turns_over_units() -> None:
     """Else all blocks of small units (ZeRO-3 sub-groups) would lie on the first rank."""
-    owners, carried = [], [0.0] * 4
+    owners, prior_loads = [], [0.0] * 4
     for _ in range(8):
         held = [[(0, box)] for box in (Box((2 * rank, 0), (2, 8)) for rank in range(4))]
-        plan = Plan([Matrix((8, 8), 8, 0, 10)], held, carried=carried)
+        plan = Plan([Matrix((8, 8), 8, 0, 10)], held, prior_loads=prior_loads)
         owners += plan.owners
-        carried = [a + b for a, b in zip(carried, plan.loads, strict=True)]
+        prior_loads = [a + b for a, b in zip(prior_loads, plan.loads, strict=True)]
     assert sorted(owners) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 

@@ -1,4 +1,4 @@
-"""A real training run at the default settings: what float32 does to directions, seen against float64 at every step.
+"""A real training run at the default settings: what float32 does to updates, seen against float64 at every step.
 
 A twin in float64 gets the gradients and the parameters of the float32 run. It has a state of its own all the time, or
 takes the float32 run's state before each step, so that one step alone is compared.
@@ -161,7 +161,7 @@ FREE: dict[str, dict[str, Any]] = {
 def test_float32_directions_are_those_of_a_float64_run_at_the_default_settings(options: dict[str, Any]) -> None:
     """Two runs apart from the first step on; deviations may add up over all the refreshes.
 
-    Of float32 factor matrices SOAP's smallest directions are rounding (docs/solvers.md), so here it has wider ones.
+    Of float32 factor matrices SOAP's smallest updates are rounding (docs/solvers.md), so here it has wider ones.
     """
     assert_aligned(Twins(**options), shared=False)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.reference import Reference, cut, merge
 from tests.zoo import gradients, make_batch, make_model, relative_error
 
-NEVER = 10_000  # a start step that no test reaches: only the grafting direction is taken
+NEVER = 10_000  # a start step that no test reaches: only the grafting update is taken
 
 
 def run(params: dict[str, Tensor], grads: list[dict[str, Tensor]], **options: Any) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ def test_a_step_by_hand() -> None:
     torch.testing.assert_close(plain, -0.5 * torch.eye(2, dtype=torch.float64))
     grafted = run({"w": torch.zeros(2, 2)}, [{"w": grad}], grafting="sgd", **options)["w"]
     torch.testing.assert_close(grafted, -0.5 * 5.0 / math.sqrt(2.0) * torch.eye(2, dtype=torch.float64))
-    # the second step doubles both factors, so the direction of the same gradient shrinks by 2^(-1/2)
+    # the second step doubles both factors, so the update of the same gradient shrinks by 2^(-1/2)
     twice = run({"w": torch.zeros(2, 2)}, [{"w": grad}] * 2, grafting="none", **options)["w"]
     torch.testing.assert_close(twice, -0.5 * (1 + 2**-0.5) * torch.eye(2, dtype=torch.float64))
 
@@ -157,7 +157,7 @@ def test_the_first_preconditioned_direction_is_the_polar_factor() -> None:
     assert relative_error(params["w"] - result["w"], u @ v) < 1e-10
 
 
-def test_rotated_gradients_give_rotated_directions() -> None:
+def test_rotated_gradients_give_rotated_updates() -> None:
     params, grads = random_problem(6, 4)
     q, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
     options: dict[str, Any] = dict(grafting="sgd", precondition_frequency=2, lr=0.1)

@@ -128,7 +128,7 @@ def test_rejections_in_a_row_become_an_error_and_single_ones_do_not() -> None:
 
 
 def test_a_hidden_first_call_with_zero_gradients_does_nothing() -> None:
-    """Hosts make one to have state created; twice is no different, and a decaying optimizer is not either."""
+    """Frameworks make one to have state created; twice is no different, and a decaying optimizer is not either."""
     params, twins = three(), three()
     optimizer, twin = shampoo(params, momentum=0.9, weight_decay=0.5), shampoo(twins, momentum=0.9, weight_decay=0.5)
     values = snapshot(params)
@@ -165,7 +165,7 @@ def test_a_parameter_that_joins_with_a_zero_gradient_steps_with_the_others() -> 
     p.grad, late.grad = made_up(p, 2), torch.zeros_like(late)
     optimizer.step()
     assert set(state_of(optimizer)["steps"].values()) == {1, 3}
-    torch.testing.assert_close(late.detach(), before * (1 - 1e-2 * 0.1))  # a zero direction, and the decay
+    torch.testing.assert_close(late.detach(), before * (1 - 1e-2 * 0.1))  # a zero update, and the decay
     assert not torch.equal(late, before)
 
 
@@ -217,7 +217,7 @@ def test_torchs_checkpoint_helper_takes_no_hidden_step_of_a_trained_optimizer() 
 
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_the_hidden_first_call_does_nothing_with_any_weight_decay(decoupled: bool) -> None:
-    """L2 decay makes the decayed gradient non-zero; the host's own is what counts."""
+    """L2 decay makes the decayed gradient non-zero; the framework's own is what counts."""
     p = parameter(12, 10)
     optimizer = shampoo([p], weight_decay=0.3, decoupled_weight_decay=decoupled)
     before = p.detach().clone()

@@ -228,7 +228,7 @@ def test_a_root_that_overflows_is_a_failure_and_never_applied() -> None:
 
 
 def test_a_block_of_which_one_mode_fails_keeps_all_its_roots() -> None:
-    """Roots of one block belong together; those of other blocks are renewed."""
+    """Roots of one block belong together; those of other blocks are result."""
     preconditioner = ShampooPreconditioner(ShampooConfig(betas=(0.9, 1.0)))
     state = preconditioner.new_state(2, (3, 4), torch.device("cpu"), torch.float32)
     for mode, d in enumerate((3, 4)):
@@ -288,7 +288,7 @@ def test_failures_in_a_row_become_an_error_agreed_one_step_late(monkeypatch: pyt
     assert same_bits(snapshot([p]), before)
 
 
-def test_a_block_without_any_root_yet_goes_on_with_its_grafting_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_without_any_root_yet_goes_on_with_its_grafting_update(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.linalg, "eigh", no_eigh)
     p, never = parameter(12, 10), parameter(12, 10)
     optimizer = shampoo([p], failure_limit=100)

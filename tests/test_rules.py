@@ -89,7 +89,7 @@ def test_rules_of_a_loaded_state_are_those_that_it_was_saved_with() -> None:
 
 
 def test_the_learning_rate_and_decay_are_those_of_the_group() -> None:
-    """A rule changes what blocks do; the host's groups stay what they are."""
+    """A rule changes what blocks do; the framework's groups stay what they are."""
     p, twin = parameter(12, 10), parameter(12, 10)
     ruled = shampoo([("w", p)], rules=[{"match": "w", "precondition_frequency": 1}])
     plain = shampoo([("w", twin)], precondition_frequency=1)

@@ -102,7 +102,7 @@ def test_the_order_of_the_given_parameters_decides_and_nothing_else() -> None:
 
 
 def test_frozen_parameters_take_no_turn_before_others() -> None:
-    """Some hosts are given them and some are not; the trajectory is the same."""
+    """Some frameworks are given them and some are not; the trajectory is the same."""
     trained, frozen = [parameter(12, 8, seed=n) for n in range(4)], parameter(16, 16)
     frozen.requires_grad_(False)
     alike = [nn.Parameter(p) for p in snapshot(trained)]

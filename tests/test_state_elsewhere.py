@@ -11,7 +11,7 @@ from torch import nn
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
 from shampoo_deepspeed.checkpoint.manifest import Manifest
-from shampoo_deepspeed.state.dcp_state import elsewhere_entry
+from shampoo_deepspeed.state.dcp_state import external_entry
 from tests.stepping import same_bits, shampoo, snapshot, train
 from tests.zoo import make_model
 
@@ -28,7 +28,7 @@ def saved_elsewhere(path: Path, where: dict[str, str]) -> tuple[nn.Module, Shamp
     model, optimizer = made()
     train(model, optimizer, range(5))
     save_shampoo(optimizer, path)
-    with optimizer.state_saved_elsewhere(where):
+    with optimizer.with_external_state(where):
         state = copy.deepcopy(optimizer.state_dict())
     other, again = made()
     other.load_state_dict(model.state_dict())
@@ -39,7 +39,7 @@ def saved_elsewhere(path: Path, where: dict[str, str]) -> tuple[nn.Module, Shamp
 def test_a_step_and_a_save_are_refused_until_it_is_loaded(tmp_path: Path) -> None:
     model, optimizer, other, again = saved_elsewhere(tmp_path, WHERE)
     for attempt in (lambda: train(other, again, range(5, 6)), lambda: save_shampoo(again, tmp_path)):
-        with pytest.raises(RuntimeError, match=r"elsewhere \({'place': 'a drawer'}\); call load_shampoo"):
+        with pytest.raises(RuntimeError, match=r"says where .* \({'place': 'a drawer'}\); call load_shampoo"):
             attempt()
     load_shampoo(again, tmp_path)
     train(model, optimizer, range(5, 9))
@@ -92,8 +92,8 @@ def test_a_note_of_an_optimizer_without_state_awaits_nothing() -> None:
     del state["shampoo"]
     for elsewhere in (True, False):
         state["state"] = {
-            number: elsewhere_entry(p, torch.zeros(()), elsewhere) for number, p in enumerate(model.parameters())
+            number: external_entry(p, torch.zeros(()), elsewhere) for number, p in enumerate(model.parameters())
         }
         optimizer.load_state_dict(copy.deepcopy(state))
-        assert (optimizer.awaited is not None) == elsewhere
+        assert (optimizer.external_state is not None) == elsewhere
     train(model, optimizer, range(1))

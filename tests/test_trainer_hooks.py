@@ -36,7 +36,7 @@ from shampoo_deepspeed.integrations.trainer import (
     register_with_transformers,
 )
 from shampoo_deepspeed.integrations.transformers_names import options_from_text
-from shampoo_deepspeed.state.unwrap import innermost
+from shampoo_deepspeed.state.unwrap import inner_optimizer
 from tests.distributed.trainings import DECAY, RATE, Training, make_data, make_model, trainer_groups
 
 TRAINING = Training(steps=4)
@@ -50,7 +50,7 @@ class Losses(TrainerCallback):
         self.rates: list[float] = []
 
     def on_pre_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
-        self.rates.append(innermost(optimizer).param_groups[0]["lr"])
+        self.rates.append(inner_optimizer(optimizer).param_groups[0]["lr"])
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
         if "loss" in logs:
@@ -151,7 +151,7 @@ def test_a_finished_optimizer_is_the_one_that_trains(arguments: Any) -> None:
     model = make_model("llama")
     optimizer = built(model)
     trainer, _ = trained(ShampooTrainer, model, arguments(), optimizers=(optimizer, None))
-    assert innermost(trainer.optimizer) is optimizer
+    assert inner_optimizer(trainer.optimizer) is optimizer
 
 
 def test_auto_takes_the_values_of_the_arguments(arguments: Any) -> None:
@@ -198,7 +198,7 @@ def test_deferred_works_with_model_init(arguments: Any) -> None:
     given = {"model_init": lambda: make_model("llama"), "optimizers": (deferred(**OPTIONS), None)}
     trainer = ShampooTrainer(args=arguments(), train_dataset=make_data(TRAINING.steps), **given)
     trainer.train()
-    assert isinstance(innermost(trainer.optimizer), Shampoo)
+    assert isinstance(inner_optimizer(trainer.optimizer), Shampoo)
 
 
 def test_the_name_is_registered_once_and_travels() -> None:
@@ -231,7 +231,7 @@ def test_a_search_for_hyperparameters_gets_the_rates_that_it_tries(way: str, arg
     for rate, decay in ((0.1, 0.3), (0.2, 0.0)):
         trainer.args.learning_rate, trainer.args.weight_decay = rate, decay
         trainer.train()
-        decays.append(innermost(trainer.optimizer).param_groups[0]["weight_decay"])
+        decays.append(inner_optimizer(trainer.optimizer).param_groups[0]["weight_decay"])
     assert seen.rates == [0.1, 0.2] and decays == [0.3, 0.0]
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_deepspeed.algorithm import background as worker
 from shampoo_deepspeed.algorithm.preconditioners import build
-from shampoo_deepspeed.algorithm.preconditioners.refresh_result import Renewed
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.linalg import precision
 from shampoo_deepspeed.runtime.metrics import RefreshMeter
 from tests.backgrounds import FORMS, FREQUENCY, Compute, finish, trained, wrap_compute
@@ -48,7 +48,7 @@ def test_no_product_of_the_thread_can_see_a_precision_switch(name: str, monkeypa
         return original()
 
     def watching(compute: Compute) -> Compute:
-        def work(*arguments: Any) -> Renewed:
+        def work(*arguments: Any) -> RefreshResult:
             with seen:
                 return compute(*arguments)
 
@@ -95,7 +95,7 @@ def test_the_thread_uses_as_many_cores_as_torch_was_told_to(
     counts: list[int] = []
 
     def counting(compute: Compute) -> Compute:
-        def work(*arguments: Any) -> Renewed:
+        def work(*arguments: Any) -> RefreshResult:
             counts.append(torch.get_num_threads())
             return compute(*arguments)
 
@@ -144,7 +144,7 @@ def test_on_an_accelerator_a_stream_of_its_own_begins_after_the_factors_and_is_w
 
     def compute() -> Any:
         FakeQueue.log.append("compute")
-        return Renewed({"root_0": Result()}, frozenset())  # type: ignore[dict-item]
+        return RefreshResult({"root_0": Result()}, frozenset())  # type: ignore[dict-item]
 
     FakeQueue.log.clear()
     monkeypatch.setattr(torch, "Event", lambda *_, **__: FakeQueue("event"))

@@ -1,4 +1,4 @@
-"""The Shampoo inside what hosts make of it is found, also by what saves and loads."""
+"""The Shampoo inside what frameworks make of it is found, also by what saves and loads."""
 
 from __future__ import annotations
 

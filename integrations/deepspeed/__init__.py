@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shampoo_deepspeed.distributed.frameworks import Entry, Fresh, Layout, LayoutError
+from shampoo_deepspeed.distributed.frameworks import Entry, Layout, LayoutError, NewTensor
 from shampoo_deepspeed.options.choices import TRAINER_NO_DECAY
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
@@ -29,7 +29,7 @@ from .layouts import is_partition, paired, partition_layout, replicated
 logger = logging.getLogger("shampoo_deepspeed")
 
 
-class DeepSpeedHost:
+class DeepSpeedAdapter:
     """The adapter; one instance serves all optimizers of a process."""
 
     def __init__(self) -> None:
@@ -59,8 +59,8 @@ class DeepSpeedHost:
         module: nn.Module = engine.module
         return module
 
-    def note_model(self, model: nn.Module) -> None:
-        """The engine's own model is all that this host needs."""
+    def attach_model(self, model: nn.Module) -> None:
+        """The engine's own model is all that this framework needs."""
 
     def admit(self, optimizer_class: type) -> None:
         """Put the class on DeepSpeed's list of optimizers that may run under ZeRO (runtime/zero/utils.py)."""
@@ -77,7 +77,7 @@ class DeepSpeedHost:
     def parts(self, tensor: Tensor, name: str | None) -> None:
         """Optimizers are built from the model's own parameters."""
 
-    def joining(self, waiting: Sequence[Fresh]) -> list[Fresh]:
+    def joining(self, waiting: Sequence[NewTensor]) -> list[NewTensor]:
         """None: averaging is a collective, after which all ranks have a gradient (of a partition always) or none.
 
         At stage 0 the engine fills in zeros on ranks that have not used a parameter (``_get_gradients_for_reduction``).
@@ -85,7 +85,7 @@ class DeepSpeedHost:
         return []
 
     def layouts(
-        self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[Fresh]
+        self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[NewTensor]
     ) -> list[Layout] | None:
         """One layout per flat partition; one per set of replicas of an unsharded (stage 0) engine.
 
@@ -119,7 +119,7 @@ class DeepSpeedHost:
         note_folder(optimizer, Path(frame.f_locals["load_dir"]) / str(frame.f_locals["tag"]))
 
     def resume(self, optimizer: BlockOptimizer) -> None:
-        """Load what is still awaited: where no engine was known that could do it after its ``load_checkpoint``."""
+        """Load external state that is still missing: no engine was known that could do it after ``load_checkpoint``."""
         resume(optimizer)
 
     def _engine_of(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -202,4 +202,4 @@ def _is_one_list(given: Sequence[Any]) -> bool:
     return any(g.get("name") == "dense-params" for g in groups) and all("name" in g for g in groups)
 
 
-HOST = DeepSpeedHost()
+ADAPTER = DeepSpeedAdapter()

@@ -34,7 +34,7 @@ FOLDER = "shampoo"
 PLACE = "SHAMPOO_CHECKPOINT"  # an environment variable: where the state is, if it was moved away from DeepSpeed's files
 MARKER = "shampoo_checkpoint"  # in param_groups
 PLACEHOLDERS = ("exp_avg", "exp_avg_sq")
-SAVED_BY = "DeepSpeed"  # in what a state dict says of its state's place; other hosts may say other things there
+SAVED_BY = "DeepSpeed"  # in what a state dict says of its state's place; other frameworks may say other things there
 
 
 def wrap_checkpointing(engine: Any) -> None:
@@ -51,7 +51,7 @@ def wrap_checkpointing(engine: Any) -> None:
         tag = f"global_step{itself.global_steps}" if tag is None else str(tag)
         # Ours first: DeepSpeed then writes its files and, last of all, `latest`.
         where = _saved(itself.basic_optimizer, Path(save_dir) / tag)
-        with itself.basic_optimizer.state_saved_elsewhere(where), _convertible(itself, where):
+        with itself.basic_optimizer.with_external_state(where), _convertible(itself, where):
             return save(itself, save_dir, tag, *args, **kwargs)
 
     @wraps(load)
@@ -82,15 +82,15 @@ def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = 
         CheckpointError: where the state is not there, and `START_ANEW` is not set; any step would raise it again.
     """
     marks = _taken_marks(optimizer)
-    where = marks[0] if marks else optimizer.awaited  # a load that failed may have left the latter
+    where = marks[0] if marks else optimizer.external_state  # a load that failed may have left the latter
     if where is None or not _is_ours(where):
         _refuse_moments(optimizer)
         return
     overwritten = _set_groups_apart(optimizer)
     _drop_placeholders(optimizer)
-    if optimizer.awaited is None and optimizer.units and not again:
+    if optimizer.external_state is None and optimizer.units and not again:
         return  # DeepSpeed steps one group after the other, and this is not the first one
-    optimizer.awaited = where
+    optimizer.external_state = where
     found, reasons = _found(where, folder or where.get("folder"))
     everyones = _everyones((found is not None, reasons))
     missing = next((said for there, said in everyones if not there), None)
@@ -110,8 +110,8 @@ def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = 
 def note_folder(optimizer: BlockOptimizer, folder: Path | None) -> None:
     """Called while DeepSpeed loads a state dict: remember from where, for `resume`."""
     _taken_marks(optimizer)
-    if folder is not None and optimizer.awaited is not None and _is_ours(optimizer.awaited):
-        optimizer.awaited = {**optimizer.awaited, "folder": str(folder)}
+    if folder is not None and optimizer.external_state is not None and _is_ours(optimizer.external_state):
+        optimizer.external_state = {**optimizer.external_state, "folder": str(folder)}
 
 
 def _saved(optimizer: BlockOptimizer, folder: Path) -> dict[str, str]:
@@ -229,7 +229,7 @@ def _leave_out(optimizer: BlockOptimizer, groups: Sequence[Mapping[str, Any]]) -
     Args:
         groups: what the groups were before, of a universal checkpoint.
     """
-    optimizer.awaited = None
+    optimizer.external_state = None
     if groups:
         _drop_placeholders(optimizer)
         for group, before in zip(optimizer.param_groups, groups, strict=True):

@@ -14,13 +14,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_deepspeed.distributed.frameworks import Entry, Fresh, Layout, Parameter, Shard, whole_tensors
+from shampoo_deepspeed.distributed.frameworks import Entry, Layout, NewTensor, Parameter, Shard, whole_tensors
 from shampoo_deepspeed.geometry.boxes import interval_to_boxes
 
 _ExpertPart = tuple[int | None, int]
 
 
-def paired(entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[tuple[Entry, Fresh]] | None:
+def paired(entries: Sequence[Entry], fresh: Sequence[NewTensor]) -> list[tuple[Entry, NewTensor]] | None:
     """Each fresh tensor with its entry: itself, or the float32 copy, at first by its place in the group."""
     own = {id(entry.reference()): entry for entry in entries}
     own |= {id(entry.stand_in()): entry for entry in entries if entry.stand_in is not None}
@@ -37,9 +37,9 @@ def paired(entries: Sequence[Entry], fresh: Sequence[Fresh]) -> list[tuple[Entry
     return pairs
 
 
-def replicated(engine: Any, pairs: Sequence[tuple[Entry, Fresh]]) -> list[Layout]:
+def replicated(engine: Any, pairs: Sequence[tuple[Entry, NewTensor]]) -> list[Layout]:
     """Stage 0: whole tensors (FP16_UnfusedOptimizer: float32 copies), the same on all data-parallel ranks."""
-    by_group: dict[tuple[int, _ExpertPart], tuple[dist.ProcessGroup | None, list[tuple[Entry, Fresh]]]] = {}
+    by_group: dict[tuple[int, _ExpertPart], tuple[dist.ProcessGroup | None, list[tuple[Entry, NewTensor]]]] = {}
     for entry, item in pairs:
         group = _replica_group(engine, entry.reference()) if engine is not None else None
         key = (id(group), _expert_part(entry.reference()))
@@ -58,7 +58,7 @@ def replicated(engine: Any, pairs: Sequence[tuple[Entry, Fresh]]) -> list[Layout
     return layouts
 
 
-def is_partition(item: Fresh, entries: Sequence[Entry]) -> bool:
+def is_partition(item: NewTensor, entries: Sequence[Entry]) -> bool:
     """Whether a tensor is a flat partition that ZeRO-1/2/3 or BF16_Optimizer has put into ``param_groups``."""
     if item.tensor.ndim != 1 or any(entry.reference() is item.tensor for entry in entries):
         return False
@@ -67,7 +67,7 @@ def is_partition(item: Fresh, entries: Sequence[Entry]) -> bool:
     return bool(_flat_members(entries, item.group))
 
 
-def partition_layout(item: Fresh, entries: Sequence[Entry]) -> Layout:
+def partition_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
     """The layout of a flat partition: whose intervals lie in it, on this rank."""
     if isinstance(getattr(item.tensor, "ds_id", None), str):
         return _stage3_layout(item, entries)
@@ -104,7 +104,7 @@ def _flat_members(entries: Sequence[Entry], group: int) -> list[tuple[Parameter,
     return [(p, t) for p, t in marked if t.untyped_storage().data_ptr() == buffer]
 
 
-def _stage12_layout(item: Fresh, entries: Sequence[Entry]) -> Layout:
+def _stage12_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
     """ZeRO-1/2 and BF16_Optimizer: equal contiguous partitions of one flat buffer.
 
     The model's parameters are views of that buffer, so their storage offsets are the layout of all ranks, also with
@@ -130,7 +130,7 @@ def _stage12_layout(item: Fresh, entries: Sequence[Entry]) -> Layout:
     return layout
 
 
-def _stage3_layout(item: Fresh, entries: Sequence[Entry]) -> Layout:
+def _stage3_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
     """ZeRO-3: every parameter is cut evenly over its ranks; a sub-group's partitions are concatenated.
 
     Padding behind a partition is uninitialised memory and is never read or written.

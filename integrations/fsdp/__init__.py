@@ -15,13 +15,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo_deepspeed.distributed.frameworks import Entry, Fresh, Layout, LayoutError, Parameter, Shard, compute_dtype
+from shampoo_deepspeed.distributed.frameworks import (
+    Entry,
+    Layout,
+    LayoutError,
+    NewTensor,
+    Parameter,
+    Shard,
+    compute_dtype,
+)
 from shampoo_deepspeed.geometry.boxes import Box
 
 from .placements import local_boxes
 
 
-class DTensorHost:
+class DTensorAdapter:
     """The adapter; process groups that span several mesh dims are made once and kept."""
 
     def __init__(self) -> None:
@@ -31,7 +39,7 @@ class DTensorHost:
         """FSDP2 builds no optimizers."""
         return None
 
-    def note_model(self, model: nn.Module) -> None:
+    def attach_model(self, model: nn.Module) -> None:
         """DTensors tell all about themselves."""
 
     def admit(self, optimizer_class: type) -> None:
@@ -44,7 +52,7 @@ class DTensorHost:
     def parts(self, tensor: Tensor, name: str | None) -> None:
         """A DTensor is one parameter."""
 
-    def joining(self, waiting: Sequence[Fresh]) -> list[Fresh]:
+    def joining(self, waiting: Sequence[NewTensor]) -> list[NewTensor]:
         """None: all ranks of a mesh have a gradient or none has, also where the local part is empty.
 
         FSDP2 sets it after a reduce-scatter, of all or of none of a module's ranks; where ranks use different
@@ -54,7 +62,7 @@ class DTensorHost:
         return []
 
     def layouts(
-        self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[Fresh]
+        self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[NewTensor]
     ) -> list[Layout] | None:
         """One layout for each mesh and dtype; None where no tensor is a DTensor.
 
@@ -69,13 +77,13 @@ class DTensorHost:
                 f"{len(fresh) - len(sharded)} of {len(fresh)} parameters with a gradient are not sharded though the "
                 "others are DTensors; call fully_shard on the root module too"
             )
-        units: dict[tuple[Any, torch.dtype], list[Fresh]] = {}
+        units: dict[tuple[Any, torch.dtype], list[NewTensor]] = {}
         # A rank outside of a mesh holds nothing and takes no part.
         for item in (item for item in sharded if _dtensor(item.tensor).device_mesh.get_coordinate() is not None):
             units.setdefault((_dtensor(item.tensor).device_mesh, compute_dtype(item.tensor)), []).append(item)
         return [self._layout(mesh, items, entries) for (mesh, _), items in units.items()]
 
-    def _layout(self, mesh: Any, items: Sequence[Fresh], entries: Sequence[Entry]) -> Layout:
+    def _layout(self, mesh: Any, items: Sequence[NewTensor], entries: Sequence[Entry]) -> Layout:
         parameters = [_parameter_of(item, entries) for item in items]
         tensors = [item.tensor for item in items]
         layout = Layout(
@@ -162,7 +170,7 @@ def _boxes(tensor: Tensor) -> list[tuple[Box, int]]:
     return local_boxes(tensor.shape, placements, mesh.shape, mesh.get_coordinate(), _local(tensor).shape)
 
 
-def _parameter_of(item: Fresh, entries: Sequence[Entry]) -> Parameter:
+def _parameter_of(item: NewTensor, entries: Sequence[Entry]) -> Parameter:
     """The parameter that a DTensor is: the very one, or (fully_shard after the optimizer was built) by its place."""
     for entry in entries:
         if entry.reference() is item.tensor:
@@ -177,4 +185,4 @@ def _parameter_of(item: Fresh, entries: Sequence[Entry]) -> Parameter:
     )
 
 
-HOST = DTensorHost()
+ADAPTER = DTensorAdapter()

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo_deepspeed.distributed.frameworks import Entry, Fresh, Layout, LayoutError, Part, Shard, compute_dtype
+from shampoo_deepspeed.distributed.frameworks import Entry, Layout, LayoutError, NewTensor, Part, Shard, compute_dtype
 from shampoo_deepspeed.geometry.boxes import interval_to_boxes
 from shampoo_deepspeed.options.parameter_names import clean_name, kinds_by_module, output_head
 from shampoo_deepspeed.runtime.devices import communication_device
@@ -53,7 +53,7 @@ class _Known:
     group: dist.ProcessGroup | None
 
 
-class FullyShardedHost:
+class FSDP1Adapter:
     """The adapter. Hybrid sharding is over the world: replicas of a shard group hold equal intervals."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class FullyShardedHost:
             frame = frame.f_back
         return None
 
-    def note_model(self, model: nn.Module) -> None:
+    def attach_model(self, model: nn.Module) -> None:
         """Learn names and intervals of a wrapped model's parameters (_flat_param.py)."""
         module = sys.modules.get("torch.distributed.fsdp")
         if module is None:
@@ -119,12 +119,12 @@ class FullyShardedHost:
             known = self._remember(tensor, _pieces(_flat(tensor)), parts, None)
         return known.parts if known is not None else None
 
-    def joining(self, waiting: Sequence[Fresh]) -> list[Fresh]:
+    def joining(self, waiting: Sequence[NewTensor]) -> list[NewTensor]:
         """Pieces that are trained on any rank: on a rank that holds nothing of a parameter no gradient ever shows.
 
         A flat tensor is never empty, and reduce-scatter is a collective: all ranks have its gradient or none has.
         """
-        by_group: dict[int, tuple[Any, list[Fresh]]] = {}
+        by_group: dict[int, tuple[Any, list[NewTensor]]] = {}
         for item in waiting:
             known = self._find(item.tensor)
             if known is not None and known.parts is None and item.tensor.requires_grad:
@@ -139,7 +139,7 @@ class FullyShardedHost:
         return found
 
     def layouts(
-        self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[Fresh]
+        self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[NewTensor]
     ) -> list[Layout] | None:
         """One layout for each process group and dtype of wrapped parameters; None where there is none.
 
@@ -273,4 +273,4 @@ def _layout(group: Any, tensors: Sequence[tuple[Tensor, _Known]], entries: Seque
     return layout
 
 
-HOST = FullyShardedHost()
+ADAPTER = FSDP1Adapter()

@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from shampoo_deepspeed.algorithm.preconditioners.refresh_result import Renewed
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.linalg.precision import beside_the_forward
 from shampoo_deepspeed.runtime.metrics import RefreshMeter
 
@@ -27,7 +27,7 @@ class Refresh:
         device: of these tensors; on an accelerator what its current stream has to do so far is done first.
     """
 
-    def __init__(self, compute: Callable[[], Renewed], first: int, device: torch.device) -> None:
+    def __init__(self, compute: Callable[[], RefreshResult], first: int, device: torch.device) -> None:
         self.first = first
         self.meter = RefreshMeter()
         self._device = device
@@ -38,18 +38,22 @@ class Refresh:
             ready.record(torch.accelerator.current_stream(device))
         self._future = _executor().submit(_run, compute, self.meter, device, ready, torch.get_num_threads())
 
-    def result(self) -> Renewed:
+    def result(self) -> RefreshResult:
         """Waits until it is done; every call raises what the thread has raised."""
-        renewed = self._future.result()
+        result = self._future.result()
         if self._device.type != "cpu":
-            for tensor in renewed.tensors.values():  # whose memory belongs to the other stream
+            for tensor in result.tensors.values():  # whose memory belongs to the other stream
                 tensor.record_stream(torch.accelerator.current_stream(self._device))
-        return renewed
+        return result
 
 
 def _run(
-    compute: Callable[[], Renewed], meter: RefreshMeter, device: torch.device, ready: torch.Event | None, threads: int
-) -> Renewed:
+    compute: Callable[[], RefreshResult],
+    meter: RefreshMeter,
+    device: torch.device,
+    ready: torch.Event | None,
+    threads: int,
+) -> RefreshResult:
     if torch.get_num_threads() != threads:  # OpenMP keeps this number for each thread
         torch.set_num_threads(threads)
     with torch.no_grad(), beside_the_forward():
@@ -62,9 +66,9 @@ def _run(
         with stream:
             stream.wait_event(ready)
             with meter.refreshing(device):
-                renewed = compute()
+                result = compute()
         stream.synchronize()
-        return renewed
+        return result
 
 
 @cache

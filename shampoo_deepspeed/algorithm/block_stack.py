@@ -1,4 +1,4 @@
-"""A rank's blocks of one shape and group as stacked tensors, and their step: gradient in, direction out."""
+"""A rank's blocks of one shape and group as stacked tensors, and their step: gradient in, update out."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.background import Refresh
-from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners import Preconditioner, build
-from shampoo_deepspeed.algorithm.preconditioners.refresh_result import Renewed
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.engine.staggering import due_staggered
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.runtime.metrics import RefreshMeter
@@ -39,7 +39,7 @@ class BlockStack:
         keys: block keys, ``"parameter/index"``, in row order.
         shape: the blocks' shape.
         config: options at the time of building; those that do not shape state may change, ``step`` gets them.
-        dtype: dtype of moments and directions, float32 or float64.
+        dtype: dtype of moments and updates, float32 or float64.
         phases: each row's refresh phase, in rising order; None where all rows refresh together.
     """
 
@@ -71,22 +71,22 @@ class BlockStack:
         self.meter = RefreshMeter()
 
     def step(
-        self, first: int, gradients: Tensor, steps: Sequence[int], config: ShampooConfig, verdict: Verdict
+        self, first: int, gradients: Tensor, steps: Sequence[int], config: ShampooConfig, found_inf: FoundInf
     ) -> Tensor:
-        """Directions of the rows from ``first`` on, given their gradients [n, *shape], which are used up.
+        """Updates of the rows from ``first`` on, given their gradients [n, *shape], which are used up.
 
         They may be state: copy them and leave them as they are.
 
         Args:
-            steps: the number of each row's step, counted from 1; rows with 0 take no part: they get direction 0 and
+            steps: the number of each row's step, counted from 1; rows with 0 take no part: they get update 0 and
                 keep their state.
         """
         runs = list(self._runs(steps, gradients))
         if len(runs) == 1 and runs[0][2] > 0:
-            return self._advance(first, gradients, runs[0][2], config, verdict)
+            return self._advance(first, gradients, runs[0][2], config, found_inf)
         for begin, end, step in runs:
             part = gradients[begin:end]
-            part.copy_(self._advance(first + begin, part, step, config, verdict) if step > 0 else part.new_zeros(()))
+            part.copy_(self._advance(first + begin, part, step, config, found_inf) if step > 0 else part.new_zeros(()))
         return gradients
 
     def _runs(self, steps: Sequence[int], gradients: Tensor) -> Iterator[tuple[int, int, int]]:
@@ -100,23 +100,25 @@ class BlockStack:
                 yield start, min(start + most, end), step
             begin = end
 
-    def _advance(self, first: int, gradients: Tensor, step: int, config: ShampooConfig, verdict: Verdict) -> Tensor:
+    def _advance(self, first: int, gradients: Tensor, step: int, config: ShampooConfig, found_inf: FoundInf) -> Tensor:
         """Steps 2 to 6 of the rule for neighbouring rows that share a step count."""
         rows = range(first, first + len(gradients))
         state = {name: tensor[first : rows.stop] for name, tensor in self.tensors.items()}
         preconditioner = build(config)
         self._await_background(rows, state, step, preconditioner)
         if config.takes_statistics(step):
-            preconditioner.accumulate(state, gradients, verdict)
-        installed = self._refresh(rows, state, step, config, verdict)
+            preconditioner.accumulate(state, gradients, found_inf)
+        installed = self._refresh(rows, state, step, config, found_inf)
         if not installed and len({self.refreshed[row] for row in rows}) == 1:
-            return self._directions(rows, state, gradients, None, step, config, verdict)
-        for here, renewed in self._alike(rows, installed):
+            return self._updates(rows, state, gradients, None, step, config, found_inf)
+        for here, result in self._alike(rows, installed):
             part = _part(state, here)
-            gradients[here] = self._directions(rows[here], part, gradients[here], renewed, step, config, verdict)
+            gradients[here] = self._updates(rows[here], part, gradients[here], result, step, config, found_inf)
         return gradients
 
-    def _alike(self, rows: range, installed: Sequence[tuple[slice, Renewed]]) -> Iterator[tuple[slice, Renewed | None]]:
+    def _alike(
+        self, rows: range, installed: Sequence[tuple[slice, RefreshResult]]
+    ) -> Iterator[tuple[slice, RefreshResult | None]]:
         """Neighbours among these rows that are preconditioned or not so far, and what was just installed for them."""
         number_of = {n: number for number, (here, _) in enumerate(installed) for n in range(here.start, here.stop)}
 
@@ -129,18 +131,18 @@ class BlockStack:
             if number is None:
                 yield here, None
             else:
-                whole, renewed = installed[number]
-                yield here, renewed.rows(here.start - whole.start, here.stop - whole.start)
+                whole, result = installed[number]
+                yield here, result.rows(here.start - whole.start, here.stop - whole.start)
 
-    def _directions(
+    def _updates(
         self,
         rows: range,
         state: dict[str, Tensor],
         gradients: Tensor,
-        renewed: Renewed | None,
+        result: RefreshResult | None,
         step: int,
         config: ShampooConfig,
-        verdict: Verdict,
+        found_inf: FoundInf,
     ) -> Tensor:
         """Steps 4 to 6 for rows that are all preconditioned, or all not yet."""
         preconditioner, method = build(config), config.warm_method
@@ -151,14 +153,14 @@ class BlockStack:
         own = grafting.normalized(gradients, block_norms(gradients)) if normalizes else gradients
         if ready and (preconditioner.turns or config.grafting_method == "none"):
             if second:
-                grafting.accumulate(method, second, [own], config.second_moment_beta, verdict)
-            return self._apart(state, kept, second, gradients, renewed, step, config, verdict)
-        warm = grafting.advance(method, kept, second, [gradients], [own], step, config, verdict)
-        # What a moment or a direction lacks is one number, multiplied in last, as each pass over a block costs.
+                grafting.accumulate(method, second, [own], config.second_moment_beta, found_inf)
+            return self._apart(state, kept, second, gradients, result, step, config, found_inf)
+        warm = grafting.advance(method, kept, second, [gradients], [own], step, config, found_inf)
+        # What a moment or a update lacks is one number, multiplied in last, as each pass over a block costs.
         if not ready:
-            return warm.directions[0] if warm.factor == 1.0 else warm.directions[0] * warm.factor
-        direction = preconditioner.apply(state, gradients, warm.moments[0], verdict)
-        return _grafted(direction, warm.directions[0], warm.factor)
+            return warm.updates[0] if warm.factor == 1.0 else warm.updates[0] * warm.factor
+        update = preconditioner.apply(state, gradients, warm.moments[0], found_inf)
+        return _grafted(update, warm.updates[0], warm.factor)
 
     def _apart(
         self,
@@ -166,28 +168,28 @@ class BlockStack:
         kept: list[Tensor],
         second: list[Tensor],
         gradients: Tensor,
-        renewed: Renewed | None,
+        result: RefreshResult | None,
         step: int,
         config: ShampooConfig,
-        verdict: Verdict,
+        found_inf: FoundInf,
     ) -> Tensor:
         """The same where first moments are kept in coordinates of the preconditioner's own, or no length is grafted."""
         preconditioner, method, beta2 = build(config), config.warm_method, config.second_moment_beta
         seen = preconditioner.enter(state, gradients)
         beta1, corrected = config.betas[0], config.use_bias_correction
-        (moments,), lacking = grafting.first_moment(kept, [seen], beta1, step, corrected, verdict, config.beta3)
-        if renewed is not None:
-            preconditioner.settle(state, renewed, moments * lacking)
-        direction = preconditioner.apply(state, seen, moments, verdict)
+        (moments,), lacking = grafting.first_moment(kept, [seen], beta1, step, corrected, found_inf, config.beta3)
+        if result is not None:
+            preconditioner.settle(state, result, moments * lacking)
+        update = preconditioner.apply(state, seen, moments, found_inf)
         if config.grafting_method == "none":
-            return direction.mul_(lacking)
+            return update.mul_(lacking)
         moments = preconditioner.leave(state, moments)
-        (warm,), factor = grafting.direction(method, [moments], second, step, beta2, config.eps)
-        return _grafted(direction, warm, factor * lacking)
+        (warm,), factor = grafting.update(method, [moments], second, step, beta2, config.eps)
+        return _grafted(update, warm, factor * lacking)
 
     def _refresh(
-        self, rows: range, state: dict[str, Tensor], step: int, config: ShampooConfig, verdict: Verdict
-    ) -> list[tuple[slice, Renewed]]:
+        self, rows: range, state: dict[str, Tensor], step: int, config: ShampooConfig, found_inf: FoundInf
+    ) -> list[tuple[slice, RefreshResult]]:
         """Step 3 of the rule: install what was computed in the background, and refresh what is due.
 
         Gives what was installed, and for which of the rows, where the preconditioner has something to settle then.
@@ -195,30 +197,30 @@ class BlockStack:
         preconditioner = build(config)
         what = "eigenbasis" if config.preconditioner == "soap" else "inverse root"
         waiting, due = list(self._waiting(rows)), self._due(rows, step, config)
-        # A refresh waits for the device anyway, so here the host may as well read the verdict.
-        if (not waiting and not due) or verdict.rejected:
+        # A refresh waits for the device anyway, so here the CPU may as well read the found_inf.
+        if (not waiting and not due) or found_inf.rejected:
             return []
         installed = []
         for here, refresh in waiting:
             assert refresh is not None
-            renewed = refresh.result().rows(rows[here][0] - refresh.first, rows[here][-1] + 1 - refresh.first)
+            result = refresh.result().rows(rows[here][0] - refresh.first, rows[here][-1] + 1 - refresh.first)
             self.meter.take(refresh.meter)
             with self.meter.watch.span(self._device):
-                failed = set(preconditioner.install(_part(state, here), renewed))
+                failed = set(preconditioner.install(_part(state, here), result))
             for row in rows[here]:
                 del self.pending[row]
             self._note_refresh(rows[here], failed, what)
-            installed.append((here, renewed))
+            installed.append((here, result))
         for here in due:
             if config.refresh == "background":
                 self._begin(rows[here], _part(state, here), step, preconditioner)
                 continue
             for few in self._pieces(here):
                 with self.meter.refreshing(self._device):
-                    renewed = preconditioner.compute(_part(state, few), step)
-                    failed = set(preconditioner.install(_part(state, few), renewed))
+                    result = preconditioner.compute(_part(state, few), step)
+                    failed = set(preconditioner.install(_part(state, few), result))
                 self._note_refresh(rows[few], failed, what)
-                installed.append((few, renewed))
+                installed.append((few, result))
         return installed if preconditioner.turns else []
 
     def _pieces(self, here: slice) -> Iterator[slice]:
@@ -234,9 +236,9 @@ class BlockStack:
         """Compute in the background; the state stays as it is until these rows' next step, which waits for it."""
         device = next(iter(state.values())).device
 
-        def compute() -> Renewed:
+        def compute() -> RefreshResult:
             pieces = list(self._pieces(slice(0, len(rows))))
-            return Renewed.joined([preconditioner.compute(_part(state, few), step) for few in pieces], pieces)
+            return RefreshResult.joined([preconditioner.compute(_part(state, few), step) for few in pieces], pieces)
 
         refresh = Refresh(compute, rows[0], device)
         self.pending.update(dict.fromkeys(rows, refresh))
@@ -298,7 +300,7 @@ class BlockStack:
             "tensors": dict(self.tensors),
         }
 
-    def misfit(self, saved: dict[str, Any]) -> str | None:
+    def incompatibility(self, saved: dict[str, Any]) -> str | None:
         """Why an exported stack's blocks cannot be taken over here, or None."""
         same_shape = tuple(saved["shape"]) == self.shape
         if same_shape and _row_shapes(saved["tensors"]) == _row_shapes(self.tensors):
@@ -326,7 +328,7 @@ class BlockStack:
 
 
 def _second_moment(preconditioner: Preconditioner, config: ShampooConfig) -> str | None:
-    """The name of the second moment of the grafting or first directions, if they have one. What is needed until the
+    """The name of the second moment of the grafting or first updates, if they have one. What is needed until the
     first refresh only lies where the preconditioner keeps something that begins then."""
     if not grafting.has_second_moment(config.warm_method):
         return None
@@ -347,7 +349,7 @@ def block_norms(stack: Tensor) -> Tensor:
     return torch.linalg.vector_norm(stack, dim=tuple(range(1, stack.ndim)), keepdim=True)
 
 
-def _grafted(direction: Tensor, warm: Tensor, factor: float) -> Tensor:
-    """Blocks of ``direction``, in place, each with the length of its block of ``warm`` times the factor."""
-    lengths, own = block_norms(warm) * factor, block_norms(direction)
-    return direction.mul_(torch.where(own > 0, lengths / own, 0.0))
+def _grafted(update: Tensor, warm: Tensor, factor: float) -> Tensor:
+    """Blocks of ``update``, in place, each with the length of its block of ``warm`` times the factor."""
+    lengths, own = block_norms(warm) * factor, block_norms(update)
+    return update.mul_(torch.where(own > 0, lengths / own, 0.0))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm import grafting
-from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.options.config import ShampooConfig
 
 
@@ -20,7 +20,7 @@ class Segment:
     """A flat interval of a parameter on this rank.
 
     ``start`` counts in the flattened global parameter, ``offset`` in the flattened local tensor; ``share`` is one
-    over the number of ranks that hold the same interval, ``method`` the grafting method that gives its direction.
+    over the number of ranks that hold the same interval, ``method`` the grafting method that gives its update.
     """
 
     parameter: int
@@ -64,13 +64,13 @@ class Elementwise:
     def step(
         self,
         gradients: Sequence[Tensor],
-        directions: Sequence[Tensor],
+        updates: Sequence[Tensor],
         steps: Sequence[int],
         configs: Mapping[int, ShampooConfig],
-        verdict: Verdict,
+        found_inf: FoundInf,
         squared_norms: Tensor | None,
     ) -> None:
-        """Write the segments' directions, given flat gradients and flat direction buffers of the unit's tensors.
+        """Write the segments' updates, given flat gradients and flat update buffers of the unit's tensors.
 
         Args:
             steps: the number of each parameter's step, counted from 1; those with 0 take no part.
@@ -79,25 +79,25 @@ class Elementwise:
         for number, segment in enumerate(self.segments):
             if steps[segment.parameter] > 0:
                 cohorts[segment.group, segment.method, steps[segment.parameter]].append(number)
-        parts, targets = self._parts(gradients), self._parts(directions)
+        parts, targets = self._parts(gradients), self._parts(updates)
         for (group, method, step), numbers in cohorts.items():
-            own = verdict.cleaned([parts[n].to(self._dtype) for n in numbers])
-            made, factor = self._directions(numbers, own, method, step, configs[group], verdict, squared_norms)
+            own = found_inf.cleaned([parts[n].to(self._dtype) for n in numbers])
+            made, factor = self._updates(numbers, own, method, step, configs[group], found_inf, squared_norms)
             torch._foreach_copy_([targets[n] for n in numbers], made)
             if factor != 1.0:
                 torch._foreach_mul_([targets[n] for n in numbers], factor)
 
-    def _directions(
+    def _updates(
         self,
         numbers: Sequence[int],
         gradients: list[Tensor],
         method: str,
         step: int,
         config: ShampooConfig,
-        verdict: Verdict,
+        found_inf: FoundInf,
         squared_norms: Tensor | None,
     ) -> tuple[list[Tensor], float]:
-        """Directions of some segments, up to a common factor."""
+        """Updates of some segments, up to a common factor."""
         second = [self.views["second_moment"][n] for n in numbers] if grafting.has_second_moment(method) else []
         scaled = gradients
         if grafting.is_normalized(method) and squared_norms is not None:
@@ -107,8 +107,8 @@ class Elementwise:
                 for n, g in zip(numbers, gradients, strict=True)
             ]
         first = [self.views["exp_avg"][n] for n in numbers] if config.betas[0] else []
-        warm = grafting.advance(method, first, second, gradients, scaled, step, config, verdict)
-        return warm.directions, warm.factor
+        warm = grafting.advance(method, first, second, gradients, scaled, step, config, found_inf)
+        return warm.updates, warm.factor
 
     def _parts(self, bases: Sequence[Tensor]) -> list[Tensor]:
         return [bases[s.tensor].narrow(0, s.offset, s.numel) for s in self.segments]
@@ -117,7 +117,7 @@ class Elementwise:
         """State as tensors and builtins; tensors are the live ones."""
         return {"segments": [[s.key, s.start, s.numel] for s in self.segments], "tensors": dict(self.tensors)}
 
-    def misfit(self, saved: Sequence[dict[str, Any]], stepped: Mapping[str, int]) -> str | None:
+    def incompatibility(self, saved: Sequence[dict[str, Any]], stepped: Mapping[str, int]) -> str | None:
         """Why exported states cannot be taken over for this rank's segments, or None.
 
         Args:

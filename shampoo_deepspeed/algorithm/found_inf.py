@@ -1,7 +1,7 @@
-"""Whether a step is accepted, decided on the device: a rejected step changes nothing, without a host read.
+"""Whether a step is accepted, decided on the device: a rejected step changes nothing, without a read on the CPU.
 
 A non-finite gradient on any rank rejects the step on all ranks. The flag masks the update where it is computed:
-gradients become zero and decays become one, so that accumulators keep their values to the bit. The host reads the
+gradients become zero and decays become one, so that accumulators keep their values to the bit. The CPU reads the
 flag one step later, when it is long there.
 """
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 
-class Verdict:
+class FoundInf:
     """One `step()` call's flag on one device, for tensors of one dtype.
 
     Args:
         rejected: 0-d bool tensor.
         dtype: dtype of the scalars that `keep` and `scale` give.
-        read: gives the flag on the host once it is known, where that waits for less than a copy of ``rejected`` would:
+        read: gives the flag on the CPU once it is known, where that waits for less than a copy of ``rejected`` would:
             a copy made now is behind all that the device has to do so far.
     """
 
@@ -32,11 +32,11 @@ class Verdict:
 
     @cached_property
     def rejected(self) -> bool:
-        """The flag on the host; the first read waits for the device."""
+        """The flag on the CPU; the first read waits for the device."""
         return bool(self._flag) if self._read is None else self._read()
 
     @cached_property
-    def found_inf(self) -> Tensor:
+    def as_float(self) -> Tensor:
         """The flag as torch's fused optimizers know it: float32, 1 where nothing may change."""
         return self._flag.float()
 
@@ -87,8 +87,8 @@ class Verdict:
         return scalar.masked_fill(self._flag, 0.0)
 
 
-class Outcome:
-    """Flags on their way to the host, to be read at the next step.
+class StepFlags:
+    """Flags on their way to the CPU, to be read at the next step.
 
     Args:
         flags: 1-D tensor; on an accelerator it is copied aside at once and nothing waits before ``read``.

@@ -1,7 +1,7 @@
-"""Element-wise methods (SGD, AdaGrad, RMSProp, Adam, normalized): grafting directions and second moments.
+"""Element-wise methods (SGD, AdaGrad, RMSProp, Adam, normalized): grafting updates and second moments.
 
 Pure functions on lists of tensors. A block stack passes one tensor [B, *block], element-wise parameters pass one
-view each. The direction of a grafting method gives each block its step length (arXiv 2309.06497, section 2.4.2).
+view each. The update of a grafting method gives each block its step length (arXiv 2309.06497, section 2.4.2).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.linalg.reproducible import in_whole_registers
 from shampoo_deepspeed.options.config import ShampooConfig
 
@@ -32,7 +32,7 @@ def is_normalized(method: str) -> bool:
 
 
 def accumulate(
-    method: str, second: Sequence[Tensor], gradients: Sequence[Tensor], beta2: float, verdict: Verdict
+    method: str, second: Sequence[Tensor], gradients: Sequence[Tensor], beta2: float, found_inf: FoundInf
 ) -> None:
     """Update second moments in place: v + G*G (AdaGrad), or b2 * v + (1 - b2) G*G (RMSProp, Adam).
 
@@ -42,15 +42,15 @@ def accumulate(
         return
     weight = 1.0
     if not method.endswith("adagrad"):
-        torch._foreach_mul_(list(second), verdict.keep(beta2))
+        torch._foreach_mul_(list(second), found_inf.keep(beta2))
         weight = 1.0 - beta2
     torch._foreach_addcmul_(list(second), list(gradients), list(gradients), value=weight)
 
 
-def direction(
+def update(
     method: str, moments: Sequence[Tensor], second: Sequence[Tensor], step: int, beta2: float, eps: float
 ) -> tuple[list[Tensor], float]:
-    """The method's direction M / (sqrt(v) + eps), with Adam's v corrected for its zero start; M for SGD.
+    """The method's update M / (sqrt(v) + eps), with Adam's v corrected for its zero start; M for SGD.
 
     Args:
         moments: first moments M, shapes as ``second``.
@@ -82,7 +82,7 @@ def first_moment(
     beta1: float,
     step: int,
     bias_correction: bool,
-    verdict: Verdict,
+    found_inf: FoundInf,
     beta3: float | None = None,
 ) -> tuple[list[Tensor], float]:
     """Update m = b1 * m + (1 - b1) G in place and return M, that is m corrected for its zero start if asked.
@@ -100,20 +100,20 @@ def first_moment(
     if beta3 != beta1:
         ahead = list(torch._foreach_mul(ahead, beta3))
         torch._foreach_add_(ahead, list(gradients), alpha=1.0 - beta3)
-    torch._foreach_mul_(list(moments), verdict.keep(beta1))
+    torch._foreach_mul_(list(moments), found_inf.keep(beta1))
     torch._foreach_add_(list(moments), list(gradients), alpha=1.0 - beta1)
     return ahead, 1.0 / (1.0 - beta3 * beta1 ** (step - 1)) if bias_correction else 1.0
 
 
 class Warm(NamedTuple):
-    """First moments and directions of an element-wise step, each to be multiplied by its factor.
+    """First moments and updates of an element-wise step, each to be multiplied by its factor.
 
     Callers have other numbers to multiply by too, and each pass over a block costs. Tensors may be state.
     """
 
     moments: list[Tensor]
     lacking: float
-    directions: list[Tensor]
+    updates: list[Tensor]
     factor: float
 
 
@@ -125,7 +125,7 @@ def advance(
     scaled: Sequence[Tensor],
     step: int,
     config: ShampooConfig,
-    verdict: Verdict,
+    found_inf: FoundInf,
 ) -> Warm:
     """Update first and second moments in place and give what they make.
 
@@ -133,12 +133,12 @@ def advance(
         scaled: what second moments see, the normalized gradients for normalized methods.
     """
     if _fuses(method, first, second, gradients, config):
-        return _adam(first, second, gradients, step, config, verdict)
+        return _adam(first, second, gradients, step, config, found_inf)
     beta1, beta2, corrected = config.betas[0], config.second_moment_beta, config.use_bias_correction
-    accumulate(method, second, scaled, beta2, verdict)
-    moments, lacking = first_moment(first, gradients, beta1, step, corrected, verdict, config.beta3)
-    directions, factor = direction(method, moments, second, step, beta2, config.eps)
-    return Warm(moments, lacking, directions, factor * lacking)
+    accumulate(method, second, scaled, beta2, found_inf)
+    moments, lacking = first_moment(first, gradients, beta1, step, corrected, found_inf, config.beta3)
+    updates, factor = update(method, moments, second, step, beta2, config.eps)
+    return Warm(moments, lacking, updates, factor * lacking)
 
 
 def _fuses(
@@ -162,11 +162,11 @@ def _adam(
     gradients: Sequence[Tensor],
     step: int,
     config: ShampooConfig,
-    verdict: Verdict,
+    found_inf: FoundInf,
 ) -> Warm:
-    """Adam's part in one pass: a step with rate -1 from weights of zero is the direction itself."""
+    """Adam's part in one pass: a step with rate -1 from weights of zero is the update itself."""
     beta1, corrected = config.betas[0], config.use_bias_correction
-    directions = [torch.zeros_like(g) for g in gradients]
+    updates = [torch.zeros_like(g) for g in gradients]
     taken = torch.full((), step, dtype=torch.float32, device=gradients[0].device)  # read as such, whatever it is
 
     def advance_(lists: Sequence[list[Tensor]]) -> None:
@@ -185,9 +185,9 @@ def _adam(
             eps=config.eps,
             amsgrad=False,
             maximize=False,
-            found_inf=verdict.found_inf,
+            found_inf=found_inf.as_float,
         )
 
-    in_whole_registers(advance_, directions, gradients, first, second)
+    in_whole_registers(advance_, updates, gradients, first, second)
     lack = 1.0 - beta1**step
-    return Warm(list(first), 1.0 / lack if corrected else 1.0, directions, 1.0 if corrected else lack)
+    return Warm(list(first), 1.0 / lack if corrected else 1.0, updates, 1.0 if corrected else lack)

@@ -1,4 +1,4 @@
-"""save_shampoo and load_shampoo: sharded factor state that any world size and any host can go on from.
+"""save_shampoo and load_shampoo: sharded factor state that any world size and any framework can go on from.
 
 A checkpoint is a folder with ``manifest.json`` and one ``data-<id>`` folder. Tensors are written first; the manifest,
 put in place by one rename, makes the save complete; only then is the data of an earlier save removed.
@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from shampoo_deepspeed.checkpoint.load import misfits, restore_options, what_does_not_fit
+from shampoo_deepspeed.checkpoint.load import incompatibilities, restore_options, what_does_not_fit
 from shampoo_deepspeed.checkpoint.manifest import CheckpointError, Manifest
 from shampoo_deepspeed.checkpoint.save import prepared, write_checkpoint
 from shampoo_deepspeed.checkpoint.stored_state import StoredState, base_key
@@ -56,7 +56,7 @@ def save_shampoo(
     it stays until the new one is complete.
 
     Args:
-        optimizer: a Shampoo, or what holds one: a wrapper of a host, a DeepSpeed engine, a Trainer that trains.
+        optimizer: a Shampoo, or what holds one: a wrapper of a framework, a DeepSpeed engine, a Trainer that trains.
         asynchronous: return once the state is copied aside on the CPU; a thread writes it, together with those of the
             other ranks. The next save waits for it, as does the interpreter's exit. Before
             ``dist.destroy_process_group()`` call ``result()`` of the future or `wait_for_saves`: without its process
@@ -80,10 +80,10 @@ def save_shampoo(
     if moments_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"moments_dtype = {moments_dtype} is not allowed: None, bfloat16, float32 or float64")
     _WRITER.wait(optimizer)
-    if optimizer.awaited is not None:
+    if optimizer.external_state is not None:
         raise CheckpointError(
-            f"the optimizer has no state yet: it waits for what is saved elsewhere ({dict(optimizer.awaited)}); call "
-            "load_shampoo(optimizer, path) on all ranks first"
+            f"the optimizer has no state yet: its loaded state dict says where it is "
+            f"({dict(optimizer.external_state)}); call load_shampoo(optimizer, path) on all ranks first"
         )
     optimizer.settle()
     if not os.fspath(path):
@@ -114,7 +114,7 @@ def wait_for_saves() -> None:
 
 
 def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = True, options: bool = True) -> LoadReport:
-    """Go on from a checkpoint, from the next step on; call it on all ranks. World size and host may have changed.
+    """Go on from a checkpoint, from the next step on; call it on all ranks. World size and framework may have changed.
 
     The files are checked now and read when the next step finds out what each rank owns; they must stay until then.
 
@@ -135,7 +135,7 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
     folder, group = Path(path).resolve(), everyone()
     manifest, problem = _checked_manifest(folder, group)
     known = [entry.parameter for entry in optimizer.entries]
-    unfit = {} if manifest is None else misfits(known, optimizer.configs(), manifest)
+    unfit = {} if manifest is None else incompatibilities(known, optimizer.configs(), manifest)
     directory = None if manifest is None else manifest.directory
     words = (problem, directory, [p.key for p in known], unfit)
     problem, left_out, here = decided(words, lambda everyones: _together(folder, everyones), group)

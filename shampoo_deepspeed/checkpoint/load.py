@@ -13,7 +13,7 @@ from shampoo_deepspeed.checkpoint.manifest import Manifest
 from shampoo_deepspeed.checkpoint.records import cuts_of
 from shampoo_deepspeed.checkpoint.stored_state import base_key
 from shampoo_deepspeed.distributed.frameworks import Parameter
-from shampoo_deepspeed.engine.policy import decays_under, treat
+from shampoo_deepspeed.engine.policy import decays_under, policy_of
 from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
@@ -41,7 +41,9 @@ _TOGETHER = (
 )
 
 
-def misfits(known: Sequence[Parameter], configs: Mapping[int, ShampooConfig], manifest: Manifest) -> dict[str, str]:
+def incompatibilities(
+    known: Sequence[Parameter], configs: Mapping[int, ShampooConfig], manifest: Manifest
+) -> dict[str, str]:
     """Why parameters of this rank cannot go on from a checkpoint, by key."""
     records: dict[str, Mapping[str, Any]] = {base_key(name): r for name, r in manifest.parameters.items()}
     out = {}
@@ -71,11 +73,11 @@ def _other_options(
             was, is_ = getattr(saved, name), getattr(config, name)
             return f"it was saved with {name} = {was!r}, and here it is {is_!r}; set it to {was!r}"
     merged = record["merged"]
-    treatment = treat(parameter, config)
-    if treatment.preconditioned != (merged is not None):
+    policy = policy_of(parameter, config)
+    if policy.preconditioned != (merged is not None):
         was_, is_ = ("preconditioned", "element-wise") if merged is not None else ("element-wise", "preconditioned")
         return f"it was saved as {was_}, and here it is {is_}; give the same exclude ({list(saved.exclude)}) and names"
-    if treatment.preconditioned and cuts_of(treatment) != record["cuts"]:
+    if policy.preconditioned and cuts_of(policy) != record["cuts"]:
         return "it was saved in other blocks; give the same rules and the same names, or model="
     return None
 
@@ -95,7 +97,7 @@ def restore_options(optimizer: BlockOptimizer, manifest: Manifest, keys: frozens
     """Options of saved groups for today's groups that go on from them.
 
     A group keeps, with a warning, what the saved groups of its parameters do not share. Weight decay goes by what it
-    did to each parameter: one host has two groups where another has one and ``no_decay``.
+    did to each parameter: one framework has two groups where another has one and ``no_decay``.
 
     Args:
         keys: of the parameters that go on.

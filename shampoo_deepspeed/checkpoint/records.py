@@ -10,7 +10,7 @@ import torch
 from shampoo_deepspeed.checkpoint.manifest import layout_key
 from shampoo_deepspeed.checkpoint.stored_state import StoredState, base_key, stored_name
 from shampoo_deepspeed.distributed.frameworks import Parameter
-from shampoo_deepspeed.engine.policy import Treatment, treat
+from shampoo_deepspeed.engine.policy import Policy, policy_of
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.rules import STRIDE, number_under, rule_of
 from shampoo_deepspeed.state.block_codec import BlockLayout, Form, block_layout, dtype_name
@@ -46,7 +46,7 @@ def tables(optimizer: BlockOptimizer, form: Form) -> dict[str, Any]:
             if unit.layout.part is not None:
                 parameters[name]["parts"] = unit.layout.parts
         layouts |= _layouts(SavedState.of_units([unit], 0), numbers, form)
-    # The rate is read from the group at every step and is not part of what is kept of its options. A host may have
+    # The rate is read from the group at every step and is not part of what is kept of its options. A framework may have
     # taken out groups that have no parameters.
     live = {group["shampoo_group"]: {"lr": float(group["lr"])} for group in optimizer.param_groups}
     own = {number: config for number, config in configs.items() if number < STRIDE}
@@ -92,22 +92,22 @@ def _options(parameter: Parameter, configs: Mapping[int, ShampooConfig]) -> int:
 def _record(
     parameter: Parameter, steps: int, configs: Mapping[int, ShampooConfig], options: int | str
 ) -> dict[str, Any]:
-    treatment = treat(parameter, configs[parameter.group])
-    blocks = treatment.preconditioned
+    policy = policy_of(parameter, configs[parameter.group])
+    blocks = policy.preconditioned
     return {
         "shape": list(parameter.shape),
         "group": parameter.group,
         "options": options,
         "steps": steps,
-        "merged": list(treatment.merged) if blocks else None,
-        "cuts": cuts_of(treatment),
-        "decays": treatment.decays,
+        "merged": list(policy.merged) if blocks else None,
+        "cuts": cuts_of(policy),
+        "decays": policy.decays,
     }
 
 
-def cuts_of(treatment: Treatment) -> list[list[int]] | None:
+def cuts_of(policy: Policy) -> list[list[int]] | None:
     """Lengths of blocks in builtins, None where there are none."""
-    return [list(along) for along in treatment.cuts] if treatment.preconditioned else None
+    return [list(along) for along in policy.cuts] if policy.preconditioned else None
 
 
 def _layouts(state: SavedState, numbers: Mapping[str, int | str], form: Form) -> dict[str, BlockLayout]:

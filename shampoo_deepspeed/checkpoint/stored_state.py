@@ -24,7 +24,7 @@ from torch import Tensor
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.checkpoint.manifest import Manifest, layout_key
 from shampoo_deepspeed.checkpoint.tensor_store import Item, StorageError, Store, Wanted
-from shampoo_deepspeed.engine.step_unit import Unit
+from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
 from shampoo_deepspeed.geometry.boxes import Box, Placed, row_major
 from shampoo_deepspeed.state.block_codec import (
@@ -37,7 +37,7 @@ from shampoo_deepspeed.state.block_codec import (
     read_status,
     unpack,
 )
-from shampoo_deepspeed.state.state_dict import SavedState, everyones_word, view_of
+from shampoo_deepspeed.state.state_dict import SavedState, gathered_from_unit, view_of
 
 _NUMBERED = re.compile(r"(.+)@[0-9]*", re.DOTALL)
 
@@ -129,7 +129,7 @@ class StoredState:
         """The same checkpoint with fewer parameters to hand out."""
         return replace(self, keys=self.keys - keys)
 
-    def hand_out(self, unit: Unit) -> None:
+    def restore_into(self, unit: StepUnit) -> None:
         """Read a unit's state from the files.
 
         Raises:
@@ -143,11 +143,11 @@ class StoredState:
                     unit.steps[p] = int(self._record(unit, parameter.key)["steps"])
         except Exception as error:  # whatever it is, the other ranks wait for this one's word
             problem = str(error) if isinstance(error, StorageError) else repr(error)
-        found = next((p for p in everyones_word(problem, unit) if p), None)
+        found = next((p for p in gathered_from_unit(problem, unit) if p), None)
         if found:
             raise ValueError(f"the checkpoint {self.path} cannot be loaded: {found}")
 
-    def _record(self, unit: Unit, key: str) -> Mapping[str, Any]:
+    def _record(self, unit: StepUnit, key: str) -> Mapping[str, Any]:
         name = stored_name(key, unit.layout.part)
         if name not in self.manifest.parameters:
             raise StorageError(f"it was saved with another number of expert-parallel ranks: {name!r} is not in it")
@@ -160,7 +160,7 @@ class StoredState:
             )
         return record
 
-    def _wanted(self, unit: Unit) -> Iterable[Wanted]:
+    def _wanted(self, unit: StepUnit) -> Iterable[Wanted]:
         for stack in unit.stacks:
             for row, key in enumerate(stack.keys):
                 parameter, _, index = key.rpartition("/")
@@ -184,7 +184,7 @@ class StoredState:
             for kind in unit.buffers:
                 key = unit.parameters[shard.parameter].key
                 name = f"shards/{stored_name(key, unit.layout.part)}/{kind}"
-                # Where the host keeps float32 weights itself there is nothing to do with a master.
+                # Where the framework keeps float32 weights itself there is nothing to do with a master.
                 if key in self.keys and name in stored and (kind != "master" or narrow[shard.tensor]):
                     place = Placed(shard.box, shard.offset, row_major(shard.box.lengths))
                     yield Wanted(name, shard.box, view_of(unit.buffer(kind, shard.tensor), place).copy_)

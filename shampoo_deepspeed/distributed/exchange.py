@@ -1,4 +1,4 @@
-"""Executes a plan: packs pieces of gradients, moves them to the owners in buckets, and directions back.
+"""Executes a plan: packs pieces of gradients, moves them to the owners in buckets, and updates back.
 
 Everything that moves is described once, at the first step, as addresses in flat buffers; a step only makes views,
 packs them in one call, and runs `all_to_all_single` with uneven splits on the group that spans the shards.
@@ -77,7 +77,7 @@ class Bucket:
     local_shards: list[Address]
     local_blocks: list[Address]
     gradients: Route
-    directions: Route
+    updates: Route
 
 
 @dataclass
@@ -167,7 +167,7 @@ class Exchange:
             local_shards=[at_shard(p) for p in t.local],
             local_blocks=[at_block(p) for p in t.local],
             gradients=route(t.gradients_out, at_shard, t.gradients_in, at_block),
-            directions=route(t.directions_out, at_block, t.directions_in, at_shard),
+            updates=route(t.updates_out, at_block, t.updates_in, at_shard),
         )
 
     def send_gradients(self, bucket: Bucket, shard_gradients: Sequence[Tensor]) -> Transit:
@@ -183,18 +183,16 @@ class Exchange:
         with self._measured(bucket):
             self._finish(transit, bucket.gradients, gradients)
 
-    def send_directions(
-        self, bucket: Bucket, directions: Sequence[Tensor], shard_directions: Sequence[Tensor]
-    ) -> Transit:
-        """Start moving directions from the owners to all holders; what stays here is copied at once."""
-        _copy(views(shard_directions, bucket.local_shards), self._rounded(views(directions, bucket.local_blocks)))
+    def send_updates(self, bucket: Bucket, updates: Sequence[Tensor], shard_updates: Sequence[Tensor]) -> Transit:
+        """Start moving updates from the owners to all holders; what stays here is copied at once."""
+        _copy(views(shard_updates, bucket.local_shards), self._rounded(views(updates, bucket.local_blocks)))
         with self._measured(bucket):
-            return self._start(bucket, bucket.directions, directions)
+            return self._start(bucket, bucket.updates, updates)
 
-    def receive_directions(self, bucket: Bucket, transit: Transit, shard_directions: Sequence[Tensor]) -> None:
-        """Fill this rank's parts of the directions."""
+    def receive_updates(self, bucket: Bucket, transit: Transit, shard_updates: Sequence[Tensor]) -> None:
+        """Fill this rank's parts of the updates."""
         with self._measured(bucket):
-            self._finish(transit, bucket.directions, shard_directions)
+            self._finish(transit, bucket.updates, shard_updates)
 
     def _measured(self, bucket: Bucket) -> AbstractContextManager[None]:
         return self.meter.watch.span(self.device) if bucket.moves else nullcontext()

@@ -1,6 +1,6 @@
-"""What a host (DeepSpeed, FSDP, ...) tells the engine: which boxes of which parameter this rank holds.
+"""What a framework (DeepSpeed, FSDP, ...) tells the engine: which boxes of which parameter this rank holds.
 
-A host adapter describes; it does no mathematics. Adapters are asked at the first step of new tensors, because hosts
+A adapter describes; it does no mathematics. Adapters are asked at the first step of new tensors, because frameworks
 swap parameters after the optimizer is built. Where none claims the tensors, they are whole (`plain_layouts`).
 """
 
@@ -22,7 +22,7 @@ from shampoo_deepspeed.geometry.boxes import Box, whole
 
 
 class LayoutError(RuntimeError):
-    """The host's shards cannot be what they should be, or cannot be used; the message says which and why."""
+    """The framework's shards cannot be what they should be, or cannot be used; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ class Layout:
         groups: parameter group number of each tensor.
         shards: what lies where in the tensors.
         process_group: the ranks whose shards make up the parameters; None where this rank holds all of them alone.
-        may_probe: whether a host or tool may make a first call with zero gradients that must do nothing.
-        one_rank_saves: whether the host stores only one rank's state dict, though ranks own different blocks.
+        may_probe: whether a framework or tool may make a first call with zero gradients that must do nothing.
+        one_rank_saves: whether the framework stores only one rank's state dict, though ranks own different blocks.
         agrees: whether ranks must ask each other which parameters take part, because a gradient is None also where a
-            rank holds nothing; costs a small all-reduce and a host read per step.
+            rank holds nothing; costs a small all-reduce and a read on the CPU per step.
         homes: the number of the tensor that each parameter lies in, also where this rank's part of it is empty; None
             where there is one tensor only. Parameters of one tensor take part in a step together.
         part: which of several equally named sets of parameters this is: with expert parallelism ranks hold different
@@ -117,7 +117,7 @@ class Layout:
 class Entry:
     """A parameter as the optimizer was given it; the reference is weak, so nothing unsharded is kept alive.
 
-    ``stand_in`` is a host's copy of it in ``param_groups``, once a host has found that out.
+    ``stand_in`` is a framework's copy of it in ``param_groups``, once a framework has found that out.
     """
 
     parameter: Parameter
@@ -126,7 +126,7 @@ class Entry:
 
 
 @dataclass
-class Fresh:
+class NewTensor:
     """A trainable tensor that belongs to no unit yet, its group's number, and its place in the group."""
 
     tensor: Tensor
@@ -134,53 +134,53 @@ class Fresh:
     place: int
 
 
-class Host(Protocol):
+class Adapter(Protocol):
     """An adapter. All methods are called on all ranks alike."""
 
     def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
         """Called when an optimizer is built, and when a state is loaded before its first step: the model whose
-        parameters it is given, where the host knows it.
+        parameters it is given, where the framework knows it.
 
-        May complete ``options`` with defaults that hold under this host only.
+        May complete ``options`` with defaults that hold under this framework only.
         """
         ...
 
-    def note_model(self, model: nn.Module) -> None:
+    def attach_model(self, model: nn.Module) -> None:
         """Called before an optimizer takes parameters, with the model that holds them, where that is known."""
         ...
 
     def admit(self, optimizer_class: type) -> None:
-        """Tell the host that this class is one that it can work with."""
+        """Tell the framework that this class is one that it can work with."""
         ...
 
     def global_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
-        """The unsharded shape, where the host hides it; None for a parameter that is not the host's."""
+        """The unsharded shape, where the framework hides it; None for a parameter that is not the framework's."""
         ...
 
     def parts(self, tensor: Tensor, name: str | None) -> Sequence[Part] | None:
         """The parameters that a flat tensor is made of, given the tensor's name; None where it is a single one."""
         ...
 
-    def joining(self, waiting: Sequence[Fresh]) -> list[Fresh]:
+    def joining(self, waiting: Sequence[NewTensor]) -> list[NewTensor]:
         """Those of the tensors without a unit and without a gradient here that join, as other ranks have a gradient.
 
-        Called at each step with all trainable tensors that have no unit. Most hosts give all ranks a gradient or none
-        and answer without asking other ranks.
+        Called at each step with all trainable tensors that have no unit. Most frameworks give all ranks a gradient or
+        none and answer without asking other ranks.
         """
         ...
 
     def layouts(
-        self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[Fresh]
+        self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[NewTensor]
     ) -> list[Layout] | None:
-        """Layouts that together hold all fresh tensors, or None where these tensors are not this host's."""
+        """Layouts that together hold all fresh tensors, or None where these tensors are not this framework's."""
         ...
 
 
 @runtime_checkable
-class CheckpointingHost(Protocol):
-    """An adapter whose host's own checkpoints keep the optimizer's state beside their files.
+class CheckpointingAdapter(Protocol):
+    """An adapter whose framework's own checkpoints keep the optimizer's state beside their files.
 
-    See ``BlockOptimizer.state_saved_elsewhere``; ``optimizer.awaited`` is what was given to it.
+    See ``BlockOptimizer.with_external_state``; ``optimizer.external_state`` is what was given to it.
     """
 
     def note_load(self, optimizer: Any) -> None:
@@ -188,21 +188,21 @@ class CheckpointingHost(Protocol):
         ...
 
     def resume(self, optimizer: Any) -> None:
-        """Called on all ranks together in steps that may build units: load what is awaited, if anything is."""
+        """Called on all ranks together in steps that may build units: load what is external_state, if anything is."""
         ...
 
 
 @runtime_checkable
-class SavingHost(Protocol):
-    """An adapter that can write the state while a host's own tool asks for a state dict that has no room for it."""
+class SavingAdapter(Protocol):
+    """An adapter that writes the state while its framework asks for a state dict that has no room for it."""
 
     def save_beside(self, optimizer: Any) -> bool:
-        """Called on all ranks together: whether it is this host that asks, and the state is now beside its files."""
+        """Called on all ranks together: whether this framework asks, and the state is now written with its files."""
         ...
 
 
 @cache
-def hosts() -> tuple[Host, ...]:
+def adapters() -> tuple[Adapter, ...]:
     """All adapters that are installed: the entry points ``shampoo_deepspeed.frameworks``, ours and others'.
 
     Entry points keep the core free of imports of what stands above it.
@@ -211,7 +211,9 @@ def hosts() -> tuple[Host, ...]:
     return tuple(point.load() for point in sorted(found, key=lambda point: point.name))
 
 
-def plain_layouts(entries: Sequence[Entry], fresh: Sequence[Fresh], replicas: dist.ProcessGroup | None) -> list[Layout]:
+def plain_layouts(
+    entries: Sequence[Entry], fresh: Sequence[NewTensor], replicas: dist.ProcessGroup | None
+) -> list[Layout]:
     """Whole parameters on this rank: a single process, or replicas, which divide the work where their group is known.
 
     Replicas must all have a gradient or none, which DistributedDataParallel sees to: it asks all ranks which parameters
@@ -221,7 +223,7 @@ def plain_layouts(entries: Sequence[Entry], fresh: Sequence[Fresh], replicas: di
         LayoutError: for tensors that some wrapper has sharded.
     """
     known = {id(e.reference()): e.parameter for e in entries}
-    units: dict[tuple[torch.device, torch.dtype], list[Fresh]] = defaultdict(list)
+    units: dict[tuple[torch.device, torch.dtype], list[NewTensor]] = defaultdict(list)
     for item in fresh:
         _refuse_sharded(item.tensor)
         units[item.tensor.device, compute_dtype(item.tensor)].append(item)
@@ -231,7 +233,7 @@ def plain_layouts(entries: Sequence[Entry], fresh: Sequence[Fresh], replicas: di
         if len(parameters) != len(items):
             raise LayoutError(
                 "some tensors in param_groups are not the parameters that the optimizer was built with, and no known "
-                "host has put them there; build the optimizer after wrapping the model"
+                "framework has put them there; build the optimizer after wrapping the model"
             )
         layout = whole_tensors(parameters, items)
         if replicas is not None and dist.get_world_size(replicas) > 1:
@@ -240,7 +242,7 @@ def plain_layouts(entries: Sequence[Entry], fresh: Sequence[Fresh], replicas: di
     return layouts
 
 
-def whole_tensors(parameters: list[Parameter], items: Sequence[Fresh]) -> Layout:
+def whole_tensors(parameters: list[Parameter], items: Sequence[NewTensor]) -> Layout:
     """The layout of unsharded tensors, one parameter each."""
     shards = [Shard(n, whole(item.tensor.shape), n, 0) for n, item in enumerate(items) if item.tensor.numel()]
     homes = list(range(len(items)))
@@ -248,7 +250,7 @@ def whole_tensors(parameters: list[Parameter], items: Sequence[Fresh]) -> Layout
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """Moments and directions are kept in float32 at least."""
+    """Moments and updates are kept in float32 at least."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

@@ -59,8 +59,8 @@ def _drop_stale(groups: Groups) -> None:
 
 
 @functools.cache
-def part_in_order() -> None:
-    """Makes this process wait a moment at its exit, which the threads of gloo groups, the host's too, need.
+def delay_exit_for_gloo() -> None:
+    """Makes this process wait a moment at its exit, which the threads of gloo groups, the framework's too, need.
 
     They take the interpreter's lock to let go of a finished collective's tensors. One that still waits for it when the
     interpreter ends aborts the process ("terminate called without an active exception"), however well all went; and

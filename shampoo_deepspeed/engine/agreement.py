@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_deepspeed.algorithm.found_inf import Outcome, Verdict
+from shampoo_deepspeed.algorithm.found_inf import FoundInf, StepFlags
 from shampoo_deepspeed.engine.shard_update import ShardGradients
-from shampoo_deepspeed.engine.step_unit import Unit
+from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.linalg.inverse_root import extremes
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.runtime.devices import communication_device
@@ -31,22 +31,22 @@ class Report:
     def __init__(self, flags: Tensor, norms: Mapping[int, Tensor]) -> None:
         self._flags = flags
         self._norms = norms
-        self.outcome = Outcome(flags)
+        self.outcome = StepFlags(flags)
 
-    def verdict(self, unit: Unit) -> Verdict:
-        """The device-side verdict for a unit's tensors."""
-        return Verdict((self._flags[_BAD] > 0).to(unit.device), unit.dtype, lambda: read(self.outcome)[0])
+    def found_inf(self, unit: StepUnit) -> FoundInf:
+        """The device-side found_inf for a unit's tensors."""
+        return FoundInf((self._flags[_BAD] > 0).to(unit.device), unit.dtype, lambda: read(self.outcome)[0])
 
     def any_gradient(self) -> bool:
-        """Whether any element of any gradient is not zero; read on the host, so only asked at first steps."""
+        """Whether any element of any gradient is not zero; read on the CPU, so only asked at first steps."""
         return bool(self._flags[_NONZERO] > 0)
 
-    def squared_norms(self, unit: Unit) -> Tensor | None:
+    def squared_norms(self, unit: StepUnit) -> Tensor | None:
         """||G||^2 of each of the unit's parameters, where a normalized method needs it."""
         return self._norms.get(id(unit))
 
 
-def agree(work: Sequence[tuple[Unit, ShardGradients]], configs: Mapping[int, ShampooConfig]) -> Report:
+def agree(work: Sequence[tuple[StepUnit, ShardGradients]], configs: Mapping[int, ShampooConfig]) -> Report:
     """Combine this rank's status with that of all ranks that share a unit of this call.
 
     One small all-reduce for each unit with several ranks; none with a single rank.
@@ -68,7 +68,7 @@ def agree(work: Sequence[tuple[Unit, ShardGradients]], configs: Mapping[int, Sha
     return Report(flags, {key: n for key, n in norms.items() if n.numel()})
 
 
-def _flags(unit: Unit, gradients: ShardGradients, configs: Mapping[int, ShampooConfig]) -> Tensor:
+def _flags(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, ShampooConfig]) -> Tensor:
     used = sorted({shard.tensor for shard in unit.layout.shards if gradients.active[shard.parameter]})
     filled = [gradients.raw[t] for t in used if gradients.raw[t].numel()]
     peak = _peaks(filled) if filled else torch.zeros(1, device=unit.device)
@@ -95,7 +95,7 @@ def _summed(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     return moved.to(values.device)
 
 
-def read(outcome: Outcome) -> tuple[bool, int]:
+def read(outcome: StepFlags) -> tuple[bool, int]:
     """(rejected, at least how many blocks fail) of a past step."""
     flags = outcome.read()
     return flags[_BAD] > 0, int(flags[_FAILING])

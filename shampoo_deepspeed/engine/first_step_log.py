@@ -7,30 +7,30 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from shampoo_deepspeed.distributed.frameworks import Parameter
-from shampoo_deepspeed.engine.policy import Treatment, treat
+from shampoo_deepspeed.engine.policy import Policy, policy_of
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
 from shampoo_deepspeed.options.choices import DEFAULT_EXCLUDE, DEFAULT_RULES, TRAINER_NO_DECAY
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.parameter_names import matching
 
 
-def treatment_table(parameters: Iterable[Parameter], configs: Mapping[int, ShampooConfig]) -> str:
+def policy_table(parameters: Iterable[Parameter], configs: Mapping[int, ShampooConfig]) -> str:
     """A table with one line for all layers' parameters of the same name and shape; layer numbers become ``*``."""
     lines: dict[tuple[str, str, str, str], int] = {}
     elements = {True: 0, False: 0}
     for parameter in parameters:
         config = configs[parameter.group]
-        treatment = treat(parameter, config)
-        elements[treatment.preconditioned] += math.prod(parameter.shape)
-        what = _blocks(treatment) if treatment.preconditioned else "element-wise"
-        why = treatment.reason or f"{len(treatment.merged)} dims"
-        if treatment.rule:
-            why += f", under the rule for {treatment.rule!r}"
-        if not treatment.decays and config.weight_decay:
+        policy = policy_of(parameter, config)
+        elements[policy.preconditioned] += math.prod(parameter.shape)
+        what = _blocks(policy) if policy.preconditioned else "element-wise"
+        why = policy.reason or f"{len(policy.merged)} dims"
+        if policy.rule:
+            why += f", under the rule for {policy.rule!r}"
+        if not policy.decays and config.weight_decay:
             why += ", no weight decay"
         key = (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", parameter.key), "x".join(map(str, parameter.shape)), what, why)
         lines[key] = lines.get(key, 0) + 1
-    rows = [("parameter", "shape", "count", "treatment", "why")]
+    rows = [("parameter", "shape", "count", "policy", "why")]
     rows += [(name, shape, str(count), what, why) for (name, shape, what, why), count in lines.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     table = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -38,7 +38,7 @@ def treatment_table(parameters: Iterable[Parameter], configs: Mapping[int, Shamp
     return f"{table}\n{elements[True]:,} of {total:,} elements ({elements[True] / total:.1%}) are preconditioned"
 
 
-def doubts(parameters: Sequence[Parameter], configs: Mapping[int, ShampooConfig]) -> list[str]:
+def likely_mistakes(parameters: Sequence[Parameter], configs: Mapping[int, ShampooConfig]) -> list[str]:
     """What a user will not have meant: patterns of theirs that match nothing, and matrices that have no names.
 
     Args:
@@ -49,7 +49,7 @@ def doubts(parameters: Sequence[Parameter], configs: Mapping[int, ShampooConfig]
         if not any(matching([pattern], p.name, p.kinds, p.shape) for p in parameters):
             out.append(f"{option}: no parameter of the optimizer matches {pattern!r}")
     excluded = [p for p in parameters if configs[p.group].exclude]
-    nameless = [p for p in excluded if p.name is None and not p.kinds and treat(p, configs[p.group]).preconditioned]
+    nameless = [p for p in excluded if p.name is None and not p.kinds and policy_of(p, configs[p.group]).preconditioned]
     if nameless:
         out.append(
             f"of the preconditioned parameters {len(nameless)} have no names, so that none is known as an embedding or "
@@ -69,10 +69,10 @@ def _own_patterns(configs: Iterable[ShampooConfig]) -> Iterable[tuple[str, str]]
     return found
 
 
-def _blocks(treatment: Treatment) -> str:
-    boxes = cut_into_blocks(treatment.merged, treatment.cuts)
+def _blocks(policy: Policy) -> str:
+    boxes = cut_into_blocks(policy.merged, policy.cuts)
     largest = "x".join(map(str, max(boxes, key=lambda box: box.numel).lengths))
     what = f"{len(boxes)} block{'s' if len(boxes) > 1 else ''} of {'at most ' if len(boxes) > 1 else ''}{largest}"
-    if set(treatment.sides) != {"matrix"}:
-        what += f" ({', '.join('-' if side == 'none' else side for side in treatment.sides)})"
+    if set(policy.sides) != {"matrix"}:
+        what += f" ({', '.join('-' if side == 'none' else side for side in policy.sides)})"
     return what

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.engine.step_unit import Unit
+from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.boxes import Box, row_major
 from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import ShampooConfig
 
 
-def wide_weights(unit: Unit, configs: Mapping[int, ShampooConfig]) -> list[Tensor]:
+def wide_weights(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> list[Tensor]:
     """The unit's local weights as they are to be updated, each in the unit's dtype: the tensor itself where it has
     that dtype, else a flat master that is kept, or a flat copy.
 
@@ -44,7 +44,7 @@ def wide_weights(unit: Unit, configs: Mapping[int, ShampooConfig]) -> list[Tenso
     return out
 
 
-def write_back(unit: Unit, wide: Sequence[Tensor], configs: Mapping[int, ShampooConfig]) -> None:
+def write_back(unit: StepUnit, wide: Sequence[Tensor], configs: Mapping[int, ShampooConfig]) -> None:
     """Round updated weights into the unit's local tensors; a weight that did not change stays as it is, to the bit."""
     for number, (value, updated) in enumerate(zip(unit.local_tensors(), wide, strict=True)):
         if value.dtype == unit.dtype:
@@ -55,7 +55,7 @@ def write_back(unit: Unit, wide: Sequence[Tensor], configs: Mapping[int, Shampoo
         value.copy_(updated.view(value.shape))
 
 
-def _randomly_rounded(unit: Unit, tensor: int, wide: Tensor) -> Tensor:
+def _randomly_rounded(unit: StepUnit, tensor: int, wide: Tensor) -> Tensor:
     rounded = wide.clone()
     for shard in unit.layout.shards:
         if shard.tensor == tensor:

@@ -15,7 +15,7 @@ from shampoo_deepspeed.options.rules import rule_of
 
 
 @dataclass(frozen=True)
-class Treatment:
+class Policy:
     """What happens to a parameter: its merged shape where preconditioned, else why it is element-wise and how.
 
     ``cuts`` are the lengths of its blocks and ``sides`` what each dim of them has; ``method`` is the element-wise one;
@@ -36,7 +36,7 @@ class Treatment:
         return self.reason is None
 
 
-def treat(parameter: Parameter, config: ShampooConfig) -> Treatment:
+def policy_of(parameter: Parameter, config: ShampooConfig) -> Policy:
     """Decide by shape, name and kind alone whether and how a parameter is preconditioned and whether it decays.
 
     Args:
@@ -55,11 +55,11 @@ def treat(parameter: Parameter, config: ShampooConfig) -> Treatment:
     reason, method = _why_elementwise(parameter, merged, config)
     if reason is not None:
         flat = (tuple(range(len(parameter.shape))),)
-        return Treatment((math.prod(parameter.shape),), flat, reason, decays, method=method, rule=pattern)
+        return Policy((math.prod(parameter.shape),), flat, reason, decays, method=method, rule=pattern)
     sides = config.sides(merged)
     try:
         cuts = cut_lengths(merged, limit, sides, batch, config.split)
-        return Treatment(merged, dims, None, decays, cuts, sides, rule=pattern)
+        return Policy(merged, dims, None, decays, cuts, sides, rule=pattern)
     except ValueError as error:
         raise OptionError(f"Shampoo option 'split' does not fit parameter {parameter.key}: {error}.") from None
 
@@ -72,7 +72,7 @@ def decays_under(parameter: Parameter, config: ShampooConfig) -> bool:
 
 
 def _why_elementwise(parameter: Parameter, merged: tuple[int, ...], config: ShampooConfig) -> tuple[str | None, str]:
-    """(why a parameter is element-wise, or None; the method of its direction)."""
+    """(why a parameter is element-wise, or None; the method of its update)."""
     pattern = matching(config.exclude, parameter.name, parameter.kinds, parameter.shape)
     if pattern is not None:
         return f"excluded by {pattern!r}", config.elementwise_method
@@ -85,16 +85,16 @@ def _why_elementwise(parameter: Parameter, merged: tuple[int, ...], config: Sham
     return None, config.elementwise_method
 
 
-def matrix_of(treatment: Treatment, group: int, config: ShampooConfig, phases: tuple[int, ...] | None = None) -> Matrix:
+def matrix_of(policy: Policy, group: int, config: ShampooConfig, phases: tuple[int, ...] | None = None) -> Matrix:
     """A preconditioned parameter as the plan knows it; ``group`` and ``config`` are those of its rule, if any."""
-    products = config.products(len(treatment.merged) - config.batch_dims)
+    products = config.products(len(policy.merged) - config.batch_dims)
     return Matrix(
-        treatment.merged,
-        treatment.cuts,
+        policy.merged,
+        policy.cuts,
         group,
         config.precondition_frequency,
         phases,
-        treatment.sides,
+        policy.sides,
         products,
         config.decompositions,
     )

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from shampoo_deepspeed.distributed.frameworks import Parameter
-from shampoo_deepspeed.engine.policy import treat
+from shampoo_deepspeed.engine.policy import policy_of
 from shampoo_deepspeed.engine.staggering import staggered_phases
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
 from shampoo_deepspeed.geometry.plan import refresh_cost
@@ -20,7 +20,7 @@ def refresh_phases(parameters: Iterable[Parameter], configs: Mapping[int, Shampo
     Args:
         parameters: all that the optimizer was given; groups take turns in their order, and in each of them the
             parameters in theirs, whatever shards and step units are. Groups of one frequency share a window. Frozen
-            ones come after all others, so that it makes no difference whether a host or a user hands them over too.
+            ones come after all others, so that it makes no difference whether they are given too.
         configs: options by group number, and of rules by theirs.
     """
     phases: dict[str, tuple[int, ...]] = {}
@@ -32,12 +32,12 @@ def refresh_phases(parameters: Iterable[Parameter], configs: Mapping[int, Shampo
         config = configs[group]
         if not config.staggers:
             continue
-        treatment = treat(parameter, configs[parameter.group])
-        if not treatment.preconditioned:
+        policy = policy_of(parameter, configs[parameter.group])
+        if not policy.preconditioned:
             continue
         frequency = config.precondition_frequency
-        blocks = cut_into_blocks(treatment.merged, treatment.cuts)
-        costs = [refresh_cost(box.lengths, treatment.sides) for box in blocks]
+        blocks = cut_into_blocks(policy.merged, policy.cuts)
+        costs = [refresh_cost(box.lengths, policy.sides) for box in blocks]
         found = staggered_phases(costs, frequency, windows[frequency])
         window = windows[frequency] or [0.0] * frequency
         for cost, phase in zip(costs, found, strict=True):

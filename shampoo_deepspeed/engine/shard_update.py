@@ -9,22 +9,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.grafting import FUSED_DEVICES
 from shampoo_deepspeed.engine.master_weights import wide_weights, write_back
-from shampoo_deepspeed.engine.step_unit import Region, Unit
+from shampoo_deepspeed.engine.step_unit import Region, StepUnit
 from shampoo_deepspeed.options.config import ShampooConfig
 
 
 class ShardGradients(NamedTuple):
-    """Flat gradients of a unit's tensors as the host gave them, with L2 decay, and which parameters take part."""
+    """Flat gradients of a unit's tensors as the framework gave them, with L2 decay, and which parameters take part."""
 
     raw: list[Tensor]
     decayed: list[Tensor]
     active: list[bool]
 
 
-def shard_gradients(unit: Unit, configs: Mapping[int, ShampooConfig]) -> ShardGradients:
+def shard_gradients(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> ShardGradients:
     """Collect the gradients, and add weight decay where it is coupled (step 1 of the rule).
 
     Raises:
@@ -53,10 +53,10 @@ def shard_gradients(unit: Unit, configs: Mapping[int, ShampooConfig]) -> ShardGr
     return ShardGradients(flat, decayed, active)
 
 
-def _taking_part(unit: Unit, gradients: Sequence[Tensor | None]) -> list[bool]:
+def _taking_part(unit: StepUnit, gradients: Sequence[Tensor | None]) -> list[bool]:
     """Which parameters step; a parameter steps with its tensor, on all ranks alike.
 
-    Where a host's layout does not ask to agree, its ranks have a gradient of a tensor all together or not at all.
+    Where a framework's layout does not ask to agree, its ranks have a gradient of a tensor all together or not at all.
     """
     mine = [gradient is not None for gradient in gradients]
     stepping = unit.any_rank(mine) if unit.layout.agrees else mine
@@ -64,16 +64,16 @@ def _taking_part(unit: Unit, gradients: Sequence[Tensor | None]) -> list[bool]:
 
 
 def update(
-    unit: Unit,
-    directions: Sequence[Tensor],
+    unit: StepUnit,
+    updates: Sequence[Tensor],
     active: Sequence[bool],
     configs: Mapping[int, ShampooConfig],
     rates: Mapping[int, float | Tensor],
-    verdict: Verdict,
+    found_inf: FoundInf,
 ) -> None:
-    """Steps 7 to 9 of the rule on the shards: decoupled decay, momentum, and W <- W - lr * direction.
+    """Steps 7 to 9 of the rule on the shards: decoupled decay, momentum, and W <- W - lr * update.
 
-    ``directions`` are used up: their content is undefined afterwards.
+    ``updates`` are used up: their content is undefined afterwards.
     """
     values = wide_weights(unit, configs)
     for group, regions in _regions_by_group(unit, active).items():
@@ -81,17 +81,17 @@ def update(
         if isinstance(rate, Tensor) and rate.device.type == "cpu":
             rate = float(rate)  # a copy from there would wait for the device
         weights = [_region(values[r.tensor], r) for r in regions]
-        steps = [directions[r.tensor][r.start : r.stop].view_as(w) for r, w in zip(regions, weights, strict=True)]
+        steps = [updates[r.tensor][r.start : r.stop].view_as(w) for r, w in zip(regions, weights, strict=True)]
         fused = [_fuses(w, s, config, rate) for w, s in zip(weights, steps, strict=True)]
         for decays in (True, False):
             chosen = [n for n, r in enumerate(regions) if fused[n] and r.decays == decays]
             if chosen:
                 decay = float(config.decay(rate)) if decays and config.weight_decay else 0.0
-                _in_one_pass([weights[n] for n in chosen], [steps[n] for n in chosen], float(rate), decay, verdict)
+                _in_one_pass([weights[n] for n in chosen], [steps[n] for n in chosen], float(rate), decay, found_inf)
         rest = [n for n, done in enumerate(fused) if not done]
         if rest:
             others = [weights[n] for n in rest], [steps[n] for n in rest]
-            _in_many_passes(unit, [regions[n] for n in rest], *others, config, rate, verdict)
+            _in_many_passes(unit, [regions[n] for n in rest], *others, config, rate, found_inf)
     write_back(unit, values, configs)
 
 
@@ -103,8 +103,8 @@ def _fuses(weight: Tensor, step: Tensor, config: ShampooConfig, rate: float | Te
     return weight.device.type in FUSED_DEVICES and weight.is_contiguous() and weight.dtype == step.dtype
 
 
-def _in_one_pass(weights: list[Tensor], steps: list[Tensor], rate: float, decay: float, verdict: Verdict) -> None:
-    """W <- W - lr * (direction + decay * W), each read and written once."""
+def _in_one_pass(weights: list[Tensor], steps: list[Tensor], rate: float, decay: float, found_inf: FoundInf) -> None:
+    """W <- W - lr * (update + decay * W), each read and written once."""
     torch._fused_sgd_(
         weights,
         steps,
@@ -116,18 +116,18 @@ def _in_one_pass(weights: list[Tensor], steps: list[Tensor], rate: float, decay:
         nesterov=False,
         maximize=False,
         is_first_step=False,
-        found_inf=verdict.found_inf,
+        found_inf=found_inf.as_float,
     )
 
 
 def _in_many_passes(
-    unit: Unit,
+    unit: StepUnit,
     regions: Sequence[Region],
     weights: list[Tensor],
     steps: list[Tensor],
     config: ShampooConfig,
     rate: float | Tensor,
-    verdict: Verdict,
+    found_inf: FoundInf,
 ) -> None:
     """The same with momentum, for weights of any strides and a rate that may be on the device."""
     if config.decay_type != "l2" and config.weight_decay:
@@ -135,10 +135,10 @@ def _in_many_passes(
         if decaying:
             _add_decay([steps[n] for n in decaying], [weights[n] for n in decaying], config.decay(rate))
     if config.momentum:
-        steps = _with_momentum(unit, regions, steps, config, verdict)
-    number = verdict.scale_number(rate)
+        steps = _with_momentum(unit, regions, steps, config, found_inf)
+    number = found_inf.scale_number(rate)
     if number is None:
-        torch._foreach_mul_(steps, verdict.scale(rate))
+        torch._foreach_mul_(steps, found_inf.scale(rate))
         number = 1.0
     torch._foreach_add_(weights, steps, alpha=-number)
 
@@ -150,7 +150,7 @@ def _add_decay(steps: list[Tensor], weights: list[Tensor], decay: float | Tensor
     torch._foreach_add_(steps, weights, alpha=decay)
 
 
-def _regions_by_group(unit: Unit, active: Sequence[bool]) -> dict[int, list[Region]]:
+def _regions_by_group(unit: StepUnit, active: Sequence[bool]) -> dict[int, list[Region]]:
     chosen: dict[int, list[Region]] = defaultdict(list)
     for region in unit.regions:
         if active[region.parameter]:
@@ -164,7 +164,7 @@ def _region(tensor: Tensor, region: Region) -> Tensor:
 
 
 def _with_momentum(
-    unit: Unit, regions: Sequence[Region], steps: list[Tensor], config: ShampooConfig, verdict: Verdict
+    unit: StepUnit, regions: Sequence[Region], steps: list[Tensor], config: ShampooConfig, found_inf: FoundInf
 ) -> list[Tensor]:
     """Step 8: B <- mu * B + (1 - dampening) * U; gives B, or with Nesterov (1 - dampening) * U + mu * B."""
     buffers = [
@@ -172,8 +172,8 @@ def _with_momentum(
         for r, step in zip(regions, steps, strict=True)
     ]
     torch._foreach_mul_(steps, 1.0 - config.dampening)
-    torch._foreach_mul_(buffers, verdict.keep(config.momentum))
-    torch._foreach_add_(buffers, torch._foreach_mul(steps, verdict.scale(1.0)))
+    torch._foreach_mul_(buffers, found_inf.keep(config.momentum))
+    torch._foreach_add_(buffers, torch._foreach_mul(steps, found_inf.scale(1.0)))
     if not config.nesterov:
         return [b.clone() for b in buffers]
     torch._foreach_add_(steps, buffers, alpha=config.momentum)

@@ -14,8 +14,9 @@ def staggered_phases(costs: Sequence[float], frequency: int, earlier: Sequence[f
     """The phase of each block, in [0, frequency): each goes to the phase with the least refresh cost so far.
 
     Blocks are taken in the given order, which must be the global one (parameters as the optimizer was given them,
-    blocks row-major): then phases depend neither on ranks nor on the host, and what joins later leaves those before
-    it as they are. Equal blocks take turns. No phase costs more than another by more than the most expensive block.
+    blocks row-major): then phases depend neither on ranks nor on the framework, and what joins later leaves those
+    before it as they are. Equal blocks take turns.
+    No phase costs more than another by more than the most expensive block.
 
     Args:
         costs: refresh cost of each block, any unit.

@@ -1,6 +1,6 @@
 """A step unit: local tensors that are stepped together, with their plan, exchange, stacks and element-wise parts.
 
-Built once, from a host's layout, at the first step of its tensors.
+Built once, from a framework's layout, at the first step of its tensors.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.algorithm.elementwise import Elementwise, Segment
-from shampoo_deepspeed.algorithm.found_inf import Outcome
+from shampoo_deepspeed.algorithm.found_inf import StepFlags
 from shampoo_deepspeed.algorithm.grafting import is_normalized
 from shampoo_deepspeed.distributed.exchange import Exchange
 from shampoo_deepspeed.distributed.frameworks import Layout, LayoutError, compute_dtype
-from shampoo_deepspeed.distributed.process_groups import part_in_order
-from shampoo_deepspeed.engine.policy import matrix_of, treat
+from shampoo_deepspeed.distributed.process_groups import delay_exit_for_gloo
+from shampoo_deepspeed.engine.policy import matrix_of, policy_of
 from shampoo_deepspeed.geometry.boxes import Box, Placed, merged_places, tiling_error
 from shampoo_deepspeed.geometry.plan import Matrix, Plan, bucket_elements
 from shampoo_deepspeed.options.choices import DTYPES
@@ -32,9 +32,9 @@ from shampoo_deepspeed.runtime.metrics import Measured
 
 
 class Pending(NamedTuple):
-    """A step whose outcome the host has not read yet, and which parameters took part in it."""
+    """A step whose outcome the CPU has not read yet, and which parameters took part in it."""
 
-    outcome: Outcome
+    outcome: StepFlags
     active: list[bool]
 
 
@@ -52,13 +52,13 @@ class Region:
     decays: bool
 
 
-class Unit:
+class StepUnit:
     """Everything that one step of these tensors needs.
 
     Args:
-        layout: what the host says of this rank.
+        layout: what the framework says of this rank.
         configs: options by parameter group number, and of rules by theirs; the same on all ranks.
-        carried: each rank's load from units built before.
+        prior_loads: each rank's load from units built before.
         phases: by parameter key the refresh phase of each block, where refreshes are staggered.
 
     Raises:
@@ -69,7 +69,7 @@ class Unit:
         self,
         layout: Layout,
         configs: Mapping[int, ShampooConfig],
-        carried: Sequence[float] | None = None,
+        prior_loads: Sequence[float] | None = None,
         phases: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.layout = layout
@@ -80,12 +80,12 @@ class Unit:
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
         self.world_size = dist.get_world_size(self.group) if self.group is not None else 1
         if dist.is_initialized():
-            part_in_order()
+            delay_exit_for_gloo()
         locals_ = self.local_tensors()
         self.sizes = [t.numel() for t in locals_]
         self.device = locals_[0].device if locals_ else torch.device("cpu")
         self.dtype = compute_dtype(locals_[0]) if locals_ else torch.float32
-        self.treatments = [treat(p, configs[p.group]) for p in self.parameters]
+        self.policies = [policy_of(p, configs[p.group]) for p in self.parameters]
         # The number of each parameter's options: those of its group, or of a rule of it.
         self.options = [
             number_under(p.group, rule_of(p.name, p.kinds, p.shape, configs[p.group])) for p in self.parameters
@@ -97,37 +97,37 @@ class Unit:
         self.rejected_in_a_row = 0
         # Flat buffers that lie with the shard, by kind ("momentum", "master") and local tensor.
         self.buffers: dict[str, dict[int, Tensor]] = {"momentum": {}, "master": {}}
-        self._build(configs, carried or [0.0] * self.world_size)
+        self._build(configs, prior_loads or [0.0] * self.world_size)
 
-    def _build(self, configs: Mapping[int, ShampooConfig], carried: Sequence[float]) -> None:
+    def _build(self, configs: Mapping[int, ShampooConfig], prior_loads: Sequence[float]) -> None:
         places = self._placed_shards()
         everyone = self._gather(places, configs)
         self._check_tiling(everyone)
-        number_of = {p: n for n, p in enumerate(p for p, t in enumerate(self.treatments) if t.preconditioned)}
+        number_of = {p: n for n, p in enumerate(p for p, t in enumerate(self.policies) if t.preconditioned)}
         matrices = [self._matrix(p, configs) for p in number_of]
         held = [[(number_of[p], box) for p, box in shards if p in number_of] for shards in everyone]
         first = configs[self.parameters[0].group]
         item = self.dtype.itemsize
-        self.plan = Plan(matrices, held, bucket_elements(first.bucket_mb, item), carried)
+        self.plan = Plan(matrices, held, bucket_elements(first.bucket_mb, item), prior_loads)
         wire = DTYPES[first.communication_dtype] if first.communication_dtype else self.dtype
         own = [(tensor, place) for p, tensor, place in places if p in number_of]
-        self.loads_so_far = [a + b for a, b in zip(carried, self.plan.loads, strict=True)]
+        self.loads_so_far = [a + b for a, b in zip(prior_loads, self.plan.loads, strict=True)]
         self.exchange = Exchange(self.plan, self.rank, own, self.group, wire, self.device)
         self.block_parameters = list(number_of)
         self.stacks = [self._stack(blocks, configs) for blocks in self.exchange.stacks]
         self.elementwise = self._elementwise_part(places, everyone, configs)
         self.regions = self._joined_regions()
-        self.needs_norms = any(is_normalized(t.method) for t in self.treatments if not t.preconditioned)
+        self.needs_norms = any(is_normalized(t.method) for t in self.policies if not t.preconditioned)
 
     def _placed_shards(self) -> list[tuple[int, int, Placed]]:
         """This rank's shards as (parameter, tensor, place in its merged shape)."""
         placed = []
         for shard in self.layout.shards:
-            treatment, shape = self.treatments[shard.parameter], self.parameters[shard.parameter].shape
+            policy, shape = self.policies[shard.parameter], self.parameters[shard.parameter].shape
             if not shape:
                 placed.append((shard.parameter, shard.tensor, Placed(Box((0,), (1,)), shard.offset, (1,))))
                 continue
-            for place in merged_places(shard.box, shape, treatment.dims, shard.offset):
+            for place in merged_places(shard.box, shape, policy.dims, shard.offset):
                 placed.append((shard.parameter, shard.tensor, place))
         return placed
 
@@ -162,18 +162,18 @@ class Unit:
                 boxes[p].add(box)
         wrong = []
         for p, parameter in enumerate(self.parameters):
-            error = tiling_error(self.treatments[p].merged, boxes[p])
+            error = tiling_error(self.policies[p].merged, boxes[p])
             if error:
                 wrong.append(f"{parameter.key} {parameter.shape}: {error}")
         if wrong:
             raise LayoutError(
-                "the host's shards do not cover every element of these parameters exactly once:\n  "
+                "the framework's shards do not cover every element of these parameters exactly once:\n  "
                 + "\n  ".join(wrong)
             )
 
     def _matrix(self, p: int, configs: Mapping[int, ShampooConfig]) -> Matrix:
         number, phases = self.options[p], self._phases.get(self.parameters[p].key)
-        return matrix_of(self.treatments[p], number, configs[number], phases)
+        return matrix_of(self.policies[p], number, configs[number], phases)
 
     def block_key(self, block: int) -> str:
         """The key of a block of the plan: parameter key and index of the block within it."""
@@ -198,8 +198,8 @@ class Unit:
                 copies[held] += 1
         segments = []
         for p, tensor, place in places:
-            if not self.treatments[p].preconditioned:
-                parameter, method = self.parameters[p], self.treatments[p].method
+            if not self.policies[p].preconditioned:
+                parameter, method = self.parameters[p], self.policies[p].method
                 (start,), (numel,) = place.box.offsets, place.box.lengths
                 share = 1.0 / copies[p, place.box]
                 segments.append(
@@ -211,7 +211,7 @@ class Unit:
         """What the shards cover of the local tensors; neighbours that decay alike are joined, padding is left out."""
         joined: list[Region] = []
         for shard in sorted(self.layout.shards, key=lambda s: (s.tensor, s.offset)):
-            decays = self.treatments[shard.parameter].decays
+            decays = self.policies[shard.parameter].decays
             region = Region(shard.tensor, shard.offset, shard.offset + shard.box.numel, shard.parameter, decays)
             last = joined[-1] if joined else None
             if last and (last.tensor, last.stop, last.decays) == (region.tensor, region.start, decays):
@@ -225,7 +225,7 @@ class Unit:
         return [self.layout.local(tensor) for tensor in self.tensors]
 
     def any_rank(self, flags: Sequence[bool]) -> list[bool]:
-        """For each flag whether it is set on any rank of the unit; read on the host."""
+        """For each flag whether it is set on any rank of the unit; read on the CPU."""
         if self.group is None:
             return list(flags)
         values = torch.tensor(flags, dtype=torch.float32, device=communication_device(self.group, self.device))

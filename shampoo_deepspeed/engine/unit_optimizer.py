@@ -1,4 +1,4 @@
-"""Which tensors a blockwise optimizer trains, and how: groups with their options, names, and units from hosts."""
+"""Which tensors a blockwise optimizer trains, and how: groups with their options, names, and units from frameworks."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo_deepspeed.distributed.frameworks import (
-    CheckpointingHost,
+    CheckpointingAdapter,
     Entry,
-    Fresh,
+    NewTensor,
     Parameter,
     Part,
-    hosts,
+    adapters,
     plain_layouts,
 )
 from shampoo_deepspeed.engine import agreement as status
-from shampoo_deepspeed.engine.first_step_log import doubts, treatment_table
-from shampoo_deepspeed.engine.policy import treat
+from shampoo_deepspeed.engine.first_step_log import likely_mistakes, policy_table
+from shampoo_deepspeed.engine.policy import policy_of
 from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
-from shampoo_deepspeed.engine.step_unit import Unit
+from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig, canonical
 from shampoo_deepspeed.options.param_groups import checked_group, group_options, unknown_keys
@@ -37,9 +37,9 @@ logger = logging.getLogger("shampoo_deepspeed")
 
 
 class UnitOptimizer(torch.optim.Optimizer):
-    """Keeps the parameter groups, asks hosts for layouts at the first step, and counts what units report.
+    """Keeps the parameter groups, asks frameworks for layouts at the first step, and counts what units report.
 
-    Holds weak references to parameters only: hosts replace them by shards, and nothing unsharded may stay alive.
+    Holds weak references to parameters only: frameworks replace them by shards, and nothing unsharded may stay alive.
     """
 
     _warned = False  # that steps do nothing
@@ -54,16 +54,16 @@ class UnitOptimizer(torch.optim.Optimizer):
         _check_types(params, model, process_group)
         given = list(params)
         options = canonical(options)
-        for host in hosts():
-            host.admit(type(self))
-            model = model or host.model_under_construction(options, given)
+        for adapter in adapters():
+            adapter.admit(type(self))
+            model = model or adapter.model_under_construction(options, given)
         self._replicas = process_group
-        self.units: list[Unit] = []
+        self.units: list[StepUnit] = []
         if model is not None:
-            self.note_model(model)
+            self.attach_model(model)
         self._known = names_and_kinds(model) if model is not None else {}
         self.entries: list[Entry] = []
-        self._unit_of: dict[int, Unit] = {}
+        self._unit_of: dict[int, StepUnit] = {}
         self._loads: dict[int, list[float]] = {}  # of each process group's ranks, by all units so far
         self._configs: dict[int, tuple[tuple[Any, ...], ShampooConfig]] = {}
         self._reported = False
@@ -71,7 +71,7 @@ class UnitOptimizer(torch.optim.Optimizer):
         super().__init__(given, group_options(ShampooConfig.from_options(options)))
         self._known = {}
 
-    def note_model(self, model: nn.Module) -> None:
+    def attach_model(self, model: nn.Module) -> None:
         """Tell, before the first step, the wrapped model of parameters that were given earlier, as ``model=`` does.
 
         Raises:
@@ -81,18 +81,18 @@ class UnitOptimizer(torch.optim.Optimizer):
             raise RuntimeError("the wrapped model must be told before the first step")
         if self._replicas is None and isinstance(model, nn.parallel.DistributedDataParallel):
             self._replicas = model.process_group
-        for host in hosts():
-            host.note_model(model)
+        for adapter in adapters():
+            adapter.attach_model(model)
 
-    def _units_in_step(self) -> list[Unit]:
+    def _units_in_step(self) -> list[StepUnit]:
         """The units of the current ``param_groups``; new tensors with a gradient get theirs here."""
         units, waiting = self._known_and_waiting()
         if waiting:
-            for host in hosts():
-                if isinstance(host, CheckpointingHost):
-                    host.resume(self)
+            for adapter in adapters():
+                if isinstance(adapter, CheckpointingAdapter):
+                    adapter.resume(self)
             units, waiting = self._known_and_waiting()
-        joining = {id(item) for host in hosts() for item in host.joining(waiting)} if waiting else set()
+        joining = {id(item) for adapter in adapters() for item in adapter.joining(waiting)} if waiting else set()
         fresh = [item for item in waiting if item.tensor.grad is not None or id(item) in joining]
         if not fresh:
             self._warn_if_idle(units)
@@ -100,17 +100,17 @@ class UnitOptimizer(torch.optim.Optimizer):
         units |= {id(unit): unit for unit in self._new_units(fresh)}
         return list(units.values())
 
-    def _new_units(self, fresh: Sequence[Fresh]) -> list[Unit]:
+    def _new_units(self, fresh: Sequence[NewTensor]) -> list[StepUnit]:
         """Units of tensors that have none."""
-        candidates = (host.layouts(self, self.entries, fresh) for host in hosts())
+        candidates = (adapter.layouts(self, self.entries, fresh) for adapter in adapters())
         layouts = next((found for found in candidates if found is not None), None)
         if layouts is None:
             layouts = plain_layouts(self.entries, fresh, self._replicas)
         configs, made = self.configs(), []
         phases = refresh_phases((entry.parameter for entry in self.entries), configs)
         for layout in layouts:
-            carried = self._loads.get(id(layout.process_group))
-            unit = Unit(layout, configs, carried, phases)
+            prior_loads = self._loads.get(id(layout.process_group))
+            unit = StepUnit(layout, configs, prior_loads, phases)
             self._take_up(unit)
             self._loads[id(layout.process_group)] = unit.loads_so_far
             self.units.append(unit)
@@ -119,15 +119,15 @@ class UnitOptimizer(torch.optim.Optimizer):
         self._report(configs)
         return made
 
-    def _take_up(self, unit: Unit) -> None:
+    def _take_up(self, unit: StepUnit) -> None:
         """What a subclass does with a new unit before its first step."""
 
-    def note_state(self, unit: Unit) -> None:
+    def note_state(self, unit: StepUnit) -> None:
         """Torch's tools take an empty ``state`` for that of an optimizer before its first step."""
         for tensor in unit.tensors:
             self.state[tensor]["step"] = unit.clock
 
-    def _warn_if_idle(self, units: Mapping[int, Unit]) -> None:
+    def _warn_if_idle(self, units: Mapping[int, StepUnit]) -> None:
         """A wrapper that replaces the model's parameters behind the optimizer's back says nothing itself."""
         if not units and not self._warned and any(group["params"] for group in self.param_groups):
             self._warned = True
@@ -136,25 +136,25 @@ class UnitOptimizer(torch.optim.Optimizer):
                 "wrapped after the optimizer was built, build the optimizer from the wrapped model"
             )
 
-    def _known_and_waiting(self) -> tuple[dict[int, Unit], list[Fresh]]:
+    def _known_and_waiting(self) -> tuple[dict[int, StepUnit], list[NewTensor]]:
         """The units of the current ``param_groups`` by ``id``, and the trainable tensors that have none yet."""
-        waiting: list[Fresh] = []
-        units: dict[int, Unit] = {}
+        waiting: list[NewTensor] = []
+        units: dict[int, StepUnit] = {}
         for group in self.param_groups:
             for place, tensor in enumerate(group["params"]):
                 unit = self._unit_of.get(id(tensor))
                 if unit is not None:
                     units[id(unit)] = unit
                 elif tensor.requires_grad or tensor.grad is not None:
-                    waiting.append(Fresh(tensor, group["shampoo_group"], place))
+                    waiting.append(NewTensor(tensor, group["shampoo_group"], place))
         return units, waiting
 
     def settle(self) -> None:
-        """Read the outcome of the last step, which the host does one step late otherwise. Runs no collective."""
+        """Read the outcome of the last step, which otherwise happens one step late. Runs no collective."""
         self._settle(self.units)
 
-    def _settle(self, units: Iterable[Unit]) -> None:
-        """Count the outcome of these units' last step: its flags have long been copied to the host."""
+    def _settle(self, units: Iterable[StepUnit]) -> None:
+        """Count the outcome of these units' last step: its flags have long been copied to the CPU."""
         limit = self.param_groups[0]["failure_limit"]
         for outcome in {id(u.pending.outcome): u.pending.outcome for u in units if u.pending is not None}.values():
             bad, failures = status.read(outcome)
@@ -182,9 +182,9 @@ class UnitOptimizer(torch.optim.Optimizer):
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if first and not self._reported:
             trained = [e.parameter for e in self.entries if _trains(e.reference())]
-            logger.info("Shampoo preconditions:\n%s", treatment_table(trained, configs))
-            for doubt in doubts([e.parameter for e in self.entries], configs):
-                logger.warning(doubt)
+            logger.info("Shampoo preconditions:\n%s", policy_table(trained, configs))
+            for mistake in likely_mistakes([e.parameter for e in self.entries], configs):
+                logger.warning(mistake)
         self._reported = True
 
     def _config(self, group: dict[str, Any]) -> ShampooConfig:
@@ -208,7 +208,7 @@ class UnitOptimizer(torch.optim.Optimizer):
         return expanded({number: config for number, (_, config) in self._configs.items()})
 
     def groups_apart(self, numbers: Sequence[int]) -> None:
-        """Give groups that a host has overwritten their numbers, and the options last seen of each."""
+        """Give groups that a framework has overwritten their numbers, and the options last seen of each."""
         for group, number in zip(self.param_groups, numbers, strict=True):
             config = self._configs[number][1]
             group.update({name: getattr(config, name) for name in OPTION_NAMES}, shampoo_group=number)
@@ -235,7 +235,7 @@ class UnitOptimizer(torch.optim.Optimizer):
             entries = self._new_entries(added, len(self._configs))
             config = ShampooConfig(**{name: added[name] for name in OPTION_NAMES})
             for entry in entries:
-                treat(entry.parameter, config)  # raises where options do not fit a shape
+                policy_of(entry.parameter, config)  # raises where options do not fit a shape
             self.entries += entries
         except OptionError:
             self.param_groups.pop()
@@ -313,12 +313,12 @@ def _check_types(params: Any, model: Any, process_group: Any) -> None:
 
 
 def _parts(tensor: Tensor, name: str | None, kinds: frozenset[str]) -> Sequence[Part]:
-    """What a host says that a tensor is made of; else the one parameter that it is, by its unsharded shape."""
-    for host in hosts():
-        parts = host.parts(tensor, name)
+    """What a framework says that a tensor is made of; else the one parameter that it is, by its unsharded shape."""
+    for adapter in adapters():
+        parts = adapter.parts(tensor, name)
         if parts is not None:
             return parts
-    shapes = (host.global_shape(tensor) for host in hosts())
+    shapes = (adapter.global_shape(tensor) for adapter in adapters())
     shape = next((shape for shape in shapes if shape is not None), tuple(tensor.shape))
     return [Part("", shape, name, kinds)]
 

@@ -1,4 +1,4 @@
-"""What each host will leave on each rank, told from shapes alone, before anything runs. Pure integers, no tensors.
+"""What each framework will leave on each rank, told from shapes alone, before anything runs. Pure integers, no tensors.
 
 The same boxes as the adapters find at the first step; `tests/test_estimate.py` and the distributed checks compare.
 """
@@ -12,7 +12,7 @@ from functools import cache
 
 from shampoo_deepspeed.geometry.boxes import Box, interval_to_boxes, whole
 
-HOSTS = ("zero1", "zero2", "zero3", "fsdp2", "ddp", "hsdp")
+FRAMEWORKS = ("zero1", "zero2", "zero3", "fsdp2", "ddp", "hsdp")
 # DeepSpeed's default of zero_optimization.sub_group_size, elements of one rank (deepspeed/runtime/zero/config.py).
 SUB_GROUP_SIZE = 10**9
 # ZeRO-1/2 pad their flat buffer to this many elements a rank (nccl_start_alignment_factor in stage_1_and_2.py).
@@ -21,7 +21,7 @@ ALIGNMENT = 2
 
 @dataclass(frozen=True)
 class UnitLayout:
-    """A step unit as a host will make it.
+    """A step unit as a framework will make it.
 
     Args:
         parameters: which parameters are in it, by number.
@@ -35,38 +35,38 @@ class UnitLayout:
 
 
 def layouts(
-    host: str,
+    framework: str,
     shapes: Sequence[tuple[int, ...]],
     world_size: int,
     shard_ranks: int | None = None,
     sub_group_size: int = SUB_GROUP_SIZE,
 ) -> list[UnitLayout]:
-    """The step units of one parameter group under a host.
+    """The step units of one parameter group under a framework.
 
     Args:
-        host: one of ``HOSTS``; ``ddp`` is ZeRO-0 too, with the replicas sharing the work.
+        framework: one of ``FRAMEWORKS``; ``ddp`` is ZeRO-0 too, with the replicas sharing the work.
         shapes: global shapes in the optimizer's order, none with a dim of 0.
         world_size: data-parallel ranks.
         shard_ranks: under ``hsdp``, ranks that a parameter is sharded over; the others are replicas.
         sub_group_size: under ``zero3``, elements of one rank at which DeepSpeed closes a sub-group.
 
     Raises:
-        ValueError: for a host that is not known, and for ranks that do not divide evenly.
+        ValueError: for a framework that is not known, and for ranks that do not divide evenly.
     """
-    if host not in HOSTS:
-        raise ValueError(f"host {host!r} is not allowed: one of {', '.join(HOSTS)}")
+    if framework not in FRAMEWORKS:
+        raise ValueError(f"framework {framework!r} is not allowed: one of {', '.join(FRAMEWORKS)}")
     if world_size < 1:
         raise ValueError(f"world_size {world_size} is not allowed: an integer >= 1")
     numbers = range(len(shapes))
-    if host == "ddp":
+    if framework == "ddp":
         everything = [(n, whole(shape)) for n, shape in enumerate(shapes)]
         return [UnitLayout(numbers, [everything] * world_size, [sum(map(math.prod, shapes))] * world_size)]
-    if host in ("zero1", "zero2"):
+    if framework in ("zero1", "zero2"):
         return [_flat_buffer(shapes, world_size)]
-    if host == "zero3":
+    if framework == "zero3":
         groups = _sub_groups([-(-math.prod(shape) // world_size) for shape in shapes], sub_group_size)
         return [_per_parameter(group, [shapes[n] for n in group], world_size, _flat_part) for group in groups]
-    sharded = world_size if host == "fsdp2" else shard_ranks or world_size
+    sharded = world_size if framework == "fsdp2" else shard_ranks or world_size
     if world_size % sharded:
         raise ValueError(f"shard_ranks {sharded} is not allowed: it must divide world_size, which is {world_size}")
     unit = _per_parameter(numbers, shapes, sharded, _chunk)

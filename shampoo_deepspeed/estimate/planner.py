@@ -20,7 +20,7 @@ import torch
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.algorithm.elementwise import Elementwise, Segment
 from shampoo_deepspeed.distributed.frameworks import Parameter
-from shampoo_deepspeed.engine.policy import matrix_of, treat
+from shampoo_deepspeed.engine.policy import matrix_of, policy_of
 from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
 from shampoo_deepspeed.estimate.expected_shards import SUB_GROUP_SIZE, UnitLayout, layouts
 from shampoo_deepspeed.geometry.boxes import Box, merged_places
@@ -51,7 +51,7 @@ class Estimate:
         elements, preconditioned: of all parameters, of those with factor matrices.
         blocks, units: how many.
         state: bytes on each rank by kind of state ("factor", "root", "exp_avg", "second_moment", ...).
-        adamw: bytes of AdamW's two float32 moments on each rank under the same host.
+        adamw: bytes of AdamW's two float32 moments on each rank under the same framework.
         sent, received: bytes a step on each rank.
         collectives: all-to-all calls a step.
         loads: FLOPs on each rank per step, with the refreshes' share; all units together.
@@ -133,7 +133,7 @@ def _over_ranks(values: Sequence[float]) -> dict[str, float]:
 def estimate(
     parameters: Sequence[Parameter],
     world_size: int,
-    host: str,
+    framework: str,
     config: ShampooConfig,
     *,
     shard_ranks: int | None = None,
@@ -144,18 +144,18 @@ def estimate(
 
     Args:
         parameters: in the order in which the optimizer will be given them, all with group 0.
-        host: one of ``layouts.HOSTS``.
+        framework: one of ``layouts.FRAMEWORKS``.
         shard_ranks: under ``hsdp``, ranks that each parameter is sharded over.
         sub_group_size: under ``zero3``, DeepSpeed's option.
         weights_dtype: dtype of what the optimizer updates: "float32" under ZeRO, which keeps masters; narrower ones
             get a float32 master from the optimizer where ``master_weights`` is on.
 
     Raises:
-        ValueError: for a host, a number of ranks or a dtype that is not allowed.
+        ValueError: for a framework, a number of ranks or a dtype that is not allowed.
     """
     if weights_dtype not in ("float64", "float32", "bfloat16", "float16"):
         raise ValueError(f"weights_dtype {weights_dtype!r} is not allowed: float64, float32, bfloat16 or float16")
-    if host.startswith("zero"):
+    if framework.startswith("zero"):
         weights_dtype = "float32"
     made = Estimate(world_size)
     made.adamw, made.loads = [0] * world_size, [0.0] * world_size
@@ -163,7 +163,7 @@ def estimate(
     made.window = [Step(0.0, 0.0, 0.0)] * config.precondition_frequency
     phases = refresh_phases(parameters, expanded({0: config}))
     with _collector_paused():
-        for layout in layouts(host, [p.shape for p in parameters], world_size, shard_ranks, sub_group_size):
+        for layout in layouts(framework, [p.shape for p in parameters], world_size, shard_ranks, sub_group_size):
             members = [parameters[n] for n in layout.parameters]
             unit = _Unit(members, layout, config, getattr(torch, weights_dtype), phases)
             unit.plan_onto(made)
@@ -198,9 +198,9 @@ class _Unit:
         self.phases = phases
         self.dtype = torch.promote_types(weights, torch.float32)
         self.configs = expanded({0: config})
-        self.treatments = [treat(p, config) for p in parameters]
+        self.policies = [policy_of(p, config) for p in parameters]
         self.numbers = [number_under(0, rule_of(p.name, p.kinds, p.shape, config)) for p in parameters]
-        preconditioned = [n for n, t in enumerate(self.treatments) if t.preconditioned]
+        preconditioned = [n for n, t in enumerate(self.policies) if t.preconditioned]
         self.number_of = {n: number for number, n in enumerate(preconditioned)}
 
     def plan_onto(self, made: Estimate) -> None:
@@ -208,7 +208,7 @@ class _Unit:
         config = self.config
         matrices = [
             matrix_of(t, number, self.configs[number], self.phases.get(p.key))
-            for p, t, number in zip(self.parameters, self.treatments, self.numbers, strict=True)
+            for p, t, number in zip(self.parameters, self.policies, self.numbers, strict=True)
             if t.preconditioned
         ]
         bucket = bucket_elements(config.bucket_mb, self.dtype.itemsize)
@@ -236,7 +236,7 @@ class _Unit:
             found = []
             for n, box in held:
                 if n in self.number_of:
-                    boxes = merged(self.parameters[n].shape, self.treatments[n].dims, box)
+                    boxes = merged(self.parameters[n].shape, self.policies[n].dims, box)
                     found += [(self.number_of[n], part) for part in boxes]
             return found
 
@@ -257,7 +257,7 @@ class _Unit:
             numels: Counter[tuple[int, str]] = Counter()
             for n, box in held:
                 if n not in self.number_of:
-                    numels[self.numbers[n], self.treatments[n].method] += box.numel
+                    numels[self.numbers[n], self.policies[n].method] += box.numel
             return numels
 
         for rank, numels in enumerate(_each_list_once(self.layout.shards, beside)):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shampoo_deepspeed.distributed.frameworks import Parameter
-from shampoo_deepspeed.engine.policy import treat
+from shampoo_deepspeed.engine.policy import policy_of
 from shampoo_deepspeed.estimate.planner import Estimate, block_bytes
 from shampoo_deepspeed.geometry.owners import LOCALITY_TOLERANCE
 from shampoo_deepspeed.geometry.plan import refresh_cost, step_cost
@@ -122,9 +122,9 @@ def _blocks(parameters: Sequence[Parameter], config: ShampooConfig) -> Mapping[t
     """How many blocks there are of each shape."""
     shapes: Counter[tuple[int, ...]] = Counter()
     for parameter in parameters:
-        treatment = treat(parameter, config)
-        if treatment.preconditioned:
-            shapes[treatment.merged] += 1
+        policy = policy_of(parameter, config)
+        if policy.preconditioned:
+            shapes[policy.merged] += 1
     blocks: Counter[tuple[int, ...]] = Counter()
     for shape, times in shapes.items():
         cut: dict[tuple[int, ...], int] = {(): times}

@@ -1,6 +1,6 @@
 """Merging of small dims and cutting into blocks: what Shampoo preconditions, by the global shape alone.
 
-Pure integers, no tensors. Blocks never depend on how a host shards a parameter, which is why the trajectory is
+Pure integers, no tensors. Blocks never depend on how a framework shards a parameter, which is why the trajectory is
 the same on any number of ranks.
 """
 

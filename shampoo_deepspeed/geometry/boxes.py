@@ -1,6 +1,6 @@
 """Boxes: axis-aligned pieces of a tensor's global shape, their intersections and their place in flat memory.
 
-Pure integers, no tensors. Every sharding that hosts use is a set of boxes: FSDP2 gives one per parameter,
+Pure integers, no tensors. Every sharding that frameworks use is a set of boxes: FSDP2 gives one per parameter,
 a contiguous flat interval (ZeRO, FSDP1) is at most 2k-1 boxes of an order-k tensor.
 """
 

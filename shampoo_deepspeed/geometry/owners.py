@@ -28,7 +28,7 @@ class Work(Protocol):
 
 
 def assign(
-    blocks: Sequence[Work], holders: Sequence[BlockHolders], world_size: int, carried: Sequence[float]
+    blocks: Sequence[Work], holders: Sequence[BlockHolders], world_size: int, prior_loads: Sequence[float]
 ) -> tuple[list[int], list[float]]:
     """Owners of the blocks, and each rank's load (FLOPs a step).
 
@@ -40,9 +40,9 @@ def assign(
 
     Args:
         holders: who holds each block.
-        carried: loads of earlier units, which decide between ranks that are equal in this one.
+        prior_loads: loads of earlier units, which decide between ranks that are equal in this one.
     """
-    ledger = _Ledger(world_size, carried)
+    ledger = _Ledger(world_size, prior_loads)
     owners = [0] * len(blocks)
     so_far: list[float] = []
     for phase, members in sorted(_by_phase(blocks).items()):
@@ -84,9 +84,9 @@ def _limit(costs: Sequence[float], world_size: int) -> float:
 class _Ledger:
     """Loads of the ranks while owners are chosen."""
 
-    def __init__(self, world_size: int, carried: Sequence[float]) -> None:
+    def __init__(self, world_size: int, prior_loads: Sequence[float]) -> None:
         self.loads = [0.0] * world_size
-        self._carried = carried
+        self._carried = prior_loads
 
     def open_phase(self, limit: float, phase_limit: float | None) -> None:
         """Begin with the blocks of the next phase; limits of what may stay local: all in all, and in this phase."""

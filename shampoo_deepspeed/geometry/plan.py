@@ -89,8 +89,8 @@ class Transfers:
     local: list[Piece] = field(default_factory=list)
     gradients_out: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
     gradients_in: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
-    directions_out: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
-    directions_in: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
+    updates_out: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
+    updates_in: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
 
 
 def step_cost(lengths: Sequence[int], sides: Sequence[Side] | None = None, products: float = 2.0) -> float:
@@ -120,7 +120,7 @@ def bucket_elements(megabytes: float | None, itemsize: int) -> int | None:
 def tapered_ends(count: int) -> list[float]:
     """Where buckets end, as shares of what an owner has: three more than ``count``, none larger than that part of it.
 
-    The first one's gradients and the last one's directions are all that nothing can hide, so these are small, and what
+    The first one's gradients and the last one's updates are all that nothing can hide, so these are small, and what
     lies next to them half as large as the others: then a bucket arrives while the one before it is computed.
     """
     sizes = [*TAPER, *[1.0] * (count - 1), *reversed(TAPER)]
@@ -137,7 +137,7 @@ class Plan:
             Together they must cover every matrix exactly once; replicas of one box count once.
         bucket_elements: elements of an owner's blocks in a bucket at most, but for one larger block. None: one of
             ``BUCKETS`` parts of what the fullest rank owns, within bounds.
-        carried: loads of earlier units, which decide between ranks that are equal in this one.
+        prior_loads: loads of earlier units, which decide between ranks that are equal in this one.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Plan:
         matrices: Sequence[Matrix],
         shards: Sequence[Sequence[tuple[int, Box]]],
         bucket_elements: int | None = 1 << 62,
-        carried: Sequence[float] | None = None,
+        prior_loads: Sequence[float] | None = None,
     ) -> None:
         self.world_size = len(shards)
         self.matrices = tuple(matrices)
@@ -154,8 +154,8 @@ class Plan:
         self._holders: list[BlockHolders] = []
         self._first: list[int] = []
         self._list_blocks(holders_of_matrices([(m.shape, m.cuts) for m in matrices], shards))
-        carried = carried or [0.0] * self.world_size
-        self.owners, self.loads = assign(self.blocks, self._holders, self.world_size, carried)
+        prior_loads = prior_loads or [0.0] * self.world_size
+        self.owners, self.loads = assign(self.blocks, self._holders, self.world_size, prior_loads)
         self.owned = self._owned_in_stack_order()
         self.buckets = self._bucket_blocks(bucket_elements)
         self.bucket_count = max(self.buckets, default=-1) + 1
@@ -223,7 +223,7 @@ class Plan:
     def transfers(self, rank: int) -> list[Transfers]:
         """What this rank sends, receives and keeps, bucket by bucket.
 
-        Gradients of a piece come from its owner if that holds it, else from one of its holders; directions go to
+        Gradients of a piece come from its owner if that holds it, else from one of its holders; updates go to
         every holder.
         """
         out = [Transfers() for _ in range(self.bucket_count)]
@@ -233,7 +233,7 @@ class Plan:
                 bucket.local.append(Piece(block, box, shard))
                 continue
             piece = Piece(block, box, shard)
-            bucket.directions_in[owner].append(piece)
+            bucket.updates_in[owner].append(piece)
             if self._source(block, self._holders[block].ranks_of(box)) == rank:
                 bucket.gradients_out[owner].append(piece)
         for block in sorted(self.owned[rank]):
@@ -242,7 +242,7 @@ class Plan:
                 piece = Piece(block, box, -1)
                 for holder in ranks:
                     if holder != rank:
-                        bucket.directions_out[holder].append(piece)
+                        bucket.updates_out[holder].append(piece)
                 source = self._source(block, ranks)
                 if source != rank:
                     bucket.gradients_in[source].append(piece)
@@ -268,9 +268,9 @@ class Plan:
 
     @cached_property
     def traffic(self) -> list[tuple[int, int]]:
-        """Elements that each rank (sends, receives) per step, gradients and directions together.
+        """Elements that each rank (sends, receives) per step, gradients and updates together.
 
-        Sums, not lists: directions come for all that a rank holds but what it owns itself, and where no other rank has
+        Sums, not lists: updates come for all that a rank holds but what it owns itself, and where no other rank has
         a copy it sends the gradients of just that.
         """
         sent, received = [0] * self.world_size, [0] * self.world_size
@@ -294,7 +294,7 @@ class Plan:
         return list(zip(sent, received, strict=True))
 
     def elements_moved(self, rank: int) -> tuple[int, int]:
-        """Elements that this rank (sends, receives) per step, gradients and directions together."""
+        """Elements that this rank (sends, receives) per step, gradients and updates together."""
         return self.traffic[rank]
 
     @property

@@ -1,4 +1,4 @@
-"""Eigenbases of stacks of symmetric positive semi-definite matrices: computed anew, carried on, judged. Pure functions.
+"""Eigenbases of stacks of symmetric positive semi-definite matrices: computed, advanced, judged. Pure functions.
 
 Bases are [B, d, d] with an eigenvector in each column. A basis of zeros stands for one that is not known so far.
 """
@@ -42,7 +42,7 @@ def power_step(matrices: Tensor, bases: Tensor, ridge: float = 0.0) -> tuple[Ten
     """One step of orthogonal iteration from known bases (arXiv 2409.11321, algorithm 4).
 
     Columns are put in falling order of their eigenvalue estimates q'Aq first: Gram-Schmidt leaves to later columns
-    what earlier ones do not span, so that dominant directions must come first.
+    what earlier ones do not span, so that dominant updates must come first.
 
     Args:
         ridge: relative to the largest estimate. Columns with eigenvalues far below it stay as they are; without it

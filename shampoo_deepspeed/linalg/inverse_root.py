@@ -156,7 +156,7 @@ def checked(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [B, d] and eigenvectors [B, d, d], NaN for matrices whose vectors are not orthonormal.
 
     Batched kernels of cuSOLVER have given such vectors without an error (pytorch issue 192483). One product, where the
-    decomposition costs many; no read on the host.
+    decomposition costs many; no read on the CPU.
     """
     gram = product(vectors.mT, vectors)
     gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
@@ -164,9 +164,7 @@ def checked(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     return values.masked_fill(wrong[:, None], torch.nan), vectors.masked_fill(wrong[:, None, None], torch.nan)
 
 
-def _stack_root(
-    matrices: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool
-) -> Tensor:
+def _stack_root(matrices: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool) -> Tensor:
     """The roots, NaN where the decomposition failed."""
     values, vectors = decomposed(matrices)
     scales = _scales(values, root, epsilon, relative_epsilon, pseudo_inverse)
@@ -195,7 +193,7 @@ def regularised(values: Tensor, epsilon: float, relative_epsilon: float) -> Tens
 
 
 def non_finite(stack: Tensor) -> list[int]:
-    """Rows of [B, ...] with an entry that is not finite; read on the host."""
+    """Rows of [B, ...] with an entry that is not finite; read on the CPU."""
     flat = stack.flatten(1)
     one_by_one = flat.device.type == "cpu" and flat.shape[1] >= LONG
     low, high = extremes(flat.unbind()) if one_by_one else torch.aminmax(flat, dim=1)

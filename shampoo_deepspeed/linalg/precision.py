@@ -16,7 +16,7 @@ def full_precision(device_type: str) -> Iterator[None]:
     """Float32 products in float32, whatever the global TF32 or autocast switches say; restored on exit.
 
     Inverse roots amplify rounding: with TF32 products Newton iterations diverge and eigenvalues below 1e-3 of the
-    largest are noise, and a switch that the host flips for its own matmuls must not change the optimizer.
+    largest are noise, and a switch that the framework flips for its own matmuls must not change the optimizer.
     """
     with _ieee_products(), torch.autocast(device_type=device_type, enabled=False):
         yield

@@ -89,7 +89,7 @@ class ShampooConfig:
     """The options of one parameter group; names follow the Distributed Shampoo README (arXiv 2309.06497).
 
     ``eps``, ``epsilon`` and ``relative_epsilon`` are three different things. ``eps`` is AdamW's: it is added to
-    the square root in the grafting (and element-wise) direction. ``epsilon`` and ``relative_epsilon`` regularise
+    the square root in the grafting (and element-wise) update. ``epsilon`` and ``relative_epsilon`` regularise
     factor matrices, by the one formula of all solvers: with eigenvalues l, the root is taken of
     ``l - min(l_min, 0) + max(epsilon, relative_epsilon * l_max)``. The relative part is what guards float32:
     a float32 factor matrix carries eigenvalues down to about 1e-7 of its largest, below that is rounding noise,
@@ -139,7 +139,7 @@ class ShampooConfig:
     elementwise: str | None = _option(
         None, _optional_method, "method of unpreconditioned parameters; null: as grafting, or adam where that is none"
     )
-    momentum: float = _option(0.0, fraction, "momentum on the finished direction")
+    momentum: float = _option(0.0, fraction, "momentum on the finished update")
     dampening: float = _option(0.0, fraction, "dampening of momentum")
     nesterov: bool = _option(False, flag, "Nesterov momentum")
     use_bias_correction: bool = _option(True, flag, "correct first moment and factor matrices for their zero start")
@@ -156,7 +156,9 @@ class ShampooConfig:
     )
     factor_dtype: str = _option("float32", dtype_name(*WIDE_DTYPES), "dtype of factor matrices")
     root_dtype: str = _option("float32", dtype_name(*DTYPES), "dtype of inverse roots and eigenbases")
-    master_weights: bool = _option(True, flag, "keep a float32 copy of 16-bit parameters that the host keeps none of")
+    master_weights: bool = _option(
+        True, flag, "keep a float32 copy of 16-bit parameters that the framework keeps none of"
+    )
     stochastic_rounding: bool = _option(False, flag, "without master_weights: round bfloat16 parameters at random")
     apply_dtype: str | None = _option(None, _optional_dtype, "dtype of products with roots or bases; null: the wider")
     communication_dtype: str | None = _option(None, _optional_dtype, "dtype between ranks; null: that of the moments")
@@ -195,7 +197,7 @@ class ShampooConfig:
         return self.weight_decay_type or ("decoupled" if self.decoupled_weight_decay else "l2")
 
     def decay(self, rate: float | Tensor) -> float | Tensor:
-        """What the weights are multiplied by before they join the direction, given the learning rate of the step.
+        """What the weights are multiplied by before they join the update, given the learning rate of the step.
 
         ``corrected`` (arXiv 2506.02285) scales by lr / peak lr, ``independent`` by 1 / peak lr, so that the step's own
         factor lr makes it ``weight_decay * lr / peak_lr``; 0 for ``l2``.
@@ -243,7 +245,7 @@ class ShampooConfig:
 
     @property
     def warm_method(self) -> str:
-        """The method of a block's directions before its first refresh, and of their length after it where grafted."""
+        """The method of a block's updates before its first refresh, and of their length after it where grafted."""
         return self.elementwise_method if self.grafting_method == "none" else self.grafting_method
 
     @property

@@ -18,9 +18,9 @@ ALIASES = {
     "use_nesterov": "nesterov",
     "grafting_type": "grafting",
 }
-# What hosts pass to every torch optimizer, and what DeepSpeed's JSONs for AdamW have. The first say with which kernels,
-# which means nothing here, as all are already batched; the second change what a step does, so that only their default
-# can be taken.
+# What frameworks pass to every torch optimizer, and what DeepSpeed's JSONs for AdamW have. The first say with which
+# kernels, which means nothing here, as all are already batched; the second change what a step does, so that only their
+# default can be taken.
 IGNORED = ("foreach", "fused", "torch_adam")
 ONLY_FALSE = ("capturable", "differentiable", "maximize")
 

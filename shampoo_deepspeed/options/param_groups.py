@@ -13,7 +13,7 @@ from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig, canoni
 from shampoo_deepspeed.options.names import ALIASES, GLOBAL_OPTIONS, IGNORED, ONLY_FALSE
 
 # What torch, its schedulers and DeepSpeed keep in groups beside options.
-_HOSTS_OWN = {
+_OTHERS_KEYS = {
     "params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "name", "moe",
     "shampoo_group",
 }  # fmt: skip
@@ -26,8 +26,8 @@ def group_options(config: ShampooConfig) -> dict[str, Any]:
 
 
 def unknown_keys(group: Mapping[str, Any]) -> set[str]:
-    """Keys of a group that neither this package nor a host that it knows reads."""
-    return {key for key in group if key not in _HOSTS_OWN and key not in _OWN}
+    """Keys of a group that neither this package nor a framework that it knows reads."""
+    return {key for key in group if key not in _OTHERS_KEYS and key not in _OWN}
 
 
 def checked_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Rules: options of single parameters by name, kind or shape. Each rule's options get a number like a group's own.
 
-Parameter groups belong to the host, which maps them to flat tensors and reads learning rates from them; so parameters
+Parameter groups belong to the framework, which maps them to flat tensors and reads learning rates there; so parameters
 under a rule stay in their group, and only what blocks and element-wise parts do is looked up by the rule's number.
 """
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Stopwatch:
-    """Adds up spans of time, in milliseconds: of the host for CPU tensors, else of the device's current stream."""
+    """Adds up spans of time, in milliseconds: of the process for CPU tensors, else of the device's current stream."""
 
     def __init__(self) -> None:
         self._milliseconds = 0.0

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm.elementwise import moments_of
-from shampoo_deepspeed.engine.step_unit import Unit
+from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
 from shampoo_deepspeed.options.param_groups import group_options
 from shampoo_deepspeed.state.dtensor_blocks import BlockBytes, as_sharded, interval_of, local_part
-from shampoo_deepspeed.state.state_dict import FORMAT, SavedState, everyones_word, lacking
+from shampoo_deepspeed.state.state_dict import FORMAT, SavedState, gathered_from_unit, lacking
 
 BLOCKS, MARK, ELSEWHERE = "shampoo_blocks", "shampoo_format", "shampoo_elsewhere"
 REJECTED = "shampoo_rejected"
@@ -47,7 +47,7 @@ def asking_helper() -> str | None:
     return None
 
 
-def elsewhere_entry(tensor: Tensor, step: Tensor, elsewhere: bool) -> Entry:
+def external_entry(tensor: Tensor, step: Tensor, elsewhere: bool) -> Entry:
     """What says that the state is elsewhere, or that there is none yet; torch wants at least one tensor that has dims,
     FSDP1 none."""
     shape = () if is_fsdp1(tensor) else (1,)
@@ -61,7 +61,7 @@ def is_fsdp1(tensor: Tensor) -> bool:
 
 
 def unit_entries(
-    unit: Unit, configs: Mapping[int, ShampooConfig], consolidated: SavedState | None, rejected_steps: int
+    unit: StepUnit, configs: Mapping[int, ShampooConfig], consolidated: SavedState | None, rejected_steps: int
 ) -> list[Entry]:
     """The entries of a unit's tensors, copies. A collective where they are DTensors.
 
@@ -79,12 +79,12 @@ def unit_entries(
             raise RuntimeError(
                 "torch's own checkpoint helpers cannot carry Shampoo's state of parameters that are flat shards (FSDP1,"
                 " ZeRO); use save_shampoo(optimizer, path) and load_shampoo(optimizer, path) beside them, and call "
-                "them within optimizer.state_saved_elsewhere({...})"
+                "them within optimizer.with_external_state({...})"
             )
         entry = {"step": as_count(unit.steps[number]), MARK: as_count(FORMAT)}
         entry[REJECTED] = as_count(rejected_steps)
         entry |= {name: as_sharded(tensor, flat) for name, flat in _flat_moments(unit, number, configs).items()}
-        stored = blocks.collected(number, rows) if unit.treatments[number].preconditioned else None
+        stored = blocks.collected(number, rows) if unit.policies[number].preconditioned else None
         entries.append(entry if stored is None else entry | {BLOCKS: stored})
     return entries
 
@@ -95,7 +95,7 @@ def as_count(number: int) -> Tensor:
 
 
 def is_torch_state(state_dict: Mapping[str, Any]) -> bool:
-    """Whether a state dict is one that `unit_entries` or `elsewhere_entry` went into."""
+    """Whether a state dict is one that `unit_entries` or `external_entry` went into."""
     return any(isinstance(entry, Mapping) and MARK in entry for entry in state_dict.get("state", {}).values())
 
 
@@ -163,7 +163,7 @@ class TorchState:
             "next step; save it after that"
         )
 
-    def hand_out(self, unit: Unit) -> None:
+    def restore_into(self, unit: StepUnit) -> None:
         """Give a unit its state; bytes of blocks travel to their owners of today.
 
         Raises:
@@ -171,7 +171,7 @@ class TorchState:
         """
         blocks = BlockBytes(unit)
         places = [interval_of(self.entries.get(p.key, {}).get(BLOCKS)) for p in unit.parameters]
-        everyones = everyones_word((self._problem(unit, blocks), places), unit)
+        everyones = gathered_from_unit((self._problem(unit, blocks), places), unit)
         problem = next((word for word, _ in everyones if word), None)
         if problem:
             raise ValueError(problem)
@@ -181,17 +181,17 @@ class TorchState:
                 continue
             unit.steps[number] = int(entry["step"])
             self._fill_moments(unit, number, entry)
-            if unit.treatments[number].preconditioned and unit.steps[number]:
+            if unit.policies[number].preconditioned and unit.steps[number]:
                 blocks.distribute(number, local_part(entry[BLOCKS]), [own[number] for _, own in everyones])
 
-    def _problem(self, unit: Unit, blocks: BlockBytes) -> str | None:
+    def _problem(self, unit: StepUnit, blocks: BlockBytes) -> str | None:
         for number, parameter in enumerate(unit.parameters):
             entry = self.entries.get(parameter.key)
             if entry is None or not int(entry["step"]):
                 continue
-            treatment = unit.treatments[number]
-            moments = unit.elementwise.needs.get((unit.options[number], treatment.method), set())
-            needed = {BLOCKS} if treatment.preconditioned else moments
+            policy = unit.policies[number]
+            moments = unit.elementwise.needs.get((unit.options[number], policy.method), set())
+            needed = {BLOCKS} if policy.preconditioned else moments
             missing = sorted(needed - set(entry))
             if missing:
                 return f"the saved state of {parameter.key!r} lacks {missing}: {lacking(parameter.key + '/0')}"
@@ -199,14 +199,14 @@ class TorchState:
                 numel = local_part(value).numel()
                 if name not in ("step", MARK, REJECTED, BLOCKS) and numel != unit.sizes[number]:
                     return f"the saved {name} of {parameter.key!r} has {numel} elements here, not {unit.sizes[number]}"
-            if treatment.preconditioned and entry[BLOCKS].numel() != blocks.total(number):
+            if policy.preconditioned and entry[BLOCKS].numel() != blocks.total(number):
                 return (
                     f"the saved blocks of {parameter.key!r} have {entry[BLOCKS].numel()} bytes, and here they have "
                     f"{blocks.total(number)}; its shape, max_preconditioner_dim, betas or grafting differ"
                 )
         return None
 
-    def _fill_moments(self, unit: Unit, number: int, entry: Mapping[str, Tensor]) -> None:
+    def _fill_moments(self, unit: StepUnit, number: int, entry: Mapping[str, Tensor]) -> None:
         for name, views in unit.elementwise.views.items():
             for segment, view in zip(unit.elementwise.segments, views, strict=True):
                 if segment.tensor == number and name in entry:
@@ -216,12 +216,12 @@ class TorchState:
                 unit.buffer(kind, number).copy_(local_part(entry[kind]).reshape(-1))
 
 
-def _flat_moments(unit: Unit, number: int, configs: Mapping[int, ShampooConfig]) -> dict[str, Tensor]:
+def _flat_moments(unit: StepUnit, number: int, configs: Mapping[int, ShampooConfig]) -> dict[str, Tensor]:
     """Moments of a tensor's element-wise parameter and its buffers, each as a flat copy of the local tensor's size."""
     config = configs[unit.layout.groups[number]]
     out: dict[str, Tensor] = {}
-    if not unit.treatments[number].preconditioned:
-        for name in sorted(moments_of(configs[unit.options[number]], unit.treatments[number].method)):
+    if not unit.policies[number].preconditioned:
+        for name in sorted(moments_of(configs[unit.options[number]], unit.policies[number].method)):
             out[name] = torch.zeros(unit.sizes[number], dtype=unit.dtype, device=unit.device)
             for segment, view in zip(unit.elementwise.segments, unit.elementwise.views.get(name, []), strict=False):
                 if segment.tensor == number:

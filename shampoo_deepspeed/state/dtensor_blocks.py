@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_deepspeed.engine.step_unit import Unit
+from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.runtime.devices import communication_device
 from shampoo_deepspeed.state.block_codec import block_layout, block_size, packed, unpack
-from shampoo_deepspeed.state.state_dict import everyones_word
+from shampoo_deepspeed.state.state_dict import gathered_from_unit
 
 Interval = tuple[int, int]
 Rows = Mapping[str, tuple[Mapping[str, Any], int]]
@@ -33,13 +33,13 @@ class _Stretch(NamedTuple):
 class BlockBytes:
     """Where the bytes of a unit's blocks lie. Building it is a collective."""
 
-    def __init__(self, unit: Unit) -> None:
+    def __init__(self, unit: StepUnit) -> None:
         self.unit = unit
         mine = {
             unit.plan.blocks[owned[0]].stack: block_size(block_layout(stack.export()))
             for stack, owned in zip(unit.stacks, unit.exchange.stacks, strict=True)
         }
-        sizes = {stack: size for word in everyones_word(mine, unit) for stack, size in word.items()}
+        sizes = {stack: size for word in gathered_from_unit(mine, unit) for stack, size in word.items()}
         self._stretches: list[list[_Stretch]] = [[] for _ in unit.parameters]
         for number, block in enumerate(unit.plan.blocks):
             own = self._stretches[unit.block_parameters[block.parameter]]

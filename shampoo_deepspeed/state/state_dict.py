@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_deepspeed.distributed.process_groups import cpu_group
-from shampoo_deepspeed.engine.step_unit import Unit
+from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.boxes import Box, Placed, row_major
 from shampoo_deepspeed.runtime.devices import current_device
 
@@ -34,7 +34,7 @@ class StateSource(Protocol):
         """How many steps were rejected so far."""
         ...
 
-    def hand_out(self, unit: Unit) -> None:
+    def restore_into(self, unit: StepUnit) -> None:
         """Give a unit its state, on all ranks of its group together.
 
         Raises:
@@ -66,7 +66,7 @@ class SavedState:
     elsewhere: Mapping[str, Any] | None = None
 
     @classmethod
-    def of_units(cls, units: Sequence[Unit], rejected_steps: int) -> SavedState:
+    def of_units(cls, units: Sequence[StepUnit], rejected_steps: int) -> SavedState:
         """This rank's state; tensors are the live ones. ``steps`` names all parameters, of whatever owner."""
         saved = cls({}, [], [], [], rejected_steps)
         for unit in units:
@@ -140,11 +140,11 @@ class SavedState:
             buffers=[{**b, "buffer": b["buffer"].cpu()} for b in self.buffers],
         )
 
-    def problem(self, unit: Unit) -> str | None:
+    def problem(self, unit: StepUnit) -> str | None:
         """Why this rank cannot hand a unit its state, or None; blocks that are missing here are no problem yet."""
         shapes = {unit.block_key(n): block.box.lengths for n, block in enumerate(unit.plan.blocks)}
         own = {p.key: p.shape for p in unit.parameters}
-        flat = {p.key for p, t in zip(unit.parameters, unit.treatments, strict=True) if not t.preconditioned}
+        flat = {p.key for p, t in zip(unit.parameters, unit.policies, strict=True) if not t.preconditioned}
         for key, shape in ((key, tuple(stack["shape"])) for stack in self.stacks for key in stack["keys"]):
             if parameter_of(key) in own and shapes.get(key) != shape:
                 return (
@@ -158,11 +158,13 @@ class SavedState:
                     f"is {'element-wise' if key in flat else 'preconditioned'} with shape {own[key]}"
                 )
         rows = self.rows()
-        misfits = (stack.misfit(rows[key][0]) for stack in unit.stacks for key in stack.keys if key in rows)
-        found = next((misfit for misfit in misfits if misfit), None)
-        return found or unit.elementwise.misfit(self.elementwise, self.steps) or self._buffer_problem(unit)
+        incompatibilities = (
+            stack.incompatibility(rows[key][0]) for stack in unit.stacks for key in stack.keys if key in rows
+        )
+        found = next((incompatibility for incompatibility in incompatibilities if incompatibility), None)
+        return found or unit.elementwise.incompatibility(self.elementwise, self.steps) or self._buffer_problem(unit)
 
-    def missing(self, unit: Unit) -> list[str]:
+    def missing(self, unit: StepUnit) -> list[str]:
         """Keys of blocks that this rank owns in the unit, that have taken steps, and whose state is not here."""
         rows = self.rows()
         keys = [key for stack in unit.stacks for key in stack.keys]
@@ -173,7 +175,7 @@ class SavedState:
         stacks = [_stack_rows(stack, lambda key: key in keys) for stack in self.stacks]
         return [_moved(stack) for stack in stacks if stack["keys"]]
 
-    def load(self, unit: Unit) -> None:
+    def load(self, unit: StepUnit) -> None:
         """Hand a unit its state, which must fit. Parameters that the state does not know at all start anew."""
         rows = self.rows()
         unit.steps = [int(self.steps.get(p.key, 0)) for p in unit.parameters]
@@ -188,21 +190,21 @@ class SavedState:
                 for common, place, buffer in pieces:
                     view_of(unit.buffer(kind, shard.tensor), target.part(common)).copy_(view_of(buffer, place))
 
-    def hand_out(self, unit: Unit) -> None:
+    def restore_into(self, unit: StepUnit) -> None:
         """Give a unit what is saved of it; blocks travel to their owners of today."""
-        everyones = everyones_word((self.problem(unit), self.missing(unit)), unit)
+        everyones = gathered_from_unit((self.problem(unit), self.missing(unit)), unit)
         for problem, _ in everyones:
             if problem:
                 raise ValueError(problem)
         wanted = {key for _, missing in everyones for key in missing}
         if not wanted:
             return self.load(unit)
-        offers = [stack for stacks in everyones_word(self.blocks(wanted), unit) for stack in stacks]
+        offers = [stack for stacks in gathered_from_unit(self.blocks(wanted), unit) for stack in stacks]
         lost = sorted(wanted - {key for stack in offers for key in stack["keys"]})
         if lost:
             raise ValueError(lacking(lost[0]))
         complete = replace(self, stacks=self.stacks + offers)
-        problem = next((p for p in everyones_word(complete.problem(unit), unit) if p), None)
+        problem = next((p for p in gathered_from_unit(complete.problem(unit), unit) if p), None)
         if problem:
             raise ValueError(problem)
         complete.load(unit)
@@ -215,7 +217,7 @@ class SavedState:
         """Stack and row of each block that is here."""
         return {key: (stack, row) for stack in self.stacks for row, key in enumerate(stack["keys"])}
 
-    def _buffer_pieces(self, unit: Unit, kind: str) -> list[tuple[Any, list[tuple[Box, Placed, Tensor]]]]:
+    def _buffer_pieces(self, unit: StepUnit, kind: str) -> list[tuple[Any, list[tuple[Box, Placed, Tensor]]]]:
         """For each shard of a unit the common boxes with saved buffers of a kind, and where those lie."""
         saved: dict[str, list[tuple[Placed, Tensor]]] = {}
         for found in (b for b in self.buffers if b["kind"] == kind):
@@ -232,7 +234,7 @@ class SavedState:
             out.append((shard, pieces))
         return out
 
-    def _buffer_problem(self, unit: Unit) -> str | None:
+    def _buffer_problem(self, unit: StepUnit) -> str | None:
         for kind in unit.buffers:
             known = {shard[0] for b in self.buffers if b["kind"] == kind for shard in b["shards"]}
             for shard, pieces in self._buffer_pieces(unit, kind):
@@ -247,7 +249,7 @@ def lacking(block_key: str) -> str:
     return f"the saved state has steps of {parameter_of(block_key)!r}, but not its block {block_key!r}"
 
 
-def consolidated(unit: Unit, own: SavedState) -> SavedState:
+def consolidated(unit: StepUnit, own: SavedState) -> SavedState:
     """A unit's state of all ranks, on the first rank of its group; on the others their own. A collective."""
     own = own.on_cpu()
     if unit.group is None:
@@ -261,7 +263,7 @@ def consolidated(unit: Unit, own: SavedState) -> SavedState:
     return parts[0].joined(parts[1:])
 
 
-def everyones_word(mine: Any, unit: Unit) -> list[Any]:
+def gathered_from_unit(mine: Any, unit: StepUnit) -> list[Any]:
     """What all ranks of a unit's group say. A collective."""
     if unit.group is None:
         return [mine]
@@ -314,7 +316,7 @@ def view_of(buffer: Tensor, place: Placed) -> Tensor:
     return buffer.as_strided(place.box.lengths, place.strides, buffer.storage_offset() + place.offset)
 
 
-def _buffer(unit: Unit, kind: str, tensor: int, buffer: Tensor) -> dict[str, Any]:
+def _buffer(unit: StepUnit, kind: str, tensor: int, buffer: Tensor) -> dict[str, Any]:
     shards = [
         [unit.parameters[s.parameter].key, list(s.box.offsets), list(s.box.lengths), s.offset]
         for s in unit.layout.shards

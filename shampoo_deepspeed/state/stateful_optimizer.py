@@ -13,9 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.distributed.frameworks import CheckpointingHost, Entry, Fresh, Parameter, SavingHost, hosts
-from shampoo_deepspeed.engine.policy import treat
-from shampoo_deepspeed.engine.step_unit import Unit
+from shampoo_deepspeed.distributed.frameworks import (
+    CheckpointingAdapter,
+    Entry,
+    NewTensor,
+    Parameter,
+    SavingAdapter,
+    adapters,
+)
+from shampoo_deepspeed.engine.policy import policy_of
+from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.engine.unit_optimizer import UnitOptimizer
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.param_groups import group_options
@@ -25,7 +32,7 @@ from shampoo_deepspeed.state.dcp_state import (
     as_count,
     asking_helper,
     completed_group,
-    elsewhere_entry,
+    external_entry,
     is_torch_state,
     robust_group,
     unit_entries,
@@ -39,23 +46,23 @@ class BlockOptimizer(UnitOptimizer):
     """What any blockwise optimizer needs beside its step: a ``UnitOptimizer`` that saves and loads its units."""
 
     waiting_state: StateSource | None = None  # loaded, and not yet handed out to units
-    awaited: Mapping[str, Any] | None = None  # where a loaded state dict says that the state is
-    _elsewhere: Mapping[str, Any] | None = None  # in effect while a host saves what was saved beside it
+    external_state: Mapping[str, Any] | None = None  # where a loaded state dict says that the state is
+    _elsewhere: Mapping[str, Any] | None = None  # in effect while a framework saves what was saved beside it
     _consolidated: SavedState | None = None
 
-    def _new_units(self, fresh: Sequence[Fresh]) -> list[Unit]:
+    def _new_units(self, fresh: Sequence[NewTensor]) -> list[StepUnit]:
         """Units of tensors that have none, with what was loaded for them."""
-        if self.awaited is not None:
+        if self.external_state is not None:
             raise RuntimeError(
-                f"the loaded state dict says that the optimizer's state is saved elsewhere ({dict(self.awaited)}); "
+                f"the loaded state dict says where the optimizer's state is saved ({dict(self.external_state)}); "
                 "call load_shampoo(optimizer, path) on all ranks before the first step"
             )
         return super()._new_units(fresh)
 
-    def _take_up(self, unit: Unit) -> None:
+    def _take_up(self, unit: StepUnit) -> None:
         """Hand out to a new unit what was loaded for it."""
         if self.waiting_state is not None:
-            self.waiting_state.hand_out(unit)
+            self.waiting_state.restore_into(unit)
             self.waiting_state = self.waiting_state.without({p.key for p in unit.parameters})
 
     def state_dict(self) -> dict[str, Any]:
@@ -67,13 +74,13 @@ class BlockOptimizer(UnitOptimizer):
         (see ``torch_state``), and exchanges pieces of blocks.
 
         Raises:
-            RuntimeError: where ranks own different blocks, the host stores one rank's dict only (replicas), and
+            RuntimeError: where ranks own different blocks, the framework stores one rank's dict only (replicas), and
                 ``consolidate_state_dict`` was not called since the last step; or where FSDP1 asks, which cannot carry
-                this state, and no host writes it beside.
+                this state, and no framework writes it beside.
         """
         self.settle()
         helper = asking_helper()
-        elsewhere = self._elsewhere if self._elsewhere is not None else self.awaited
+        elsewhere = self._elsewhere if self._elsewhere is not None else self.external_state
         if elsewhere is not None and helper is None:
             return self._torch_state_dict({"shampoo": {"format": FORMAT, "elsewhere": dict(elsewhere)}})
         if helper is not None:
@@ -92,9 +99,9 @@ class BlockOptimizer(UnitOptimizer):
 
     def _entries_for(self, helper: str) -> dict[int, dict[str, Tensor]]:
         """What torch's helpers get for ``state``, by id of tensors. A collective where parameters are sharded."""
-        elsewhere = self._elsewhere is not None or self.awaited is not None
+        elsewhere = self._elsewhere is not None or self.external_state is not None
         if helper == FSDP1 and self.has_state and not elsewhere:
-            elsewhere = any(host.save_beside(self) for host in hosts() if isinstance(host, SavingHost))
+            elsewhere = any(adapter.save_beside(self) for adapter in adapters() if isinstance(adapter, SavingAdapter))
             if not elsewhere:
                 raise RuntimeError(
                     "FSDP1's own optimizer state dict cannot carry Shampoo's state; use save_shampoo(optimizer, path) "
@@ -104,8 +111,8 @@ class BlockOptimizer(UnitOptimizer):
         tensors = [(t, g, n) for g in self.param_groups for n, t in enumerate(g["params"]) if t.requires_grad]
         if elsewhere or helper == FSDP1:
             steps = {id(tensor): self.state.get(tensor, {}).get("step", as_count(0)) for tensor, _, _ in tensors}
-            return {id(t): elsewhere_entry(t, steps[id(t)], elsewhere) for t, _, _ in tensors}
-        fresh = [Fresh(t, g["shampoo_group"], n) for t, g, n in tensors if id(t) not in self._unit_of]
+            return {id(t): external_entry(t, steps[id(t)], elsewhere) for t, _, _ in tensors}
+        fresh = [NewTensor(t, g["shampoo_group"], n) for t, g, n in tensors if id(t) not in self._unit_of]
         if fresh:
             self._new_units(fresh)
         if any(not unit.fresh for unit in self.units):
@@ -139,11 +146,12 @@ class BlockOptimizer(UnitOptimizer):
         return own if self.waiting_state is None else own.joined([self.waiting_state.everything()])
 
     @contextmanager
-    def state_saved_elsewhere(self, where: Mapping[str, Any]) -> Iterator[None]:
+    def with_external_state(self, where: Mapping[str, Any]) -> Iterator[None]:
         """Within it ``state_dict()`` holds the options, the steps, and ``where`` (builtins) in place of the state.
 
-        For hosts whose own checkpoint keeps the state dict, beside which ``save_shampoo`` has written. A state dict
-        that a host's tool has robbed of all but the options can be loaded within it too; ``load_shampoo`` must follow.
+        For frameworks whose own checkpoint keeps the state dict, while ``save_shampoo`` has written the state. A state
+        dict from which a framework has stripped all but the options can be loaded within it too; ``load_shampoo`` must
+        follow.
         """
         before, self._elsewhere = self._elsewhere, where
         # Tools of torch take an empty state for that of an optimizer before its first step, and would make one.
@@ -186,19 +194,19 @@ class BlockOptimizer(UnitOptimizer):
             handle.remove()
         if not self.units:  # accelerate loads an empty state while it prepares an optimizer
             given = [tensor for group in self.param_groups for tensor in group["params"]]
-            for model in (host.model_under_construction({}, given) for host in hosts()):
+            for model in (adapter.model_under_construction({}, given) for adapter in adapters()):
                 if model is not None:
-                    self.note_model(model)
+                    self.attach_model(model)
         self._forget_units()
         for group, number in zip(self.param_groups, numbers, strict=True):
             group["shampoo_group"] = number
             self._config(group)
         self.take_state(parsed[0])
-        self.awaited = parsed[0].elsewhere
-        if self.awaited is not None:
-            for host in hosts() if self._elsewhere is None else ():  # otherwise whoever loads knows where it is
-                if isinstance(host, CheckpointingHost):
-                    host.note_load(self)
+        self.external_state = parsed[0].elsewhere
+        if self.external_state is not None:
+            for adapter in adapters() if self._elsewhere is None else ():  # otherwise whoever loads knows where it is
+                if isinstance(adapter, CheckpointingAdapter):
+                    adapter.note_load(self)
 
     @property
     def has_state(self) -> bool:
@@ -209,7 +217,7 @@ class BlockOptimizer(UnitOptimizer):
     def take_state(self, source: StateSource) -> None:
         """Go on from this state, from the next step on; call it on all ranks. What was there is dropped."""
         self._forget_units()
-        self.waiting_state, self.awaited, self._consolidated = source, None, None
+        self.waiting_state, self.external_state, self._consolidated = source, None, None
         self.rejected_steps = source.rejected_steps
         self.state.clear()
         for tensor in (tensor for group in self.param_groups for tensor in group["params"] if source.steps):
@@ -252,7 +260,7 @@ class BlockOptimizer(UnitOptimizer):
         return rest
 
     def _keys_by_group(self) -> list[list[str]]:
-        """Keys of the parameters in each group; hosts replace tensors and keep their order."""
+        """Keys of the parameters in each group; frameworks replace tensors and keep their order."""
         keys: dict[int, list[str]] = {group["shampoo_group"]: [] for group in self.param_groups}
         for entry in self.entries:
             keys[entry.parameter.group].append(entry.parameter.key)
@@ -290,13 +298,13 @@ class BlockOptimizer(UnitOptimizer):
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         if len(tensors) != len(parameters):
             raise RuntimeError(
-                "this optimizer cannot be copied while a host has replaced its parameters by flat shards"
+                "this optimizer cannot be copied while a framework has replaced its parameters by flat shards"
             )
         self._known, self.units, self._unit_of, self._configs, self._loads = {}, [], {}, {}, {}
         self._reported, self._consolidated, self._replicas = True, None, None
         self.entries = [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
         waiting = SavedState.parse({"shampoo": saved})
-        self.waiting_state, self._elsewhere, self.awaited = waiting, None, None
+        self.waiting_state, self._elsewhere, self.external_state = waiting, None, None
         self.rejected_steps = waiting.rejected_steps
         self.configs()
 
@@ -305,7 +313,7 @@ def _reshaped(parameter: Parameter, before: ShampooConfig, after: ShampooConfig)
     """Whether a parameter's blocks or state would be others under other options."""
     patterns = {"exclude": None, "no_decay": None, "rules": None}  # these count by their effect
     same = {**before.shape_of_state(), **patterns} == {**after.shape_of_state(), **patterns}
-    return not same or treat(parameter, before) != treat(parameter, after)
+    return not same or policy_of(parameter, before) != policy_of(parameter, after)
 
 
 def _without_names(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The optimizer inside what hosts wrap around it."""
+"""The optimizer inside what frameworks wrap around it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
 
-def innermost(optimizer: Any) -> Any:
+def inner_optimizer(optimizer: Any) -> Any:
     """What is inside the wrappers of accelerate and DeepSpeed, each of which keeps the next as ``optimizer``."""
     seen = set()
     while not isinstance(optimizer, BlockOptimizer) and id(optimizer) not in seen:
@@ -26,7 +26,7 @@ def unwrap(wrapped: Any) -> BlockOptimizer:
     Raises:
         TypeError: where there is no Shampoo inside.
     """
-    inner = innermost(wrapped)
+    inner = inner_optimizer(wrapped)
     if isinstance(inner, BlockOptimizer):
         return inner
     what = f"{type(wrapped).__module__}.{type(wrapped).__qualname__}"

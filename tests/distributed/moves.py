@@ -1,4 +1,4 @@
-"""The moves of the checkpoint tests: which host goes on from which, and the unbroken float64 run."""
+"""The moves of the checkpoint tests: which framework goes on from which, and the unbroken float64 run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RULE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Move:
-    """``folder`` holds what ``source`` has left there; ``target`` is the host that runs now."""
+    """``folder`` holds what ``source`` has left there; ``target`` is the framework that runs now."""
 
     source: str
     target: str

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shampoo_deepspeed.distributed.process_groups import part_in_order
+from shampoo_deepspeed.distributed.process_groups import delay_exit_for_gloo
 from tests.distributed.launch import Check, RankResult
 
 PARENT_SECONDS = 120.0
@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
         gc.collect()
         dist.barrier()
     dist.destroy_process_group()
-    part_in_order()  # checks without an optimizer use gloo too
+    delay_exit_for_gloo()  # checks without an optimizer use gloo too
 
 
 def attempt(check: Check) -> RankResult:

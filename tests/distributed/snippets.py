@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.distributed.launch import ROOT
 
-PAGES = ("README.md", "docs/hosts.md", "docs/tuning.md")
+PAGES = ("README.md", "docs/frameworks.md", "docs/tuning.md")
 FENCE = re.compile(r"^(?:<!-- snippet: ([\w-]+) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

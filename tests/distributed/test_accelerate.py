@@ -17,18 +17,18 @@ SAVED = Training(steps=7, save_at=4)  # between two refreshes
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
 
 
-def run(route: str, host: str, training: Training = TRAINING, name: str = "accelerate") -> Check:
-    return Check(f"{name}_{route}_{host}", 2, "accelerate_loop:train", (route, host, training))
+def run(route: str, framework: str, training: Training = TRAINING, name: str = "accelerate") -> Check:
+    return Check(f"{name}_{route}_{framework}", 2, "accelerate_loop:train", (route, framework, training))
 
 
-OWN_LINE = [run("stock", host) for host in ("ddp", "fsdp1", "fsdp2", "zero1", "zero3")]
-PREPARED = [run("ours", host, DEFAULT) for host in ("ddp", "fsdp1", "fsdp2", "zero1", "zero3")]
+OWN_LINE = [run("stock", framework) for framework in ("ddp", "fsdp1", "fsdp2", "zero1", "zero3")]
+PREPARED = [run("ours", framework, DEFAULT) for framework in ("ddp", "fsdp1", "fsdp2", "zero1", "zero3")]
 AFTER = [run("after", "fsdp1")]
-RESUMED = [run("ours", host, SAVED, "accelerate_saved") for host in ("ddp", "zero1", "zero3")]
+RESUMED = [run("ours", framework, SAVED, "accelerate_saved") for framework in ("ddp", "zero1", "zero3")]
 
 
-def refusal(name: str, route: str, host: str, change: dict[str, Any] | None = None) -> Check:
-    return Check(f"accelerate_refused_{name}", 2, "accelerate_loop:refused", (route, host, change or {}))
+def refusal(name: str, route: str, framework: str, change: dict[str, Any] | None = None) -> Check:
+    return Check(f"accelerate_refused_{name}", 2, "accelerate_loop:refused", (route, framework, change or {}))
 
 
 OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
@@ -49,10 +49,10 @@ def named(value: object) -> str | None:
 @pytest.mark.parametrize("check", OWN_LINE + PREPARED + AFTER + RESUMED, ids=named)
 def test_the_loop_is_the_training_of_one_process(check: Check, ask: Ask, record_property: Any) -> None:
     """RESUMED: it has saved and loaded in between."""
-    _, host, training = check.argument
+    _, framework, training = check.argument
     wanted, bound = expected(training), BOUND[training.settings]
     for seen in ask(check):
-        assert seen["wrapper"] == WRAPPERS.get(host, "DeepSpeedEngine")
+        assert seen["wrapper"] == WRAPPERS.get(framework, "DeepSpeedEngine")
         assert seen["losses"] == pytest.approx(wanted.losses, rel=bound)
         assert seen["parameters"].keys() == wanted.parameters.keys()
         error, name = max((relative_error(p, wanted.parameters[n]), n) for n, p in seen["parameters"].items())

@@ -13,7 +13,7 @@ from tests.distributed.test_zero import named
 from tests.zoo import relative_error
 
 FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
-SHARDINGS = [(host, form) for host in ("fsdp1", "fsdp2") for form in (FULL, SHARDED)]
+SHARDINGS = [(framework, form) for framework in ("fsdp1", "fsdp2") for form in (FULL, SHARDED)]
 RUNS = [Run("ours", "ddp"), *(Run("ours", *sharding) for sharding in SHARDINGS)]
 STOCK = [Run("stock", "ddp"), *(Run("stock", *sharding) for sharding in SHARDINGS)]
 FLAT = [Run("ours", "fsdp1_flat", SHARDED), Run("stock", "fsdp1_flat", FULL)]
@@ -22,11 +22,13 @@ ZERO = [Run("stock", "zero3"), Run("ours", "zero2")]
 
 
 def check(function: str, run: Run) -> Check:
-    return Check(f"{function}_{run.trainer}_{run.host}_{run.form[0]}", 2, f"checkpoints:{function}", run, seconds=180)
+    return Check(
+        f"{function}_{run.trainer}_{run.framework}_{run.form[0]}", 2, f"checkpoints:{function}", run, seconds=180
+    )
 
 
 TRAINED = [check("trained", run) for run in (*RUNS, *STOCK, *FLAT, MIXED, *ZERO)]
-BESIDE = [check for check in TRAINED if check.argument.host.startswith("fsdp1")]
+BESIDE = [check for check in TRAINED if check.argument.framework.startswith("fsdp1")]
 ROBBED = check("robbed", Run("stock", "fsdp1", SHARDED))
 OURS = [check for check in TRAINED if check.argument.trainer != "stock"]
 BETWEEN = [check for check in TRAINED if dies_in(check.argument) == "step"]

@@ -148,6 +148,5 @@ def test_a_partition_that_holds_something_else_is_an_error_on_all_ranks(check: C
     for value in ask(check):
         assert value["kind"] == "LayoutError", value
         assert (
-            f"rank 1: the float32 master does not hold what the model's parameter {parameter} holds"
-            in value["message"]
+            f"rank 1: the float32 master does not hold what the model's parameter {parameter} holds" in value["message"]
         )

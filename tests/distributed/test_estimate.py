@@ -17,16 +17,16 @@ from tests.distributed.test_zero import named
 SHARDED = Run(steps=4, extra={"momentum": 0.5, "bucket_mb": 0.0001})
 WIDE = replace(SHARDED, model="wide", extra={"betas": (0.0, 0.99), "grafting": "sgd", "elementwise": "adam"})
 PARTITIONED = Scenario(steps=4, options={"momentum": 0.5})
-HOSTS = {"rows": "fsdp2", "replicas": "ddp", "hsdp": "hsdp"}
+FRAMEWORKS = {"rows": "fsdp2", "replicas": "ddp", "hsdp": "hsdp"}
 
 
 def checks() -> list[Check]:
     found = []
-    for layout, host in HOSTS.items():
-        ranks = 4 if host == "hsdp" else 2
+    for layout, framework in FRAMEWORKS.items():
+        ranks = 4 if framework == "hsdp" else 2
         for base in (SHARDED, WIDE):
             run = replace(base, layout=layout)
-            found.append(Check(f"estimate_{host}_{run.model}", ranks, "estimate:sharded", run))
+            found.append(Check(f"estimate_{framework}_{run.model}", ranks, "estimate:sharded", run))
     for stage in range(4):
         scenario = replace(PARTITIONED, stage=stage, zero={"sub_group_size": 300} if stage == 3 else {})
         found.append(Check(f"estimate_zero{stage}", 2, "estimate:partitioned", scenario))
@@ -37,14 +37,14 @@ def checks() -> list[Check]:
 def test_state_and_bytes_are_those_of_the_run(check: Check, ask: Ask) -> None:
     found, asked = ask(check), check.argument
     if isinstance(asked, Run):
-        host, options, size = HOSTS[asked.layout], asked.options(), 10**9
+        framework, options, size = FRAMEWORKS[asked.layout], asked.options(), 10**9
     else:
-        host = f"zero{asked.stage}" if asked.stage else "ddp"
+        framework = f"zero{asked.stage}" if asked.stage else "ddp"
         options, size = asked.optimizer_options(), asked.zero.get("sub_group_size", 10**9)
     made = estimate(
         found[0]["parameters"],
         check.ranks,
-        host,
+        framework,
         ShampooConfig.from_options(options),
         shard_ranks=2,
         sub_group_size=size,

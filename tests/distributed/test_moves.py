@@ -1,4 +1,4 @@
-"""A run saved under one host and world size goes on under every other as if nothing had happened."""
+"""A run saved under one framework and world size goes on under every other as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.distributed.test_zero import assert_ranks_agree
 from tests.zoo import relative_error
 
 BOUND = {"strict": 1e-5, "default": 2e-3}
-# Every second pair, so that each host goes on from itself and from half of the others, and the other way round.
+# Every second pair, so that each framework goes on from itself and from half of the others, and the other way round.
 PAIRS = [(s, t) for i, s in enumerate(RANKS) for j, t in enumerate(RANKS) if (i + j) % 2 == 0]
 RING = list(zip(RANKS, [*list(RANKS)[1:], "single"], strict=True))
 MOVES = [Move(*pair, "strict", "") for pair in PAIRS] + [Move(*pair, "default", "") for pair in RING]

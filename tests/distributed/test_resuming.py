@@ -1,4 +1,4 @@
-"""A run that is saved and resumed under the same host is the unbroken one, to the last bit."""
+"""A run that is saved and resumed under the same framework is the unbroken one, to the last bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.distributed.test_zero import named
 PRECONDITIONERS = ("shampoo", "soap", "kl_shampoo")
 SCHEDULES = ("sync", "staggered", "background")
 # Layout, model and number of ranks. ZeRO's are in test_zero_checkpoints.py, the Trainer's in test_checkpoint_hooks.py.
-HOSTS = [
+FRAMEWORKS = [
     ("replicas", "odd", 2),
     ("rows", "odd", 2),
     ("columns", "wide", 2),
@@ -21,7 +21,7 @@ HOSTS = [
     ("hsdp", "odd", 4),
     ("tensor_parallel", "wide", 4),
 ]
-# Each host with each preconditioner and, in turn, each schedule.
+# Each framework with each preconditioner and, in turn, each schedule.
 RUNS = [
     (
         Run(
@@ -32,7 +32,7 @@ RUNS = [
         ),
         ranks,
     )
-    for h, (layout, model, ranks) in enumerate(HOSTS)
+    for h, (layout, model, ranks) in enumerate(FRAMEWORKS)
     for n, p in enumerate(PRECONDITIONERS)
 ]
 CHECKS = [

@@ -1,4 +1,4 @@
-"""With refreshes spread over the window, or in the background too, every host takes the unsharded reference's path."""
+"""With staggered or background refreshes every framework takes the unsharded reference's path."""
 
 from __future__ import annotations
 

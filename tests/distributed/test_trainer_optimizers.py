@@ -13,32 +13,34 @@ from tests.zoo import relative_error
 
 TRAINING = Training(steps=7)
 DEFAULT = Training(steps=7, settings="default")
-HOSTS = ("ddp", "zero1", "zero3", "fsdp1", "fsdp2")
+FRAMEWORKS = ("ddp", "zero1", "zero3", "fsdp1", "fsdp2")
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
 WRAPPERS["fsdp1_flat"] = WRAPPERS["fsdp1"]
 
 
-def run(route: str, host: str, training: Training = TRAINING, name: str = "optimizers") -> Check:
-    return Check(f"{name}_{route}_{host}", 2, "trainer_optimizers:train", (route, host, training))
+def run(route: str, framework: str, training: Training = TRAINING, name: str = "optimizers") -> Check:
+    return Check(f"{name}_{route}_{framework}", 2, "trainer_optimizers:train", (route, framework, training))
 
 
 FIRST = run("prebuilt", "ddp")
-ROUTES = [run(route, host) for host in HOSTS for route in ("prebuilt", "deferred", "factory", "name")]
+ROUTES = [run(route, framework) for framework in FRAMEWORKS for route in ("prebuilt", "deferred", "factory", "name")]
 FLAT = [run(route, "fsdp1_flat") for route in ("deferred", "factory", "name")]
 OFFLOAD = [run("prebuilt", "zero2_offload"), run("deferred", "zero3_offload")]
 JSON = [run("json", "zero1"), run("json", "zero3")]
 DEFAULT_ROUTES = [
-    run(route, host, DEFAULT, "default_optimizers") for host in HOSTS for route in ("prebuilt", "factory", "name")
+    run(route, framework, DEFAULT, "default_optimizers")
+    for framework in FRAMEWORKS
+    for route in ("prebuilt", "factory", "name")
 ]
-DEFAULT_ROUTES += [run("json", host, DEFAULT, "default_optimizers") for host in ("zero1", "zero3")]
+DEFAULT_ROUTES += [run("json", framework, DEFAULT, "default_optimizers") for framework in ("zero1", "zero3")]
 SAVED = Training(save_at=4, options={"momentum": 0.5})  # between two refreshes
-RESUMED = [run("scheduler", host, SAVED, "resumed") for host in ("ddp", "zero1", "zero3")]
+RESUMED = [run("scheduler", framework, SAVED, "resumed") for framework in ("ddp", "zero1", "zero3")]
 RESUMED += [run("deferred", "ddp", SAVED, "resumed")]
 DIVIDED = [run("prebuilt", "ddp"), run("deferred", "ddp")]
 SYNC = Training(steps=7, options={"refresh": "sync"})
 MEASURED = [run("deferred", "ddp"), run("factory", "zero3"), run("name", "fsdp2")]
 MEASURED += [run(*check.argument[:2], SYNC, "sync_optimizers") for check in MEASURED]
-OWN_SCHEDULE = [run("scheduler", host) for host in HOSTS]
+OWN_SCHEDULE = [run("scheduler", framework) for framework in FRAMEWORKS]
 
 
 def refusal(name: str, route: str, change: dict[str, Any]) -> Check:
@@ -137,6 +139,6 @@ def test_each_rank_has_its_metrics(check: Check, ask: Ask) -> None:
 
 @pytest.mark.parametrize("alone, divided", [DIVIDED], ids=named)
 def test_a_deferred_one_divides_its_work_over_the_replicas(alone: Check, divided: Check, ask: Ask) -> None:
-    """Each rank receives the directions of the other's blocks; a finished one without process_group does it all."""
+    """Each rank receives the updates of the other's blocks; a finished one without process_group does it all."""
     assert not any(seen["traffic"]["bytes_received"] for seen in ask(alone))
     assert all(seen["traffic"]["bytes_received"] for seen in ask(divided))

@@ -175,5 +175,5 @@ def test_the_bytes_that_move_are_those_of_the_plan(check: Check, ask: Ask) -> No
     assert sum(v["bytes_sent"] for v in values) == sum(v["bytes_received"] for v in values)
     scenario: Scenario = check.argument
     matrices = sum(w.numel() for w in expected(scenario).values() if w.ndim > 1)
-    copies = scenario.ranks - 1 if scenario.stage == 0 else 2  # directions to all others; or gradient in, direction out
+    copies = scenario.ranks - 1 if scenario.stage == 0 else 2  # updates to all others; or gradient in, update out
     assert 0 < sum(v["bytes_received"] for v in values) <= 4 * copies * matrices

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.algorithm.found_inf import Verdict
+from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners.kl_shampoo import KLShampooPreconditioner
-from shampoo_deepspeed.algorithm.preconditioners.refresh_result import Renewed
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
 from shampoo_deepspeed.algorithm.preconditioners.soap import SOAPPreconditioner
 from shampoo_deepspeed.options.config import ShampooConfig
@@ -32,18 +32,18 @@ class Preconditioner(Protocol):
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """State of ``count`` blocks that have not seen a gradient; ``dtype`` is that of moments and directions."""
+        """State of ``count`` blocks that have not seen a gradient; ``dtype`` is that of moments and updates."""
         ...
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, verdict: Verdict) -> None:
+    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf) -> None:
         """Take the gradients [B, *shape] of one step into the statistics."""
         ...
 
-    def compute(self, state: dict[str, Tensor], step: int) -> Renewed:
+    def compute(self, state: dict[str, Tensor], step: int) -> RefreshResult:
         """The part of a refresh that takes long: reads factor matrices and bases and changes nothing."""
         ...
 
-    def install(self, state: dict[str, Tensor], renewed: Renewed) -> list[int]:
+    def install(self, state: dict[str, Tensor], result: RefreshResult) -> list[int]:
         """The rest of it; gives the rows that failed and were left as they were."""
         ...
 
@@ -51,12 +51,12 @@ class Preconditioner(Protocol):
         """Gradients as the first moment takes them in, from a block's first refresh on; until then as they are."""
         ...
 
-    def settle(self, state: dict[str, Tensor], renewed: Renewed, moments: Tensor) -> None:
+    def settle(self, state: dict[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
         """What a refresh leaves to do when the first moments [B, *shape] of its step are there, corrected."""
         ...
 
-    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
-        """The preconditioned direction of first moments [B, *shape], linear in them, as a new tensor. ``entered`` are
+    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf) -> Tensor:
+        """The preconditioned update of first moments [B, *shape], linear in them, as a new tensor. ``entered`` are
         the gradients that ``enter`` gave. Called once in each step of blocks that have been refreshed."""
         ...
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.algorithm.found_inf import Verdict
-from shampoo_deepspeed.algorithm.preconditioners.refresh_result import Renewed
+from shampoo_deepspeed.algorithm.found_inf import FoundInf
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner, modes_of
 from shampoo_deepspeed.linalg.mode_products import multiply, unfold
 from shampoo_deepspeed.linalg.reproducible import power
@@ -28,7 +28,7 @@ class KLShampooPreconditioner(ShampooPreconditioner):
     S fixes its factors only up to scalars whose product is 1. Here every S_j counts with its mean eigenvalue scaled
     to 1 wherever another factor is made of it, so that all factors have the scale of the squared gradient from the
     first step on, statistics from before and after a refresh weigh alike, and gradients of another scale give the
-    same directions. At the minimum the mean eigenvalues of all factors are then equal, and S is that mean times the
+    same updates. At the minimum the mean eigenvalues of all factors are then equal, and S is that mean times the
     product of the scaled factors; while they differ, their geometric mean stands for it.
 
     Before the first refresh the other factors count as identities. After it they count as of the last refresh.
@@ -47,7 +47,7 @@ class KLShampooPreconditioner(ShampooPreconditioner):
             state[f"root_{mode}"].diagonal(dim1=-2, dim2=-1).fill_(1.0)
         return {**state, "scale": torch.ones(count, dtype=dtype, device=device)}
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, verdict: Verdict) -> None:
+    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf) -> None:
         whole = gradients.to(torch.promote_types(gradients.dtype, self._root_dtype))
         modes = modes_of(state)
         for mode in modes:
@@ -56,12 +56,12 @@ class KLShampooPreconditioner(ShampooPreconditioner):
                 if other != mode:
                     whitened = multiply(whitened, state[f"root_{other}"], other)
             unfolded = unfold(whitened, mode)
-            self._add(state[f"factor_{mode}"], unfolded / math.sqrt(unfolded.shape[-1]), verdict)
+            self._add(state[f"factor_{mode}"], unfolded / math.sqrt(unfolded.shape[-1]), found_inf)
 
-    def compute(self, state: dict[str, Tensor], step: int) -> Renewed:
+    def compute(self, state: dict[str, Tensor], step: int) -> RefreshResult:
         modes = modes_of(state)
         scale = torch.ones_like(state["scale"])
-        renewed: dict[str, Tensor] = {}
+        result: dict[str, Tensor] = {}
         failed: set[int] = set()
         for mode in modes:
             matrices = self._corrected(state, mode, step)
@@ -70,10 +70,10 @@ class KLShampooPreconditioner(ShampooPreconditioner):
             tensors, wrong = self._renewed(state, mode, matrices, 2.0)
             tensors[f"root_{mode}"] = tensors[f"root_{mode}"] * mean.sqrt().view(-1, 1, 1)
             scale *= power(mean, -0.5 / len(modes))
-            renewed |= tensors
+            result |= tensors
             failed.update(wrong)
-        return Renewed({**renewed, "scale": scale}, frozenset(failed))
+        return RefreshResult({**result, "scale": scale}, frozenset(failed))
 
-    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
-        direction = super().apply(state, entered, moments, verdict)
-        return direction * state["scale"].view(-1, *[1] * (moments.ndim - 1))
+    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf) -> Tensor:
+        update = super().apply(state, entered, moments, found_inf)
+        return update * state["scale"].view(-1, *[1] * (moments.ndim - 1))

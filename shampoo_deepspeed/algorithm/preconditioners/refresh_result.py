@@ -10,22 +10,22 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Renewed:
+class RefreshResult:
     """The outcome of ``compute`` for n blocks: tensors with the block as first dim, and the rows that failed."""
 
     tensors: dict[str, Tensor]
     failed: frozenset[int]
 
     @staticmethod
-    def joined(parts: Sequence[Renewed], places: Sequence[slice]) -> Renewed:
+    def joined(parts: Sequence[RefreshResult], places: Sequence[slice]) -> RefreshResult:
         """Those of neighbouring blocks together; ``places`` are the parts' rows."""
         if len(parts) == 1:
             return parts[0]
         tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
         failed = [place.start + row for part, place in zip(parts, places, strict=True) for row in part.failed]
-        return Renewed(tensors, frozenset(failed))
+        return RefreshResult(tensors, frozenset(failed))
 
-    def rows(self, first: int, stop: int) -> Renewed:
+    def rows(self, first: int, stop: int) -> RefreshResult:
         """Those of some neighbouring blocks, as views."""
         tensors = {name: tensor[first:stop] for name, tensor in self.tensors.items()}
-        return Renewed(tensors, frozenset(row - first for row in self.failed if first <= row < stop))
+        return RefreshResult(tensors, frozenset(row - first for row in self.failed if first <= row < stop))

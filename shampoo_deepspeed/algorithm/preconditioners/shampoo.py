@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.algorithm.found_inf import Verdict
-from shampoo_deepspeed.algorithm.preconditioners.refresh_result import Renewed
+from shampoo_deepspeed.algorithm.found_inf import FoundInf
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.linalg.eigenbases import kept_or_new, root_from_basis
 from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root, symmetric
 from shampoo_deepspeed.linalg.mode_products import add_gram_, multiply_modes, unfold
@@ -64,17 +64,17 @@ class ShampooPreconditioner:
                     state[f"{kind}_{mode}"] = torch.zeros(size, dtype=own, device=device)
         return state
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, verdict: Verdict) -> None:
+    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf) -> None:
         for mode in modes_of(state):
-            self._add(state[f"factor_{mode}"], unfold(gradients, mode), verdict)
+            self._add(state[f"factor_{mode}"], unfold(gradients, mode), found_inf)
 
-    def _add(self, factor: Tensor, unfolded: Tensor, verdict: Verdict) -> None:
+    def _add(self, factor: Tensor, unfolded: Tensor, found_inf: FoundInf) -> None:
         """A <- b A + (1 - b) XX', or A + n XX' with b2 = 1, where b = b2^n and X counts for n gradients."""
         weight = float(self._config.statistics_frequency) if self._beta2 == 1.0 else 1.0 - self._decay
         unfolded = unfolded.to(torch.promote_types(factor.dtype, unfolded.dtype))
-        decay = verdict.keep_number(self._decay)
+        decay = found_inf.keep_number(self._decay)
         if decay is None:
-            factor.mul_(verdict.keep(self._decay, factor.dtype))
+            factor.mul_(found_inf.keep(self._decay, factor.dtype))
             decay = 1.0
         if factor.ndim == 2:
             factor.mul_(decay).add_(unfolded.square().sum(dim=-1), alpha=weight)
@@ -83,25 +83,25 @@ class ShampooPreconditioner:
         else:
             factor.mul_(decay).add_(torch.bmm(unfolded, unfolded.mT), alpha=weight)
 
-    def compute(self, state: dict[str, Tensor], step: int) -> Renewed:
+    def compute(self, state: dict[str, Tensor], step: int) -> RefreshResult:
         modes = modes_of(state)
         root = self._config.root(len(modes))
-        renewed: dict[str, Tensor] = {}
+        result: dict[str, Tensor] = {}
         failed: set[int] = set()
         for mode in modes:
             tensors, wrong = self._renewed(state, mode, self._corrected(state, mode, step), root)
-            renewed |= tensors
+            result |= tensors
             failed.update(wrong)
-        return Renewed(renewed, frozenset(failed))
+        return RefreshResult(result, frozenset(failed))
 
-    def install(self, state: dict[str, Tensor], renewed: Renewed) -> list[int]:
-        write(state, renewed.tensors, renewed.failed)
-        return sorted(renewed.failed)
+    def install(self, state: dict[str, Tensor], result: RefreshResult) -> list[int]:
+        write(state, result.tensors, result.failed)
+        return sorted(result.failed)
 
     def enter(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
         return gradients
 
-    def settle(self, state: dict[str, Tensor], renewed: Renewed, moments: Tensor) -> None:
+    def settle(self, state: dict[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
         """Never called: roots do not depend on moments."""
 
     def leave(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
@@ -131,13 +131,13 @@ class ShampooPreconditioner:
         roots, overflown = root_from_basis(values, bases, root, self._epsilon, self._relative_epsilon)
         return {f"root_{mode}": roots, f"basis_{mode}": bases}, sorted({*failed, *overflown})
 
-    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
-        direction = moments.to(self._apply_dtype or torch.promote_types(moments.dtype, self._root_dtype))
+    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf) -> Tensor:
+        update = moments.to(self._apply_dtype or torch.promote_types(moments.dtype, self._root_dtype))
         roots = {mode: state[f"root_{mode}"] for mode in modes_of(state)}
         # They are symmetric, and the CPU's products are faster with them transposed.
         turned = {mode: root if root.ndim == 2 else root.mT for mode, root in roots.items()}
-        direction = multiply_modes(direction, turned)
-        return direction.to(moments.dtype)
+        update = multiply_modes(update, turned)
+        return update.to(moments.dtype)
 
 
 def modes_of(state: dict[str, Tensor]) -> list[int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.algorithm.found_inf import Verdict
-from shampoo_deepspeed.algorithm.preconditioners.refresh_result import Renewed
+from shampoo_deepspeed.algorithm.found_inf import FoundInf
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner, modes_of, wide, write
 from shampoo_deepspeed.linalg.eigenbases import eigenbasis, good_enough, known, power_step
 from shampoo_deepspeed.linalg.inverse_root import non_finite, symmetric
@@ -17,24 +17,24 @@ from shampoo_deepspeed.options.config import ShampooConfig
 
 
 class SOAPPreconditioner:
-    """Direction Q (Q'M / (sqrt(v) + eps)), where v is the mean square of the rotated gradient Q'G.
+    """Update Q (Q'M / (sqrt(v) + eps)), where v is the mean square of the rotated gradient Q'G.
 
     Factor matrices A_i are Shampoo's, Q_i their eigenbases, and ' multiplies along every mode. The first moment is kept
     as Q'M, which takes the rotated gradient in at every step and is turned when a basis moves: the paper's M in the
     original basis, without two products for each mode and step. The rule where the paper's
     own steps would be too long, or need what is not there yet:
 
-    - First refresh (at the start step; before it the element-wise or grafting direction is taken): Q_i by
+    - First refresh (at the start step; before it the element-wise or grafting update is taken): Q_i by
       eigendecomposition. The factors have seen all t gradients, v none, so v starts as what they say of it: the
       product of the factors' eigenvalues over their trace^(k-1), Adafactor's estimate in this basis (claim 1 of the
       paper), with the weight of t gradients. From then on v <- b v + (1 - b) (Q'G)^2, and the sum of weights w
       alike; v / w is the corrected mean.
     - Later refreshes: one step of orthogonal iteration, columns ordered by eigenvalue estimate, and v permuted alike.
-      It iterates with A + ``relative_epsilon`` l_max I, so that directions that A knows nothing of stay as they are.
+      It iterates with A + ``relative_epsilon`` l_max I, so that updates that A knows nothing of stay as they are.
     - A basis that moves lets M come to lie where v has seen nothing of it; M / sqrt(v) is then without bound. So at
       each refresh that moves the basis v becomes max(v, M^2): that step has no element longer than Adam's usual 1.
     - ``refresh_tolerance``: a mode's basis in which its factor is still diagonal to that tolerance is left alone.
-    - sqrt(v) + eps gets ``relative_epsilon`` times the block's largest sqrt(v) on top: with an exactly null direction
+    - sqrt(v) + eps gets ``relative_epsilon`` times the block's largest sqrt(v) on top: with an exactly null update
       both M and v are rounding noise there, and eps as an absolute number fits no scale.
     """
 
@@ -71,28 +71,28 @@ class SOAPPreconditioner:
         state["rotated_weight"] = torch.zeros(count, dtype=dtype, device=device)
         return state
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, verdict: Verdict) -> None:
-        self._factors.accumulate(state, gradients, verdict)
+    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf) -> None:
+        self._factors.accumulate(state, gradients, found_inf)
 
-    def compute(self, state: dict[str, Tensor], step: int) -> Renewed:
+    def compute(self, state: dict[str, Tensor], step: int) -> RefreshResult:
         """Bases, and of what the second moment begins with or how its columns move."""
         first = ~known(state[f"basis_{modes_of(state)[0]}"])
         moved = first
-        renewed: dict[str, Tensor] = {}
+        result: dict[str, Tensor] = {}
         failed: set[int] = set()
         for mode in modes_of(state):
             bases, values, columns, drifted, wrong = self._renewed_basis(state, mode)
-            renewed |= {f"basis_{mode}": bases, f"values_{mode}": values, f"columns_{mode}": columns}
+            result |= {f"basis_{mode}": bases, f"values_{mode}": values, f"columns_{mode}": columns}
             moved = moved | drifted
             failed.update(wrong)
         weight = torch.full_like(state["rotated_weight"], 1.0 - self._beta**step)
         trace = self._trace(state, step).to(weight.dtype)
-        renewed |= {"first": first, "moved": moved, "first_weight": weight, "trace": trace}
-        return Renewed(renewed, frozenset(failed))
+        result |= {"first": first, "moved": moved, "first_weight": weight, "trace": trace}
+        return RefreshResult(result, frozenset(failed))
 
-    def install(self, state: dict[str, Tensor], renewed: Renewed) -> list[int]:
+    def install(self, state: dict[str, Tensor], result: RefreshResult) -> list[int]:
         """The second moment is that of now, which may have seen gradients since."""
-        found = renewed.tensors
+        found = result.tensors
         second = state["rotated_second_moment"].clone()
         rows = (-1, *[1] * (second.ndim - 1))
         seed = torch.ones_like(second)
@@ -110,16 +110,16 @@ class SOAPPreconditioner:
             plain = torch.where(found["first"].view(rows), kept, self._rotated(state, kept, back=True).to(kept.dtype))
             turned = self._rotated(bases, plain).to(kept.dtype)
             changed[self.first_moment] = torch.where(found["moved"].view(rows), turned, kept)
-        write(state, {**bases, **changed}, renewed.failed)
-        return sorted(renewed.failed)
+        write(state, {**bases, **changed}, result.failed)
+        return sorted(result.failed)
 
-    def settle(self, state: dict[str, Tensor], renewed: Renewed, moments: Tensor) -> None:
+    def settle(self, state: dict[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
         """The floor under the second moment, where the basis moved."""
         rows = (-1, *[1] * (moments.ndim - 1))
         second = state["rotated_second_moment"]
         floor = state["rotated_weight"].view(rows) * moments.square().to(second.dtype)
-        floored = torch.where(renewed.tensors["moved"].view(rows), torch.maximum(second, floor), second)
-        write(state, {"rotated_second_moment": floored}, renewed.failed)
+        floored = torch.where(result.tensors["moved"].view(rows), torch.maximum(second, floor), second)
+        write(state, {"rotated_second_moment": floored}, result.failed)
 
     def enter(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
         return self._rotated(state, gradients, self._apply_dtype).to(gradients.dtype)
@@ -140,7 +140,7 @@ class SOAPPreconditioner:
         anew, onward = (mask.nonzero().flatten() for mask in (~old, drifted))
         failed = []
         if len(anew):
-            # All directions count alike afterwards, those of the smallest eigenvalues too, of which a decomposition in
+            # All updates count alike afterwards, those of the smallest eigenvalues too, of which a decomposition in
             # float32 keeps little. That is once per block; a power step from a given basis loses nothing like it.
             found, bases[anew], wrong = eigenbasis(matrices[anew], in_float64=True)
             found = found.clamp_min(0.0)
@@ -157,16 +157,16 @@ class SOAPPreconditioner:
         weight = float(seen) if self._beta2 == 1.0 else 1.0 - self._beta2**seen
         return wide(state[f"factor_{modes_of(state)[0]}"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
 
-    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, verdict: Verdict) -> Tensor:
+    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf) -> Tensor:
         second, weight = state["rotated_second_moment"], state["rotated_weight"]
-        second.mul_(verdict.keep(self._beta, second.dtype)).addcmul_(entered, entered, value=1.0 - self._beta)
-        weight.mul_(verdict.keep(self._beta, weight.dtype)).add_(verdict.scale(1.0 - self._beta))
+        second.mul_(found_inf.keep(self._beta, second.dtype)).addcmul_(entered, entered, value=1.0 - self._beta)
+        weight.mul_(found_inf.keep(self._beta, weight.dtype)).add_(found_inf.scale(1.0 - self._beta))
         mean = second / weight.clamp_min(torch.finfo(weight.dtype).tiny).view(-1, *[1] * (second.ndim - 1))
         roots = mean.sqrt_() if self._root == 2.0 else power(mean, 1.0 / self._root)
         largest = roots.amax(dim=tuple(range(1, roots.ndim)), keepdim=True)
         roots.add_(largest.mul_(self._relative_epsilon).add_(self._eps))
-        direction = torch.where(roots > 0, moments / roots, 0.0)
-        return self._rotated(state, direction, self._apply_dtype, back=True).to(moments.dtype)
+        update = torch.where(roots > 0, moments / roots, 0.0)
+        return self._rotated(state, update, self._apply_dtype, back=True).to(moments.dtype)
 
     def _rotated(
         self, state: dict[str, Tensor], stack: Tensor, dtype: torch.dtype | None = None, back: bool = False

@@ -24,17 +24,17 @@ from tests.distributed.trainings import GLOBAL_BATCH, Training, make_data, make_
 
 def train(argument: tuple[str, str, Training]) -> dict[str, Any]:
     """What is seen of a training by `accelerator.prepare` ("stock") or by `prepare`; maybe resumed in between."""
-    route, host, training = argument
+    route, framework, training = argument
     deepspeed.init_distributed("gloo")
     with shared_folder() as folder, clean_process():
-        accelerator = accelerator_for(host, training)
-        model, optimizer, inner = made(route, accelerator, host, training)
+        accelerator = accelerator_for(framework, training)
+        model, optimizer, inner = made(route, accelerator, framework, training)
         schedule = get_scheduler(training.schedule, inner, training.warmup, training.steps)
         losses = []
         for step in range(training.steps):
             loss = model(**own_part(training, step)).loss
             accelerator.backward(loss)
-            if not host.startswith("zero"):  # the engine clips
+            if not framework.startswith("zero"):  # the engine clips
                 accelerator.clip_grad_norm_(model.parameters(), training.clip)
             optimizer.step()
             schedule.step()
@@ -51,18 +51,18 @@ def train(argument: tuple[str, str, Training]) -> dict[str, Any]:
 
 def refused(argument: tuple[str, str, dict[str, Any]]) -> str:
     """The error of `prepare`."""
-    route, host, change = argument
+    route, framework, change = argument
     deepspeed.init_distributed("gloo")
     with clean_process():
         training = Training(steps=1)
         try:
-            made(route, accelerator_for(host, training, change), host, training)
+            made(route, accelerator_for(framework, training, change), framework, training)
         except (TypeError, ValueError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
     return "nothing was refused"
 
 
-def made(route: str, accelerator: Accelerator, host: str, training: Training) -> tuple[nn.Module, Any, Shampoo]:
+def made(route: str, accelerator: Accelerator, framework: str, training: Training) -> tuple[nn.Module, Any, Shampoo]:
     """The prepared model and optimizer, and Shampoo itself."""
     model = make_model(training.model)
     if route == "other_model":
@@ -77,12 +77,12 @@ def made(route: str, accelerator: Accelerator, host: str, training: Training) ->
     return *prepared, inner
 
 
-def accelerator_for(host: str, training: Training, change: dict[str, Any] | None = None) -> Accelerator:
-    if host == "ddp":
+def accelerator_for(framework: str, training: Training, change: dict[str, Any] | None = None) -> Accelerator:
+    if framework == "ddp":
         return Accelerator(cpu=True)
-    if host.startswith("zero"):
+    if framework.startswith("zero"):
         config = {
-            "zero_optimization": {"stage": int(host[4])},
+            "zero_optimization": {"stage": int(framework[4])},
             "gradient_clipping": training.clip,
             "train_micro_batch_size_per_gpu": GLOBAL_BATCH // dist.get_world_size(),
         }
@@ -92,8 +92,8 @@ def accelerator_for(host: str, training: Training, change: dict[str, Any] | None
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU  # accelerate shards nothing on CPUs
     PartialState._shared_state["device"] = torch.device("cpu")
-    flat = {"use_orig_params": not host.endswith("flat"), "sync_module_states": False}
-    return Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=int(host[4]), **flat))
+    flat = {"use_orig_params": not framework.endswith("flat"), "sync_module_states": False}
+    return Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=int(framework[4]), **flat))
 
 
 def own_part(training: Training, step: int) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from shampoo_deepspeed.integrations.trainer import (
     ShampooTrainerMixin,
     deferred,
 )
-from shampoo_deepspeed.state.unwrap import innermost
+from shampoo_deepspeed.state.unwrap import inner_optimizer
 from tests import zoo
 from tests.distributed.ranks.fsdp import full
 from tests.distributed.ranks.trainer import clean_process, full_parameters, logged, shared_folder
@@ -89,10 +89,10 @@ class DyingMixed(Dies, ShampooTrainerMixin, OfAUser):
 
 @dataclass(frozen=True)
 class Run:
-    """A Trainer ("ours", "mixed" into a user's, or "stock"), a host, and how FSDP is to write state dicts."""
+    """A Trainer ("ours", "mixed" into a user's, or "stock"), a framework, and how FSDP is to write state dicts."""
 
     trainer: str
-    host: str
+    framework: str
     form: str = "FULL_STATE_DICT"
 
 
@@ -121,7 +121,7 @@ def trained(run: Run) -> dict[str, Any]:
 
 def dies_in(run: Run) -> str:
     """A stock Trainer does not know which checkpoint is complete: where it is to find the newest, that is whole."""
-    return "step" if run.trainer == "stock" and run.host.startswith("zero") else "save"
+    return "step" if run.trainer == "stock" and run.framework.startswith("zero") else "save"
 
 
 def robbed(run: Run) -> str:
@@ -135,9 +135,7 @@ def robbed(run: Run) -> str:
         return train_once(run, folder, resume=str(folder / f"checkpoint-{SAVED}"))[1]
 
 
-def train_once(
-    run: Run, folder: Path, saves: bool = True, dies: str = "", resume: Any = None
-) -> tuple[Seen, str]:
+def train_once(run: Run, folder: Path, saves: bool = True, dies: str = "", resume: Any = None) -> tuple[Seen, str]:
     with clean_process():
         callback, seen, error = Losses(), Seen(), ""
         trainer = made_trainer(run, folder, saves, callback)
@@ -148,7 +146,7 @@ def train_once(
             error = "killed"
         except (RuntimeError, CheckpointError) as raised:
             return seen, str(raised)
-        zero = run.host.startswith("zero")
+        zero = run.framework.startswith("zero")
         seen.losses, seen.parameters = callback.losses, (full_parameters if zero else whole)(trainer.model)
         if zero:
             trainer.model_wrapped.destroy()
@@ -159,22 +157,22 @@ def made_trainer(run: Run, folder: Path, saves: bool, callback: ShampooCallback)
     common = TRAINING.arguments(dist.get_world_size()) | {
         "save_strategy": "steps" if saves else "no", "save_steps": 2, "save_total_limit": 2,
     }  # fmt: skip
-    if run.host.startswith("fsdp"):
-        config = {"version": int(run.host[4]), "sync_module_states": False, "state_dict_type": run.form}
-        config["use_orig_params"] = run.host != "fsdp1_flat"
+    if run.framework.startswith("fsdp"):
+        config = {"version": int(run.framework[4]), "sync_module_states": False, "state_dict_type": run.form}
+        config["use_orig_params"] = run.framework != "fsdp1_flat"
         common |= {"fsdp": True, "fsdp_config": config}
-    if run.host.startswith("zero"):
+    if run.framework.startswith("zero"):
         deepspeed.init_distributed("gloo")
-        common["deepspeed"] = replace(TRAINING, stage=int(run.host[4])).deepspeed_config()
+        common["deepspeed"] = replace(TRAINING, stage=int(run.framework[4])).deepspeed_config()
         if run.trainer != "stock":
             del common["deepspeed"]["optimizer"]
     arguments = TrainingArguments(str(folder), **common)
-    if run.host.startswith("fsdp"):
+    if run.framework.startswith("fsdp"):
         pretend_to_have_accelerators(arguments)
     given: dict[str, Any] = {"train_dataset": make_data(TRAINING.steps), "callbacks": [callback]}
     options = TRAINING.trainer_options() | TRAINING.own_options()
     if run.trainer == "stock":
-        if not run.host.startswith("zero"):  # whose JSON says it
+        if not run.framework.startswith("zero"):  # whose JSON says it
             given["optimizer_cls_and_kwargs"] = (ShampooFactory, options)
         return DyingTrainer(make_model("llama"), arguments, **given)
     kind = DyingMixed if run.trainer == "mixed" else DyingShampooTrainer
@@ -190,9 +188,12 @@ def accelerated(run: Run) -> list[Seen]:
 def loop(run: Run, folder: Path, what: str) -> Seen:
     with clean_process():
         plugin = None
-        if run.host.startswith("fsdp"):
+        if run.framework.startswith("fsdp"):
             plugin = FullyShardedDataParallelPlugin(
-                fsdp_version=int(run.host[4]), state_dict_type=run.form, use_orig_params=True, sync_module_states=False
+                fsdp_version=int(run.framework[4]),
+                state_dict_type=run.form,
+                use_orig_params=True,
+                sync_module_states=False,
             )
             pretend_to_have_accelerators(TrainingArguments(str(folder), use_cpu=True, report_to="none"))
         accelerator = Accelerator(cpu=plugin is None, fsdp_plugin=plugin)
@@ -213,7 +214,7 @@ def loop(run: Run, folder: Path, what: str) -> Seen:
             optimizer.step()
             optimizer.zero_grad()
             seen.losses.append(loss.item())
-        assert innermost(optimizer).has_state
+        assert inner_optimizer(optimizer).has_state
         seen.parameters = whole(model)
         return seen
 
@@ -253,9 +254,7 @@ def helpers(argument: tuple[str, bool, bool]) -> list[dict[str, Tensor]]:
         for trained, its, how in runs:
             assert its.rejected_steps == 1
             steps(trained, its, range(SAVED, TRAINING.steps), how)
-        return [
-            {n.removeprefix("module."): full(p) for n, p in trained.named_parameters()} for trained, _, _ in runs
-        ]
+        return [{n.removeprefix("module."): full(p) for n, p in trained.named_parameters()} for trained, _, _ in runs]
 
 
 def sharded(layout: str, weights: dict[str, Tensor] | None = None) -> tuple[nn.Module, Shampoo]:

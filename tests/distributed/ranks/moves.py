@@ -1,4 +1,4 @@
-"""What a rank does when a run moves: the first half of a training under one host, the second half under another."""
+"""What a rank does when a run moves: the first half of a training under one framework, the second under another."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.zoo import make_batch, make_model, micro_batches
 
 @dataclass
 class Training:
-    """A model under a host: what runs forward, what steps, and how to get whole parameters."""
+    """A model under a framework: what runs forward, what steps, and how to get whole parameters."""
 
     model: Any
     optimizer: Shampoo
@@ -33,7 +33,7 @@ class Training:
 
 def first_half(move: Move) -> None:
     """Train from the start, then leave state and weights in the move's folder."""
-    with host(move, None) as training:
+    with framework(move, None) as training:
         train(training, range(HALF))
         save_shampoo(training.optimizer, Path(move.folder) / move.source)
         weights = training.whole()
@@ -42,9 +42,9 @@ def first_half(move: Move) -> None:
 
 
 def second_half(move: Move) -> dict[str, Tensor]:
-    """Go on from where another host has left it."""
+    """Go on from where another framework has left it."""
     weights = torch.load(Path(move.folder) / f"{move.source}.pt", weights_only=True)
-    with host(move, weights) as training:
+    with framework(move, weights) as training:
         load_shampoo(training.optimizer, Path(move.folder) / move.source)
         train(training, range(HALF, STEPS))
         return training.whole()
@@ -61,7 +61,7 @@ def rank() -> int:
 
 
 @contextmanager
-def host(move: Move, weights: dict[str, Tensor] | None) -> Iterator[Training]:
+def framework(move: Move, weights: dict[str, Tensor] | None) -> Iterator[Training]:
     model = make_model("odd")
     if weights is not None:
         with torch.no_grad():

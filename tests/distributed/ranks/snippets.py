@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from shampoo_deepspeed.state.unwrap import innermost
+from shampoo_deepspeed.state.unwrap import inner_optimizer
 from tests.distributed.ranks.trainer import clean_process, shared_folder
 from tests.distributed.ranks.trainer_optimizers import Losses, whole
 from tests.distributed.snippets import Snippet
@@ -79,7 +79,7 @@ def trained_by(trainer: Trainer) -> dict[str, Any]:
     losses = Losses()
     trainer.add_callback(losses)
     trainer.train()
-    return seen_of(trainer.model_wrapped, innermost(trainer.optimizer), losses.losses)
+    return seen_of(trainer.model_wrapped, inner_optimizer(trainer.optimizer), losses.losses)
 
 
 def loop(model: Any, optimizer: Any, engine: Any = None) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def loop(model: Any, optimizer: Any, engine: Any = None) -> dict[str, Any]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return seen_of(model, innermost(optimizer), losses)
+    return seen_of(model, inner_optimizer(optimizer), losses)
 
 
 def seen_of(wrapped: Any, optimizer: Any, losses: list[float]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
 
 
 class Watch(TrainerCallback):
-    """Looks at the innermost optimizer, as DeepSpeed has it, and at each of its steps."""
+    """Looks at the inner_optimizer optimizer, as DeepSpeed has it, and at each of its steps."""
 
     def __init__(self) -> None:
         self.trainer: Trainer
@@ -45,7 +45,7 @@ class Watch(TrainerCallback):
         group = optimizer.param_groups[0]
         self.seen |= {
             "class": f"{type(inner).__module__}.{type(inner).__name__}",
-            "innermost": inner is optimizer,
+            "inner_optimizer": inner is optimizer,
             "untested": engine.zero_allow_untested_optimizer(),
             "options": {k: group[k] for k in OPTION_NAMES} | {"lr": group["initial_lr"]},
             "names": [entry.parameter.key for entry in optimizer.entries],

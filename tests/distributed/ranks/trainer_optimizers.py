@@ -25,7 +25,7 @@ from shampoo_deepspeed.integrations.trainer import (
     register_with_transformers,
 )
 from shampoo_deepspeed.options.parameter_names import clean_name
-from shampoo_deepspeed.state.unwrap import innermost
+from shampoo_deepspeed.state.unwrap import inner_optimizer
 from tests.distributed.ranks.folders import shared_folder
 from tests.distributed.ranks.trainer import clean_process, drop, full_parameters
 from tests.distributed.trainings import Training, make_data, make_model, trainer_groups
@@ -41,7 +41,7 @@ class Losses(ShampooCallback):
 
     def on_train_begin(self, *args: Any, optimizer: Any = None, **_: Any) -> None:
         super().on_train_begin(*args, optimizer=optimizer)
-        innermost(optimizer).register_step_pre_hook(self.note_rate)
+        inner_optimizer(optimizer).register_step_pre_hook(self.note_rate)
 
     def note_rate(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """ZeRO steps once per parameter group, with one and the same rate."""
@@ -67,14 +67,14 @@ def train(argument: tuple[str, str, Training]) -> dict[str, Any]:
     return seen
 
 
-def train_once(route: str, host: str, training: Training, folder: Path, resume: bool = False) -> dict[str, Any]:
+def train_once(route: str, framework: str, training: Training, folder: Path, resume: bool = False) -> dict[str, Any]:
     with clean_process():
         seen = Losses()
-        trainer = make_trainer(route, host, training, folder, [seen])
+        trainer = make_trainer(route, framework, training, folder, [seen])
         trainer.train(resume_from_checkpoint=resume)
         wrapped = trainer.model_wrapped
         result = {"losses": seen.losses, "rates": seen.rates, "wrapper": type(wrapped).__name__}
-        result |= {"parameters": whole(trainer.model), "traffic": innermost(trainer.optimizer).comm_stats()}
+        result |= {"parameters": whole(trainer.model), "traffic": inner_optimizer(trainer.optimizer).comm_stats()}
         result |= {"history": seen.history, "logs": trainer.state.log_history, "turns": turns(trainer.optimizer)}
         if hasattr(wrapped, "destroy"):
             wrapped.destroy()
@@ -83,7 +83,7 @@ def train_once(route: str, host: str, training: Training, folder: Path, resume: 
 
 def turns(optimizer: Any) -> list[int | None]:
     """Of each block that this rank owns the step of the window in which it is refreshed; None: with all others."""
-    units = innermost(optimizer).units
+    units = inner_optimizer(optimizer).units
     return [unit.plan.blocks[block].phase for unit in units for block in unit.plan.owned[unit.rank]]
 
 
@@ -101,24 +101,29 @@ def refused(argument: tuple[str, dict[str, Any]]) -> str:
 
 
 def make_trainer(
-    route: str, host: str, training: Training, folder: Path, callbacks: list[Any], change: dict[str, Any] | None = None
+    route: str,
+    framework: str,
+    training: Training,
+    folder: Path,
+    callbacks: list[Any],
+    change: dict[str, Any] | None = None,
 ) -> Trainer:
     options = training.trainer_options() | training.own_options()
     config: Any = None
-    if host.startswith("zero"):
-        config = training.deepspeed_config() | {"zero_optimization": {"stage": int(host[4])}}
-        if host.endswith("offload"):
+    if framework.startswith("zero"):
+        config = training.deepspeed_config() | {"zero_optimization": {"stage": int(framework[4])}}
+        if framework.endswith("offload"):
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
             config["zero_force_ds_cpu_optimizer"] = False
         if route != "json":
             del config["optimizer"]
         config |= change or {}
     common = training.arguments(dist.get_world_size())
-    fsdp = host.startswith("fsdp")
+    fsdp = framework.startswith("fsdp")
     sharding: dict[str, Any] = {}
     if fsdp:
-        kept = not host.endswith("flat")
-        config_of_fsdp = {"version": int(host[4]), "use_orig_params": kept, "sync_module_states": False}
+        kept = not framework.endswith("flat")
+        config_of_fsdp = {"version": int(framework[4]), "use_orig_params": kept, "sync_module_states": False}
         sharding = {"fsdp": True, "fsdp_config": config_of_fsdp}
     if route == "name":
         register_with_transformers()
@@ -162,7 +167,7 @@ def as_it_is(handle: FlatParamHandle) -> Iterator[None]:
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
-    """Full parameters under every host."""
+    """Full parameters under every framework."""
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model):
             return {clean_name(n): p.detach().clone() for n, p in model.named_parameters()}

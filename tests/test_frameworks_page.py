@@ -1,24 +1,24 @@
-"""The table of deviations in docs/hosts.md has a row for every host that the exactness tests run, within the bounds."""
+"""The table of deviations in docs/frameworks.md has a row for every framework that is tested, within the bounds."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.exactness import SETTINGS, checks, host, settings
+from benchmarks.exactness import SETTINGS, checks, framework, settings
 from tests.distributed.test_fsdp import BOUND
 
-PAGE = Path(__file__).parent.parent / "docs" / "hosts.md"
+PAGE = Path(__file__).parent.parent / "docs" / "frameworks.md"
 
 
 def rows() -> dict[tuple[str, int], list[str]]:
-    """The numbers of each host and number of ranks, in the order of SETTINGS."""
-    lines = PAGE.read_text(encoding="utf-8").split("| host |")[1].split("\n\n")[0].splitlines()[2:]
+    """The numbers of each framework and number of ranks, in the order of SETTINGS."""
+    lines = PAGE.read_text(encoding="utf-8").split("| framework |")[1].split("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {(name, int(ranks)): numbers for name, ranks, _, *numbers in cells}
 
 
 def test_every_host_has_its_numbers_within_the_bounds() -> None:
-    run = {(host(c), c.ranks, settings(c)) for c in checks()}
+    run = {(framework(c), c.ranks, settings(c)) for c in checks()}
     shown = rows()
     assert {(*key, s) for key, cells in shown.items() for s, n in zip(SETTINGS, cells, strict=True) if n != "-"} == run
     for cells in shown.values():
