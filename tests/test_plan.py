@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shampoo_deepspeed.engine.staggering import staggered_phases
+from shampoo_deepspeed.engine.refresh_schedule import staggered_phases
 from shampoo_deepspeed.geometry.blocks import Side, cut_into_blocks
 from shampoo_deepspeed.geometry.boxes import Box, tiling_error, whole
 from shampoo_deepspeed.geometry.owners import LOCALITY_TOLERANCE

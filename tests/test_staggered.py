@@ -12,6 +12,7 @@ from torch import nn
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.distributed.frameworks import Parameter
+from shampoo_deepspeed.engine.policy import policy_of
 from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
 from tests.stepping import drive, parameter, same_bits, shampoo, snapshot, state_of, through_a_file
 
@@ -93,12 +94,14 @@ def test_a_parameter_that_joins_late_counts_its_own_steps_and_moves_nobody() -> 
 def test_the_order_of_the_given_parameters_decides_and_nothing_else() -> None:
     given = [Parameter(f"p{n}", (16, 24 - 8 * (n % 2)), n % 2) for n in range(6)]
     config = ShampooConfig.from_options(OPTIONS)
-    phases = refresh_phases(given, {0: config, 1: config})
+    policies = {p.key: policy_of(p, config) for p in given}
+    phases = refresh_phases(given, policies, {0: config, 1: config})
     assert phases["p0"] == (0, 1, 2, 3, 0, 1)
     assert phases["p1"] == (2, 3, 0, 1)
     other = ShampooConfig.from_options({**OPTIONS, "precondition_frequency": 2})
-    assert refresh_phases(given, {0: config, 1: other})["p1"] == (0, 1, 0, 1)
-    assert refresh_phases(given, {0: config, 1: ShampooConfig(refresh="sync")}).keys() == {"p0", "p2", "p4"}
+    assert refresh_phases(given, policies, {0: config, 1: other})["p1"] == (0, 1, 0, 1)
+    sync = ShampooConfig(refresh="sync")
+    assert refresh_phases(given, policies, {0: config, 1: sync}).keys() == {"p0", "p2", "p4"}
 
 
 def test_frozen_parameters_take_no_turn_before_others() -> None:

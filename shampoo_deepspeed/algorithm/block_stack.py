@@ -16,7 +16,6 @@ from shampoo_deepspeed.algorithm.background import Refresh
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners import Preconditioner, build
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
-from shampoo_deepspeed.engine.staggering import due_staggered
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.runtime.metrics import RefreshMeter
 
@@ -270,8 +269,7 @@ class BlockStack:
         """Which of these rows refresh at this step: neighbours, as rows lie in the order of their phases."""
         if self.phases is None:
             return [slice(0, len(rows))] if config.refreshes_at(step) else []
-        start, frequency = config.start, config.precondition_frequency
-        due = [n for n, row in enumerate(rows) if due_staggered(step, start, frequency, self.phases[row])]
+        due = [n for n, row in enumerate(rows) if config.refreshes_at(step, self.phases[row])]
         return [slice(due[0], due[-1] + 1)] if due else []
 
     def _note_refresh(self, rows: Sequence[int], failed: set[int], what: str) -> None:

@@ -13,7 +13,7 @@ from shampoo_deepspeed.checkpoint.manifest import Manifest
 from shampoo_deepspeed.checkpoint.records import cuts_of
 from shampoo_deepspeed.checkpoint.stored_state import base_key
 from shampoo_deepspeed.distributed.frameworks import Parameter
-from shampoo_deepspeed.engine.policy import decays_under, policy_of
+from shampoo_deepspeed.engine.policy import Policy, decays_under
 from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
@@ -42,7 +42,10 @@ _TOGETHER = (
 
 
 def incompatibilities(
-    known: Sequence[Parameter], configs: Mapping[int, ShampooConfig], manifest: Manifest
+    known: Sequence[Parameter],
+    policies: Mapping[str, Policy],
+    configs: Mapping[int, ShampooConfig],
+    manifest: Manifest,
 ) -> dict[str, str]:
     """Why parameters of this rank cannot go on from a checkpoint, by key."""
     records: dict[str, Mapping[str, Any]] = {base_key(name): r for name, r in manifest.parameters.items()}
@@ -54,15 +57,13 @@ def incompatibilities(
         elif tuple(record["shape"]) != parameter.shape:
             out[parameter.key] = f"it was saved with shape {tuple(record['shape'])}, and has {parameter.shape} here"
         else:
-            problem = _other_options(parameter, configs[parameter.group], record, manifest)
+            problem = _other_options(policies[parameter.key], configs[parameter.group], record, manifest)
             if problem:
                 out[parameter.key] = problem
     return out
 
 
-def _other_options(
-    parameter: Parameter, config: ShampooConfig, record: Mapping[str, Any], manifest: Manifest
-) -> str | None:
+def _other_options(policy: Policy, config: ShampooConfig, record: Mapping[str, Any], manifest: Manifest) -> str | None:
     try:
         saved = ShampooConfig.from_options(manifest.groups[str(record["group"])])
     except OptionError as error:
@@ -73,7 +74,6 @@ def _other_options(
             was, is_ = getattr(saved, name), getattr(config, name)
             return f"it was saved with {name} = {was!r}, and here it is {is_!r}; set it to {was!r}"
     merged = record["merged"]
-    policy = policy_of(parameter, config)
     if policy.preconditioned != (merged is not None):
         was_, is_ = ("preconditioned", "element-wise") if merged is not None else ("element-wise", "preconditioned")
         return f"it was saved as {was_}, and here it is {is_}; give the same exclude ({list(saved.exclude)}) and names"

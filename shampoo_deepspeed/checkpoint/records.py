@@ -10,9 +10,8 @@ import torch
 from shampoo_deepspeed.checkpoint.manifest import layout_key
 from shampoo_deepspeed.checkpoint.stored_state import StoredState, base_key, stored_name
 from shampoo_deepspeed.distributed.frameworks import Parameter
-from shampoo_deepspeed.engine.policy import Policy, policy_of
-from shampoo_deepspeed.options.config import ShampooConfig
-from shampoo_deepspeed.options.rules import STRIDE, number_under, rule_of
+from shampoo_deepspeed.engine.policy import Policy
+from shampoo_deepspeed.options.rules import STRIDE
 from shampoo_deepspeed.state.block_codec import BlockLayout, Form, block_layout, dtype_name
 from shampoo_deepspeed.state.state_dict import SavedState, parameter_of
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
@@ -22,10 +21,11 @@ def tables(optimizer: BlockOptimizer, form: Form) -> dict[str, Any]:
     """This rank's part of the manifest, in builtins; what several know the first rank of a unit tells."""
     waiting, configs = optimizer.waiting_state, optimizer.configs()
     known = {entry.parameter.key: entry.parameter for entry in optimizer.entries}
-    numbers: dict[str, int | str] = {key: _options(parameter, configs) for key, parameter in known.items()}
+    policies = optimizer.policies
+    numbers: dict[str, int | str] = {key: policies[key].options for key in known}
     steps = dict(waiting.steps) if waiting is not None else {}
     parameters: dict[str, dict[str, Any]] = {
-        stored_name(key, None): _record(p, steps.get(key, 0), configs, numbers[key]) for key, p in known.items()
+        stored_name(key, None): _record(p, steps.get(key, 0), policies[key], numbers[key]) for key, p in known.items()
     }
     layouts: dict[str, BlockLayout] = {}
     if isinstance(waiting, StoredState):
@@ -42,7 +42,7 @@ def tables(optimizer: BlockOptimizer, form: Form) -> dict[str, Any]:
             if unit.rank:
                 continue
             name = stored_name(parameter.key, unit.layout.part)
-            parameters[name] = _record(parameter, count, configs, numbers[parameter.key])
+            parameters[name] = _record(parameter, count, policies[parameter.key], numbers[parameter.key])
             if unit.layout.part is not None:
                 parameters[name]["parts"] = unit.layout.parts
         layouts |= _layouts(SavedState.of_units([unit], 0), numbers, form)
@@ -83,16 +83,7 @@ def _of_save(options: int | str, directory: str) -> str:
     return str(options) if " of " in str(options) else f"{options} of {directory}"
 
 
-def _options(parameter: Parameter, configs: Mapping[int, ShampooConfig]) -> int:
-    """The number of a parameter's options: its group's, or that of a rule within it."""
-    rule = rule_of(parameter.name, parameter.kinds, parameter.shape, configs[parameter.group])
-    return number_under(parameter.group, rule)
-
-
-def _record(
-    parameter: Parameter, steps: int, configs: Mapping[int, ShampooConfig], options: int | str
-) -> dict[str, Any]:
-    policy = policy_of(parameter, configs[parameter.group])
+def _record(parameter: Parameter, steps: int, policy: Policy, options: int | str) -> dict[str, Any]:
     blocks = policy.preconditioned
     return {
         "shape": list(parameter.shape),

@@ -7,20 +7,22 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from shampoo_deepspeed.distributed.frameworks import Parameter
-from shampoo_deepspeed.engine.policy import Policy, policy_of
+from shampoo_deepspeed.engine.policy import Policy
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
 from shampoo_deepspeed.options.choices import DEFAULT_EXCLUDE, DEFAULT_RULES, TRAINER_NO_DECAY
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.parameter_names import matching
 
 
-def policy_table(parameters: Iterable[Parameter], configs: Mapping[int, ShampooConfig]) -> str:
+def policy_table(
+    parameters: Iterable[Parameter], policies: Mapping[str, Policy], configs: Mapping[int, ShampooConfig]
+) -> str:
     """A table with one line for all layers' parameters of the same name and shape; layer numbers become ``*``."""
     lines: dict[tuple[str, str, str, str], int] = {}
     elements = {True: 0, False: 0}
     for parameter in parameters:
         config = configs[parameter.group]
-        policy = policy_of(parameter, config)
+        policy = policies[parameter.key]
         elements[policy.preconditioned] += math.prod(parameter.shape)
         what = _blocks(policy) if policy.preconditioned else "element-wise"
         why = policy.reason or f"{len(policy.merged)} dims"
@@ -38,7 +40,9 @@ def policy_table(parameters: Iterable[Parameter], configs: Mapping[int, ShampooC
     return f"{table}\n{elements[True]:,} of {total:,} elements ({elements[True] / total:.1%}) are preconditioned"
 
 
-def likely_mistakes(parameters: Sequence[Parameter], configs: Mapping[int, ShampooConfig]) -> list[str]:
+def likely_mistakes(
+    parameters: Sequence[Parameter], policies: Mapping[str, Policy], configs: Mapping[int, ShampooConfig]
+) -> list[str]:
     """What a user will not have meant: patterns of theirs that match nothing, and matrices that have no names.
 
     Args:
@@ -49,7 +53,7 @@ def likely_mistakes(parameters: Sequence[Parameter], configs: Mapping[int, Shamp
         if not any(matching([pattern], p.name, p.kinds, p.shape) for p in parameters):
             out.append(f"{option}: no parameter of the optimizer matches {pattern!r}")
     excluded = [p for p in parameters if configs[p.group].exclude]
-    nameless = [p for p in excluded if p.name is None and not p.kinds and policy_of(p, configs[p.group]).preconditioned]
+    nameless = [p for p in excluded if p.name is None and not p.kinds and policies[p.key].preconditioned]
     if nameless:
         out.append(
             f"of the preconditioned parameters {len(nameless)} have no names, so that none is known as an embedding or "

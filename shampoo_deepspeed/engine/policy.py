@@ -11,21 +11,26 @@ from shampoo_deepspeed.geometry.plan import Matrix
 from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.parameter_names import matching
-from shampoo_deepspeed.options.rules import rule_of
+from shampoo_deepspeed.options.rules import number_under, rule_of
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What happens to a parameter: its merged shape where preconditioned, else why it is element-wise and how.
+    """How a parameter is treated: its merged shape if it is preconditioned, else why it is element-wise and how.
 
-    ``cuts`` are the lengths of its blocks and ``sides`` what each dim of them has; ``method`` is the element-wise one;
-    ``rule`` is the pattern of the rule that it is under, if any.
+    Args:
+        options: number of its options: those of its param group, or of a rule of the group.
+        cuts: lengths of its blocks along each dim.
+        sides: what each dim of a block has.
+        method: of its update if it is element-wise.
+        rule: pattern of the rule that it is under, if any.
     """
 
     merged: tuple[int, ...]
     dims: tuple[tuple[int, ...], ...]
     reason: str | None
     decays: bool
+    options: int
     cuts: tuple[tuple[int, ...], ...] = ()
     sides: tuple[Side, ...] = ()
     method: str = ""
@@ -47,6 +52,7 @@ def policy_of(parameter: Parameter, config: ShampooConfig) -> Policy:
     """
     decays = decays_under(parameter, config)
     rule, pattern = rule_of(parameter.name, parameter.kinds, parameter.shape, config), None
+    options = number_under(parameter.group, rule)
     if rule is not None:
         pattern = matching(config.rules[rule]["match"], parameter.name, parameter.kinds, parameter.shape)
         config = config.by_rule[rule]
@@ -55,11 +61,11 @@ def policy_of(parameter: Parameter, config: ShampooConfig) -> Policy:
     reason, method = _why_elementwise(parameter, merged, config)
     if reason is not None:
         flat = (tuple(range(len(parameter.shape))),)
-        return Policy((math.prod(parameter.shape),), flat, reason, decays, method=method, rule=pattern)
+        return Policy((math.prod(parameter.shape),), flat, reason, decays, options, method=method, rule=pattern)
     sides = config.sides(merged)
     try:
         cuts = cut_lengths(merged, limit, sides, batch, config.split)
-        return Policy(merged, dims, None, decays, cuts, sides, rule=pattern)
+        return Policy(merged, dims, None, decays, options, cuts, sides, rule=pattern)
     except ValueError as error:
         raise OptionError(f"Shampoo option 'split' does not fit parameter {parameter.key}: {error}.") from None
 
@@ -85,13 +91,13 @@ def _why_elementwise(parameter: Parameter, merged: tuple[int, ...], config: Sham
     return None, config.elementwise_method
 
 
-def matrix_of(policy: Policy, group: int, config: ShampooConfig, phases: tuple[int, ...] | None = None) -> Matrix:
-    """A preconditioned parameter as the plan knows it; ``group`` and ``config`` are those of its rule, if any."""
+def matrix_of(policy: Policy, config: ShampooConfig, phases: tuple[int, ...] | None = None) -> Matrix:
+    """A preconditioned parameter as the plan knows it; ``config`` are its options."""
     products = config.products(len(policy.merged) - config.batch_dims)
     return Matrix(
         policy.merged,
         policy.cuts,
-        group,
+        policy.options,
         config.precondition_frequency,
         phases,
         policy.sides,

@@ -1,39 +1,41 @@
-"""The refresh phase of every block of a model, from what the optimizer was given alone: the same on all ranks."""
+"""When each block's basis or inverse roots are refreshed: the phase of every block of a model. Pure functions.
+
+With ``precondition_frequency`` f, a window is f steps. Spread over it (``refresh="staggered"``), each step does about
+1/f of the work. In the background blocks are due as when spread; what is computed then is installed in the block's next
+accepted step. Phases follow from what the optimizer was given alone, so all ranks know the same ones.
+"""
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from shampoo_deepspeed.distributed.frameworks import Parameter
-from shampoo_deepspeed.engine.policy import policy_of
-from shampoo_deepspeed.engine.staggering import staggered_phases
+from shampoo_deepspeed.engine.policy import Policy
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
 from shampoo_deepspeed.geometry.plan import refresh_cost
 from shampoo_deepspeed.options.config import ShampooConfig
-from shampoo_deepspeed.options.rules import number_under, rule_of
 
 
-def refresh_phases(parameters: Iterable[Parameter], configs: Mapping[int, ShampooConfig]) -> dict[str, tuple[int, ...]]:
+def refresh_phases(
+    parameters: Iterable[Parameter], policies: Mapping[str, Policy], configs: Mapping[int, ShampooConfig]
+) -> dict[str, tuple[int, ...]]:
     """By key the phases of the blocks of each parameter whose group spreads its refreshes.
 
     Args:
         parameters: all that the optimizer was given; groups take turns in their order, and in each of them the
             parameters in theirs, whatever shards and step units are. Groups of one frequency share a window. Frozen
             ones come after all others, so that it makes no difference whether they are given too.
+        policies: by parameter key.
         configs: options by group number, and of rules by theirs.
     """
     phases: dict[str, tuple[int, ...]] = {}
     windows: dict[int, list[float]] = defaultdict(list)
     for parameter in sorted(parameters, key=lambda p: (p.frozen, p.group, p.turn)):
-        group = number_under(
-            parameter.group, rule_of(parameter.name, parameter.kinds, parameter.shape, configs[parameter.group])
-        )
-        config = configs[group]
-        if not config.staggers:
-            continue
-        policy = policy_of(parameter, configs[parameter.group])
-        if not policy.preconditioned:
+        policy = policies[parameter.key]
+        config = configs[policy.options]
+        if not (config.staggers and policy.preconditioned):
             continue
         frequency = config.precondition_frequency
         blocks = cut_into_blocks(policy.merged, policy.cuts)
@@ -44,4 +46,32 @@ def refresh_phases(parameters: Iterable[Parameter], configs: Mapping[int, Shampo
             window[phase] += cost
         windows[frequency] = window
         phases[parameter.key] = tuple(found)
+    return phases
+
+
+def staggered_phases(costs: Sequence[float], frequency: int, earlier: Sequence[float] = ()) -> list[int]:
+    """The phase of each block, in [0, frequency): each goes to the phase with the least refresh cost so far.
+
+    Blocks are taken in the given order, which must be the global one (parameters as the optimizer was given them,
+    blocks row-major): then phases depend neither on ranks nor on the framework, and what joins later leaves those
+    before it as they are. Equal blocks take turns.
+    No phase costs more than another by more than the most expensive block.
+
+    Args:
+        costs: refresh cost of each block, any unit.
+        frequency: steps in a window, >= 1.
+        earlier: cost of each phase by blocks that were placed before; empty for none.
+
+    Raises:
+        ValueError: where ``earlier`` is not one number for each phase.
+    """
+    if earlier and len(earlier) != frequency:
+        raise ValueError(f"earlier holds {len(earlier)} phases; with frequency {frequency} there are {frequency}")
+    heap = [(cost, phase) for phase, cost in enumerate(earlier or [0.0] * frequency)]
+    heapq.heapify(heap)
+    phases = []
+    for cost in costs:
+        load, phase = heap[0]
+        heapq.heapreplace(heap, (load + cost, phase))
+        phases.append(phase)
     return phases

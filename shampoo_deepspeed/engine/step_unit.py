@@ -21,12 +21,11 @@ from shampoo_deepspeed.algorithm.grafting import is_normalized
 from shampoo_deepspeed.distributed.exchange import Exchange
 from shampoo_deepspeed.distributed.frameworks import Layout, LayoutError, compute_dtype
 from shampoo_deepspeed.distributed.process_groups import delay_exit_for_gloo
-from shampoo_deepspeed.engine.policy import matrix_of, policy_of
+from shampoo_deepspeed.engine.policy import Policy, matrix_of
 from shampoo_deepspeed.geometry.boxes import Box, Placed, merged_places, tiling_error
 from shampoo_deepspeed.geometry.plan import Matrix, Plan, bucket_elements
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
-from shampoo_deepspeed.options.rules import number_under, rule_of
 from shampoo_deepspeed.runtime.devices import communication_device, current_device
 from shampoo_deepspeed.runtime.metrics import Measured
 
@@ -57,6 +56,7 @@ class StepUnit:
 
     Args:
         layout: what the framework says of this rank.
+        policies: by parameter key.
         configs: options by parameter group number, and of rules by theirs; the same on all ranks.
         prior_loads: each rank's load from units built before.
         phases: by parameter key the refresh phase of each block, where refreshes are staggered.
@@ -68,6 +68,7 @@ class StepUnit:
     def __init__(
         self,
         layout: Layout,
+        policies: Mapping[str, Policy],
         configs: Mapping[int, ShampooConfig],
         prior_loads: Sequence[float] | None = None,
         phases: Mapping[str, tuple[int, ...]] | None = None,
@@ -85,11 +86,7 @@ class StepUnit:
         self.sizes = [t.numel() for t in locals_]
         self.device = locals_[0].device if locals_ else torch.device("cpu")
         self.dtype = compute_dtype(locals_[0]) if locals_ else torch.float32
-        self.policies = [policy_of(p, configs[p.group]) for p in self.parameters]
-        # The number of each parameter's options: those of its group, or of a rule of it.
-        self.options = [
-            number_under(p.group, rule_of(p.name, p.kinds, p.shape, configs[p.group])) for p in self.parameters
-        ]
+        self.policies = [policies[p.key] for p in self.parameters]
         # Steps taken by each parameter. All ranks count alike, without a read of the device.
         self.steps = [0] * len(self.parameters)
         self.clock = torch.zeros((), dtype=torch.float32, device="cpu")  # the largest of them, as torch's tools know it
@@ -172,8 +169,8 @@ class StepUnit:
             )
 
     def _matrix(self, p: int, configs: Mapping[int, ShampooConfig]) -> Matrix:
-        number, phases = self.options[p], self._phases.get(self.parameters[p].key)
-        return matrix_of(self.policies[p], number, configs[number], phases)
+        policy = self.policies[p]
+        return matrix_of(policy, configs[policy.options], self._phases.get(self.parameters[p].key))
 
     def block_key(self, block: int) -> str:
         """The key of a block of the plan: parameter key and index of the block within it."""
@@ -199,11 +196,11 @@ class StepUnit:
         segments = []
         for p, tensor, place in places:
             if not self.policies[p].preconditioned:
-                parameter, method = self.parameters[p], self.policies[p].method
+                parameter, policy = self.parameters[p], self.policies[p]
                 (start,), (numel,) = place.box.offsets, place.box.lengths
                 share = 1.0 / copies[p, place.box]
                 segments.append(
-                    Segment(p, parameter.key, self.options[p], method, start, numel, tensor, place.offset, share)
+                    Segment(p, parameter.key, policy.options, policy.method, start, numel, tensor, place.offset, share)
                 )
         return Elementwise(segments, configs, self.device, self.dtype)
 

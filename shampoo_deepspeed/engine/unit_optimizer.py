@@ -23,7 +23,7 @@ from shampoo_deepspeed.distributed.frameworks import (
 )
 from shampoo_deepspeed.engine import agreement as status
 from shampoo_deepspeed.engine.first_step_log import likely_mistakes, policy_table
-from shampoo_deepspeed.engine.policy import policy_of
+from shampoo_deepspeed.engine.policy import Policy, policy_of
 from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.options.checks import OptionError
@@ -63,6 +63,7 @@ class UnitOptimizer(torch.optim.Optimizer):
             self.attach_model(model)
         self._known = names_and_kinds(model) if model is not None else {}
         self.entries: list[Entry] = []
+        self.policies: dict[str, Policy] = {}  # by parameter key
         self._unit_of: dict[int, StepUnit] = {}
         self._loads: dict[int, list[float]] = {}  # of each process group's ranks, by all units so far
         self._configs: dict[int, tuple[tuple[Any, ...], ShampooConfig]] = {}
@@ -107,10 +108,10 @@ class UnitOptimizer(torch.optim.Optimizer):
         if layouts is None:
             layouts = plain_layouts(self.entries, fresh, self._replicas)
         configs, made = self.configs(), []
-        phases = refresh_phases((entry.parameter for entry in self.entries), configs)
+        phases = refresh_phases((entry.parameter for entry in self.entries), self.policies, configs)
         for layout in layouts:
             prior_loads = self._loads.get(id(layout.process_group))
-            unit = StepUnit(layout, configs, prior_loads, phases)
+            unit = StepUnit(layout, self.policies, configs, prior_loads, phases)
             self._take_up(unit)
             self._loads[id(layout.process_group)] = unit.loads_so_far
             self.units.append(unit)
@@ -182,8 +183,8 @@ class UnitOptimizer(torch.optim.Optimizer):
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if first and not self._reported:
             trained = [e.parameter for e in self.entries if _trains(e.reference())]
-            logger.info("Shampoo preconditions:\n%s", policy_table(trained, configs))
-            for mistake in likely_mistakes([e.parameter for e in self.entries], configs):
+            logger.info("Shampoo preconditions:\n%s", policy_table(trained, self.policies, configs))
+            for mistake in likely_mistakes([e.parameter for e in self.entries], self.policies, configs):
                 logger.warning(mistake)
         self._reported = True
 
@@ -195,8 +196,13 @@ class UnitOptimizer(torch.optim.Optimizer):
             config = ShampooConfig(**{name: group[name] for name in OPTION_NAMES})
             if cached is not None and self._has_state(group["shampoo_group"]):
                 _refuse_reshaping(cached[1], config)
+            self.policies |= self._policies_under(group["shampoo_group"], config)
             cached = self._configs[group["shampoo_group"]] = (values, config)
         return cached[1]
+
+    def _policies_under(self, group: int, config: ShampooConfig) -> dict[str, Policy]:
+        """How the parameters of a group are treated, decided whenever they join or the group's options change."""
+        return {e.parameter.key: policy_of(e.parameter, config) for e in self.entries if e.parameter.group == group}
 
     def _has_state(self, group: int) -> bool:
         return any(parameter.group == group for unit in self.units for parameter in unit.parameters)
@@ -232,16 +238,13 @@ class UnitOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         added = self.param_groups[-1]
         try:
-            entries = self._new_entries(added, len(self._configs))
-            config = ShampooConfig(**{name: added[name] for name in OPTION_NAMES})
-            for entry in entries:
-                policy_of(entry.parameter, config)  # raises where options do not fit a shape
-            self.entries += entries
-        except OptionError:
+            self.entries += self._new_entries(added, len(self._configs))
+            added["shampoo_group"] = len(self._configs)
+            self._config(added)
+        except OptionError:  # an option that does not fit a shape, too
             self.param_groups.pop()
+            self.entries = [e for e in self.entries if e.parameter.group != len(self._configs)]
             raise
-        added["shampoo_group"] = len(self._configs)
-        self._config(added)
 
     def _new_entries(self, group: dict[str, Any], number: int) -> list[Entry]:
         """The entries of a new group's parameters."""

@@ -20,14 +20,14 @@ import torch
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.algorithm.elementwise import Elementwise, Segment
 from shampoo_deepspeed.distributed.frameworks import Parameter
-from shampoo_deepspeed.engine.policy import matrix_of, policy_of
+from shampoo_deepspeed.engine.policy import Policy, matrix_of, policy_of
 from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
 from shampoo_deepspeed.estimate.expected_shards import SUB_GROUP_SIZE, UnitLayout, layouts
 from shampoo_deepspeed.geometry.boxes import Box, merged_places
 from shampoo_deepspeed.geometry.plan import Plan, bucket_elements
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
-from shampoo_deepspeed.options.rules import expanded, number_under, rule_of
+from shampoo_deepspeed.options.rules import expanded
 
 META = torch.device("meta")
 
@@ -161,11 +161,12 @@ def estimate(
     made.adamw, made.loads = [0] * world_size, [0.0] * world_size
     made.sent, made.received = [0] * world_size, [0] * world_size
     made.window = [Step(0.0, 0.0, 0.0)] * config.precondition_frequency
-    phases = refresh_phases(parameters, expanded({0: config}))
+    policies = {parameter.key: policy_of(parameter, config) for parameter in parameters}
+    phases = refresh_phases(parameters, policies, expanded({0: config}))
     with _collector_paused():
         for layout in layouts(framework, [p.shape for p in parameters], world_size, shard_ranks, sub_group_size):
             members = [parameters[n] for n in layout.parameters]
-            unit = _Unit(members, layout, config, getattr(torch, weights_dtype), phases)
+            unit = _Unit(members, policies, layout, config, getattr(torch, weights_dtype), phases)
             unit.plan_onto(made)
             unit.measure_onto(made)
     return made
@@ -189,6 +190,7 @@ class _Unit:
     def __init__(
         self,
         parameters: Sequence[Parameter],
+        policies: Mapping[str, Policy],
         layout: UnitLayout,
         config: ShampooConfig,
         weights: torch.dtype,
@@ -198,8 +200,7 @@ class _Unit:
         self.phases = phases
         self.dtype = torch.promote_types(weights, torch.float32)
         self.configs = expanded({0: config})
-        self.policies = [policy_of(p, config) for p in parameters]
-        self.numbers = [number_under(0, rule_of(p.name, p.kinds, p.shape, config)) for p in parameters]
+        self.policies = [policies[p.key] for p in parameters]
         preconditioned = [n for n, t in enumerate(self.policies) if t.preconditioned]
         self.number_of = {n: number for number, n in enumerate(preconditioned)}
 
@@ -207,8 +208,8 @@ class _Unit:
         """Make the plan and add up work and traffic."""
         config = self.config
         matrices = [
-            matrix_of(t, number, self.configs[number], self.phases.get(p.key))
-            for p, t, number in zip(self.parameters, self.policies, self.numbers, strict=True)
+            matrix_of(t, self.configs[t.options], self.phases.get(p.key))
+            for p, t in zip(self.parameters, self.policies, strict=True)
             if t.preconditioned
         ]
         bucket = bucket_elements(config.bucket_mb, self.dtype.itemsize)
@@ -257,7 +258,7 @@ class _Unit:
             numels: Counter[tuple[int, str]] = Counter()
             for n, box in held:
                 if n not in self.number_of:
-                    numels[self.numbers[n], self.policies[n].method] += box.numel
+                    numels[self.policies[n].options, self.policies[n].method] += box.numel
             return numels
 
         for rank, numels in enumerate(_each_list_once(self.layout.shards, beside)):

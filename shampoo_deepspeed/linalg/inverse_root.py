@@ -8,10 +8,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.linalg.newton import coupled_newton, newton_db
+from shampoo_deepspeed.linalg.newton import DB_ROOTS, coupled_newton, newton_db
 from shampoo_deepspeed.linalg.precision import full_precision, no_switch_counts, product
 from shampoo_deepspeed.linalg.reproducible import power
-from shampoo_deepspeed.options.choices import DB_ROOTS
 from shampoo_deepspeed.runtime.metrics import note_spectrum
 
 # Elements of a row from which on the CPU finds its extremes faster by a call of its own.

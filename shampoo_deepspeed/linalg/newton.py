@@ -16,6 +16,7 @@ from torch import Tensor
 from shampoo_deepspeed.linalg.reproducible import elementwise, power
 
 MAX_ITERATIONS = 100
+DB_ROOTS = (1, 2, 4, 8)  # that newton_db can take: what repeated square roots give
 _SQUARINGS = 6
 _STALL_BELOW = 1e-2
 State: TypeAlias = tuple[Tensor, Tensor]

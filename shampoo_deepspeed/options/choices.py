@@ -21,7 +21,6 @@ DECAYS = ("l2", "decoupled", "corrected", "independent")
 LARGE_DIMS = ("block", "diagonal", "identity", "adagrad")
 SIDES = ("smaller", "left", "right")
 SOLVERS = ("auto", "eigh", "coupled_newton", "newton_db")
-DB_ROOTS = (1, 2, 4, 8)  # that newton_db can take: what repeated square roots give
 PRECONDITIONERS = ("shampoo", "soap", "kl_shampoo")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 WIDE_DTYPES = ("float32", "float64")  # in 16 bits a slow average neither decays nor takes small terms

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from shampoo_deepspeed.linalg.newton import DB_ROOTS
 from shampoo_deepspeed.options.checks import bad
-from shampoo_deepspeed.options.choices import DB_ROOTS
 
 if TYPE_CHECKING:
     from shampoo_deepspeed.options.config import ShampooConfig

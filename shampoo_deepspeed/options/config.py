@@ -300,9 +300,18 @@ class ShampooConfig:
         statistics = float(order) if self.preconditioner == "kl_shampoo" else 1.0
         return statistics / self.statistics_frequency + (2.0 if self.preconditioner == "soap" else 1.0)
 
-    def refreshes_at(self, step: int) -> bool:
-        """Whether inverse roots are recomputed at this step (counted from 1)."""
-        return step >= self.start and (step == self.start or step % self.precondition_frequency == 0)
+    def refreshes_at(self, step: int, phase: int | None = None) -> bool:
+        """Whether a block is refreshed at this step (counted from 1).
+
+        Args:
+            phase: that of the block, in [0, frequency), if refreshes are spread over the window: it is refreshed first
+                at ``start + phase``, and then every ``precondition_frequency`` steps. None if all blocks refresh
+                together: at the start, and then at multiples of the frequency.
+        """
+        first = self.start if phase is None else self.start + phase
+        if step <= first:
+            return step == first
+        return (step if phase is None else step - first) % self.precondition_frequency == 0
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> ShampooConfig:

@@ -190,7 +190,7 @@ class TorchState:
             if entry is None or not int(entry["step"]):
                 continue
             policy = unit.policies[number]
-            moments = unit.elementwise.needs.get((unit.options[number], policy.method), set())
+            moments = unit.elementwise.needs.get((policy.options, policy.method), set())
             needed = {BLOCKS} if policy.preconditioned else moments
             missing = sorted(needed - set(entry))
             if missing:
@@ -221,7 +221,7 @@ def _flat_moments(unit: StepUnit, number: int, configs: Mapping[int, ShampooConf
     config = configs[unit.layout.groups[number]]
     out: dict[str, Tensor] = {}
     if not unit.policies[number].preconditioned:
-        for name in sorted(moments_of(configs[unit.options[number]], unit.policies[number].method)):
+        for name in sorted(moments_of(configs[unit.policies[number].options], unit.policies[number].method)):
             out[name] = torch.zeros(unit.sizes[number], dtype=unit.dtype, device=unit.device)
             for segment, view in zip(unit.elementwise.segments, unit.elementwise.views.get(name, []), strict=False):
                 if segment.tensor == number:
