@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,16 +12,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
-from shampoo_deepspeed.distributed.exchange import Bucket, CommStats, Transit
-from shampoo_deepspeed.engine import agreement as status
-from shampoo_deepspeed.engine.shard_update import shard_gradients, update
-from shampoo_deepspeed.engine.step_unit import Pending, StepUnit
+from shampoo_deepspeed.distributed.exchange import Bucket, Transit
+from shampoo_deepspeed.engine.agreement import agree, rejections
+from shampoo_deepspeed.engine.shard_update import apply_updates, shard_gradients
+from shampoo_deepspeed.engine.step_unit import StepUnit
+from shampoo_deepspeed.engine.unit_optimizer import CHECKED_OPTIONS
 from shampoo_deepspeed.linalg.precision import full_precision
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.param_groups import signature_with_options
-from shampoo_deepspeed.options.rules import expanded
 from shampoo_deepspeed.state.dcp_state import DCP, asking_helper
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
+
+logger = logging.getLogger("shampoo_deepspeed")
 
 # Buckets under way at a time, each way. A bucket with a refresh computes for several times as long as the others, and
 # the link would idle meanwhile if it knew of no more than the next one.
@@ -82,29 +85,59 @@ class Shampoo(BlockOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        units = self._units_in_step()  # the first time: boxes of shards, owners of blocks, what travels where
-        configs = expanded({group["shampoo_group"]: self._config(group) for group in self.param_groups})
+        units = self._units_now()  # the first time: boxes of shards, owners of blocks, what travels where
+        configs = self._configs_now()
         rates = {group["shampoo_group"]: group["lr"] for group in self.param_groups}
-        self._settle(units)
+        self._finish_step(units)
         self._consolidated = None
         work = [(unit, shard_gradients(unit, configs)) for unit in units]
-        report = status.agree(work, configs)
+        agreed = agree(work, configs)
         for unit, (_, gradients, active) in work:
-            if unit.fresh and unit.layout.may_probe and not report.any_gradient():
+            if not any(unit.steps) and unit.layout.may_probe and not agreed.any_gradient():
                 if asking_helper() == DCP:
-                    self.note_state(unit)
+                    self._show_step(unit)
                 continue  # a tool's hidden first call, which only wants the state to exist
             with full_precision(unit.device.type):
-                found_inf = report.found_inf(unit)
+                found_inf = agreed.found_inf(unit)  # None if nothing can be wrong any more
                 updates = [torch.empty(n, dtype=unit.dtype, device=unit.device) for n in unit.sizes]
-                steps = unit.count(active)
+                steps = agreed.count_step(unit, active)
                 _precondition(unit, gradients, updates, steps, configs, found_inf)
-                norms = report.squared_norms(unit)
+                norms = agreed.squared_norms(unit)
                 unit.elementwise.step(gradients, updates, steps, configs, found_inf, norms)
-                update(unit, updates, active, configs, rates, found_inf)
-            unit.pending = Pending(report.outcome, active)
-            self.note_state(unit)
+                apply_updates(unit, updates, active, configs, rates, found_inf)
+            self._show_step(unit)
         return loss
+
+    def _units_now(self) -> list[StepUnit]:
+        """The step units of the current ``param_groups``; new tensors with a gradient get theirs here."""
+        units: dict[int, StepUnit] = {}
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                unit = self._unit_of.get(id(tensor))
+                if unit is not None:
+                    units[id(unit)] = unit
+                elif tensor.requires_grad or tensor.grad is not None:
+                    return self._units_in_step()
+        return list(units.values()) or self._units_in_step()
+
+    def _configs_now(self) -> Mapping[int, ShampooConfig]:
+        """Options by number, checked again only if one has changed; ``lr`` may be a live tensor."""
+        for group in self.param_groups:
+            known = self._configs.get(group["shampoo_group"])
+            if known is None or known[0] != tuple([group[name] for name in CHECKED_OPTIONS]):
+                self._config(group)
+        return self.expanded_configs
+
+    def _finish_step(self, units: Iterable[StepUnit]) -> None:
+        """Count the outcome of these units' last step."""
+        for _ in rejections(units, self.param_groups[0]["failure_limit"]):
+            self.rejected_steps += 1
+            logger.warning("a step was rejected: a gradient was not finite (%d so far)", self.rejected_steps)
+
+    def _show_step(self, unit: StepUnit) -> None:
+        """Torch's tools take an empty ``state`` for that of an optimizer before its first step."""
+        for tensor in unit.tensors:
+            self.state[tensor]["step"] = unit.step_tensor
 
 
 def _precondition(
@@ -113,15 +146,13 @@ def _precondition(
     updates: Sequence[Tensor],
     steps: Sequence[int],
     configs: Mapping[int, ShampooConfig],
-    found_inf: FoundInf,
+    found_inf: FoundInf | None,
 ) -> None:
     """Gradients to owners, one step of their stacks, updates back: while a bucket is computed, the next ones arrive
     and the last ones leave."""
     exchange = unit.exchange
     buckets = exchange.buckets
-    exchange.stats = CommStats()
-    exchange.meter.steps += 1
-    exchange.waits = not all(config.overlap for config in configs.values())
+    exchange.begin_step(waits=not all(config.overlap for config in configs.values()))
     arriving = deque(exchange.send_gradients(bucket, gradients) for bucket in buckets[:IN_FLIGHT])
     leaving: deque[tuple[Bucket, Transit]] = deque()
     for number, bucket in enumerate(buckets):
@@ -130,12 +161,13 @@ def _precondition(
         exchange.receive_gradients(bucket, arriving.popleft(), gradients, blocks)
         if number + IN_FLIGHT < len(buckets):
             arriving.append(exchange.send_gradients(buckets[number + IN_FLIGHT], gradients))
-        found_inf.clean_(blocks)
+        if found_inf is not None:
+            found_inf.mask_(blocks)
         made = []
-        for (stack, first, stop), block in zip(bucket.rows, blocks, strict=True):
-            config = configs[unit.plan.blocks[exchange.stacks[stack][0]].group]
-            rows = unit.row_steps(stack, steps)[first:stop]
-            made.append(unit.stacks[stack].step(first, block, rows, config, found_inf).contiguous())
+        for (place, first, stop), block in zip(bucket.rows, blocks, strict=True):
+            stack, parameters = unit.stacks[place], unit.parameters_of_rows[place][first:stop]
+            rows = [steps[parameter] for parameter in parameters]
+            made.append(stack.step(first, block, rows, configs[stack.options], found_inf).contiguous())
         if len(leaving) == IN_FLIGHT:
             exchange.receive_updates(*leaving.popleft(), updates)
         leaving.append((bucket, exchange.send_updates(bucket, made, updates)))

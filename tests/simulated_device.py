@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from shampoo_deepspeed.algorithm import background as worker
-from shampoo_deepspeed.algorithm import found_inf as found_inf
-from shampoo_deepspeed.engine import agreement as status
+from shampoo_deepspeed.engine import agreement
 from shampoo_deepspeed.runtime import metrics
 
 DEVICE = torch.device("cuda", 0)
@@ -164,8 +163,7 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> Device:
 
     monkeypatch.setattr(worker, "_run", in_mode)
     monkeypatch.setattr(worker, "_stream", _Stream)
-    for module in (found_inf, status):
-        monkeypatch.setattr(module, "StepFlags", _StepFlags)
+    monkeypatch.setattr(agreement, "StepFlags", _StepFlags)
     monkeypatch.setattr(metrics.Stopwatch, "span", lambda self, device: contextlib.nullcontext())
     monkeypatch.setattr(torch, "Event", event)
     monkeypatch.setattr(torch.accelerator, "current_stream", _Stream)

@@ -58,9 +58,9 @@ def drive(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: Ite
 
 def refresh(preconditioner: Preconditioner, state: dict[str, Tensor], step: int, moments: Tensor) -> list[int]:
     """A whole refresh as a stack does it; gives the rows that failed."""
-    result = preconditioner.compute(state, step)
+    result = preconditioner.compute(state, step, [])
     failed = preconditioner.install(state, result)
-    preconditioner.settle(state, result, moments)
+    preconditioner.follow_basis(state, result, moments)
     return failed
 
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
-from shampoo_deepspeed.options.config import OPTION_NAMES
-from shampoo_deepspeed.options.names import GROUP_ONLY
+from shampoo_deepspeed.options.config import GROUP_ONLY, OPTION_NAMES, options_with
 from tests.combinations import (
     ALONE,
     NO_PAIRS,
@@ -76,7 +75,7 @@ def test_the_rows_hold_every_pair_and_every_option_of_the_rule() -> None:
     named = {name for values in VALUES.values() for value in values for name in value}
     held = named - {"betas0", "betas1"} | {"betas", "lr", "weight_decay", "eps"}
     assert held | NOT_OF_THE_RULE | ELSEWHERE | {"decoupled_weight_decay"} == set(OPTION_NAMES)
-    assert set(GROUP_ONLY) <= held | NOT_OF_THE_RULE | ELSEWHERE | {"decoupled_weight_decay"}
+    assert set(options_with(GROUP_ONLY)) <= held | NOT_OF_THE_RULE | ELSEWHERE | {"decoupled_weight_decay"}
 
 
 def test_what_does_not_combine_is_an_error_that_names_the_option_and_what_is_allowed() -> None:

@@ -15,8 +15,8 @@ from torch import nn
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
 from shampoo_deepspeed.options.choices import DTYPES, GRAFTING_METHODS, PRECONDITIONERS
-from shampoo_deepspeed.options.config import OPTION_NAMES
-from shampoo_deepspeed.options.names import ALIASES, GLOBAL_OPTIONS
+from shampoo_deepspeed.options.config import OPTION_NAMES, SHARED, options_with
+from shampoo_deepspeed.options.names import ALIASES
 from tests.stepping import parameter
 
 NUMBER = "a number >= 0"
@@ -154,7 +154,7 @@ def test_a_bad_value_is_an_error_that_names_key_value_and_what_is_allowed(key: s
 
 @pytest.mark.parametrize(("key", "value", "allowed"), BAD_VALUES, ids=IDS)
 def test_a_bad_value_in_a_group_is_the_same_error(key: str, value: Any, allowed: str) -> None:
-    if key in GLOBAL_OPTIONS:
+    if key in options_with(SHARED):
         allowed = "all groups share one value"
     with pytest.raises(OptionError) as error:
         Shampoo([{"params": [parameter(3)]}, {"params": [parameter(4)], key: value}])
@@ -243,7 +243,7 @@ def test_a_wrong_type_is_an_error_before_the_first_step(arguments: tuple[Any, ..
         Shampoo(params, **options)
 
 
-@pytest.mark.parametrize("key", GLOBAL_OPTIONS)
+@pytest.mark.parametrize("key", options_with(SHARED))
 def test_what_all_groups_share_cannot_differ_in_one(key: str) -> None:
     value = {"communication_dtype": "bfloat16", "bucket_mb": 1, "overlap": False, "failure_limit": 3}[key]
     Shampoo([{"params": [parameter(3)], key: value}], **{key: value})

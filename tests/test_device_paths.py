@@ -58,7 +58,7 @@ def trained(
             before = len(device.reads) if device else 0
             optimizer.step()
             reads.append(device.reads[before:] if device else [])
-        optimizer.settle()
+        optimizer.finish_step()
     assert optimizer.rejected_steps == (bad >= 0)
     return [p.detach().as_subclass(Tensor) for p in params.values()], reads
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shampoo_deepspeed import Shampoo, ShampooConfig
-from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners import build
 from shampoo_deepspeed.options.choices import PRECONDITIONERS
 from tests.stepping import drive, made_up, parameter, refresh, same_bits, shampoo, snapshot
@@ -21,7 +20,7 @@ from tests.zoo import relative_error
 
 F64 = torch.float64
 FLOAT64 = {"factor_dtype": "float64", "root_dtype": "float64"}
-ACCEPTED = FoundInf(torch.tensor(False), F64)
+ACCEPTED = None
 TEXT = Path(__file__).parent.parent / "README.md"
 
 
@@ -58,7 +57,7 @@ def test_signs_and_order_of_eigenvectors_mean_nothing_between_soaps_refreshes(op
         if step in (3, 6):
             assert refresh(preconditioner, state, step, g) == []
         if step >= 3:
-            seen = preconditioner.enter(state, g)
+            seen = preconditioner.project(state, g)
             preconditioner.apply(state, seen, seen, ACCEPTED)
     other = {name: tensor.clone() for name, tensor in state.items()}
     for mode, d in enumerate(shape):
@@ -69,7 +68,7 @@ def test_signs_and_order_of_eigenvectors_mean_nothing_between_soaps_refreshes(op
     for step in range(7, 12):
         g, m = (made_up(torch.empty(2, *shape, dtype=F64), step, salt) for salt in (0, 1))
         updates = [
-            preconditioner.apply(kept, preconditioner.enter(kept, g), preconditioner.enter(kept, m), ACCEPTED)
+            preconditioner.apply(kept, preconditioner.project(kept, g), preconditioner.project(kept, m), ACCEPTED)
             for kept in (state, other)
         ]
         assert relative_error(updates[1], updates[0]) < 1e-12
@@ -233,7 +232,7 @@ def test_a_block_whose_refresh_fails_keeps_all_that_is_applied(
     """The other block of the stack is refreshed; a failure before the first refresh leaves nothing behind."""
     made = build(ShampooConfig(preconditioner=preconditioner, **options))
     state = made.new_state(2, (4, 3), torch.device("cpu"), torch.float32)
-    found_inf = FoundInf(torch.tensor(False), torch.float32)
+    found_inf = None
     for step in range(1, 5):
         g = made_up(torch.empty(2, 4, 3), step)
         made.accumulate(state, g, found_inf)
@@ -245,7 +244,7 @@ def test_a_block_whose_refresh_fails_keeps_all_that_is_applied(
         assert changed <= {"factor_1"} if step in (1, 4) else changed
         assert any(not torch.equal(tensor[1], before[name][1]) for name, tensor in state.items())
         state["factor_1"].copy_(before["factor_1"])
-        seen = made.enter(state, g)
+        seen = made.project(state, g)
         assert torch.isfinite(made.apply(state, seen, seen, found_inf)).all()
 
 

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from shampoo_deepspeed.linalg.inverse_root import inverse_root
-from shampoo_deepspeed.runtime.metrics import ExchangeMeter, Measured, RefreshMeter, Stopwatch, note_spectrum, read
+from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root
+from shampoo_deepspeed.runtime.metrics import ExchangeMeter, Measured, RefreshMeter, Stopwatch, read
 from tests.stepping import drive, parameter, shampoo
 
 CPU = torch.device("cpu")
@@ -141,23 +141,21 @@ def test_an_accelerator_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_matrices_without_a_condition_number_do_not_count() -> None:
     meter = RefreshMeter()
-    with meter.refreshing(CPU):
-        inverse_root(
-            torch.stack([torch.zeros(3, 3), torch.diag(torch.tensor([1.0, 2.0, 4.0]))]), 4.0, 0.0, 0.0, torch.float32
-        )
+    stack = torch.stack([torch.zeros(3, 3), torch.diag(torch.tensor([1.0, 2.0, 4.0]))])
+    with meter.refreshing(CPU) as conditions:
+        inverse_root(stack, 4.0, 0.0, 0.0, torch.float32, conditions=conditions)
     assert meter.read_condition() == pytest.approx(4.0)
 
 
 def test_a_singular_matrix_has_an_infinite_one() -> None:
     meter = RefreshMeter()
-    with meter.refreshing(CPU):
-        note_spectrum(torch.tensor([[0.0, 1.0]]))
+    with meter.refreshing(CPU) as conditions:
+        diagonal_root(torch.tensor([[0.0, 1.0]]), 4.0, 0.0, 0.0, torch.float32, False, conditions)
     assert meter.read_condition() == math.inf
 
 
-def test_outside_of_a_refresh_nothing_is_noted() -> None:
+def test_a_refresh_without_eigenvalues_has_none() -> None:
     meter = RefreshMeter()
     with meter.refreshing(CPU):
         pass
-    note_spectrum(torch.tensor([[1.0, 2.0]]))
     assert meter.read_condition() is None

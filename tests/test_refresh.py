@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shampoo_deepspeed import ShampooConfig
+from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.engine.refresh_schedule import staggered_phases
 
 costs_of_blocks = st.lists(st.integers(1, 1000).map(float), max_size=200)
@@ -44,8 +46,12 @@ def test_phases_of_another_frequency_are_refused() -> None:
         staggered_phases([1.0], 3, [1.0, 2.0])
 
 
-def options(start: int, frequency: int) -> ShampooConfig:
-    return ShampooConfig(start_preconditioning_step=start, precondition_frequency=frequency)
+def refreshed(start: int, frequency: int, steps: range) -> list[list[int]]:
+    """For each step the phases that are refreshed then, of blocks one in each phase."""
+    config = ShampooConfig(start_preconditioning_step=start, precondition_frequency=frequency)
+    phases = range(frequency)
+    stack = BlockStack([f"p/{n}" for n in phases], (2, 2), config, torch.device("meta"), torch.float32, phases)
+    return [[phase for due in stack._due(phases, step) for phase in phases[due]] for step in steps]
 
 
 @given(st.integers(0, 16), frequencies, st.integers(0, 23))
@@ -53,8 +59,8 @@ def test_a_staggered_block_refreshes_first_within_the_window_and_then_once_in_ea
     wait: int, frequency: int, phase: int
 ) -> None:
     phase, start = phase % frequency, frequency + wait
-    config = options(start, frequency)
-    due = [step for step in range(1, start + 5 * frequency) if config.refreshes_at(step, phase)]
+    steps = range(1, start + 5 * frequency)
+    due = [step for step, phases in zip(steps, refreshed(start, frequency, steps), strict=True) if phase in phases]
     assert due == [start + phase + n * frequency for n in range(5)]
 
 
@@ -62,6 +68,5 @@ def test_a_staggered_block_refreshes_first_within_the_window_and_then_once_in_ea
 def test_each_step_refreshes_one_phase_and_none_before_the_start(step: int, wait: int, frequency: int) -> None:
     """Of the phases whose first refresh is not still to come."""
     start = frequency + wait
-    config = options(start, frequency)
-    due = [phase for phase in range(frequency) if config.refreshes_at(step, phase)]
+    (due,) = refreshed(start, frequency, range(step, step + 1))
     assert due == ([] if step < start else [(step - start) % frequency])

@@ -12,10 +12,9 @@ from torch import Tensor
 from shampoo_deepspeed import ShampooConfig
 from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
-from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.linalg.eigenbases import eigenbasis, kept_or_new, power_step
 from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root
-from shampoo_deepspeed.linalg.reproducible import LANES, UNDIVIDED, elementwise, power
+from shampoo_deepspeed.linalg.precision import LANES, UNDIVIDED, elementwise, power
 
 ROWS = 5
 SIZES = (1, 2, 3, 7, 16, 17, 33, 63, 65)
@@ -52,7 +51,7 @@ def stepped(rows: range, shape: tuple[int, ...], options: dict[str, Any], dtype:
     """All state of a stack with these rows after some steps, and its last updates."""
     config = ShampooConfig(precondition_frequency=2, **options)
     stack = BlockStack([f"a/{row}" for row in rows], shape, config, torch.device("cpu"), dtype)
-    accepted, made = FoundInf(torch.tensor(False), dtype), torch.empty(0)
+    accepted, made = None, torch.empty(0)
     for step in range(1, 8):
         given = gradients(shape, step, dtype)[rows.start : rows.stop].clone()
         made = stack.step(0, given, [step] * len(rows), config, accepted).clone()
@@ -141,7 +140,7 @@ def test_an_element_of_an_unpreconditioned_parameter_steps_the_same_at_every_pla
     length: int, method: str, dtype: torch.dtype
 ) -> None:
     """However a parameter is cut into shards."""
-    config, accepted = ShampooConfig(), FoundInf(torch.tensor(False), dtype)
+    config, accepted = ShampooConfig(), None
 
     def run(cuts: list[int]) -> Tensor:
         sizes = [b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)]

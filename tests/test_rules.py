@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
-from shampoo_deepspeed.options.config import OPTION_NAMES
-from shampoo_deepspeed.options.names import GROUP_ONLY
+from shampoo_deepspeed.options.config import GROUP_ONLY, OPTION_NAMES, options_with
 from shampoo_deepspeed.options.rules import STRIDE, expanded
 from tests.reference import Reference
 from tests.stepping import drive, parameter, same_bits, shampoo, snapshot, state_of, through_a_file
@@ -117,7 +116,7 @@ def test_rules_have_numbers_of_their_own() -> None:
     assert {number: c.eps for number, c in found.items()} == {0: 1e-8, STRIDE: 0.5, 2 * STRIDE: 0.25, 3: 1e-8}
 
 
-@pytest.mark.parametrize("name", GROUP_ONLY)
+@pytest.mark.parametrize("name", options_with(GROUP_ONLY))
 def test_what_belongs_to_a_group_is_no_option_of_a_rule(name: str) -> None:
     with pytest.raises(OptionError, match=f"'{name}' belongs to a parameter group and not to a rule"):
         ShampooConfig(rules=[{"match": "*", name: getattr(ShampooConfig(), name)}])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_deepspeed.algorithm import background as worker
@@ -73,7 +74,7 @@ def test_float32_results_are_those_of_a_refresh_in_the_step(name: str) -> None:
             place, step = row - refresh.first, FREQUENCY + 2
             config = optimizer.configs()[0]
             state = {name: tensor[row : row + 1] for name, tensor in stack.tensors.items()}
-            wanted, found = build(config).compute(state, step).tensors, refresh.result().tensors
+            wanted, found = build(config).compute(state, step, []).tensors, refresh.result().tensors
             assert wanted.keys() == found.keys()
             for key, tensor in wanted.items():
                 torch.testing.assert_close(found[key][place], tensor[0], rtol=1e-3, atol=1e-4)
@@ -142,7 +143,7 @@ def test_on_an_accelerator_a_stream_of_its_own_begins_after_the_factors_and_is_w
         def record_stream(self, stream: FakeQueue) -> None:
             FakeQueue.log.append(f"memory kept for {stream.name}")
 
-    def compute() -> Any:
+    def compute(conditions: list[Tensor]) -> Any:
         FakeQueue.log.append("compute")
         return RefreshResult({"root_0": Result()}, frozenset())  # type: ignore[dict-item]
 
@@ -152,7 +153,7 @@ def test_on_an_accelerator_a_stream_of_its_own_begins_after_the_factors_and_is_w
     monkeypatch.setattr(torch.accelerator, "set_device_index", lambda d: FakeQueue.log.append(f"thread on {d}"))
     monkeypatch.setattr(worker, "_stream", lambda _: FakeQueue("side"))
     monkeypatch.setattr(worker, "_load_linear_algebra", lambda _: None)
-    monkeypatch.setattr(RefreshMeter, "refreshing", lambda *_: nullcontext())
+    monkeypatch.setattr(RefreshMeter, "refreshing", lambda *_: nullcontext([]))
     refresh = worker.Refresh(compute, 0, torch.device("cuda", 1))
     assert refresh.result().tensors.keys() == {"root_0"}
     assert FakeQueue.log == [

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.linalg.precision import beside_the_forward
@@ -22,12 +23,13 @@ class Refresh:
     """A refresh of neighbouring rows of a stack that is under way on the thread.
 
     Args:
-        compute: what to do there. The tensors that it reads must not change before ``result`` has returned.
+        compute: what to do there, given a list for condition numbers. The tensors that it reads must not change before
+            ``result`` has returned.
         first: the stack's row that its row 0 is.
         device: of these tensors; on an accelerator what its current stream has to do so far is done first.
     """
 
-    def __init__(self, compute: Callable[[], RefreshResult], first: int, device: torch.device) -> None:
+    def __init__(self, compute: Callable[[list[Tensor]], RefreshResult], first: int, device: torch.device) -> None:
         self.first = first
         self.meter = RefreshMeter()
         self._device = device
@@ -48,7 +50,7 @@ class Refresh:
 
 
 def _run(
-    compute: Callable[[], RefreshResult],
+    compute: Callable[[list[Tensor]], RefreshResult],
     meter: RefreshMeter,
     device: torch.device,
     ready: torch.Event | None,
@@ -58,15 +60,15 @@ def _run(
         torch.set_num_threads(threads)
     with torch.no_grad(), beside_the_forward():
         if ready is None:
-            with meter.refreshing(device):
-                return compute()
+            with meter.refreshing(device) as conditions:
+                return compute(conditions)
         # A new thread is on the first device. Leaving a stream's context goes back there, which on CUDA takes memory.
         torch.accelerator.set_device_index(device)
         stream = _stream(device)
         with stream:
             stream.wait_event(ready)
-            with meter.refreshing(device):
-                result = compute()
+            with meter.refreshing(device) as conditions:
+                result = compute(conditions)
         stream.synchronize()
         return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ class BlockStack:
         shape: the blocks' shape.
         config: options at the time of building; those that do not shape state may change, ``step`` gets them.
         dtype: dtype of moments and updates, float32 or float64.
-        phases: each row's refresh phase, in rising order; None where all rows refresh together.
+        phases: each row's refresh phase, in rising order; None if all rows refresh together.
+        options: the number of the blocks' options (``Policy.options``).
     """
 
     def __init__(
@@ -50,17 +52,20 @@ class BlockStack:
         device: torch.device,
         dtype: torch.dtype,
         phases: Sequence[int] | None = None,
+        options: int = 0,
     ) -> None:
         self.keys = tuple(keys)
         self.phases = phases
         self.shape = shape
+        self.options = options
         self._device = device
         count = len(self.keys)
-        preconditioner = build(config)
+        self._use(config)
+        preconditioner = self._preconditioner
         self.tensors = preconditioner.new_state(count, shape, device, dtype)
         if config.betas[0] != 0.0:
             self.tensors[preconditioner.first_moment] = torch.zeros(count, *shape, dtype=dtype, device=device)
-        name = _second_moment(preconditioner, config)
+        name = self._second_moment
         if name is not None and name not in self.tensors:
             self.tensors[name] = torch.zeros(count, *shape, dtype=dtype, device=device)
         self.refreshed = [False] * count
@@ -69,8 +74,13 @@ class BlockStack:
         self.pending: dict[int, Refresh | None] = {}
         self.meter = RefreshMeter()
 
+    def _use(self, config: ShampooConfig) -> None:
+        """Take these options from now on."""
+        self._config, self._preconditioner = config, build(config)
+        self._second_moment = _second_moment(self._preconditioner, config)
+
     def step(
-        self, first: int, gradients: Tensor, steps: Sequence[int], config: ShampooConfig, found_inf: FoundInf
+        self, first: int, gradients: Tensor, steps: Sequence[int], config: ShampooConfig, found_inf: FoundInf | None
     ) -> Tensor:
         """Updates of the rows from ``first`` on, given their gradients [n, *shape], which are used up.
 
@@ -80,12 +90,14 @@ class BlockStack:
             steps: the number of each row's step, counted from 1; rows with 0 take no part: they get update 0 and
                 keep their state.
         """
+        if config is not self._config:
+            self._use(config)
         runs = list(self._runs(steps, gradients))
         if len(runs) == 1 and runs[0][2] > 0:
-            return self._advance(first, gradients, runs[0][2], config, found_inf)
+            return self._advance(first, gradients, runs[0][2], found_inf)
         for begin, end, step in runs:
             part = gradients[begin:end]
-            part.copy_(self._advance(first + begin, part, step, config, found_inf) if step > 0 else part.new_zeros(()))
+            part.copy_(self._advance(first + begin, part, step, found_inf) if step > 0 else part.new_zeros(()))
         return gradients
 
     def _runs(self, steps: Sequence[int], gradients: Tensor) -> Iterator[tuple[int, int, int]]:
@@ -99,20 +111,20 @@ class BlockStack:
                 yield start, min(start + most, end), step
             begin = end
 
-    def _advance(self, first: int, gradients: Tensor, step: int, config: ShampooConfig, found_inf: FoundInf) -> Tensor:
-        """Steps 2 to 6 of the rule for neighbouring rows that share a step count."""
+    def _advance(self, first: int, gradients: Tensor, step: int, found_inf: FoundInf | None) -> Tensor:
+        """Steps 2 to 7 of the rule (docs/how-a-step-works.md) for neighbouring rows that share a step count."""
         rows = range(first, first + len(gradients))
         state = {name: tensor[first : rows.stop] for name, tensor in self.tensors.items()}
-        preconditioner = build(config)
-        self._await_background(rows, state, step, preconditioner)
-        if config.takes_statistics(step):
-            preconditioner.accumulate(state, gradients, found_inf)
-        installed = self._refresh(rows, state, step, config, found_inf)
+        if self.pending:
+            self._await_background(rows, state, step)
+        if (step - 1) % self._config.statistics_frequency == 0:
+            self._preconditioner.accumulate(state, gradients, found_inf)
+        installed = self._refresh(rows, state, step, found_inf)
         if not installed and len({self.refreshed[row] for row in rows}) == 1:
-            return self._updates(rows, state, gradients, None, step, config, found_inf)
+            return self._updates(rows, state, gradients, None, step, found_inf)
         for here, result in self._alike(rows, installed):
             part = _part(state, here)
-            gradients[here] = self._updates(rows[here], part, gradients[here], result, step, config, found_inf)
+            gradients[here] = self._updates(rows[here], part, gradients[here], result, step, found_inf)
         return gradients
 
     def _alike(
@@ -140,28 +152,32 @@ class BlockStack:
         gradients: Tensor,
         result: RefreshResult | None,
         step: int,
-        config: ShampooConfig,
-        found_inf: FoundInf,
+        found_inf: FoundInf | None,
     ) -> Tensor:
-        """Steps 4 to 6 for rows that are all preconditioned, or all not yet."""
-        preconditioner, method = build(config), config.warm_method
-        ready, name = self.refreshed[rows[0]], _second_moment(preconditioner, config)
-        second = [] if name is None or (ready and name == preconditioner.idle) else [state[name]]
+        """Steps 5 to 7 for rows that are all preconditioned, or all not yet.
+
+        Args:
+            result: of the refresh that was just installed for them, if one was.
+        """
+        config, preconditioner, method = self._config, self._preconditioner, self._config.warm_method
+        ready, name = self.refreshed[rows[0]], self._second_moment
+        second = [] if name is None or (ready and name == preconditioner.filled_by_refresh) else [state[name]]
         kept = [state[preconditioner.first_moment]] if config.betas[0] else []
-        normalizes = grafting.is_normalized(method) and bool(second)
-        own = grafting.normalized(gradients, block_norms(gradients)) if normalizes else gradients
-        if ready and (preconditioner.turns or config.grafting_method == "none"):
+        own = gradients
+        if second and method.startswith(grafting.NORMALIZED):
+            own = grafting.normalized(gradients, block_norms(gradients))
+        if ready and (preconditioner.rotates_moments or config.grafting_method == "none"):
             if second:
                 grafting.accumulate(method, second, [own], config.second_moment_beta, found_inf)
-            return self._apart(state, kept, second, gradients, result, step, config, found_inf)
-        warm = grafting.advance(method, kept, second, [gradients], [own], step, config, found_inf)
-        # What a moment or a update lacks is one number, multiplied in last, as each pass over a block costs.
+            return self._updates_in_basis(state, kept, second, gradients, result, step, found_inf)
+        grafted = grafting.advance(method, kept, second, [gradients], [own], step, config, found_inf)
+        # What a moment or an update lacks is one number, multiplied in last, as each pass over a block costs.
         if not ready:
-            return warm.updates[0] if warm.factor == 1.0 else warm.updates[0] * warm.factor
-        update = preconditioner.apply(state, gradients, warm.moments[0], found_inf)
-        return _grafted(update, warm.updates[0], warm.factor)
+            return grafted.updates[0] if grafted.factor == 1.0 else grafted.updates[0] * grafted.factor
+        update = preconditioner.apply(state, gradients, grafted.moments[0], found_inf)
+        return _with_length_of(grafted.updates[0], grafted.factor, update)
 
-    def _apart(
+    def _updates_in_basis(
         self,
         state: dict[str, Tensor],
         kept: list[Tensor],
@@ -169,58 +185,71 @@ class BlockStack:
         gradients: Tensor,
         result: RefreshResult | None,
         step: int,
-        config: ShampooConfig,
-        found_inf: FoundInf,
+        found_inf: FoundInf | None,
     ) -> Tensor:
-        """The same where first moments are kept in coordinates of the preconditioner's own, or no length is grafted."""
-        preconditioner, method, beta2 = build(config), config.warm_method, config.second_moment_beta
-        seen = preconditioner.enter(state, gradients)
+        """The same if first moments are kept in coordinates of the preconditioner's own, or no length is grafted."""
+        config, preconditioner = self._config, self._preconditioner
+        seen = preconditioner.project(state, gradients)
         beta1, corrected = config.betas[0], config.use_bias_correction
-        (moments,), lacking = grafting.first_moment(kept, [seen], beta1, step, corrected, found_inf, config.beta3)
+        (moments,), correction = grafting.first_moment(kept, [seen], beta1, step, corrected, found_inf, config.beta3)
         if result is not None:
-            preconditioner.settle(state, result, moments * lacking)
+            preconditioner.follow_basis(state, result, moments * correction)
         update = preconditioner.apply(state, seen, moments, found_inf)
         if config.grafting_method == "none":
-            return update.mul_(lacking)
-        moments = preconditioner.leave(state, moments)
-        (warm,), factor = grafting.update(method, [moments], second, step, beta2, config.eps)
-        return _grafted(update, warm, factor * lacking)
+            return update.mul_(correction)
+        moments = preconditioner.project_back(state, moments)
+        method, beta2 = config.warm_method, config.second_moment_beta
+        (length_of,), factor = grafting.update(method, [moments], second, step, beta2, config.eps)
+        return _with_length_of(length_of, factor * correction, update)
 
     def _refresh(
-        self, rows: range, state: dict[str, Tensor], step: int, config: ShampooConfig, found_inf: FoundInf
+        self, rows: range, state: dict[str, Tensor], step: int, found_inf: FoundInf | None
     ) -> list[tuple[slice, RefreshResult]]:
         """Step 3 of the rule: install what was computed in the background, and refresh what is due.
 
-        Gives what was installed, and for which of the rows, where the preconditioner has something to settle then.
+        Returns:
+            What was installed, and for which of the rows, if the preconditioner's moments have to follow.
         """
-        preconditioner = build(config)
-        what = "eigenbasis" if config.preconditioner == "soap" else "inverse root"
-        waiting, due = list(self._waiting(rows)), self._due(rows, step, config)
-        # A refresh waits for the device anyway, so here the CPU may as well read the found_inf.
-        if (not waiting and not due) or found_inf.rejected:
+        waiting = list(self._waiting(rows)) if self.pending else []
+        due = self._due(rows, step)
+        # A refresh waits for the device anyway, so here the CPU may as well read the flag.
+        if (not waiting and not due) or (found_inf is not None and found_inf.rejected):
             return []
-        installed = []
-        for here, refresh in waiting:
-            assert refresh is not None
-            result = refresh.result().rows(rows[here][0] - refresh.first, rows[here][-1] + 1 - refresh.first)
-            self.meter.take(refresh.meter)
-            with self.meter.watch.span(self._device):
-                failed = set(preconditioner.install(_part(state, here), result))
-            for row in rows[here]:
-                del self.pending[row]
-            self._note_refresh(rows[here], failed, what)
-            installed.append((here, result))
+        installed = [self._install(rows, state, here, refresh) for here, refresh in waiting]
         for here in due:
-            if config.refresh == "background":
-                self._begin(rows[here], _part(state, here), step, preconditioner)
-                continue
-            for few in self._pieces(here):
-                with self.meter.refreshing(self._device):
-                    result = preconditioner.compute(_part(state, few), step)
-                    failed = set(preconditioner.install(_part(state, few), result))
-                self._note_refresh(rows[few], failed, what)
-                installed.append((few, result))
-        return installed if preconditioner.turns else []
+            if self._config.refresh == "background":
+                self._begin(rows[here], _part(state, here), step)
+            else:
+                installed += self._refresh_now(rows, state, here, step)
+        return installed if self._preconditioner.rotates_moments else []
+
+    def _install(
+        self, rows: range, state: dict[str, Tensor], here: slice, refresh: Refresh | None
+    ) -> tuple[slice, RefreshResult]:
+        """Install what the background has computed for some of the rows."""
+        assert refresh is not None
+        result = refresh.result().rows(rows[here][0] - refresh.first, rows[here][-1] + 1 - refresh.first)
+        self.meter.take(refresh.meter)
+        with self.meter.watch.span(self._device):
+            failed = set(self._preconditioner.install(_part(state, here), result))
+        for row in rows[here]:
+            del self.pending[row]
+        self._note_refresh(rows[here], failed)
+        return here, result
+
+    def _refresh_now(
+        self, rows: range, state: dict[str, Tensor], here: slice, step: int
+    ) -> list[tuple[slice, RefreshResult]]:
+        """Refresh some of the rows, a few at a time."""
+        installed = []
+        for few in self._pieces(here):
+            part = _part(state, few)
+            with self.meter.refreshing(self._device) as conditions:
+                result = self._preconditioner.compute(part, step, conditions)
+                failed = set(self._preconditioner.install(part, result))
+            self._note_refresh(rows[few], failed)
+            installed.append((few, result))
+        return installed
 
     def _pieces(self, here: slice) -> Iterator[slice]:
         """So few rows at a time that what a refresh holds beside the state stays small."""
@@ -231,27 +260,26 @@ class BlockStack:
         for begin in range(here.start, here.stop, most):
             yield slice(begin, min(begin + most, here.stop))
 
-    def _begin(self, rows: range, state: dict[str, Tensor], step: int, preconditioner: Preconditioner) -> None:
+    def _begin(self, rows: range, state: dict[str, Tensor], step: int) -> None:
         """Compute in the background; the state stays as it is until these rows' next step, which waits for it."""
-        device = next(iter(state.values())).device
+        preconditioner = self._preconditioner
 
-        def compute() -> RefreshResult:
+        def compute(conditions: list[Tensor]) -> RefreshResult:
             pieces = list(self._pieces(slice(0, len(rows))))
-            return RefreshResult.joined([preconditioner.compute(_part(state, few), step) for few in pieces], pieces)
+            parts = [preconditioner.compute(_part(state, few), step, conditions) for few in pieces]
+            return RefreshResult.joined(parts, pieces)
 
-        refresh = Refresh(compute, rows[0], device)
+        refresh = Refresh(compute, rows[0], self._device)
         self.pending.update(dict.fromkeys(rows, refresh))
 
-    def _await_background(
-        self, rows: range, state: dict[str, Tensor], step: int, preconditioner: Preconditioner
-    ) -> None:
+    def _await_background(self, rows: range, state: dict[str, Tensor], step: int) -> None:
         """Let the background be done with these rows before their factors change.
 
         What was pending when they were saved begins here: it depends on nothing but state that has not changed since.
         """
         for here, refresh in list(self._waiting(rows)):
             if refresh is None:
-                self._begin(rows[here], _part(state, here), step - 1, preconditioner)
+                self._begin(rows[here], _part(state, here), step - 1)
         for _, refresh in self._waiting(rows):
             assert refresh is not None
             refresh.result()
@@ -265,14 +293,24 @@ class BlockStack:
             found = [place for _, place in run]
             yield slice(found[0], found[-1] + 1), refresh
 
-    def _due(self, rows: range, step: int, config: ShampooConfig) -> list[slice]:
-        """Which of these rows refresh at this step: neighbours, as rows lie in the order of their phases."""
+    def _due(self, rows: range, step: int) -> list[slice]:
+        """Which of these rows refresh at this step: neighbours, as rows lie in the order of their phases.
+
+        With refreshes spread over the window, a row is refreshed first at the start plus its phase, and then once in
+        each window.
+        """
+        config = self._config
         if self.phases is None:
             return [slice(0, len(rows))] if config.refreshes_at(step) else []
-        due = [n for n, row in enumerate(rows) if config.refreshes_at(step, self.phases[row])]
-        return [slice(due[0], due[-1] + 1)] if due else []
+        if step < config.start:
+            return []
+        phase = (step - config.start) % config.precondition_frequency
+        first = bisect_left(self.phases, phase, rows.start, rows.stop)
+        stop = bisect_right(self.phases, phase, first, rows.stop)
+        return [slice(first - rows.start, stop - rows.start)] if first < stop else []
 
-    def _note_refresh(self, rows: Sequence[int], failed: set[int], what: str) -> None:
+    def _note_refresh(self, rows: Sequence[int], failed: set[int]) -> None:
+        what = "eigenbasis" if self._config.preconditioner == "soap" else "inverse root"
         for position, row in enumerate(rows):
             if position not in failed:
                 self.refreshed[row] = True
@@ -330,8 +368,8 @@ def _second_moment(preconditioner: Preconditioner, config: ShampooConfig) -> str
     first refresh only lies where the preconditioner keeps something that begins then."""
     if not grafting.has_second_moment(config.warm_method):
         return None
-    ends = config.grafting_method == "none" and preconditioner.idle is not None
-    return preconditioner.idle if ends else "second_moment"
+    ends = config.grafting_method == "none" and preconditioner.filled_by_refresh is not None
+    return preconditioner.filled_by_refresh if ends else "second_moment"
 
 
 def _row_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -347,7 +385,7 @@ def block_norms(stack: Tensor) -> Tensor:
     return torch.linalg.vector_norm(stack, dim=tuple(range(1, stack.ndim)), keepdim=True)
 
 
-def _grafted(update: Tensor, warm: Tensor, factor: float) -> Tensor:
-    """Blocks of ``update``, in place, each with the length of its block of ``warm`` times the factor."""
-    lengths, own = block_norms(warm) * factor, block_norms(update)
+def _with_length_of(other: Tensor, factor: float, update: Tensor) -> Tensor:
+    """Blocks of ``update``, in place, each with the length of its block of ``other`` times the factor."""
+    lengths, own = block_norms(other) * factor, block_norms(update)
     return update.mul_(torch.where(own > 0, lengths / own, 0.0))

@@ -67,7 +67,7 @@ class Elementwise:
         updates: Sequence[Tensor],
         steps: Sequence[int],
         configs: Mapping[int, ShampooConfig],
-        found_inf: FoundInf,
+        found_inf: FoundInf | None,
         squared_norms: Tensor | None,
     ) -> None:
         """Write the segments' updates, given flat gradients and flat update buffers of the unit's tensors.
@@ -81,8 +81,13 @@ class Elementwise:
                 cohorts[segment.group, segment.method, steps[segment.parameter]].append(number)
         parts, targets = self._parts(gradients), self._parts(updates)
         for (group, method, step), numbers in cohorts.items():
-            own = found_inf.cleaned([parts[n].to(self._dtype) for n in numbers])
-            made, factor = self._updates(numbers, own, method, step, configs[group], found_inf, squared_norms)
+            own = [parts[n].to(self._dtype) for n in numbers]
+            if found_inf is not None:
+                own = found_inf.masked(own)
+            second = []
+            if "second_moment" in self.needs[group, method]:
+                second = [self.views["second_moment"][n] for n in numbers]
+            made, factor = self._updates(numbers, own, second, method, step, configs[group], found_inf, squared_norms)
             torch._foreach_copy_([targets[n] for n in numbers], made)
             if factor != 1.0:
                 torch._foreach_mul_([targets[n] for n in numbers], factor)
@@ -91,16 +96,16 @@ class Elementwise:
         self,
         numbers: Sequence[int],
         gradients: list[Tensor],
+        second: list[Tensor],
         method: str,
         step: int,
         config: ShampooConfig,
-        found_inf: FoundInf,
+        found_inf: FoundInf | None,
         squared_norms: Tensor | None,
     ) -> tuple[list[Tensor], float]:
         """Updates of some segments, up to a common factor."""
-        second = [self.views["second_moment"][n] for n in numbers] if grafting.has_second_moment(method) else []
         scaled = gradients
-        if grafting.is_normalized(method) and squared_norms is not None:
+        if squared_norms is not None and grafting.is_normalized(method):
             norms = squared_norms.sqrt()
             scaled = [
                 grafting.normalized(g, norms[self.segments[n].parameter])

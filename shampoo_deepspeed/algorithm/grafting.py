@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
-from shampoo_deepspeed.linalg.reproducible import in_whole_registers
+from shampoo_deepspeed.linalg.precision import whole_registers
 from shampoo_deepspeed.options.config import ShampooConfig
 
+NORMALIZED = "normalized_"  # how the names of methods begin whose second moment is that of G / ||G||
 # Where torch has one kernel for all of an optimizer's step, which reads and writes everything once.
 FUSED_DEVICES = ("cpu", "cuda")
 
@@ -28,11 +29,11 @@ def has_second_moment(method: str) -> bool:
 
 def is_normalized(method: str) -> bool:
     """Whether the second moment is that of G / ||G||."""
-    return method.startswith("normalized_")
+    return method.startswith(NORMALIZED)
 
 
 def accumulate(
-    method: str, second: Sequence[Tensor], gradients: Sequence[Tensor], beta2: float, found_inf: FoundInf
+    method: str, second: Sequence[Tensor], gradients: Sequence[Tensor], beta2: float, found_inf: FoundInf | None
 ) -> None:
     """Update second moments in place: v + G*G (AdaGrad), or b2 * v + (1 - b2) G*G (RMSProp, Adam).
 
@@ -42,7 +43,7 @@ def accumulate(
         return
     weight = 1.0
     if not method.endswith("adagrad"):
-        torch._foreach_mul_(list(second), found_inf.keep(beta2))
+        torch._foreach_mul_(list(second), beta2 if found_inf is None else found_inf.keep(beta2))
         weight = 1.0 - beta2
     torch._foreach_addcmul_(list(second), list(gradients), list(gradients), value=weight)
 
@@ -82,7 +83,7 @@ def first_moment(
     beta1: float,
     step: int,
     bias_correction: bool,
-    found_inf: FoundInf,
+    found_inf: FoundInf | None,
     beta3: float | None = None,
 ) -> tuple[list[Tensor], float]:
     """Update m = b1 * m + (1 - b1) G in place and return M, that is m corrected for its zero start if asked.
@@ -100,12 +101,12 @@ def first_moment(
     if beta3 != beta1:
         ahead = list(torch._foreach_mul(ahead, beta3))
         torch._foreach_add_(ahead, list(gradients), alpha=1.0 - beta3)
-    torch._foreach_mul_(list(moments), found_inf.keep(beta1))
+    torch._foreach_mul_(list(moments), beta1 if found_inf is None else found_inf.keep(beta1))
     torch._foreach_add_(list(moments), list(gradients), alpha=1.0 - beta1)
     return ahead, 1.0 / (1.0 - beta3 * beta1 ** (step - 1)) if bias_correction else 1.0
 
 
-class Warm(NamedTuple):
+class ElementwiseStep(NamedTuple):
     """First moments and updates of an element-wise step, each to be multiplied by its factor.
 
     Callers have other numbers to multiply by too, and each pass over a block costs. Tensors may be state.
@@ -125,8 +126,8 @@ def advance(
     scaled: Sequence[Tensor],
     step: int,
     config: ShampooConfig,
-    found_inf: FoundInf,
-) -> Warm:
+    found_inf: FoundInf | None,
+) -> ElementwiseStep:
     """Update first and second moments in place and give what they make.
 
     Args:
@@ -138,7 +139,7 @@ def advance(
     accumulate(method, second, scaled, beta2, found_inf)
     moments, lacking = first_moment(first, gradients, beta1, step, corrected, found_inf, config.beta3)
     updates, factor = update(method, moments, second, step, beta2, config.eps)
-    return Warm(moments, lacking, updates, factor * lacking)
+    return ElementwiseStep(moments, lacking, updates, factor * lacking)
 
 
 def _fuses(
@@ -162,32 +163,30 @@ def _adam(
     gradients: Sequence[Tensor],
     step: int,
     config: ShampooConfig,
-    found_inf: FoundInf,
-) -> Warm:
+    found_inf: FoundInf | None,
+) -> ElementwiseStep:
     """Adam's part in one pass: a step with rate -1 from weights of zero is the update itself."""
     beta1, corrected = config.betas[0], config.use_bias_correction
     updates = [torch.zeros_like(g) for g in gradients]
     taken = torch.full((), step, dtype=torch.float32, device=gradients[0].device)  # read as such, whatever it is
-
-    def advance_(lists: Sequence[list[Tensor]]) -> None:
-        made, seen, averages, squares = lists
-        torch._fused_adam_(
-            made,
-            seen,
-            averages,
-            squares,
-            [],
-            [taken] * len(made),
-            lr=-1.0,
-            beta1=beta1,
-            beta2=config.second_moment_beta,
-            weight_decay=0.0,
-            eps=config.eps,
-            amsgrad=False,
-            maximize=False,
-            found_inf=found_inf.as_float,
-        )
-
-    in_whole_registers(advance_, updates, gradients, first, second)
+    (made, seen, averages, squares), ends = whole_registers(updates, gradients, first, second)
+    torch._fused_adam_(
+        made,
+        seen,
+        averages,
+        squares,
+        [],
+        [taken] * len(made),
+        lr=-1.0,
+        beta1=beta1,
+        beta2=config.second_moment_beta,
+        weight_decay=0.0,
+        eps=config.eps,
+        amsgrad=False,
+        maximize=False,
+        found_inf=None if found_inf is None else found_inf.as_float,
+    )
+    for target, computed in ends:
+        target.copy_(computed)
     lack = 1.0 - beta1**step
-    return Warm(list(first), 1.0 / lack if corrected else 1.0, updates, 1.0 if corrected else lack)
+    return ElementwiseStep(list(first), 1.0 / lack if corrected else 1.0, updates, 1.0 if corrected else lack)

@@ -85,7 +85,7 @@ def save_shampoo(
             f"the optimizer has no state yet: its loaded state dict says where it is "
             f"({dict(optimizer.external_state)}); call load_shampoo(optimizer, path) on all ranks first"
         )
-    optimizer.settle()
+    optimizer.finish_step()
     if not os.fspath(path):
         raise ValueError("path is empty: give the folder of the checkpoint")
     folder = Path(path).absolute()  # a loop may change its directory while a thread writes

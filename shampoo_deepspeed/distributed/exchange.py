@@ -170,6 +170,16 @@ class Exchange:
             updates=route(t.updates_out, at_block, t.updates_in, at_shard),
         )
 
+    def begin_step(self, waits: bool) -> None:
+        """Count a step.
+
+        Args:
+            waits: for each collective as soon as it is started, to debug.
+        """
+        self.stats = CommStats()
+        self.meter.steps += 1
+        self.waits = waits
+
     def send_gradients(self, bucket: Bucket, shard_gradients: Sequence[Tensor]) -> Transit:
         """Start moving a bucket's gradient pieces from the shards to their owners."""
         with self._measured(bucket):

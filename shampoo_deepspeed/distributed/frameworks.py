@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
+from operator import attrgetter
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -69,10 +70,6 @@ class Shard:
     offset: int
 
 
-def _local_gradient(tensor: Tensor) -> Tensor | None:
-    return tensor.grad
-
-
 @dataclass
 class Layout:
     """A step unit: tensors that are stepped together, and what lies in them on this rank.
@@ -109,7 +106,7 @@ class Layout:
     part: int | None = None
     parts: int = 1
     local: Callable[[Tensor], Tensor] = Tensor.detach
-    gradient: Callable[[Tensor], Tensor | None] = _local_gradient
+    gradient: Callable[[Tensor], Tensor | None] = attrgetter("grad")
     problem: str | None = None
 
 

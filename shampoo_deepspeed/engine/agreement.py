@@ -1,53 +1,147 @@
-"""What all ranks must agree on before a step: is every gradient finite, is any non-zero, norms, failing roots."""
+"""What all ranks must agree on: is a step accepted, does any gradient exist, norms, failing roots; and the step counts.
+
+A step goes through three stages here. ``agree`` runs one small all-reduce before anything is changed. ``count_step``
+counts the step of the parameters that take part. ``rejections`` reads the agreed flags on the CPU at the start of the
+next step, by which time the copy has completed, and undoes the counts of a step that was rejected.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_deepspeed.algorithm.found_inf import FoundInf, StepFlags
+from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.engine.shard_update import ShardGradients
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.linalg.inverse_root import extremes
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.runtime.devices import communication_device
 
-# What a unit's status holds before its squared norms.
+# What a unit's flags are; its squared norms follow them.
 _BAD, _NONZERO, _FAILING = range(3)
 _FLAGS = 3
 
 
-class Report:
-    """The agreed status of one `step()` call.
+class StepFlags:
+    """Flags on their way to the CPU, to be read at the next step.
 
     Args:
-        flags: [bad, nonzero, failing], each 0 where there is none on any rank of any unit of the call.
+        flags: 1-D tensor; on an accelerator it is copied at once and nothing waits before ``read``.
+    """
+
+    def __init__(self, flags: Tensor) -> None:
+        self._event: torch.Event | None = None
+        if flags.device.type == "cpu":
+            self._flags = flags.clone()
+            return
+        self._flags = torch.empty(flags.shape, dtype=flags.dtype, device="cpu", pin_memory=True)
+        self._flags.copy_(flags, non_blocking=True)
+        self._event = torch.Event(flags.device)
+        self._event.record(torch.accelerator.current_stream(flags.device))
+
+    def read(self) -> list[float]:
+        """The values; waits for that copy only, not for what was queued since."""
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[float] = self._flags.tolist()
+        return values
+
+
+class Unread(NamedTuple):
+    """A step whose flags the CPU has not read yet, and which parameters took part in it."""
+
+    flags: StepFlags
+    active: list[bool]
+
+
+class Agreement:
+    """What the ranks have agreed on for one `step()` call.
+
+    Args:
+        flags: [bad, nonzero, failing], each 0 if there is none on any rank of any unit of the call.
         norms: for each unit that needs it, ||G||^2 of its parameters.
     """
 
     def __init__(self, flags: Tensor, norms: Mapping[int, Tensor]) -> None:
         self._flags = flags
         self._norms = norms
-        self.outcome = StepFlags(flags)
+        self.flags = StepFlags(flags)
 
-    def found_inf(self, unit: StepUnit) -> FoundInf:
-        """The device-side found_inf for a unit's tensors."""
-        return FoundInf((self._flags[_BAD] > 0).to(unit.device), unit.dtype, lambda: read(self.outcome)[0])
+    def found_inf(self, unit: StepUnit) -> FoundInf | None:
+        """The flag that masks the step of a unit's tensors; None if the step is known to be accepted."""
+        flag = (self._flags[_BAD] > 0).to(unit.device)
+        if flag.device.type == "cpu" and not flag:
+            return None
+        return FoundInf(flag, unit.dtype, lambda: self.flags.read()[_BAD] > 0)
 
     def any_gradient(self) -> bool:
         """Whether any element of any gradient is not zero; read on the CPU, so only asked at first steps."""
         return bool(self._flags[_NONZERO] > 0)
 
     def squared_norms(self, unit: StepUnit) -> Tensor | None:
-        """||G||^2 of each of the unit's parameters, where a normalized method needs it."""
+        """||G||^2 of each of the unit's parameters, if a normalized method needs it."""
         return self._norms.get(id(unit))
 
+    def count_step(self, unit: StepUnit, active: Sequence[bool]) -> list[int]:
+        """Count a step of the parameters that take part; gives each one's step number, 0 for the others.
 
-def agree(work: Sequence[tuple[StepUnit, ShardGradients]], configs: Mapping[int, ShampooConfig]) -> Report:
-    """Combine this rank's status with that of all ranks that share a unit of this call.
+        All ranks count alike, without a read of the device; ``rejections`` corrects the counts if need be.
+        """
+        unit.unread = Unread(self.flags, list(active))
+        unit.steps = [step + part for step, part in zip(unit.steps, active, strict=True)]
+        unit.step_tensor.fill_(max(unit.steps))
+        return [step if part else 0 for step, part in zip(unit.steps, active, strict=True)]
+
+
+def rejections(units: Iterable[StepUnit], failure_limit: int) -> Iterator[None]:
+    """Read the flags of these units' last steps, and undo the counts of steps that were rejected.
+
+    A rejected step has changed no tensor. The flags have long been copied to the CPU.
+
+    Yields:
+        Once for each `step()` call that was rejected.
+
+    Raises:
+        RuntimeError: if ``failure_limit`` steps in a row were rejected, or roots of a block failed as often.
+    """
+    by_call: dict[int, list[StepUnit]] = {}
+    for unit in units:
+        if unit.unread is not None:
+            by_call.setdefault(id(unit.unread.flags), []).append(unit)
+    for members in by_call.values():
+        flags = members[0].unread.flags.read()
+        rejected = flags[_BAD] > 0
+        for unit in members:
+            if rejected:
+                unit.steps = [step - part for step, part in zip(unit.steps, unit.unread.active, strict=True)]
+                unit.step_tensor.fill_(max(unit.steps))
+            unit.rejected_in_a_row = unit.rejected_in_a_row + 1 if rejected else 0
+            unit.unread = None
+        if rejected:
+            yield
+        _raise_at_limit(max(unit.rejected_in_a_row for unit in members), flags[_FAILING] > 0, failure_limit)
+
+
+def _raise_at_limit(rejected_in_a_row: int, roots_fail: bool, failure_limit: int) -> None:
+    if rejected_in_a_row >= failure_limit:
+        raise RuntimeError(
+            f"{rejected_in_a_row} steps in a row were rejected because a gradient was not finite "
+            f"(failure_limit = {failure_limit})"
+        )
+    if roots_fail:
+        raise RuntimeError(
+            f"inverse roots of blocks failed {failure_limit} times in a row (failure_limit = {failure_limit}; their "
+            "owners' logs name them): their factor matrices are not finite or too ill-conditioned; "
+            "lower the learning rate or raise relative_epsilon"
+        )
+
+
+def agree(work: Sequence[tuple[StepUnit, ShardGradients]], configs: Mapping[int, ShampooConfig]) -> Agreement:
+    """Combine this rank's flags with those of all ranks that share a unit of this call.
 
     One small all-reduce for each unit with several ranks; none with a single rank.
     """
@@ -65,7 +159,7 @@ def agree(work: Sequence[tuple[StepUnit, ShardGradients]], configs: Mapping[int,
             summed = _summed(torch.cat([flags.to(squares), squares]), unit.group)
             flags, squares = summed[:_FLAGS].clamp_max(1e6).to(flags), summed[_FLAGS:]
         norms[id(unit)] = squares
-    return Report(flags, {key: n for key, n in norms.items() if n.numel()})
+    return Agreement(flags, {key: n for key, n in norms.items() if n.numel()})
 
 
 def _flags(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, ShampooConfig]) -> Tensor:
@@ -73,16 +167,14 @@ def _flags(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, Sham
     filled = [gradients.raw[t] for t in used if gradients.raw[t].numel()]
     peak = _peaks(filled) if filled else torch.zeros(1, device=unit.device)
     failing = sum(
-        failures >= configs[unit.plan.blocks[unit.exchange.stacks[number][0]].group].failure_limit
-        for number, stack in enumerate(unit.stacks)
-        for failures in stack.failures
+        failures >= configs[stack.options].failure_limit for stack in unit.stacks for failures in stack.failures
     )
     bad, some = (~torch.isfinite(peak)).any(), (peak != 0).any()
     return torch.stack([bad.float(), some.float(), torch.full_like(peak[0], failing)])
 
 
 def _peaks(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude in each tensor, NaN where it holds one: float32 [len(tensors)]."""
+    """The largest magnitude in each tensor, NaN if it holds one: float32 [len(tensors)]."""
     if tensors[0].device.type == "cpu":
         low, high = extremes(tensors)
         return torch.maximum(-low, high).float()
@@ -93,9 +185,3 @@ def _summed(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     moved = values.to(communication_device(group, values.device))
     dist.all_reduce(moved, group=group)
     return moved.to(values.device)
-
-
-def read(outcome: StepFlags) -> tuple[bool, int]:
-    """(rejected, at least how many blocks fail) of a past step."""
-    flags = outcome.read()
-    return flags[_BAD] > 0, int(flags[_FAILING])

@@ -25,7 +25,7 @@ class ShardGradients(NamedTuple):
 
 
 def shard_gradients(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> ShardGradients:
-    """Collect the gradients, and add weight decay where it is coupled (step 1 of the rule).
+    """Collect the gradients, and add weight decay where it is coupled (step 1 of docs/how-a-step-works.md).
 
     Raises:
         RuntimeError: for a sparse gradient.
@@ -63,19 +63,22 @@ def _taking_part(unit: StepUnit, gradients: Sequence[Tensor | None]) -> list[boo
     return [stepping[home] for home in unit.layout.homes or [0] * len(unit.parameters)]
 
 
-def update(
+def apply_updates(
     unit: StepUnit,
     updates: Sequence[Tensor],
     active: Sequence[bool],
     configs: Mapping[int, ShampooConfig],
     rates: Mapping[int, float | Tensor],
-    found_inf: FoundInf,
+    found_inf: FoundInf | None,
 ) -> None:
-    """Steps 7 to 9 of the rule on the shards: decoupled decay, momentum, and W <- W - lr * update.
+    """Step 8 of the rule on the shards: decoupled decay, momentum, and W <- W - lr * update.
 
     ``updates`` are used up: their content is undefined afterwards.
     """
-    values = wide_weights(unit, configs)
+    values = [unit.layout.local(tensor) for tensor in unit.tensors]
+    narrow = any(value.dtype != unit.dtype for value in values)
+    if narrow:
+        values = wide_weights(unit, configs)
     for group, regions in _regions_by_group(unit, active).items():
         config, rate = configs[group], rates[group]
         if isinstance(rate, Tensor) and rate.device.type == "cpu":
@@ -92,7 +95,8 @@ def update(
         if rest:
             others = [weights[n] for n in rest], [steps[n] for n in rest]
             _in_many_passes(unit, [regions[n] for n in rest], *others, config, rate, found_inf)
-    write_back(unit, values, configs)
+    if narrow:
+        write_back(unit, values, configs)
 
 
 def _fuses(weight: Tensor, step: Tensor, config: ShampooConfig, rate: float | Tensor) -> bool:
@@ -103,7 +107,9 @@ def _fuses(weight: Tensor, step: Tensor, config: ShampooConfig, rate: float | Te
     return weight.device.type in FUSED_DEVICES and weight.is_contiguous() and weight.dtype == step.dtype
 
 
-def _in_one_pass(weights: list[Tensor], steps: list[Tensor], rate: float, decay: float, found_inf: FoundInf) -> None:
+def _in_one_pass(
+    weights: list[Tensor], steps: list[Tensor], rate: float, decay: float, found_inf: FoundInf | None
+) -> None:
     """W <- W - lr * (update + decay * W), each read and written once."""
     torch._fused_sgd_(
         weights,
@@ -116,7 +122,7 @@ def _in_one_pass(weights: list[Tensor], steps: list[Tensor], rate: float, decay:
         nesterov=False,
         maximize=False,
         is_first_step=False,
-        found_inf=found_inf.as_float,
+        found_inf=None if found_inf is None else found_inf.as_float,
     )
 
 
@@ -127,7 +133,7 @@ def _in_many_passes(
     steps: list[Tensor],
     config: ShampooConfig,
     rate: float | Tensor,
-    found_inf: FoundInf,
+    found_inf: FoundInf | None,
 ) -> None:
     """The same with momentum, for weights of any strides and a rate that may be on the device."""
     if config.decay_type != "l2" and config.weight_decay:
@@ -136,11 +142,12 @@ def _in_many_passes(
             _add_decay([steps[n] for n in decaying], [weights[n] for n in decaying], config.decay(rate))
     if config.momentum:
         steps = _with_momentum(unit, regions, steps, config, found_inf)
-    number = found_inf.scale_number(rate)
-    if number is None:
+    if found_inf is not None:
         torch._foreach_mul_(steps, found_inf.scale(rate))
-        number = 1.0
-    torch._foreach_add_(weights, steps, alpha=-number)
+        rate = 1.0
+    elif isinstance(rate, Tensor):  # on a device that is not that of the weights
+        rate = float(rate)
+    torch._foreach_add_(weights, steps, alpha=-rate)
 
 
 def _add_decay(steps: list[Tensor], weights: list[Tensor], decay: float | Tensor) -> None:
@@ -164,7 +171,7 @@ def _region(tensor: Tensor, region: Region) -> Tensor:
 
 
 def _with_momentum(
-    unit: StepUnit, regions: Sequence[Region], steps: list[Tensor], config: ShampooConfig, found_inf: FoundInf
+    unit: StepUnit, regions: Sequence[Region], steps: list[Tensor], config: ShampooConfig, found_inf: FoundInf | None
 ) -> list[Tensor]:
     """Step 8: B <- mu * B + (1 - dampening) * U; gives B, or with Nesterov (1 - dampening) * U + mu * B."""
     buffers = [
@@ -172,8 +179,12 @@ def _with_momentum(
         for r, step in zip(regions, steps, strict=True)
     ]
     torch._foreach_mul_(steps, 1.0 - config.dampening)
-    torch._foreach_mul_(buffers, found_inf.keep(config.momentum))
-    torch._foreach_add_(buffers, torch._foreach_mul(steps, found_inf.scale(1.0)))
+    if found_inf is None:
+        torch._foreach_mul_(buffers, config.momentum)
+        torch._foreach_add_(buffers, steps)
+    else:
+        torch._foreach_mul_(buffers, found_inf.keep(config.momentum))
+        torch._foreach_add_(buffers, torch._foreach_mul(steps, found_inf.scale(1.0)))
     if not config.nesterov:
         return [b.clone() for b in buffers]
     torch._foreach_add_(steps, buffers, alpha=config.momentum)

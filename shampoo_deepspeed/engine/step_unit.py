@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.algorithm.elementwise import Elementwise, Segment
-from shampoo_deepspeed.algorithm.found_inf import StepFlags
 from shampoo_deepspeed.algorithm.grafting import is_normalized
 from shampoo_deepspeed.distributed.exchange import Exchange
 from shampoo_deepspeed.distributed.frameworks import Layout, LayoutError, compute_dtype
@@ -28,13 +27,6 @@ from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.runtime.devices import communication_device, current_device
 from shampoo_deepspeed.runtime.metrics import Measured
-
-
-class Pending(NamedTuple):
-    """A step whose outcome the CPU has not read yet, and which parameters took part in it."""
-
-    outcome: StepFlags
-    active: list[bool]
 
 
 @dataclass(frozen=True)
@@ -89,8 +81,10 @@ class StepUnit:
         self.policies = [policies[p.key] for p in self.parameters]
         # Steps taken by each parameter. All ranks count alike, without a read of the device.
         self.steps = [0] * len(self.parameters)
-        self.clock = torch.zeros((), dtype=torch.float32, device="cpu")  # the largest of them, as torch's tools know it
-        self.pending: Pending | None = None
+        self.step_tensor = torch.zeros(
+            (), dtype=torch.float32, device="cpu"
+        )  # the largest of them, as torch's tools know it
+        self.unread: Any = None  # the flags of the last step that the CPU has not read yet, and who took part
         self.rejected_in_a_row = 0
         # Flat buffers that lie with the shard, by kind ("momentum", "master") and local tensor.
         self.buffers: dict[str, dict[int, Tensor]] = {"momentum": {}, "master": {}}
@@ -112,6 +106,11 @@ class StepUnit:
         self.exchange = Exchange(self.plan, self.rank, own, self.group, wire, self.device)
         self.block_parameters = list(number_of)
         self.stacks = [self._stack(blocks, configs) for blocks in self.exchange.stacks]
+        # For each row of a stack its parameter.
+        self.parameters_of_rows = [
+            [self.block_parameters[self.plan.blocks[block].parameter] for block in blocks]
+            for blocks in self.exchange.stacks
+        ]
         self.elementwise = self._elementwise_part(places, everyone, configs)
         self.regions = self._joined_regions()
         self.needs_norms = any(is_normalized(t.method) for t in self.policies if not t.preconditioned)
@@ -181,7 +180,7 @@ class StepUnit:
         group, shape = self.plan.blocks[blocks[0]].stack
         keys = [self.block_key(b) for b in blocks]
         phases = [phase for b in blocks if (phase := self.plan.blocks[b].phase) is not None]
-        return BlockStack(keys, shape, configs[group], self.device, self.dtype, phases or None)
+        return BlockStack(keys, shape, configs[group], self.device, self.dtype, phases or None, group)
 
     def _elementwise_part(
         self,
@@ -241,29 +240,9 @@ class StepUnit:
         """Whether no step has been taken yet."""
         return not any(self.steps)
 
-    def count(self, active: Sequence[bool]) -> list[int]:
-        """Count a step of the parameters that take part; gives each one's step number, 0 for the others."""
-        self.steps = [step + part for step, part in zip(self.steps, active, strict=True)]
-        self.clock.fill_(max(self.steps))
-        return [step if part else 0 for step, part in zip(self.steps, active, strict=True)]
-
-    def row_steps(self, stack: int, steps: Sequence[int]) -> list[int]:
-        """The parameters' ``steps`` for each row of a stack."""
-        blocks = self.exchange.stacks[stack]
-        return [steps[self.block_parameters[self.plan.blocks[b].parameter]] for b in blocks]
-
     def measured(self) -> Measured:
         """What is measured of this unit's steps on this rank."""
         return Measured(self.exchange.meter, [stack.meter for stack in self.stacks], len(self.plan.owned[self.rank]))
-
-    def settle(self, rejected: bool) -> None:
-        """Note the outcome of the last step; a rejected one has changed no tensor, its counts are undone here."""
-        assert self.pending is not None
-        if rejected:
-            self.steps = [step - part for step, part in zip(self.steps, self.pending.active, strict=True)]
-            self.clock.fill_(max(self.steps))
-        self.rejected_in_a_row = self.rejected_in_a_row + 1 if rejected else 0
-        self.pending = None
 
 
 def _first_difference(left: Any, right: Any) -> str:

@@ -21,7 +21,6 @@ from shampoo_deepspeed.distributed.frameworks import (
     adapters,
     plain_layouts,
 )
-from shampoo_deepspeed.engine import agreement as status
 from shampoo_deepspeed.engine.first_step_log import likely_mistakes, policy_table
 from shampoo_deepspeed.engine.policy import Policy, policy_of
 from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
@@ -34,6 +33,9 @@ from shampoo_deepspeed.options.rules import expanded
 from shampoo_deepspeed.runtime.metrics import read
 
 logger = logging.getLogger("shampoo_deepspeed")
+
+# What a group may change at any time is checked when it has changed; lr is read at every step and may be a tensor.
+CHECKED_OPTIONS = tuple(name for name in OPTION_NAMES if name != "lr")
 
 
 class UnitOptimizer(torch.optim.Optimizer):
@@ -66,7 +68,8 @@ class UnitOptimizer(torch.optim.Optimizer):
         self.policies: dict[str, Policy] = {}  # by parameter key
         self._unit_of: dict[int, StepUnit] = {}
         self._loads: dict[int, list[float]] = {}  # of each process group's ranks, by all units so far
-        self._configs: dict[int, tuple[tuple[Any, ...], ShampooConfig]] = {}
+        self._configs: dict[int, tuple[tuple[Any, ...], ShampooConfig]] = {}  # with the values that were checked
+        self.expanded_configs: dict[int, ShampooConfig] = {}  # by the numbers of rules too
         self._reported = False
         self.rejected_steps = 0
         super().__init__(given, group_options(ShampooConfig.from_options(options)))
@@ -123,11 +126,6 @@ class UnitOptimizer(torch.optim.Optimizer):
     def _take_up(self, unit: StepUnit) -> None:
         """What a subclass does with a new unit before its first step."""
 
-    def note_state(self, unit: StepUnit) -> None:
-        """Torch's tools take an empty ``state`` for that of an optimizer before its first step."""
-        for tensor in unit.tensors:
-            self.state[tensor]["step"] = unit.clock
-
     def _warn_if_idle(self, units: Mapping[int, StepUnit]) -> None:
         """A wrapper that replaces the model's parameters behind the optimizer's back says nothing itself."""
         if not units and not self._warned and any(group["params"] for group in self.param_groups):
@@ -150,34 +148,12 @@ class UnitOptimizer(torch.optim.Optimizer):
                     waiting.append(NewTensor(tensor, group["shampoo_group"], place))
         return units, waiting
 
-    def settle(self) -> None:
-        """Read the outcome of the last step, which otherwise happens one step late. Runs no collective."""
-        self._settle(self.units)
+    def finish_step(self) -> None:
+        """Read the outcome of the last step, which otherwise happens at the next one. Runs no collective."""
+        self._finish_step(self.units)
 
-    def _settle(self, units: Iterable[StepUnit]) -> None:
-        """Count the outcome of these units' last step: its flags have long been copied to the CPU."""
-        limit = self.param_groups[0]["failure_limit"]
-        for outcome in {id(u.pending.outcome): u.pending.outcome for u in units if u.pending is not None}.values():
-            bad, failures = status.read(outcome)
-            in_a_row = 0
-            for unit in units:
-                if unit.pending is not None and unit.pending.outcome is outcome:
-                    unit.settle(bad)
-                    in_a_row = max(in_a_row, unit.rejected_in_a_row)
-            if bad:
-                self.rejected_steps += 1
-                logger.warning("a step was rejected: a gradient was not finite (%d so far)", self.rejected_steps)
-            if in_a_row >= limit:
-                raise RuntimeError(
-                    f"{in_a_row} steps in a row were rejected because a gradient was not finite "
-                    f"(failure_limit = {limit})"
-                )
-            if failures:
-                raise RuntimeError(
-                    f"inverse roots of blocks failed {limit} times in a row (failure_limit = {limit}; their owners' "
-                    "logs name them): their factor matrices are not finite or too ill-conditioned; "
-                    "lower the learning rate or raise relative_epsilon"
-                )
+    def _finish_step(self, units: Iterable[StepUnit]) -> None:
+        raise NotImplementedError
 
     def _report(self, configs: Mapping[int, ShampooConfig]) -> None:
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -190,7 +166,7 @@ class UnitOptimizer(torch.optim.Optimizer):
 
     def _config(self, group: dict[str, Any]) -> ShampooConfig:
         """The group's options, checked again only when one has changed; lr may be a live Tensor."""
-        values = tuple(group[name] for name in OPTION_NAMES if name != "lr")
+        values = tuple(group[name] for name in CHECKED_OPTIONS)
         cached = self._configs.get(group["shampoo_group"])
         if cached is None or cached[0] != values:
             config = ShampooConfig(**{name: group[name] for name in OPTION_NAMES})
@@ -198,6 +174,7 @@ class UnitOptimizer(torch.optim.Optimizer):
                 _refuse_reshaping(cached[1], config)
             self.policies |= self._policies_under(group["shampoo_group"], config)
             cached = self._configs[group["shampoo_group"]] = (values, config)
+            self.expanded_configs = expanded({number: known for number, (_, known) in self._configs.items()})
         return cached[1]
 
     def _policies_under(self, group: int, config: ShampooConfig) -> dict[str, Policy]:
@@ -211,7 +188,7 @@ class UnitOptimizer(torch.optim.Optimizer):
         """Options by parameter group number, as the groups say now."""
         for group in self.param_groups:
             self._config(group)
-        return expanded({number: config for number, (_, config) in self._configs.items()})
+        return self.expanded_configs
 
     def groups_apart(self, numbers: Sequence[int]) -> None:
         """Give groups that a framework has overwritten their numbers, and the options last seen of each."""

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.linalg.inverse_root import decomposed, non_finite, regularised
-from shampoo_deepspeed.linalg.precision import product
-from shampoo_deepspeed.linalg.reproducible import power
+from shampoo_deepspeed.linalg.precision import power, product
 
 
 def eigenbasis(matrices: Tensor, in_float64: bool = False) -> tuple[Tensor, Tensor, list[int]]:

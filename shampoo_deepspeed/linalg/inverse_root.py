@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.linalg.newton import DB_ROOTS, coupled_newton, newton_db
-from shampoo_deepspeed.linalg.precision import full_precision, no_switch_counts, product
-from shampoo_deepspeed.linalg.reproducible import power
-from shampoo_deepspeed.runtime.metrics import note_spectrum
+from shampoo_deepspeed.linalg.precision import full_precision, no_switch_counts, power, product
 
 # Elements of a row from which on the CPU finds its extremes faster by a call of its own.
 LONG = 1 << 12
@@ -35,6 +33,7 @@ def inverse_root(
     solver: str = "eigh",
     pseudo_inverse: bool = False,
     in_float64: bool = False,
+    conditions: list[Tensor] | None = None,
 ) -> tuple[Tensor, list[int]]:
     """A^(-1/root) of each matrix of a stack (arXiv 2309.06497, section 4.1).
 
@@ -52,6 +51,7 @@ def inverse_root(
         pseudo_inverse: nothing is shifted; eigenvalues up to ``max(epsilon, relative_epsilon * l_max)`` get root 0.
         in_float64: eigendecompositions in float64 of float32 matrices too; about twice the time, and the root is
             right to rounding where the ridge is near the rounding of the largest eigenvalue.
+        conditions: gets the largest condition number of the regularised matrices, 0-d, from solvers that know it.
 
     Returns:
         The roots [B, d, d], and the rows that failed even in float64 (their content is undefined).
@@ -59,7 +59,7 @@ def inverse_root(
     work = matrices if matrices.dtype == torch.float64 else matrices.float()
     solver = chosen_solver(solver, work, root, relative_epsilon, pseudo_inverse)
     if solver == "eigh":
-        roots, failed = _by_eigh(work, root, epsilon, relative_epsilon, pseudo_inverse, in_float64)
+        roots, failed = _by_eigh(work, root, epsilon, relative_epsilon, pseudo_inverse, in_float64, conditions)
         return roots.to(dtype), failed
     work = symmetric(work)
     iteration = coupled_newton if solver == "coupled_newton" else newton_db
@@ -68,7 +68,7 @@ def inverse_root(
         roots, left = iteration(work.double() if beside else work, int(root), epsilon, relative_epsilon)
     if not left:
         return roots.to(dtype), []
-    found, wrong = _by_eigh(work[left], root, epsilon, relative_epsilon, pseudo_inverse, in_float64)
+    found, wrong = _by_eigh(work[left], root, epsilon, relative_epsilon, pseudo_inverse, in_float64, conditions)
     roots[left] = found.to(roots.dtype)
     return roots.to(dtype), [left[n] for n in wrong]
 
@@ -90,16 +90,23 @@ def chosen_solver(solver: str, work: Tensor, root: float, relative_epsilon: floa
 
 
 def _by_eigh(
-    work: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool, in_float64: bool
+    work: Tensor,
+    root: float,
+    epsilon: float,
+    relative_epsilon: float,
+    pseudo_inverse: bool,
+    in_float64: bool,
+    conditions: list[Tensor] | None,
 ) -> tuple[Tensor, list[int]]:
     """The roots in the dtype of ``work``, and the rows that failed in float64 too."""
     roots = torch.empty_like(work)
     if not in_float64:
-        roots = _stack_root(work, root, epsilon, relative_epsilon, pseudo_inverse)
+        roots = _stack_root(work, root, epsilon, relative_epsilon, pseudo_inverse, conditions)
     failed = []
     for row in range(len(work)) if in_float64 else non_finite(roots):
         # One at a time, as float64 copies of a whole stack would be most of the memory that a step needs.
-        retried = _stack_root(work[row : row + 1].double(), root, epsilon, relative_epsilon, pseudo_inverse)
+        wide = work[row : row + 1].double()
+        retried = _stack_root(wide, root, epsilon, relative_epsilon, pseudo_inverse, conditions)
         narrow = retried.to(roots.dtype)  # which may overflow
         if non_finite(narrow):
             failed.append(row)
@@ -109,16 +116,22 @@ def _by_eigh(
 
 
 def diagonal_root(
-    diagonals: Tensor, root: float, epsilon: float, relative_epsilon: float, dtype: torch.dtype, pseudo_inverse: bool
+    diagonals: Tensor,
+    root: float,
+    epsilon: float,
+    relative_epsilon: float,
+    dtype: torch.dtype,
+    pseudo_inverse: bool,
+    conditions: list[Tensor] | None = None,
 ) -> tuple[Tensor, list[int]]:
     """``inverse_root`` of diagonal matrices [B, d]; their entries are their eigenvalues."""
     work = diagonals if diagonals.dtype == torch.float64 else diagonals.float()
-    roots = _scales(work, root, epsilon, relative_epsilon, pseudo_inverse).to(dtype)
+    roots = _scales(work, root, epsilon, relative_epsilon, pseudo_inverse, conditions).to(dtype)
     return roots, non_finite(torch.stack([work, roots.to(work.dtype)], dim=-1))  # the root of infinity is 0
 
 
 def decomposed(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors in rising order; each matrix's depend on its values alone (see ``reproducible``).
+    """Eigenvalues and eigenvectors in rising order; each matrix's depend on its values alone (see ``precision``).
 
     NaN for a matrix that did not converge, as LAPACK or cuSOLVER report, and where an accelerator's vectors are not
     orthonormal.
@@ -163,14 +176,28 @@ def checked(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     return values.masked_fill(wrong[:, None], torch.nan), vectors.masked_fill(wrong[:, None, None], torch.nan)
 
 
-def _stack_root(matrices: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool) -> Tensor:
+def _stack_root(
+    matrices: Tensor,
+    root: float,
+    epsilon: float,
+    relative_epsilon: float,
+    pseudo_inverse: bool,
+    conditions: list[Tensor] | None,
+) -> Tensor:
     """The roots, NaN where the decomposition failed."""
     values, vectors = decomposed(matrices)
-    scales = _scales(values, root, epsilon, relative_epsilon, pseudo_inverse)
+    scales = _scales(values, root, epsilon, relative_epsilon, pseudo_inverse, conditions)
     return product(vectors * scales.unsqueeze(-2), vectors.mT)
 
 
-def _scales(values: Tensor, root: float, epsilon: float, relative_epsilon: float, pseudo_inverse: bool) -> Tensor:
+def _scales(
+    values: Tensor,
+    root: float,
+    epsilon: float,
+    relative_epsilon: float,
+    pseudo_inverse: bool,
+    conditions: list[Tensor] | None,
+) -> Tensor:
     """l^(-1/root) of eigenvalues [B, d], regularised or cut off; 0 where nothing is left to take a root of."""
     if pseudo_inverse:
         cut = (relative_epsilon * values.amax(dim=-1, keepdim=True)).clamp_min(epsilon)
@@ -180,7 +207,9 @@ def _scales(values: Tensor, root: float, epsilon: float, relative_epsilon: float
     else:
         values = regularised(values, epsilon, relative_epsilon)
         smallest = values.amin(dim=-1)
-    note_spectrum(torch.stack([smallest, values.amax(dim=-1)], dim=-1))
+    if conditions is not None and values.numel():
+        # A matrix that has none (all zero, or not finite) does not count.
+        conditions.append((values.amax(dim=-1) / smallest).nan_to_num(nan=0.0, posinf=torch.inf).amax())
     powers = power(values.clamp_min(torch.finfo(values.dtype).tiny), -1.0 / root)
     return torch.where(values == 0, 0.0, powers)
 

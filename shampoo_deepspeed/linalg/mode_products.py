@@ -59,11 +59,20 @@ def _chained(stack: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return made
 
 
-def add_gram_(factors: Tensor, unfolded: Tensor, decay: float, weight: float) -> None:
-    """A <- decay * A + weight * XX' in place, for A [B, d, d] and X [B, d, n] of one dtype.
+def add_gram_(factors: Tensor, stack: Tensor, mode: int, decay: float, weight: float) -> None:
+    """A <- decay * A + weight * XX' in place, for the mode unfoldings X [B, d, n] of a stack [B, *shape].
 
-    Only the lower triangles are defined; what lies above them may be old (see ``roots.symmetric``).
+    Of A [B, d, d] only the lower triangles are defined; what lies above them may be old (see
+    ``inverse_root.symmetric``). Factors [B, d] hold the diagonals alone.
     """
+    unfolded = unfold(stack, mode)
+    unfolded = unfolded.to(torch.promote_types(factors.dtype, unfolded.dtype))
+    if factors.ndim == 2:
+        factors.mul_(decay).add_(unfolded.square().sum(dim=-1), alpha=weight)
+        return
+    if factors.dtype != unfolded.dtype:
+        factors.mul_(decay).add_(torch.bmm(unfolded, unfolded.mT), alpha=weight)
+        return
     d = factors.shape[-1]
     strips = min(STRIPS, d // STRIP) if factors.device.type == "cpu" else 1
     width = -(-d // max(1, strips))

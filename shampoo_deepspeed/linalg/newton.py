@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.linalg.reproducible import elementwise, power
+from shampoo_deepspeed.linalg.precision import elementwise, power
 
 MAX_ITERATIONS = 100
 DB_ROOTS = (1, 2, 4, 8)  # that newton_db can take: what repeated square roots give

@@ -1,14 +1,29 @@
-"""The precision of matrix products: float32 means float32, whatever switches a script has set."""
+"""Arithmetic that depends on values alone: neither on a script's precision switches nor on what lies where in memory.
+
+*Switches.* Float32 products are made in float32, whatever the global TF32 and autocast switches say.
+
+*Places.* Libraries do not promise that a result is the same everywhere in memory. LAPACK kernels take other paths for a
+matrix that is not aligned, as matrices of odd size inside a batch are not. Torch's vectorised loops compute the last
+elements of a tensor, which fill no vector register, by another formula (``pow``, the fused Adam). So on the CPU
+matrices are decomposed one by one, each in memory of its own (``inverse_root.decomposed``), and elements at the end of
+a tensor are computed in a padded copy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# A multiple of the elements that torch's loops take at a time, on any CPU: two vector registers of 16 float32 with
+# AVX-512, of 64 with the widest SVE.
+LANES = 128
+# Torch divides tensors from 32,768 elements on among threads, and not at multiples of vector registers.
+UNDIVIDED = 1 << 14
 
 
 @contextmanager
@@ -71,3 +86,54 @@ def no_switch_counts() -> bool:
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Matrix product; in float64 within ``beside_the_forward``, rounded to the dtype of ``left``."""
     return (left.double() @ right.double()).to(left.dtype) if _beside.get() else left @ right
+
+
+def elementwise(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """``function(values)``, where each element of the result depends on its own element of ``values`` alone.
+
+    Args:
+        function: an element-wise function of tensors that keeps shape and dtype.
+    """
+    if values.device.type != "cpu" or not values.numel():
+        return function(values)
+    flat = values.reshape(-1)
+    padded = flat.new_ones(-(-len(flat) // LANES) * LANES)
+    padded[: len(flat)] = flat
+    parts = [function(part) for part in padded.split(UNDIVIDED)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[: len(flat)].view(values.shape)
+
+
+def power(values: Tensor, exponent: float) -> Tensor:
+    """``values ** exponent``, element by element, by ``elementwise``."""
+    return elementwise(lambda part: part.pow(exponent), values)
+
+
+def whole_registers(*lists: Sequence[Tensor]) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
+    """Lists of tensors for a kernel that changes them in place, such that each element's result depends on it alone.
+
+    On the CPU these are flat views: of each tensor the elements that fill vector registers, and padded copies of the
+    others, which are to be copied back.
+
+    Args:
+        lists: of contiguous tensors; those at the same place of each list have one size.
+
+    Returns:
+        As many lists, for the kernel, and (target, copy) pairs.
+    """
+    if not lists[0] or lists[0][0].device.type != "cpu":
+        return [list(tensors) for tensors in lists], []
+    out: list[list[Tensor]] = [[] for _ in lists]
+    copies = []
+    for place, like in enumerate(lists[0]):
+        numel = like.numel()
+        full = numel // LANES * LANES
+        for tensors, made in zip(lists, out, strict=True):
+            flat = tensors[place].view(-1)
+            if full:
+                made.append(flat[:full])
+            if full < numel:
+                padded = flat.new_zeros(LANES)
+                end = padded[: numel - full].copy_(flat[full:])
+                copies.append((flat[full:], end))
+                made.append(padded)
+    return out, copies

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from enum import Flag, auto
+from functools import cache, cached_property
 from typing import Any
 
 from torch import Tensor
@@ -48,7 +49,7 @@ from shampoo_deepspeed.options.choices import (
     WIDE_DTYPES,
 )
 from shampoo_deepspeed.options.combinations import check_together
-from shampoo_deepspeed.options.names import FIXED_OPTIONS, GROUP_ONLY, renamed
+from shampoo_deepspeed.options.names import renamed
 
 _patterns = patterns_with(KINDS)
 _optional_dtype = nullable(dtype_name(*DTYPES))
@@ -70,7 +71,7 @@ def _rules(key: str, value: object) -> tuple[dict[str, Any], ...]:
         match = rule["match"]
         patterns = _patterns(f"{key}: match", [match] if isinstance(match, str) else match)
         options = canonical({name: v for name, v in rule.items() if name != "match"})
-        misplaced = sorted(set(options) & set(GROUP_ONLY))
+        misplaced = sorted(set(options) & set(options_with(GROUP_ONLY)))
         if misplaced:
             raise bad(key, value, f"{misplaced[0]!r} belongs to a parameter group and not to a rule")
         try:
@@ -80,8 +81,24 @@ def _rules(key: str, value: object) -> tuple[dict[str, Any], ...]:
     return tuple(rules)
 
 
-def _option(default: Any, validator: Check, doc: str) -> Any:
-    return field(default=default, metadata={"check": validator, "doc": doc})
+class Property(Flag):
+    """What an option may do, beside being set when the optimizer is built."""
+
+    FIXED = auto()  # it shapes blocks and state, so it may not change once there is state
+    GROUP_ONLY = auto()  # the step of a whole parameter group uses it, so rules for single parameters cannot change it
+    SHARED = auto()  # it shapes what ranks exchange, so all groups of an optimizer have one value
+    NOT_STORED = (
+        auto()
+    )  # it says how and when ranks work, or which parameters are meant, not what their state looks like
+    SCHEDULED = auto()  # schedules change it, so that it differs at most resumptions
+
+
+FIXED, GROUP_ONLY, SHARED, NOT_STORED, SCHEDULED = Property
+_PLAIN = Property(0)
+
+
+def _option(default: Any, validator: Check, doc: str, properties: Property = _PLAIN) -> Any:
+    return field(default=default, metadata={"check": validator, "doc": doc, "properties": properties})
 
 
 @dataclass(frozen=True)
@@ -99,37 +116,61 @@ class ShampooConfig:
         OptionError: an unknown option, a wrong type, or a value out of range.
     """
 
-    lr: float | Tensor = _option(1e-3, learning_rate, "learning rate, read every step; AdamW's scale when grafted")
-    betas: tuple[float, float] = _option((0.9, 0.999), beta_pair, "decay of the first moment, of the factor matrices")
+    lr: float | Tensor = _option(
+        1e-3, learning_rate, "learning rate, read every step; AdamW's scale when grafted", GROUP_ONLY | SCHEDULED
+    )
+    betas: tuple[float, float] = _option(
+        (0.9, 0.999), beta_pair, "decay of the first moment, of the factor matrices", SCHEDULED
+    )
     beta3: float | None = _option(None, nullable(fraction), "weight of the old first moment in M; null: betas[0]")
     eps: float = _option(1e-8, non_negative, "added to the square root of second moments, as in AdamW")
-    weight_decay: float = _option(0.0, non_negative, "weight decay")
-    decoupled_weight_decay: bool = _option(True, flag, "AdamW's decay; false: L2, added to the gradient")
+    weight_decay: float = _option(0.0, non_negative, "weight decay", GROUP_ONLY)
+    decoupled_weight_decay: bool = _option(True, flag, "AdamW's decay; false: L2, added to the gradient", GROUP_ONLY)
     weight_decay_type: str | None = _option(
-        None, nullable(one_of(*DECAYS)), "l2, decoupled, corrected or independent; null: by decoupled_weight_decay"
+        None,
+        nullable(one_of(*DECAYS)),
+        "l2, decoupled, corrected or independent; null: by decoupled_weight_decay",
+        GROUP_ONLY,
     )
     peak_lr: float | None = _option(
-        None, nullable(positive), "what scales corrected and independent decay; null: lr at the start"
+        None,
+        nullable(positive),
+        "what scales corrected and independent decay; null: lr at the start",
+        GROUP_ONLY | SCHEDULED,
     )
-    no_decay: tuple[str, ...] = _option((), _patterns, "patterns of parameters without weight decay")
+    no_decay: tuple[str, ...] = _option(
+        (), _patterns, "patterns of parameters without weight decay", FIXED | GROUP_ONLY | NOT_STORED
+    )
     epsilon: float = _option(1e-12, non_negative, "absolute floor of the factor matrices' regularisation")
     relative_epsilon: float = _option(1e-6, fraction, "regularisation relative to the largest eigenvalue")
-    preconditioner: str = _option("shampoo", one_of(*PRECONDITIONERS), "shampoo, soap or kl_shampoo")
-    max_preconditioner_dim: int = _option(1024, positive_int, "block size: larger dims are cut, small ones merged")
-    merge_small_dims: bool = _option(True, flag, "merge small neighbouring dims; false: only dims of size 1 go")
-    large_dim: str = _option(
-        "block", one_of(*LARGE_DIMS), "dims above the block size: cut, a diagonal, nothing, or AdaGrad for all of it"
+    preconditioner: str = _option("shampoo", one_of(*PRECONDITIONERS), "shampoo, soap or kl_shampoo", FIXED)
+    max_preconditioner_dim: int = _option(
+        1024, positive_int, "block size: larger dims are cut, small ones merged", FIXED
     )
-    one_sided: str | None = _option(None, nullable(one_of(*SIDES)), "the only dim with a factor; null: all dims")
-    batch_dims: int = _option(0, small_int, "1: the first dim counts matrices of their own, as of stacked experts")
-    split: tuple[int, ...] = _option((), lengths, "lengths of the parts of a fused matrix, each with its own blocks")
+    merge_small_dims: bool = _option(True, flag, "merge small neighbouring dims; false: only dims of size 1 go", FIXED)
+    large_dim: str = _option(
+        "block",
+        one_of(*LARGE_DIMS),
+        "dims above the block size: cut, a diagonal, nothing, or AdaGrad for all of it",
+        FIXED,
+    )
+    one_sided: str | None = _option(None, nullable(one_of(*SIDES)), "the only dim with a factor; null: all dims", FIXED)
+    batch_dims: int = _option(
+        0, small_int, "1: the first dim counts matrices of their own, as of stacked experts", FIXED
+    )
+    split: tuple[int, ...] = _option(
+        (), lengths, "lengths of the parts of a fused matrix, each with its own blocks", FIXED
+    )
     statistics_frequency: int = _option(1, positive_int, "steps between gradients in the factors; each counts for all")
-    precondition_frequency: int = _option(10, positive_int, "steps between two refreshes of roots or eigenbases")
+    precondition_frequency: int = _option(
+        10, positive_int, "steps between two refreshes of roots or eigenbases", NOT_STORED
+    )
     refresh_tolerance: float | None = _option(None, nullable(fraction), "off-diagonal mass that a kept basis may have")
     refresh: str = _option(
         "staggered",
         exactly(*REFRESHES),
         "staggered: spread over the frequency; background: also on a thread; sync: all blocks at once",
+        FIXED | NOT_STORED,
     )
     start_preconditioning_step: int = _option(-1, start_step, "first preconditioned step; -1: the frequency")
     grafting: str | None = _option(None, _optional_method, "whose step length blocks take; null: adam, for soap none")
@@ -139,9 +180,9 @@ class ShampooConfig:
     elementwise: str | None = _option(
         None, _optional_method, "method of unpreconditioned parameters; null: as grafting, or adam where that is none"
     )
-    momentum: float = _option(0.0, fraction, "momentum on the finished update")
-    dampening: float = _option(0.0, fraction, "dampening of momentum")
-    nesterov: bool = _option(False, flag, "Nesterov momentum")
+    momentum: float = _option(0.0, fraction, "momentum on the finished update", GROUP_ONLY | SCHEDULED)
+    dampening: float = _option(0.0, fraction, "dampening of momentum", GROUP_ONLY)
+    nesterov: bool = _option(False, flag, "Nesterov momentum", GROUP_ONLY)
     use_bias_correction: bool = _option(True, flag, "correct first moment and factor matrices for their zero start")
     exponent_override: float | tuple[float | None, ...] | None = _option(
         None, optional_root, "the p of A^(-1/p), or a list by number of preconditioned dims; null: twice it, soap 2"
@@ -150,25 +191,47 @@ class ShampooConfig:
         "shift", one_of("shift", "pseudo_inverse"), "small eigenvalues: regularised, or their root is 0"
     )
     solver: str = _option("auto", one_of(*SOLVERS), "how inverse roots are computed; auto: by device and root")
-    exclude: tuple[str, ...] = _option(DEFAULT_EXCLUDE, _patterns, "patterns of parameters that stay element-wise")
+    exclude: tuple[str, ...] = _option(
+        DEFAULT_EXCLUDE, _patterns, "patterns of parameters that stay element-wise", FIXED | GROUP_ONLY | NOT_STORED
+    )
     rules: tuple[dict[str, Any], ...] = _option(
-        DEFAULT_RULES, _rules, "options of the parameters that match a pattern; the first rule that matches counts"
+        DEFAULT_RULES,
+        _rules,
+        "options of the parameters that match a pattern; the first rule that matches counts",
+        FIXED | GROUP_ONLY,
     )
-    factor_dtype: str = _option("float32", dtype_name(*WIDE_DTYPES), "dtype of factor matrices")
-    root_dtype: str = _option("float32", dtype_name(*DTYPES), "dtype of inverse roots and eigenbases")
+    factor_dtype: str = _option("float32", dtype_name(*WIDE_DTYPES), "dtype of factor matrices", FIXED)
+    root_dtype: str = _option("float32", dtype_name(*DTYPES), "dtype of inverse roots and eigenbases", FIXED)
     master_weights: bool = _option(
-        True, flag, "keep a float32 copy of 16-bit parameters that the framework keeps none of"
+        True, flag, "keep a float32 copy of 16-bit parameters that the framework keeps none of", GROUP_ONLY
     )
-    stochastic_rounding: bool = _option(False, flag, "without master_weights: round bfloat16 parameters at random")
-    apply_dtype: str | None = _option(None, _optional_dtype, "dtype of products with roots or bases; null: the wider")
-    communication_dtype: str | None = _option(None, _optional_dtype, "dtype between ranks; null: that of the moments")
+    stochastic_rounding: bool = _option(
+        False, flag, "without master_weights: round bfloat16 parameters at random", GROUP_ONLY
+    )
+    apply_dtype: str | None = _option(
+        None, _optional_dtype, "dtype of products with roots or bases; null: the wider", NOT_STORED
+    )
+    communication_dtype: str | None = _option(
+        None,
+        _optional_dtype,
+        "dtype between ranks; null: that of the moments",
+        FIXED | GROUP_ONLY | SHARED | NOT_STORED,
+    )
     bucket_mb: float | None = _option(
         None,
         nullable(non_negative),
         "megabytes in a bucket, eight under way at once; null: an eighth of a rank's blocks, 2 to 16",
+        FIXED | GROUP_ONLY | SHARED | NOT_STORED,
     )
-    overlap: bool = _option(True, flag, "exchange while blocks are computed; false waits each time, to debug")
-    failure_limit: int = _option(10, positive_int, "rejected steps or failed roots in a row before an error")
+    overlap: bool = _option(
+        True,
+        flag,
+        "exchange while blocks are computed; false waits each time, to debug",
+        GROUP_ONLY | SHARED | NOT_STORED,
+    )
+    failure_limit: int = _option(
+        10, positive_int, "rejected steps or failed roots in a row before an error", GROUP_ONLY | SHARED
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -191,7 +254,7 @@ class ShampooConfig:
         """``under_rule`` of all rules."""
         return tuple(self.under_rule(number) for number in range(len(self.rules)))
 
-    @property
+    @cached_property
     def decay_type(self) -> str:
         """How weight decay enters: l2, decoupled, corrected or independent."""
         return self.weight_decay_type or ("decoupled" if self.decoupled_weight_decay else "l2")
@@ -230,32 +293,32 @@ class ShampooConfig:
             given = given[count - 1] if count <= len(given) else None
         return 2.0 * count if given is None else given
 
-    @property
+    @cached_property
     def start(self) -> int:
         """The first preconditioned step, counted from 1."""
         start = self.start_preconditioning_step
         return self.precondition_frequency if start == -1 else start
 
-    @property
+    @cached_property
     def grafting_method(self) -> str:
         """The grafting in force: as given, else the preconditioner's own. SOAP has Adam's step length already."""
         if self.grafting is not None:
             return self.grafting
         return "none" if self.preconditioner == "soap" else "adam"
 
-    @property
+    @cached_property
     def warm_method(self) -> str:
         """The method of a block's updates before its first refresh, and of their length after it where grafted."""
         return self.elementwise_method if self.grafting_method == "none" else self.grafting_method
 
-    @property
+    @cached_property
     def second_moment_beta(self) -> float:
         """Decay of second moments: that of grafting, and SOAP's of the rotated gradient."""
         if self.grafting_beta2 is not None:
             return self.grafting_beta2
         return self.betas[1] if self.betas[1] < 1.0 else 0.999
 
-    @property
+    @cached_property
     def elementwise_method(self) -> str:
         """The method of parameters (and of blocks before their first refresh) that have no inverse root."""
         if self.elementwise is not None:
@@ -265,32 +328,24 @@ class ShampooConfig:
     def shape_of_state(self) -> dict[str, Any]:
         """What may not change once there is state, by option."""
         plain = ("none", "sgd")  # no second moment
-        fixed = {name: getattr(self, name) for name in FIXED_OPTIONS}
+        fixed = {name: getattr(self, name) for name in options_with(FIXED)}
         if self.staggers:  # whose phases are those of this frequency
             fixed["precondition_frequency"] = self.precondition_frequency
         kinds = {"grafting": self.warm_method in plain, "elementwise": self.elementwise_method in plain}
         kinds["refresh_tolerance"] = self.keeps_basis
         return {**fixed, "betas": self.betas[0] == 0.0, **kinds}
 
-    @property
+    @cached_property
     def keeps_basis(self) -> bool:
         """Whether inverse roots are made from eigenbases that are kept, so that a refresh can find one good enough."""
         return self.refresh_tolerance is not None and self.preconditioner != "soap"
 
-    @property
+    @cached_property
     def staggers(self) -> bool:
         """Whether refreshes are spread over the window."""
         return self.refresh in ("staggered", "background")
 
-    def takes_statistics(self, step: int) -> bool:
-        """Whether the gradient of this step (counted from 1) goes into the factor matrices."""
-        return (step - 1) % self.statistics_frequency == 0
-
-    def gradients_seen(self, step: int) -> int:
-        """How many gradients the factor matrices count as of this step: each taken one stands for a whole window."""
-        return self.statistics_frequency * (1 + (step - 1) // self.statistics_frequency)
-
-    @property
+    @cached_property
     def decompositions(self) -> float:
         """How long one takes, of one in float32: KL-Shampoo's are in float64."""
         return 2.0 if self.preconditioner == "kl_shampoo" else 1.0
@@ -300,18 +355,9 @@ class ShampooConfig:
         statistics = float(order) if self.preconditioner == "kl_shampoo" else 1.0
         return statistics / self.statistics_frequency + (2.0 if self.preconditioner == "soap" else 1.0)
 
-    def refreshes_at(self, step: int, phase: int | None = None) -> bool:
-        """Whether a block is refreshed at this step (counted from 1).
-
-        Args:
-            phase: that of the block, in [0, frequency), if refreshes are spread over the window: it is refreshed first
-                at ``start + phase``, and then every ``precondition_frequency`` steps. None if all blocks refresh
-                together: at the start, and then at multiples of the frequency.
-        """
-        first = self.start if phase is None else self.start + phase
-        if step <= first:
-            return step == first
-        return (step if phase is None else step - first) % self.precondition_frequency == 0
+    def refreshes_at(self, step: int) -> bool:
+        """Whether all blocks are refreshed at this step (counted from 1), if refreshes are not spread."""
+        return step >= self.start and (step == self.start or step % self.precondition_frequency == 0)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> ShampooConfig:
@@ -330,6 +376,12 @@ class ShampooConfig:
 
 
 OPTION_NAMES = tuple(f.name for f in fields(ShampooConfig))
+
+
+@cache
+def options_with(wanted: Property) -> tuple[str, ...]:
+    """Names of the options that have a property."""
+    return tuple(option.name for option in fields(ShampooConfig) if wanted in option.metadata["properties"])
 
 
 def canonical(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Names of options: those that others use for them, and which may be set or changed where."""
+"""Names of options: those that other packages use for them."""
 
 from __future__ import annotations
 
@@ -23,48 +23,6 @@ ALIASES = {
 # default can be taken.
 IGNORED = ("foreach", "fused", "torch_adam")
 ONLY_FALSE = ("capturable", "differentiable", "maximize")
-
-# These shape blocks and state, so they are fixed from a group's first step on; whether there is a first moment, a
-# second one, or a kept basis is fixed too.
-FIXED_OPTIONS = (
-    "preconditioner",
-    "refresh",
-    "max_preconditioner_dim",
-    "merge_small_dims",
-    "large_dim",
-    "one_sided",
-    "batch_dims",
-    "split",
-    "rules",
-    "exclude",
-    "no_decay",
-    "factor_dtype",
-    "root_dtype",
-    "communication_dtype",
-    "bucket_mb",
-)
-# The step of a whole parameter group uses these, so rules for single parameters cannot change them.
-GROUP_ONLY = (
-    "lr",
-    "weight_decay",
-    "decoupled_weight_decay",
-    "weight_decay_type",
-    "peak_lr",
-    "no_decay",
-    "exclude",
-    "rules",
-    "momentum",
-    "dampening",
-    "nesterov",
-    "master_weights",
-    "stochastic_rounding",
-    "communication_dtype",
-    "bucket_mb",
-    "overlap",
-    "failure_limit",
-)
-# These shape what ranks exchange, so one optimizer has one value of each.
-GLOBAL_OPTIONS = ("communication_dtype", "bucket_mb", "overlap", "failure_limit")
 
 
 def renamed(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from dataclasses import fields
 from typing import Any
 
 from shampoo_deepspeed.options.checks import OptionError
-from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig, canonical
-from shampoo_deepspeed.options.names import ALIASES, GLOBAL_OPTIONS, IGNORED, ONLY_FALSE
+from shampoo_deepspeed.options.config import OPTION_NAMES, SHARED, ShampooConfig, canonical, options_with
+from shampoo_deepspeed.options.names import ALIASES, IGNORED, ONLY_FALSE
 
 # What torch, its schedulers and DeepSpeed keep in groups beside options.
 _OTHERS_KEYS = {
@@ -40,7 +40,7 @@ def checked_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[st
         elif key in unknown_keys(group) and difflib.get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.85):
             canonical({key: group[key]})  # raises
     options = {**{name: defaults[name] for name in OPTION_NAMES}, **canonical(own)}
-    for name in GLOBAL_OPTIONS:
+    for name in options_with(SHARED):
         if options[name] != defaults[name]:
             raise OptionError(
                 f"Shampoo option {name!r} = {options[name]!r} in a parameter group is not allowed: all groups share "

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -74,17 +73,13 @@ class RefreshMeter:
         self._read = False
 
     @contextmanager
-    def refreshing(self, device: torch.device) -> Iterator[None]:
-        """Around a refresh: its time, and the spectra that are noted meanwhile (``note_spectrum``)."""
-        spectra: list[Tensor] = []
-        token = _spectra.set(spectra)
-        try:
-            with self.watch.span(device):
-                yield
-        finally:
-            _spectra.reset(token)
-        if spectra:  # the refresh has waited for the device, so that these are there
-            self._note(torch.stack([s.double() for s in spectra]).amax().item())
+    def refreshing(self, device: torch.device) -> Iterator[list[Tensor]]:
+        """Around a refresh: measures its time. Gives a list for the condition numbers, 0-d, of what is refreshed."""
+        conditions: list[Tensor] = []
+        with self.watch.span(device):
+            yield conditions
+        if conditions:  # the refresh has waited for the device, so that these are there
+            self._note(torch.stack([condition.double() for condition in conditions]).amax().item())
 
     def _note(self, condition: float) -> None:
         self._worst = condition if self._read or self._worst is None else max(self._worst, condition)
@@ -101,19 +96,6 @@ class RefreshMeter:
         """The largest condition number of the refreshes since the last reading, or else what was found then."""
         self._read = True
         return self._worst
-
-
-_spectra: ContextVar[list[Tensor] | None] = ContextVar("spectra", default=None)
-
-
-def note_spectrum(values: Tensor) -> None:
-    """Tell the refresh under way the regularised eigenvalues [..., d] of factor matrices, in ascending order.
-
-    Matrices without a condition number (all zero, or not finite) do not count.
-    """
-    spectra = _spectra.get()
-    if spectra is not None and values.numel():
-        spectra.append((values[..., -1] / values[..., 0]).nan_to_num(nan=0.0, posinf=torch.inf).amax())
 
 
 class Measured(NamedTuple):

@@ -78,7 +78,7 @@ class BlockOptimizer(UnitOptimizer):
                 ``consolidate_state_dict`` was not called since the last step; or where FSDP1 asks, which cannot carry
                 this state, and no framework writes it beside.
         """
-        self.settle()
+        self.finish_step()
         helper = asking_helper()
         elsewhere = self._elsewhere if self._elsewhere is not None else self.external_state
         if elsewhere is not None and helper is None:
@@ -123,7 +123,7 @@ class BlockOptimizer(UnitOptimizer):
             for tensor, entry in zip(unit.tensors, made, strict=True):
                 entries[id(tensor)] = entry
                 for name in entry:  # torch takes what it finds here for the names of what it has to load
-                    self.state[tensor].setdefault(name, unit.clock)
+                    self.state[tensor].setdefault(name, unit.step_tensor)
         return entries
 
     def _numbered(self, entries: Mapping[int, Any]) -> dict[int, Any]:
@@ -170,7 +170,7 @@ class BlockOptimizer(UnitOptimizer):
         As in torch's ZeroRedundancyOptimizer: the first rank of each group then has all of it, to be saved. The copy
         lies on the CPU and is dropped at the next step.
         """
-        self.settle()
+        self.finish_step()
         parts = [consolidated(unit, SavedState.of_units([unit], self.rejected_steps)) for unit in self.units]
         waiting = [] if self.waiting_state is None else [self.waiting_state.everything()]
         self._consolidated = SavedState({}, [], [], [], self.rejected_steps).joined([*parts, *waiting])
@@ -283,7 +283,7 @@ class BlockOptimizer(UnitOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         if any(unit.group is not None for unit in self.units):
             raise RuntimeError("this optimizer cannot be copied: its state is divided among ranks; use state_dict()")
-        self.settle()
+        self.finish_step()
         base = super().__getstate__()
         return {**base, "shampoo": self._own_state().to_dict(), "entries": [asdict(e.parameter) for e in self.entries]}
 
@@ -301,6 +301,7 @@ class BlockOptimizer(UnitOptimizer):
                 "this optimizer cannot be copied while a framework has replaced its parameters by flat shards"
             )
         self._known, self.units, self._unit_of, self._configs, self._loads = {}, [], {}, {}, {}
+        self.expanded_configs, self.policies = {}, {}
         self._reported, self._consolidated, self._replicas = True, None, None
         self.entries = [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
         waiting = SavedState.parse({"shampoo": saved})

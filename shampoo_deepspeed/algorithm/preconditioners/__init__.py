@@ -19,15 +19,19 @@ from shampoo_deepspeed.options.config import ShampooConfig
 class Preconditioner(Protocol):
     """Mathematics of a stack of equal blocks. Stateless: all state is in the dict that each method gets.
 
-    ``state`` maps names to tensors with the block as first dim; methods change them in place. ``first_moment`` is the
-    name under which it holds the first moments, where there are any; the step of a stack updates them. ``idle`` names
-    a tensor [B, *shape] that the first refresh fills, whatever it held before; ``turns`` tells whether it
-    keeps first moments in coordinates of its own: then ``enter``, ``settle`` and ``leave`` have something to do.
+    ``state`` maps names to tensors with the block as first dim; methods change them in place.
+
+    Attributes:
+        first_moment: the name under which ``state`` holds the first moments, if there are any; the step of a stack
+            updates them.
+        filled_by_refresh: the name of a tensor [B, *shape] that the first refresh fills, whatever it held before.
+        rotates_moments: whether first moments are kept in coordinates of the preconditioner's own. If not,
+            ``project``, ``follow_basis`` and ``project_back`` do nothing.
     """
 
     first_moment: str
-    idle: str | None
-    turns: bool
+    filled_by_refresh: str | None
+    rotates_moments: bool
 
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
@@ -35,11 +39,11 @@ class Preconditioner(Protocol):
         """State of ``count`` blocks that have not seen a gradient; ``dtype`` is that of moments and updates."""
         ...
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf) -> None:
+    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf | None) -> None:
         """Take the gradients [B, *shape] of one step into the statistics."""
         ...
 
-    def compute(self, state: dict[str, Tensor], step: int) -> RefreshResult:
+    def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         """The part of a refresh that takes long: reads factor matrices and bases and changes nothing."""
         ...
 
@@ -47,21 +51,21 @@ class Preconditioner(Protocol):
         """The rest of it; gives the rows that failed and were left as they were."""
         ...
 
-    def enter(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
+    def project(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
         """Gradients as the first moment takes them in, from a block's first refresh on; until then as they are."""
         ...
 
-    def settle(self, state: dict[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
+    def follow_basis(self, state: dict[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
         """What a refresh leaves to do when the first moments [B, *shape] of its step are there, corrected."""
         ...
 
-    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf) -> Tensor:
+    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
         """The preconditioned update of first moments [B, *shape], linear in them, as a new tensor. ``entered`` are
-        the gradients that ``enter`` gave. Called once in each step of blocks that have been refreshed."""
+        the gradients that ``project`` gave. Called once in each step of blocks that have been refreshed."""
         ...
 
-    def leave(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
-        """First moments as those of the gradients themselves, undoing ``enter``."""
+    def project_back(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
+        """First moments as those of the gradients themselves, undoing ``project``."""
         ...
 
 

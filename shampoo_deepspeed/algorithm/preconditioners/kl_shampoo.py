@@ -10,8 +10,8 @@ from torch import Tensor
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner, modes_of
-from shampoo_deepspeed.linalg.mode_products import multiply, unfold
-from shampoo_deepspeed.linalg.reproducible import power
+from shampoo_deepspeed.linalg.mode_products import multiply
+from shampoo_deepspeed.linalg.precision import power
 
 
 class KLShampooPreconditioner(ShampooPreconditioner):
@@ -47,18 +47,19 @@ class KLShampooPreconditioner(ShampooPreconditioner):
             state[f"root_{mode}"].diagonal(dim1=-2, dim2=-1).fill_(1.0)
         return {**state, "scale": torch.ones(count, dtype=dtype, device=device)}
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf) -> None:
+    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf | None) -> None:
         whole = gradients.to(torch.promote_types(gradients.dtype, self._root_dtype))
         modes = modes_of(state)
+        stacks = {}
         for mode in modes:
             whitened = whole
             for other in modes:
                 if other != mode:
                     whitened = multiply(whitened, state[f"root_{other}"], other)
-            unfolded = unfold(whitened, mode)
-            self._add(state[f"factor_{mode}"], unfolded / math.sqrt(unfolded.shape[-1]), found_inf)
+            stacks[mode] = whitened / math.sqrt(whole[0].numel() // whole.shape[mode + 1])
+        self._accumulate(state, stacks, found_inf)
 
-    def compute(self, state: dict[str, Tensor], step: int) -> RefreshResult:
+    def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         modes = modes_of(state)
         scale = torch.ones_like(state["scale"])
         result: dict[str, Tensor] = {}
@@ -67,13 +68,13 @@ class KLShampooPreconditioner(ShampooPreconditioner):
             matrices = self._corrected(state, mode, step)
             mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
             mean = torch.where(mean > 0, mean, 1.0)  # no gradient so far
-            tensors, wrong = self._renewed(state, mode, matrices, 2.0)
+            tensors, wrong = self._refreshed(state, mode, matrices, 2.0, conditions)
             tensors[f"root_{mode}"] = tensors[f"root_{mode}"] * mean.sqrt().view(-1, 1, 1)
             scale *= power(mean, -0.5 / len(modes))
             result |= tensors
             failed.update(wrong)
         return RefreshResult({**result, "scale": scale}, frozenset(failed))
 
-    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf) -> Tensor:
+    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
         update = super().apply(state, entered, moments, found_inf)
         return update * state["scale"].view(-1, *[1] * (moments.ndim - 1))

@@ -11,7 +11,7 @@ from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.linalg.eigenbases import kept_or_new, root_from_basis
 from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root, symmetric
-from shampoo_deepspeed.linalg.mode_products import add_gram_, multiply_modes, unfold
+from shampoo_deepspeed.linalg.mode_products import add_gram_, multiply_modes
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
 
@@ -28,8 +28,8 @@ class ShampooPreconditioner:
     """
 
     first_moment = "exp_avg"
-    idle: str | None = None
-    turns = False
+    filled_by_refresh: str | None = None
+    rotates_moments = False
     # In float32 a root -1/4 at the default ridge is right to 2e-4; see docs/solvers.md.
     _in_float64 = False
 
@@ -38,6 +38,7 @@ class ShampooPreconditioner:
         self._decay = self._beta2**config.statistics_frequency
         self._bias_correction = config.use_bias_correction
         self._config = config
+        self._roots: dict[int, float] = {}  # p by the number of modes
         self._epsilon = config.epsilon
         self._relative_epsilon = config.relative_epsilon
         self._tolerance = config.refresh_tolerance
@@ -64,32 +65,32 @@ class ShampooPreconditioner:
                     state[f"{kind}_{mode}"] = torch.zeros(size, dtype=own, device=device)
         return state
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf) -> None:
-        for mode in modes_of(state):
-            self._add(state[f"factor_{mode}"], unfold(gradients, mode), found_inf)
+    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf | None) -> None:
+        self._accumulate(state, dict.fromkeys(modes_of(state), gradients), found_inf)
 
-    def _add(self, factor: Tensor, unfolded: Tensor, found_inf: FoundInf) -> None:
-        """A <- b A + (1 - b) XX', or A + n XX' with b2 = 1, where b = b2^n and X counts for n gradients."""
+    def _accumulate(self, state: dict[str, Tensor], stacks: Mapping[int, Tensor], found_inf: FoundInf | None) -> None:
+        """A <- b A + (1 - b) XX', or A + n XX' with b2 = 1, where b = b2^n and X counts for n gradients.
+
+        Args:
+            stacks: for each mode the stack whose unfolding along it is X.
+        """
         weight = float(self._config.statistics_frequency) if self._beta2 == 1.0 else 1.0 - self._decay
-        unfolded = unfolded.to(torch.promote_types(factor.dtype, unfolded.dtype))
-        decay = found_inf.keep_number(self._decay)
-        if decay is None:
-            factor.mul_(found_inf.keep(self._decay, factor.dtype))
-            decay = 1.0
-        if factor.ndim == 2:
-            factor.mul_(decay).add_(unfolded.square().sum(dim=-1), alpha=weight)
-        elif factor.dtype == unfolded.dtype:
-            add_gram_(factor, unfolded, decay, weight)
-        else:
-            factor.mul_(decay).add_(torch.bmm(unfolded, unfolded.mT), alpha=weight)
+        for mode, stack in stacks.items():
+            factor, decay = state[f"factor_{mode}"], self._decay
+            if found_inf is not None:
+                factor.mul_(found_inf.keep(decay, factor.dtype))
+                decay = 1.0
+            add_gram_(factor, stack, mode, decay, weight)
 
-    def compute(self, state: dict[str, Tensor], step: int) -> RefreshResult:
+    def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         modes = modes_of(state)
-        root = self._config.root(len(modes))
+        if len(modes) not in self._roots:
+            self._roots[len(modes)] = self._config.root(len(modes))
+        root = self._roots[len(modes)]
         result: dict[str, Tensor] = {}
         failed: set[int] = set()
         for mode in modes:
-            tensors, wrong = self._renewed(state, mode, self._corrected(state, mode, step), root)
+            tensors, wrong = self._refreshed(state, mode, self._corrected(state, mode, step), root, conditions)
             result |= tensors
             failed.update(wrong)
         return RefreshResult(result, frozenset(failed))
@@ -98,32 +99,35 @@ class ShampooPreconditioner:
         write(state, result.tensors, result.failed)
         return sorted(result.failed)
 
-    def enter(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
+    def project(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
         return gradients
 
-    def settle(self, state: dict[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
+    def follow_basis(self, state: dict[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
         """Never called: roots do not depend on moments."""
 
-    def leave(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
+    def project_back(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
         return moments
 
     def _corrected(self, state: dict[str, Tensor], mode: int, step: int) -> Tensor:
         """The factor matrices of a mode, wide enough to decompose and corrected for their zero start if asked."""
         factor = state[f"factor_{mode}"]
         corrected = self._bias_correction and self._beta2 < 1.0
-        return wide(factor) / (1.0 - self._beta2 ** self._config.gradients_seen(step) if corrected else 1.0)
+        seen = gradients_seen(step, self._config.statistics_frequency)
+        return wide(factor) / (1.0 - self._beta2**seen if corrected else 1.0)
 
-    def _renewed(
-        self, state: dict[str, Tensor], mode: int, matrices: Tensor, root: float
+    def _refreshed(
+        self, state: dict[str, Tensor], mode: int, matrices: Tensor, root: float, conditions: list[Tensor]
     ) -> tuple[dict[str, Tensor], list[int]]:
         """What a refresh changes of one mode, by name, and the rows that failed."""
         ridge, pseudo = (self._epsilon, self._relative_epsilon), self._config.rank_deficient == "pseudo_inverse"
         if matrices.ndim == 2:
-            roots, failed = diagonal_root(matrices, root, *ridge, self._root_dtype, pseudo)
+            roots, failed = diagonal_root(matrices, root, *ridge, self._root_dtype, pseudo, conditions)
             return {f"root_{mode}": roots}, failed
         if self._tolerance is None:
             solver = self._config.solver
-            roots, failed = inverse_root(matrices, root, *ridge, self._root_dtype, solver, pseudo, self._in_float64)
+            roots, failed = inverse_root(
+                matrices, root, *ridge, self._root_dtype, solver, pseudo, self._in_float64, conditions
+            )
             return {f"root_{mode}": roots}, failed
         matrices = symmetric(matrices)
         before = state[f"basis_{mode}"].to(matrices.dtype)
@@ -131,13 +135,21 @@ class ShampooPreconditioner:
         roots, overflown = root_from_basis(values, bases, root, self._epsilon, self._relative_epsilon)
         return {f"root_{mode}": roots, f"basis_{mode}": bases}, sorted({*failed, *overflown})
 
-    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf) -> Tensor:
+    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
         update = moments.to(self._apply_dtype or torch.promote_types(moments.dtype, self._root_dtype))
         roots = {mode: state[f"root_{mode}"] for mode in modes_of(state)}
         # They are symmetric, and the CPU's products are faster with them transposed.
         turned = {mode: root if root.ndim == 2 else root.mT for mode, root in roots.items()}
         update = multiply_modes(update, turned)
         return update.to(moments.dtype)
+
+
+def gradients_seen(step: int, frequency: int) -> int:
+    """How many gradients the factor matrices count as of this step (counted from 1).
+
+    One in ``frequency`` gradients is taken in, and stands for a whole window.
+    """
+    return frequency * (1 + (step - 1) // frequency)
 
 
 def modes_of(state: dict[str, Tensor]) -> list[int]:

@@ -7,11 +7,17 @@ from torch import Tensor
 
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
-from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner, modes_of, wide, write
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import (
+    ShampooPreconditioner,
+    gradients_seen,
+    modes_of,
+    wide,
+    write,
+)
 from shampoo_deepspeed.linalg.eigenbases import eigenbasis, good_enough, known, power_step
 from shampoo_deepspeed.linalg.inverse_root import non_finite, symmetric
 from shampoo_deepspeed.linalg.mode_products import multiply_modes
-from shampoo_deepspeed.linalg.reproducible import power
+from shampoo_deepspeed.linalg.precision import power
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
 
@@ -39,8 +45,8 @@ class SOAPPreconditioner:
     """
 
     first_moment = "rotated_exp_avg"
-    idle: str | None = "rotated_second_moment"
-    turns = True
+    filled_by_refresh: str | None = "rotated_second_moment"
+    rotates_moments = True
 
     def __init__(self, config: ShampooConfig) -> None:
         self._config = config
@@ -71,10 +77,10 @@ class SOAPPreconditioner:
         state["rotated_weight"] = torch.zeros(count, dtype=dtype, device=device)
         return state
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf) -> None:
+    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf | None) -> None:
         self._factors.accumulate(state, gradients, found_inf)
 
-    def compute(self, state: dict[str, Tensor], step: int) -> RefreshResult:
+    def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         """Bases, and of what the second moment begins with or how its columns move."""
         first = ~known(state[f"basis_{modes_of(state)[0]}"])
         moved = first
@@ -113,7 +119,7 @@ class SOAPPreconditioner:
         write(state, {**bases, **changed}, result.failed)
         return sorted(result.failed)
 
-    def settle(self, state: dict[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
+    def follow_basis(self, state: dict[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
         """The floor under the second moment, where the basis moved."""
         rows = (-1, *[1] * (moments.ndim - 1))
         second = state["rotated_second_moment"]
@@ -121,10 +127,10 @@ class SOAPPreconditioner:
         floored = torch.where(result.tensors["moved"].view(rows), torch.maximum(second, floor), second)
         write(state, {"rotated_second_moment": floored}, result.failed)
 
-    def enter(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
+    def project(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
         return self._rotated(state, gradients, self._apply_dtype).to(gradients.dtype)
 
-    def leave(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
+    def project_back(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
         return self._rotated(state, moments, self._apply_dtype, back=True).to(moments.dtype)
 
     def _renewed_basis(self, state: dict[str, Tensor], mode: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
@@ -153,14 +159,16 @@ class SOAPPreconditioner:
 
     def _trace(self, state: dict[str, Tensor], step: int) -> Tensor:
         """The mean of ||G||^2 in the factor matrices [B]; all modes have the same."""
-        seen = self._config.gradients_seen(step)
+        seen = gradients_seen(step, self._config.statistics_frequency)
         weight = float(seen) if self._beta2 == 1.0 else 1.0 - self._beta2**seen
         return wide(state[f"factor_{modes_of(state)[0]}"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
 
-    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf) -> Tensor:
+    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
         second, weight = state["rotated_second_moment"], state["rotated_weight"]
-        second.mul_(found_inf.keep(self._beta, second.dtype)).addcmul_(entered, entered, value=1.0 - self._beta)
-        weight.mul_(found_inf.keep(self._beta, weight.dtype)).add_(found_inf.scale(1.0 - self._beta))
+        second.mul_(self._beta if found_inf is None else found_inf.keep(self._beta, second.dtype))
+        second.addcmul_(entered, entered, value=1.0 - self._beta)
+        weight.mul_(self._beta if found_inf is None else found_inf.keep(self._beta, weight.dtype))
+        weight.add_(1.0 - self._beta if found_inf is None else found_inf.scale(1.0 - self._beta))
         mean = second / weight.clamp_min(torch.finfo(weight.dtype).tiny).view(-1, *[1] * (second.ndim - 1))
         roots = mean.sqrt_() if self._root == 2.0 else power(mean, 1.0 / self._root)
         largest = roots.amax(dim=tuple(range(1, roots.ndim)), keepdim=True)
