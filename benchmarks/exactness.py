@@ -3,9 +3,9 @@
     python -m benchmarks.exactness [--ranks 1 2 4]
 
 The checks are those of tests/distributed (8 or 9 steps with several refreshes, odd shapes included); a number is the
-largest |W - W_ref| / |W_ref| of any parameter in any of its runs. W_ref is the float64 run of tests/reference.py,
-which shares no code with the package; in the Trainer's rows it is the package's own Shampoo in one process, in a plain
-loop with float64 weights and the Trainer's own parameter groups.
+largest |W - W_ref| / |W_ref| of any parameter in any of its runs. W_ref is the float64 run of
+tests/support/reference.py, which shares no code with the package; in the Trainer's rows it is the package's own Shampoo
+in one process, in a plain loop with float64 weights and the Trainer's own parameter groups.
 """
 
 from __future__ import annotations
@@ -21,17 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tests.distributed import (
-    fsdp_runs,
-    scenarios,
-    test_fsdp,
-    test_trainer,
-    test_trainer_optimizers,
-    test_zero,
-    trainings,
-)
-from tests.distributed.launch import Check, Outcome, run_checks
-from tests.zoo import relative_error
+from tests.support import fsdp_checks, fsdp_runs, scenarios, trainer_checks, trainer_routes, trainings, zero_checks
+from tests.support.launch import Check, Outcome, run_checks
+from tests.support.zoo import relative_error
 
 SETTINGS = ("strict float32", "default float32", "default float64")
 FSDP_HOSTS = {
@@ -51,10 +43,10 @@ Key = tuple[str, int]  # framework and ranks
 
 def checks() -> list[Check]:
     """All runs that start from the same numbers on every framework; options of their own are left to the tests."""
-    alone = [test_fsdp.final("alone", replace(run, layout="replicas"), 1) for run in test_fsdp.SETTINGS]
-    plain = [c for c in test_fsdp.checks() if not c.argument.extra]
-    trainer = [c for c in test_trainer.EXACT if not c.argument.options]
-    return [*alone, *plain, *test_zero.matrix(), *test_zero.sharding(), *trainer, *test_trainer_optimizers.ROUTES]
+    alone = [fsdp_checks.final("alone", replace(run, layout="replicas"), 1) for run in fsdp_checks.SETTINGS]
+    plain = [c for c in fsdp_checks.checks() if not c.argument.extra]
+    trainer = [c for c in trainer_checks.EXACT if not c.argument.options]
+    return [*alone, *plain, *zero_checks.matrix(), *zero_checks.sharding(), *trainer, *trainer_routes.ROUTES]
 
 
 def framework(check: Check) -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.distributed.launch import Check, Outcome, run_checks
-
-Ask = Callable[[Check], list[Any]]
+from tests.support.launch import Ask, Check, Outcome, run_checks
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.conftest import Ask
-from tests.distributed.launch import Check
-from tests.distributed.trainings import BOUND, Training, expected
-from tests.zoo import relative_error
+from tests.support.launch import Ask, Check, named
+from tests.support.trainings import BOUND, Training, expected
+from tests.support.zoo import relative_error
 
 TRAINING = Training(steps=7)
 DEFAULT = Training(steps=7, settings="default")
@@ -40,10 +39,6 @@ REFUSED = [
     (refusal("offload", "ours", "zero2", OFFLOADED), 'write "zero_force_ds_cpu_optimizer": false'),
     (refusal("json_optimizer", "ours", "zero2", IN_JSON), "ValueError: You cannot specify an optimizer in the config"),
 ]
-
-
-def named(value: object) -> str | None:
-    return value.name if isinstance(value, Check) else None
 
 
 @pytest.mark.parametrize("check", OWN_LINE + PREPARED + AFTER + RESUMED, ids=named)

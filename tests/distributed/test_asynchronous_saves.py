@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import Check, run_checks
+from tests.support.launch import Check, run_checks
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.conftest import Ask
-from tests.distributed.launch import Check
 from tests.distributed.ranks.checkpoint_faults import FIRST, LOADING, SAVING
+from tests.support.launch import Ask, Check
 
 FAULTS = Check("checkpoint_faults", 2, "checkpoint_faults:faults", None)
 

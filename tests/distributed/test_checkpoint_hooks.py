@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.conftest import Ask
-from tests.distributed.launch import Check
 from tests.distributed.ranks.checkpoints import SAVED, STOP, TRAINING, Run, Seen, dies_in
-from tests.distributed.test_zero import named
-from tests.zoo import relative_error
+from tests.support.launch import Ask, Check, named
+from tests.support.zoo import relative_error
 
 FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
 SHARDINGS = [(framework, form) for framework in ("fsdp1", "fsdp2") for form in (FULL, SHARDED)]

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
-from tests.combinations import FEW, OPTIONS, VALUES, Row, options_of
-from tests.distributed.conftest import Ask
-from tests.distributed.fsdp_runs import Run
-from tests.distributed.fsdp_runs import expected as expected_run
-from tests.distributed.launch import Check
-from tests.distributed.scenarios import STRICT, Scenario
-from tests.distributed.test_zero import assert_on_trajectory, assert_ranks_agree, named
-from tests.zoo import relative_error
+from tests.support.combinations import FEW, OPTIONS, VALUES, Row, options_of
+from tests.support.exactness import assert_on_trajectory, assert_ranks_agree
+from tests.support.fsdp_runs import Run
+from tests.support.fsdp_runs import expected as expected_run
+from tests.support.launch import Ask, Check, named
+from tests.support.scenarios import STRICT, Scenario
+from tests.support.zoo import relative_error
 
 STEPS = 20
 FLOAT64_BOUND = 1e-10

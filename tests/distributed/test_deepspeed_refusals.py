@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.conftest import Ask
-from tests.distributed.launch import Check
-from tests.distributed.scenarios import Scenario
+from tests.support.launch import Ask, Check
+from tests.support.scenarios import Scenario
 
 Case = tuple[str, Scenario, tuple[str, ...]]
 CPU = {"device": "cpu"}

@@ -8,11 +8,9 @@ import pytest
 
 from shampoo_deepspeed import ShampooConfig
 from shampoo_deepspeed.estimate import estimate
-from tests.distributed.conftest import Ask
-from tests.distributed.fsdp_runs import Run
-from tests.distributed.launch import Check
-from tests.distributed.scenarios import Scenario
-from tests.distributed.test_zero import named
+from tests.support.fsdp_runs import Run
+from tests.support.launch import Ask, Check, named
+from tests.support.scenarios import Scenario
 
 SHARDED = Run(steps=4, extra={"momentum": 0.5, "bucket_mb": 0.0001})
 WIDE = replace(SHARDED, model="wide", extra={"betas": (0.0, 0.99), "grafting": "sgd", "elementwise": "adam"})

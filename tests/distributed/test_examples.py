@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
-from tests.distributed.commands import accelerate_launch, losses, run, torchrun
-from tests.distributed.launch import ROOT, free_port
-from tests.zoo import relative_error
+from tests.support.commands import accelerate_launch, losses, run, torchrun
+from tests.support.launch import ROOT, free_port
+from tests.support.zoo import relative_error
 
 EXAMPLES = ROOT / "examples"
 STEPS, GLOBAL_BATCH = 4, 8

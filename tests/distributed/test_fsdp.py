@@ -7,52 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.distributed.conftest import Ask
-from tests.distributed.fsdp_runs import Run, expected, replayed
-from tests.distributed.launch import Check
-from tests.distributed.scenarios import FAMILY, RULES
-from tests.distributed.test_zero import assert_ranks_agree, named
-from tests.zoo import relative_error
-
-BOUND = {("strict", "float32"): 1e-5, ("default", "float32"): 2e-3, ("default", "float64"): 1e-10}
-SETTINGS = [Run(settings=settings, dtype=dtype) for settings, dtype in BOUND]
-
-
-def final(name: str, run: Run, ranks: int) -> Check:
-    return Check(f"{name}_{run.settings}_{run.dtype}_{ranks}ranks", ranks, "fsdp:final_parameters", run)
-
-
-def checks() -> list[Check]:
-    found = []
-    for ranks in (2, 4):
-        for base in SETTINGS:
-            wide = replace(base, model="wide")
-            found += [
-                final("fsdp2_odd", replace(base, unused=2), ranks),
-                final("fsdp2_nested", replace(wide, layout="nested"), ranks),
-                final("fsdp2_columns", replace(wide, layout="columns"), ranks),
-                final("replicas_odd", replace(base, unused=2, layout="replicas"), ranks),
-                *(
-                    final(f"fsdp1_{strategy}", replace(base, unused=2, layout=f"fsdp1_{strategy}"), ranks)
-                    for strategy in ("full_shard", "shard_grad_op", "no_shard")
-                ),
-                final("fsdp2_built_before", replace(base, built_before=True), ranks),
-            ]
-    for base in SETTINGS:
-        often = replace(base, unused=2)
-        found += [
-            *(final(f"flat_{way}", replace(often, layout=f"flat_{way}"), 2) for way in ("shard_grad_op", "no_shard")),
-            *(final(f"flat_{way}", replace(often, layout=f"flat_{way}"), 4) for way in ("full_shard", "hybrid_shard")),
-            final("units_full_shard", replace(often, layout="units_full_shard"), 2),
-            final("tiny_fsdp1", replace(base, model="tiny", layout="fsdp1_full_shard"), 4),
-            final("offload", replace(often, layout="offload"), 2),
-            final("hsdp", replace(base, layout="hsdp"), 4),
-            final("fsdp1_hybrid_shard", replace(often, layout="fsdp1_hybrid_shard"), 4),
-            final("tensor_parallel", replace(base, model="wide", layout="tensor_parallel"), 4),
-            final("uneven_tensor_parallel", replace(base, model="narrow", layout="uneven_tensor_parallel"), 4),
-            final("meshes", replace(base, model="wide", layout="meshes"), 4),
-        ]
-    return found + single_features()
+from tests.support.exactness import assert_ranks_agree
+from tests.support.fsdp_checks import BOUND, SETTINGS, checks, final
+from tests.support.fsdp_runs import Run, expected, replayed
+from tests.support.launch import Ask, Check, named
+from tests.support.scenarios import FAMILY, RULES
+from tests.support.zoo import relative_error
 
 
 def single_features() -> list[Check]:
@@ -109,7 +69,7 @@ DIVIDED = [Check(f"replicas_traffic_{n}ranks", n, "fsdp:traffic", Run(layout="re
 ALIGNED = Check("fsdp2_aligned", 2, "fsdp:traffic", Run(model="wide", extra={"max_preconditioner_dim": 4}, steps=3))
 
 
-@pytest.mark.parametrize("check", checks(), ids=named)
+@pytest.mark.parametrize("check", checks() + single_features(), ids=named)
 def test_the_trajectory_is_that_of_the_reference(check: Check, ask: Ask) -> None:
     run: Run = check.argument
     values, wanted = ask(check), expected(run)

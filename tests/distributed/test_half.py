@@ -8,17 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.conftest import Ask
-from tests.distributed.launch import Check
-from tests.distributed.scenarios import BOUND, BadStep, Scenario, reference_run
-from tests.distributed.test_zero import (
-    OFFLOADED,
-    OFFLOADED_ALL,
-    SMALL_PIECES,
-    assert_ranks_agree,
-    deviations,
-    named,
-)
+from tests.support.exactness import assert_ranks_agree, deviations
+from tests.support.launch import Ask, Check, named
+from tests.support.scenarios import BOUND, BadStep, Scenario, reference_run
+from tests.support.zero_checks import OFFLOADED, OFFLOADED_ALL, SMALL_PIECES
 
 # Stage 0 does not scale the loss, but divides gradients by the scale; so only without a scale it trains as the others.
 UNSCALED: dict[str, Any] = {"fp16": {"enabled": True, "loss_scale": 1.0}}

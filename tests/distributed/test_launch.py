@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import Check, run_checks
+from tests.support.launch import Check, run_checks
 
 BAD = {  # what the failure must tell
     "fail_everywhere": ["rank 0 failed", "rank 1 failed", "wrong on every rank"],

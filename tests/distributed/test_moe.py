@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.distributed.conftest import Ask
-from tests.distributed.launch import Check
-from tests.distributed.moe import expected
-from tests.zoo import relative_error
+from tests.support.launch import Ask, Check, named
+from tests.support.moe import expected
+from tests.support.zoo import relative_error
 
 NORMALIZED = {"grafting": "normalized_adam", "lr": 1e-3}
 CHECKS = [
@@ -19,7 +18,7 @@ CHECKS = [
 ]
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+@pytest.mark.parametrize("check", CHECKS, ids=named)
 def test_the_trajectory_is_that_of_the_dense_mixture(check: Check, ask: Ask) -> None:
     values, wanted = ask(check), expected(check.argument[1])
     assert set().union(*values) == set(wanted)

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 from torch import Tensor
 
-from tests.distributed.launch import Check, Outcome, run_checks
-from tests.distributed.moves import RANKS, Move, unbroken
 from tests.distributed.ranks import moves as here
-from tests.distributed.test_zero import assert_ranks_agree
-from tests.zoo import relative_error
+from tests.support.exactness import assert_ranks_agree
+from tests.support.launch import Check, Outcome, run_checks
+from tests.support.moves import RANKS, Move, unbroken
+from tests.support.zoo import relative_error
 
 BOUND = {"strict": 1e-5, "default": 2e-3}
 # Every second pair, so that each framework goes on from itself and from half of the others, and the other way round.

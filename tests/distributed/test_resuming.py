@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.conftest import Ask
-from tests.distributed.fsdp_runs import Run
-from tests.distributed.launch import Check
-from tests.distributed.test_zero import named
+from tests.support.fsdp_runs import Run
+from tests.support.launch import Ask, Check, named
 
 PRECONDITIONERS = ("shampoo", "soap", "kl_shampoo")
 SCHEDULES = ("sync", "staggered", "background")

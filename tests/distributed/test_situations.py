@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.distributed.conftest import Ask
-from tests.distributed.launch import Check
-from tests.distributed.scenarios import FROZEN_STEPS, Scenario, reference_run
-from tests.distributed.test_zero import assert_on_trajectory, assert_ranks_agree, named
-from tests.zoo import relative_error
+from tests.support.exactness import assert_on_trajectory, assert_ranks_agree
+from tests.support.launch import Ask, Check, named
+from tests.support.scenarios import FROZEN_STEPS, Scenario, reference_run
+from tests.support.zoo import relative_error
 
 CLIENT = [
     Check(f"client_optimizer_zero{stage}", 2, "situations:client_optimizer", Scenario(stage=stage))

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.conftest import Ask
-from tests.distributed.launch import Check
-from tests.distributed.snippets import PAGES, Snippet, blocks
+from tests.support.launch import Ask, Check, named
+from tests.support.snippets import PAGES, Snippet, blocks
 
 CHECKS = [Check(f"snippet_{s.page}_{s.name}", 2, "snippets:execute", s) for s in blocks() if s.name]
 # What must have trained, and whether ranks divide the blocks among themselves: by the end of the snippet's name.
@@ -20,10 +19,6 @@ WRAPPERS = {
     "fsdp1": "FullyShardedDataParallel",
     "fsdp2": "FSDPLlamaForCausalLM",
 }
-
-
-def named(check: Check) -> str:
-    return check.name
 
 
 def test_the_pages_show_every_entry() -> None:

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from tests.distributed import fsdp_runs, scenarios
-from tests.distributed.conftest import Ask
-from tests.distributed.fsdp_runs import Run
-from tests.distributed.launch import Check
-from tests.distributed.scenarios import BOUND, FAMILY, Scenario
-from tests.distributed.test_zero import assert_ranks_agree, named
-from tests.zoo import relative_error
+from tests.support import fsdp_runs, scenarios
+from tests.support.exactness import assert_ranks_agree
+from tests.support.fsdp_runs import Run
+from tests.support.launch import Ask, Check, named
+from tests.support.scenarios import BOUND, FAMILY, Scenario
+from tests.support.zoo import relative_error
 
 STAGGERED = {"refresh": "staggered"}
 BACKGROUND = {"refresh": "background"}

@@ -12,50 +12,13 @@ from torch import Tensor
 
 from shampoo_deepspeed.options.choices import TRAINER_NO_DECAY
 from shampoo_deepspeed.options.parameter_names import matching, names_and_kinds
-from tests.distributed.conftest import Ask
-from tests.distributed.launch import Check
-from tests.distributed.trainings import BETAS, BOUND, DECAY, RATE, Training, expected, make_model, trainer_decayed
-from tests.zoo import relative_error
+from tests.support.launch import Ask, Check, named
+from tests.support.trainer_checks import ASKED, DECAY_ALL, EXACT, GPT, LLAMA, TIED_LLAMA, run
+from tests.support.trainings import BETAS, BOUND, DECAY, RATE, Training, expected, make_model, trainer_decayed
+from tests.support.zoo import relative_error
 
-TIED = Training(model="tied_llama", settings="default", schedule="linear", warmup=3)
-GPT2 = Training(model="gpt2", schedule="linear", warmup=0, accumulate=4, clip=0.3)
-OTHER = {
-    "momentum": 0.5,
-    "grafting": "rmsprop",
-    "exclude": ["*embed*"],
-    "start_preconditioning_step": 4,
-    "epsilon": 1e-10,
-}
-
-
-def run(name: str, training: Training) -> Check:
-    return Check(f"trainer_{name}_zero{training.stage}", 2, "trainer:train", training)
-
-
-def every_stage(name: str, training: Training) -> list[Check]:
-    return [run(name, replace(training, stage=stage)) for stage in range(4)]
-
-
-LLAMA, TIED_LLAMA, GPT = every_stage("llama", Training()), every_stage("tied_llama", TIED), every_stage("gpt2", GPT2)
-ASKED = [
-    run("literal_numbers", Training(literal=True)),
-    run("lower_case_in_a_file", Training(type="shampoo", file=True)),
-    run("own_options", Training(options=OTHER)),
-]
-DECAY_ALL = [run("decay_everything", replace(GPT2, stage=stage, options={"no_decay": []})) for stage in (0, 3)]
-EXACT = [
-    *LLAMA, *TIED_LLAMA, *GPT, *ASKED, *DECAY_ALL,
-    run("accumulation", Training(stage=0, accumulate=4)),
-    run("accumulation", Training(stage=3, accumulate=4)),
-    run("no_clipping", Training(clip=0.0)),
-    run("from_pretrained", Training(stage=3, loaded=True)),
-]  # fmt: skip
 RESUMED = [run("resumed", Training(stage=stage, save_at=4, options={"momentum": 0.5})) for stage in range(4)]
 PAIRS = [(stages[0], other) for stages in (LLAMA, TIED_LLAMA, GPT) for other in stages[1:]]
-
-
-def named(check: Check) -> str:
-    return check.name
 
 
 def worst(values: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[float, str]:

@@ -6,24 +6,11 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.conftest import Ask
-from tests.distributed.launch import Check
-from tests.distributed.trainings import BOUND, RATE, Expected, Training, expected
-from tests.zoo import relative_error
+from tests.support.launch import Ask, Check, named
+from tests.support.trainer_routes import DEFAULT, FIRST, FRAMEWORKS, ROUTES, TRAINING, WRAPPERS, run
+from tests.support.trainings import BOUND, RATE, Expected, Training, expected
+from tests.support.zoo import relative_error
 
-TRAINING = Training(steps=7)
-DEFAULT = Training(steps=7, settings="default")
-FRAMEWORKS = ("ddp", "zero1", "zero3", "fsdp1", "fsdp2")
-WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
-WRAPPERS["fsdp1_flat"] = WRAPPERS["fsdp1"]
-
-
-def run(route: str, framework: str, training: Training = TRAINING, name: str = "optimizers") -> Check:
-    return Check(f"{name}_{route}_{framework}", 2, "trainer_optimizers:train", (route, framework, training))
-
-
-FIRST = run("prebuilt", "ddp")
-ROUTES = [run(route, framework) for framework in FRAMEWORKS for route in ("prebuilt", "deferred", "factory", "name")]
 FLAT = [run(route, "fsdp1_flat") for route in ("deferred", "factory", "name")]
 OFFLOAD = [run("prebuilt", "zero2_offload"), run("deferred", "zero3_offload")]
 JSON = [run("json", "zero1"), run("json", "zero3")]
@@ -61,10 +48,6 @@ REFUSED = [
     (refusal("offload", "prebuilt", OFFLOADED), 'write "zero_force_ds_cpu_optimizer": false'),
     (refusal("offload_and_name", "name", OFFLOADED), 'write "zero_force_ds_cpu_optimizer": false'),
 ]
-
-
-def named(value: object) -> str | None:
-    return value.name if isinstance(value, Check) else None
 
 
 def assert_is(wanted: Expected, seen: dict[str, Any], record_property: Any, bound: float) -> None:

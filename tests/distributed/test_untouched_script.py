@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shampoo_deepspeed.checkpoint.manifest import Manifest
-from tests.distributed.commands import run, torchrun
+from tests.support.commands import run, torchrun
 
 STANDIN = Path(__file__).resolve().parent / "standin"
 SCRIPT, CONFIG = STANDIN / "run_clm.py", STANDIN / "ds_config_zero2.json"

@@ -2,72 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from tests.distributed.conftest import Ask
-from tests.distributed.launch import Check
-from tests.distributed.scenarios import BOUND, FAMILY, RULES, BadStep, Scenario, expected
-from tests.zoo import relative_error
-
-SMALL_PIECES = {"sub_group_size": 50, "stage3_param_persistence_threshold": 0}
-OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
-OFFLOADED_ALL = {**OFFLOADED, "offload_param": {"device": "cpu"}}
-NORMALIZED = {"grafting": "normalized_adam", "lr": 1e-3}
-EVERYTHING = {"momentum": 0.8, "nesterov": True, "betas": [0.8, 0.99], "start_preconditioning_step": 4, "eps": 1e-4}
-
-
-def final(scenario: Scenario, name: str) -> Check:
-    return Check(
-        f"{name}_zero{scenario.stage}_{scenario.ranks}ranks", scenario.ranks, "zero:final_parameters", scenario
-    )
-
-
-def matrix() -> list[Check]:
-    """What every stage must do, on 2 and on 4 ranks."""
-    checks = []
-    for ranks in (2, 4):
-        for stage in range(4):
-            base = Scenario(ranks=ranks, stage=stage)
-            checks += [
-                # Where a layer has no gradient ZeRO-3 gives that of the step before.
-                final(replace(base, unused=2 if stage < 3 else None), "odd"),
-                final(replace(base, settings="default"), "defaults"),
-                final(replace(base, model="wide", settings="default"), "wide_defaults"),
-                final(replace(base, model="wide", accumulate=4, clip=0.5, groups=True), "accumulate_clip_groups"),
-            ]
-    return checks
-
-
-def sharding() -> list[Check]:
-    """DeepSpeed's own ways to lay out and to move the same numbers."""
-    checks = []
-    for stage in (1, 2, 3):
-        plain = {"contiguous_gradients": False, "overlap_comm": False}
-        overlap = {"contiguous_gradients": True, "overlap_comm": True}
-        offload = OFFLOADED_ALL if stage == 3 else OFFLOADED
-        checks += [
-            final(Scenario(stage=stage, zero=plain, accumulate=2), "plain_gradients"),
-            final(Scenario(stage=stage, zero=overlap, groups=True), "overlap"),
-            final(Scenario(stage=stage, zero={"reduce_scatter": False}), "no_reduce_scatter"),
-            final(Scenario(stage=stage, zero=offload, clip=0.5), "offload"),
-        ]
-    for ranks in (2, 4):
-        base = Scenario(ranks=ranks)
-        checks += [
-            final(replace(base, stage=1, zero={"round_robin_gradients": True}, groups=True), "round_robin"),
-            final(replace(base, stage=2, zero={"round_robin_gradients": True}, groups=True), "round_robin"),
-            final(replace(base, stage=3, zero=SMALL_PIECES), "sub_groups"),
-            final(replace(base, stage=3, zero=SMALL_PIECES, model="wide", groups=True), "wide_sub_groups"),
-            final(replace(base, stage=3, zero_init=True), "zero_init"),
-            final(replace(base, stage=3, zero={**SMALL_PIECES, **OFFLOADED_ALL}, zero_init=True), "zero_init_offload"),
-        ]
-    return checks
+from tests.support.exactness import assert_exact, assert_on_trajectory, assert_ranks_agree
+from tests.support.launch import Ask, Check, named
+from tests.support.scenarios import FAMILY, RULES, BadStep, Scenario, expected
+from tests.support.zero_checks import EVERYTHING, NORMALIZED, OFFLOADED, final, matrix, sharding
 
 
 def options() -> list[Check]:
@@ -117,34 +59,6 @@ TRAFFIC = [
     for ranks in (2, 4)
     for stage in range(4)
 ]
-
-
-def deviations(values: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
-    assert values.keys() == wanted.keys()
-    return {name: relative_error(values[name], wanted[name]) for name in wanted}
-
-
-def assert_ranks_agree(values: list[dict[str, Tensor]]) -> None:
-    for other in values[1:]:
-        assert all(torch.equal(values[0][n], other[n]) for n in values[0]), "ranks hold different parameters"
-
-
-def assert_exact(values: Mapping[str, Tensor], scenario: Scenario) -> None:
-    found = deviations(values, expected(scenario))
-    worst = max(found, key=lambda n: found[n] if found[n] == found[n] else float("inf"))
-    print(f"{scenario.settings}: {worst} deviates by {found[worst]:.1e}")  # shown by pytest -rP
-    assert found[worst] <= BOUND[scenario.settings], f"{worst} deviates by {found[worst]:.2e}; all: {found}"
-
-
-def named(check: Check) -> str:
-    return check.name
-
-
-def assert_on_trajectory(check: Check, ask: Ask) -> None:
-    """All ranks end with the same parameters, and these are the reference's."""
-    values = ask(check)
-    assert_ranks_agree(values)
-    assert_exact(values[0], check.argument)
 
 
 @pytest.mark.parametrize("check", CONTROL, ids=named)

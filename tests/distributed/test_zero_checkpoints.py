@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.conftest import Ask
-from tests.distributed.launch import Check, run_checks
-from tests.distributed.scenarios import BOUND, Scenario
-from tests.distributed.test_zero import named
-from tests.zoo import relative_error
+from tests.support.launch import Ask, Check, named, run_checks
+from tests.support.scenarios import BOUND, Scenario
+from tests.support.zoo import relative_error
 
 SCHEDULE = {
     "type": "WarmupLR",

@@ -19,7 +19,7 @@ from shampoo_deepspeed.integrations.accelerate import prepare
 from shampoo_deepspeed.options.choices import TRAINER_NO_DECAY
 from tests.distributed.ranks.trainer import clean_process, shared_folder
 from tests.distributed.ranks.trainer_optimizers import whole
-from tests.distributed.trainings import GLOBAL_BATCH, Training, make_data, make_model, trainer_groups
+from tests.support.trainings import GLOBAL_BATCH, Training, make_data, make_model, trainer_groups
 
 
 def train(argument: tuple[str, str, Training]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import nn
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo, wait_for_saves
 from shampoo_deepspeed.checkpoint.save import write_checkpoint
 from shampoo_deepspeed.distributed import process_groups as cpu_groups
-from tests.stepping import drive, parameter, same_bits, shampoo, snapshot
+from tests.support.stepping import drive, parameter, same_bits, shampoo, snapshot
 
 SAVED, END = 3, 6
 

@@ -13,7 +13,7 @@ from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shamp
 from shampoo_deepspeed.checkpoint.records import tables
 from shampoo_deepspeed.state.block_codec import AS_IN_MEMORY
 from tests.distributed.ranks.folders import shared_folder
-from tests.stepping import drive, parameter, shampoo
+from tests.support.stepping import drive, parameter, shampoo
 
 SAVING = {
     "prepare": "shampoo_deepspeed.checkpoint.save._items",

@@ -32,11 +32,11 @@ from shampoo_deepspeed.integrations.trainer import (
     deferred,
 )
 from shampoo_deepspeed.state.unwrap import inner_optimizer
-from tests import zoo
 from tests.distributed.ranks.fsdp import full
 from tests.distributed.ranks.trainer import clean_process, full_parameters, logged, shared_folder
 from tests.distributed.ranks.trainer_optimizers import Losses, pretend_to_have_accelerators, whole
-from tests.distributed.trainings import Training, make_data, make_model
+from tests.support import zoo
+from tests.support.trainings import Training, make_data, make_model
 
 TRAINING = Training(steps=7, options={"momentum": 0.5})  # refreshes at 1, 3, 6
 STOP, SAVED = 6, 4

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from shampoo_deepspeed import Shampoo
-from tests.distributed.fsdp_runs import Run
 from tests.distributed.ranks import fsdp, zero
-from tests.distributed.scenarios import Scenario
+from tests.support.fsdp_runs import Run
+from tests.support.scenarios import Scenario
 
 
 def sharded(run: Run) -> dict[str, Any]:

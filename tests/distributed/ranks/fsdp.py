@@ -28,9 +28,9 @@ from shampoo_deepspeed import LayoutError, Shampoo
 from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
 from shampoo_deepspeed.distributed.exchange import Exchange, Transit
 from shampoo_deepspeed.options.parameter_names import clean_name
-from tests.distributed.fsdp_runs import FROZEN, Run
 from tests.distributed.ranks.folders import shared_folder
-from tests.zoo import cast, make_batch, make_model, micro_batches
+from tests.support.fsdp_runs import FROZEN, Run
+from tests.support.zoo import cast, make_batch, make_model, micro_batches
 
 
 def sharded(run: Run) -> tuple[nn.Module, DeviceMesh]:

@@ -13,10 +13,10 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.distributed.moe import EXPERTS, HIDDEN, OPTIONS, STEPS, make_dense, make_expert
 from tests.distributed.ranks import zero  # noqa: F401  its settings of DeepSpeed
 from tests.distributed.ranks.zero_checkpoints import shared_folder
-from tests.zoo import GLOBAL_BATCH, VOCABULARY, WIDTH, make_batch, micro_batches
+from tests.support.moe import EXPERTS, HIDDEN, OPTIONS, STEPS, make_dense, make_expert
+from tests.support.zoo import GLOBAL_BATCH, VOCABULARY, WIDTH, make_batch, micro_batches
 
 EXPERT_RANKS = 2
 LOCAL = EXPERTS // EXPERT_RANKS

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from shampoo_deepspeed import Shampoo, load_shampoo, save_shampoo
 from shampoo_deepspeed.options.parameter_names import clean_name
-from tests.distributed.moves import HALF, STEPS, Move
-from tests.zoo import make_batch, make_model, micro_batches
+from tests.support.moves import HALF, STEPS, Move
+from tests.support.zoo import make_batch, make_model, micro_batches
 
 
 @dataclass

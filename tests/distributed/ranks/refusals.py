@@ -14,9 +14,9 @@ from deepspeed.utils import groups
 from torch import nn
 
 from tests.distributed.ranks.zero import engine_of, train
-from tests.distributed.scenarios import Scenario
-from tests.distributed.trainings import make_model as make_transformer
-from tests.zoo import make_model
+from tests.support.scenarios import Scenario
+from tests.support.trainings import make_model as make_transformer
+from tests.support.zoo import make_model
 
 
 def refused(scenario: Scenario) -> dict[str, Any]:

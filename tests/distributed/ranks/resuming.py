@@ -11,10 +11,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from shampoo_deepspeed import load_shampoo, save_shampoo
 from shampoo_deepspeed.options.parameter_names import clean_name
-from tests.distributed.fsdp_runs import Run
 from tests.distributed.ranks.folders import shared_folder
 from tests.distributed.ranks.fsdp import built, full, mesh_rank, sharded
-from tests.zoo import cast, make_batch, micro_batches
+from tests.support.fsdp_runs import Run
+from tests.support.zoo import cast, make_batch, micro_batches
 
 RESUMED = (2, 5)  # between refreshes and, with one every third step, in the middle of a window
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from shampoo_deepspeed import Shampoo
 from tests.distributed.ranks.zero import build, engine_of, full_parameters, train
-from tests.distributed.scenarios import FROZEN_STEPS, Scenario
-from tests.zoo import gradients, make_batch
+from tests.support.scenarios import FROZEN_STEPS, Scenario
+from tests.support.zoo import gradients, make_batch
 
 
 def client_optimizer(scenario: Scenario) -> dict[str, Tensor]:

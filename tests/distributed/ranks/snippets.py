@@ -15,8 +15,8 @@ from transformers import Trainer, TrainingArguments
 from shampoo_deepspeed.state.unwrap import inner_optimizer
 from tests.distributed.ranks.trainer import clean_process, shared_folder
 from tests.distributed.ranks.trainer_optimizers import Losses, whole
-from tests.distributed.snippets import Snippet
-from tests.distributed.trainings import make_data, make_model
+from tests.support.snippets import Snippet
+from tests.support.trainings import make_data, make_model
 
 STEPS = 12  # beyond the first refresh at the default frequency
 RATE = 3e-3

@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from shampoo_deepspeed.options.config import OPTION_NAMES
 from tests.distributed.ranks.folders import shared_folder
-from tests.distributed.trainings import Training, make_data, make_model
+from tests.support.trainings import Training, make_data, make_model
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
     False  # an inference kernel that would be compiled for a minute

@@ -28,7 +28,7 @@ from shampoo_deepspeed.options.parameter_names import clean_name
 from shampoo_deepspeed.state.unwrap import inner_optimizer
 from tests.distributed.ranks.folders import shared_folder
 from tests.distributed.ranks.trainer import clean_process, drop, full_parameters
-from tests.distributed.trainings import Training, make_data, make_model, trainer_groups
+from tests.support.trainings import Training, make_data, make_model, trainer_groups
 
 
 class Losses(ShampooCallback):

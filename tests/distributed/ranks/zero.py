@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shampoo_deepspeed  # noqa: F401  registers the optimizer
-from tests.distributed.scenarios import SECOND_GROUP, BadStep, Scenario
-from tests.zoo import MODELS, cast, make_batch, make_model, micro_batches
+from tests.support.scenarios import SECOND_GROUP, BadStep, Scenario
+from tests.support.zoo import MODELS, cast, make_batch, make_model, micro_batches
 
 # An inference kernel that DeepSpeed would compile for a minute.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -21,7 +21,7 @@ from torch import Tensor
 from shampoo_deepspeed import Shampoo
 from tests.distributed.ranks.situations import gathered
 from tests.distributed.ranks.zero import build, engine_of, full_masters, full_parameters, parameters, train
-from tests.distributed.scenarios import Scenario
+from tests.support.scenarios import Scenario
 
 SAVED_AT = 5  # between two refreshes
 UNIVERSAL = {"checkpoint": {"load_universal": True}}

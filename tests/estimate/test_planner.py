@@ -1,0 +1,398 @@
+"""The planner: exact for a real optimizer, balanced, quick for a thousand ranks, and clear about what it is given."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import shampoo_deepspeed.estimate.model_shapes as model_shapes
+from shampoo_deepspeed import Shampoo, ShampooConfig
+from shampoo_deepspeed.__main__ import main
+from shampoo_deepspeed.distributed.frameworks import Parameter
+from shampoo_deepspeed.estimate import Estimate, Step, estimate
+from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, layouts
+from shampoo_deepspeed.estimate.model_shapes import ModelError, llama_shapes, parameters_of, parameters_of_file
+from shampoo_deepspeed.estimate.recommend import Speed, expected_overhead, recommend
+from shampoo_deepspeed.geometry.boxes import Box, tiling_error
+from tests.support.strategies import shapes
+from tests.support.zoo import gradients, make_batch, make_model
+
+GIB = 2**30
+SMALL = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+}
+
+
+def config(**options: Any) -> ShampooConfig:
+    return ShampooConfig.from_options(options)
+
+
+def matrices(*of: tuple[int, ...]) -> list[Parameter]:
+    return [Parameter(f"layer{n}", shape, 0, f"layer{n}") for n, shape in enumerate(of)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9},
+        {"betas": (0.0, 1.0), "grafting": "none", "elementwise": "sgd"},
+        {"factor_dtype": "float64", "root_dtype": "bfloat16", "grafting": "sgd"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_state_is_that_of_an_optimizer_in_one_process(options: dict[str, Any], dtype: str) -> None:
+    options = {"max_preconditioner_dim": 8, "precondition_frequency": 2, **options}
+    model = make_model("odd", getattr(torch, dtype))
+    optimizer = Shampoo(model.named_parameters(), model=model, **options)
+    gradients(model, make_batch("odd", 0))
+    optimizer.step()
+    (unit,) = optimizer.units
+    tensors = [t for part in (*unit.stacks, unit.elementwise) for t in part.tensors.values()]
+    tensors += [buffer for buffers in unit.buffers.values() for buffer in buffers.values()]
+    parameters = [e.parameter for e in optimizer.entries if e.parameter.key != "frozen.weight"]
+    made = estimate(parameters, 1, "ddp", config(**options), weights_dtype=dtype)
+    assert made.state_bytes == [sum(t.nbytes for t in tensors)]
+    assert made.elements == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (made.sent, made.received, made.collectives, made.imbalance) == ([0], [0], 0, 1.0)
+
+
+@settings(max_examples=100)
+@given(st.lists(shapes, min_size=1, max_size=5), st.integers(1, 6), st.sampled_from(FRAMEWORKS), st.integers(0, 60))
+def test_every_layout_covers_every_parameter_once(
+    of: Sequence[tuple[int, ...]], ranks: int, framework: str, sub_group_size: int
+) -> None:
+    """Replicas hold equal boxes; local tensors are as long as what lies in them, and padding."""
+    sharded = next(n for n in (3, 2, 1) if ranks % n == 0)
+    units = layouts(framework, of, ranks, sharded, sub_group_size)
+    assert [n for unit in units for n in unit.parameters] == list(range(len(of)))
+    for unit in units:
+        for index, number in enumerate(unit.parameters):
+            boxes = {box for held in unit.shards for n, box in held if n == index}
+            assert tiling_error(of[number], boxes) is None
+        for held, size in zip(unit.shards, unit.sizes, strict=True):
+            assert sum(box.numel for _, box in held) <= size
+
+
+def test_hsdp_replicates_across_and_shards_within() -> None:
+    (unit,) = layouts("hsdp", [(4, 2)], 4, shard_ranks=2)
+    assert unit.shards == [[(0, Box((0, 0), (2, 2)))], [(0, Box((2, 0), (2, 2)))]] * 2
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("ranks", [8, 24, 64, 256])
+def test_the_slowest_rank_of_llama_3_8b_is_within_five_percent(framework: str, ranks: int) -> None:
+    made = estimate(parameters_of("llama-3-8b"), ranks, framework, config(), shard_ranks=8)
+    assert made.blocks == 6656
+    assert made.imbalance <= 1.05
+
+
+@pytest.mark.parametrize("framework", ["zero2", "zero3", "fsdp2", "hsdp"])
+@pytest.mark.parametrize("ranks", [8, 64])
+def test_every_step_of_a_staggered_window_is_balanced_and_as_long_as_any_other(framework: str, ranks: int) -> None:
+    """Of equal blocks a rank has 104 at 64 ranks, 10.4 for each step of the window."""
+    made = estimate(parameters_of("llama-3-8b"), ranks, framework, config(refresh="staggered"), shard_ranks=8)
+    assert made.imbalance <= 1.05
+    assert all(step.slowest <= 1.05 * step.mean for step in made.window)
+    assert made.slowest_step <= 1.01 * made.fastest_step
+
+
+@pytest.mark.parametrize("framework", ["zero2", "fsdp2"])
+def test_llama_3_70b_on_1024_ranks_takes_seconds(framework: str) -> None:
+    begun = time.process_time()
+    made = estimate(parameters_of("llama-3-70b"), 1024, framework, config(), shard_ranks=8)
+    assert time.process_time() - begun < 10.0
+    assert made.elements == 70_553_706_496
+    assert made.imbalance <= 1.05
+    assert sum(made.sent) == sum(made.received)
+
+
+def test_memory_of_square_blocks_is_four_floats_an_element_and_the_moments_two() -> None:
+    made = estimate(matrices((64, 64), (32, 96)), 2, "zero3", config(max_preconditioner_dim=32))
+    elements = 64 * 64 + 32 * 96
+    assert sum(made.state_bytes) == 4 * elements * (2 + 2 + 2)
+    assert sum(made.adamw) == 4 * elements * 2
+
+
+def test_work_is_spread_over_the_window_as_the_refreshes_are() -> None:
+    """At the first step of a window all roots are recomputed, then none."""
+    made = estimate(matrices((64, 64)), 1, "ddp", config(max_preconditioner_dim=64, precondition_frequency=4))
+    slowest = [step.slowest for step in made.window]
+    assert [step.refresh for step in made.window] == [slowest[0] - slowest[1], 0.0, 0.0, 0.0]
+    assert slowest[1:] == [slowest[1]] * 3 and slowest[0] > 2 * slowest[1]
+    assert made.mean_step == pytest.approx(made.loads[0])
+    assert made.slowest_step == slowest[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"framework": "fsdp"}, "framework 'fsdp' is not allowed: one of zero1"),
+        ({"world_size": 0}, "world_size 0 is not allowed: an integer >= 1"),
+        (
+            {"framework": "hsdp", "shard_ranks": 3},
+            "shard_ranks 3 is not allowed: it must divide world_size, which is 4",
+        ),
+        ({"weights_dtype": "float8"}, "weights_dtype 'float8' is not allowed"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"world_size": 4, "framework": "ddp"} | arguments
+    with pytest.raises(ValueError, match=message):
+        estimate(matrices((8, 8)), given.pop("world_size"), given.pop("framework"), config(), **given)
+
+
+# --- models
+
+
+def test_llama_3_has_its_published_size() -> None:
+    sizes = {name: sum(math.prod(p.shape) for p in parameters_of(name)) for name in ("llama-3-8b", "llama-3.2-1b")}
+    assert sizes == {"llama-3-8b": 8_030_261_248, "llama-3.2-1b": 1_235_814_400}
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
+        ("mistral", {"tie_word_embeddings": True}),
+        ("qwen2", {}),
+        ("qwen3", {"attention_bias": True, "head_dim": 16}),
+    ],
+)
+def test_names_and_shapes_are_those_that_transformers_builds(kind: str, extra: dict[str, Any], tmp_path: Path) -> None:
+    """In order, so that blocks and flat buffers are those of the run; a config.json is read as it is saved."""
+    made = transformers.AutoConfig.for_model(**(SMALL | extra | {"model_type": kind}))
+    made.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(made)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    saved = parameters_of(str(tmp_path))
+    assert [(p.name, p.shape) for p in saved] == list(expected.items())
+
+
+def test_other_models_come_through_the_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from shampoo_deepspeed.integrations.models import transformers_parameters
+
+    class Point:
+        def load(self) -> Any:
+            return transformers_parameters
+
+    def points(group: str) -> list[Point]:
+        assert group == "shampoo_deepspeed.models"
+        return [Point()]
+
+    monkeypatch.setattr(model_shapes, "entry_points", points)
+    transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=50).save_pretrained(tmp_path)
+    found = {p.key: p for p in parameters_of(str(tmp_path))}
+    assert found["transformer.h.0.attn.c_attn.weight"].shape == (32, 96)
+    assert {"embedding", "lm_head"} <= found["transformer.wte.weight"].kinds
+    with pytest.raises(ModelError, match="'no/such/folder' is not known"):
+        parameters_of("no/such/folder")
+
+
+def test_the_entry_point_is_declared() -> None:
+    declared = (Path(__file__).parents[2] / "setup.cfg").read_text(encoding="utf-8")
+    assert "shampoo_deepspeed.models =\n    transformers = shampoo_deepspeed.integrations.models:" in declared
+
+
+def test_a_file_of_shapes(tmp_path: Path) -> None:
+    path = tmp_path / "shapes.json"
+    path.write_text(json.dumps({"a.weight": [4, 8], "a.bias": [4]}))
+    assert [(p.name, p.shape) for p in parameters_of_file(str(path))] == [("a.weight", (4, 8)), ("a.bias", (4,))]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1, 2]", "must hold one JSON object"),
+        ("{", "is not a JSON file that can be read"),
+        ('{"a": [4, 0]}', "'a' = \\[4, 0\\] is not allowed: a list of one or more integers > 0"),
+        ('{"a": [true]}', "'a' = \\[True\\] is not allowed"),
+        ('{"a": []}', "'a' = \\[\\] is not allowed"),
+    ],
+)
+def test_a_bad_file_of_shapes_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "shapes.json"
+    path.write_text(content)
+    with pytest.raises(ModelError, match=message):
+        parameters_of_file(str(path))
+
+
+def test_a_config_without_a_dim_is_refused() -> None:
+    with pytest.raises(ModelError, match="here: intermediate_size = None is not allowed: an integer >= 1"):
+        llama_shapes({key: value for key, value in SMALL.items() if key != "intermediate_size"}, "here")
+
+
+# --- recommendations
+
+
+def example(options: ShampooConfig) -> tuple[list[Parameter], Estimate]:
+    parameters = matrices(*[(1024, 4096), (4096, 1024)] * 4)
+    return parameters, estimate(parameters, 4, "zero3", options)
+
+
+def test_a_recommended_block_size_fits_and_is_the_largest_that_does() -> None:
+    """The next larger one, planned in full, needs more than the budget."""
+    options = config(max_preconditioner_dim=256)
+    parameters, made = example(options)
+    needs = {
+        size: max(estimate(parameters, 4, "zero3", replace(options, max_preconditioner_dim=size)).state_bytes)
+        for size in (256, 1024, 2048)
+    }
+    assert needs[1024] * 1.1 < needs[2048]
+    found = recommend(parameters, options, made, needs[1024] * 1.06)
+    assert found is not None and found.max_preconditioner_dim == 1024
+    assert needs[1024] <= found.state_bytes <= needs[1024] * 1.06
+    assert found.frequency is None
+    assert recommend(parameters, options, made, 0.5 * min(needs.values())) is None
+
+
+def test_a_recommended_frequency_keeps_the_overhead_and_a_more_frequent_one_does_not() -> None:
+    options = config(max_preconditioner_dim=1024)
+    parameters, made = example(options)
+    speed = Speed(tokens=65536, tflops=1.0, optimizer_tflops=0.5, refresh_tflops=0.25)
+    shares = {
+        f: expected_overhead(estimate(parameters, 4, "zero3", replace(options, precondition_frequency=f)), speed).mean
+        for f in (5, 10, 20)
+    }
+    found = recommend(parameters, options, made, 1 * GIB, speed, overhead=shares[10] * 1.06)
+    assert found is not None
+    assert (found.max_preconditioner_dim, found.frequency) in {(1024, 10), (2048, 100), (2048, 50), (2048, 20)}
+    small = recommend(parameters, options, made, max(made.state_bytes) * 1.06, speed, overhead=shares[10] * 1.06)
+    assert small is not None and (small.max_preconditioner_dim, small.frequency) == (1024, 10)
+
+
+def test_overhead_is_time_over_the_time_of_forward_and_backward() -> None:
+    window = [Step(8e6, 3e6, 4e6), Step(2e6, 0.0, 1e6)]
+    made = Estimate(2, elements=1000, sent=[300, 500], received=[400, 400], window=window)
+    speed = Speed(tokens=100, tflops=1e-6, optimizer_tflops=0.5e-6, refresh_tflops=0.25e-6, bandwidth=1e-6)
+    found = expected_overhead(made, speed)
+    assert found.model_seconds == pytest.approx(6 * 1000 * 100 / 2 / 1e6)
+    assert found.slowest == pytest.approx((5e6 / 0.5e6 + 3e6 / 0.25e6 + 500 / 1e3) / 0.3)
+    assert found.mean == pytest.approx((found.slowest + (2e6 / 0.5e6 + 500 / 1e3) / 0.3) / 2)
+
+
+# --- the command
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["estimate", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_table_and_the_json_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--model", "llama-3.2-1b", "--world-size", "16", "--framework", "fsdp2", "--option", "betas=[0.9, 0.95]"]
+    speed = ["--tokens-per-step", "1e6", "--tflops", "400", "--bandwidth", "100", "--memory-budget", "2"]
+    table, out = run(capsys, *common, *speed), json.loads(run(capsys, *common, *speed, "--json"))
+    made = estimate(parameters_of("llama-3.2-1b"), 16, "fsdp2", config(betas=(0.9, 0.95)))
+    assert out["state_bytes_total"]["largest"] == max(made.state_bytes)
+    assert out["bytes_sent_per_step"] == {"mean": sum(made.sent) / 16, "largest": max(made.sent)}
+    assert out["options"]["betas"] == [0.9, 0.95]
+    assert f"{made.elements:,} parameters" in table and f"{made.blocks:,} blocks" in table
+    assert f"{max(made.state_bytes) / GIB:,.2f} GiB" in table
+    assert f"{out['overhead']['mean']:.1%} in the mean of 10 steps" in table
+    assert f"max_preconditioner_dim {out['recommendation']['max_preconditioner_dim']}" in table
+
+
+def test_a_deepspeed_json_gives_host_and_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    params = {"lr": "auto", "max_preconditioner_dim": 512, "precondition_frequency": 20}
+    zero = {"stage": 3, "sub_group_size": 10_000_000}
+    path.write_text(json.dumps({"optimizer": {"type": "Shampoo", "params": params}, "zero_optimization": zero}))
+    common = ["--model", "llama-3.2-1b", "--world-size", "4", "--ds-config", str(path), "--json"]
+    out = json.loads(run(capsys, *common))
+    assert (out["framework"], out["options"]["precondition_frequency"]) == ("zero3", 20)
+    assert out["step_units"] > 10
+    out = json.loads(run(capsys, *common, "--precondition-frequency", "5"))
+    assert (out["options"]["precondition_frequency"], out["options"]["max_preconditioner_dim"]) == (5, 512)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "llama-3-8", "--framework", "ddp"], "'llama-3-8' is not known; did you mean 'llama-3-8b'"),
+        (["--model", "llama-3-8b"], "--framework is missing: one of zero1"),
+        (["--model", "llama-3-8b", "--framework", "ddp", "--option", "beta=1"], "Unknown Shampoo option 'beta'"),
+        (
+            ["--model", "llama-3-8b", "--framework", "ddp", "--option", "betas"],
+            "--option 'betas' is not allowed: NAME=JSON",
+        ),
+        (["--model", "llama-3-8b", "--framework", "hsdp"], "--shard-ranks is missing"),
+        (
+            ["--model", "llama-3-8b", "--framework", "zero3", "--shard-ranks", "3"],
+            "--shard-ranks 3 is not allowed with",
+        ),
+        (
+            ["--model", "llama-3-8b", "--framework", "ddp", "--tflops", "4"],
+            "--tokens-per-step and --tflops go together",
+        ),
+        (["--model", "llama-3-8b", "--framework", "ddp", "--tflops", "-4"], "--tflops -4 is not allowed: a number > 0"),
+        (["--model", "llama-3-8b", "--ds-config", "missing.json"], "--ds-config 'missing.json' is not a JSON file"),
+        (
+            ["--model", "llama-3-8b", "--framework", "ddp", "--max-preconditioner-dim", "0"],
+            "'max_preconditioner_dim' = 0",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_shapes, "entry_points", lambda group: [])
+    with pytest.raises(SystemExit) as error:
+        main(["estimate", "--world-size", "2", *arguments])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, "optimizer.type = 'AdamW' is not allowed: Shampoo"),
+        ({"zero_optimization": {"stage": 5}}, "zero_optimization.stage = 5 is not allowed: 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 2}}, "--framework 'zero3' is not what"),
+        ({"optimizer": {"params": {"lrr": 1}}, "zero_optimization": {"stage": 3}}, "Unknown Shampoo option 'lrr'"),
+    ],
+)
+def test_a_bad_deepspeed_json_is_named(
+    content: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        main(
+            ["estimate", "--model", "llama-3-8b", "--world-size", "2", "--framework", "zero3", "--ds-config", str(path)]
+        )
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither weights nor state: tensors on the meta device only."""
+
+    def refuse(*_: Any, **kwargs: Any) -> Any:
+        assert torch.device(kwargs["device"]).type == "meta", kwargs
+        return original(*_, **kwargs)
+
+    original = torch.zeros
+    monkeypatch.setattr(torch, "zeros", refuse)
+    monkeypatch.setattr(nn.Module, "__init__", None)
+    assert estimate(parameters_of("llama-3-8b"), 8, "zero2", config()).blocks == 6656

@@ -1,0 +1,390 @@
+"""The Trainer's factory, `optimizers=` in both forms, `optim="shampoo"`, metrics in logs, and all refusals."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    trainer_optimizer,
+    training_args,
+)
+from transformers.training_args import OptimizerNames
+
+from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
+from shampoo_deepspeed.integrations.trainer import (
+    ShampooCallback,
+    ShampooFactory,
+    ShampooTrainer,
+    ShampooTrainerMixin,
+    deferred,
+    register_with_transformers,
+)
+from shampoo_deepspeed.integrations.transformers_names import options_from_text
+from shampoo_deepspeed.state.unwrap import inner_optimizer
+from tests.support.trainings import DECAY, RATE, Training, make_data, make_model, trainer_groups
+
+TRAINING = Training(steps=4)
+OPTIONS = TRAINING.trainer_options() | TRAINING.own_options()
+NAMED = {"optim": "shampoo", "optim_args": TRAINING.optim_args()}
+
+
+class Losses(TrainerCallback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+
+    def on_pre_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        self.rates.append(inner_optimizer(optimizer).param_groups[0]["lr"])
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> Iterator[Any]:
+    """Makes TrainingArguments; afterwards nothing of accelerate's global state is left."""
+    environment = dict(os.environ)
+
+    def make(**changes: Any) -> TrainingArguments:
+        return TrainingArguments(str(tmp_path), **(TRAINING.arguments(1) | changes))
+
+    yield make
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def trained(
+    kind: type[Trainer], model: nn.Module, arguments: TrainingArguments, **given: Any
+) -> tuple[Trainer, Losses]:
+    seen = Losses()
+    trainer = kind(model, arguments, train_dataset=make_data(TRAINING.steps), callbacks=[seen], **given)
+    trainer.train()
+    return trainer, seen
+
+
+def built(model: nn.Module) -> Shampoo:
+    return Shampoo(trainer_groups(model), model=model, **OPTIONS)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "tied_llama"])
+def test_the_factory_s_groups_are_the_trainer_s(kind: str, arguments: Any) -> None:
+    model = make_model(kind)
+    stock = Trainer(model, arguments(optim="adamw_torch")).create_optimizer()
+    ours = ShampooFactory()(model, **OPTIONS)
+    assert [g["weight_decay"] for g in ours.param_groups] == [g["weight_decay"] for g in stock.param_groups]
+    assert [g["weight_decay"] for g in ours.param_groups] == [DECAY, 0.0]
+    for group, wanted in zip(ours.param_groups, stock.param_groups, strict=True):
+        assert [id(p) for p in group["params"]] == [id(p) for p in wanted["params"]]
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert all(g["param_names"] == [names[id(p)] for p in g["params"]] for g in ours.param_groups)
+
+
+def test_the_factory_leaves_frozen_parameters_and_empty_groups_out() -> None:
+    model = make_model("llama")
+    for name, p in model.named_parameters():
+        p.requires_grad = name.endswith("up_proj.weight")
+    (group,) = ShampooFactory()(model, lr=0.1, weight_decay=0.2).param_groups
+    assert group["param_names"] == [f"model.layers.{n}.mlp.up_proj.weight" for n in (0, 1)]
+    assert group["weight_decay"] == 0.2
+
+
+def test_no_decay_patterns_hold_instead_of_the_trainer_s_rule() -> None:
+    (group,) = ShampooFactory()(make_model("gpt2"), lr=0.1, weight_decay=0.2, no_decay=[]).param_groups
+    assert "transformer.ln_f.bias" in group["param_names"] and group["weight_decay"] == 0.2
+
+
+def test_the_factory_knows_module_types() -> None:
+    """As it is given the model, kinds in patterns work."""
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
+    optimizer = ShampooFactory()(model, lr=0.1)
+    kinds = {entry.parameter.key: entry.parameter.kinds for entry in optimizer.entries}
+    assert kinds["0.weight"] == {"embedding"} and not kinds["1.weight"]
+
+
+def test_an_unknown_option_is_an_error(arguments: Any) -> None:
+    with pytest.raises(OptionError, match="did you mean 'precondition_frequency'"):
+        trained(
+            Trainer,
+            make_model("llama"),
+            arguments(),
+            optimizer_cls_and_kwargs=(ShampooFactory, {"precondition_frequncy": 3}),
+        )
+
+
+def test_all_forms_are_one_training(arguments: Any) -> None:
+    runs = []
+    register_with_transformers()
+    for form in ("stock", "prebuilt", "deferred", "factory", "name", "mixed_name"):
+        model = make_model("llama")
+        asked = arguments(**NAMED) if form.endswith("name") else arguments()
+        given: dict[str, Any] = {} if form.endswith("name") else {"optimizers": (deferred(**OPTIONS), None)}
+        if form in ("stock", "prebuilt"):
+            given = {"optimizers": (built(model), None)}
+        if form == "factory":
+            given = {"optimizer_cls_and_kwargs": (ShampooFactory, OPTIONS)}
+        kind = Trainer if form in ("stock", "factory", "name") else ShampooTrainer
+        runs.append(trained(kind, model, asked, **given)[1].losses)
+    assert len(runs[0]) == TRAINING.steps and runs[0][-1] != runs[0][0]
+    assert all(run == runs[0] for run in runs)
+
+
+def test_a_finished_optimizer_is_the_one_that_trains(arguments: Any) -> None:
+    model = make_model("llama")
+    optimizer = built(model)
+    trainer, _ = trained(ShampooTrainer, model, arguments(), optimizers=(optimizer, None))
+    assert inner_optimizer(trainer.optimizer) is optimizer
+
+
+def test_auto_takes_the_values_of_the_arguments(arguments: Any) -> None:
+    asked = deferred(lr="auto", betas="auto", eps="auto", weight_decay="auto", precondition_frequency=3)
+    trainer = ShampooTrainer(make_model("llama"), arguments(), optimizers=(asked, None))
+    group = trainer.create_optimizer().param_groups[0]
+    wanted = TRAINING.trainer_options() | {"betas": tuple(OPTIONS["betas"]), "precondition_frequency": 3}
+    assert {key: group[key] for key in wanted} == wanted
+
+
+def test_a_given_scheduler_sets_the_rate(arguments: Any) -> None:
+    model = make_model("llama")
+    optimizer = built(model)
+    scheduler = LambdaLR(optimizer, lambda step: 0.5**step)
+    trainer, seen = trained(ShampooTrainer, model, arguments(), optimizers=(optimizer, scheduler))
+    assert trainer.lr_scheduler is scheduler
+    assert seen.rates == [RATE * 0.5**step for step in range(TRAINING.steps)]
+
+
+def test_the_mixin_takes_the_decay_rule_of_its_trainer(arguments: Any) -> None:
+    class Decaying(Trainer):
+        def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+            return [name for name, _ in model.named_parameters() if "up_proj" in name]
+
+    class Mixed(ShampooTrainerMixin, Decaying):
+        pass
+
+    trainer = Mixed(make_model("llama"), arguments(), optimizers=(deferred(lr=0.1, weight_decay=0.2), None))
+    first, second = trainer.create_optimizer().param_groups
+    assert all("up_proj" in name for name in first["param_names"]) and len(first["params"]) == 4
+    assert (first["weight_decay"], second["weight_decay"]) == (0.2, 0.0)
+
+
+def test_other_optimizers_pass_through(arguments: Any) -> None:
+    model = make_model("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trainer = ShampooTrainer(model, arguments(), optimizers=(optimizer, None))
+    assert trainer.optimizer is optimizer
+    assert not any(isinstance(c, ShampooCallback) for c in trainer.callback_handler.callbacks)
+    assert ShampooTrainer(model, arguments()).optimizer is None
+
+
+def test_deferred_works_with_model_init(arguments: Any) -> None:
+    given = {"model_init": lambda: make_model("llama"), "optimizers": (deferred(**OPTIONS), None)}
+    trainer = ShampooTrainer(args=arguments(), train_dataset=make_data(TRAINING.steps), **given)
+    trainer.train()
+    assert isinstance(inner_optimizer(trainer.optimizer), Shampoo)
+
+
+def test_the_name_is_registered_once_and_travels() -> None:
+    for _ in range(2):
+        register_with_transformers()
+    member = OptimizerNames("shampoo")
+    assert [m.value for m in OptimizerNames].count("shampoo") == 1 and OptimizerNames["SHAMPOO"] is member
+    assert member == "shampoo" and pickle.loads(pickle.dumps(member)) is copy.deepcopy(member) is member
+    assert OptimizerNames("adamw_torch").value == "adamw_torch"
+
+
+def test_the_name_works_on_the_command_line(tmp_path: Path, arguments: Any) -> None:
+    register_with_transformers()
+    line = ["--output_dir", str(tmp_path), "--use_cpu", "--optim", "shampoo", "--optim_args", "betas=0.8;0.9"]
+    (asked,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(line)
+    group = Trainer(make_model("llama"), asked).create_optimizer().param_groups[0]
+    assert group["betas"] == (0.8, 0.9) and group["lr"] == asked.learning_rate
+
+
+@pytest.mark.parametrize("way", ["deferred", "name"])
+def test_a_search_for_hyperparameters_gets_the_rates_that_it_tries(way: str, arguments: Any) -> None:
+    """The Trainer changes its arguments and trains again, from `model_init`."""
+    given = {"optimizers": (deferred(weight_decay="auto"), None)} if way == "deferred" else {}
+    asked = arguments(**(NAMED if way == "name" else {}), max_steps=1, lr_scheduler_type="constant")
+    seen = Losses()
+    trainer = ShampooTrainer(
+        model_init=lambda: make_model("llama"), args=asked, train_dataset=make_data(2), callbacks=[seen], **given
+    )
+    decays = []
+    for rate, decay in ((0.1, 0.3), (0.2, 0.0)):
+        trainer.args.learning_rate, trainer.args.weight_decay = rate, decay
+        trainer.train()
+        decays.append(inner_optimizer(trainer.optimizer).param_groups[0]["weight_decay"])
+    assert seen.rates == [0.1, 0.2] and decays == [0.3, 0.0]
+
+
+def test_a_json_that_accelerate_ignores_trains_no_other_optimizer(arguments: Any) -> None:
+    """As it does where ACCELERATE_USE_CPU is set; a Trainer that is to train with Shampoo says so."""
+    asked = arguments()
+    asked.hf_deepspeed_config = SimpleNamespace(config={"optimizer": {"type": "Shampoo"}})
+    trainer = ShampooTrainer(make_model("llama"), asked, train_dataset=make_data(2))
+    with pytest.raises(RuntimeError, match="the optimizer that trains is torch.optim.adamw.AdamW, not Shampoo"):
+        trainer.train()
+
+
+def test_options_as_text_become_what_they_are() -> None:
+    text = (
+        "lr=2e-3, betas=0.9;0.95, max_preconditioner_dim=64, no_decay=*bias*;kind:layernorm, exclude=, "
+        "use_nesterov=true, momentum=.5, grafting=sgd, elementwise=none, grafting_beta2=null, "
+        "communication_dtype=bfloat16"
+    )
+    assert options_from_text(text) == {
+        "lr": 2e-3, "betas": [0.9, 0.95], "max_preconditioner_dim": 64, "no_decay": ["*bias*", "kind:layernorm"],
+        "exclude": [], "nesterov": True, "momentum": 0.5, "grafting": "sgd", "elementwise": "none",
+        "grafting_beta2": None, "communication_dtype": "bfloat16",
+    }  # fmt: skip
+    assert options_from_text("") == {}
+
+
+@pytest.mark.parametrize("option", ShampooConfig().to_json().items(), ids=lambda option: option[0])
+def test_every_option_can_be_written_as_text(option: tuple[str, Any]) -> None:
+    key, value = option
+    if key == "rules":  # which have no such form, but can be switched off
+        assert options_from_text("rules=") == {"rules": []}
+        assert options_from_text("split=4;2, exponent_override=null;3") == {
+            "split": [4, 2],
+            "exponent_override": [None, 3],
+        }
+        with pytest.raises(OptionError, match="'rules' in optim_args can only be empty"):
+            options_from_text("rules=*q_proj*")
+        return
+    as_text = ";".join(map(str, value)) if isinstance(value, list) else json.dumps(value).strip('"')
+    assert ShampooConfig.from_options(options_from_text(f"{key}={as_text}")) == ShampooConfig()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("precondition_frequncy=3", "did you mean 'precondition_frequency'"),
+        ("precondition_frequency=often", "'precondition_frequency' = 'often' is not allowed: an integer"),
+        ("betas=0.9", "'betas' = .0.9. is not allowed: two numbers"),
+        ("nesterov", "'nesterov' in optim_args has no value"),
+        ("lr=1e-3,lr=2e-3", "'lr' is given twice in optim_args"),
+    ],
+)
+def test_wrong_text_is_an_error_before_training(text: str, message: str, arguments: Any) -> None:
+    register_with_transformers()
+    for kind in (Trainer, ShampooTrainer) if "=" in text else (ShampooTrainer,):
+        with pytest.raises(OptionError, match=message):
+            trained(kind, make_model("llama"), arguments(optim="shampoo", optim_args=text))
+
+
+@pytest.mark.parametrize("missing", ["OptimizerNames", "_OPTIMIZER_HANDLERS"])
+def test_other_versions_of_transformers_are_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = training_args if missing == "OptimizerNames" else trainer_optimizer
+    monkeypatch.delattr(home, missing)
+    with pytest.raises(RuntimeError, match=r'transformers 5\.\S+ has no place for optim="shampoo"'):
+        register_with_transformers()
+
+
+def test_the_mixin_takes_the_name_as_a_deferred_one(arguments: Any) -> None:
+    register_with_transformers()
+    model = make_model("llama")
+    trainer = ShampooTrainer(model, arguments(**NAMED))
+    assert any(isinstance(c, ShampooCallback) for c in trainer.callback_handler.callbacks)
+    assert isinstance(trainer.create_optimizer(), Shampoo)
+    with pytest.raises(ValueError, match="the scheduler in optimizers= was built for another optimizer"):
+        ShampooTrainer(model, arguments(**NAMED), optimizers=(None, LambdaLR(built(model), float)))
+
+
+def test_training_logs_have_the_metrics(arguments: Any) -> None:
+    """Each training log, and no other; the callback keeps the same."""
+    callback = ShampooCallback()
+    together = deferred(**OPTIONS, refresh="sync")
+    given = {"optimizers": (together, None), "callbacks": [callback]}
+    trainer = ShampooTrainer(make_model("llama"), arguments(logging_steps=2), train_dataset=make_data(4), **given)
+    trainer.train()
+    first, second, last = trainer.state.log_history
+    assert first["shampoo/refresh_ms"] == 0.0 == first["shampoo/refreshed_share"]
+    assert second["shampoo/refresh_ms"] > 0.0 and second["shampoo/refreshed_share"] == 1.0
+    assert 1.0 < second["shampoo/largest_condition_number"] <= 1001.1  # 1 / relative_epsilon
+    assert not any(key.startswith("shampoo/") for key in last) and "train_loss" in last
+    own = [{k: v for k, v in log.items() if k == "step" or k.startswith("shampoo/")} for log in (first, second)]
+    assert callback.history == own
+
+
+def test_the_stock_trainer_s_callback_keeps_the_metrics(arguments: Any) -> None:
+    callback = ShampooCallback()
+    together = OPTIONS | {"refresh": "sync"}
+    asked = {"optimizer_cls_and_kwargs": (ShampooFactory, together), "callbacks": [callback]}
+    trainer = Trainer(make_model("llama"), arguments(), train_dataset=make_data(4), **asked)
+    trainer.train()
+    assert [entry["step"] for entry in callback.history] == [1, 2, 3, 4]
+    assert [entry["shampoo/refreshed_share"] for entry in callback.history] == [0.0, 0.0, 1.0, 0.0]
+    assert not any(key.startswith("shampoo/") for log in trainer.state.log_history for key in log)
+
+
+def test_the_callback_names_the_optimizer_that_trains_instead(arguments: Any) -> None:
+    trainer = Trainer(make_model("llama"), arguments(), train_dataset=make_data(1), callbacks=[ShampooCallback])
+    with pytest.raises(RuntimeError, match=r"the optimizer that trains is torch\.optim\.adamw\.AdamW, not Shampoo"):
+        trainer.train()
+
+
+def test_the_trainer_has_one_callback_of_this_kind(arguments: Any) -> None:
+    given = {"optimizers": (deferred(lr=0.1), None), "callbacks": [ShampooCallback()]}
+    trainer = ShampooTrainer(make_model("llama"), arguments(), **given)
+    assert sum(isinstance(c, ShampooCallback) for c in trainer.callback_handler.callbacks) == 1
+
+
+def test_an_optimizer_of_another_model_is_refused(arguments: Any) -> None:
+    optimizers = (built(make_model("llama")), None)
+    trainer = ShampooTrainer(make_model("llama"), arguments(), train_dataset=make_data(1), optimizers=optimizers)
+    with pytest.raises(ValueError, match=r"35 of the 35 parameters .* are not the model's"):
+        trainer.train()
+
+
+def test_a_scheduler_of_another_optimizer_is_refused(arguments: Any) -> None:
+    model = make_model("llama")
+    other = LambdaLR(built(model), float)
+    for optimizer in (built(model), deferred(lr=0.1)):
+        with pytest.raises(ValueError, match="the scheduler in optimizers= was built for another optimizer"):
+            ShampooTrainer(model, arguments(), optimizers=(optimizer, other))
+
+
+def test_two_ways_at_once_are_refused(arguments: Any) -> None:
+    both = {"optimizers": (deferred(lr=0.1), None), "optimizer_cls_and_kwargs": (ShampooFactory, {"lr": 0.1})}
+    with pytest.raises(ValueError, match="both optimizers= and optimizer_cls_and_kwargs= are given"):
+        ShampooTrainer(make_model("llama"), arguments(), **both)
+
+
+def test_optimizers_must_be_given_by_keyword(arguments: Any) -> None:
+    rest = (None,) * 7
+    with pytest.raises(TypeError, match="by keyword"):
+        ShampooTrainer(make_model("llama"), arguments(), *rest, (deferred(lr=0.1), None))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_flat_fsdp1_is_refused_for_a_finished_optimizer(kept: bool, arguments: Any) -> None:
+    """It would train nothing there and say nothing."""
+    asked = arguments(fsdp=True, fsdp_config={"version": 1, "use_orig_params": kept, "sync_module_states": False})
+    assert asked.device.type == "cpu"
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU  # accelerate has no FSDP on CPUs
+    model = make_model("llama")
+    for optimizer in (built(model), deferred(lr=0.1)):
+        if kept or not isinstance(optimizer, Shampoo):
+            assert ShampooTrainer(model, asked, optimizers=(optimizer, None)).is_fsdp_enabled
+        else:
+            with pytest.raises(ValueError, match="FSDP1 with use_orig_params = false .*deferred"):
+                ShampooTrainer(model, asked, optimizers=(optimizer, None))

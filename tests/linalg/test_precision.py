@@ -1,0 +1,172 @@
+"""Global precision switches: they change nothing in a step, and a step leaves them as they were."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
+from shampoo_deepspeed.linalg.precision import full_precision
+from tests.support.stepping import drive, parameter, same_bits, shampoo, snapshot
+
+backends: Any = torch.backends
+
+
+def set_allow_tf32() -> None:
+    backends.cuda.matmul.allow_tf32 = True
+
+
+def set_generic(value: str) -> Callable[[], None]:
+    def switch() -> None:
+        backends.fp32_precision = value
+
+    return switch
+
+
+def set_matmul(backend: str, value: str) -> Callable[[], None]:
+    def switch() -> None:
+        getattr(backends, backend).matmul.fp32_precision = value
+
+    return switch
+
+
+SWITCHES: dict[str, Callable[[], None]] = {
+    "none": lambda: None,
+    "legacy_highest": lambda: torch.set_float32_matmul_precision("highest"),
+    "legacy_high": lambda: torch.set_float32_matmul_precision("high"),
+    "legacy_medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "allow_tf32": set_allow_tf32,
+    "generic_tf32": set_generic("tf32"),
+    "generic_ieee": set_generic("ieee"),
+    "cuda_matmul_tf32": set_matmul("cuda", "tf32"),
+    "cuda_matmul_ieee": set_matmul("cuda", "ieee"),
+    "cpu_matmul_bf16": set_matmul("mkldnn", "bf16"),
+}
+
+
+def readings() -> dict[str, Any]:
+    """All that can be read, by the new names and by the old ones; some refuse to be read when names were mixed."""
+    readers: dict[str, Callable[[], Any]] = {
+        "generic": lambda: backends.fp32_precision,
+        "cuda": lambda: backends.cuda.matmul.fp32_precision,
+        "cpu": lambda: backends.mkldnn.matmul.fp32_precision,
+        "allow_tf32": lambda: backends.cuda.matmul.allow_tf32,
+        "legacy": torch.get_float32_matmul_precision,
+        "conv": lambda: backends.cudnn.conv.fp32_precision,
+        "autocast": lambda: torch.is_autocast_enabled("cpu"),
+    }
+    out = {}
+    for name, read in readers.items():
+        try:
+            out[name] = read()
+        except RuntimeError as refusal:
+            out[name] = str(refusal)[:60]
+    return out
+
+
+@pytest.fixture(autouse=True)
+def restored_switches() -> Iterator[None]:
+    """Back to what torch starts with, so that no other test sees these switches."""
+    yield
+    backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    for backend in (backends.cuda.matmul, backends.mkldnn.matmul):
+        backend.fp32_precision = "none"
+
+
+def trained() -> list[Tensor]:
+    params = [parameter(12, 10), parameter(5)]
+    drive(shampoo(params), params, range(7))
+    return snapshot(params)
+
+
+@pytest.mark.parametrize("name", list(SWITCHES))
+def test_a_step_gives_the_same_bits_under_every_switch_and_restores_it(name: str) -> None:
+    expected = trained()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SWITCHES[name]()
+        before = readings()
+        found = trained()
+    assert readings() == before
+    assert same_bits(found, expected)
+
+
+@pytest.mark.parametrize("name", list(SWITCHES))
+def test_products_of_a_step_run_in_full_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the switches as they are during the step: not every machine has the units on which they would show."""
+    SWITCHES[name]()
+    seen: list[tuple[str, str]] = []
+
+    def spy(kept: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any) -> Any:
+            seen.append((backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision))
+            return kept(*args)
+
+        return watched
+
+    for method in ("accumulate", "compute", "install", "apply"):
+        monkeypatch.setattr(ShampooPreconditioner, method, spy(getattr(ShampooPreconditioner, method)))
+    trained()
+    assert len(seen) > 10
+    assert set(seen) == {("ieee", "ieee")}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_enclosing_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    """Some training loops step inside of it; products would come out in its dtype."""
+    expected = trained()
+    with torch.autocast("cpu", dtype=dtype):
+        found = trained()
+        assert torch.is_autocast_enabled("cpu")
+    assert same_bits(found, expected)
+
+
+def test_a_step_that_fails_restores_the_switches_too() -> None:
+    torch.set_float32_matmul_precision("high")
+    before = readings()
+    with pytest.raises(ZeroDivisionError), full_precision("cpu"):
+        raise ZeroDivisionError
+    assert readings() == before
+
+
+def test_what_was_inherited_is_inherited_afterwards() -> None:
+    """A step must not pin the backends to the value that they merely inherit from the generic switch."""
+    model = nn.Linear(6, 5)
+    drive(shampoo(model.parameters()), list(model.parameters()), range(2))
+    for value in ("tf32", "ieee"):
+        backends.fp32_precision = value
+        assert backends.cuda.matmul.fp32_precision == value
+        drive(shampoo(model.parameters()), list(model.parameters()), range(2))
+        assert backends.cuda.matmul.fp32_precision == value
+
+
+def test_the_old_names_can_be_read_after_a_step_where_only_they_were_used() -> None:
+    """In a process of its own, as torch remembers which names were used; later code of torch reads the old ones."""
+    script = """
+import torch
+from shampoo_deepspeed import Shampoo
+torch.set_float32_matmul_precision("high")
+weight = torch.nn.Parameter(torch.ones(4, 4))
+optimizer = Shampoo([weight])
+weight.grad = torch.eye(4)
+optimizer.step()
+assert torch.get_float32_matmul_precision() == "high"
+assert torch.backends.cuda.matmul.allow_tf32
+torch.set_float32_matmul_precision("highest")
+optimizer.step()
+assert torch.get_float32_matmul_precision() == "highest"
+assert not torch.backends.cuda.matmul.allow_tf32
+torch.backends.cuda.matmul.allow_tf32 = True
+optimizer.step()
+assert torch.backends.cuda.matmul.allow_tf32
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,436 @@
+"""Options: every bad value is an error that names key, value and what is allowed; good ones survive JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
+from shampoo_deepspeed.options.choices import DTYPES, GRAFTING_METHODS, PRECONDITIONERS
+from shampoo_deepspeed.options.config import OPTION_NAMES, SHARED, options_with
+from shampoo_deepspeed.options.names import ALIASES
+from tests.support.stepping import parameter
+
+NUMBER = "a number >= 0"
+FRACTION = "a number in [0, 1)"
+BETAS = "two numbers [beta1, beta2] with 0 <= beta1 < 1 and 0 < beta2 <= 1"
+COUNT = "an integer >= 1"
+FLAG = "true or false"
+METHODS = "one of none, sgd, adagrad, rmsprop, adam"
+PATTERNS = "a list of name patterns"
+DTYPE = "one of float32, float64, bfloat16"
+
+# (key, bad value, what the message says is allowed)
+BAD_VALUES: list[tuple[str, Any, str]] = [
+    ("lr", -1e-3, NUMBER),
+    ("lr", "0.001", NUMBER),
+    ("lr", None, NUMBER),
+    ("lr", True, NUMBER),
+    ("lr", math.nan, NUMBER),
+    ("lr", math.inf, NUMBER),
+    ("lr", 10**400, NUMBER),
+    ("lr", torch.ones(2), "a Tensor with one such element"),
+    ("lr", torch.tensor(-1.0), "a Tensor with one such element"),
+    ("lr", torch.tensor(math.nan), "a Tensor with one such element"),
+    ("betas", 0.9, BETAS),
+    ("betas", [0.9], BETAS),
+    ("betas", [0.9, 0.99, 0.999], BETAS),
+    ("betas", [1.0, 0.999], BETAS),
+    ("betas", [-0.1, 0.999], BETAS),
+    ("betas", [0.9, 0.0], BETAS),
+    ("betas", [0.9, 1.1], BETAS),
+    ("betas", ["0.9", 0.999], BETAS),
+    ("eps", -1e-8, NUMBER),
+    ("eps", "1e-8", NUMBER),
+    ("weight_decay", -0.1, NUMBER),
+    ("decoupled_weight_decay", 1, FLAG),
+    ("decoupled_weight_decay", "true", FLAG),
+    ("no_decay", "*bias*", PATTERNS),
+    ("no_decay", [1], PATTERNS),
+    ("epsilon", -1e-12, NUMBER),
+    ("relative_epsilon", 1.0, FRACTION),
+    ("relative_epsilon", -1e-6, FRACTION),
+    ("max_preconditioner_dim", 0, COUNT),
+    ("max_preconditioner_dim", -1, COUNT),
+    ("max_preconditioner_dim", 128.0, COUNT),
+    ("max_preconditioner_dim", "1024", COUNT),
+    ("max_preconditioner_dim", True, COUNT),
+    ("precondition_frequency", 0, COUNT),
+    ("precondition_frequency", 2.5, COUNT),
+    ("statistics_frequency", 0, COUNT),
+    ("statistics_frequency", "auto", COUNT),
+    ("refresh", "later", "one of sync, staggered, background"),
+    ("refresh", True, "one of sync, staggered, background"),
+    ("start_preconditioning_step", 0, "an integer >= precondition_frequency, or -1"),
+    ("start_preconditioning_step", -2, "an integer >= precondition_frequency, or -1"),
+    ("start_preconditioning_step", 5.0, "an integer >= precondition_frequency, or -1"),
+    ("start_preconditioning_step", 9, "-1 or an integer >= precondition_frequency, which is 10"),
+    ("grafting", "lamb", METHODS),
+    ("preconditioner", "muon", "one of shampoo, soap, kl_shampoo"),
+    ("preconditioner", None, "one of shampoo, soap, kl_shampoo"),
+    ("refresh_tolerance", -0.1, "null or a number in [0, 1)"),
+    ("refresh_tolerance", 1, "null or a number in [0, 1)"),
+    ("refresh_tolerance", "0.1", "null or a number in [0, 1)"),
+    ("grafting", 1, METHODS),
+    ("beta3", 1.0, "null or a number in [0, 1)"),
+    ("beta3", "0.9", "null or a number in [0, 1)"),
+    ("weight_decay_type", "adamw", "null or one of l2, decoupled, corrected, independent"),
+    ("weight_decay_type", 1, "null or one of l2, decoupled, corrected, independent"),
+    ("peak_lr", 0.0, "null or a number > 0"),
+    ("merge_small_dims", 0, FLAG),
+    ("large_dim", "cut", "one of block, diagonal, identity, adagrad"),
+    ("one_sided", "both", "null or one of smaller, left, right"),
+    ("one_sided", True, "null or one of smaller, left, right"),
+    ("batch_dims", 2, "0, or 1 where the first dim"),
+    ("batch_dims", True, "0, or 1 where the first dim"),
+    ("split", [4096], "a list of lengths >= 1"),
+    ("split", [4, 0], "a list of lengths >= 1"),
+    ("split", 3, "a list of lengths >= 1"),
+    ("split", [2.0, 3], "a list of lengths >= 1"),
+    ("exponent_override", [4, "2"], "null or a number p from 0.001 to 1000"),
+    ("exponent_override", [], "null or a number p from 0.001 to 1000"),
+    ("exclude", ["kind:norms"], "'kind:norms' is no kind; kinds are embedding"),
+    ("rules", {"match": "*q*"}, "a list of rules such as"),
+    ("rules", [{"match": "*q*"}], "a list of rules such as"),
+    ("rules", [{"max_preconditioner_dim": 3}], "a list of rules such as"),
+    ("rank_deficient", "pinv", "one of shift, pseudo_inverse"),
+    ("solver", "qr", "one of auto, eigh, coupled_newton, newton_db"),
+    ("solver", None, "one of auto, eigh, coupled_newton, newton_db"),
+    ("grafting_beta2", 0.0, "null or a number in (0, 1)"),
+    ("grafting_beta2", 1.0, "null or a number in (0, 1)"),
+    ("grafting_beta2", "0.9", "null or a number in (0, 1)"),
+    ("elementwise", "adamw", METHODS),
+    ("momentum", 1.0, FRACTION),
+    ("momentum", -0.1, FRACTION),
+    ("momentum", False, FRACTION),
+    ("dampening", 1.0, FRACTION),
+    ("nesterov", "yes", FLAG),
+    ("nesterov", True, "true only together with momentum > 0"),
+    ("use_bias_correction", 0, FLAG),
+    ("exponent_override", 0, "null or a number p from 0.001 to 1000"),
+    ("exponent_override", -2.0, "null or a number p from 0.001 to 1000"),
+    ("exclude", "*embed*", PATTERNS),
+    ("exclude", [None], PATTERNS),
+    ("factor_dtype", "float16", "one of float32, float64"),
+    ("factor_dtype", "bfloat16", "one of float32, float64"),
+    ("factor_dtype", torch.int64, "one of float32, float64"),
+    ("root_dtype", "fp32", DTYPE),
+    ("root_dtype", None, DTYPE),
+    ("apply_dtype", "fp8", DTYPE),
+    ("communication_dtype", "int8", DTYPE),
+    ("bucket_mb", -1, "null or a number >= 0"),
+    ("bucket_mb", "auto", "null or a number >= 0"),
+    ("master_weights", "no", FLAG),
+    ("stochastic_rounding", 1, FLAG),
+    ("stochastic_rounding", True, "true only together with master_weights = false"),
+    ("overlap", 0, FLAG),
+    ("failure_limit", 0, COUNT),
+]
+IDS = [f"{key}-{n}" for n, (key, _, _) in enumerate(BAD_VALUES)]
+
+
+def message_of(error: pytest.ExceptionInfo[OptionError], key: str, value: object, allowed: str) -> None:
+    text = str(error.value)
+    assert repr(key) in text, text
+    assert repr(value) in text, text
+    assert allowed in text, text
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), BAD_VALUES, ids=IDS)
+def test_a_bad_value_is_an_error_that_names_key_value_and_what_is_allowed(key: str, value: Any, allowed: str) -> None:
+    with pytest.raises(OptionError) as error:
+        Shampoo([parameter(3)], **{key: value})
+    message_of(error, key, value, allowed)
+    assert isinstance(error.value, ValueError)  # what torch's own optimizers raise
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), BAD_VALUES, ids=IDS)
+def test_a_bad_value_in_a_group_is_the_same_error(key: str, value: Any, allowed: str) -> None:
+    if key in options_with(SHARED):
+        allowed = "all groups share one value"
+    with pytest.raises(OptionError) as error:
+        Shampoo([{"params": [parameter(3)]}, {"params": [parameter(4)], key: value}])
+    message_of(error, key, value, allowed)
+
+
+def test_every_option_has_a_bad_value_above() -> None:
+    assert {key for key, _, _ in BAD_VALUES} == set(OPTION_NAMES)
+
+
+IN_JSON = [(k, v) for k, v, _ in BAD_VALUES if not isinstance(v, torch.Tensor) and v != 10**400]
+
+
+@pytest.mark.parametrize(("key", "value"), IN_JSON)
+def test_a_bad_value_from_json_is_the_same_error(key: str, value: Any) -> None:
+    if isinstance(value, torch.dtype):
+        value = str(value)
+    with pytest.raises(OptionError, match=re.escape(repr(key))):
+        ShampooConfig.from_options(json.loads(json.dumps({key: value})))
+
+
+@pytest.mark.parametrize("key", [name for name in OPTION_NAMES if name != "solver"])
+def test_auto_is_an_error_for_every_option_but_the_solver(key: str) -> None:
+    with pytest.raises(OptionError, match=f"{key!r} = 'auto' is not allowed"):
+        ShampooConfig.from_options({key: "auto"})
+
+
+@pytest.mark.parametrize("key", ["lr", "betas", "eps", "weight_decay", "momentum"])
+def test_auto_where_the_trainer_would_fill_it_in_says_so(key: str) -> None:
+    with pytest.raises(OptionError, match="only the Hugging Face Trainer fills in 'auto'"):
+        ShampooConfig.from_options({key: "auto"})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("learning_rate", None), ("weight_decy", "weight_decay"), ("precondition_freq", "precondition_frequency")],
+)
+def test_an_unknown_option_is_an_error_that_suggests_the_nearest(wrong: str, meant: str | None) -> None:
+    with pytest.raises(OptionError) as error:
+        Shampoo([parameter(3)], **{wrong: 0.5})
+    text = str(error.value)
+    assert f"Unknown Shampoo option {wrong!r} = 0.5" in text
+    assert ("did you mean" in text) == (meant is not None)
+    assert meant is None or f"did you mean {meant!r}?" in text
+    assert all(name in text for name in OPTION_NAMES)
+
+
+def test_a_misspelt_option_of_a_group_is_an_error_and_a_hosts_own_key_is_not() -> None:
+    with pytest.raises(OptionError, match="did you mean 'weight_decay'"):
+        Shampoo([{"params": [parameter(3)], "weight_decy": 0.1}])
+    optimizer = Shampoo([{"params": [parameter(3)], "name": "experts", "moe": True, "initial_lr": 0.1}])
+    assert (optimizer.param_groups[0]["name"], optimizer.param_groups[0]["moe"]) == ("experts", True)
+
+
+def test_a_key_of_a_group_that_nobody_is_known_to_read_stays_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = Shampoo([{"params": [parameter(3)], "name": "experts", "initial_lr": 0.1}])
+    assert not caplog.text
+    optimizer.add_param_group({"params": [parameter(4)], "wd": 0.1})
+    assert optimizer.param_groups[1]["wd"] == 0.1
+    assert "no option 'wd' (= 0.1 in a parameter group)" in caplog.text and "weight_decay" in caplog.text
+    optimizer.add_param_group({"params": [parameter(5)], "wd": 0.2})
+    assert caplog.text.count("no option") == 1
+
+
+def test_a_list_of_parameters_that_is_a_module_is_taken() -> None:
+    assert len(Shampoo(nn.ParameterList([parameter(3), parameter(4)])).param_groups[0]["params"]) == 2
+
+
+def test_what_deepspeed_s_json_for_adamw_says_of_its_kernel_means_nothing_here() -> None:
+    assert ShampooConfig.from_options({"torch_adam": True, "fused": True}) == ShampooConfig()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((nn.Linear(2, 2),), r"params is a Module; give its named_parameters\(\); allowed: an iterable"),
+        ((nn.Linear(2, 2).state_dict(),), "params is OrderedDict; allowed: an iterable of parameters"),
+        ((torch.ones(2),), "params is Tensor; allowed: an iterable of parameters"),
+        (([parameter(3)], {"model": 3}), "model = 3 is not allowed: None, or the nn.Module"),
+        (([parameter(3)], {"process_group": 3}), "process_group = 3 is not allowed: None, or a torch"),
+    ],
+)
+def test_a_wrong_type_is_an_error_before_the_first_step(arguments: tuple[Any, ...], message: str) -> None:
+    params, options = arguments if len(arguments) == 2 else (arguments[0], {})
+    with pytest.raises(TypeError, match=message):
+        Shampoo(params, **options)
+
+
+@pytest.mark.parametrize("key", options_with(SHARED))
+def test_what_all_groups_share_cannot_differ_in_one(key: str) -> None:
+    value = {"communication_dtype": "bfloat16", "bucket_mb": 1, "overlap": False, "failure_limit": 3}[key]
+    Shampoo([{"params": [parameter(3)], key: value}], **{key: value})
+    with pytest.raises(OptionError, match=f"{key!r} = {value!r} in a parameter group.*all groups share one value"):
+        Shampoo([{"params": [parameter(3)], key: value}])
+
+
+def test_a_changed_group_is_checked_at_the_next_step() -> None:
+    optimizer = Shampoo([p := parameter(6, 5)])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.param_groups[0]["betas"] = (0.9, 2.0)
+    before = p.detach().clone()
+    with pytest.raises(OptionError, match="'betas' = \\(0.9, 2.0\\)"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+README_NAMES: list[tuple[str, Any, str]] = [
+    ("grafting_epsilon", 1e-6, "eps"),
+    ("use_decoupled_weight_decay", False, "decoupled_weight_decay"),
+    ("use_nesterov", False, "nesterov"),
+    ("grafting_type", "rmsprop", "grafting"),
+]
+
+
+@pytest.mark.parametrize(("alias", "value", "name"), README_NAMES)
+def test_names_of_the_distributed_shampoo_readme_are_taken(alias: str, value: Any, name: str) -> None:
+    assert getattr(ShampooConfig.from_options({alias: value}), name) == value
+    group = Shampoo([{"params": [parameter(3)], alias: value}]).param_groups[0]
+    assert group[name] == value and alias not in group
+    with pytest.raises(OptionError, match=f"option {name!r} is given twice \\(as {alias!r}"):
+        ShampooConfig.from_options({name: value, alias: value})
+
+
+def test_every_alias_is_tested_and_names_an_option() -> None:
+    assert {alias: name for alias, _, name in README_NAMES} == ALIASES
+    assert set(ALIASES.values()) <= set(OPTION_NAMES)
+
+
+def test_json_lists_and_dtypes_become_what_the_code_uses() -> None:
+    options = json.loads('{"betas": [0.8, 1], "exclude": ["*head*"], "no_decay": [], "lr": 1, "grafting": "Adam"}')
+    config = ShampooConfig.from_options({**options, "root_dtype": torch.bfloat16, "factor_dtype": "torch.float64"})
+    assert (config.betas, config.exclude, config.no_decay, config.lr) == ((0.8, 1.0), ("*head*",), (), 1.0)
+    assert (config.grafting, config.root_dtype, config.factor_dtype) == ("adam", "bfloat16", "float64")
+
+
+numbers = st.floats(0, 1e6)
+fractions = st.floats(0, 1, exclude_max=True)
+counts = st.integers(1, 10_000)
+patterns = st.lists(st.sampled_from(["*embed*", "kind:layernorm", "gamma\u00e9", '"*"']), max_size=3).map(tuple)
+methods = st.sampled_from(GRAFTING_METHODS)
+dtypes = st.sampled_from(list(DTYPES))
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "lr": numbers,
+    "betas": st.tuples(st.floats(0, 1, exclude_min=True, exclude_max=True), st.floats(0, 1, exclude_min=True)),
+    "beta3": st.none() | fractions,
+    "eps": numbers,
+    "weight_decay": numbers,
+    "decoupled_weight_decay": st.booleans(),
+    "weight_decay_type": st.none() | st.just("l2"),
+    "peak_lr": st.none() | st.floats(1e-6, 1.0),
+    "no_decay": patterns,
+    "epsilon": numbers,
+    "relative_epsilon": fractions,
+    "preconditioner": st.sampled_from(PRECONDITIONERS),
+    "refresh_tolerance": st.none() | fractions,
+    "max_preconditioner_dim": counts,
+    "merge_small_dims": st.booleans(),
+    "large_dim": st.sampled_from(["block", "adagrad"]),
+    "one_sided": st.sampled_from([None, "left", "right"]),
+    "batch_dims": st.sampled_from([0, 1]),
+    "split": st.sampled_from([(), (3, 4)]),
+    "precondition_frequency": counts,
+    "statistics_frequency": counts,
+    "refresh": st.sampled_from(["sync", "staggered", "background"]),
+    "start_preconditioning_step": st.just(-1) | st.integers(10_000, 20_000),
+    "grafting": st.none() | methods,
+    "grafting_beta2": st.none() | st.floats(0, 1, exclude_min=True, exclude_max=True),
+    "elementwise": st.none() | methods,
+    "momentum": st.floats(0, 1, exclude_min=True, exclude_max=True),
+    "dampening": fractions,
+    "nesterov": st.booleans(),
+    "use_bias_correction": st.booleans(),
+    "exponent_override": st.none() | st.floats(0.1, 100) | st.tuples(st.none(), st.floats(0.1, 100)),
+    "rank_deficient": st.sampled_from(["shift", "pseudo_inverse"]),
+    "solver": st.sampled_from(["auto", "eigh"]),
+    "exclude": patterns,
+    "rules": st.sampled_from([(), ({"match": ("*q*", "kind:2d"), "max_preconditioner_dim": 8, "betas": (0.5, 0.9)},)]),
+    "factor_dtype": st.sampled_from(["float32", "float64"]),
+    "root_dtype": dtypes,
+    "master_weights": st.just(False),
+    "stochastic_rounding": st.booleans(),
+    "apply_dtype": st.none() | dtypes,
+    "communication_dtype": st.none() | dtypes,
+    "bucket_mb": st.none() | numbers,
+    "overlap": st.booleans(),
+    "failure_limit": counts,
+}
+
+
+@given(st.fixed_dictionaries(VALUES))
+def test_options_survive_json(options: dict[str, Any]) -> None:
+    assert VALUES.keys() == set(OPTION_NAMES)
+    if options["preconditioner"] != "shampoo":  # what the others cannot do
+        options = {**options, "exponent_override": None, "one_sided": None, "rank_deficient": "shift"}
+    if options["refresh_tolerance"] is not None:
+        options = {**options, "rank_deficient": "shift"}
+    config = ShampooConfig.from_options(options)
+    assert {name: getattr(config, name) for name in OPTION_NAMES} == options
+    assert ShampooConfig.from_options(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_a_tensor_learning_rate_becomes_a_number_in_json() -> None:
+    assert json.loads(json.dumps(ShampooConfig(lr=torch.tensor(0.5)).to_json()))["lr"] == 0.5
+
+
+@given(st.integers(1, 9), st.integers(0, 30) | st.just(-1), st.integers(1, 60))
+def test_refreshes_come_at_the_start_step_and_at_multiples_of_the_frequency(freq: int, late: int, step: int) -> None:
+    start = -1 if late == -1 else freq + late
+    config = ShampooConfig(precondition_frequency=freq, start_preconditioning_step=start)
+    first = freq if start == -1 else start
+    assert config.start == first
+    assert config.refreshes_at(step) == (step == first or (step > first and step % freq == 0))
+
+
+def test_the_grafting_second_moment_decays_as_the_factors_do_unless_told_otherwise() -> None:
+    assert ShampooConfig(betas=(0.9, 0.95)).second_moment_beta == 0.95
+    assert ShampooConfig(betas=(0.9, 1.0)).second_moment_beta == 0.999  # an EMA with decay 1 would never move
+    assert ShampooConfig(betas=(0.9, 0.95), grafting_beta2=0.5).second_moment_beta == 0.5
+
+
+def test_grafting_is_the_preconditioners_own_unless_told_otherwise() -> None:
+    own = {name: ShampooConfig(preconditioner=name).grafting_method for name in PRECONDITIONERS}
+    assert own == {"shampoo": "adam", "soap": "none", "kl_shampoo": "adam"}
+    for name in PRECONDITIONERS:
+        for given_method in GRAFTING_METHODS:
+            config = ShampooConfig(preconditioner=name, grafting=given_method)
+            assert config.grafting_method == given_method
+            assert config.warm_method == ("adam" if given_method == "none" else given_method)
+
+
+def test_kl_shampoo_takes_no_other_root() -> None:
+    with pytest.raises(OptionError, match="'exponent_override' = 4.0 is not allowed: null with preconditioner kl_sha"):
+        ShampooConfig(preconditioner="kl_shampoo", exponent_override=4.0)
+    assert ShampooConfig(preconditioner="soap", exponent_override=4.0).exponent_override == 4.0
+
+
+def test_elementwise_parameters_follow_the_grafting_method_unless_told_otherwise() -> None:
+    assert ShampooConfig(grafting="rmsprop").elementwise_method == "rmsprop"
+    assert ShampooConfig(grafting="none").elementwise_method == "adam"
+    assert ShampooConfig(grafting="none", elementwise="sgd").elementwise_method == "sgd"
+
+
+IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
+    ({"beta3": 0.5, "betas": (0.0, 0.9)}, "'beta3' = 0.5.*null where betas"),
+    ({"weight_decay_type": "corrected", "decoupled_weight_decay": False}, "'weight_decay_type' = 'corrected'"),
+    ({"split": [2, 3], "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*together with split"),
+    ({"split": [2, 3], "one_sided": "smaller"}, "'one_sided' = 'smaller'.*together with split"),
+    ({"preconditioner": "soap", "one_sided": "left"}, "'one_sided' = 'left'.*null with preconditioner soap"),
+    ({"preconditioner": "kl_shampoo", "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*block or adagrad with"),
+    ({"preconditioner": "soap", "solver": "newton_db"}, "'solver' = 'newton_db'.*eigh with preconditioner soap"),
+    ({"preconditioner": "soap", "exponent_override": [2, 4]}, "'exponent_override'.*null or a number with"),
+    ({"refresh_tolerance": 0.1, "solver": "newton_db"}, "'solver' = 'newton_db'.*together with refresh_tolerance"),
+    ({"refresh_tolerance": 0.1, "rank_deficient": "pseudo_inverse"}, "'rank_deficient'.*shift together with"),
+    ({"rank_deficient": "pseudo_inverse", "solver": "newton_db"}, "'solver' = 'newton_db'.*pseudo_inverse"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), IMPOSSIBLE)
+def test_options_that_contradict_one_another_are_an_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Shampoo([parameter(3)], **options)
+
+
+def test_roots_are_twice_the_number_of_preconditioned_dims_unless_overridden() -> None:
+    assert [ShampooConfig().root(n) for n in (1, 2, 3)] == [2.0, 4.0, 6.0]
+    assert [ShampooConfig(exponent_override=3).root(n) for n in (1, 2, 3)] == [3.0, 3.0, 3.0]
+    assert [ShampooConfig(exponent_override=[None, 3]).root(n) for n in (1, 2, 3)] == [2.0, 3.0, 6.0]
+
+
+def test_the_peak_of_a_scaled_decay_is_the_learning_rate_that_a_group_starts_with() -> None:
+    group = {"params": [parameter(3)], "lr": 0.5}
+    optimizer = Shampoo([group, {"params": [parameter(3)]}], lr=0.25, weight_decay_type="corrected")
+    assert [g["peak_lr"] for g in optimizer.param_groups] == [0.5, 0.25]
+    assert Shampoo([parameter(3)], lr=0.25).param_groups[0]["peak_lr"] is None
+    with pytest.raises(OptionError, match="'peak_lr' = None is not allowed: a number > 0 where lr starts at 0"):
+        Shampoo([parameter(3)], lr=0.0, weight_decay_type="independent")
+    optimizer = Shampoo([parameter(3)], lr=0.0, weight_decay_type="independent", peak_lr=0.1)
+    assert optimizer.param_groups[0]["peak_lr"] == 0.1

@@ -1,0 +1,218 @@
+"""Names and kinds of parameters, and the patterns that choose among them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from shampoo_deepspeed import ShampooConfig
+from shampoo_deepspeed.distributed.frameworks import Parameter
+from shampoo_deepspeed.engine.policy import policy_of
+from shampoo_deepspeed.options.choices import DEFAULT_EXCLUDE, KINDS, TRAINER_NO_DECAY
+from shampoo_deepspeed.options.parameter_names import clean_name, matching, names_and_kinds
+from tests.support.mixtures import MixtureLayer, TopKRouter
+from tests.support.stepping import drive, parameter, shampoo
+
+NOTHING: frozenset[str] = frozenset()
+CLEANED = {
+    "weight": "weight",
+    "layers.0.attention.q.weight": "layers.0.attention.q.weight",
+    "_orig_mod.layers.0.weight": "layers.0.weight",
+    "module.layers.0.weight": "layers.0.weight",
+    "module.module.layers.0.weight": "layers.0.weight",
+    "_orig_mod.module.layers.0.weight": "layers.0.weight",
+    "module._orig_mod.layers.0._orig_mod.weight": "layers.0.weight",
+    "_fsdp_wrapped_module.layers.0._fsdp_wrapped_module.weight": "layers.0.weight",
+    "layers.0._checkpoint_wrapped_module.mlp.weight": "layers.0.mlp.weight",
+    "layers.module.weight": "layers.module.weight",
+    "module": "module",
+    "submodule.weight": "submodule.weight",
+}
+
+
+@pytest.mark.parametrize("name", list(CLEANED))
+def test_wrappers_leave_no_trace_in_a_name(name: str) -> None:
+    assert clean_name(name) == CLEANED[name]
+    assert clean_name(clean_name(name)) == CLEANED[name]
+
+
+def test_a_wrapped_model_has_the_names_of_the_plain_one() -> None:
+    class Compiled(nn.Module):
+        """What torch.compile gives, as far as names go."""
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self._orig_mod = inner
+
+    plain = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    wrapped = Compiled(nn.Sequential(Compiled(plain[0]), plain[1]))
+    assert names_and_kinds(wrapped) == names_and_kinds(plain)
+    assert {name for name, _ in names_and_kinds(plain).values()} == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+class Tied(nn.Module):
+    """As Transformers models: an embedding that is the output head too, and a method that tells the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.bag = nn.EmbeddingBag(5, 4)
+        self.norm = nn.LayerNorm(4)
+        self.mix = nn.Linear(4, 4)
+        self.out = nn.Linear(4, 7, bias=False)
+        self.out.weight = self.table.weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.out
+
+
+def test_kinds_come_from_the_modules_that_hold_a_parameter() -> None:
+    found = dict(names_and_kinds(Tied()).values())
+    assert found == {
+        "table.weight": frozenset({"embedding", "lm_head"}),
+        "bag.weight": frozenset({"embedding"}),
+        "norm.weight": frozenset({"layernorm", "norm"}),
+        "norm.bias": frozenset({"layernorm", "norm"}),
+        "mix.weight": NOTHING,
+        "mix.bias": NOTHING,
+    }
+
+
+class LlamaRMSNorm(nn.Module):
+    """As Transformers names them: no base class tells that it is a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+
+class NormalizedLinear(nn.Linear):
+    """Not a norm, for all its name."""
+
+
+class GatedUnit(nn.Module):
+    """A gate that routes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 4, bias=False)
+        self.up = NormalizedLinear(4, 4, bias=False)
+
+
+@pytest.mark.parametrize("gate", [TopKRouter(), nn.Linear(4, 3, bias=False)])
+def test_kinds_of_a_mixture_of_experts(gate: nn.Module) -> None:
+    model = nn.ModuleDict({"moe": MixtureLayer(gate), "unit": GatedUnit(), "norm": LlamaRMSNorm()})
+    assert dict(names_and_kinds(model).values()) == {
+        "moe.gate.weight": frozenset({"router"}),
+        "moe.experts.gate_up_proj": frozenset({"experts"}),
+        "moe.experts.down_proj_bias": frozenset({"experts"}),
+        "unit.gate.weight": NOTHING,
+        "unit.up.weight": NOTHING,
+        "norm.weight": frozenset({"norm"}),
+    }
+
+
+def test_every_kind_that_modules_tell_is_one_that_patterns_may_name() -> None:
+    models = (Tied(), MixtureLayer(TopKRouter()))
+    told = {kind for model in models for _, kinds in names_and_kinds(model).values() for kind in kinds}
+    assert told <= set(KINDS) and {kind for kind in KINDS if not kind.endswith("d") or kind == "lm_head"} <= told
+
+
+def test_a_model_without_an_output_head_has_none() -> None:
+    class Headless(Tied):
+        def get_output_embeddings(self) -> nn.Module:
+            return None  # type: ignore[return-value]
+
+    assert dict(names_and_kinds(Headless()).values())["table.weight"] == frozenset({"embedding"})
+
+
+MATCHES: list[tuple[str, str | None, frozenset[str], bool]] = [
+    ("*embed*", "model.embed_tokens.weight", NOTHING, True),
+    ("*embed*", "model.Embedding.weight", NOTHING, True),
+    ("*EMBED*", "model.embed_tokens.weight", NOTHING, True),
+    ("embed", "model.embed_tokens.weight", NOTHING, False),
+    ("*.bias", "layers.0.bias", NOTHING, True),
+    ("layers.[01].*", "layers.1.weight", NOTHING, True),
+    ("layers.[01].*", "layers.2.weight", NOTHING, False),
+    ("kind:embedding", "anything", frozenset({"embedding"}), True),
+    ("kind:embedding", None, frozenset({"embedding"}), True),
+    ("kind:embedding", "kind:embedding", NOTHING, False),
+    ("*", None, NOTHING, False),
+]
+
+
+@pytest.mark.parametrize(("pattern", "name", "kinds", "expected"), MATCHES)
+def test_a_pattern_matches_names_without_case_or_a_kind(
+    pattern: str, name: str | None, kinds: frozenset[str], expected: bool
+) -> None:
+    assert matching(["nothing", pattern], name, kinds) == (pattern if expected else None)
+
+
+SHAPES: list[tuple[str, tuple[int, ...], bool]] = [
+    ("kind:1d", (6,), True),
+    ("kind:1d", (1, 6), False),
+    ("kind:3d", (2, 3, 4), True),
+    ("shape:8x*", (8, 4096), True),
+    ("shape:8x*", (80, 4096), False),
+    ("shape:*x8", (4096, 8), True),
+    ("shape:8", (8,), True),
+]
+
+
+@pytest.mark.parametrize(("pattern", "shape", "expected"), SHAPES)
+def test_a_pattern_matches_shapes(pattern: str, shape: tuple[int, ...], expected: bool) -> None:
+    assert (matching([pattern], "name", NOTHING, shape) == pattern) == expected
+    assert matching([pattern], "name", NOTHING) is None
+
+
+def test_the_first_pattern_that_matches_is_named() -> None:
+    assert matching(["a*", "*b", "*"], "xb", NOTHING) == "*b"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer.wte.weight",
+        "transformer.wpe.weight",
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "bert.embeddings.word_embeddings.weight",
+        "layers.0.mlp.router.weight",
+        "deepspeed_moe.gate.wg.weight",
+        "layers.0.mlp.experts.down_proj_bias",
+    ],
+)
+def test_embeddings_and_heads_of_usual_models_are_excluded_by_name(name: str) -> None:
+    assert matching(DEFAULT_EXCLUDE, name, NOTHING) is not None
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj.weight", "transformer.h.0.mlp.c_fc.weight", "h.0.mlp.gate_proj.weight"]
+)
+def test_inner_weights_of_usual_models_are_not(name: str) -> None:
+    assert matching(DEFAULT_EXCLUDE, name, NOTHING) is None
+    assert matching(TRAINER_NO_DECAY, name, NOTHING) is None
+
+
+@pytest.mark.parametrize("name", ["h.0.ln.bias", "model.norm.weight", "h.1.input_layernorm.weight", "q_norm.weight"])
+def test_norms_and_biases_are_in_the_trainers_no_decay(name: str) -> None:
+    assert matching(TRAINER_NO_DECAY, name, NOTHING) is not None
+
+
+def test_no_decay_patterns_keep_weights_from_decaying() -> None:
+    own = {"mix.weight": parameter(6, 5), "mix.bias": parameter(6)}
+    free = {name: parameter(*p.shape) for name, p in own.items()}
+    decayed = {name: parameter(*p.shape) for name, p in own.items()}
+    drive(shampoo(own.items(), no_decay=["*bias*"]), list(own.values()), range(3))
+    drive(shampoo(free.items(), weight_decay=0.0), list(free.values()), range(3))
+    drive(shampoo(decayed.items()), list(decayed.values()), range(3))
+    assert torch.equal(own["mix.bias"], free["mix.bias"]) and not torch.equal(free["mix.bias"], decayed["mix.bias"])
+    assert torch.equal(own["mix.weight"], decayed["mix.weight"])
+
+
+@pytest.mark.parametrize(("shape", "decays"), [((6,), False), ((), False), ((1, 6), False), ((6, 5), True)])
+def test_without_names_no_decay_falls_back_to_matrices_only(shape: tuple[int, ...], decays: bool) -> None:
+    config = ShampooConfig(weight_decay=0.1, no_decay=["*bias*"])
+    assert policy_of(Parameter("group0.0", shape, 0), config).decays == decays
+    assert policy_of(Parameter("group0.0", shape, 0), ShampooConfig(weight_decay=0.1)).decays

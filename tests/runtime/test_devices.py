@@ -1,0 +1,103 @@
+"""On an accelerator (a simulated one) steps do what they do on the CPU, mix no devices, and wait for nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.algorithm.found_inf import FoundInf
+from tests.support.simulated_device import Device, Mode, OnDevice, simulate
+
+STEPS, FREQUENCY = 7, 3
+SHAPES = {"a": (20, 12), "b": (12,), "c": (6, 4, 3, 3), "s": ()}
+CASES: dict[str, dict[str, Any]] = {
+    "as_it_is": {},
+    "eigh": {"solver": "eigh"},
+    "newton_db": {"solver": "newton_db"},
+    "kl_shampoo": {"preconditioner": "kl_shampoo"},
+    "soap": {"preconditioner": "soap"},
+    "normalized": {"grafting": "normalized_adam", "weight_decay": 0.1},
+    "momentum": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "weight_decay_type": "independent"},
+    "not_fused": {"eps": 0.0, "beta3": 0.5, "betas": (0.9, 0.99)},
+    "no_first_moment": {"betas": (0.0, 0.99), "grafting": "rmsprop"},
+    "float64_factors": {"factor_dtype": "float64"},
+    "narrow": {"root_dtype": "bfloat16", "apply_dtype": "bfloat16"},
+    "diagonal": {"large_dim": "diagonal", "max_preconditioner_dim": 16},
+    "one_sided": {"one_sided": "left"},
+    "pseudo_inverse": {"rank_deficient": "pseudo_inverse"},
+    "tolerance": {"refresh_tolerance": 0.1},
+    "statistics": {"statistics_frequency": 2},
+}
+ALWAYS_EIGH = ("soap", "pseudo_inverse", "tolerance")
+
+
+def gradient(name: str, step: int) -> Tensor:
+    seeded = torch.Generator().manual_seed(100 * step + ord(name))
+    return torch.randn(SHAPES[name], generator=seeded)
+
+
+def trained(
+    options: dict[str, Any], device: Device | None = None, bad: int = -1
+) -> tuple[list[Tensor], list[list[str]]]:
+    """The parameters after all steps, and what the framework has read in each; step ``bad`` has gradients of NaN."""
+    mark = (lambda t: t.as_subclass(OnDevice)) if device else (lambda t: t)
+    params = {name: nn.Parameter(mark(gradient(name, -1))) for name in SHAPES}
+    reads = []
+    with Mode() if device else contextlib.nullcontext():
+        own = {"max_preconditioner_dim": 8, "precondition_frequency": FREQUENCY, "refresh": "sync", **options}
+        optimizer = Shampoo(list(params.items()), lr=1e-2, **own)
+        for step in range(STEPS):
+            for name, p in params.items():
+                with torch._C.DisableTorchFunctionSubclass():
+                    p.grad = mark(gradient(name, step) * (torch.nan if step == bad else 1.0))
+            before = len(device.reads) if device else 0
+            optimizer.step()
+            reads.append(device.reads[before:] if device else [])
+        optimizer.finish_step()
+    assert optimizer.rejected_steps == (bad >= 0)
+    return [p.detach().as_subclass(Tensor) for p in params.values()], reads
+
+
+def assert_equal_but_for_rounding(found: list[Tensor], expected: list[Tensor], bound: float = 5e-6) -> None:
+    assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) <= bound
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_without_refresh_waits_for_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_accelerators = {} if case in ALWAYS_EIGH else {"solver": "coupled_newton"}  # what "auto" is there
+    expected, _ = trained(on_accelerators | CASES[case])
+    device = simulate(monkeypatch)
+    found, reads = trained(CASES[case], device)
+    assert not device.mixed
+    # The first step looks at flags before there is state; then each third one refreshes.
+    quiet = [step for step in range(1, STEPS) if (step + 1) % FREQUENCY]
+    assert quiet and not [reads[step] for step in quiet if reads[step]]
+    assert all(reads[step] for step in range(STEPS) if step not in quiet and step)
+    assert_equal_but_for_rounding(found, expected, 1e-3 if case == "narrow" else 5e-6)
+
+
+@pytest.mark.parametrize("rejected", [False, True])
+def test_a_decay_has_the_precision_of_what_it_multiplies(rejected: bool) -> None:
+    found_inf = FoundInf(torch.tensor(rejected), torch.float32)
+    assert found_inf.keep(0.9999, torch.float64).item() == (1.0 if rejected else 0.9999)
+    assert found_inf.keep(0.9999).dtype == torch.float32
+
+
+@pytest.mark.parametrize("refresh", ["sync", "staggered", "background"])
+@pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
+def test_a_rejected_step_changes_nothing_there_either(
+    preconditioner: str, refresh: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"preconditioner": preconditioner, "refresh": refresh, "solver": "eigh"}
+    if preconditioner != "shampoo":
+        del options["solver"]
+    expected, _ = trained(options, bad=4)
+    device = simulate(monkeypatch)
+    found, _ = trained(options, device, bad=4)
+    assert not device.mixed
+    assert_equal_but_for_rounding(found, expected)

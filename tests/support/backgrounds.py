@@ -1,0 +1,69 @@
+"""Optimizers that refresh in the background, for the tests of that: with what is pending, and compute() wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.algorithm.preconditioners import Preconditioner
+from shampoo_deepspeed.algorithm.preconditioners.kl_shampoo import KLShampooPreconditioner
+from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
+from shampoo_deepspeed.algorithm.preconditioners.soap import SOAPPreconditioner
+from tests.support.stepping import drive, parameter, shampoo
+
+FREQUENCY = 4
+FORMS: dict[str, dict[str, Any]] = {
+    "shampoo": {},
+    "kept_bases": {"refresh_tolerance": 0.5},
+    "newton": {"solver": "coupled_newton", "relative_epsilon": 1e-3},
+    "newton_db": {"solver": "newton_db", "relative_epsilon": 1e-3},
+    "soap": {"preconditioner": "soap"},
+    "soap_tolerance": {"preconditioner": "soap", "refresh_tolerance": 0.5, "grafting": "adam"},
+    "kl_shampoo": {"preconditioner": "kl_shampoo"},
+    "every_step": {"precondition_frequency": 1},
+    "soap_every_step": {"preconditioner": "soap", "precondition_frequency": 1},
+}
+Compute = Callable[[Preconditioner, dict[str, Tensor], int], RefreshResult]
+
+
+def some_parameters() -> list[nn.Parameter]:
+    """15 blocks of five shapes, and a vector; in each step of a window some are due."""
+    return [parameter(*shape, seed=n) for n, shape in enumerate([(16, 24), (20, 8), (8,), (12, 16), (5, 7), (8, 8)])]
+
+
+def background(params: list[nn.Parameter], **options: Any) -> Shampoo:
+    """An optimizer that refreshes in the background, every few steps."""
+    return shampoo(params, **({"refresh": "background", "precondition_frequency": FREQUENCY} | options))
+
+
+def trained(steps: int, **options: Any) -> tuple[list[nn.Parameter], Shampoo]:
+    """Some parameters and their optimizer, after these steps."""
+    params = some_parameters()
+    optimizer = background(params, **options)
+    drive(optimizer, params, range(steps))
+    return params, optimizer
+
+
+def pending(optimizer: Shampoo) -> list[str]:
+    """The keys of the blocks that have a refresh under way or not yet installed."""
+    stacks = optimizer.state_dict()["shampoo"]["stacks"]
+    return sorted(k for s in stacks for k, waits in zip(s["keys"], s["pending"], strict=True) if waits)
+
+
+def finish(optimizer: Shampoo) -> None:
+    """Wait for all that is under way."""
+    for stack in (stack for unit in optimizer.units for stack in unit.stacks):
+        for refresh in stack.pending.values():
+            assert refresh is not None
+            refresh.result()
+
+
+def wrap_compute(patch: pytest.MonkeyPatch, wrapper: Callable[[Compute], Compute]) -> None:
+    """Let the refreshes of all preconditioners go through the wrapper."""
+    for kind in (ShampooPreconditioner, SOAPPreconditioner, KLShampooPreconditioner):
+        patch.setattr(kind, "compute", wrapper(kind.compute))

@@ -1,0 +1,49 @@
+"""The state of the package's blocks against that of the plain reference's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tests.support.reference import Block, rotate
+
+
+def deviation(found: Tensor, expected: Tensor) -> float:
+    """Relative, and absolute where nothing is expected."""
+    return ((found - expected).norm() / max(expected.norm().item(), 1e-12)).item()
+
+
+def block_deviations(tensors: Mapping[str, Tensor], row: int, block: Block, preconditioner: str) -> dict[str, float]:
+    """Of all that the package keeps of one block, by name.
+
+    Signs of a basis's columns mean nothing; their order means something under SOAP alone, whose second moment has it.
+
+    Raises:
+        KeyError: where the package keeps something that the reference does not know of.
+    """
+    expected = {"exp_avg": block.first, "second_moment": block.second, "scale": block.first.new_tensor(block.scale)}
+    expected |= {"rotated_second_moment": block.rotated, "rotated_weight": block.first.new_tensor(block.weight)}
+    expected |= {f"factor_{mode}": factor for mode, factor in block.factors.items()}
+    expected |= {f"root_{mode}": root for mode, root in block.roots.items()}
+    found = {}
+    back = {int(name.rpartition("_")[2]): stack[row].T for name, stack in tensors.items() if name.startswith("basis")}
+    for name, stack in tensors.items():
+        kind, _, mode = name.rpartition("_")
+        if kind == "basis":
+            own, other = stack[row], block.bases[int(mode)]
+            if preconditioner == "soap":
+                found[name] = deviation(ordered_projector(own), ordered_projector(other))
+            else:
+                found[name] = deviation((own.T @ other).abs().sum(), own.new_tensor(float(len(own))))
+        elif name == "rotated_exp_avg":  # not rotated before the first refresh
+            found[name] = deviation(rotate(stack[row], back), block.first)
+        else:
+            found[name] = deviation(stack[row], expected[name])
+    return found
+
+
+def ordered_projector(basis: Tensor) -> Tensor:
+    """What of a basis does not depend on the signs of its columns."""
+    return basis @ torch.diag(torch.arange(1.0, len(basis) + 1, dtype=basis.dtype)) @ basis.T

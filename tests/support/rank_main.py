@@ -1,0 +1,84 @@
+"""One rank of a launch: joins the process group, runs the checks in order and writes one result file for each."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import importlib
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shampoo_deepspeed.distributed.process_groups import delay_exit_for_gloo
+from tests.support.launch import Check, RankResult
+
+PARENT_SECONDS = 120.0
+
+
+def main(folder: Path) -> None:
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+    (folder / f"ready.{rank}").touch()
+    for index, check in enumerate(pickle.loads((folder / "checks.pickle").read_bytes())):
+        result = attempt(check)
+        write(folder / f"{index}.{rank}.pickle", result)
+        if result.failure is not None:
+            wait_for(folder / f"{index}.go")
+        gc.collect()
+        dist.barrier()
+    dist.destroy_process_group()
+    delay_exit_for_gloo()  # checks without an optimizer use gloo too
+
+
+def attempt(check: Check) -> RankResult:
+    module, _, name = check.function.partition(":")
+    value: Any = None
+    failure = None
+    try:
+        print(f"===== {check.name}", flush=True)
+        value = getattr(imported(f"tests.distributed.ranks.{module}"), name)(check.argument)
+    except BaseException:
+        failure = traceback.format_exc()
+    return RankResult(value, failure, time.time())
+
+
+def imported(name: str) -> ModuleType:
+    """The module. What comes with it (half a million objects of torch, transformers and deepspeed) is from then on no
+    business of the garbage collector, which DeepSpeed and the Trainer start in each training."""
+    new = name not in sys.modules
+    module = importlib.import_module(name)
+    if new:
+        gc.collect()
+        gc.freeze()
+    return module
+
+
+def write(path: Path, result: RankResult) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(pickle.dumps(result))
+    temporary.rename(path)  # the parent never sees half a file
+
+
+def wait_for(permission: Path) -> None:
+    """Others may sit in a collective; the parent sees all ranks and lets this one go on or kills it."""
+    deadline = time.monotonic() + PARENT_SECONDS
+    while not permission.exists():
+        if time.monotonic() > deadline:
+            os._exit(1)
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,27 @@
+"""Options that give an optimizer's state different parts, dtypes and shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+FORMS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "momentum": {"momentum": 0.9, "nesterov": True},
+    "one_moment": {"betas": (0.0, 0.99)},
+    "other_dtypes": {"factor_dtype": "float64", "root_dtype": "bfloat16"},
+    "adagrad": {"betas": (0.9, 1.0), "grafting": "adagrad"},
+    "ungrafted": {"grafting": "none"},
+    "one_sided": {"one_sided": "smaller"},
+    "diagonals": {"large_dim": "diagonal", "beta3": 0.5, "weight_decay_type": "corrected"},
+    "adagrad_where_large": {"large_dim": "adagrad"},
+    "rules": {
+        "rules": [
+            {"match": "mix.weight", "one_sided": "left"},  # blocks as those of others in shape, and not in state
+            {"match": "down.weight", "split": [4, 5], "grafting": "sgd"},
+            {"match": "conv.weight", "batch_dims": 1, "merge_small_dims": False},
+        ]
+    },
+    "soap": {"preconditioner": "soap"},
+    "kl_shampoo": {"preconditioner": "kl_shampoo"},
+    "kept_bases": {"refresh_tolerance": 0.5},
+}
