@@ -1,7 +1,7 @@
 """Shampoo for DeepSpeed ZeRO and the Hugging Face Trainer: exact under every sharding, one line to switch on.
 
 Importing the package registers ``torch.optim.Shampoo`` (which DeepSpeed's JSON looks up), unless the environment
-says ``SHAMPOO_DEEPSPEED_AUTOLOAD=0``; everything else is imported when first used.
+variable ``SHAMPOO_DEEPSPEED_AUTOLOAD`` is 0; everything else is imported when first used.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -23,7 +23,7 @@ FLOAT32_SHARE = 0.1
 
 
 class UsageError(ValueError):
-    """Arguments that do not go together; the message names them and says what is allowed."""
+    """Arguments that do not go together; the message names them and what is allowed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,7 +141,7 @@ def _from_deepspeed(path: str, framework: str | None) -> tuple[str, dict[str, An
         raise UsageError(f"--ds-config {path!r}: zero_optimization.stage = {stage!r} is not allowed: 0, 1, 2 or 3")
     if framework is not None and framework != stages[stage]:
         raise UsageError(
-            f"--framework {framework!r} is not what {path!r} says: ZeRO stage {stage}, that is {stages[stage]}"
+            f"--framework {framework!r} does not agree with {path!r}: ZeRO stage {stage}, that is {stages[stage]}"
         )
     size = zero.get("sub_group_size", SUB_GROUP_SIZE)
     size = SUB_GROUP_SIZE if size == "auto" else int(size)

@@ -13,7 +13,7 @@ _NAMES = ("Shampoo", "shampoo")
 
 
 def autoload() -> None:
-    """The entry point. torch turns any exception here into a failed `import torch`, so it does next to nothing."""
+    """The entry point. any exception here becomes a failed `import torch`, so it does next to nothing."""
     if os.environ.get("SHAMPOO_DEEPSPEED_AUTOLOAD", "1") != "0":
         register()
 

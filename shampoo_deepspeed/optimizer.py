@@ -26,7 +26,7 @@ from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 logger = logging.getLogger("shampoo_deepspeed")
 
 # Buckets under way at a time, each way. A bucket with a refresh computes for several times as long as the others, and
-# the link would idle meanwhile if it knew of no more than the next one.
+# the link would have nothing to do meanwhile if only the next one were known.
 IN_FLIGHT = 8
 
 
@@ -129,7 +129,7 @@ class Shampoo(BlockOptimizer):
         return self.expanded_configs
 
     def _finish_step(self, units: Iterable[StepUnit]) -> None:
-        """Count the outcome of these units' last step."""
+        """Count these units' last step if it was rejected."""
         for _ in rejections(units, self.param_groups[0]["failure_limit"]):
             self.rejected_steps += 1
             logger.warning("a step was rejected: a gradient was not finite (%d so far)", self.rejected_steps)

@@ -221,8 +221,8 @@ def _parts(
     for number, (path, shape, info) in enumerate(zip(flat._fqns, flat._shapes, flat._param_infos, strict=True)):
         name = clean_name(".".join(filter(None, (prefix.strip("."), path)))) if prefix is not None else None
         kinds = _kinds(flat, info, heads, told) if heads is not None else frozenset[str]()
-        turn = places[id(info.module)] * MOST_OF_A_MODULE + number if places is not None else None
-        parts.append(Part(clean_name(path), tuple(shape), name, kinds, turn))
+        position = places[id(info.module)] * MOST_OF_A_MODULE + number if places is not None else None
+        parts.append(Part(clean_name(path), tuple(shape), name, kinds, position))
     return tuple(parts)
 
 

@@ -1,7 +1,7 @@
-"""One thread beside the training loop, where refreshes are computed while the next forward and backward run.
+"""One background thread, which computes refreshes while the next forward and backward run.
 
-On an accelerator it works on a stream of its own. Nothing that it computes depends on when it does so: its inputs do
-not change before it is done, and it reads no process-wide precision switch (see ``roots.beside_the_forward``).
+On an accelerator it runs on its own stream. Nothing that it computes depends on when it does so: its inputs do
+not change before it is done, and it reads no process-wide precision switch (see ``precision.independent_of_switches``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
-from shampoo_deepspeed.linalg.precision import beside_the_forward
+from shampoo_deepspeed.linalg.precision import independent_of_switches
 from shampoo_deepspeed.runtime.metrics import RefreshMeter
 
 
@@ -58,7 +58,7 @@ def _run(
 ) -> RefreshResult:
     if torch.get_num_threads() != threads:  # OpenMP keeps this number for each thread
         torch.set_num_threads(threads)
-    with torch.no_grad(), beside_the_forward():
+    with torch.no_grad(), independent_of_switches():
         if ready is None:
             with meter.refreshing(device) as conditions:
                 return compute(conditions)

@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 # misses unless few blocks at a time go through all of it; kernels gain nothing there from longer stacks.
 CACHED_BYTES = 2 << 20
 # A refresh holds a dozen temporaries of this size: on the CPU, where decompositions come one after another anyway, and
-# elsewhere, where larger batches than this fill a device no better, and cuSOLVER takes 32,767 matrices at most.
+# on accelerators, where larger batches than this fill a device no better, and cuSOLVER takes 32,767 matrices at most.
 REFRESHED_BYTES = 512 << 10
-REFRESHED_ELSEWHERE = 256 << 20
+REFRESHED_ON_ACCELERATORS = 256 << 20
 MOST_REFRESHED = 8192
 
 
@@ -252,10 +252,10 @@ class BlockStack:
         return installed
 
     def _pieces(self, here: slice) -> Iterator[slice]:
-        """So few rows at a time that what a refresh holds beside the state stays small."""
+        """So few rows at a time that the temporaries of a refresh stay small."""
         factors = [tensor[0].numel() for name, tensor in self.tensors.items() if name.startswith("factor_")]
         largest = max(math.prod(self.shape), *factors)
-        most = REFRESHED_BYTES if self._device.type == "cpu" else REFRESHED_ELSEWHERE
+        most = REFRESHED_BYTES if self._device.type == "cpu" else REFRESHED_ON_ACCELERATORS
         most = max(1, min(MOST_REFRESHED, most // (largest * self.tensors[next(iter(self.tensors))].itemsize)))
         for begin in range(here.start, here.stop, most):
             yield slice(begin, min(begin + most, here.stop))

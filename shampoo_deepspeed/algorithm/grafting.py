@@ -168,7 +168,7 @@ def _adam(
     """Adam's part in one pass: a step with rate -1 from weights of zero is the update itself."""
     beta1, corrected = config.betas[0], config.use_bias_correction
     updates = [torch.zeros_like(g) for g in gradients]
-    taken = torch.full((), step, dtype=torch.float32, device=gradients[0].device)  # read as such, whatever it is
+    taken = torch.full((), step, dtype=torch.float32, device=gradients[0].device)  # the kernel reads it as float32
     (made, seen, averages, squares), ends = whole_registers(updates, gradients, first, second)
     torch._fused_adam_(
         made,

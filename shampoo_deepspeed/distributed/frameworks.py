@@ -31,7 +31,7 @@ class Parameter:
     """A model parameter by its global shape; the same on all ranks.
 
     ``group`` is the optimizer's number of its parameter group, ``name`` is None where no names are known; ``frozen`` is
-    whether it took no gradients when the optimizer was given it; ``turn`` sorts the parameters of a group.
+    whether it took no gradients when the optimizer was given it; ``position`` sorts the parameters of a group.
     """
 
     key: str
@@ -40,21 +40,21 @@ class Parameter:
     name: str | None = None
     kinds: frozenset[str] = frozenset()
     frozen: bool = False
-    turn: int = 0
+    position: int = 0
 
 
 @dataclass(frozen=True)
 class Part:
     """One of the parameters that a tensor given to an optimizer is made of; ``path`` tells it from the others.
 
-    ``turn`` sorts as the unwrapped model's parameters do, where that is known.
+    ``position`` sorts as the unwrapped model's parameters do, where that is known.
     """
 
     path: str
     shape: tuple[int, ...]
     name: str | None = None
     kinds: frozenset[str] = frozenset()
-    turn: int | None = None
+    position: int | None = None
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def likely_mistakes(
     if nameless:
         out.append(
             f"of the preconditioned parameters {len(nameless)} have no names, so that none is known as an embedding or "
-            "an output head, which are best left out: give model.named_parameters(), or model=model beside them"
+            "an output head, which are best left out: give model.named_parameters(), or model=model with them"
         )
     return out
 

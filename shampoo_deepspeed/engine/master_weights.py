@@ -1,4 +1,4 @@
-"""Weights narrower than the step's arithmetic: a float32 master beside the shard, or stochastic rounding.
+"""Weights narrower than the step's arithmetic: a float32 copy with the shard, or stochastic rounding.
 
 Random bits are a pure function of the element's place in the global parameter, the parameter's key and its step, so
 that results do not depend on how the parameter is sharded.

@@ -24,15 +24,15 @@ def refresh_phases(
     """By key the phases of the blocks of each parameter whose group spreads its refreshes.
 
     Args:
-        parameters: all that the optimizer was given; groups take turns in their order, and in each of them the
-            parameters in theirs, whatever shards and step units are. Groups of one frequency share a window. Frozen
+        parameters: all that the optimizer was given, which are taken by group and in the order of each group,
+            independent of shards and step units. Groups of one frequency share a window. Frozen
             ones come after all others, so that it makes no difference whether they are given too.
         policies: by parameter key.
         configs: options by group number, and of rules by theirs.
     """
     phases: dict[str, tuple[int, ...]] = {}
     windows: dict[int, list[float]] = defaultdict(list)
-    for parameter in sorted(parameters, key=lambda p: (p.frozen, p.group, p.turn)):
+    for parameter in sorted(parameters, key=lambda p: (p.frozen, p.group, p.position)):
         policy = policies[parameter.key]
         config = configs[policy.options]
         if not (config.staggers and policy.preconditioned):
@@ -54,7 +54,7 @@ def staggered_phases(costs: Sequence[float], frequency: int, earlier: Sequence[f
 
     Blocks are taken in the given order, which must be the global one (parameters as the optimizer was given them,
     blocks row-major): then phases depend neither on ranks nor on the framework, and what joins later leaves those
-    before it as they are. Equal blocks take turns.
+    before it as they are. Equal blocks get one phase after the other.
     No phase costs more than another by more than the most expensive block.
 
     Args:

@@ -47,7 +47,7 @@ class StepUnit:
     """Everything that one step of these tensors needs.
 
     Args:
-        layout: what the framework says of this rank.
+        layout: what the adapter describes of this rank.
         policies: by parameter key.
         configs: options by parameter group number, and of rules by theirs; the same on all ranks.
         prior_loads: each rank's load from units built before.
@@ -137,13 +137,13 @@ class StepUnit:
                 raise LayoutError(self.layout.problem)
             return [mine]
         options = {g: str(sorted(configs[g].to_json().items())) for g in {p.group for p in self.parameters}}
-        turns = {key: hash(phases) for key, phases in self._phases.items()}  # those of all blocks would be megabytes
-        signature = [(p.key, p.shape, p.group, options[p.group], turns.get(p.key)) for p in self.parameters]
+        phases = {key: hash(found) for key, found in self._phases.items()}  # those of all blocks would be megabytes
+        signature = [(p.key, p.shape, p.group, options[p.group], phases.get(p.key)) for p in self.parameters]
         plain = [(p, box.offsets, box.lengths) for p, box in mine]
         gathered: list[Any] = [None] * self.world_size
-        said = (signature, str(self.dtype), plain, self.layout.problem)
+        own = (signature, str(self.dtype), plain, self.layout.problem)
         with current_device(self.device):
-            dist.all_gather_object(gathered, said, group=self.group)
+            dist.all_gather_object(gathered, own, group=self.group)
         for rank, (other, dtype, _, problem) in enumerate(gathered):
             if problem:
                 raise LayoutError(f"rank {rank}: {problem}")

@@ -76,13 +76,13 @@ class UnitOptimizer(torch.optim.Optimizer):
         self._known = {}
 
     def attach_model(self, model: nn.Module) -> None:
-        """Tell, before the first step, the wrapped model of parameters that were given earlier, as ``model=`` does.
+        """Attach the wrapped model of parameters that were given earlier, as ``model=`` does; before the first step.
 
         Raises:
-            RuntimeError: after the first step, when it is settled which rank does what.
+            RuntimeError: after the first step, when ranks have divided the work.
         """
         if self.units:
-            raise RuntimeError("the wrapped model must be told before the first step")
+            raise RuntimeError("call attach_model() before the first step: ranks have divided the work now")
         if self._replicas is None and isinstance(model, nn.parallel.DistributedDataParallel):
             self._replicas = model.process_group
         for adapter in adapters():
@@ -127,7 +127,7 @@ class UnitOptimizer(torch.optim.Optimizer):
         """What a subclass does with a new unit before its first step."""
 
     def _warn_if_idle(self, units: Mapping[int, StepUnit]) -> None:
-        """A wrapper that replaces the model's parameters behind the optimizer's back says nothing itself."""
+        """A wrapper that replaces the model's parameters without the optimizer's knowledge gives no warning itself."""
         if not units and not self._warned and any(group["params"] for group in self.param_groups):
             self._warned = True
             logger.warning(
@@ -149,7 +149,7 @@ class UnitOptimizer(torch.optim.Optimizer):
         return units, waiting
 
     def finish_step(self) -> None:
-        """Read the outcome of the last step, which otherwise happens at the next one. Runs no collective."""
+        """Read the flags of the last step, which otherwise happens at the next one. Runs no collective."""
         self._finish_step(self.units)
 
     def _finish_step(self, units: Iterable[StepUnit]) -> None:
@@ -202,8 +202,8 @@ class UnitOptimizer(torch.optim.Optimizer):
         Raises:
             OptionError: for an option that is unknown, out of range, or that all groups must share.
         """
-        told = {key for earlier in self.param_groups for key in earlier}
-        for key in sorted(unknown_keys(param_group) - told):
+        known = {key for earlier in self.param_groups for key in earlier}
+        for key in sorted(unknown_keys(param_group) - known):
             logger.warning(
                 "Shampoo has no option %r (= %s in a parameter group), and leaves it to whoever reads it there; "
                 "options are %s",
@@ -242,8 +242,8 @@ class UnitOptimizer(torch.optim.Optimizer):
                     )
                 taken.add(key)
                 frozen = not tensor.requires_grad
-                turn = part.turn if part.turn is not None else index
-                parameter = Parameter(key, part.shape, number, part.name, part.kinds, frozen, turn)
+                position = part.position if part.position is not None else index
+                parameter = Parameter(key, part.shape, number, part.name, part.kinds, frozen, position)
                 entries.append(Entry(parameter, weakref.ref(tensor)))
         return entries
 
@@ -293,7 +293,7 @@ def _check_types(params: Any, model: Any, process_group: Any) -> None:
 
 
 def _parts(tensor: Tensor, name: str | None, kinds: frozenset[str]) -> Sequence[Part]:
-    """What a framework says that a tensor is made of; else the one parameter that it is, by its unsharded shape."""
+    """The parameters that a tensor is made of, if an adapter knows it as a flat one; else the single one that it is."""
     for adapter in adapters():
         parts = adapter.parts(tensor, name)
         if parts is not None:

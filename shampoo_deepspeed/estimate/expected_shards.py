@@ -1,4 +1,4 @@
-"""What each framework will leave on each rank, told from shapes alone, before anything runs. Pure integers, no tensors.
+"""What each framework will leave on each rank, from shapes alone, before anything runs. Pure integers, no tensors.
 
 The same boxes as the adapters find at the first step; `tests/test_estimate.py` and the distributed checks compare.
 """

@@ -61,7 +61,7 @@ ENTRY_POINTS = "shampoo_deepspeed.models"
 
 
 class ModelError(ValueError):
-    """A model's name or description cannot be used; the message says what is wrong and what is allowed."""
+    """A model's name or description cannot be used; the message names what is wrong and what is allowed."""
 
 
 def parameters_of(model: str) -> list[Parameter]:

@@ -244,7 +244,7 @@ class _Unit:
         return _each_list_once(self.layout.shards, of_rank)
 
     def measure_onto(self, made: Estimate) -> None:
-        """Add up the bytes of state: blocks at their owners, the rest beside the shards."""
+        """Add up the bytes of state: blocks at their owners, the rest with the shards."""
         counts = Counter(
             (owner, b.group, b.box.lengths) for owner, b in zip(self.plan.owners, self.plan.blocks, strict=True)
         )
@@ -254,14 +254,14 @@ class _Unit:
             for kind, nbytes in sizes[number, shape].items():
                 made.add_state(kind, rank, count * nbytes)
 
-        def beside(held: Sequence[tuple[int, Box]]) -> Counter[tuple[int, str]]:
+        def with_shards(held: Sequence[tuple[int, Box]]) -> Counter[tuple[int, str]]:
             numels: Counter[tuple[int, str]] = Counter()
             for n, box in held:
                 if n not in self.number_of:
                     numels[self.policies[n].options, self.policies[n].method] += box.numel
             return numels
 
-        for rank, numels in enumerate(_each_list_once(self.layout.shards, beside)):
+        for rank, numels in enumerate(_each_list_once(self.layout.shards, with_shards)):
             for (number, method), numel in numels.items():
                 for kind, nbytes in self._elementwise_bytes(number, method).items():
                     made.add_state(kind, rank, numel * nbytes)

@@ -98,18 +98,18 @@ def recommend(
     Where a speed is given, a block size that no frequency makes fast enough is passed over while a smaller one is not.
 
     Args:
-        made: the estimate under ``config``; what lies beside the shards is taken from it.
+        made: the estimate under ``config``; what lies with the shards is taken from it.
         overhead: the share of forward and backward that the optimizer may take on average, of 1.
 
     Returns:
         None where no block size fits.
     """
-    beside = max(made.state_bytes) - _owned_bytes(_blocks(parameters, config), config, made.world_size)
+    with_shards = max(made.state_bytes) - _owned_bytes(_blocks(parameters, config), config, made.world_size)
     fitting = None
     for size in BLOCK_SIZES:
         candidate = replace(config, max_preconditioner_dim=size)
         blocks = _blocks(parameters, candidate)
-        needed = max(0.0, beside) + _owned_bytes(blocks, candidate, made.world_size)
+        needed = max(0.0, with_shards) + _owned_bytes(blocks, candidate, made.world_size)
         if needed > budget:
             continue
         found = Recommendation(size, needed, _frequency(blocks, candidate, made, speed, overhead))

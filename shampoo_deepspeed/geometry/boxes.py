@@ -130,7 +130,7 @@ def _runs(
 
 
 def tiling_error(shape: Sequence[int], boxes: Iterable[Box]) -> str | None:
-    """None where the boxes cover every element of ``shape`` exactly once, else what is wrong in words."""
+    """None if the boxes cover every element of ``shape`` exactly once, else a description of what is wrong."""
     ordered = sorted(boxes)
     for box in ordered:
         if any(o < 0 or end > n for o, end, n in zip(box.offsets, box.ends, shape, strict=True)):

@@ -35,7 +35,7 @@ def assign(
     Largest block first, each to the rank that holds most of it while that keeps balance, else to the least loaded:
     longest-processing-time scheduling with a preference for locality. No rank's load exceeds the larger of
     (1 + tolerance) times the mean and the mean plus one block. Where refreshes are staggered this is so in
-    each phase (by refresh cost; ranks that are equal in it are told apart by their load so far), because a step takes
+    each phase (by refresh cost; of ranks that are equal in it the least loaded one is taken), because a step takes
     as long as its slowest rank.
 
     Args:
@@ -110,7 +110,7 @@ class _Ledger:
     def local(self, holders: BlockHolders, block: Work) -> int | None:
         """Of the ranks that hold most of the block the least loaded one that has room for it."""
         if len(holders.parts) == 1 and len(holders.parts[0].ranks) == len(self.loads):
-            return None  # replicated on all ranks: locality says nothing
+            return None  # replicated on all ranks: locality does not matter
         best = None
         for elements, ranks in holders.candidates:
             if best is not None and elements < best[0]:

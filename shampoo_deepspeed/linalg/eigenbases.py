@@ -41,7 +41,7 @@ def power_step(matrices: Tensor, bases: Tensor, ridge: float = 0.0) -> tuple[Ten
     """One step of orthogonal iteration from known bases (arXiv 2409.11321, algorithm 4).
 
     Columns are put in falling order of their eigenvalue estimates q'Aq first: Gram-Schmidt leaves to later columns
-    what earlier ones do not span, so that dominant updates must come first.
+    what earlier ones do not span, so that dominant directions must come first.
 
     Args:
         ridge: relative to the largest estimate. Columns with eigenvalues far below it stay as they are; without it
@@ -94,7 +94,7 @@ def good_enough(matrices: Tensor, bases: Tensor, tolerance: float, inside: Tenso
 def kept_or_new(
     matrices: Tensor, bases: Tensor, tolerance: float, in_float64: bool = False
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Eigenvalues and bases: bases that are good enough stay and give diag(Q'AQ), the others are computed anew.
+    """Eigenvalues and bases: bases that are good enough stay and give diag(Q'AQ), the others are computed.
 
     Returns:
         Eigenvalues [B, d] in the order of the columns, bases [B, d, d], and the rows that failed.

@@ -63,9 +63,9 @@ def inverse_root(
         return roots.to(dtype), failed
     work = symmetric(work)
     iteration = coupled_newton if solver == "coupled_newton" else newton_db
-    beside = no_switch_counts()
-    with nullcontext() if beside else full_precision(work.device.type):
-        roots, left = iteration(work.double() if beside else work, int(root), epsilon, relative_epsilon)
+    independent = no_switch_counts()
+    with nullcontext() if independent else full_precision(work.device.type):
+        roots, left = iteration(work.double() if independent else work, int(root), epsilon, relative_epsilon)
     if not left:
         return roots.to(dtype), []
     found, wrong = _by_eigh(work[left], root, epsilon, relative_epsilon, pseudo_inverse, in_float64, conditions)
@@ -76,8 +76,9 @@ def inverse_root(
 def chosen_solver(solver: str, work: Tensor, root: float, relative_epsilon: float, pseudo_inverse: bool) -> str:
     """The solver for a stack: what was asked for where it can do it, else the eigendecomposition.
 
-    ``"auto"`` is the eigendecomposition on the CPU, where it costs as much as 5 to 8 products, and coupled Newton
-    elsewhere, if the ridge is above the rounding of the largest eigenvalue, so that it converges. See docs/solvers.md.
+    ``"auto"`` is the eigendecomposition on the CPU, where it costs as much as 5 to 8 products. On other devices it is
+    coupled Newton if the ridge is above the rounding of the largest eigenvalue, so that it converges. See
+    docs/solvers.md.
     """
     if pseudo_inverse:
         return "eigh"  # to cut eigenvalues off one must know them
@@ -160,7 +161,7 @@ def _one_by_one(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _did_not_converge(error: RuntimeError) -> bool:
-    """Whether that is what an error says; some cuSOLVER versions do so by another one than LinAlgError."""
+    """Whether an error reports that; some cuSOLVER versions raise another one than LinAlgError."""
     return isinstance(error, torch.linalg.LinAlgError) or "cusolver" in str(error).lower()
 
 

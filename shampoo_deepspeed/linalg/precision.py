@@ -1,6 +1,6 @@
 """Arithmetic that depends on values alone: neither on a script's precision switches nor on what lies where in memory.
 
-*Switches.* Float32 products are made in float32, whatever the global TF32 and autocast switches say.
+*Switches.* Float32 products are made in float32, independent of the global TF32 and autocast switches.
 
 *Places.* Libraries do not promise that a result is the same everywhere in memory. LAPACK kernels take other paths for a
 matrix that is not aligned, as matrices of odd size inside a batch are not. Torch's vectorised loops compute the last
@@ -28,7 +28,7 @@ UNDIVIDED = 1 << 14
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Float32 products in float32, whatever the global TF32 or autocast switches say; restored on exit.
+    """Float32 products in float32, independent of the global TF32 and autocast switches; restored on exit.
 
     Inverse roots amplify rounding: with TF32 products Newton iterations diverge and eigenvalues below 1e-3 of the
     largest are noise, and a switch that the framework flips for its own matmuls must not change the optimizer.
@@ -60,32 +60,32 @@ def _ieee_products() -> Iterator[None]:
                 backend.fp32_precision = precision
 
 
-_beside: ContextVar[bool] = ContextVar("beside", default=False)
+_independent: ContextVar[bool] = ContextVar("independent", default=False)
 
 
 @contextmanager
-def beside_the_forward() -> Iterator[None]:
+def independent_of_switches() -> Iterator[None]:
     """For a thread whose products must not depend on the switches of ``full_precision`` nor change them.
 
     They belong to the whole process, so that the forward of another thread would see a change, and a change by that
-    thread would be seen here. No switch reaches float64: what is a product in float32 elsewhere is one in float64 here
+    thread would be seen here. No switch reaches float64: what is otherwise a product in float32 is one in float64 here
     (``product``, and the iterations). Decompositions read no switch, and autocast belongs to the thread.
     """
-    token = _beside.set(True)
+    token = _independent.set(True)
     try:
         yield
     finally:
-        _beside.reset(token)
+        _independent.reset(token)
 
 
 def no_switch_counts() -> bool:
-    """Whether this is within ``beside_the_forward``."""
-    return _beside.get()
+    """Whether this is within ``independent_of_switches``."""
+    return _independent.get()
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product; in float64 within ``beside_the_forward``, rounded to the dtype of ``left``."""
-    return (left.double() @ right.double()).to(left.dtype) if _beside.get() else left @ right
+    """Matrix product; in float64 within ``independent_of_switches``, rounded to the dtype of ``left``."""
+    return (left.double() @ right.double()).to(left.dtype) if _independent.get() else left @ right
 
 
 def elementwise(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:

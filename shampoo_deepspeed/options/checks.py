@@ -46,7 +46,7 @@ def positive(key: str, value: object) -> float:
 
 def learning_rate(key: str, value: object) -> float | Tensor:
     if isinstance(value, Tensor):
-        known = value.numel() == 1 and value.device.type == "cpu"  # elsewhere a look would wait for the device
+        known = value.numel() == 1 and value.device.type == "cpu"  # on a device a look would wait
         if value.numel() != 1 or (known and not 0.0 <= float(value.detach()) <= 1e300):
             raise bad(key, value, "a number >= 0 or a Tensor with one such element")
         return value

@@ -1,4 +1,4 @@
-"""What options may be: the words that they allow, and the patterns and rules that hold by default."""
+"""What options may be: the names that they allow, and the patterns and rules that hold by default."""
 
 from __future__ import annotations
 

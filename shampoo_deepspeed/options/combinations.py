@@ -15,7 +15,7 @@ def check_together(config: ShampooConfig) -> None:
     """Raise where two options do not go together.
 
     Raises:
-        OptionError: naming one of them, its value, and what is allowed beside the other.
+        OptionError: naming one of them, its value, and what is allowed with the other.
     """
     if config.start_preconditioning_step not in (-1,) and config.start < config.precondition_frequency:
         raise bad(

@@ -66,7 +66,7 @@ def _rules(key: str, value: object) -> tuple[dict[str, Any], ...]:
         if not isinstance(rule, Mapping):
             raise bad(key, value, allowed)
         if "match" not in rule or len(rule) < 2:
-            lacking = "options beside 'match'" if "match" in rule else "'match'"
+            lacking = "options other than 'match'" if "match" in rule else "'match'"
             raise bad(key, value, f"{rule!r} lacks {lacking}; {allowed}")
         match = rule["match"]
         patterns = _patterns(f"{key}: match", [match] if isinstance(match, str) else match)
@@ -82,14 +82,12 @@ def _rules(key: str, value: object) -> tuple[dict[str, Any], ...]:
 
 
 class Property(Flag):
-    """What an option may do, beside being set when the optimizer is built."""
+    """What an option may do, apart from being set when the optimizer is built."""
 
     FIXED = auto()  # it shapes blocks and state, so it may not change once there is state
     GROUP_ONLY = auto()  # the step of a whole parameter group uses it, so rules for single parameters cannot change it
     SHARED = auto()  # it shapes what ranks exchange, so all groups of an optimizer have one value
-    NOT_STORED = (
-        auto()
-    )  # it says how and when ranks work, or which parameters are meant, not what their state looks like
+    NOT_STORED = auto()  # it does not change what state looks like, only how ranks work or which parameters are meant
     SCHEDULED = auto()  # schedules change it, so that it differs at most resumptions
 
 

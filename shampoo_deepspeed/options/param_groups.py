@@ -12,7 +12,7 @@ from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import OPTION_NAMES, SHARED, ShampooConfig, canonical, options_with
 from shampoo_deepspeed.options.names import ALIASES, IGNORED, ONLY_FALSE
 
-# What torch, its schedulers and DeepSpeed keep in groups beside options.
+# What torch, its schedulers and DeepSpeed keep in groups in addition to options.
 _OTHERS_KEYS = {
     "params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "name", "moe",
     "shampoo_group",

@@ -30,10 +30,10 @@ def names_and_kinds(model: nn.Module) -> dict[int, tuple[str, frozenset[str]]]:
     all modules that hold it.
     """
     kinds: dict[int, set[str]] = defaultdict(set)
-    told = kinds_by_module(model)
+    by_module = kinds_by_module(model)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            kinds[id(parameter)].update(told[id(module)])
+            kinds[id(parameter)].update(by_module[id(module)])
     head = output_head(model)
     if head is not None and getattr(head, "weight", None) is not None:
         kinds[id(head.weight)].add("lm_head")
@@ -69,7 +69,7 @@ def _kinds_of(module: nn.Module) -> set[str]:
 
 
 def _gates(module: nn.Module) -> list[nn.Module]:
-    """What a layer with experts calls its gate; elsewhere a gate is an ordinary weight."""
+    """What a layer with experts calls its gate; a gate of other modules is an ordinary weight."""
     children = dict(module.named_children())
     return [children[name] for name in ("gate", "router") if name in children and "experts" in children]
 

@@ -44,7 +44,7 @@ class Stopwatch:
             self._milliseconds += start.elapsed_time(end)
 
     def add(self, milliseconds: float) -> None:
-        """Count a span that was measured elsewhere."""
+        """Count a span that another stopwatch has measured."""
         self._milliseconds += milliseconds
 
     def read(self) -> float:

@@ -148,7 +148,7 @@ def gradients_of(kind: str, dtype: torch.dtype) -> list[Tensor]:
         found = [g[:, :1] @ g[:1] for g in random]
     elif kind == "one_rank_one":
         found = [random[0][:, :1] @ random[0][:1]] * 12
-    else:  # an exactly null update of the left factor, as for what writes into a LayerNorm
+    else:  # an exactly null direction of the left factor, as for what writes into a LayerNorm
         found = [g - g.mean(0, keepdim=True) for g in random]
     return [g.to(dtype) for g in found]
 

@@ -64,7 +64,7 @@ def test_all_large_dims_without_anything_or_with_adagrad_are_element_wise() -> N
 
 
 def test_the_pseudo_inverse_leaves_a_null_direction_alone() -> None:
-    """The shift divides what little a null update gets by a small number, the pseudo-inverse gives it nothing."""
+    """The shift divides what little a null direction gets by a small number, the pseudo-inverse gives it nothing."""
     moved = {}
     for rule in ("shift", "pseudo_inverse"):
         p = parameter(6, 8, dtype=F64)

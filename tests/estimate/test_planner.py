@@ -369,7 +369,7 @@ def test_bad_arguments_are_named(
     [
         ({"optimizer": {"type": "AdamW"}}, "optimizer.type = 'AdamW' is not allowed: Shampoo"),
         ({"zero_optimization": {"stage": 5}}, "zero_optimization.stage = 5 is not allowed: 0, 1, 2 or 3"),
-        ({"zero_optimization": {"stage": 2}}, "--framework 'zero3' is not what"),
+        ({"zero_optimization": {"stage": 2}}, "--framework 'zero3' does not agree with"),
         ({"optimizer": {"params": {"lrr": 1}}, "zero_optimization": {"stage": 3}}, "Unknown Shampoo option 'lrr'"),
     ],
 )

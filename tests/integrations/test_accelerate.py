@@ -58,7 +58,7 @@ def test_the_wrapped_model_is_told_before_the_first_step(accelerator: Accelerato
     shampoo = Shampoo(model.parameters())
     model(torch.ones(6)).sum().backward()
     shampoo.step()
-    with pytest.raises(RuntimeError, match="must be told before the first step"):
+    with pytest.raises(RuntimeError, match="call attach_model\\(\\) before the first step"):
         shampoo.attach_model(model)
 
 

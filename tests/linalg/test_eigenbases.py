@@ -79,7 +79,7 @@ def test_power_steps_converge_to_the_eigenbasis_and_report_where_columns_came_fr
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_a_power_step_of_a_singular_matrix_is_orthonormal(dtype: torch.dtype) -> None:
-    """Rank one, a null update, and zero; columns that get nothing from the matrix complete the basis."""
+    """Rank one, a null direction, and zero; columns that get nothing from the matrix complete the basis."""
     u = torch.tensor([[1.0, 2.0, 2.0]], dtype=dtype)
     matrices = torch.stack([u.mT @ u, torch.diag(torch.tensor([1.0, 0.0, 2.0])).to(dtype), torch.zeros(3, 3).to(dtype)])
     bases, _ = power_step(matrices, torch.eye(3).to(dtype).expand(3, 3, 3))

@@ -79,7 +79,7 @@ def test_float32_roots_are_right_within_the_rounding_of_the_matrix(
 
 @pytest.mark.parametrize("solve", [coupled_newton, newton_db])
 def test_what_gradients_see_of_a_float32_root_is_right(solve: Callable[..., Any]) -> None:
-    """The error of A^(-1/4) A^(1/2): updates of small eigenvalues are also those of small gradients."""
+    """The error of A^(-1/4) A^(1/2): directions of small eigenvalues are also those of small gradients."""
     matrices = stack(torch.float32)
     found, _ = solve(matrices, 4, 0.0, 1e-6)
     values, q = torch.linalg.eigh(matrices.double())

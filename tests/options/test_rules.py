@@ -130,7 +130,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"match": ["kind:what"], "eps": 0.1}, "'kind:what' is no kind"),
     ({"match": [], "eps": [0.1]}, "'eps' = "),
     ({"match": "*q*", "max_preconditioner_dim": 0}, r"in the rule for \['\*q\*'\].*'max_preconditioner_dim' = 0"),
-    ({"match": "*q*"}, "{'match': '\\*q\\*'} lacks options beside 'match'"),
+    ({"match": "*q*"}, "{'match': '\\*q\\*'} lacks options other than 'match'"),
     ({"mach": "*q*", "eps": 0.1}, "'eps': 0.1} lacks 'match'"),
 ]
 

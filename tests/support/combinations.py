@@ -70,7 +70,7 @@ REFUSED: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
     ("tolerance", 1): {"regularisation": (1, 2, 3)},
     ("split", 1): {"one_sided": (3,), "large_dim": (1, 2)},
 }
-# SOAP's basis of a factor matrix with several null updates is not unique, so that there would be no one trajectory
+# SOAP's basis of a factor matrix with several null directions is not unique, so that there would be no one trajectory
 # to compare with: it starts when there are none.
 LEFT_OUT: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {("preconditioner", 1): {"schedule": (2, 3)}}
 

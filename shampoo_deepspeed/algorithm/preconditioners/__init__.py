@@ -24,7 +24,7 @@ class Preconditioner(Protocol):
     Attributes:
         first_moment: the name under which ``state`` holds the first moments, if there are any; the step of a stack
             updates them.
-        filled_by_refresh: the name of a tensor [B, *shape] that the first refresh fills, whatever it held before.
+        filled_by_refresh: the name of a tensor [B, *shape] that the first refresh overwrites.
         rotates_moments: whether first moments are kept in coordinates of the preconditioner's own. If not,
             ``project``, ``follow_basis`` and ``project_back`` do nothing.
     """

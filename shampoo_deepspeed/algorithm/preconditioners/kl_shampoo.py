@@ -23,7 +23,7 @@ class KLShampooPreconditioner(ShampooPreconditioner):
         2 KL(N(0, E[gg']) || N(0, S)) = sum_i n_i log det S_i + E[g' S^-1 g],
 
     and the derivative by S_i^-1 vanishes at S_i = E[X_(i) X_(i)'] / n_i (for a matrix: S_a = E[G S_b^-1 G'] / d_b,
-    claim 2 of the paper). The preconditioner is S^(-1/2), so every mode gets the root 2, whatever the order.
+    claim 2 of the paper). The preconditioner is S^(-1/2), so every mode gets the root 2 for any order.
 
     S fixes its factors only up to scalars whose product is 1. Here every S_j counts with its mean eigenvalue scaled
     to 1 wherever another factor is made of it, so that all factors have the scale of the squared gradient from the

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RefreshResult:
-    """The outcome of ``compute`` for n blocks: tensors with the block as first dim, and the rows that failed."""
+    """What ``compute`` gives for n blocks: tensors with the block as first dim, and the rows that failed."""
 
     tensors: dict[str, Tensor]
     failed: frozenset[int]

@@ -24,7 +24,7 @@ class ShampooPreconditioner:
     nothing (``ShampooConfig.sides``), which then is neither kept nor computed.
 
     With ``refresh_tolerance`` eigenbases are kept too. A refresh then computes a new one only where the factor matrix
-    has moved out of its basis, and takes the diagonal of Q'AQ for eigenvalues elsewhere (arXiv 2506.03595).
+    has moved out of its basis, and else takes the diagonal of Q'AQ for eigenvalues (arXiv 2506.03595).
     """
 
     first_moment = "exp_avg"
@@ -139,8 +139,8 @@ class ShampooPreconditioner:
         update = moments.to(self._apply_dtype or torch.promote_types(moments.dtype, self._root_dtype))
         roots = {mode: state[f"root_{mode}"] for mode in modes_of(state)}
         # They are symmetric, and the CPU's products are faster with them transposed.
-        turned = {mode: root if root.ndim == 2 else root.mT for mode, root in roots.items()}
-        update = multiply_modes(update, turned)
+        transposed = {mode: root if root.ndim == 2 else root.mT for mode, root in roots.items()}
+        update = multiply_modes(update, transposed)
         return update.to(moments.dtype)
 
 

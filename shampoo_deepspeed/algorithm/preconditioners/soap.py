@@ -26,7 +26,7 @@ class SOAPPreconditioner:
     """Update Q (Q'M / (sqrt(v) + eps)), where v is the mean square of the rotated gradient Q'G.
 
     Factor matrices A_i are Shampoo's, Q_i their eigenbases, and ' multiplies along every mode. The first moment is kept
-    as Q'M, which takes the rotated gradient in at every step and is turned when a basis moves: the paper's M in the
+    as Q'M, which takes the rotated gradient in at every step and is rotated when a basis moves: the paper's M in the
     original basis, without two products for each mode and step. The rule where the paper's
     own steps would be too long, or need what is not there yet:
 
@@ -36,11 +36,11 @@ class SOAPPreconditioner:
       paper), with the weight of t gradients. From then on v <- b v + (1 - b) (Q'G)^2, and the sum of weights w
       alike; v / w is the corrected mean.
     - Later refreshes: one step of orthogonal iteration, columns ordered by eigenvalue estimate, and v permuted alike.
-      It iterates with A + ``relative_epsilon`` l_max I, so that updates that A knows nothing of stay as they are.
+      It iterates with A + ``relative_epsilon`` l_max I, so that directions that A knows nothing of stay as they are.
     - A basis that moves lets M come to lie where v has seen nothing of it; M / sqrt(v) is then without bound. So at
       each refresh that moves the basis v becomes max(v, M^2): that step has no element longer than Adam's usual 1.
     - ``refresh_tolerance``: a mode's basis in which its factor is still diagonal to that tolerance is left alone.
-    - sqrt(v) + eps gets ``relative_epsilon`` times the block's largest sqrt(v) on top: with an exactly null update
+    - sqrt(v) + eps gets ``relative_epsilon`` times the block's largest sqrt(v) on top: with an exactly null direction
       both M and v are rounding noise there, and eps as an absolute number fits no scale.
     """
 
@@ -114,8 +114,8 @@ class SOAPPreconditioner:
         if self.first_moment in state:
             kept = state[self.first_moment]
             plain = torch.where(found["first"].view(rows), kept, self._rotated(state, kept, back=True).to(kept.dtype))
-            turned = self._rotated(bases, plain).to(kept.dtype)
-            changed[self.first_moment] = torch.where(found["moved"].view(rows), turned, kept)
+            rotated = self._rotated(bases, plain).to(kept.dtype)
+            changed[self.first_moment] = torch.where(found["moved"].view(rows), rotated, kept)
         write(state, {**bases, **changed}, result.failed)
         return sorted(result.failed)
 
@@ -143,18 +143,18 @@ class SOAPPreconditioner:
         columns = torch.arange(d, device=bases.device).repeat(count, 1)
         old = known(bases)
         drifted = old if self._tolerance is None else old & ~good_enough(matrices, bases, self._tolerance)
-        anew, onward = (mask.nonzero().flatten() for mask in (~old, drifted))
+        unknown, moving = (mask.nonzero().flatten() for mask in (~old, drifted))
         failed = []
-        if len(anew):
-            # All updates count alike afterwards, those of the smallest eigenvalues too, of which a decomposition in
+        if len(unknown):
+            # All directions count alike afterwards, those of the smallest eigenvalues too, of which a decomposition in
             # float32 keeps little. That is once per block; a power step from a given basis loses nothing like it.
-            found, bases[anew], wrong = eigenbasis(matrices[anew], in_float64=True)
+            found, bases[unknown], wrong = eigenbasis(matrices[unknown], in_float64=True)
             found = found.clamp_min(0.0)
             total = found.sum(-1, keepdim=True)
-            values[anew] = torch.where(total > 0, found / total, 0.0)
-            failed = anew[wrong].tolist()
-        if len(onward):
-            bases[onward], columns[onward] = power_step(matrices[onward], bases[onward], self._relative_epsilon)
+            values[unknown] = torch.where(total > 0, found / total, 0.0)
+            failed = unknown[wrong].tolist()
+        if len(moving):
+            bases[moving], columns[moving] = power_step(matrices[moving], bases[moving], self._relative_epsilon)
         return bases.to(self._basis_dtype), values, columns, drifted, sorted({*failed, *non_finite(bases)})
 
     def _trace(self, state: dict[str, Tensor], step: int) -> Tensor:
@@ -180,6 +180,6 @@ class SOAPPreconditioner:
         self, state: dict[str, Tensor], stack: Tensor, dtype: torch.dtype | None = None, back: bool = False
     ) -> Tensor:
         """Into the eigenbases, or back."""
-        turned = stack.to(dtype or torch.promote_types(stack.dtype, self._basis_dtype))
+        rotated = stack.to(dtype or torch.promote_types(stack.dtype, self._basis_dtype))
         bases = {mode: state[f"basis_{mode}"] for mode in range(stack.ndim - 1) if f"basis_{mode}" in state}
-        return multiply_modes(turned, {mode: basis if back else basis.mT for mode, basis in bases.items()})
+        return multiply_modes(rotated, {mode: basis if back else basis.mT for mode, basis in bases.items()})
