@@ -1,8 +1,8 @@
 """Plain accelerate loops: ``prepare`` around ``Accelerator.prepare``, and what the Trainer's adapter shares with it.
 
 ``accelerator.prepare(model, Shampoo(...))`` alone trains the same parameters in a single process and under DDP, FSDP1,
-FSDP2 and DeepSpeed. What it does not do is divide the work among DDP's replicas, save and load Shampoo's state with
-``save_state``, and refuse what would silently train without Shampoo.
+FSDP2 and DeepSpeed. It does not divide the work among DDP's replicas, nor save and load Shampoo's state with
+``save_state``, nor notice if another optimizer trains.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .checkpoints import add_to_save_state
 def prepare(accelerator: Accelerator, *objects: Any) -> Any:
     """``model, optimizer, loader = prepare(accelerator, model, Shampoo(model.named_parameters(), ...), loader)``.
 
-    ``accelerator.prepare(*objects)``, of which it returns the result, and more: under DDP the work is divided among
-    the replicas, ``accelerator.save_state`` and ``load_state`` carry the state, and what would silently train without
-    Shampoo is an error. FSDP1 with ``use_orig_params=False`` needs two
-    steps: first ``model = accelerator.prepare(model)``, then Shampoo is built with ``model=model`` and prepared.
+    Returns what ``accelerator.prepare(*objects)`` returns, and does more: under DDP the work is divided among the
+    replicas, ``accelerator.save_state`` and ``load_state`` carry the state, and it is an error if another optimizer
+    would train silently. FSDP1 with ``use_orig_params=False`` needs two steps: first
+    ``model = accelerator.prepare(model)``, then Shampoo is built with ``model=model`` and prepared.
 
     Raises:
-        TypeError: where not exactly one Shampoo is among the objects, or more than one model.
-        ValueError: where accelerate would replace the optimizer, or the model's parameters without telling it.
-        RuntimeError: where it is not Shampoo that trains afterwards.
+        TypeError: if not exactly one Shampoo is among the objects, or more than one model.
+        ValueError: if accelerate would replace the optimizer, or has replaced the parameters that it was built from.
+        RuntimeError: if it is not Shampoo that trains afterwards.
     """
     optimizers = [place for place, given in enumerate(objects) if isinstance(given, Shampoo)]
     models = [place for place, given in enumerate(objects) if isinstance(given, nn.Module)]
@@ -46,30 +46,39 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
         optimizer, 'give prepare() a Shampoo, and leave "optimizer" out of the DeepSpeed configuration'
     )
     if models and plugin is None:
-        _introduce(everything[models[0]], inner_optimizer(optimizer))
+        model, inner = everything[models[0]], inner_optimizer(optimizer)
+        refuse_foreign_parameters(
+            model,
+            inner,
+            "with FSDP1 and use_orig_params=False prepare the model alone and build "
+            "Shampoo(model.named_parameters(), model=model) from the result",
+        )
+        inner.attach_model(model)
     add_to_save_state(accelerator, optimizer)
     return prepared
 
 
-def _introduce(model: nn.Module, optimizer: Shampoo) -> None:
-    """Tell an optimizer the wrapped model of its parameters."""
+def refuse_foreign_parameters(model: nn.Module, optimizer: Shampoo, remedy: str) -> None:
+    """Raise where an optimizer would train another model's parameters.
+
+    Raises:
+        ValueError: with the remedy.
+    """
     own = {id(p) for p in model.parameters()}
     given = [p for group in optimizer.param_groups for p in group["params"]]
     foreign = sum(id(p) not in own for p in given)
     if foreign:
         raise ValueError(
-            f"{foreign} of the optimizer's {len(given)} parameters are not the prepared model's and would not be "
-            "trained: it was built from another model, or FSDP1 with use_orig_params=False has replaced them by flat "
-            "vectors; prepare the model alone and build Shampoo(model.named_parameters(), model=model) from the result"
+            f"{foreign} of the optimizer's {len(given)} parameters are not the model's and would not be trained: "
+            f"Shampoo was built from another model, or a wrapper has replaced its parameters; {remedy}"
         )
-    optimizer.attach_model(model)
 
 
 def check_inner_optimizer(optimizer: Any, remedy: str) -> Shampoo:
     """The Shampoo that trains.
 
     Raises:
-        RuntimeError: where it is another optimizer.
+        RuntimeError: if it is another optimizer.
     """
     inner = inner_optimizer(optimizer)
     if not isinstance(inner, Shampoo):
@@ -79,10 +88,10 @@ def check_inner_optimizer(optimizer: Any, remedy: str) -> Shampoo:
 
 
 def refuse_offload(config: Mapping[str, Any]) -> None:
-    """A DeepSpeed configuration with which accelerate replaces the optimizer.
+    """Raise for a DeepSpeed configuration with which accelerate replaces the optimizer.
 
     Raises:
-        ValueError: saying what to write.
+        ValueError: with the line to write.
     """
     offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
     if str(offload.get("device", "none")) != "none" and config.get("zero_force_ds_cpu_optimizer", True):

@@ -15,7 +15,7 @@ from os import PathLike
 from typing import Any
 
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, is_initialized
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
@@ -25,8 +25,9 @@ from shampoo_deepspeed.options.choices import TRAINER_NO_DECAY
 from shampoo_deepspeed.options.parameter_names import clean_name
 from shampoo_deepspeed.state.unwrap import inner_optimizer
 
-from .accelerate import check_inner_optimizer, refuse_offload
+from .accelerate import check_inner_optimizer, refuse_foreign_parameters, refuse_offload
 from .checkpoints import TrainerCheckpoints, check_resumed
+from .fsdp1.tensors import is_flat, refuse_flat
 from .transformers_names import NAME, add_name, options_from_text
 
 logger = logging.getLogger("shampoo_deepspeed")
@@ -62,7 +63,7 @@ class ShampooFactory:
     """
 
     def __call__(self, model: nn.Module, **options: Any) -> Shampoo:
-        if AcceleratorState._shared_state:
+        if is_initialized():
             _refuse_deepspeed(getattr(AcceleratorState(), "deepspeed_plugin", None), None)
         return build(model, options, _trainer_rule)
 
@@ -136,7 +137,7 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         state = self.accelerator.state
         _refuse_deepspeed(getattr(state, "deepspeed_plugin", None), scheduler)
         if isinstance(optimizer, Shampoo):
-            _refuse_flat_fsdp(getattr(state, "fsdp_plugin", None))
+            refuse_flat(getattr(state, "fsdp_plugin", None))
             factory: Callable[[], Callable[..., Shampoo]] = _Prebuilt(optimizer)
         else:
 
@@ -228,7 +229,7 @@ def build(model: nn.Module, options: Mapping[str, Any], rule: DecayRule) -> Sham
     """Shampoo for a model's trainable parameters, without weight decay for those that the rule leaves out."""
     # FSDP1 leaves its own part out of some names.
     named = [(clean_name(n), p) for n, p in model.named_parameters() if p.requires_grad]
-    if any(getattr(p, "_is_flat_param", False) for _, p in named):  # many parameters each: the rule sees none of them
+    if any(is_flat(p) for _, p in named):  # many parameters each: the rule sees none of them
         options = {"no_decay": TRAINER_NO_DECAY, **options}
     decayed = {clean_name(n) for n in (dict(named) if "no_decay" in options else rule(model))}
     groups: list[dict[str, Any]] = [
@@ -248,15 +249,11 @@ class _Prebuilt:
         return self.for_model
 
     def for_model(self, model: nn.Module, **_: Any) -> Shampoo:
-        own = {id(p) for p in model.parameters()}
-        given = [p for group in self.optimizer.param_groups for p in group["params"]]
-        foreign = sum(id(p) not in own for p in given)
-        if foreign:
-            raise ValueError(
-                f"{foreign} of the {len(given)} parameters in optimizers=(Shampoo(...), ...) are not the model's: "
-                "Shampoo was built from another model (model_init= makes a new one), or a wrapper has replaced them; "
-                "use optimizers=(deferred(lr=...), None)"
-            )
+        refuse_foreign_parameters(
+            model,
+            self.optimizer,
+            "model_init= makes a new model; use optimizers=(deferred(lr=...), None)",
+        )
         for adapter in adapters():
             adapter.attach_model(model)  # under FSDP1 it is wrapped by now
         return self.optimizer
@@ -314,12 +311,3 @@ def _refuse_deepspeed(plugin: Any, scheduler: Any) -> None:
             "in optimizers=; leave out one of them"
         )
     refuse_offload(config)
-
-
-def _refuse_flat_fsdp(plugin: Any) -> None:
-    """A finished optimizer would train nothing there and say nothing; a deferred one sees the flat vectors."""
-    if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1 and not plugin.use_orig_params:
-        raise ValueError(
-            "FSDP1 with use_orig_params = false replaces the model's parameters by flat vectors after the optimizer "
-            "was built; use optimizers=(deferred(lr=...), None), or set use_orig_params = true"
-        )

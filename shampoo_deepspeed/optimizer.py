@@ -20,7 +20,6 @@ from shampoo_deepspeed.engine.unit_optimizer import CHECKED_OPTIONS
 from shampoo_deepspeed.linalg.precision import full_precision
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.param_groups import signature_with_options
-from shampoo_deepspeed.state.dcp_state import DCP, asking_helper
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
 logger = logging.getLogger("shampoo_deepspeed")
@@ -94,8 +93,7 @@ class Shampoo(BlockOptimizer):
         agreed = agree(work, configs)
         for unit, (_, gradients, active) in work:
             if not any(unit.steps) and unit.layout.may_probe and not agreed.any_gradient():
-                if asking_helper() == DCP:
-                    self._show_step(unit)
+                self._show_step(unit)
                 continue  # a tool's hidden first call, which only wants the state to exist
             with full_precision(unit.device.type):
                 found_inf = agreed.found_inf(unit)  # None if nothing can be wrong any more

@@ -1,9 +1,9 @@
 """DeepSpeed: the engine that an optimizer works for, and the engine settings under which it cannot work.
 
 DeepSpeed builds the optimizer from the model's parameters and then replaces these in ``param_groups`` by flat
-float32 partitions (see ``layouts``). All wrappers call ``step()`` on the inner optimizer after averaging,
+float32 partitions (see ``layouts.py``). All wrappers call ``step()`` on the inner optimizer after averaging,
 overflow check and clipping, so the step needs no patch of DeepSpeed. File names below are DeepSpeed's (0.19.8).
-It never imports DeepSpeed: where DeepSpeed is in use, it is in ``sys.modules``.
+It never imports DeepSpeed: if DeepSpeed is in use, it is in ``sys.modules``.
 """
 
 from __future__ import annotations
@@ -19,18 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shampoo_deepspeed.distributed.frameworks import Entry, Layout, LayoutError, NewTensor
+from shampoo_deepspeed.distributed.frameworks import Adapter, Entry, Layout, LayoutError, NewTensor
 from shampoo_deepspeed.options.choices import TRAINER_NO_DECAY
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
-from .checkpoints import note_folder, resume, wrap_checkpointing
+from ..frames import calling_frame
+from .checkpoints import is_loading, note_folder, resume, wrap_checkpointing
 from .layouts import is_partition, paired, partition_layout, replicated
 
 logger = logging.getLogger("shampoo_deepspeed")
 
+BUILDS = "_configure_basic_optimizer"  # the engine's method that builds an optimizer from the JSON
+STEPS = ("_take_model_step", "_configure_fp16_optimizer")  # those that call step()
+LOADS = "load_checkpoint"
 
-class DeepSpeedAdapter:
-    """The adapter; one instance serves all optimizers of a process."""
+
+class DeepSpeedAdapter(Adapter):
+    """The adapter; one instance serves all optimizers of a process.
+
+    No tensor joins without a gradient: averaging is a collective, after which all ranks have a gradient (of a partition
+    always) or none. At stage 0 the engine fills in zeros on ranks that have not used a parameter
+    (``_get_gradients_for_reduction``).
+    """
 
     def __init__(self) -> None:
         self._engines: list[weakref.ref[Any]] = []
@@ -38,15 +48,16 @@ class DeepSpeedAdapter:
     def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
         """The model of the engine that is building an optimizer from its JSON right now, if one is.
 
-        DeepSpeed hands over one list of all parameters, so weight decay would also hit norms and biases; unless
-        ``no_decay`` is given they are left out, as the Trainer's own two groups do elsewhere.
+        DeepSpeed passes one list of all parameters, so weight decay would also apply to norms and biases. Unless
+        ``no_decay`` is given they are left out, as by the Trainer's own two groups.
 
         Raises:
             LayoutError: for engine settings under which no optimizer but DeepSpeed's own can work.
         """
-        engine = _engine_at_work("_configure_basic_optimizer")
-        if engine is None:
+        frame = _frame_of_engine(BUILDS)
+        if frame is None:
             return None
+        engine = frame.f_locals["self"]
         self._adopt(engine)
         if "lr" not in (engine.optimizer_params() or {}):
             logger.warning(
@@ -58,9 +69,6 @@ class DeepSpeedAdapter:
             options.setdefault("no_decay", TRAINER_NO_DECAY)
         module: nn.Module = engine.module
         return module
-
-    def attach_model(self, model: nn.Module) -> None:
-        """The engine's own model is all that this framework needs."""
 
     def admit(self, optimizer_class: type) -> None:
         """Put the class on DeepSpeed's list of optimizers that may run under ZeRO (runtime/zero/utils.py)."""
@@ -74,24 +82,14 @@ class DeepSpeedAdapter:
         shape = getattr(parameter, "ds_shape", None)
         return tuple(shape) if shape is not None else None
 
-    def parts(self, tensor: Tensor, name: str | None) -> None:
-        """Optimizers are built from the model's own parameters."""
-
-    def joining(self, waiting: Sequence[NewTensor]) -> list[NewTensor]:
-        """None: averaging is a collective, after which all ranks have a gradient (of a partition always) or none.
-
-        At stage 0 the engine fills in zeros on ranks that have not used a parameter (``_get_gradients_for_reduction``).
-        """
-        return []
-
     def layouts(
         self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[NewTensor]
     ) -> list[Layout] | None:
         """One layout per flat partition; one per set of replicas of an unsharded (stage 0) engine.
 
         Raises:
-            LayoutError: for engine settings under which no optimizer but DeepSpeed's own can work, and for tensors
-                that are neither partitions nor the model's own.
+            LayoutError: for engine settings under which no optimizer but DeepSpeed's own can work; for tensors that
+                are neither partitions nor the model's own; and for DeepSpeed's tensors without an engine.
         """
         if "deepspeed" not in sys.modules or any(hasattr(item.tensor, "placements") for item in fresh):
             return None  # DTensors have the shapes of what they replace, but are no copies of it
@@ -99,66 +97,93 @@ class DeepSpeedAdapter:
         pairs = None if engine is not None and engine.zero_optimization_stage() > 0 else paired(entries, fresh)
         if pairs is not None:
             if engine is None and all(entry.reference() is item.tensor for entry, item in pairs):
-                return None  # nothing of DeepSpeed's is to be seen here
-            return replicated(engine, pairs)
+                return None  # no sign of DeepSpeed here
+            return replicated(_known(engine), pairs)
         partitions = [item for item in fresh if is_partition(item, entries)]
         if engine is None and not partitions:
             return None
+        _known(engine)
         if len(partitions) != len(fresh):
             shapes = [tuple(item.tensor.shape) for item in fresh if item not in partitions]
             raise LayoutError(f"DeepSpeed has put tensors into param_groups that are no ZeRO partitions: {shapes}")
         return [partition_layout(item, entries) for item in partitions]
 
     def note_load(self, optimizer: BlockOptimizer) -> None:
-        """Called within ``engine.load_checkpoint``, maybe before the first step of an optimizer that the user built."""
-        frame = _frame_of_engine("load_checkpoint")
-        if frame is None or frame.f_locals["self"].basic_optimizer is not optimizer:
-            note_folder(optimizer, None)
-            return
-        self._adopt(frame.f_locals["self"])
-        note_folder(optimizer, Path(frame.f_locals["load_dir"]) / str(frame.f_locals["tag"]))
+        """Called within ``engine.load_checkpoint``; if that is ours, it resumes by itself.
+
+        An engine that was given a finished optimizer may not be known before its first step; then the folder is noted.
+        """
+        frame = _frame_of_engine(LOADS) if not is_loading(optimizer) else None
+        folder = None
+        if frame is not None and frame.f_locals["self"].basic_optimizer is optimizer:
+            self._adopt(frame.f_locals["self"])
+            folder = Path(frame.f_locals["load_dir"]) / str(frame.f_locals["tag"])
+        note_folder(optimizer, folder)
 
     def resume(self, optimizer: BlockOptimizer) -> None:
         """Load external state that is still missing: no engine was known that could do it after ``load_checkpoint``."""
         resume(optimizer)
 
     def _engine_of(self, optimizer: torch.optim.Optimizer) -> Any:
-        """The engine whose inner optimizer this is: the one at work now, or one that was seen before."""
-        engine = _engine_at_work("_take_model_step", "_configure_fp16_optimizer")
+        """The engine whose inner optimizer this is: one that was seen before, or the one that is calling us now.
+
+        Raises:
+            LayoutError: if the engine has built the optimizer from its JSON without our noticing.
+        """
+        frame = _frame_of_engine(*STEPS)
+        engine = frame.f_locals["self"] if frame is not None else None
         if engine is not None and engine.basic_optimizer is optimizer:
-            self._adopt(engine)  # it was given a finished optimizer
-        candidates = [engine, *(reference() for reference in self._engines)]
-        return next((e for e in candidates if e is not None and e.basic_optimizer is optimizer), None)
+            self._adopt_at_step(engine)
+            return engine
+        known = (reference() for reference in self._engines)
+        return next((e for e in known if e is not None and e.basic_optimizer is optimizer), None)
+
+    def _adopt_at_step(self, engine: Any) -> None:
+        """Adopt an engine that was given a finished optimizer."""
+        if not self._knows(engine) and engine.client_optimizer is None:
+            raise LayoutError(
+                f"DeepSpeed has built Shampoo from its JSON by another way than {BUILDS}(), so the names of the "
+                "parameters are unknown, and weight decay and other options would apply to other parameters. This "
+                "package knows DeepSpeed 0.19.8; with another version build the optimizer yourself: "
+                "deepspeed.initialize(model=model, optimizer=Shampoo(model.named_parameters(), ...), config=...)"
+            )
+        self._adopt(engine)
 
     def _adopt(self, engine: Any) -> None:
-        if any(reference() is engine for reference in self._engines):
+        if self._knows(engine):
             return
         _refuse_unsupported(engine)
         self._engines = [reference for reference in self._engines if reference() is not None]
         self._engines.append(weakref.ref(engine))
         wrap_checkpointing(engine)
 
+    def _knows(self, engine: Any) -> bool:
+        return any(reference() is engine for reference in self._engines)
 
-def _engine_at_work(*methods: str) -> Any:
-    """The DeepSpeedEngine one of whose ``methods`` is calling us, or None.
 
-    DeepSpeed tells an optimizer neither the model nor its configuration; the calling frame has both. Everything works
-    (with less knowledge) where nothing is found.
+def _known(engine: Any) -> Any:
+    """The engine of tensors that are DeepSpeed's.
+
+    Raises:
+        LayoutError: if there is none; its settings may not fit, and its checkpoints would lose the state.
     """
-    frame = _frame_of_engine(*methods)
-    return frame.f_locals["self"] if frame is not None else None
+    if engine is None:
+        raise LayoutError(
+            "DeepSpeed has replaced this optimizer's parameters, but the DeepSpeedEngine that it works for was not "
+            "found: train by engine.step(), not by step() of an optimizer. If you do, this version of DeepSpeed calls "
+            "optimizers in a way that this package does not know; it knows 0.19.8"
+        )
+    return engine
 
 
 def _frame_of_engine(*methods: str) -> FrameType | None:
-    """The frame of a DeepSpeedEngine's method that is calling us; the one place that looks at frames."""
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(24):
-        if frame is None:
-            return None
-        if frame.f_code.co_name in methods and hasattr(frame.f_locals.get("self"), "zero_optimization_stage"):
-            return frame
-        frame = frame.f_back
-    return None
+    """The frame of a DeepSpeedEngine's method that is calling us, or None.
+
+    DeepSpeed gives an optimizer neither the model nor its configuration; the calling frame has both.
+    """
+    return calling_frame(
+        lambda frame: frame.f_code.co_name in methods and hasattr(frame.f_locals.get("self"), "zero_optimization_stage")
+    )
 
 
 def _refuse_unsupported(engine: Any) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
 from shampoo_deepspeed.checkpoint.manifest import CheckpointError, Manifest
-from shampoo_deepspeed.distributed.process_groups import cpu_group
+from shampoo_deepspeed.distributed.collectives import everyone, gathered
 from shampoo_deepspeed.state.state_dict import START_ANEW, SavedState
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
@@ -35,6 +35,8 @@ PLACE = "SHAMPOO_CHECKPOINT"  # an environment variable: where the state is, if 
 MARKER = "shampoo_checkpoint"  # in param_groups
 PLACEHOLDERS = ("exp_avg", "exp_avg_sq")
 SAVED_BY = "DeepSpeed"  # in what a state dict says of its state's place; other frameworks may say other things there
+
+_LOADING: list[BlockOptimizer] = []
 
 
 def wrap_checkpointing(engine: Any) -> None:
@@ -61,7 +63,8 @@ def wrap_checkpointing(engine: Any) -> None:
         optimizer = itself.basic_optimizer
         given = inspect.signature(load).bind(itself, *args, **kwargs).arguments
         before = [dict(group) for group in optimizer.param_groups] if itself.load_universal_checkpoint() else []
-        result = load(itself, *args, **kwargs)
+        with _loading(optimizer):
+            result = load(itself, *args, **kwargs)
         if given.get("load_optimizer_states", True) and not given.get("load_module_only", False):
             resume(optimizer, Path(result[0]).parent if result[0] else None, again=True)
         else:
@@ -69,6 +72,20 @@ def wrap_checkpointing(engine: Any) -> None:
         return result
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def is_loading(optimizer: BlockOptimizer) -> bool:
+    """Whether a wrapped ``load_checkpoint`` is loading for this optimizer, and will resume it."""
+    return any(found is optimizer for found in _LOADING)
+
+
+@contextmanager
+def _loading(optimizer: BlockOptimizer) -> Iterator[None]:
+    _LOADING.append(optimizer)
+    try:
+        yield
+    finally:
+        _LOADING.pop()
 
 
 def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = False) -> None:
@@ -90,10 +107,11 @@ def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = 
     _drop_placeholders(optimizer)
     if optimizer.external_state is None and optimizer.units and not again:
         return  # DeepSpeed steps one group after the other, and this is not the first one
-    optimizer.external_state = where
-    found, reasons = _found(where, folder or where.get("folder"))
-    everyones = _everyones((found is not None, reasons))
-    missing = next((said for there, said in everyones if not there), None)
+    near = folder or where.get("folder")
+    optimizer.external_state = where if near is None else {**where, "folder": str(near)}
+    found, reasons = _found(where, near)
+    answers = gathered((found is not None, reasons), everyone())
+    missing = next((reason for there, reason in answers if not there), None)
     if missing is None:
         assert found is not None
         load_shampoo(optimizer, found, options=overwritten)
@@ -119,7 +137,7 @@ def _saved(optimizer: BlockOptimizer, folder: Path) -> dict[str, str]:
     resume(optimizer)
     path = folder.absolute() / FOLDER
     save_shampoo(optimizer, path)
-    saved = _everyones(Manifest.read(path).directory if dist.get_rank() == 0 else None)[0]
+    saved = gathered(Manifest.read(path).directory if dist.get_rank() == 0 else None, everyone())[0]
     return {"saved_by": SAVED_BY, "id": saved, "path": str(path)}
 
 
@@ -257,13 +275,3 @@ def _found(where: Mapping[str, Any], folder: str | Path | None) -> tuple[Path | 
             return path, ""
         reasons[path] = f"{path} holds another save ({found})"
     return None, f"Shampoo's state {where['id']} of this DeepSpeed checkpoint is missing: {'; '.join(reasons.values())}"
-
-
-def _everyones(mine: Any) -> list[Any]:
-    """What all ranks say. A collective, unless this process is alone."""
-    world = dist.group.WORLD
-    if world is None:
-        return [mine]
-    words: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(words, mine, group=cpu_group(world))
-    return words

@@ -1,21 +1,20 @@
-"""FSDP2, HSDP and tensor parallelism: DTensors as boxes of the model's parameters. FSDP1 is in fsdp1/.
+"""FSDP2, HSDP and tensor parallelism: DTensors as boxes of the model's parameters. FSDP1 is in ``fsdp1/``.
 
 A DTensor says by its placements which boxes of the global tensor lie in its local one; replicas hold equal boxes.
 """
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from shampoo_deepspeed.distributed.frameworks import (
+    Adapter,
     Entry,
     Layout,
     LayoutError,
@@ -24,52 +23,31 @@ from shampoo_deepspeed.distributed.frameworks import (
     Shard,
     compute_dtype,
 )
+from shampoo_deepspeed.distributed.process_groups import group_of_ranks
 from shampoo_deepspeed.geometry.boxes import Box
+from shampoo_deepspeed.state.dtensor_blocks import is_dtensor
 
 from .placements import local_boxes
 
 
-class DTensorAdapter:
-    """The adapter; process groups that span several mesh dims are made once and kept."""
+class DTensorAdapter(Adapter):
+    """The adapter. FSDP2 builds no optimizers and takes every one; a DTensor shows all that there is to know of it.
 
-    def __init__(self) -> None:
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-
-    def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
-        """FSDP2 builds no optimizers."""
-        return None
-
-    def attach_model(self, model: nn.Module) -> None:
-        """DTensors tell all about themselves."""
-
-    def admit(self, optimizer_class: type) -> None:
-        """FSDP2 takes every optimizer."""
-
-    def global_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
-        """A DTensor's own shape is the global one already."""
-        return None
-
-    def parts(self, tensor: Tensor, name: str | None) -> None:
-        """A DTensor is one parameter."""
-
-    def joining(self, waiting: Sequence[NewTensor]) -> list[NewTensor]:
-        """None: all ranks of a mesh have a gradient or none has, also where the local part is empty.
-
-        FSDP2 sets it after a reduce-scatter, of all or of none of a module's ranks; where ranks use different
-        parameters ``set_reduce_scatter_unused_params`` gives zeros to those that have not. Tensor parallelism runs the
-        same operations on all ranks.
-        """
-        return []
+    No tensor joins without a gradient: all ranks of a mesh have one or none has, also if the local part is empty. FSDP2
+    sets it after a reduce-scatter, of all or of none of a module's ranks; if ranks use different parameters,
+    ``set_reduce_scatter_unused_params`` gives zeros to those that have not. Tensor parallelism runs the same
+    operations on all ranks.
+    """
 
     def layouts(
         self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[NewTensor]
     ) -> list[Layout] | None:
-        """One layout for each mesh and dtype; None where no tensor is a DTensor.
+        """One layout for each mesh and dtype; None if no tensor is a DTensor.
 
         Raises:
-            LayoutError: for DTensors beside plain tensors, and for tensors that are not the optimizer's parameters.
+            LayoutError: for DTensors among plain tensors, and for tensors that are not the optimizer's parameters.
         """
-        sharded = [item for item in fresh if _is_dtensor(item.tensor)]
+        sharded = [item for item in fresh if is_dtensor(item.tensor)]
         if not sharded:
             return None
         if len(sharded) != len(fresh):
@@ -81,70 +59,46 @@ class DTensorAdapter:
         # A rank outside of a mesh holds nothing and takes no part.
         for item in (item for item in sharded if _dtensor(item.tensor).device_mesh.get_coordinate() is not None):
             units.setdefault((_dtensor(item.tensor).device_mesh, compute_dtype(item.tensor)), []).append(item)
-        return [self._layout(mesh, items, entries) for (mesh, _), items in units.items()]
-
-    def _layout(self, mesh: Any, items: Sequence[NewTensor], entries: Sequence[Entry]) -> Layout:
-        parameters = [_parameter_of(item, entries) for item in items]
-        tensors = [item.tensor for item in items]
-        layout = Layout(
-            parameters,
-            tensors,
-            [item.group for item in items],
-            [],
-            self._group(mesh),
-            homes=list(range(len(items))),
-            local=_local,
-            gradient=_local_gradient,
-        )
-        for number, tensor in enumerate(tensors):
-            try:
-                layout.shards += [Shard(number, box, number, offset) for box, offset in _boxes(tensor)]
-            except LayoutError as error:  # raised on all ranks together
-                layout.problem = f"{parameters[number].key}: {error}"
-        return layout
-
-    def _group(self, mesh: Any) -> dist.ProcessGroup | None:
-        """The process group of all ranks of a mesh; None for a single rank."""
-        ranks = tuple(mesh.mesh.flatten().tolist())
-        if len(ranks) == 1:
-            return None
-        if len(ranks) == dist.get_world_size():
-            return dist.group.WORLD
-        if mesh.ndim == 1:
-            group: dist.ProcessGroup = mesh.get_group()
-            return group
-        if ranks not in self._groups:
-            with _not_split():
-                made = dist.new_group(list(ranks), use_local_synchronization=True)
-            assert made is not None
-            self._groups[ranks] = made
-        return self._groups[ranks]
+        return [_layout(mesh, items, entries) for (mesh, _), items in units.items()]
 
 
-@contextmanager
-def _not_split() -> Iterator[None]:
-    """Groups are made of their own ranks alone.
+def _layout(mesh: Any, items: Sequence[NewTensor], entries: Sequence[Entry]) -> Layout:
+    """One step unit of these tensors."""
+    parameters = [_parameter_of(item, entries) for item in items]
+    tensors = [item.tensor for item in items]
+    layout = Layout(
+        parameters,
+        tensors,
+        [item.group for item in items],
+        [],
+        _group(mesh),
+        homes=list(range(len(items))),
+        local=_local,
+        gradient=_local_gradient,
+    )
+    for number, tensor in enumerate(tensors):
+        try:
+            layout.shards += [Shard(number, box, number, offset) for box, offset in _boxes(tensor)]
+        except LayoutError as error:  # raised on all ranks together
+            layout.problem = f"{parameters[number].key}: {error}"
+    return layout
 
-    Where the job's NCCL group is bound to a device (``init_process_group(device_id=...)``) torch makes others by
-    splitting it, in which all ranks of the job must take part, also those that have no such group.
-    """
-    world: Any = dist.group.WORLD
-    bound = world.bound_device_id
-    world.bound_device_id = None
-    try:
-        yield
-    finally:
-        world.bound_device_id = bound
 
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    """Where nobody has imported DTensor there is none."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+def _group(mesh: Any) -> dist.ProcessGroup | None:
+    """The process group of all ranks of a mesh; None for a single rank."""
+    ranks = mesh.mesh.flatten().tolist()
+    if len(ranks) == 1:
+        return None
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    if mesh.ndim == 1:
+        group: dist.ProcessGroup = mesh.get_group()
+        return group
+    return group_of_ranks(ranks)
 
 
 def _dtensor(tensor: Tensor) -> Any:
-    """A DTensor in the eyes of the type checker, which is not to import it."""
+    """A DTensor, as the type checker sees it without importing it."""
     return tensor
 
 
@@ -165,7 +119,7 @@ def _local_gradient(tensor: Tensor) -> Tensor | None:
 
 
 def _boxes(tensor: Tensor) -> list[tuple[Box, int]]:
-    """What of the global tensor lies in the local one, and where."""
+    """Boxes of the global tensor that the local one holds, and their offsets there."""
     mesh, placements = _dtensor(tensor).device_mesh, _dtensor(tensor).placements
     return local_boxes(tensor.shape, placements, mesh.shape, mesh.get_coordinate(), _local(tensor).shape)
 

@@ -1,5 +1,7 @@
 """FSDP1: flat intervals of the model's parameters, of which tensors show nothing; the wrapped model explains them.
 
+torch and Transformers have deprecated FSDP1. All that is for it alone is in this folder, to be removed with it.
+
 With ``use_orig_params=True`` an optimizer is given the original parameters as 1-D pieces, with ``False`` one flat
 tensor for each wrapped module. File names below are torch's (torch/distributed/fsdp, 2.13).
 """
@@ -10,22 +12,34 @@ import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo_deepspeed.distributed.frameworks import Entry, Layout, LayoutError, NewTensor, Part, Shard, compute_dtype
+from shampoo_deepspeed.distributed.frameworks import (
+    Adapter,
+    Entry,
+    Layout,
+    LayoutError,
+    NewTensor,
+    Part,
+    Shard,
+    compute_dtype,
+)
 from shampoo_deepspeed.geometry.boxes import interval_to_boxes
 from shampoo_deepspeed.options.parameter_names import clean_name, kinds_by_module, output_head
 from shampoo_deepspeed.runtime.devices import communication_device
-from shampoo_deepspeed.state.dcp_state import is_fsdp1
+from shampoo_deepspeed.state.dcp_state import FLAT_SHARDS
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
-from .checkpoints import load_beside, save_beside
+from ..frames import calling_frame, frame_in_module
+from ..torch_checkpoint import helpers_ask
+from .checkpoints import load_from_folder, save_to_folder
+from .tensors import is_flat, is_fsdp1
 
+FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
 FLAT_NAME = "_flat_param"
 MOST_OF_A_MODULE = 1 << 20  # parameters of a wrapped module
 
@@ -44,7 +58,7 @@ class _Piece:
 class _Known:
     """What a tensor in ``param_groups`` is made of: its pieces, and for a flat tensor (else None) their names.
 
-    ``group`` holds the shards of all pieces, and their replicas; None where the tensor was seen without its model.
+    ``group`` holds the shards of all pieces, and their replicas; None if the tensor was seen without its model.
     """
 
     tensor: weakref.ref[Tensor]
@@ -53,37 +67,34 @@ class _Known:
     group: dist.ProcessGroup | None
 
 
-class FSDP1Adapter:
+class FSDP1Adapter(Adapter):
     """The adapter. Hybrid sharding is over the world: replicas of a shard group hold equal intervals."""
 
     def __init__(self) -> None:
-        self._known: dict[int, _Known] = {}
+        self._known: dict[int, _Known] = {}  # by the ids of tensors, for as long as these live
 
     def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
-        """FSDP1 builds no optimizers, but ``accelerator.prepare(model, optimizer)`` loads an empty state into one right
-        after it has wrapped the model; the calling frame has both."""
+        """The wrapped model in ``accelerator.prepare(model, optimizer)``; only the calling frame has both.
+
+        FSDP1 builds no optimizers, but right after wrapping the model accelerate loads an empty state into one.
+        """
         module = sys.modules.get("torch.distributed.fsdp")
-        frame: FrameType | None = sys._getframe(1)
-        for _ in range(24):
-            if frame is None or module is None:
-                return None
-            if frame.f_code.co_name == "prepare_optimizer":
-                models = getattr(frame.f_locals.get("self"), "_models", ())
-                wrapped = [model for model in models if module.FullyShardedDataParallel.fsdp_modules(model)]
-                own = {id(tensor) for tensor in given}
-                return next((m for m in wrapped if any(id(p) in own for p in m.parameters())), None)
-            frame = frame.f_back
-        return None
+        frame = calling_frame(lambda frame: frame.f_code.co_name == "prepare_optimizer")
+        if frame is None or module is None:
+            return None
+        models = getattr(frame.f_locals.get("self"), "_models", ())
+        wrapped = [model for model in models if module.FullyShardedDataParallel.fsdp_modules(model)]
+        own = {id(tensor) for tensor in given}
+        return next((m for m in wrapped if any(id(p) in own for p in m.parameters())), None)
 
     def attach_model(self, model: nn.Module) -> None:
         """Learn names and intervals of a wrapped model's parameters (_flat_param.py)."""
         module = sys.modules.get("torch.distributed.fsdp")
         if module is None:
             return
-        self._known = {key: known for key, known in self._known.items() if known.tensor() is not None}
         head = output_head(model)
         heads = {id(part) for part in head.modules()} if head is not None else set()
-        told = kinds_by_module(model)
+        kinds = kinds_by_module(model)
         places = {id(part): place for place, part in enumerate(model.modules())}
         for name, wrapped in model.named_modules():
             handle = wrapped._handle if isinstance(wrapped, module.FullyShardedDataParallel) else None
@@ -93,14 +104,11 @@ class FSDP1Adapter:
             group: Any = dist.group.WORLD if hybrid else wrapped.process_group
             flat = handle.flat_param
             if not handle._use_orig_params:
-                self._remember(flat, _pieces(flat), _parts(flat, name, heads, told, places), group)
+                self._remember(flat, _pieces(flat), _parts(flat, name, heads, kinds, places), group)
                 continue
             for parameter, piece in zip(flat._params, _pieces(flat), strict=True):
                 # What stands in the model is the piece alone.
                 self._remember(parameter, (_Piece(piece.shape, piece.start, piece.stop, 0),), None, group)
-
-    def admit(self, optimizer_class: type) -> None:
-        """FSDP1 takes every optimizer."""
 
     def global_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
         """The shape of an original parameter before flattening."""
@@ -111,16 +119,16 @@ class FSDP1Adapter:
         """The original parameters in a flat tensor.
 
         Their names come from the model, or from the flat tensor's own name in ``model.named_parameters()``. Without
-        either they have none and are treated as other parameters without a name are.
+        either they have none.
         """
         known = self._find(tensor)
-        if getattr(tensor, "_is_flat_param", False) and (known is None or known.group is None):
+        if is_flat(tensor) and (known is None or known.group is None):
             parts = _parts(_flat(tensor), name.removesuffix(FLAT_NAME) if name is not None else None, None, {})
             known = self._remember(tensor, _pieces(_flat(tensor)), parts, None)
         return known.parts if known is not None else None
 
     def joining(self, waiting: Sequence[NewTensor]) -> list[NewTensor]:
-        """Pieces that are trained on any rank: on a rank that holds nothing of a parameter no gradient ever shows.
+        """Pieces that are trained on any rank: a rank that holds nothing of a parameter never has a gradient of it.
 
         A flat tensor is never empty, and reduce-scatter is a collective: all ranks have its gradient or none has.
         """
@@ -141,10 +149,10 @@ class FSDP1Adapter:
     def layouts(
         self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[NewTensor]
     ) -> list[Layout] | None:
-        """One layout for each process group and dtype of wrapped parameters; None where there is none.
+        """One layout for each process group and dtype of wrapped parameters; None if there is none.
 
         Raises:
-            LayoutError: for other parameters beside them, and where only the model could tell the process group.
+            LayoutError: if there are other parameters too, or if only the model could tell the process group.
         """
         members = [(item, known) for item in fresh if (known := self._find(item.tensor)) is not None]
         if not members:
@@ -161,22 +169,41 @@ class FSDP1Adapter:
             units.setdefault(key, (group, []))[1].append((item.tensor, known))
         return [_layout(group, tensors, entries) for group, tensors in units.values()]
 
-    def save_beside(self, optimizer: BlockOptimizer) -> bool:
-        """Whether it is accelerate that asks; where it saves, the state is in its folder now."""
-        return save_beside(optimizer)
+    def why_not_whole(self, tensor: Tensor) -> str | None:
+        """FSDP1's tensors that were seen without their model."""
+        if not is_fsdp1(tensor):
+            return None
+        return (
+            "these are FSDP1 parameters, which do not show what they are pieces of: build the optimizer after wrapping "
+            "and give it the wrapped model, Shampoo(model.named_parameters(), model=model, ...)"
+        )
+
+    def state_entries(self, optimizer: BlockOptimizer) -> dict[int, dict[str, Tensor]] | None:
+        """A note of where the state is, which is all that FSDP1's own optimizer state dict has room for.
+
+        Raises:
+            RuntimeError: if there is state that is not saved in another place.
+        """
+        if frame_in_module(FSDP1) is not None:
+            external = optimizer.state_is_external or optimizer.has_state and _saved(optimizer)
+        elif _holds_fsdp1(optimizer) and helpers_ask():
+            external = optimizer.state_is_external
+            if not external:
+                raise RuntimeError(FLAT_SHARDS)
+        else:
+            return None
+        return optimizer.external_entries(external, lambda tensor: () if is_fsdp1(tensor) else (1,))
 
     def note_load(self, optimizer: BlockOptimizer) -> None:
         """Called within ``load_fsdp_optimizer``, which runs on all ranks together."""
-        if any(is_fsdp1(tensor) for group in optimizer.param_groups for tensor in group["params"]):
-            load_beside(optimizer)
-
-    def resume(self, optimizer: BlockOptimizer) -> None:
-        """What was not there to be loaded is not there later."""
+        if _holds_fsdp1(optimizer):
+            load_from_folder(optimizer)
 
     def _remember(
         self, tensor: Tensor, pieces: tuple[_Piece, ...], parts: tuple[Part, ...] | None, group: Any
     ) -> _Known:
-        known = self._known[id(tensor)] = _Known(weakref.ref(tensor), pieces, parts, group)
+        key, everything = id(tensor), self._known
+        known = everything[key] = _Known(weakref.ref(tensor, lambda _: everything.pop(key)), pieces, parts, group)
         return known
 
     def _find(self, tensor: Tensor) -> _Known | None:
@@ -184,8 +211,22 @@ class FSDP1Adapter:
         return known if known is not None and known.tensor() is tensor else None
 
 
+def _holds_fsdp1(optimizer: BlockOptimizer) -> bool:
+    return any(is_fsdp1(tensor) for group in optimizer.param_groups for tensor in group["params"])
+
+
+def _saved(optimizer: BlockOptimizer) -> bool:
+    """True once the state is in accelerate's folder, if it is accelerate that asks."""
+    if not save_to_folder(optimizer):
+        raise RuntimeError(
+            "FSDP1's own optimizer state dict cannot carry Shampoo's state; use save_shampoo(optimizer, path) "
+            "and load_shampoo(optimizer, path), or accelerate's save_state, or the Trainer"
+        )
+    return True
+
+
 def _flat(tensor: Tensor) -> Any:
-    """A FlatParameter in the eyes of the type checker, which is not to import it."""
+    """A FlatParameter, as the type checker sees it without importing it."""
     return tensor
 
 
@@ -206,31 +247,31 @@ def _parts(
     flat: Any,
     prefix: str | None,
     heads: set[int] | None,
-    told: Mapping[int, frozenset[str]],
+    of_module: Mapping[int, frozenset[str]],
     places: Mapping[int, int] | None = None,
 ) -> tuple[Part, ...]:
-    """Names and kinds in a flat tensor, as an unwrapped model would have them (``naming.names_and_kinds``).
+    """Names and kinds in a flat tensor, as an unwrapped model would have them (see ``parameter_names.py``).
 
     Args:
-        prefix: name of the wrapped module, None where it is not known.
+        prefix: name of the wrapped module, None if it is not known.
         heads: ids of the output head's modules; None without a model, from which kinds come.
-        told: kinds of modules' own parameters, by the modules' ids.
+        of_module: kinds of modules' own parameters, by the modules' ids.
         places: of modules in the model, by their ids; without a model the order is that of the flat tensor.
     """
     parts = []
     for number, (path, shape, info) in enumerate(zip(flat._fqns, flat._shapes, flat._param_infos, strict=True)):
         name = clean_name(".".join(filter(None, (prefix.strip("."), path)))) if prefix is not None else None
-        kinds = _kinds(flat, info, heads, told) if heads is not None else frozenset[str]()
+        kinds = _kinds(flat, info, heads, of_module) if heads is not None else frozenset[str]()
         position = places[id(info.module)] * MOST_OF_A_MODULE + number if places is not None else None
         parts.append(Part(clean_name(path), tuple(shape), name, kinds, position))
     return tuple(parts)
 
 
-def _kinds(flat: Any, info: Any, heads: set[int], told: Mapping[int, frozenset[str]]) -> frozenset[str]:
+def _kinds(flat: Any, info: Any, heads: set[int], of_module: Mapping[int, frozenset[str]]) -> frozenset[str]:
     """The kinds of all modules that hold a parameter; the first is in ``_param_infos``, others that are tied to it."""
     own = (info.module, info.param_name)
     holders = [info, *(s for s in flat._shared_param_infos if (s.prim_module, s.prim_param_name) == own)]
-    kinds = {kind for holder in holders for kind in told.get(id(holder.module), ())}
+    kinds = {kind for holder in holders for kind in of_module.get(id(holder.module), ())}
     if any(holder.param_name == "weight" and id(holder.module) in heads for holder in holders):
         kinds.add("lm_head")
     return frozenset(kinds)

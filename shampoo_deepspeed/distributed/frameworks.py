@@ -7,19 +7,22 @@ swap parameters after the optimizer is built. Where none claims the tensors, the
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from operator import attrgetter
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo_deepspeed.geometry.boxes import Box, whole
+
+ENTRY_POINTS = "shampoo_deepspeed.frameworks"
 
 
 class LayoutError(RuntimeError):
@@ -131,71 +134,72 @@ class NewTensor:
     place: int
 
 
-class Adapter(Protocol):
-    """An adapter. All methods are called on all ranks alike."""
+class Adapter(ABC):
+    """What the engine asks of a framework; only `layouts` must be written. All ranks call the methods alike.
+
+    Where one answer is wanted, the first adapter that gives one is taken, by the names of the entry points.
+    """
+
+    @abstractmethod
+    def layouts(
+        self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[NewTensor]
+    ) -> list[Layout] | None:
+        """Layouts that together hold all fresh tensors, or None if these tensors are not this framework's."""
 
     def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
-        """Called when an optimizer is built, and when a state is loaded before its first step: the model whose
-        parameters it is given, where the framework knows it.
+        """The model whose parameters an optimizer is given, if the framework knows it.
 
-        May complete ``options`` with defaults that hold under this framework only.
+        Called when an optimizer is built, and when a state is loaded before its first step. May complete ``options``
+        with defaults that hold under this framework only.
         """
-        ...
+        return None
 
-    def attach_model(self, model: nn.Module) -> None:
-        """Called before an optimizer takes parameters, with the model that holds them, where that is known."""
-        ...
+    def attach_model(self, model: nn.Module) -> None:  # noqa: B027 (most frameworks need no model)
+        """Called before an optimizer takes parameters, with the model that holds them, if it is known."""
 
-    def admit(self, optimizer_class: type) -> None:
-        """Tell the framework that this class is one that it can work with."""
-        ...
+    def admit(self, optimizer_class: type) -> None:  # noqa: B027 (most frameworks take any optimizer)
+        """Tell the framework that it can work with this class."""
 
     def global_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
-        """The unsharded shape, where the framework hides it; None for a parameter that is not the framework's."""
-        ...
+        """The unsharded shape, if the framework hides it; None for a parameter that is not the framework's."""
+        return None
 
     def parts(self, tensor: Tensor, name: str | None) -> Sequence[Part] | None:
-        """The parameters that a flat tensor is made of, given the tensor's name; None where it is a single one."""
-        ...
+        """The parameters that a flat tensor is made of, given the tensor's name; None if it is a single one."""
+        return None
 
     def joining(self, waiting: Sequence[NewTensor]) -> list[NewTensor]:
         """Those of the tensors without a unit and without a gradient here that join, as other ranks have a gradient.
 
         Called at each step with all trainable tensors that have no unit. Most frameworks give all ranks a gradient or
-        none and answer without asking other ranks.
+        none, and need not ask the other ranks.
         """
-        ...
+        return []
 
-    def layouts(
-        self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[NewTensor]
-    ) -> list[Layout] | None:
-        """Layouts that together hold all fresh tensors, or None where these tensors are not this framework's."""
-        ...
+    def why_not_whole(self, tensor: Tensor) -> str | None:
+        """Why a tensor that no adapter has a layout for cannot be taken for a whole parameter; None if it can."""
+        return None
 
+    def state_entries(self, optimizer: Any) -> dict[int, dict[str, Tensor]] | None:
+        """What the framework's own checkpoint tool gets as the optimizer's ``state``, by ``id`` of the tensors.
 
-@runtime_checkable
-class CheckpointingAdapter(Protocol):
-    """An adapter whose framework's own checkpoints keep the optimizer's state beside their files.
+        None unless that tool is asking for the state dict right now. The optimizer is a ``BlockOptimizer``, which has
+        ``gathered_entries`` and ``external_entries`` for this.
+        """
+        return None
 
-    See ``BlockOptimizer.with_external_state``; ``optimizer.external_state`` is what was given to it.
-    """
+    def note_load(self, optimizer: Any) -> None:  # noqa: B027 (most frameworks keep no state of their own)
+        """Called when a loaded state dict says that the state is kept in another place.
 
-    def note_load(self, optimizer: Any) -> None:
-        """Called where a loaded state dict says that the state is elsewhere; may run on one rank after the other."""
-        ...
+        ``optimizer.external_state`` is what ``BlockOptimizer.with_external_state`` was given when it was saved. May run
+        on one rank after the other.
+        """
 
-    def resume(self, optimizer: Any) -> None:
-        """Called on all ranks together in steps that may build units: load what is external_state, if anything is."""
-        ...
+    def resume(self, optimizer: Any) -> None:  # noqa: B027 (most frameworks keep no state of their own)
+        """Load the state that ``optimizer.external_state`` names, if there is any.
 
-
-@runtime_checkable
-class SavingAdapter(Protocol):
-    """An adapter that writes the state while its framework asks for a state dict that has no room for it."""
-
-    def save_beside(self, optimizer: Any) -> bool:
-        """Called on all ranks together: whether this framework asks, and the state is now written with its files."""
-        ...
+        Called on all ranks together, in steps that may build units.
+        """
 
 
 @cache
@@ -203,9 +207,16 @@ def adapters() -> tuple[Adapter, ...]:
     """All adapters that are installed: the entry points ``shampoo_deepspeed.frameworks``, ours and others'.
 
     Entry points keep the core free of imports of what stands above it.
+
+    Raises:
+        TypeError: if an entry point is no adapter.
     """
-    found = entry_points(group="shampoo_deepspeed.frameworks")
-    return tuple(point.load() for point in sorted(found, key=lambda point: point.name))
+    points = sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
+    found = {point.name: point.load() for point in points}
+    for name, adapter in found.items():
+        if not isinstance(adapter, Adapter):
+            raise TypeError(f"entry point {name!r} of {ENTRY_POINTS} is {adapter!r}, not an instance of Adapter")
+    return tuple(found.values())
 
 
 def plain_layouts(
@@ -254,8 +265,6 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 def _refuse_sharded(tensor: Tensor) -> None:
     if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
         raise LayoutError("these parameters are DTensors, and no installed adapter has taken them")
-    if getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_fsdp_flattened", False):
-        raise LayoutError(
-            "these are FSDP1 parameters, which do not show what they are pieces of: build the optimizer after wrapping "
-            "and give it the wrapped model, Shampoo(model.named_parameters(), model=model, ...)"
-        )
+    for reason in (adapter.why_not_whole(tensor) for adapter in adapters()):
+        if reason is not None:
+            raise LayoutError(reason)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import atexit
 import functools
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 
@@ -15,6 +18,8 @@ EXIT_SECONDS = 0.1
 # By the group beside which they were made.
 _FOR_OBJECTS: Groups = {}
 _FOR_THREAD: Groups = {}
+# By their ranks.
+_OF_RANKS: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
 def exists(group: dist.ProcessGroup) -> bool:
@@ -52,6 +57,35 @@ def thread_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
     return _FOR_THREAD[world]
 
 
+def group_of_ranks(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """A group of these ranks, made once in a job. Only these ranks take part."""
+    key = tuple(ranks)
+    if key in _OF_RANKS and not exists(_OF_RANKS[key]):  # of a job that has ended
+        del _OF_RANKS[key]
+    if key not in _OF_RANKS:
+        with _without_splitting():
+            made = dist.new_group(list(key), use_local_synchronization=True)
+        assert made is not None
+        _OF_RANKS[key] = made
+    return _OF_RANKS[key]
+
+
+@contextmanager
+def _without_splitting() -> Iterator[None]:
+    """Within it torch makes a group of its own ranks alone.
+
+    If the job's NCCL group is bound to a device (``init_process_group(device_id=...)``), torch makes other groups by
+    splitting it, and all ranks of the job must take part, also those that have no such group.
+    """
+    world: Any = dist.group.WORLD
+    bound = world.bound_device_id
+    world.bound_device_id = None
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound
+
+
 def _drop_stale(groups: Groups) -> None:
     """Forget groups of a job that was ended by ``destroy_process_group``; the next one makes its own."""
     for stale in [group for group, made in groups.items() if not (exists(group) and exists(made))]:
@@ -74,3 +108,4 @@ def _release() -> None:
     """A gloo group has threads, which must not outlive the interpreter. The thread that writes was joined before."""
     _FOR_OBJECTS.clear()
     _FOR_THREAD.clear()
+    _OF_RANKS.clear()

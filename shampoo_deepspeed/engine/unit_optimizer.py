@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo_deepspeed.distributed.frameworks import (
-    CheckpointingAdapter,
     Entry,
     NewTensor,
     Parameter,
@@ -93,8 +92,7 @@ class UnitOptimizer(torch.optim.Optimizer):
         units, waiting = self._known_and_waiting()
         if waiting:
             for adapter in adapters():
-                if isinstance(adapter, CheckpointingAdapter):
-                    adapter.resume(self)
+                adapter.resume(self)
             units, waiting = self._known_and_waiting()
         joining = {id(item) for adapter in adapters() for item in adapter.joining(waiting)} if waiting else set()
         fresh = [item for item in waiting if item.tensor.grad is not None or id(item) in joining]

@@ -10,7 +10,6 @@ ranks need them, after a template that must have the same keys on all ranks. So 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,36 +27,23 @@ from shampoo_deepspeed.state.state_dict import FORMAT, SavedState, gathered_from
 BLOCKS, MARK, ELSEWHERE = "shampoo_blocks", "shampoo_format", "shampoo_elsewhere"
 REJECTED = "shampoo_rejected"
 NOWHERE = 1.0  # the value of ELSEWHERE where the optimizer had no state
-DCP = "torch.distributed.checkpoint.state_dict"
-FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
+FLAT_SHARDS = (
+    "torch's own checkpoint helpers cannot carry Shampoo's state of parameters that are flat shards (FSDP1, ZeRO); use "
+    "save_shampoo(optimizer, path) and load_shampoo(optimizer, path) as well, and call torch's helpers within "
+    "optimizer.with_external_state({...})"
+)
 
 Entry = dict[str, Tensor]
 
 
-def asking_helper() -> str | None:
-    """The module of torch's helpers on whose behalf we are called, if one is."""
-    frame: Any = sys._getframe(1)
-    for _ in range(16):
-        frame = frame.f_back
-        if frame is None:
-            return None
-        name: str = frame.f_globals.get("__name__", "")
-        if name in (DCP, FSDP1):
-            return name
-    return None
+def external_entry(tensor: Tensor, step: Tensor, elsewhere: bool, shape: tuple[int, ...] = (1,)) -> Entry:
+    """What says that the state is elsewhere, or that there is none yet.
 
-
-def external_entry(tensor: Tensor, step: Tensor, elsewhere: bool) -> Entry:
-    """What says that the state is elsewhere, or that there is none yet; torch wants at least one tensor that has dims,
-    FSDP1 none."""
-    shape = () if is_fsdp1(tensor) else (1,)
+    Args:
+        shape: of the note. torch's helpers want at least one tensor that has dims.
+    """
     note = torch.full(shape, 0.0 if elsewhere else NOWHERE, device=tensor.device)
     return {"step": step, MARK: as_count(FORMAT), ELSEWHERE: note}
-
-
-def is_fsdp1(tensor: Tensor) -> bool:
-    """Whether this is FSDP1's flat parameter, or has been made a view of it."""
-    return bool(getattr(tensor, "_fsdp_flattened", False) or getattr(tensor, "_is_flat_param", False))
 
 
 def unit_entries(
@@ -75,12 +61,8 @@ def unit_entries(
     rows = consolidated.rows() if consolidated is not None else blocks.own_rows()
     entries = []
     for number, tensor in enumerate(unit.tensors):
-        if unit.layout.homes != list(range(len(unit.tensors))) or is_fsdp1(tensor):
-            raise RuntimeError(
-                "torch's own checkpoint helpers cannot carry Shampoo's state of parameters that are flat shards (FSDP1,"
-                " ZeRO); use save_shampoo(optimizer, path) and load_shampoo(optimizer, path) beside them, and call "
-                "them within optimizer.with_external_state({...})"
-            )
+        if unit.layout.homes != list(range(len(unit.tensors))):
+            raise RuntimeError(FLAT_SHARDS)
         entry = {"step": as_count(unit.steps[number]), MARK: as_count(FORMAT)}
         entry[REJECTED] = as_count(rejected_steps)
         entry |= {name: as_sharded(tensor, flat) for name, flat in _flat_moments(unit, number, configs).items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -13,24 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.distributed.frameworks import (
-    CheckpointingAdapter,
-    Entry,
-    NewTensor,
-    Parameter,
-    SavingAdapter,
-    adapters,
-)
+from shampoo_deepspeed.distributed.frameworks import Entry, NewTensor, Parameter, adapters
 from shampoo_deepspeed.engine.policy import policy_of
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.engine.unit_optimizer import UnitOptimizer
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.param_groups import group_options
 from shampoo_deepspeed.state.dcp_state import (
-    FSDP1,
     TorchState,
     as_count,
-    asking_helper,
     completed_group,
     external_entry,
     is_torch_state,
@@ -70,25 +61,30 @@ class BlockOptimizer(UnitOptimizer):
 
         Runs no collective and holds tensors and builtins only. Tensors are the live ones.
 
-        To torch.distributed.checkpoint.state_dict, which asks on all ranks, it gives copies instead, under ``"state"``
-        (see ``torch_state``), and exchanges pieces of blocks.
+        Torch's own checkpoint tools ask on all ranks; they get copies under ``"state"`` (see ``dcp_state``), for which
+        ranks exchange pieces of blocks.
 
         Raises:
-            RuntimeError: where ranks own different blocks, the framework stores one rank's dict only (replicas), and
-                ``consolidate_state_dict`` was not called since the last step; or where FSDP1 asks, which cannot carry
-                this state, and no framework writes it beside.
+            RuntimeError: if ranks own different blocks, the framework stores one rank's dict only (replicas), and
+                ``consolidate_state_dict`` was not called since the last step; or if a tool asks that cannot carry this
+                state.
         """
         self.finish_step()
-        helper = asking_helper()
-        elsewhere = self._elsewhere if self._elsewhere is not None else self.external_state
-        if elsewhere is not None and helper is None:
-            return self._torch_state_dict({"shampoo": {"format": FORMAT, "elsewhere": dict(elsewhere)}})
-        if helper is not None:
-            state = self._torch_state_dict({"state": self._numbered(self._entries_for(helper))})
+        entries = self._entries_for_a_tool()
+        if entries is not None:
+            state = self._torch_state_dict({"state": self._numbered(entries)})
             return {**state, "param_groups": [robust_group(group) for group in state["param_groups"]]}
+        elsewhere = self._elsewhere if self._elsewhere is not None else self.external_state
+        if elsewhere is not None:
+            return self._torch_state_dict({"shampoo": {"format": FORMAT, "elsewhere": dict(elsewhere)}})
         self._refuse_one_rank()
         own = (self._consolidated or self._own_state()).to_dict()
         return self._torch_state_dict({"shampoo": own})
+
+    def _entries_for_a_tool(self) -> dict[int, dict[str, Tensor]] | None:
+        """What goes under ``state`` if a framework's checkpoint tool is asking for the state dict."""
+        answers = (adapter.state_entries(self) for adapter in adapters())
+        return next((entries for entries in answers if entries is not None), None)
 
     def _refuse_one_rank(self) -> None:
         if self._consolidated is None and any(u.layout.one_rank_saves and u.world_size > 1 for u in self.units):
@@ -97,22 +93,37 @@ class BlockOptimizer(UnitOptimizer):
                 "all; call optimizer.consolidate_state_dict() on all ranks first"
             )
 
-    def _entries_for(self, helper: str) -> dict[int, dict[str, Tensor]]:
-        """What torch's helpers get for ``state``, by id of tensors. A collective where parameters are sharded."""
-        elsewhere = self._elsewhere is not None or self.external_state is not None
-        if helper == FSDP1 and self.has_state and not elsewhere:
-            elsewhere = any(adapter.save_beside(self) for adapter in adapters() if isinstance(adapter, SavingAdapter))
-            if not elsewhere:
-                raise RuntimeError(
-                    "FSDP1's own optimizer state dict cannot carry Shampoo's state; use save_shampoo(optimizer, path) "
-                    "and load_shampoo(optimizer, path), or accelerate's save_state, or the Trainer"
-                )
-        # All that could have state, so that what is saved and a template of it have the same names.
-        tensors = [(t, g, n) for g in self.param_groups for n, t in enumerate(g["params"]) if t.requires_grad]
-        if elsewhere or helper == FSDP1:
-            steps = {id(tensor): self.state.get(tensor, {}).get("step", as_count(0)) for tensor, _, _ in tensors}
-            return {id(t): external_entry(t, steps[id(t)], elsewhere) for t, _, _ in tensors}
-        fresh = [NewTensor(t, g["shampoo_group"], n) for t, g, n in tensors if id(t) not in self._unit_of]
+    @property
+    def state_is_external(self) -> bool:
+        """Whether ``state_dict()`` holds a note of where the state is, and not the state."""
+        return self._elsewhere is not None or self.external_state is not None
+
+    def external_entries(
+        self, external: bool, shape_of: Callable[[Tensor], tuple[int, ...]]
+    ) -> dict[int, dict[str, Tensor]]:
+        """Entries for `Adapter.state_entries` which hold a note in place of the state.
+
+        Args:
+            external: whether the state is saved in another place; otherwise there is none yet.
+            shape_of: the shape that the tool can take for the note of a tensor.
+        """
+        entries = {}
+        for tensor, _, _ in self._could_have_state():
+            step = self.state.get(tensor, {}).get("step", as_count(0))
+            entries[id(tensor)] = external_entry(tensor, step, external, shape_of(tensor))
+        return entries
+
+    def gathered_entries(self) -> dict[int, dict[str, Tensor]]:
+        """Entries for `Adapter.state_entries` that hold the state. A collective where parameters are sharded.
+
+        Raises:
+            RuntimeError: for parameters whose state torch's helpers cannot carry.
+        """
+        fresh = [
+            NewTensor(tensor, group["shampoo_group"], place)
+            for tensor, group, place in self._could_have_state()
+            if id(tensor) not in self._unit_of
+        ]
         if fresh:
             self._new_units(fresh)
         if any(not unit.fresh for unit in self.units):
@@ -125,6 +136,10 @@ class BlockOptimizer(UnitOptimizer):
                 for name in entry:  # torch takes what it finds here for the names of what it has to load
                     self.state[tensor].setdefault(name, unit.step_tensor)
         return entries
+
+    def _could_have_state(self) -> list[tuple[Tensor, dict[str, Any], int]]:
+        """All trainable tensors, each with its group and place: a save and the template of one have the same names."""
+        return [(t, g, n) for g in self.param_groups for n, t in enumerate(g["params"]) if t.requires_grad]
 
     def _numbered(self, entries: Mapping[int, Any]) -> dict[int, Any]:
         """By number of the tensors, as torch writes state dicts."""
@@ -205,8 +220,7 @@ class BlockOptimizer(UnitOptimizer):
         self.external_state = parsed[0].elsewhere
         if self.external_state is not None:
             for adapter in adapters() if self._elsewhere is None else ():  # otherwise whoever loads knows where it is
-                if isinstance(adapter, CheckpointingAdapter):
-                    adapter.note_load(self)
+                adapter.note_load(self)
 
     @property
     def has_state(self) -> bool:

@@ -32,7 +32,7 @@ def refusal(name: str, route: str, framework: str, change: dict[str, Any] | None
 
 OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 IN_JSON = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
-FOREIGN = "ValueError: 35 of the optimizer's 35 parameters are not the prepared"
+FOREIGN = "ValueError: 35 of the optimizer's 35 parameters are not the model's"
 REFUSED = [
     (refusal("flat", "ours", "fsdp1flat"), FOREIGN),
     (refusal("other_model", "other_model", "ddp"), FOREIGN),

@@ -49,7 +49,7 @@ def test_one_shampoo_and_one_model_are_taken(accelerator: Accelerator) -> None:
 
 
 def test_the_model_must_hold_the_parameters(accelerator: Accelerator) -> None:
-    with pytest.raises(ValueError, match="2 of the optimizer's 2 parameters are not the prepared model's"):
+    with pytest.raises(ValueError, match="2 of the optimizer's 2 parameters are not the model's"):
         prepare(accelerator, nn.Linear(6, 4), Shampoo(nn.Linear(6, 4).parameters()))
 
 

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shampoo_deepspeed import LayoutError
 from shampoo_deepspeed.geometry.boxes import tiling_error
-from shampoo_deepspeed.integrations.fsdp import DTensorAdapter
+from shampoo_deepspeed.integrations.fsdp import _group
 from shampoo_deepspeed.integrations.fsdp.placements import local_boxes
 
 WORLD = 8
@@ -152,12 +152,20 @@ def test_a_group_of_some_ranks_is_made_without_the_others(monkeypatch: pytest.Mo
         job: Any = dist.group.WORLD
         job.bound_device_id = bound = torch.device("cpu", 0)
         seen: list[Any] = []
+        made = dist.new_group
 
         def new_group(ranks: list[int], use_local_synchronization: bool) -> Any:
             seen.append((ranks, use_local_synchronization, job.bound_device_id))
-            return object()
+            return made(ranks, use_local_synchronization=use_local_synchronization)
 
         monkeypatch.setattr(dist, "new_group", new_group)
-        framework = DTensorAdapter()
-        assert framework._group(mesh) is framework._group(mesh)
+        assert _group(mesh) is _group(mesh)
         assert seen == [([0, 1, 2, 3], True, None)] and job.bound_device_id == bound
+
+
+def test_a_second_job_in_a_process_makes_groups_of_its_own() -> None:
+    """A mesh of two dims over part of the ranks needs a group that torch does not make, and that ends with its job."""
+    for _ in range(2):
+        with world(0):
+            group = _group(DeviceMesh("cpu", torch.arange(4).view(2, 2)))
+            assert group is not None and dist.get_process_group_ranks(group) == [0, 1, 2, 3]

@@ -1,0 +1,33 @@
+"""What FSDP1's tensors look like, and where it cannot take an optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def is_flat(tensor: Tensor) -> bool:
+    """Whether this is a FlatParameter, which stands for many parameters."""
+    return bool(getattr(tensor, "_is_flat_param", False))
+
+
+def is_fsdp1(tensor: Tensor) -> bool:
+    """Whether this is a FlatParameter, or a parameter that was made a view of one."""
+    return is_flat(tensor) or bool(getattr(tensor, "_fsdp_flattened", False))
+
+
+def refuse_flat(plugin: Any) -> None:
+    """Raise where a finished optimizer would train nothing and say nothing; a deferred one sees the flat vectors.
+
+    Args:
+        plugin: accelerate's FSDP plugin, or None.
+
+    Raises:
+        ValueError: for FSDP1 with ``use_orig_params=False``.
+    """
+    if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1 and not plugin.use_orig_params:
+        raise ValueError(
+            "FSDP1 with use_orig_params = false replaces the model's parameters by flat vectors after the optimizer "
+            "was built; use optimizers=(deferred(lr=...), None), or set use_orig_params = true"
+        )
