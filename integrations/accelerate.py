@@ -59,7 +59,7 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
 
 
 def refuse_foreign_parameters(model: nn.Module, optimizer: Shampoo, remedy: str) -> None:
-    """Raise where an optimizer would train another model's parameters.
+    """Raise if an optimizer would train another model's parameters.
 
     Raises:
         ValueError: with the remedy.

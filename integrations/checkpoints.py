@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face Trainer and of accelerate: Shampoo's state in a folder beside what they save.
+"""Checkpoints of the Hugging Face Trainer and of accelerate: Shampoo's state in a folder of theirs.
 
 Their own optimizer files are written by one rank, or by tools that know tensors in the shape of parameters only. So
 every rank writes the blocks that it owns by ``save_shampoo``, and their files hold the options and a note of where the
@@ -43,7 +43,7 @@ class TrainerCheckpoints(_BeforeATrainer):
         """As the Trainer's, but ``True`` means the newest checkpoint that is complete.
 
         Raises:
-            ValueError: where there are checkpoints, and none is complete.
+            ValueError: if there are checkpoints, and none is complete.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_complete(self.args.output_dir) or True
@@ -81,7 +81,7 @@ def add_to_save_state(accelerator: Accelerator, optimizer: Any) -> None:
     they are anyway. A second Shampoo's folder is ``shampoo_1``, and so on, in the order of these calls.
 
     Raises:
-        TypeError: where the optimizer is not Shampoo.
+        TypeError: if the optimizer is not Shampoo.
     """
     inner = unwrap(optimizer)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -121,13 +121,13 @@ def add_to_save_state(accelerator: Accelerator, optimizer: Any) -> None:
 
 
 def check_resumed(optimizer: Shampoo, state: TrainerState, required: bool = True) -> None:
-    """Nobody goes on with the weights and steps of a checkpoint, but with a new optimizer, without knowing it.
+    """Raise or warn if the weights and steps are those of a checkpoint, but the optimizer is new.
 
     Args:
-        required: False warns only, and the optimizer starts anew.
+        required: False warns only, and the optimizer starts with new state.
 
     Raises:
-        CheckpointError: where the Trainer has resumed and the optimizer has not.
+        CheckpointError: if the Trainer has resumed and the optimizer has not.
     """
     if not state.global_step or optimizer.has_state:
         return
@@ -138,10 +138,10 @@ def check_resumed(optimizer: Shampoo, state: TrainerState, required: bool = True
     )
     if required:
         raise CheckpointError(
-            f"{what}. Resume by ShampooTrainer, or let the optimizer start anew by a ShampooCallback whose "
+            f"{what}. Resume by ShampooTrainer, or let the optimizer start with new state by a ShampooCallback whose "
             "require_state is False"
         )
-    logger.warning("%s; the optimizer starts anew", what)
+    logger.warning("%s; the optimizer starts with new state", what)
     optimizer.take_state(SavedState({}, [], [], []))
 
 
@@ -149,7 +149,7 @@ def newest_complete(output_dir: str | os.PathLike[str]) -> str | None:
     """The newest complete ``checkpoint-N`` in a folder of the Trainer; a warning names newer ones. None without any.
 
     Raises:
-        ValueError: where there are checkpoints, and none is complete.
+        ValueError: if there are checkpoints, and none is complete.
     """
     found = {}
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):

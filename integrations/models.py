@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 def transformers_parameters(model: str) -> list[Parameter] | None:
     """Parameters of the causal language model of a Hugging Face id, a folder or a config.json.
 
-    None where Transformers is not installed or finds no such configuration; then its reason is logged.
+    None if Transformers is not installed or finds no such configuration; then its reason is logged.
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,7 +1,7 @@
 """torch.distributed.checkpoint.state_dict: what its helpers get as the state of an optimizer.
 
 ``get_optimizer_state_dict`` and ``set_optimizer_state_dict`` call ``optimizer.state_dict()`` as anybody does, but on
-all ranks, and take only tensors that they can gather or shard. torch has no hook that tells them from other callers.
+all ranks, and take only tensors that they can gather or shard. torch has no hook by which an optimizer could know them.
 """
 
 from __future__ import annotations

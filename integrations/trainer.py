@@ -1,9 +1,9 @@
 """The Hugging Face Trainer: ``optimizers=`` under every framework, a factory for the stock Trainer, a check.
 
 The stock Trainer takes a finished optimizer in a single process and under DDP only: under FSDP it raises, under
-DeepSpeed it trains with AdamW and says nothing. Its ``optimizer_cls_and_kwargs=`` works everywhere, so all ways here
-lead there. It calls what it is given without arguments, and the result with the model. ``optim="shampoo"`` is one more
-name for the same factory.
+DeepSpeed it silently trains with AdamW. Its ``optimizer_cls_and_kwargs=`` works everywhere, so all ways here use it. It
+calls what it is given without arguments, and the result with the model. ``optim="shampoo"`` is one more name for the
+same factory.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def register_with_transformers() -> None:
     written with semicolons.
 
     Raises:
-        RuntimeError: where this version of Transformers keeps its names otherwise.
+        RuntimeError: if this version of Transformers keeps its names in another way.
     """
     add_name(lambda arguments: _named(arguments).filled(arguments), ShampooFactory)
 
@@ -59,7 +59,7 @@ class ShampooFactory:
     and weight decay of TrainingArguments are not known here, so they must be given.
 
     Raises:
-        ValueError: where the framework would replace the optimizer.
+        ValueError: if the framework would replace the optimizer.
     """
 
     def __call__(self, model: nn.Module, **options: Any) -> Shampoo:
@@ -101,11 +101,11 @@ class ShampooTrainerMixin(TrainerCheckpoints):
 
     ``optimizers=(Shampoo(...) or deferred(...), scheduler or None)`` then works in a single process and under DDP,
     FSDP and DeepSpeed (without "optimizer" in its JSON). Other optimizers go to the Trainer as they are. Under DDP a
-    deferred one divides its work over the replicas; a finished one does where it was given a ``process_group``.
+    deferred one divides its work over the replicas; a finished one does if it was given a ``process_group``.
     ``optim="shampoo"`` is a deferred one. The Trainer's training logs get ``Shampoo.metrics()`` of the rank that logs.
 
     Raises:
-        ValueError: where the optimizer or its scheduler would not be the one that trains.
+        ValueError: if the optimizer or its scheduler would not be the one that trains.
     """
 
     _given_scheduler: Any = None
@@ -125,7 +125,7 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         self._take(optimizer, scheduler)
 
     def _take_name(self: Any, optimizer: Any, scheduler: Any) -> None:
-        """``optim="shampoo"``, where nothing else is given."""
+        """``optim="shampoo"``, if nothing else is given."""
         if optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim == NAME:
             named = _named(self.args)
             _check_scheduler(named, scheduler)
@@ -154,7 +154,7 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         self._watch()
 
     def _watch(self: Any) -> None:
-        """Have it checked that Shampoo trains."""
+        """Add the callback that checks that Shampoo trains."""
         if not any(isinstance(callback, ShampooCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(ShampooCallback)
 
@@ -166,7 +166,7 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         super().log(logs, *args, **kwargs)
 
     def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """The scheduler that was given, also under DeepSpeed, where the Trainer has dropped it by now."""
+        """The scheduler that was given, also under DeepSpeed, for which the Trainer has dropped it by now."""
         if self.lr_scheduler is None and self._given_scheduler is not None:
             self.lr_scheduler = self._given_scheduler
         return super().create_scheduler(*args, **kwargs)
@@ -179,8 +179,8 @@ class ShampooTrainer(ShampooTrainerMixin, Trainer):
 class ShampooCallback(TrainerCallback):
     """Raises at the start of training if another optimizer trains: some frameworks replace one silently.
 
-    Also where the Trainer goes on from a checkpoint that gave no state to Shampoo, unless ``require_state`` is False;
-    then it starts anew.
+    Also if the Trainer goes on from a checkpoint that gave no state to Shampoo, unless ``require_state`` is False;
+    then it starts with new state.
 
     Args:
         start_from: the folder with the ``manifest.json`` of an optimizer state that this training begins with, written
@@ -211,9 +211,7 @@ class ShampooCallback(TrainerCallback):
         # A second train() of the same Trainer begins at step 0 too, and goes on with what the optimizer has.
         if self.start_from is not None and state.global_step == 0 and not inner.has_state:
             load_shampoo(inner, self.start_from, options=False)
-        if not (
-            args.deepspeed and inner.external_state
-        ):  # its framework loads what is external_state at the next step, or raises
+        if not (args.deepspeed and inner.external_state):  # the adapter loads it at the next step, or raises
             check_resumed(inner, state, self.require_state)
 
     def on_log(
@@ -296,7 +294,7 @@ def _check_scheduler(optimizer: Shampoo | Deferred, scheduler: Any) -> None:
 
 
 def _refuse_deepspeed(plugin: Any, scheduler: Any) -> None:
-    """What of DeepSpeed's JSON would silently win over ``optimizers=``."""
+    """Raise for what would silently replace ``optimizers=`` in DeepSpeed's JSON."""
     if plugin is None:
         return
     config: Mapping[str, Any] = plugin.hf_ds_config.config

@@ -22,7 +22,7 @@ def options_from_text(text: str) -> dict[str, Any]:
     """Options of the right types from the Trainer's ``optim_args``, ``"precondition_frequency=5,betas=0.9;0.95"``.
 
     Lists are written with semicolons, as commas part options; ``exclude=`` is the empty list. Otherwise values are
-    written as in JSON: ``true``, ``false``, ``null``, numbers, and words without quotes.
+    written as in JSON: ``true``, ``false``, ``null``, numbers, and strings without quotes.
 
     Raises:
         OptionError: for an unknown option, and for text that has not this form.
@@ -53,9 +53,9 @@ def _value(default: object, text: str) -> Any:
 
 
 def _plain(text: str) -> Any:
-    words = {"true": True, "false": False, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
+    constants = {"true": True, "false": False, "null": None}
+    if text.lower() in constants:
+        return constants[text.lower()]
     for kind in (int, float):
         try:
             return kind(text)
@@ -72,7 +72,7 @@ def add_name(options_of: Callable[[TrainingArguments], dict[str, Any]], factory:
         factory: what the Trainer calls without arguments, and the result with the model and these options.
 
     Raises:
-        RuntimeError: where this version of Transformers keeps its names otherwise.
+        RuntimeError: if this version of Transformers keeps its names in another way.
     """
     names, handlers = _tables()
     if NAME not in names._value2member_map_:

@@ -1,8 +1,8 @@
-"""DeepSpeed's own checkpoints: Shampoo's state lies beside their files, in ``<dir>/<tag>/shampoo``.
+"""DeepSpeed's own checkpoints: Shampoo's state is saved with their files, in ``<dir>/<tag>/shampoo``.
 
-DeepSpeed's files then hold the options and the id and place of that state. Where it converts a checkpoint for another
+DeepSpeed's files then hold the options and the id and place of that state. When it converts a checkpoint for another
 number of ranks (``ds_to_universal``), only flat moments and ``param_groups`` get through, so these carry placeholders
-and the id, and the state is found again beside the converted files. File names below are DeepSpeed's (0.19.8).
+and the id, by which the state is found again. File names below are DeepSpeed's (0.19.8).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 logger = logging.getLogger("shampoo_deepspeed")
 
 FOLDER = "shampoo"
-PLACE = "SHAMPOO_CHECKPOINT"  # an environment variable: where the state is, if it was moved away from DeepSpeed's files
+PLACE = "SHAMPOO_CHECKPOINT"  # an environment variable: the state's folder, if it was moved away from DeepSpeed's files
 MARKER = "shampoo_checkpoint"  # in param_groups
 PLACEHOLDERS = ("exp_avg", "exp_avg_sq")
-SAVED_BY = "DeepSpeed"  # in what a state dict says of its state's place; other frameworks may say other things there
+SAVED_BY = "DeepSpeed"  # in the note of where the state is; notes of other frameworks have other keys
 
 _LOADING: list[BlockOptimizer] = []
 
@@ -89,14 +89,14 @@ def _loading(optimizer: BlockOptimizer) -> Iterator[None]:
 
 
 def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = False) -> None:
-    """Load the state that DeepSpeed's loaded files tell of; call it on all ranks. Nothing where they tell of none.
+    """Load the state that DeepSpeed's loaded files name, if they name any; call it on all ranks.
 
     Args:
-        folder: that of the loaded files, where it is known.
-        again: also where the optimizer has met tensors since they were loaded.
+        folder: that of the loaded files, if it is known.
+        again: also if the optimizer has met tensors since they were loaded.
 
     Raises:
-        CheckpointError: where the state is not there, and `START_ANEW` is not set; any step would raise it again.
+        CheckpointError: if the state is missing and `START_ANEW` is not set; any step would raise it again.
     """
     marks = _taken_marks(optimizer)
     where = marks[0] if marks else optimizer.external_state  # a load that failed may have left the latter
@@ -116,17 +116,17 @@ def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = 
         assert found is not None
         load_shampoo(optimizer, found, options=overwritten)
     elif os.environ.get(START_ANEW) == "1":
-        logger.warning("%s; Shampoo's state starts anew (%s = 1)", missing, START_ANEW)
+        logger.warning("%s; Shampoo starts with new state (%s = 1)", missing, START_ANEW)
         optimizer.take_state(SavedState({}, [], [], []))
     else:
         raise CheckpointError(
-            f"{missing}. Put the checkpoint's folder {FOLDER!r} back, say where it is by the environment variable "
+            f"{missing}. Put the checkpoint's folder {FOLDER!r} back, give its path in the environment variable "
             f"{PLACE}, load with load_optimizer_states=False, or set {START_ANEW}=1 to go on with new state"
         )
 
 
 def note_folder(optimizer: BlockOptimizer, folder: Path | None) -> None:
-    """Called while DeepSpeed loads a state dict: remember from where, for `resume`."""
+    """Called while DeepSpeed loads a state dict: remember the folder, for `resume`."""
     _taken_marks(optimizer)
     if folder is not None and optimizer.external_state is not None and _is_ours(optimizer.external_state):
         optimizer.external_state = {**optimizer.external_state, "folder": str(folder)}
@@ -225,7 +225,10 @@ def _refuse_moments(optimizer: BlockOptimizer) -> None:
             "the universal checkpoint was not saved by Shampoo. To go on with Shampoo from a run of another optimizer "
             f"load with load_optimizer_states=False, or set the environment variable {START_ANEW}=1"
         )
-    logger.warning("the universal checkpoint is not Shampoo's (%s = 1): state and options start anew", START_ANEW)
+    logger.warning(
+        "the universal checkpoint is not Shampoo's (%s = 1): Shampoo starts with new state and the options given",
+        START_ANEW,
+    )
     _drop_placeholders(optimizer)
     optimizer.groups_apart([group["shampoo_group"] for group in optimizer.param_groups])
 

@@ -1,7 +1,7 @@
 """What ZeRO 0-3 and the half-precision wrappers leave on each rank, as boxes of the model's parameters.
 
 DeepSpeed replaces the model's parameters in ``param_groups`` by flat float32 partitions, or by float32 copies; this
-file works out which flat interval is whose. File names below are DeepSpeed's (0.19.8).
+file works out which flat interval belongs to which parameter. File names below are DeepSpeed's (0.19.8).
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def _originals(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, Te
 def _flat_members(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, Any]]:
     """The parameters of a group that lie in its flat buffer: all that were trainable when DeepSpeed built it.
 
-    They carry ``_dp_group``, as may leftovers of an earlier engine, which lie elsewhere. Whether they are trainable
-    now says nothing: layers may be frozen for a while.
+    They carry ``_dp_group``. So may leftovers of an earlier engine, which lie in another buffer. Whether they are
+    trainable now does not count: layers may be frozen for a while.
     """
     tensors = [(e.parameter, e.reference()) for e in entries if e.parameter.group == group]
     marked = [(p, t) for p, t in tensors if t is not None and hasattr(t, "_dp_group") and t.numel()]
@@ -108,7 +108,7 @@ def _stage12_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
     """ZeRO-1/2 and BF16_Optimizer: equal contiguous partitions of one flat buffer.
 
     The model's parameters are views of that buffer, so their storage offsets are the layout of all ranks, also with
-    reordered (``round_robin_gradients``) or aligned parameters, where DeepSpeed's own ``_hp_mapping`` may be wrong.
+    reordered (``round_robin_gradients``) or aligned parameters, for which DeepSpeed's own ``_hp_mapping`` may be wrong.
     """
     members = _flat_members(entries, item.group)
     flat, group = item.tensor, members[0][1]._dp_group
@@ -194,7 +194,7 @@ def _expert_part(parameter: Any) -> _ExpertPart:
 
 
 def _or_none(group: Any) -> dist.ProcessGroup | None:
-    """The group, or None where it has one rank only: then nothing needs to be communicated."""
+    """The group, or None if it has one rank only: then nothing needs to be communicated."""
     if dist.get_world_size(group) == 1:
         return None
     return dist.group.WORLD if group is None else group

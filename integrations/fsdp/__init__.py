@@ -1,6 +1,6 @@
 """FSDP2, HSDP and tensor parallelism: DTensors as boxes of the model's parameters. FSDP1 is in ``fsdp1/``.
 
-A DTensor says by its placements which boxes of the global tensor lie in its local one; replicas hold equal boxes.
+The placements of a DTensor show which boxes of the global tensor its local one holds; replicas hold equal boxes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Placements of a DTensor: which boxes of the global tensor lie on this rank, and where in its local tensor.
 
 Each mesh dim cuts as torch.chunk does, from left to right. FSDP2 over tensor parallelism cuts what tensor parallelism
-has left, so from right to left; ``_StridedShard(dim, split_factor)`` on FSDP2's mesh dim tells that (torch's
+has left, so from right to left; ``_StridedShard(dim, split_factor)`` on FSDP2's mesh dim shows that (torch's
 placement_types.py). Other strided shards leave a rank several intervals of rows.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from shampoo_deepspeed.distributed.frameworks import LayoutError
-from shampoo_deepspeed.geometry.boxes import Box
+from shampoo_deepspeed.geometry.boxes import Box, chunk
 
 
 class Run(NamedTuple):
@@ -48,7 +48,7 @@ def local_boxes(
         held: shape of the local tensor.
 
     Raises:
-        LayoutError: where the local tensor cannot be what the placements say, or is no row of boxes.
+        LayoutError: if the local tensor does not fit the placements, or is not a row of boxes.
     """
     cuts: list[list[Cut]] = [[] for _ in shape]
     for placement, parts, here in zip(placements, sizes, coordinate, strict=True):
@@ -59,13 +59,13 @@ def local_boxes(
             raise LayoutError(f"placement {placement} is neither sharded nor replicated")
         cuts[dim].append(Cut(parts, here, int(getattr(placement, "split_factor", 1))))
     runs = [_runs(numel, own, wanted) for numel, own, wanted in zip(shape, cuts, held, strict=True)]
-    told = tuple(sum(run.length for run in along) for along in runs)
-    if 0 in told and 0 in held:
+    lengths = tuple(sum(run.length for run in along) for along in runs)
+    if 0 in lengths and 0 in held:
         return []
-    if told != tuple(held):
-        raise LayoutError(f"it holds {tuple(held)} where its placements {tuple(placements)} say {told}")
+    if lengths != tuple(held):
+        raise LayoutError(f"it holds {tuple(held)} where its placements {tuple(placements)} say {lengths}")
     broken = next((dim for dim, along in enumerate(runs) if len(along) > 1), 0)
-    if any(len(along) > 1 for along in runs[broken + 1 :]) or math.prod(told[:broken]) > 1 and len(runs[broken]) > 1:
+    if any(len(along) > 1 for along in runs[broken + 1 :]) or math.prod(lengths[:broken]) > 1 and len(runs[broken]) > 1:
         raise LayoutError(f"with placements {tuple(placements)} it is no row of contiguous boxes")
     found, offset = [], 0
     for combination in itertools.product(*runs):
@@ -79,7 +79,7 @@ def _runs(numel: int, cuts: Sequence[Cut], held: int) -> list[Run]:
     """The indices of a dim that lie here.
 
     Where rows do not divide evenly, FSDP2 holds what it has cut itself, and that may be another number of rows than
-    its placements tell by the rules of a DTensor.
+    its placements give by the rules of a DTensor.
     """
     later = [math.prod(c.parts for c in cuts[n + 1 :] if c.split_factor == 1) for n in range(len(cuts))]
     if all(cut.split_factor in (1, rest) for cut, rest in zip(cuts, later, strict=True)):
@@ -96,17 +96,16 @@ def _cut(numel: int, cuts: Sequence[Cut], strided: bool) -> list[Run]:
         chunks = [runs]
         if strided and cut.split_factor > 1:
             chunks = [_chunk(runs, cut.split_factor, n) for n in range(cut.split_factor)]
-        runs = _joined([run for chunk in chunks for run in _chunk(chunk, cut.parts, cut.here)])
+        runs = _joined([run for part in chunks for run in _chunk(part, cut.parts, cut.here)])
     return runs
 
 
 def _chunk(runs: Sequence[Run], parts: int, index: int) -> list[Run]:
     """What torch.chunk gives for the concatenated runs."""
-    size = -(-sum(run.length for run in runs) // parts)
-    start, stop = index * size, (index + 1) * size
+    start, length = chunk(sum(run.length for run in runs), parts, index)
     found, position = [], 0
     for run in runs:
-        low, high = max(start - position, 0), min(stop - position, run.length)
+        low, high = max(start - position, 0), min(start + length - position, run.length)
         if low < high:
             found.append(Run(run.start + low, high - low))
         position += run.length

@@ -152,7 +152,7 @@ class FSDP1Adapter(Adapter):
         """One layout for each process group and dtype of wrapped parameters; None if there is none.
 
         Raises:
-            LayoutError: if there are other parameters too, or if only the model could tell the process group.
+            LayoutError: if there are other parameters too, or if only the model could show the process group.
         """
         members = [(item, known) for item in fresh if (known := self._find(item.tensor)) is not None]
         if not members:
@@ -179,7 +179,7 @@ class FSDP1Adapter(Adapter):
         )
 
     def state_entries(self, optimizer: BlockOptimizer) -> dict[int, dict[str, Tensor]] | None:
-        """A note of where the state is, which is all that FSDP1's own optimizer state dict has room for.
+        """A note that the state is saved in another place; FSDP1's own state dict has room for no more.
 
         Raises:
             RuntimeError: if there is state that is not saved in another place.
@@ -285,7 +285,7 @@ def _group_of(flat: Any) -> dist.ProcessGroup | None:
     ranks = padded.numel() // flat._sharded_size.numel()
     if ranks != dist.get_world_size():
         raise LayoutError(
-            f"an FSDP1 parameter is sharded over {ranks} of {dist.get_world_size()} ranks, and only the model tells "
+            f"an FSDP1 parameter is sharded over {ranks} of {dist.get_world_size()} ranks, and only the model shows "
             "which: give the optimizer the wrapped model, Shampoo(model.named_parameters(), model=model, ...)"
         )
     return dist.group.WORLD

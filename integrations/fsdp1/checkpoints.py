@@ -42,7 +42,7 @@ def save_to_folder(optimizer: BlockOptimizer) -> bool:
 def load_from_folder(optimizer: BlockOptimizer) -> None:
     """Load the state from accelerate's folder if it is loading; call it on all ranks.
 
-    If the folder is missing the optimizer goes on waiting for its state, and its next step says so.
+    If the folder is missing, the optimizer's next step raises an error.
 
     Raises:
         CheckpointError: on all ranks, for a save that is incomplete or damaged, or does not fit.

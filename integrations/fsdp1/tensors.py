@@ -18,7 +18,7 @@ def is_fsdp1(tensor: Tensor) -> bool:
 
 
 def refuse_flat(plugin: Any) -> None:
-    """Raise where a finished optimizer would train nothing and say nothing; a deferred one sees the flat vectors.
+    """Raise if a finished optimizer would silently train nothing; a deferred one sees the flat vectors.
 
     Args:
         plugin: accelerate's FSDP plugin, or None.

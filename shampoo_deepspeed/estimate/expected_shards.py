@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from shampoo_deepspeed.geometry.boxes import Box, interval_to_boxes, whole
+from shampoo_deepspeed.geometry.boxes import Box, chunk, interval_to_boxes, whole
 
 FRAMEWORKS = ("zero1", "zero2", "zero3", "fsdp2", "ddp", "hsdp")
 # DeepSpeed's default of zero_optimization.sub_group_size, elements of one rank (deepspeed/runtime/zero/config.py).
@@ -125,15 +125,12 @@ def _per_parameter(
 
 def _flat_part(shape: tuple[int, ...], ranks: int, rank: int) -> tuple[Sequence[Box], int]:
     """ZeRO-3: equal flat intervals; the last ones are padded."""
-    numel = math.prod(shape)
-    part = -(-numel // ranks)
-    return interval_to_boxes(shape, min(rank * part, numel), min((rank + 1) * part, numel)), part
+    start, length = chunk(math.prod(shape), ranks, rank)
+    return interval_to_boxes(shape, start, start + length), -(-math.prod(shape) // ranks)
 
 
 def _chunk(shape: tuple[int, ...], ranks: int, rank: int) -> tuple[Sequence[Box], int]:
     """FSDP2: rows as torch.chunk cuts them; the last ranks may hold fewer, or nothing."""
-    rows = -(-shape[0] // ranks)
-    start = min(rank * rows, shape[0])
-    held = min(rows, shape[0] - start)
+    start, held = chunk(shape[0], ranks, rank)
     box = Box((start, *(0,) * (len(shape) - 1)), (held, *shape[1:]))
     return ([box] if held else []), box.numel

@@ -57,6 +57,13 @@ def whole(shape: Sequence[int]) -> Box:
     return Box((0,) * len(shape), tuple(shape))
 
 
+def chunk(length: int, parts: int, index: int) -> tuple[int, int]:
+    """Start and length of the part that ``torch.chunk`` gives a rank: equal parts, the last ones shorter or empty."""
+    size = -(-length // parts)
+    start = min(index * size, length)
+    return start, min(size, length - start)
+
+
 def row_major(lengths: Sequence[int]) -> tuple[int, ...]:
     """Strides of a contiguous tensor of this shape."""
     strides = [1] * len(lengths)

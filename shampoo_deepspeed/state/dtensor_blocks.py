@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_deepspeed.engine.step_unit import StepUnit
+from shampoo_deepspeed.geometry.boxes import chunk
 from shampoo_deepspeed.runtime.devices import communication_device
 from shampoo_deepspeed.state.block_codec import block_layout, block_size, packed, unpack
 from shampoo_deepspeed.state.state_dict import gathered_from_unit
@@ -194,9 +195,8 @@ def _cut(total: int, mesh: Any, place: Sequence[int]) -> Interval:
     """The part of the rank at a place of the mesh, each of whose dims cuts as torch.chunk does."""
     start, length = 0, total
     for dim, coordinate in enumerate(place):
-        chunk = -(-length // mesh.size(dim))
-        offset = min(chunk * coordinate, length)
-        start, length = start + offset, min(chunk, length - offset)
+        offset, length = chunk(length, mesh.size(dim), coordinate)
+        start += offset
     return start, start + length
 
 

@@ -120,7 +120,7 @@ def test_a_checkpoint_without_the_optimizer_starts_it_anew_only_if_asked(
     willing.require_state = False
     again, _ = trainer(tmp_path, ShampooTrainer, willing, max_steps=4)
     again.train(path)
-    assert "the optimizer starts anew" in caplog.text
+    assert "the optimizer starts with new state" in caplog.text
     assert set(state_of(inner_optimizer(again.optimizer))["steps"].values()) == {2}
 
 
