@@ -144,7 +144,7 @@ def estimate(
 
     Args:
         parameters: in the order in which the optimizer will be given them, all with group 0.
-        framework: one of ``layouts.FRAMEWORKS``.
+        framework: one of ``expected_shards.FRAMEWORKS``.
         shard_ranks: under ``hsdp``, ranks that each parameter is sharded over.
         sub_group_size: under ``zero3``, DeepSpeed's option.
         weights_dtype: dtype of what the optimizer updates: "float32" under ZeRO, which keeps masters; narrower ones

@@ -149,3 +149,27 @@ def test_a_partition_that_holds_something_else_is_an_error_on_all_ranks(check: C
         assert (
             f"rank 1: the float32 master does not hold what the model's parameter {parameter} holds" in value["message"]
         )
+
+
+UNSEEN = {
+    **{f"zero{stage}": Scenario(stage=stage) for stage in (1, 2, 3)},
+    "bf16": Scenario(stage=0, half="bf16"),
+}
+NO_ENGINE = "the DeepSpeedEngine that it works for was not found: train by engine.step()"
+
+
+def unseen(name: str, scenario: Scenario, *methods: str) -> Any:
+    return pytest.param(Check(f"unseen_{name}", 2, "refusals:unseen", (scenario, methods), 30.0), id=name)
+
+
+@pytest.mark.parametrize("check", [unseen(name, scenario, "BUILDS", "STEPS") for name, scenario in UNSEEN.items()])
+def test_deepspeed_s_tensors_without_an_engine_are_never_trained(check: Check, ask: Ask) -> None:
+    """As with a version of DeepSpeed whose methods have other names: names, options and checkpoints would be lost."""
+    for value in ask(check):
+        assert value["kind"] == "LayoutError" and NO_ENGINE in value["message"], value
+
+
+@pytest.mark.parametrize("check", [unseen(f"json{stage}", Scenario(stage=stage), "BUILDS") for stage in (0, 2)])
+def test_an_optimizer_that_was_built_from_the_json_unseen_is_never_trained(check: Check, ask: Ask) -> None:
+    for value in ask(check):
+        assert value["kind"] == "LayoutError" and "from its JSON by another way" in value["message"], value

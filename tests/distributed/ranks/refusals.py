@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.module_inject import layers
@@ -13,6 +14,7 @@ from deepspeed.runtime import torch_autocast
 from deepspeed.utils import groups
 from torch import nn
 
+import shampoo_deepspeed.integrations.deepspeed as adapter
 from tests.distributed.ranks.zero import engine_of, train
 from tests.support.scenarios import Scenario
 from tests.support.trainings import make_model as make_transformer
@@ -39,6 +41,20 @@ def corrupted(scenario: Scenario) -> dict[str, Any]:
             partition(engine)[1] += 1.0
         try:
             train(engine, scenario, range(1))
+        except Exception as error:
+            return described(error)
+    return {"kind": "nothing was refused", "message": ""}
+
+
+def unseen(argument: tuple[Scenario, tuple[str, ...]]) -> dict[str, Any]:
+    """The error of the first step if DeepSpeed's methods had other names than those that the adapter looks for."""
+    scenario, methods = argument
+    with pytest.MonkeyPatch.context() as patch:
+        for name in methods:
+            patch.setattr(adapter, name, () if name == "STEPS" else "renamed")
+        try:
+            with engine_of(scenario) as engine:
+                train(engine, scenario, range(1))
         except Exception as error:
             return described(error)
     return {"kind": "nothing was refused", "message": ""}
