@@ -63,7 +63,7 @@ def local_boxes(
     if 0 in lengths and 0 in held:
         return []
     if lengths != tuple(held):
-        raise LayoutError(f"it holds {tuple(held)} where its placements {tuple(placements)} say {lengths}")
+        raise LayoutError(f"it holds {tuple(held)} where its placements {tuple(placements)} give {lengths}")
     broken = next((dim for dim, along in enumerate(runs) if len(along) > 1), 0)
     if any(len(along) > 1 for along in runs[broken + 1 :]) or math.prod(lengths[:broken]) > 1 and len(runs[broken]) > 1:
         raise LayoutError(f"with placements {tuple(placements)} it is no row of contiguous boxes")

@@ -212,11 +212,11 @@ def adapters() -> tuple[Adapter, ...]:
         TypeError: if an entry point is no adapter.
     """
     points = sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
-    found = {point.name: point.load() for point in points}
-    for name, adapter in found.items():
+    found = tuple(point.load() for point in points)
+    for point, adapter in zip(points, found, strict=True):
         if not isinstance(adapter, Adapter):
-            raise TypeError(f"entry point {name!r} of {ENTRY_POINTS} is {adapter!r}, not an instance of Adapter")
-    return tuple(found.values())
+            raise TypeError(f"entry point {point.name!r} of {ENTRY_POINTS} is {adapter!r}, not an instance of Adapter")
+    return found
 
 
 def plain_layouts(

@@ -1,6 +1,7 @@
 """What each framework will leave on each rank, from shapes alone, before anything runs. Pure integers, no tensors.
 
-The same boxes as the adapters find at the first step; `tests/estimate/test_planner.py` and the distributed checks compare.
+The same boxes as the adapters find at the first step; `tests/estimate/test_planner.py` and the distributed checks
+compare.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def test_other_strided_shards_are_several_boxes_or_a_clear_error(placements: lis
 
 
 def test_a_local_tensor_that_the_placements_do_not_explain_is_refused() -> None:
-    with pytest.raises(LayoutError, match=r"it holds \(3, 4\) where its placements .* say \(2, 4\)"):
+    with pytest.raises(LayoutError, match=r"it holds \(3, 4\) where its placements .* give \(2, 4\)"):
         local_boxes((4, 4), [Shard(0)], [2], [0], (3, 4))
     with pytest.raises(LayoutError, match="neither sharded nor replicated"):
         local_boxes((4, 4), [Partial()], [2], [0], (4, 4))
