@@ -1,7 +1,7 @@
-"""What a framework (DeepSpeed, FSDP, ...) tells the engine: which boxes of which parameter this rank holds.
+"""What an adapter for a framework (DeepSpeed, FSDP, ...) describes: which boxes of which parameter this rank holds.
 
-A adapter describes; it does no mathematics. Adapters are asked at the first step of new tensors, because frameworks
-swap parameters after the optimizer is built. Where none claims the tensors, they are whole (`plain_layouts`).
+An adapter does no mathematics. It is asked at the first step of new tensors, because frameworks swap parameters after
+the optimizer is built. If no adapter claims the tensors, they are whole (`plain_layouts`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ENTRY_POINTS = "shampoo_deepspeed.frameworks"
 
 
 class LayoutError(RuntimeError):
-    """The framework's shards cannot be what they should be, or cannot be used; the message says which and why."""
+    """The framework's shards cannot be what they should be, or cannot be used; the message explains it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Part:
-    """One of the parameters that a tensor given to an optimizer is made of; ``path`` tells it from the others.
+    """One of the parameters that a tensor given to an optimizer is made of; ``path`` distinguishes it.
 
     ``position`` sorts as the unwrapped model's parameters do, where that is known.
     """
@@ -82,7 +82,7 @@ class Layout:
         tensors: what stands in ``param_groups``; their local parts are all on one device.
         groups: parameter group number of each tensor.
         shards: what lies where in the tensors.
-        process_group: the ranks whose shards make up the parameters; None where this rank holds all of them alone.
+        process_group: the ranks whose shards make up the parameters; None if this rank holds all of them alone.
         may_probe: whether a framework or tool may make a first call with zero gradients that must do nothing.
         one_rank_saves: whether the framework stores only one rank's state dict, though ranks own different blocks.
         agrees: whether ranks must ask each other which parameters take part, because a gradient is None also where a
@@ -93,7 +93,7 @@ class Layout:
             experts under the same names.
         parts: how many such sets there are.
         local: the local part of a tensor in ``param_groups``, as a view that can be updated.
-        gradient: the gradient of that part, None where the tensor takes no part in the step.
+        gradient: the gradient of that part, None if the tensor takes no part in the step.
         problem: what is wrong on this rank; raised on all ranks together, so that none waits for another.
     """
 
@@ -222,7 +222,7 @@ def adapters() -> tuple[Adapter, ...]:
 def plain_layouts(
     entries: Sequence[Entry], fresh: Sequence[NewTensor], replicas: dist.ProcessGroup | None
 ) -> list[Layout]:
-    """Whole parameters on this rank: a single process, or replicas, which divide the work where their group is known.
+    """Whole parameters on this rank: a single process, or replicas, which divide the work if their group is known.
 
     Replicas must all have a gradient or none, which DistributedDataParallel sees to: it asks all ranks which parameters
     were used (``find_unused_parameters``), and one that was used anywhere gets its gradient everywhere.
