@@ -50,14 +50,7 @@ def local_boxes(
     Raises:
         LayoutError: if the local tensor does not fit the placements, or is not a row of boxes.
     """
-    cuts: list[list[Cut]] = [[] for _ in shape]
-    for placement, parts, here in zip(placements, sizes, coordinate, strict=True):
-        if placement.is_replicate():
-            continue
-        dim = getattr(placement, "dim", None)
-        if dim is None:
-            raise LayoutError(f"placement {placement} is neither sharded nor replicated")
-        cuts[dim].append(Cut(parts, here, int(getattr(placement, "split_factor", 1))))
+    cuts = _cuts(len(shape), placements, sizes, coordinate)
     runs = [_runs(numel, own, wanted) for numel, own, wanted in zip(shape, cuts, held, strict=True)]
     lengths = tuple(sum(run.length for run in along) for along in runs)
     if 0 in lengths and 0 in held:
@@ -73,6 +66,19 @@ def local_boxes(
         found.append((box, offset))
         offset += box.numel
     return found
+
+
+def _cuts(dims: int, placements: Sequence[Any], sizes: Sequence[int], coordinate: Sequence[int]) -> list[list[Cut]]:
+    """The cuts of each dim of a tensor."""
+    cuts: list[list[Cut]] = [[] for _ in range(dims)]
+    for placement, parts, here in zip(placements, sizes, coordinate, strict=True):
+        if placement.is_replicate():
+            continue
+        dim = getattr(placement, "dim", None)
+        if dim is None:
+            raise LayoutError(f"placement {placement} is neither sharded nor replicated")
+        cuts[dim].append(Cut(parts, here, int(getattr(placement, "split_factor", 1))))
+    return cuts
 
 
 def _runs(numel: int, cuts: Sequence[Cut], held: int) -> list[Run]:

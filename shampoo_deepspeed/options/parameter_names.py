@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-# Wrappers put these into parameter names; the same parameter must have the same key with and without them.
+# Wrappers put these into parameter names; the same parameter must have the same key with and without them. No adapter
+# is asked for them: names also come from users and checkpoints, where the wrapper is not in use.
 _WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
