@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.exactness import assert_ranks_agree
-from tests.support.fsdp_checks import BOUND, SETTINGS, checks, final
+from tests.support.fsdp_checks import BOUND, SETTINGS, covering, final
 from tests.support.fsdp_runs import Run, expected, replayed
 from tests.support.launch import Ask, Check, named
 from tests.support.scenarios import FAMILY, RULES
@@ -69,7 +69,7 @@ DIVIDED = [Check(f"replicas_traffic_{n}ranks", n, "fsdp:traffic", Run(layout="re
 ALIGNED = Check("fsdp2_aligned", 2, "fsdp:traffic", Run(model="wide", extra={"max_preconditioner_dim": 4}, steps=3))
 
 
-@pytest.mark.parametrize("check", checks() + single_features(), ids=named)
+@pytest.mark.parametrize("check", covering() + single_features(), ids=named)
 def test_the_trajectory_is_that_of_the_reference(check: Check, ask: Ask) -> None:
     run: Run = check.argument
     values, wanted = ask(check), expected(run)

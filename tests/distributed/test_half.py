@@ -38,34 +38,36 @@ def family(name: str, first: Scenario, others: dict[str, Scenario]) -> list[Pair
 
 
 def pairs() -> list[Pair]:
-    found = []
-    for model in ("odd", "wide"):
-        bf16 = Scenario(model=model, half="bf16", stage=1)
-        found += family(
-            f"bf16_{model}",
-            bf16,
-            {
-                "_plain": at_stage(bf16, 0),
-                "_gradients": at_stage(bf16, 2),
-                "_parameters": at_stage(bf16, 3),
-                "_float32_sums": replace(bf16, config=FLOAT32_SUMS),
-                "_offload": at_stage(bf16, 2, **OFFLOADED),
-                "_offload_all": at_stage(bf16, 3, **OFFLOADED_ALL),
-                "_sub_groups": at_stage(bf16, 3, **SMALL_PIECES),
-            },
-        )
-        coupled = replace(bf16, options={"decoupled_weight_decay": False})
-        found += family(f"bf16_{model}_coupled", coupled, {"_plain": at_stage(coupled, 0)})
-        scaled = Scenario(model=model, half="fp16", stage=1, config=SCALED, groups=True)
-        found += family(
-            f"fp16_{model}",
-            scaled,
-            {
-                "_gradients": at_stage(scaled, 2),
-                "_parameters": at_stage(scaled, 3),
-                "_offload": at_stage(scaled, 2, **OFFLOADED),
-            },
-        )
+    """Each way of ZeRO on one of the two models, and partitions of parameters on both."""
+    odd, wide = (Scenario(model=model, half="bf16", stage=1) for model in ("odd", "wide"))
+    found = family(
+        "bf16_odd",
+        odd,
+        {
+            "_plain": at_stage(odd, 0),
+            "_gradients": at_stage(odd, 2),
+            "_parameters": at_stage(odd, 3),
+            "_offload_all": at_stage(odd, 3, **OFFLOADED_ALL),
+            "_float32_sums": replace(odd, config=FLOAT32_SUMS),
+        },
+    )
+    found += family(
+        "bf16_wide",
+        wide,
+        {
+            "_parameters": at_stage(wide, 3),
+            "_offload": at_stage(wide, 2, **OFFLOADED),
+            "_sub_groups": at_stage(wide, 3, **SMALL_PIECES),
+            "_float32_sums": replace(wide, config=FLOAT32_SUMS),
+        },
+    )
+    coupled = replace(odd, options={"decoupled_weight_decay": False})
+    found += family("bf16_odd_coupled", coupled, {"_plain": at_stage(coupled, 0)})
+    scaled, large = (Scenario(model=m, half="fp16", stage=1, config=SCALED, groups=True) for m in ("odd", "wide"))
+    found += family(
+        "fp16_odd", scaled, {"_gradients": at_stage(scaled, 2), "_offload": at_stage(scaled, 2, **OFFLOADED)}
+    )
+    found += family("fp16_wide", large, {"_parameters": at_stage(large, 3)})
     # Sums of micro-batches are rounded before the ranks' mean in stages 0 and 1, after it in 2 and 3.
     early = Scenario(half="bf16", stage=1, accumulate=2, clip=0.5)
     found += family(

@@ -18,6 +18,8 @@ BOUND = {"strict": 1e-5, "default": 2e-3}
 # Every second pair, so that each framework goes on from itself and from half of the others, and the other way round.
 PAIRS = [(s, t) for i, s in enumerate(RANKS) for j, t in enumerate(RANKS) if (i + j) % 2 == 0]
 RING = list(zip(RANKS, [*list(RANKS)[1:], "single"], strict=True))
+FIRST, SECOND = ["first_half"], ["second_half"]
+TURNS = [(1, FIRST), (2, FIRST), (4, FIRST + SECOND), (2, SECOND), (1, SECOND)]
 MOVES = [Move(*pair, "strict", "") for pair in PAIRS] + [Move(*pair, "default", "") for pair in RING]
 
 Parameters = Callable[[Move], list[dict[str, Tensor]]]
@@ -25,7 +27,10 @@ Parameters = Callable[[Move], list[dict[str, Tensor]]]
 
 @pytest.fixture(scope="module")
 def parameters(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Parameters:
-    """Final parameters of each selected move on all ranks. All first halves run before any second half."""
+    """Final parameters of each selected move on all ranks.
+
+    All first halves run before any second half, so four ranks do both in one launch between two of two ranks.
+    """
     selected = [getattr(item, "callspec", None) for item in request.session.items]
     moves = [spec.params["move"] for spec in selected if spec is not None and "move" in spec.params]
     folder = tmp_path_factory.mktemp("moves")
@@ -34,16 +39,16 @@ def parameters(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         (folder / settings).mkdir()
     placed = [replace(move, folder=str(folder / move.settings)) for move in moves]
     starts = {(m.source, m.settings): replace(m, target=m.source) for m in placed}
-    for half, wanted in (("first_half", list(starts.values())), ("second_half", placed)):
-        for ranks in sorted(set(RANKS.values())):
-            own = [move for move in wanted if RANKS[move.target] == ranks]
-            if ranks == 1:
-                found |= {f"{half} {move.name}": Outcome([getattr(here, half)(move)]) for move in own}
-            else:
-                checks = [Check(f"{half} {move.name}", ranks, f"moves:{half}", move) for move in own]
-                found |= run_checks(checks, folder / f"{half}{ranks}")
+    halves = dict(zip(FIRST + SECOND, (list(starts.values()), placed), strict=True))
+    for ranks, turn in TURNS:
+        own = {f"{half} {m.name}": (half, m) for half in turn for m in halves[half] if RANKS[m.target] == ranks}
+        if ranks == 1:
+            found |= {name: Outcome([getattr(here, half)(move)]) for name, (half, move) in own.items()}
+        else:
+            checks = [Check(name, ranks, f"moves:{half}", move) for name, (half, move) in own.items()]
+            found |= run_checks(checks, folder / f"{turn[0]}{ranks}")
         failures = [f"{name}: {outcome.failure}" for name, outcome in found.items() if outcome.failure]
-        assert half == "second_half" or not failures, "\n".join(failures)
+        assert turn != FIRST or not failures, "\n".join(failures)
 
     def get(move: Move) -> list[dict[str, Tensor]]:
         outcome = found[f"second_half {move.name}"]

@@ -17,7 +17,7 @@ from tests.support.trainer_checks import ASKED, DECAY_ALL, EXACT, GPT, LLAMA, TI
 from tests.support.trainings import BETAS, BOUND, DECAY, RATE, Training, expected, make_model, trainer_decayed
 from tests.support.zoo import relative_error
 
-RESUMED = [run("resumed", Training(stage=stage, save_at=4, options={"momentum": 0.5})) for stage in range(4)]
+RESUMED = [run("resumed", Training(stage=stage, save_at=4, options={"momentum": 0.5})) for stage in (0, 2, 3)]
 PAIRS = [(stages[0], other) for stages in (LLAMA, TIED_LLAMA, GPT) for other in stages[1:]]
 
 

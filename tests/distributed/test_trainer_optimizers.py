@@ -14,12 +14,12 @@ from tests.support.zoo import relative_error
 FLAT = [run(route, "fsdp1_flat") for route in ("deferred", "factory", "name")]
 OFFLOAD = [run("prebuilt", "zero2_offload"), run("deferred", "zero3_offload")]
 JSON = [run("json", "zero1"), run("json", "zero3")]
+# Rounding at the default settings is a matter of the framework, not of how the optimizer was asked for.
+WAYS = ("prebuilt", "factory", "name", "prebuilt", "factory")
 DEFAULT_ROUTES = [
-    run(route, framework, DEFAULT, "default_optimizers")
-    for framework in FRAMEWORKS
-    for route in ("prebuilt", "factory", "name")
+    run(route, framework, DEFAULT, "default_optimizers") for route, framework in zip(WAYS, FRAMEWORKS, strict=True)
 ]
-DEFAULT_ROUTES += [run("json", framework, DEFAULT, "default_optimizers") for framework in ("zero1", "zero3")]
+DEFAULT_ROUTES += [run("json", "zero3", DEFAULT, "default_optimizers")]
 SAVED = Training(save_at=4, options={"momentum": 0.5})  # between two refreshes
 RESUMED = [run("scheduler", framework, SAVED, "resumed") for framework in ("ddp", "zero1", "zero3")]
 RESUMED += [run("deferred", "ddp", SAVED, "resumed")]

@@ -13,7 +13,6 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,11 +31,12 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     (folder / f"ready.{rank}").touch()
     for index, check in enumerate(pickle.loads((folder / "checks.pickle").read_bytes())):
+        modules = len(sys.modules)
         result = attempt(check)
         write(folder / f"{index}.{rank}.pickle", result)
         if result.failure is not None:
             wait_for(folder / f"{index}.go")
-        gc.collect()
+        collect_garbage(modules)
         dist.barrier()
     dist.destroy_process_group()
     delay_exit_for_gloo()  # checks without an optimizer use gloo too
@@ -48,21 +48,22 @@ def attempt(check: Check) -> RankResult:
     failure = None
     try:
         print(f"===== {check.name}", flush=True)
-        value = getattr(imported(f"tests.distributed.ranks.{module}"), name)(check.argument)
+        modules = len(sys.modules)
+        imported = importlib.import_module(f"tests.distributed.ranks.{module}")
+        collect_garbage(modules)
+        value = getattr(imported, name)(check.argument)
     except BaseException:
         failure = traceback.format_exc()
     return RankResult(value, failure, time.time())
 
 
-def imported(name: str) -> ModuleType:
-    """The module. What comes with it (half a million objects of torch, transformers and deepspeed) is from then on no
-    business of the garbage collector, which DeepSpeed and the Trainer start in each training."""
-    new = name not in sys.modules
-    module = importlib.import_module(name)
-    if new:
-        gc.collect()
+def collect_garbage(modules_before: int) -> None:
+    """What modules have brought (half a million objects of torch, transformers and deepspeed, many of them imported by
+    the first step) is from then on no business of the garbage collector, which DeepSpeed and the Trainer start in each
+    training."""
+    gc.collect()
+    if len(sys.modules) > modules_before:
         gc.freeze()
-    return module
 
 
 def write(path: Path, result: RankResult) -> None:

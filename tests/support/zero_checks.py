@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tests.support.covering import fewest
 from tests.support.launch import Check
 from tests.support.scenarios import Scenario
 
@@ -60,3 +61,16 @@ def sharding() -> list[Check]:
             final(replace(base, stage=3, zero={**SMALL_PIECES, **OFFLOADED_ALL}, zero_init=True), "zero_init_offload"),
         ]
     return checks
+
+
+def features(check: Check) -> set[object]:
+    """What each must be seen in some run: every way at every stage, and each of both on 2 and on 4 ranks."""
+    scenario: Scenario = check.argument
+    way = check.name.partition("_zero")[0]
+    stage, ranks = f"stage {scenario.stage}", f"{check.ranks} ranks"
+    return {(way, stage), (way, ranks), (stage, ranks)}
+
+
+def covering() -> list[Check]:
+    """Of all runs as many as have every pair of a way, a stage and a number of ranks."""
+    return fewest([*matrix(), *sharding()], features)
