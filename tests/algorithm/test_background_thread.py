@@ -186,12 +186,14 @@ def run(script: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_an_error_ends_the_interpreter_while_a_refresh_is_under_way() -> None:
     done = run(SCRIPT + "1 / 0")
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
 
 
+@pytest.mark.slow
 def test_a_forked_process_gets_a_thread_of_its_own() -> None:
     """Threads do not survive a fork; an optimizer made in the child must not wait for one. Ends amid a refresh."""
     end = """

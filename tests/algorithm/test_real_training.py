@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.options.choices import PRECONDITIONERS
 
+pytestmark = pytest.mark.slow
+
 WIDTH, HEADS, LAYERS, LENGTH, BATCH = 48, 4, 2, 48, 12
 STEPS = 100
 

@@ -301,6 +301,7 @@ print(len(made), "made")
 """
 
 
+@pytest.mark.slow
 def test_the_interpreter_s_exit_waits_for_a_save_and_then_lets_go_of_its_process_group(tmp_path: Path) -> None:
     command = [sys.executable, "-c", AT_EXIT, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

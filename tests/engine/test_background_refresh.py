@@ -75,9 +75,8 @@ def test_the_step_does_not_wait_and_the_next_one_does(monkeypatch: pytest.Monkey
     before = snapshot(params)
     later = threading.Timer(0.2, allowed.set)
     later.start()
-    begin = time.perf_counter()
     drive(optimizer, params, [FREQUENCY])
-    assert time.perf_counter() - begin > 0.1
+    assert allowed.is_set()
     assert not same_bits(snapshot(params), before)
     drive(optimizer, params, range(FREQUENCY + 1, 12))
     assert len(set(threads)) == 1 and threads[0] is not MAIN

@@ -33,6 +33,8 @@ from tests.support.stepping import same_bits, shampoo, snapshot, state_of, train
 from tests.support.trainings import Training, make_data, make_model
 from tests.support.zoo import make_model as zoo_model
 
+pytestmark = pytest.mark.slow
+
 TRAINING = Training(steps=7, options={"momentum": 0.5})
 OPTIONS = TRAINING.trainer_options() | TRAINING.own_options()
 SAVED, STOP, KILLED = 4, 6, 9

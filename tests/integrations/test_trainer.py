@@ -39,6 +39,8 @@ from shampoo_deepspeed.integrations.transformers_names import options_from_text
 from shampoo_deepspeed.state.unwrap import inner_optimizer
 from tests.support.trainings import DECAY, RATE, Training, make_data, make_model, trainer_groups
 
+pytestmark = pytest.mark.slow
+
 TRAINING = Training(steps=4)
 OPTIONS = TRAINING.trainer_options() | TRAINING.own_options()
 NAMED = {"optim": "shampoo", "optim_args": TRAINING.optim_args()}

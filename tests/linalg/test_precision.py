@@ -148,6 +148,7 @@ def test_what_was_inherited_is_inherited_afterwards() -> None:
         assert backends.cuda.matmul.fp32_precision == value
 
 
+@pytest.mark.slow
 def test_the_old_names_can_be_read_after_a_step_where_only_they_were_used() -> None:
     """In a process of its own, as torch remembers which names were used; later code of torch reads the old ones."""
     script = """

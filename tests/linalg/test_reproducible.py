@@ -38,6 +38,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "soap_other_root": {"preconditioner": "soap", "exponent_override": 3.0},
     "soap_grafted": {"preconditioner": "soap", "grafting": "adam", "apply_dtype": "bfloat16"},
 }
+SHAPES = [(7, 5), (17, 33), (63, 16), (3, 5, 7), (65, 65)]
+# Which sums a library takes apart depends on sizes and dtypes, not on options: each option on three of the shapes.
+CASES = [
+    (name, SHAPES[(number + n) % len(SHAPES)], DTYPES[(number + n // 2) % 2])
+    for number, name in enumerate(OPTIONS)
+    for n in (0, 1, 3)
+]
 
 
 def gradients(shape: tuple[int, ...], step: int, dtype: torch.dtype) -> Tensor:
@@ -58,15 +65,11 @@ def stepped(rows: range, shape: tuple[int, ...], options: dict[str, Any], dtype:
     return {**stack.tensors, "updates": made}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
-@pytest.mark.parametrize("shape", [(7, 5), (17, 33), (63, 16), (3, 5, 7), (65, 65)], ids=str)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_a_block_in_a_stack_steps_as_it_does_alone(
-    options: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    together = stepped(range(ROWS), shape, options, dtype)
+@pytest.mark.parametrize("name, shape, dtype", CASES, ids=str)
+def test_a_block_in_a_stack_steps_as_it_does_alone(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    together = stepped(range(ROWS), shape, OPTIONS[name], dtype)
     for row in range(ROWS):
-        alone = stepped(range(row, row + 1), shape, options, dtype)
+        alone = stepped(range(row, row + 1), shape, OPTIONS[name], dtype)
         for name, tensor in together.items():
             assert torch.equal(tensor[row], alone[name][0]), name
 

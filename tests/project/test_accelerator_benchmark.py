@@ -19,6 +19,8 @@ from benchmarks.plain_loop import PlainLoop
 from shampoo_deepspeed import Shampoo
 from tests.support.comparing import deviation
 
+pytestmark = pytest.mark.slow
+
 TINY = Setting("tiny", tokens=32, length=16, frequency=2, rounds=1, device=torch.device("cpu"))
 
 

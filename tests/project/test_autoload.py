@@ -20,6 +20,7 @@ def run(script: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_torch_optim_has_the_optimizer_without_any_import_of_ours() -> None:
     """One process for all: each import of torch takes seconds. DeepSpeed asks for a lower-case name at times."""
     script = """
@@ -46,6 +47,7 @@ print("done")
     assert run(script) == "done"
 
 
+@pytest.mark.slow
 def test_it_can_be_switched_off_and_called_by_hand() -> None:
     """torch's hook imports the package, so an import of ours must not register either."""
     script = """
@@ -59,6 +61,7 @@ print(torch.optim.Shampoo.__name__)
     assert run(script, SHAMPOO_DEEPSPEED_AUTOLOAD="0").split() == ["False", "False", "Shampoo"]
 
 
+@pytest.mark.slow
 def test_where_torch_runs_no_hooks_an_import_of_ours_registers() -> None:
     script = """
 import torch
@@ -69,6 +72,7 @@ print(torch.optim.Shampoo.__name__)
     assert run(script, TORCH_DEVICE_BACKEND_AUTOLOAD="0").split() == ["False", "Shampoo"]
 
 
+@pytest.mark.slow
 def test_everything_works_where_no_host_is_installed() -> None:
     """The adapters are there, but nothing that they serve can be imported. Here our import comes before torch's."""
     script = """
@@ -93,22 +97,22 @@ print("done")
     assert run(script) == "done"
 
 
-def test_the_hook_takes_less_than_five_milliseconds() -> None:
-    """Its own time, imports included: the least of several fresh interpreters, as machines are busy.
+def test_the_hook_imports_nothing_but_itself() -> None:
+    """So it takes no time that a user of torch could notice, whatever torch itself or this package may grow to.
 
-    Modules stand in for torch's, so that nothing of torch's own import is measured; the hook needs no more of them.
+    Modules stand in for torch's, so that nothing of torch's own import is counted; the hook needs no more of them.
     """
     script = """
-import importlib, importlib.metadata, os, sys, time, types, typing
+import importlib, importlib.metadata, os, sys, types, typing
 sys.modules["torch"] = types.ModuleType("torch")
 optim = sys.modules["torch.optim"] = types.ModuleType("torch.optim")
-begin = time.perf_counter()
+before = set(sys.modules)
 from shampoo_deepspeed._autoload import autoload
 autoload()
-print(time.perf_counter() - begin)
 assert callable(optim.__getattr__)
+print(*sorted(set(sys.modules) - before))
 """
-    assert min(float(run(script)) for _ in range(5)) < 0.005
+    assert run(script).split() == ["shampoo_deepspeed", "shampoo_deepspeed._autoload"]
 
 
 def test_registering_twice_is_registering_once() -> None:
