@@ -8,17 +8,23 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PIP_DEFAULT_TIMEOUT ?= 180
 
-.PHONY: demo test lint bench
+.PHONY: demo test test-fast lint bench
 
 # Trains one causal language model with Shampoo and with AdamW and draws both curves: demo_output/.
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py --output_dir demo_output
 
+# Two workers: each works on one launch of ranks, or on one file, at a time.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# All that needs no other process and no minute.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" --ignore=tests/distributed
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: $(STAMP)

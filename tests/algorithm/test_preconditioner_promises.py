@@ -190,6 +190,7 @@ def batches(steps: int) -> list[Tensor]:
 PACES = [*((f, "staggered") for f in (1, 2, 5, 20)), (10, "sync"), (10, "background")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("frequency", "refresh"), PACES)
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 def test_the_first_steps_are_calm(preconditioner: str, frequency: int, refresh: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.covering import fewest
 from tests.support.fsdp_runs import Run
 from tests.support.launch import Ask, Check, named
 
@@ -19,20 +20,24 @@ FRAMEWORKS = [
     ("hsdp", "odd", 4),
     ("tensor_parallel", "wide", 4),
 ]
-# Each framework with each preconditioner and, in turn, each schedule.
-RUNS = [
+EVERY = [
     (
-        Run(
-            model=model,
-            settings="default",
-            layout=layout,
-            extra={"preconditioner": p, "refresh": SCHEDULES[(h + n) % 3]},
-        ),
+        Run(model=model, settings="default", layout=layout, extra={"preconditioner": p, "refresh": schedule}),
         ranks,
     )
-    for h, (layout, model, ranks) in enumerate(FRAMEWORKS)
-    for n, p in enumerate(PRECONDITIONERS)
+    for layout, model, ranks in FRAMEWORKS
+    for p in PRECONDITIONERS
+    for schedule in SCHEDULES
 ]
+
+
+def features(item: tuple[Run, int]) -> set[object]:
+    """Every preconditioner with every schedule, and every framework with roots and with bases."""
+    layout, (p, schedule) = item[0].layout, item[0].extra.values()
+    return {(p, schedule), (layout, p == "shampoo")}
+
+
+RUNS = fewest(EVERY, features)
 CHECKS = [
     Check(f"resumed_{r.layout}_{r.extra['preconditioner']}_{r.extra['refresh']}", ranks, "resuming:differing", r)
     for r, ranks in RUNS

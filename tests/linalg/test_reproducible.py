@@ -65,11 +65,11 @@ def stepped(rows: range, shape: tuple[int, ...], options: dict[str, Any], dtype:
     return {**stack.tensors, "updates": made}
 
 
-@pytest.mark.parametrize("name, shape, dtype", CASES, ids=str)
-def test_a_block_in_a_stack_steps_as_it_does_alone(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    together = stepped(range(ROWS), shape, OPTIONS[name], dtype)
+@pytest.mark.parametrize("option, shape, dtype", CASES, ids=str)
+def test_a_block_in_a_stack_steps_as_it_does_alone(option: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    together = stepped(range(ROWS), shape, OPTIONS[option], dtype)
     for row in range(ROWS):
-        alone = stepped(range(row, row + 1), shape, OPTIONS[name], dtype)
+        alone = stepped(range(row, row + 1), shape, OPTIONS[option], dtype)
         for name, tensor in together.items():
             assert torch.equal(tensor[row], alone[name][0]), name
 
