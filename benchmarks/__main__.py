@@ -1,8 +1,8 @@
-"""`python -m benchmarks`: all benchmarks of speed, memory and training in short, in five minutes of an idle machine.
+"""`python -m benchmarks`: short forms of all benchmarks of speed, memory and training, in five minutes.
 
-Longer forms and options: `python -m benchmarks.step_time --help`, and likewise end_to_end, slow_link, memory, scaling,
-convergence, and for a GPU accelerator, which comes along where there is one. How exact runs are takes longer:
-benchmarks.exactness.
+Run it on a machine that does nothing else. Longer forms and options: `python -m benchmarks.step_time --help`, and
+likewise end_to_end, slow_link, memory, scaling and convergence, and for a GPU accelerator, which is included if there
+is one. benchmarks.exactness, which measures how exact runs are, takes longer and is not included.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from benchmarks import convergence, end_to_end, memory, scaling, slow_link, step
 
 
 def main() -> None:
-    """One after another, as each needs the machine for itself."""
+    """Run them one after another, because each needs the machine for itself."""
     step_time.main(["--rounds", "2"])
     end_to_end.main(["--tokens", "512", "8192", "--rounds", "1"])
     slow_link.main(["--buckets", "1", "8", "--steps", "15"])

@@ -2,11 +2,12 @@
 
     python -m benchmarks.accelerator [--size 350m 1b] [--block 1024 2048] [--solver eigh coupled_newton newton_db]
 
-Contestants are built, timed and freed one after the other, as two of them do not fit side by side. Each starts from the
-same seeds, and all learning rates are 0, so that all get the same gradients: those of random tokens in the model as it
-was initialised. Forward under autocast to bfloat16, weights and states in float32. Times lie between two
-synchronisations, windows are those of benchmarks.step_time, and the pass of all rows is that of fused AdamW's run.
-With --profile DIR, torch's profiler writes what one step took, with a refresh and without, for each of ours.
+Contestants are built, timed and freed one after the other, because two of them may not fit into memory together. Each
+starts from the same seeds, and all learning rates are 0. So all get the same gradients: those of random tokens in the
+model as it was initialised. The forward pass is under autocast to bfloat16, weights and states are in float32. Times
+are between two synchronisations, windows are those of benchmarks.step_time, and the pass of all rows is that of fused
+AdamW's run. With --profile DIR, torch's profiler writes what one step took, with a refresh and without, for each of
+ours.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ NEVER = 10**9  # a step that no run reaches
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contestants have in common; ``profile`` is the folder for the profiler's tables."""
+    """Settings that all contestants share; ``profile`` is the folder for the profiler's tables."""
 
     size: str
     tokens: int
@@ -56,7 +57,7 @@ class Setting:
 
 @dataclass
 class Measured:
-    """Seconds of the counted passes and steps, and the peak in bytes where the device tells one."""
+    """Seconds of the counted passes and steps, and the peak in bytes if the device reports one."""
 
     passes: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
@@ -79,11 +80,11 @@ def config(size: str, length: int) -> LlamaConfig:
 
 
 def build(setting: Setting) -> LlamaForCausalLM:
-    """The model in float32 with seeded weights, made where it is to lie."""
+    """The model in float32 with seeded weights, built on its device."""
     torch.manual_seed(0)
     with setting.device:
         model = LlamaForCausalLM(config(setting.size, setting.length)).train()
-    if setting.recompute:  # the second name is that of older Transformers
+    if setting.recompute:  # the second name is for older versions of Transformers
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
@@ -119,7 +120,7 @@ def plain_loop(block: int, frequency: int) -> Contestant:
 
 
 def contestants(blocks: Sequence[int], solvers: Sequence[str], frequency: int) -> tuple[list[Contestant], set[str]]:
-    """All of them, the base first, and the names of ours."""
+    """All contestants, the baseline first, and the names of ours."""
     mine = [
         replace(ours("shampoo", "staggered", b, frequency, solver=s), name=f"shampoo, {s}, block {b}")
         for b in blocks
@@ -130,11 +131,11 @@ def contestants(blocks: Sequence[int], solvers: Sequence[str], frequency: int) -
 
 
 def measure(contestant: Contestant, setting: Setting, profiled: bool = False) -> Measured:
-    """Build a model and its optimizers and time them; nothing of them is left where this returns."""
+    """Build a model and its optimizers and time them; they are released when this returns."""
     model, found = build(setting), Measured()
     memory = torch.get_device_module(setting.device)
-    tells_peak = hasattr(memory, "max_memory_allocated")  # the CPU does not
-    if tells_peak:  # not before something lies there, which is what wakes the device
+    reports_peak = hasattr(memory, "max_memory_allocated")  # the CPU does not
+    if reports_peak:  # after `build`, which has initialised the device
         memory.reset_peak_memory_stats(setting.device)
     optimizers = contestant.build(model)
     for optimizer in optimizers:
@@ -152,7 +153,7 @@ def measure(contestant: Contestant, setting: Setting, profiled: bool = False) ->
             found.passes.append(middle - begin)
             found.steps.append(end - middle)
         model.zero_grad()
-    if tells_peak:
+    if reports_peak:
         found.peak = memory.max_memory_allocated(setting.device)
     if profiled and setting.profile is not None:
         write_profiles(contestant.name, model, optimizers, setting)
@@ -162,7 +163,7 @@ def measure(contestant: Contestant, setting: Setting, profiled: bool = False) ->
 def write_profiles(name: str, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], setting: Setting) -> None:
     """Tables of a step in which some blocks refresh, and of one in which none does.
 
-    A staggered refresh leaves no such step, so the start is put off: roots that are there stay in use.
+    With staggered refreshes no step is without one, so the start is postponed for it; existing roots stay in use.
     """
     assert setting.profile is not None
     setting.profile.mkdir(parents=True, exist_ok=True)
@@ -191,17 +192,17 @@ def profiled_step(optimizers: Sequence[torch.optim.Optimizer], device: torch.dev
 
 
 def free(device: torch.device) -> None:
-    """Give back what the last contestant had, so that the next one meets an empty device."""
+    """Free what the last contestant used, so that the next one finds an empty device."""
     gc.collect()
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
 
 
 def run(blocks: Sequence[int], solvers: Sequence[str], setting: Setting) -> dict[str, Measured]:
-    """What was measured, by contestant; who does not fit into the device's memory is named and left out.
+    """Measurements by contestant; one that does not fit into the device's memory is named and left out.
 
     Raises:
-        torch.OutOfMemoryError: where the base itself does not fit.
+        torch.OutOfMemoryError: if the baseline itself does not fit.
     """
     everyone, mine = contestants(blocks, solvers, setting.frequency)
     found: dict[str, Measured] = {}
@@ -217,7 +218,7 @@ def run(blocks: Sequence[int], solvers: Sequence[str], setting: Setting) -> dict
 
 
 def rows(found: dict[str, Measured], setting: Setting) -> list[list[object]]:
-    """Those of step_time, then the whole over the base's, and the peak where there is one."""
+    """Rows of step_time, with the total over the baseline's, and the peak if there is one."""
     seconds, base = {name: m.steps for name, m in found.items()}, next(iter(found))
     whole = end_to_end.rows(setting.tokens, statistics.median(found[base].passes), seconds, setting.frequency)
     more = {base: "+0.0%"} | {str(line[0]): line[-1] for line in whole}
@@ -240,7 +241,7 @@ def show(found: dict[str, Measured], setting: Setting) -> None:
 
 
 def on_meta(setting: Setting) -> LlamaForCausalLM:
-    """The model without memory, for its shapes."""
+    """The model on the meta device, for its shapes."""
     return build(replace(setting, device=torch.device("meta"), recompute=False))
 
 
@@ -251,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--solver", nargs="+", default=["eigh", "coupled_newton", "newton_db"], choices=SOLVERS)
     made.add_argument("--tokens", type=int, default=16384, help="a step; a multiple of --sequence-length")
     made.add_argument("--sequence-length", type=int, default=1024)
-    made.add_argument("--recompute", action="store_true", help="activation checkpointing, where memory is short")
+    made.add_argument("--recompute", action="store_true", help="activation checkpointing, if memory is short")
     made.add_argument("--frequency", type=int, default=10)
     made.add_argument("--rounds", type=int, default=2, help="windows that are counted")
     made.add_argument("--profile", type=Path, help="folder for the profiler's tables")

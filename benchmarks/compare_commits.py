@@ -51,7 +51,7 @@ class Model(nn.Module):
 
 
 def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """The tokens of a rank in a step, and what follows them."""
+    """A rank's input tokens in a step, and the target tokens that follow them."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     text = torch.randint(31, (MICRO_BATCH, 9), generator=generator)
     return text[:, :-1], text[:, 1:]
@@ -64,7 +64,7 @@ def trained(framework: str, preconditioner: str, refresh: str, rank: int) -> tup
     torch.manual_seed(0)
     model: Any = Model()
     options = {**OPTIONS, "preconditioner": preconditioner, "refresh": refresh}
-    if preconditioner == "soap":  # a basis of a factor matrix that is not full is not unique
+    if preconditioner == "soap":  # the basis of a rank-deficient factor matrix is not unique
         options["start_preconditioning_step"] = 6
     if framework.startswith("zero"):
         return with_deepspeed(model, framework, options, rank)
@@ -89,10 +89,10 @@ def trained(framework: str, preconditioner: str, refresh: str, rank: int) -> tup
 
 
 def with_deepspeed(model: nn.Module, stage: str, options: dict[str, Any], rank: int) -> tuple[dict[str, Tensor], float]:
-    """The same with an engine, from a JSON."""
+    """The same with a DeepSpeed engine and a JSON."""
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which DeepSpeed would compile for a minute
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # DeepSpeed would compile it for a minute
     config = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "optimizer": {"type": "Shampoo", "params": options},
@@ -116,7 +116,7 @@ def with_deepspeed(model: nn.Module, stage: str, options: dict[str, Any], rank: 
 
 
 def work(framework: str, rank: int, out: str) -> None:
-    """What one rank does: all rules under one framework."""
+    """Run one rank: all trainings under one framework."""
     torch.set_num_threads(1)
     if RANKS[framework] > 1:
         torch.distributed.init_process_group("gloo")
@@ -131,7 +131,7 @@ def work(framework: str, rank: int, out: str) -> None:
 
 
 def run(python: str, framework: str, folder: Path) -> dict[tuple[str, str], tuple[dict[str, Tensor], float]]:
-    """All trainings under one framework with the version that an interpreter has."""
+    """The results of all trainings under one framework, with the version that an interpreter has."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -151,7 +151,7 @@ def run(python: str, framework: str, folder: Path) -> dict[tuple[str, str], tupl
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("interpreters", nargs="*", metavar="PYTHON", help="of the version before, and of that after")
+    parser.add_argument("interpreters", nargs="*", metavar="PYTHON", help="of the versions before and after")
     parser.add_argument("--frameworks", nargs="+", choices=RANKS, default=list(RANKS))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
@@ -170,8 +170,8 @@ def main() -> int:
                 (old, old_seconds), (new, new_seconds) = before[rule], after[rule]
                 wrong = [name for name in old if not torch.equal(old[name], new[name])]
                 compared, different = compared + 1, different + bool(wrong)
-                outcome = f"DIFFERS in {', '.join(wrong)}" if wrong else f"equal in all {len(old)} parameters"
-                print(f"{framework} {' '.join(rule)}: {outcome}; CPU time of steps {new_seconds / old_seconds:.2f}")
+                result = f"DIFFERS in {', '.join(wrong)}" if wrong else f"equal in all {len(old)} parameters"
+                print(f"{framework} {' '.join(rule)}: {result}; CPU time of steps {new_seconds / old_seconds:.2f}")
     print(f"{compared - different} of {compared} runs are equal to the bit")
     return int(different > 0)
 

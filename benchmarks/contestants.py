@@ -1,7 +1,7 @@
-"""The optimizers that are compared, as one list: torch's, ours, and those of two packages where these are installed.
+"""The optimizers that are compared, as one list: torch's, ours, and those of two packages if they are installed.
 
-All treat the same matrices; what a peer does not take (embeddings, norms) goes to torch's AdamW beside it, and its
-step counts with the peer's. Ours takes all parameters itself.
+All precondition the same matrices. torch's AdamW updates what a peer does not take (embeddings, norms), and its step
+counts with the peer's. Ours takes all parameters itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PEERS = {"heavyball": "heavyball", "pytorch_optimizer": "pytorch-optimizer"}
 
 @dataclass(frozen=True)
 class Contestant:
-    """A name, and what builds its optimizers for a model."""
+    """A name, and a function that builds its optimizers for a model."""
 
     name: str
     build: Callable[[nn.Module], list[torch.optim.Optimizer]]
@@ -55,7 +55,7 @@ def ours(rule: str, refresh: str, block: int, frequency: int, **options: Any) ->
     return Contestant(f"{rule}, {refresh}", build)
 
 
-def beside_adamw(name: str, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Contestant:
+def with_adamw(name: str, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Contestant:
     def build(model: nn.Module) -> list[torch.optim.Optimizer]:
         own = [p for _, p in matrices(model)]
         known = {id(p) for p in own}
@@ -66,16 +66,16 @@ def beside_adamw(name: str, make: Callable[[list[nn.Parameter]], torch.optim.Opt
 
 
 def peers(block: int, frequency: int) -> list[Contestant]:
-    """Muon of torch, and SOAP and Shampoo of the packages that are there."""
-    found = [beside_adamw("torch Muon", lambda own: torch.optim.Muon(own, lr=1e-3))]
+    """torch's Muon, and SOAP and Shampoo of the packages that are installed."""
+    found = [with_adamw("torch Muon", lambda own: torch.optim.Muon(own, lr=1e-3))]
     if find_spec("heavyball"):
         import heavyball
 
-        heavyball.utils.compile_mode = None  # as all others here
+        heavyball.utils.compile_mode = None  # like all others here
         soap: dict[str, Any] = {"precondition_frequency": frequency, "use_precond_schedule": False}
         soap |= {"compile_step": False, "lr": 1e-3}
         found.append(
-            beside_adamw("HeavyBall SOAP, whole dims", lambda own: heavyball.SOAP(own, max_precond_dim=2048, **soap))
+            with_adamw("HeavyBall SOAP, whole dims", lambda own: heavyball.SOAP(own, max_precond_dim=2048, **soap))
         )
     if find_spec("pytorch_optimizer"):
         import pytorch_optimizer
@@ -83,11 +83,11 @@ def peers(block: int, frequency: int) -> list[Contestant]:
         shampoo: dict[str, Any] = {"block_size": block, "preconditioning_compute_steps": frequency}
         shampoo |= {"start_preconditioning_step": frequency, "lr": 1e-3}
         found += [
-            beside_adamw(
+            with_adamw(
                 f"pytorch-optimizer ScalableShampoo, block {block}",
                 lambda own: pytorch_optimizer.ScalableShampoo(own, **shampoo),
             ),
-            beside_adamw(
+            with_adamw(
                 "pytorch-optimizer SOAP, whole dims",
                 lambda own: pytorch_optimizer.SOAP(own, lr=1e-3, precondition_frequency=frequency),
             ),

@@ -1,8 +1,8 @@
 """Training loss of a small Llama on real text: Shampoo's family against AdamW, each over several learning rates.
 
-Equal tokens, equal warm-up and cosine schedule, one seed for the data order and the weights. AdamW's rate is tuned
-over at least four values, ours over no more. Prints steps and CPU seconds to AdamW's best final loss, and leaves a
-plot and a JSON. Runs that are done already are read from the output folder.
+All runs have the same tokens, the same warm-up and cosine schedule, and one seed for data order and weights. AdamW's
+rate is tuned over at least four values, ours over no more. The benchmark prints steps and CPU seconds to AdamW's best
+final loss, and writes a plot and a JSON. Finished runs are read from the output folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WARM_UP = 0.1
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs share."""
+    """Settings that all runs share."""
 
     steps: int = 600
     batch: int = 8
@@ -74,7 +74,7 @@ def load_rows(setting: Setting) -> Tensor:
     tokenizer = train_tokenizer(first_characters(read_documents(files, setting.seed), 2_000_000), setting.vocab)
     rows = setting.steps * setting.batch + setting.held_out
     sequences = token_rows(read_documents(files, setting.seed), tokenizer, rows, setting.length)
-    # Documents are in random order, so the last rows are of documents never trained on; the others are mixed.
+    # Documents are in random order, so the last rows are from documents never trained on; the others are shuffled.
     order = torch.randperm(rows - setting.held_out, generator=torch.Generator().manual_seed(setting.seed))
     return torch.cat([sequences[order], sequences[rows - setting.held_out :]])
 
@@ -104,7 +104,7 @@ def build_optimizer(job: Job, model: nn.Module) -> torch.optim.Optimizer:
     if job.optimizer == "adamw":
         groups = [{"params": [p for _, p in decayed]}, {"params": [p for _, p in others], "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, **shared)
-    # Shampoo's own root is 4 for matrices; with 2 each side alone has the power that AdaGrad has.
+    # Shampoo's default is p = 4 for matrices; with p = 2 each side alone has AdaGrad's power, -1/2.
     root = 2.0 if job.optimizer == "shampoo_root2" else None
     return Shampoo(
         [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
@@ -172,7 +172,7 @@ def trailing_mean(values: list[float]) -> list[float]:
 
 
 def best_runs(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Each optimizer's run with the lowest held-out loss; one that diverged has none."""
+    """Each optimizer's run with the lowest held-out loss; diverged runs are left out."""
     best: dict[str, dict[str, Any]] = {}
     for record in records:
         name = record["optimizer"]
@@ -210,7 +210,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Smoothed losses of the best runs against steps and against CPU seconds."""
+    """Draw smoothed losses of the best runs against steps and against CPU seconds."""
     best = best_runs(records)
     target = trailing_mean(best["adamw"]["loss"])[-1]
     made, panels = figure(path, 2, 4.4)

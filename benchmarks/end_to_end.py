@@ -1,10 +1,10 @@
-"""What training costs more than with torch AdamW: forward, backward and step of the small GPT, by tokens a step.
+"""How much more training costs than with torch AdamW: forward, backward and step of the small GPT, by tokens a step.
 
     python -m benchmarks.end_to_end [--tokens 512 2048 8192]
 
 One forward and backward pass, then each optimizer steps on its gradients. The ratio is the pass (median) with our mean
-step over the pass with AdamW's mean step: noise of the pass, which is far longer than the step, would else hide it.
-CPU time on CPU.
+step over the pass with AdamW's mean step. The same pass is used for both, because its noise would hide the difference:
+it is far longer than the step. On a CPU, times are CPU times.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def measure(
         model(tokens_now).backward()
         if counted:
             passes.append(clock(device) - begin)
-        turn = step % len(runners)
-        for runner in runners[turn:] + runners[:turn]:
+        first = step % len(runners)
+        for runner in runners[first:] + runners[:first]:
             runner.step(model, counted)
         trainer.step()
     return statistics.median(passes), {runner.name: runner.seconds for runner in runners}

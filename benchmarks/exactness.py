@@ -1,11 +1,11 @@
-"""How far each framework's run ends from the dense single-process reference: the exactness tests as a Markdown table.
+"""How far runs under each framework end from the dense single-process reference, as a Markdown table.
 
     python -m benchmarks.exactness [--ranks 1 2 4]
 
-The checks are those of tests/distributed (8 or 9 steps with several refreshes, odd shapes included); a number is the
-largest |W - W_ref| / |W_ref| of any parameter in any of its runs. W_ref is the float64 run of
-tests/support/reference.py, which shares no code with the package; in the Trainer's rows it is the package's own Shampoo
-in one process, in a plain loop with float64 weights and the Trainer's own parameter groups.
+The checks are those of tests/distributed (8 or 9 steps with several refreshes, odd shapes included). A number is the
+largest |W - W_ref| / |W_ref| of any parameter in any of a row's runs. W_ref is the float64 run of
+tests/support/reference.py, which shares no code with the package. In the Trainer's rows it is the package's own Shampoo
+in one process, in a plain loop with float64 weights and the Trainer's own param groups.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.launch import Check, Outcome, run_checks
 from tests.support.zoo import relative_error
 
 SETTINGS = ("strict float32", "default float32", "default float64")
-FSDP_HOSTS = {
+FSDP_LAYOUTS = {
     "replicas": "DDP",
     "rows": "FSDP2",
     "nested": "FSDP2",
@@ -37,12 +37,12 @@ FSDP_HOSTS = {
     "tensor_parallel": "FSDP2 x tensor parallel",
     "uneven_tensor_parallel": "FSDP2 x tensor parallel, uneven rows",
 }
-TRAINER_HOSTS = {"ddp": "DDP", "fsdp1": "FSDP1", "fsdp2": "FSDP2"}
+TRAINER_FRAMEWORKS = {"ddp": "DDP", "fsdp1": "FSDP1", "fsdp2": "FSDP2"}
 Key = tuple[str, int]  # framework and ranks
 
 
 def checks() -> list[Check]:
-    """All runs that start from the same numbers on every framework; options of their own are left to the tests."""
+    """All runs that start from the same weights under every framework, without those that set options of their own."""
     alone = [fsdp_checks.final("alone", replace(run, layout="replicas"), 1) for run in fsdp_checks.SETTINGS]
     plain = [c for c in fsdp_checks.checks() if not c.argument.extra]
     trainer = [c for c in trainer_checks.MEASURED if not c.argument.options]
@@ -57,13 +57,13 @@ def framework(check: Check) -> str:
         return f"Trainer, JSON, ZeRO-{argument.stage}"
     if isinstance(argument, tuple):
         name = argument[1]
-        return f"Trainer, `optimizers=` or factory, {TRAINER_HOSTS.get(name) or name.replace('zero', 'ZeRO-')}"
+        return f"Trainer, `optimizers=` or factory, {TRAINER_FRAMEWORKS.get(name) or name.replace('zero', 'ZeRO-')}"
     if check.ranks == 1:
         return "one process"
     if argument.fsdp1:
         form, _, strategy = argument.layout.partition("_")
         return f"FSDP1 {strategy.upper()}{', flat parameters' if form != 'fsdp1' else ''}"
-    return FSDP_HOSTS[argument.layout]
+    return FSDP_LAYOUTS[argument.layout]
 
 
 def settings(check: Check) -> str:
@@ -80,12 +80,12 @@ def wanted(check: Check) -> Mapping[str, Tensor]:
     return fsdp_runs.expected(argument)
 
 
-def deviation(check: Check, outcome: Outcome) -> float:
+def deviation(check: Check, result: Outcome) -> float:
     """The largest of all parameters on all ranks; a run that failed ends the benchmark."""
-    if outcome.failure is not None:
-        raise RuntimeError(f"{check.name}: {outcome.failure}")
+    if result.failure is not None:
+        raise RuntimeError(f"{check.name}: {result.failure}")
     expected = wanted(check)
-    final = [value.get("parameters", value) for value in outcome.values]
+    final = [value.get("parameters", value) for value in result.values]
     return max(relative_error(found[name], expected[name]) for found in final for name in expected)
 
 
@@ -111,12 +111,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="which rank counts to run")
     ranks_wanted = parser.parse_args().ranks
     selected = [c for c in checks() if c.ranks in ranks_wanted]
-    outcomes: dict[str, Outcome] = {}
+    results: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory() as folder:
         for ranks in sorted(set(ranks_wanted)):
             same = [c for c in selected if c.ranks == ranks]
-            outcomes |= run_checks(same, Path(folder) / f"ranks{ranks}")
-    found = [(check, deviation(check, outcomes[check.name])) for check in selected]
+            results |= run_checks(same, Path(folder) / f"ranks{ranks}")
+    found = [(check, deviation(check, results[check.name])) for check in selected]
     strays = {s for c, _ in found if (s := settings(c)) not in SETTINGS}
     assert not strays, f"no column for {strays}"
     print(f"CPU, gloo, {os.cpu_count()} cores\n\n{markdown(measured(found))}")

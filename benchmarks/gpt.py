@@ -21,7 +21,7 @@ class Size:
 
 
 class Layer(nn.Module):
-    """Causal attention and a GELU network, each behind a norm."""
+    """Causal attention and a GELU network, each after a norm."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """Learned positions, tied head; ``forward`` gives the mean cross-entropy of the next token."""
+    """Learned positions, tied head; ``forward`` returns the mean cross-entropy of the next token."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -78,5 +78,5 @@ def batch(size: Size, tokens: int, number: int, device: torch.device | str = "cp
 
 
 def matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """What Shampoo preconditions: weights of the layers, neither embeddings nor norms."""
+    """The matrices that Shampoo preconditions: weights of the layers, neither embeddings nor norms."""
     return [(name, p) for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith("w")]

@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory [--width 512] [--block 256] [--bucket-mb 2]
 
-torch's profiler tells each allocation and release of a step; state must be the planner's to the byte. Planned for a
-step on one rank are one direction for each element that is held, and for a bucket on its way its gradients and its
-updates. What lies at the peak beyond that is listed by the operator that allocated it.
+torch's profiler reports each allocation and release of a step. The state must be the planner's to the byte. The plan
+of a step on one rank is one update for each element, and gradients and updates of one bucket in flight. Memory at the
+peak beyond that is listed by the operator that allocated it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shampoo_deepspeed.options.config import ShampooConfig
 
 
 class Peak(NamedTuple):
-    """Bytes above the start of a step at its peak, and by operator what of it is live then."""
+    """Bytes at the peak of a step above those at its start, and how many of them each operator allocated."""
 
     nbytes: int
     operators: Counter[str]
@@ -55,7 +55,7 @@ def allocations(events: Sequence[Any], operator: str = "python") -> Iterator[All
 
 
 def peak_of(step: Any) -> Peak:
-    """Run a step under the profiler."""
+    """Run a step under the profiler, and return its peak."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     tree = profiler.profiler.kineto_results.experimental_event_tree()
@@ -76,7 +76,7 @@ def peak_of(step: Any) -> Peak:
 
 
 def held_bytes(optimizer: Shampoo) -> int:
-    """Bytes of the state that the units hold."""
+    """Bytes of the state that the step units hold."""
     tensors = [t for unit in optimizer.units for stack in unit.stacks for t in stack.tensors.values()]
     tensors += [t for unit in optimizer.units for t in unit.elementwise.tensors.values()]
     return sum(t.nbytes for t in tensors)
@@ -133,7 +133,7 @@ def row(rule: str, refresh: str, found: dict[str, Any]) -> list[object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table, and the largest temporaries where a step needs more than 1.1 of the plan."""
+    """Print the table, and the largest temporaries if a step needs more than 1.1 times the plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preconditioner", nargs="+", default=list(RULES), choices=RULES)
     parser.add_argument("--refresh", nargs="+", default=list(REFRESHES), choices=REFRESHES)

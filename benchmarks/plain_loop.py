@@ -1,8 +1,8 @@
-"""Shampoo without batching: an optimizer that walks over blocks one by one, and refreshes all of them at one step.
+"""Shampoo without batching: an optimizer that loops over blocks one by one, and refreshes all of them in one step.
 
-A stand-in for implementations that walk over their blocks, as the reference Distributed Shampoo does. It is the rule of
-`shampoo_deepspeed.Shampoo` with `refresh="sync"`, `solver="eigh"` and Adam's grafting, and tests hold it to that. It
-reads nothing back to the CPU and makes no copy that the rule does not need.
+It stands for implementations that loop over their blocks, as the reference Distributed Shampoo does. It computes what
+`shampoo_deepspeed.Shampoo` computes with `refresh="sync"`, `solver="eigh"` and Adam's grafting; a test checks this. It
+reads nothing back to the CPU and makes no copy that the algorithm does not need.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass
 class Block:
-    """State of one piece of a parameter; without factors it is element-wise."""
+    """State of one block of a parameter; if it has no factors, it is element-wise."""
 
     box: tuple[Any, ...]  # slices, or (...,) for the whole parameter
     first: Tensor
@@ -27,9 +27,9 @@ class Block:
 
 
 class PlainLoop(torch.optim.Optimizer):
-    """One block after another: factors, an eigendecomposition of each every ``frequency`` steps, Adam's step length.
+    """One block after another: factors, an eigendecomposition of each every ``frequency`` steps, Adam's norm.
 
-    Groups with ``elementwise=True``, and parameters that are no matrices, get Adam's update.
+    Param groups with ``elementwise=True``, and parameters that are not matrices, get Adam's update.
 
     Args:
         weight_decay: decoupled.
@@ -57,7 +57,7 @@ class PlainLoop(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of all parameters with a gradient."""
+        """Update all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -84,7 +84,7 @@ class PlainLoop(torch.optim.Optimizer):
 
 
 def boxes(p: Tensor, group: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """Pieces of a matrix of at most ``block`` along each side; else the whole tensor."""
+    """Boxes of a matrix of at most ``block`` along each side, as slices; for other tensors the whole."""
     if group["elementwise"] or p.ndim != 2:
         return [(...,)]
     size = group["block"]
@@ -100,7 +100,7 @@ def new_block(p: Tensor, box: tuple[Any, ...]) -> Block:
 
 
 def update(block: Block, g: Tensor, t: int, group: dict[str, Any]) -> Tensor:
-    """A new tensor: Adam's update, after the first refresh Shampoo's at the length of Adam's."""
+    """A new tensor: Adam's update, or after the first refresh Shampoo's with the norm of Adam's."""
     (beta1, beta2), (lack1, lack2) = group["betas"], (1.0 - beta**t for beta in group["betas"])
     for mode, a in enumerate(block.factors):
         x = g if mode == 0 else g.mT

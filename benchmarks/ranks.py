@@ -1,4 +1,4 @@
-"""Starts ranks on this machine with gloo and gives back what a function returned on each."""
+"""Starts ranks on this machine with gloo and returns what a function returned on each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run_on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> l
     """``function(*arguments)`` in a process group of ``count`` processes of one thread each; results in rank order.
 
     Raises:
-        RuntimeError: where a rank failed; its own error is on stderr.
+        RuntimeError: if a rank failed; its own error is on stderr.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:

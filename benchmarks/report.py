@@ -1,4 +1,4 @@
-"""Words on the machine, the tables that all benchmarks print, and plots."""
+"""What all benchmarks print: a description of the machine, statistics, tables and plots."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.scaling [--ranks 1 2 4] [--frameworks fsdp2 ddp] [--plot docs/plan_time.png]
 
-Steps: the small GPT, staggered refreshes; a rank's number is the CPU time of its step, without the time
-that it waits. Bytes moved are compared with the plan's. Plans: the planner's run for Llama-3 shapes under FSDP2, which
-works out every rank's part; the optimizer itself needs only its own.
+Steps are those of the small GPT with staggered refreshes. A rank's number is the CPU time of its step, without the time
+that it waits. Bytes moved are compared with the plan's. Plans are the planner's, for Llama-3 shapes under FSDP2. The
+planner works out every rank's part; the optimizer itself needs only its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FREQUENCY = 10
 
 
 class Rank(NamedTuple):
-    """Of one rank: CPU seconds of each step, its load in the plan, bytes moved in a step and planned."""
+    """One rank's CPU seconds of each step, its load in the plan, and bytes of a step as moved and as planned."""
 
     seconds: list[float]
     load: float
@@ -44,7 +44,7 @@ class Rank(NamedTuple):
 
 
 def train(framework: str, width: int, block: int, rounds: int) -> Rank:
-    """What each rank does."""
+    """Train on one rank and measure it."""
     size = Size(width=width)
     model: nn.Module = build(size)
     options: dict[str, Any] = {"refresh": "staggered", "precondition_frequency": FREQUENCY}
@@ -113,7 +113,7 @@ def plan_rows(models: Sequence[str], counts: Sequence[int]) -> list[list[object]
 
 
 def draw(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    """Seconds of a plan against ranks."""
+    """Draw seconds of a plan against ranks."""
     made, (panel,) = figure(path)
     for model in dict.fromkeys(row[0] for row in rows):
         own = [row for row in rows if row[0] == model]

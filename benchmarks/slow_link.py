@@ -1,15 +1,15 @@
-"""How much of the exchange a slow link's ranks hide behind computation: several buckets in flight against one.
+"""How much of the exchange over a slow link is hidden behind computation: several buckets in flight against one.
 
     python -m benchmarks.slow_link [--buckets 8] [--plot docs/slow_link.png]
 
 Two ranks train the attention projections of sixteen layers under FSDP2, so that every block lies on both. Their link
-is slowed down: `all_to_all_single` really moves the bytes between the ranks, on a thread of its own, one call after
-another, and is busy from when both ranks have called it for a delay plus bytes over the rate. The rate is chosen so
-that the link is busy as long as the step computes. Exposed is the link's busy time during which the step waits for
-it; the rest is hidden. Time that a rank waits because the other one is late is not the link's and counts as neither.
+is slowed down. `all_to_all_single` really moves the bytes between the ranks, on its own thread, one call after another.
+The link is busy from when both ranks have called it, for a delay plus bytes divided by the rate. The rate is chosen so
+that the link is busy as long as the step computes. Exposed is the link's busy time during which the step waits for it;
+the rest is hidden. Time that a rank waits because the other one is late is not the link's and counts as neither.
 
-``--buckets`` is how many equal ones a rank's blocks would make; from four on the first and the last ones are smaller,
-so that there are three more.
+``--buckets`` is the number of equal buckets that a rank's blocks would make. From four on, the first and the last
+buckets are smaller, which adds three.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Spans: TypeAlias = list[tuple[float, float]]
 
 @dataclass
 class Timeline:
-    """Spans of one step in seconds of the wall: link busy, link waiting for the other rank, step waiting, computing."""
+    """Spans of one step in wall seconds: link busy, link waiting for the other rank, step waiting, computing."""
 
     link: Spans = field(default_factory=list)
     late: Spans = field(default_factory=list)
@@ -67,13 +67,13 @@ def total(spans: Spans) -> float:
 
 
 def overlap(left: Spans, right: Spans) -> float:
-    """Seconds that lie in a span of both lists; spans of one list do not overlap."""
+    """Seconds that are in a span of both lists; spans of one list do not overlap."""
     pairs = ((max(a, c), min(b, d)) for a, b in left for c, d in right)
     return sum(stop - start for start, stop in pairs if stop > start)
 
 
 class Handle:
-    """What an asynchronous collective gives: `wait`, noted on the timeline."""
+    """What an asynchronous collective returns; it records the time in `wait` on the timeline."""
 
     def __init__(self, future: Future[None], timeline: Timeline) -> None:
         self._future, self._timeline = future, timeline
@@ -85,21 +85,21 @@ class Handle:
 
 
 def prefer_others_to_me(computing: int) -> None:
-    """Let the link's threads go first: a real link needs neither a core nor the interpreter to move what it has.
+    """Give the link's threads priority: a real link needs neither a core nor the interpreter to move its bytes.
 
-    For the rest of the process, which is one rank of one run. Other load on the machine then slows computing down, and
-    `tune` the link with it.
+    This holds for the rest of the process, which is one rank of one run. Other load on the machine then slows down the
+    computation, and `tune` slows down the link with it.
 
     Args:
-        computing: the thread that steps, which yields to all others from now on.
+        computing: id of the thread that steps, which yields to all others from now on.
     """
     sys.setswitchinterval(1e-4)
-    if sys.platform == "linux":  # where a thread has a priority of its own
+    if sys.platform == "linux":  # there, each thread has its own priority
         os.setpriority(os.PRIO_PROCESS, computing, 15)
 
 
 class SlowLink:
-    """Puts itself in the place of `all_to_all_single` and notes when what happens."""
+    """Replaces `all_to_all_single` and records when it is busy."""
 
     def __init__(self, delay: float, seconds_per_byte: float) -> None:
         self.delay, self.seconds_per_byte = delay, seconds_per_byte
@@ -113,7 +113,7 @@ class SlowLink:
     ) -> Handle:
         assert async_op
         timeline = self.timeline
-        nbytes = max(output.nbytes, tensor.nbytes)  # both ways at once
+        nbytes = max(output.nbytes, tensor.nbytes)  # both directions at once
         timeline.nbytes += nbytes
 
         def move() -> None:
@@ -130,7 +130,7 @@ class SlowLink:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """While inside, the exchange goes over this link and stacks note when they compute."""
+        """Inside this context the exchange uses this link, and stacks record when they compute."""
         advance = BlockStack.step
 
         def noted(stack: BlockStack, *arguments: Any) -> Tensor:
@@ -151,7 +151,7 @@ class SlowLink:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run does; ``link_over_compute`` is how long the link is busy, over how long the step computes."""
+    """Settings of a run; ``link_over_compute`` is the link's busy time over the step's computing time."""
 
     buckets: int
     rule: str = "shampoo"
@@ -164,7 +164,7 @@ class Setting:
 
 
 def train(setting: Setting) -> list[Timeline]:
-    """What one rank does: warm up, tune the link's rate to its computation, then note the timelines of the steps."""
+    """Run one rank: warm up, tune the link's rate to the computation, then record the timelines of the steps."""
     torch.manual_seed(0)
     width, world = setting.width, dist.get_world_size()
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(setting.matrices)))
@@ -204,15 +204,16 @@ def random_gradients(model: nn.Module, step: int) -> None:
 def tune(link: SlowLink, measured: Sequence[Timeline], setting: Setting) -> None:
     """Set the link's delay, and its rate so that it is busy as long as the setting says.
 
-    Again and again, as the machine's speed changes, and by how long it was busy, as nothing sleeps exactly.
+    It is called repeatedly, because the machine's speed changes, and uses measured times, because no sleep is exact.
     """
     spans = [t.computing for t in measured], [t.link for t in measured]
     sums = torch.tensor([statistics.median(map(total, kind)) for kind in spans])
-    dist.all_reduce(sums)  # so that all ranks set the same
+    dist.all_reduce(sums)  # so that all ranks set the same rate
     computing, busy = (sums / dist.get_world_size()).tolist()
     wanted, nbytes = computing * setting.link_over_compute, measured[-1].nbytes
     if link.seconds_per_byte:
-        rate = link.seconds_per_byte * min(1.25, max(0.8, wanted / busy))  # by steps, as one may have been disturbed
+        # In small steps, because a measurement may have been disturbed.
+        rate = link.seconds_per_byte * min(1.25, max(0.8, wanted / busy))
     else:
         rate = max(0.0, wanted - len(measured[-1].link) * setting.delay) / nbytes
     link.delay, link.seconds_per_byte = setting.delay, rate
@@ -235,7 +236,7 @@ def medians(ranks: Sequence[Sequence[Timeline]]) -> dict[str, float]:
 
 
 def draw(path: Path, named: dict[str, Timeline]) -> None:
-    """A middling step of each run as bars: what the rank computes, what the link does, where the step waits."""
+    """Draw a typical step of each run as bars: when the rank computes, when the link is busy, when the step waits."""
     made, panels = figure(path, 1, 1.4 + 1.1 * len(named))
     panel, labels = panels[0], []
     colours = {"computing": "#4c72b0", "link": "#dd8452", "waiting": "#c44e52"}
@@ -254,7 +255,7 @@ def draw(path: Path, named: dict[str, Timeline]) -> None:
 
 
 def middling(timelines: Sequence[Timeline]) -> Timeline:
-    """The step whose hidden share is the median."""
+    """The step with the median hidden share."""
     return sorted(timelines, key=lambda t: t.hidden_share())[len(timelines) // 2]
 
 

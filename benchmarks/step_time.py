@@ -2,10 +2,11 @@
 
     python -m benchmarks.step_time [--preconditioner shampoo soap kl_shampoo] [--refresh sync staggered]
 
-All optimizers get the same gradients, those of a model that AdamW trains on 512 tokens a step. They step in turn, each
-time from another one on, so that what disturbs the machine hits all alike. CPU time on CPU, as machines are shared;
-on an accelerator the time between two synchronisations. A window is as many steps as lie between two refreshes of one
-block; "slowest" is the slowest step of a window, and each number is the median over the windows.
+All optimizers get the same gradients, those of a model that AdamW trains on 512 tokens a step. They step one after
+another, and each round starts with the next one, so that disturbances of the machine affect all alike. Times are CPU
+times on a CPU, because machines are shared; on an accelerator they are times between two synchronisations. A window is
+the number of steps between two refreshes of one block. "Slowest" is the slowest step of a window, and each number is
+the median over the windows.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TOKENS = 512  # a step, for the gradients
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: of this process's CPU, or of the wall after the device has finished."""
+    """Seconds of CPU time of this process, or of wall time after the device has finished."""
     if device.type == "cpu":
         return time.process_time()
     torch.accelerator.synchronize()
@@ -61,7 +62,7 @@ def run(
 ) -> dict[str, list[float]]:
     """Seconds of each counted step by contestant.
 
-    The first two windows are not counted: there the preconditioners start.
+    The first two windows are not counted, because the preconditioners start in them.
     """
     model = build(size, device)
     runners = [Runner(c, model) for c in contestants]
@@ -69,8 +70,8 @@ def run(
     for step in range((2 + rounds) * frequency):
         model.zero_grad()
         model(batch(size, TOKENS, step, device)).backward()
-        turn = step % len(runners)
-        for runner in runners[turn:] + runners[:turn]:
+        first = step % len(runners)
+        for runner in runners[first:] + runners[:first]:
             # Preconditioned from step `frequency`; the counting begins after step 2 * frequency.
             runner.step(model, counted=step >= 2 * frequency)
         trainer.step()
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.no_peers:
         contestants += peers(args.block, args.frequency)
         for name in missing_peers():
-            print(f"{name} is not installed and left out")
+            print(f"{name} is not installed and is left out")
     size = Size(layers=args.layers, width=args.width)
     seconds = run(contestants, size, args.frequency, args.rounds, torch.device(args.device))
     print(f"\nstep time; {machine()}\nblock {args.block}, frequency {args.frequency}, {args.rounds} windows\n")

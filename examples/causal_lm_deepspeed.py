@@ -4,8 +4,8 @@
     deepspeed examples/causal_lm_deepspeed.py --model HuggingFaceTB/SmolLM2-135M --text_dir my_texts/ --bf16
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/causal_lm_deepspeed.py       # two CPU ranks
 
-Nothing here knows Shampoo: `"type": "Shampoo"` in ds_zero2_shampoo.json is enough where shampoo-deepspeed is
-installed, and `--deepspeed examples/ds_zero2_adamw.json` runs the same training with AdamW. All arguments of
+Nothing here mentions Shampoo: `"type": "Shampoo"` in ds_zero2_shampoo.json is enough if shampoo-deepspeed is
+installed. `--deepspeed examples/ds_zero2_adamw.json` runs the same training with AdamW. All arguments of
 the Trainer work (`--learning_rate`, `--max_steps`, `--resume_from_checkpoint`, ...).
 """
 
@@ -46,7 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "warmup_steps": 0.1,
     "max_grad_norm": 1.0,
     "logging_steps": 5,
-    # With the filter a diverged run would show its last finite loss.
+    # With the filter, a diverged run would show its last finite loss.
     "logging_nan_inf_filter": False,
     "use_cpu": not HAS_ACCELERATOR,
 }
@@ -54,7 +54,7 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass
 class ExampleArguments(LanguageModelArguments):
-    """What to train and on which text."""
+    """The model, the text, and how much of it is held out."""
 
     eval_sequences: int = field(default=256, metadata={"help": "Held-out sequences, at most a twentieth of all"})
 
@@ -92,7 +92,7 @@ class LossInProgressBar(ProgressCallback):
 def prepare_data(
     example: ExampleArguments, training: TrainingArguments
 ) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset]:
-    """One rank per machine writes the tokenizer and the sequences; all of them read these files."""
+    """The tokenizer and the sequences: one rank per machine writes them to files, all ranks read these."""
     files = find_text_files(example.text_dir)
     folder = Path(training.output_dir) / "data"
     tokenizer_at, rows_at = folder / "tokenizer", folder / "sequences"

@@ -1,4 +1,4 @@
-"""How a script starts DeepSpeed: by a launcher, and where it is not to use an accelerator told so."""
+"""How a script starts DeepSpeed: through a launcher, on accelerators or, if asked to, on the CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HAS_ACCELERATOR = torch.accelerator.is_available() and os.environ.get("DS_ACCELE
 
 
 def prepare_deepspeed(use_cpu: bool) -> None:
-    """Makes the process one of DeepSpeed's ranks; call it before a model is built."""
+    """Make this process one of DeepSpeed's ranks; call it before a model is built."""
     if "RANK" not in os.environ:
         raise SystemExit("DeepSpeed needs a launcher, on one device too: start with deepspeed or torchrun")
     if not use_cpu:
@@ -21,10 +21,10 @@ def prepare_deepspeed(use_cpu: bool) -> None:
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     import deepspeed
 
-    # Spares a minute of C++ build: this extension only speeds up inference on CPUs.
+    # Saves a minute of C++ build: this extension only speeds up inference on CPUs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # On GPUs the Trainer does this; without it ZeRO-3 would build the model as if there were one rank.
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    # Else a thread of gloo, which may wait for the interpreter, aborts the process that ends (torch 2.13). Shampoo does
-    # this by itself; AdamW, which the demo trains beside it, does not.
+    # Without this delay, a gloo thread that waits for the interpreter may abort the process at its exit (torch 2.13).
+    # Shampoo adds the delay by itself; AdamW, which the demo also trains, does not.
     atexit.register(time.sleep, 0.1)

@@ -35,14 +35,14 @@ CONTENDERS = (
 
 
 def train(contender: Contender, folder: Path, ranks: int, steps: int) -> None:
-    """One run of the training script in its own processes; its progress bar goes to our terminal."""
+    """Run the training script in its own processes; its progress bar goes to our terminal."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += [str(HERE / "causal_lm_deepspeed.py"), "--deepspeed", str(HERE / contender.json_file)]
     command += ["--output_dir", str(folder), "--save_strategy", "no", "--logging_steps", "1"]
     command += ["--max_steps", str(steps), "--learning_rate", str(contender.learning_rate)]
     environment = {
         "OMP_NUM_THREADS": "1",
-        # A private folder: a build interrupted elsewhere leaves a lock that blocks every later one.
+        # A private folder: an interrupted build leaves a lock that blocks every later build in the same folder.
         "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
         # DeepSpeed calls collectives by names that torch is about to rename, once per rank.
         "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",

@@ -50,7 +50,7 @@ def trailing_mean(values: list[float], window: int) -> list[float]:
 
 
 def draw(runs: list[Run], title: str, path: Path) -> None:
-    """Loss against steps and against seconds; the last run's final loss is the line to beat."""
+    """Draw loss against steps and against seconds; the last run's final loss is the line to beat."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for run, colour in zip(runs, cycle(COLOURS), strict=False):
@@ -83,7 +83,7 @@ def draw(runs: list[Run], title: str, path: Path) -> None:
 
 
 def table(runs: list[Run]) -> str:
-    """One line per run; the last run sets the loss that the others are timed to."""
+    """One line per run; the others are timed until they reach the last run's final loss."""
     target = runs[-1]
     header = ("optimizer", "lr", "train loss", "held-out loss", "steps", "seconds", "ms/step", "reaches*")
     lines = [header]
@@ -104,5 +104,5 @@ def table(runs: list[Run]) -> str:
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     rows = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    note = f"* where the mean of {WINDOW} losses first reaches {target.name}'s final {target.loss[-1]:.3f}"
+    note = f"* when the mean of {WINDOW} losses first reaches {target.name}'s final {target.loss[-1]:.3f}"
     return "\n".join([*rows, note])

@@ -4,11 +4,11 @@
     torchrun --nproc_per_node 8 examples/fsdp2_trainer.py --model HuggingFaceTB/SmolLM2-135M --text_dir my_texts/
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/fsdp2_trainer.py      # two CPU ranks: DDP, see below
 
-The first line takes FSDP's settings from the YAML file, the second one from the Trainer's `--fsdp` (which is on here)
-and `--fsdp_config`. The stock Trainer refuses `optimizers=` under FSDP; ShampooTrainer takes it, and `deferred` builds
-Shampoo once the model is there. All arguments of the Trainer work (`--learning_rate`, `--max_steps`, ...).
+The first command takes FSDP's settings from the YAML file, the second one from the Trainer's `--fsdp` (on by default
+here) and `--fsdp_config`. The stock Trainer refuses `optimizers=` under FSDP; ShampooTrainer takes it, and `deferred`
+builds Shampoo once the model has been built. All arguments of the Trainer work (`--learning_rate`, ...).
 
-accelerate ignores FSDP on CPUs without a word and replicates the model: there this is a DDP training.
+On CPUs accelerate silently ignores FSDP and replicates the model, so this script then trains with DDP.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
     **TRAINER_DEFAULTS,
     "learning_rate": 3e-3,
     "weight_decay": 0.1,
-    # Under `accelerate launch` its own file says how to shard.
+    # Under `accelerate launch` the YAML file configures FSDP.
     "fsdp": "ACCELERATE_USE_FSDP" not in os.environ,
 }
 

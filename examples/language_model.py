@@ -25,9 +25,9 @@ from transformers import (
 from text_data import find_text_files, first_characters, read_documents, token_rows, train_tokenizer
 
 TOKENIZER_CHARACTERS = 2_000_000  # what a new tokenizer is trained on
-NOWHERE = str(Path(tempfile.gettempdir()) / "shampoo_example")  # the Trainer wants a folder where nothing is saved too
+NOWHERE = str(Path(tempfile.gettempdir()) / "shampoo_example")  # the Trainer wants a folder even if nothing is saved
 
-# What differs from the Trainer's own defaults where an example prints each loss and keeps nothing.
+# Differences from the Trainer's own defaults in examples that print each loss and keep nothing.
 TRAINER_DEFAULTS: dict[str, Any] = {
     "output_dir": NOWHERE,
     "save_strategy": "no",
@@ -58,7 +58,7 @@ class ShampooArguments:
 
     precondition_frequency: int = field(default=10, metadata={"help": "Steps between two refreshes of the roots"})
     max_preconditioner_dim: int = field(default=256, metadata={"help": "Block size; 1024 on GPUs"})
-    grafting: str = field(default="adam", metadata={"help": "Whose step length each block takes"})
+    grafting: str = field(default="adam", metadata={"help": "Method whose norm each block's update gets"})
 
     def options(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,12 +74,12 @@ class LoopArguments:
     weight_decay: float = field(default=0.1)
     max_grad_norm: float = field(default=1.0)
     seed: int = field(default=42)
-    use_cpu: bool = field(default=False, metadata={"help": "Also where there are accelerators"})
+    use_cpu: bool = field(default=False, metadata={"help": "Even if there are accelerators"})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16; weights stay float32"})
-    output_dir: str | None = field(default=None, metadata={"help": "Where the model goes; default: nowhere"})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the model; default: it is not saved"})
 
     def options(self) -> dict[str, Any]:
-        """What Shampoo takes of it; norms and biases do not decay, as with the Trainer."""
+        """Shampoo's options among these; norms and biases do not decay, as with the Trainer."""
         return {"lr": self.learning_rate, "weight_decay": self.weight_decay, "no_decay": ["*norm*", "*bias*"]}
 
 
@@ -101,7 +101,7 @@ class PrintLoss(TrainerCallback):
 def make_tokenizer(
     arguments: LanguageModelArguments, texts: Iterable[str] | Iterable[list[str]]
 ) -> PreTrainedTokenizerBase:
-    """The given model's, or for a new model one that is trained on the texts."""
+    """The given model's tokenizer, or for a new model one that is trained on the texts."""
     if arguments.model is not None:
         return AutoTokenizer.from_pretrained(arguments.model)
     return train_tokenizer(texts, arguments.vocab_size)
@@ -117,7 +117,7 @@ def load_trainer_text(
 
 
 def load_text(arguments: LanguageModelArguments, rows: int, seed: int) -> tuple[PreTrainedTokenizerBase, Tensor]:
-    """The tokenizer, and int64 [rows, sequence_length] in random order; the same on every rank, nothing is written."""
+    """The tokenizer, and int64 [rows, sequence_length] in random order, the same on every rank. Writes nothing."""
     files = find_text_files(arguments.text_dir)
     tokenizer = make_tokenizer(arguments, first_characters(read_documents(files, seed), TOKENIZER_CHARACTERS))
     sequences = token_rows(read_documents(files, seed), tokenizer, rows, arguments.sequence_length)
@@ -125,7 +125,7 @@ def load_text(arguments: LanguageModelArguments, rows: int, seed: int) -> tuple[
 
 
 def build_model(arguments: LanguageModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The given model, or a new small Llama; weights in float32, which frameworks cast under --bf16."""
+    """The given model, or a new small Llama, with float32 weights, which frameworks cast under --bf16."""
     if arguments.model is not None:
         return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     config = LlamaConfig(

@@ -6,8 +6,8 @@
 
 An adapter of rank r on a layer of width d is a pair of matrices, A [r, d] and B [d, r]. Their short side has a factor
 matrix of r x r numbers; the long side would have one of d x d, many times the adapter itself. Shampoo cuts long sides
-into blocks of `max_preconditioner_dim`, so that is the option to set: d / b factor matrices of b x b, that is d * b
-numbers for the d * r of the adapter. For r = 16 and d = 4096, one matrix of 65,536 numbers:
+into blocks of b = `max_preconditioner_dim`, so this is the option to set. It gives d / b factor matrices of b x b, or
+d * b numbers for the d * r of the adapter. For r = 16 and d = 4096, one matrix of 65,536 numbers:
 
     --max_preconditioner_dim    numbers in factor matrices
     4096                        16.8 million (256 times the matrix)
@@ -16,7 +16,7 @@ numbers for the d * r of the adapter. For r = 16 and d = 4096, one matrix of 65,
     16, the rank                 0.13 million (twice)
 
 A block size below the rank would cut the short side too, which gains nothing. DeepSpeed's JSON holds no "optimizer"
-here: Shampoo is the Trainer's `optimizers=`, with or without DeepSpeed.
+here: Shampoo is passed as the Trainer's `optimizers=`, with or without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass
 class LoraArguments:
-    """The adapters, and how Shampoo treats them."""
+    """The LoRA adapters, and Shampoo's options for them."""
 
     lora_rank: int = field(default=16, metadata={"help": "r"})
-    lora_alpha: int = field(default=32, metadata={"help": "Adapters count lora_alpha / r times"})
+    lora_alpha: int = field(default=32, metadata={"help": "Adapters are scaled by lora_alpha / r"})
     lora_dropout: float = field(default=0.0)
     target_modules: str = field(default="all-linear", metadata={"help": "Which layers get an adapter"})
     precondition_frequency: int = field(default=10, metadata={"help": "Steps between two refreshes of the roots"})
@@ -63,7 +63,7 @@ class LoraArguments:
 
 
 def preconditioning(lora: LoraArguments) -> dict[str, Any]:
-    """Shampoo's options for matrices with one short side; everything that is special about LoRA is here."""
+    """Shampoo's options for matrices with one short side. Nothing else here is special to LoRA."""
     return {
         "max_preconditioner_dim": lora.max_preconditioner_dim or 4 * lora.lora_rank,
         "precondition_frequency": lora.precondition_frequency,

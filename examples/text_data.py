@@ -1,4 +1,4 @@
-"""Turns local text files into a tokenizer and packed token sequences for a causal language model."""
+"""Makes a tokenizer and packed token sequences for a causal language model from local text files."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def _is_visible_text(path: Path, root: Path) -> bool:
 
 
 def load_documents(files: list[str], cache_dir: Path) -> Dataset:
-    """One row per file. Everything is read from the disk; no hub is asked."""
-    # Its bar would say "Downloading" of local files.
+    """One row per file. Everything is read from the disk; no hub is contacted."""
+    # Its progress bar would say "Downloading" for local files.
     disable_progress_bars()
     documents = load_dataset(
         "text",
@@ -60,13 +60,13 @@ def load_documents(files: list[str], cache_dir: Path) -> Dataset:
 
 
 def read_documents(files: list[str], seed: int) -> Iterator[str]:
-    """The files' texts in a random order; the same on every rank, and no more is read than is used."""
+    """The files' texts in random order, the same on every rank. Files are read only as they are needed."""
     for file in random.Random(seed).sample(files, len(files)):
         yield Path(file).read_text(encoding="utf-8", errors="replace")
 
 
 def first_characters(documents: Iterable[str], characters: int) -> Iterator[str]:
-    """Documents until there are that many characters."""
+    """Documents until they have that many characters in total."""
     for document in documents:
         yield document
         characters -= len(document)
@@ -75,7 +75,7 @@ def first_characters(documents: Iterable[str], characters: int) -> Iterator[str]
 
 
 def train_tokenizer(texts: Iterable[str] | Iterable[list[str]], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: any text can be encoded, whatever it was trained on."""
+    """A byte-level BPE, which can encode any text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -104,7 +104,7 @@ def pack_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: 
         rows = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
         return {"input_ids": rows, "labels": rows}
 
-    # Batches of many documents, for what is left over at the end of a batch is dropped.
+    # Large batches of documents, because the tokens left over at the end of a batch are dropped.
     return documents.map(pack, batched=True, batch_size=1000, remove_columns=documents.column_names, desc="Tokenizing")
 
 
@@ -123,7 +123,7 @@ def token_rows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, row
 
 
 def split_held_out(rows: Dataset, fraction: float, at_most: int) -> tuple[Dataset, Dataset]:
-    """The last rows are held out: with documents in random order these are documents never trained on."""
+    """Training rows and held-out rows, the last ones; with documents in random order these are never trained on."""
     held_out = min(at_most, int(len(rows) * fraction))
     if held_out < 1:
         raise ValueError(f"the text gives {len(rows)} sequences, too few to train on and to hold some out")

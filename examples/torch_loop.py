@@ -1,4 +1,4 @@
-"""The plain torch loop of the examples: joins the processes of torchrun, and trains what they have wrapped."""
+"""The plain torch loop of the examples: joins torchrun's processes and trains the model that an example has wrapped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from language_model import LanguageModelArguments, LoopArguments, ShampooArgumen
 
 
 class Ranks(NamedTuple):
-    """Where this process is among the others."""
+    """This process's device and rank, and the number of ranks."""
 
     device: torch.device
     rank: int
@@ -32,7 +32,7 @@ def parse() -> tuple[LanguageModelArguments, ShampooArguments, LoopArguments]:
 
 @contextmanager
 def process_group(use_cpu: bool) -> Iterator[Ranks]:
-    """This rank among all; the process group lasts as long as the context."""
+    """Join the process group, for as long as the context lasts."""
     if "RANK" not in os.environ:
         raise SystemExit("start with a launcher, on one device too: torchrun --nproc_per_node 1 ...")
     device = torch.device("cpu")
@@ -64,7 +64,7 @@ def train(
     ranks: Ranks,
     autocast: bool = False,
 ) -> None:
-    """One step for each batch; the first rank prints the loss of the global batch. With `autocast` in bfloat16."""
+    """Take one step per batch; the first rank prints the global batch's loss. `autocast` computes in bfloat16."""
     for step, batch in enumerate(batches, start=1):
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=autocast):
             loss = model(input_ids=batch, labels=batch).loss
