@@ -142,7 +142,7 @@ def check_resumed(optimizer: Shampoo, state: TrainerState, required: bool = True
             "require_state is False"
         )
     logger.warning("%s; the optimizer starts with new state", what)
-    optimizer.take_state(SavedState({}, [], [], []))
+    optimizer.take_state(SavedState())
 
 
 def newest_complete(output_dir: str | os.PathLike[str]) -> str | None:

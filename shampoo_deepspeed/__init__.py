@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from shampoo_deepspeed.options.config import ShampooConfig
     from shampoo_deepspeed.state.unwrap import unwrap
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = [
     "CheckpointError",
     "LayoutError",
@@ -45,6 +46,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("shampoo-deepspeed")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -85,10 +85,10 @@ class Shampoo(BlockOptimizer):
             with torch.enable_grad():
                 loss = closure()
         units = self._units_now()  # the first time: boxes of shards, owners of blocks, what travels where
-        configs = self._configs_now()
+        configs = self.configs()
         rates = {group["shampoo_group"]: group["lr"] for group in self.param_groups}
         self._finish_step(units)
-        self._consolidated = None
+        self.state_keeper.consolidated = None
         work = [(unit, shard_gradients(unit, configs)) for unit in units]
         agreed = agree(work, configs)
         for unit, (_, gradients, active) in work:
@@ -108,6 +108,8 @@ class Shampoo(BlockOptimizer):
 
     def _units_now(self) -> list[StepUnit]:
         """The step units of the current ``param_groups``; new tensors with a gradient get theirs here."""
+        if self.state_keeper.released:
+            self._take_released()
         units: dict[int, StepUnit] = {}
         for group in self.param_groups:
             for tensor in group["params"]:
@@ -118,13 +120,17 @@ class Shampoo(BlockOptimizer):
                     return self._units_in_step()
         return list(units.values()) or self._units_in_step()
 
-    def _configs_now(self) -> Mapping[int, ShampooConfig]:
-        """Options by number, checked again only if one has changed; ``lr`` may be a live tensor."""
+    def configs(self) -> Mapping[int, ShampooConfig]:
+        """Options by number as the groups say now, checked again only if one has changed; ``lr`` may be live."""
         for group in self.param_groups:
             known = self._configs.get(group["shampoo_group"])
             if known is None or known[0] != tuple([group[name] for name in CHECKED_OPTIONS]):
                 self._config(group)
         return self.expanded_configs
+
+    def finish_step(self) -> None:
+        """Read the outcome of the last step, which otherwise happens at the next one. Runs no collective."""
+        self._finish_step(self.units)
 
     def _finish_step(self, units: Iterable[StepUnit]) -> None:
         """Count these units' last step if it was rejected."""

@@ -117,7 +117,7 @@ def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = 
         load_shampoo(optimizer, found, options=overwritten)
     elif os.environ.get(START_ANEW) == "1":
         logger.warning("%s; Shampoo starts with new state (%s = 1)", missing, START_ANEW)
-        optimizer.take_state(SavedState({}, [], [], []))
+        optimizer.take_state(SavedState())
     else:
         raise CheckpointError(
             f"{missing}. Put the checkpoint's folder {FOLDER!r} back, give its path in the environment variable "

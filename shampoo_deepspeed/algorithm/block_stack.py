@@ -7,7 +7,6 @@ import logging
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,20 +58,38 @@ class BlockStack:
         self.shape = shape
         self.options = options
         self._device = device
-        count = len(self.keys)
+        self._dtype = dtype
         self._use(config)
-        preconditioner = self._preconditioner
-        self.tensors = preconditioner.new_state(count, shape, device, dtype)
-        if config.betas[0] != 0.0:
-            self.tensors[preconditioner.first_moment] = torch.zeros(count, *shape, dtype=dtype, device=device)
-        name = self._second_moment
-        if name is not None and name not in self.tensors:
-            self.tensors[name] = torch.zeros(count, *shape, dtype=dtype, device=device)
-        self.refreshed = [False] * count
-        self.failures = [0] * count
-        # Rows whose refresh in the background is not installed so far; None where it has not begun since loading.
-        self.pending: dict[int, Refresh | None] = {}
+        self.tensors = self._new_tensors()
         self.meter = RefreshMeter()
+        self._reset_counts()
+
+    def _reset_counts(self) -> None:
+        self.refreshed = [False] * len(self.keys)
+        self.failures = [0] * len(self.keys)
+        # Rows whose refresh in the background is not installed yet; None if it has not begun since loading.
+        self.pending: dict[int, Refresh | None] = {}
+
+    def _new_tensors(self) -> dict[str, Tensor]:
+        """The state of blocks that have not seen a gradient."""
+        count, name = len(self.keys), self._second_moment
+        moments = (count, *self.shape)
+        tensors = self._preconditioner.new_state(count, self.shape, self._device, self._dtype)
+        if self._config.betas[0] != 0.0:
+            first = self._preconditioner.first_moment
+            tensors[first] = torch.zeros(moments, dtype=self._dtype, device=self._device)
+        if name is not None and name not in tensors:
+            tensors[name] = torch.zeros(moments, dtype=self._dtype, device=self._device)
+        return tensors
+
+    def release(self) -> None:
+        """Let go of the state's memory; `renew` must follow before the next step."""
+        self._reset_counts()
+        self.tensors = {}
+
+    def renew(self) -> None:
+        """Start again with new state, after `release`."""
+        self.tensors = self._new_tensors()
 
     def _use(self, config: ShampooConfig) -> None:
         """Take these options from now on."""
@@ -325,43 +342,6 @@ class BlockStack:
                 self.failures[row],
             )
 
-    def export(self) -> dict[str, Any]:
-        """State as tensors and builtins; tensors are the live ones."""
-        return {
-            "keys": list(self.keys),
-            "shape": list(self.shape),
-            "refreshed": list(self.refreshed),
-            "failures": list(self.failures),
-            "pending": [row in self.pending for row in range(len(self.keys))],
-            "tensors": dict(self.tensors),
-        }
-
-    def incompatibility(self, saved: dict[str, Any]) -> str | None:
-        """Why an exported stack's blocks cannot be taken over here, or None."""
-        same_shape = tuple(saved["shape"]) == self.shape
-        if same_shape and _row_shapes(saved["tensors"]) == _row_shapes(self.tensors):
-            return None
-        return (
-            f"saved state of block {saved['keys'][0]} has shape {tuple(saved['shape'])} "
-            f"and {_row_shapes(saved['tensors'])}; "
-            f"the options now ask for {self.shape} and {_row_shapes(self.tensors)} "
-            "(max_preconditioner_dim, one_sided, large_dim, betas, grafting, preconditioner, ... changed)"
-        )
-
-    def load_row(self, row: int, saved: dict[str, Any], saved_row: int) -> None:
-        """Take one block's state from an exported stack, which must fit, that holds it at ``saved_row``."""
-        for name, tensor in self.tensors.items():
-            tensor[row].copy_(saved["tensors"][name][saved_row])
-        self.refreshed[row] = bool(saved["refreshed"][saved_row])
-        self.failures[row] = int(saved["failures"][saved_row])
-        self.mark_pending(row, "pending" in saved and bool(saved["pending"][saved_row]))
-
-    def mark_pending(self, row: int, pending: bool) -> None:
-        """Whether a loaded block's refresh was under way when it was saved; its next step then installs it."""
-        self.pending.pop(row, None)
-        if pending:
-            self.pending[row] = None
-
 
 def _second_moment(preconditioner: Preconditioner, config: ShampooConfig) -> str | None:
     """The name of the second moment of the grafting or first updates, if they have one. What is needed until the
@@ -370,10 +350,6 @@ def _second_moment(preconditioner: Preconditioner, config: ShampooConfig) -> str
         return None
     ends = config.grafting_method == "none" and preconditioner.filled_by_refresh is not None
     return preconditioner.filled_by_refresh if ends else "second_moment"
-
-
-def _row_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape[1:]) for name, tensor in sorted(tensors.items())}
 
 
 def _part(state: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,12 +44,27 @@ class Elementwise:
         dtype: torch.dtype,
     ) -> None:
         self.segments = tuple(segments)
-        self._dtype = dtype
-        sizes = [s.numel for s in segments]
+        self._dtype, self._device = dtype, device
         self.needs = {(s.group, s.method): moments_of(configs[s.group], s.method) for s in segments}
         used = [name for name in ("exp_avg", "second_moment") if any(name in needs for needs in self.needs.values())]
-        self.tensors = {name: torch.zeros(sum(sizes), dtype=dtype, device=device) for name in used}
-        self.views = {name: list(torch.split(t, sizes)) if sizes else [] for name, t in self.tensors.items()}
+        count = sum(s.numel for s in segments)
+        self.tensors = {name: torch.zeros(count, dtype=dtype, device=device) for name in used}
+        self.views = self._split()
+
+    def _split(self) -> dict[str, list[Tensor]]:
+        """Each segment's part of each tensor."""
+        sizes = [s.numel for s in self.segments]
+        return {name: list(torch.split(t, sizes)) if sizes else [] for name, t in self.tensors.items()}
+
+    def release(self) -> None:
+        """Let go of the state's memory; `renew` must follow before the next step."""
+        self.tensors = {name: tensor.to("meta") for name, tensor in self.tensors.items()}
+        self.views = {}
+
+    def renew(self) -> None:
+        """Start again with new state, after `release`."""
+        self.tensors = {name: torch.zeros_like(t, device=self._device) for name, t in self.tensors.items()}
+        self.views = self._split()
 
     def squared_norms(self, gradients: Sequence[Tensor], count: int) -> Tensor:
         """This rank's share of each parameter's ||G||^2, as [count] with one entry per parameter of the unit."""
@@ -117,61 +131,6 @@ class Elementwise:
 
     def _parts(self, bases: Sequence[Tensor]) -> list[Tensor]:
         return [bases[s.tensor].narrow(0, s.offset, s.numel) for s in self.segments]
-
-    def export(self) -> dict[str, Any]:
-        """State as tensors and builtins; tensors are the live ones."""
-        return {"segments": [[s.key, s.start, s.numel] for s in self.segments], "tensors": dict(self.tensors)}
-
-    def incompatibility(self, saved: Sequence[dict[str, Any]], stepped: Mapping[str, int]) -> str | None:
-        """Why exported states cannot be taken over for this rank's segments, or None.
-
-        Args:
-            stepped: steps by parameter key; of a parameter with steps every element must be there.
-        """
-        where = _intervals(saved)
-        for segment in self.segments:
-            filled = 0
-            for start, numel, _, tensors in where[segment.key]:
-                overlap = min(start + numel, segment.start + segment.numel) - max(start, segment.start)
-                filled += max(0, overlap)
-                missing = self.needs[segment.group, segment.method] - set(tensors)
-                if overlap > 0 and missing:
-                    return (
-                        f"saved state of {segment.key} has {sorted(tensors)}, "
-                        f"the options now ask for {sorted(missing)} too"
-                    )
-            if filled != segment.numel and stepped.get(segment.key):
-                return (
-                    f"the saved state holds {filled} of the {segment.numel} elements of {segment.key} that this rank "
-                    "needs; its shape is another, or it was saved with another sharding"
-                )
-        return None
-
-    def load(self, saved: Sequence[dict[str, Any]]) -> None:
-        """Take what exported states, which must fit, hold for this rank's segments."""
-        where = _intervals(saved)
-        for number, segment in enumerate(self.segments):
-            for start, numel, position, tensors in where[segment.key]:
-                low, high = max(start, segment.start), min(start + numel, segment.start + segment.numel)
-                if low >= high:
-                    continue
-                for name in self.needs[segment.group, segment.method]:
-                    target = self.views[name][number].narrow(0, low - segment.start, high - low)
-                    target.copy_(tensors[name].narrow(0, position + low - start, high - low))
-
-
-Interval: TypeAlias = tuple[int, int, int, dict[str, Tensor]]
-
-
-def _intervals(saved: Sequence[dict[str, Any]]) -> dict[str, list[Interval]]:
-    """By parameter key: (start, numel, place in the buffers, buffers) of each saved interval."""
-    where: dict[str, list[Interval]] = defaultdict(list)
-    for state in saved:
-        position = 0
-        for key, start, numel in state["segments"]:
-            where[key].append((start, numel, position, state["tensors"]))
-            position += numel
-    return where
 
 
 def moments_of(config: ShampooConfig, method: str) -> set[str]:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shampoo_deepspeed.checkpoint.manifest import CheckpointError, Manifest
-from shampoo_deepspeed.checkpoint.tensor_store import damage
+from shampoo_deepspeed.checkpoint.manifest import Manifest, check_files
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
 from shampoo_deepspeed.options.config import ShampooConfig
 
@@ -17,18 +16,16 @@ def describe(path: Path) -> str:
     """Parameters, options, sizes and health of a checkpoint.
 
     Raises:
-        CheckpointError: where there is no complete checkpoint, or a file is damaged.
+        CheckpointError: if there is no complete checkpoint, or a file is damaged.
     """
     manifest = Manifest.read(path)
-    problem = damage(path / manifest.directory, manifest.files)
-    if problem:
-        raise CheckpointError(problem)
+    check_files(path / manifest.directory, manifest.files)
     size = sum(facts["bytes"] for facts in manifest.files.values())
     steps = {record["steps"] for record in manifest.parameters.values()}
     ranks = f"{manifest.world_size} rank{'s' * (manifest.world_size != 1)}"
     lines = [
         f"Shampoo checkpoint {path}",
-        f"saved by {ranks} with torch {manifest.versions['torch']}",
+        f"saved by {ranks} with {', '.join(f'{name} {number}' for name, number in sorted(manifest.versions.items()))}",
         f"{len(manifest.files)} files, {_megabytes(size)}, all checksums right",
         f"steps: {_range(steps)}; rejected: {manifest.rejected_steps}",
     ]

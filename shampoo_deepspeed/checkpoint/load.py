@@ -1,38 +1,31 @@
-"""What of a checkpoint fits an optimizer, and why the rest does not."""
+"""load_shampoo: check a checkpoint on all ranks together, see what fits, and leave the reading to the next step."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from shampoo_deepspeed.checkpoint.manifest import Manifest
-from shampoo_deepspeed.checkpoint.records import cuts_of
-from shampoo_deepspeed.checkpoint.stored_state import base_key
+from shampoo_deepspeed.checkpoint.async_writer import WRITER
+from shampoo_deepspeed.checkpoint.manifest import CheckpointError, Manifest, base_key, check_files, options_record
+from shampoo_deepspeed.checkpoint.stored_state import StoredState
+from shampoo_deepspeed.distributed.collectives import decide_on_first_rank, job_group, on_all_ranks
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy, decays_under
 from shampoo_deepspeed.options.checks import OptionError
-from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
+from shampoo_deepspeed.options.config import NOT_STORED, OPTION_NAMES, SCHEDULED, ShampooConfig, options_with
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
+from shampoo_deepspeed.state.unwrap import unwrap
 
 logger = logging.getLogger("shampoo_deepspeed")
 
-# Options that say how and when ranks work, or which parameters are meant, not what their state looks like.
-_NOT_STORED = (
-    "communication_dtype",
-    "apply_dtype",
-    "bucket_mb",
-    "overlap",
-    "exclude",
-    "no_decay",
-    "refresh",
-    "precondition_frequency",
-)
-# What schedules change, so that it differs at most resumptions.
-_SCHEDULED = ("lr", "peak_lr", "betas", "momentum")
 # What is checked together, so that some of it alone may be a combination that is not allowed.
 _TOGETHER = (
     ("momentum", "dampening", "nesterov"),
@@ -41,48 +34,154 @@ _TOGETHER = (
 )
 
 
-def incompatibilities(
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_shampoo` has found: keys of parameters that go on, and why others start with new state."""
+
+    loaded: tuple[str, ...]
+    left_out: Mapping[str, str]
+
+
+def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = True, options: bool = True) -> LoadReport:
+    """Go on from a checkpoint, from the next step on; call it on all ranks. World size and framework may have changed.
+
+    The files are checked now and read when the next step finds out what each rank owns; they must stay until then.
+
+    Args:
+        optimizer: as for ``save_shampoo``.
+        strict: raise if anything does not fit. Otherwise parameters that fit go on, the others start with new state,
+            and the report and a warning name them.
+        options: take over lr and the other options that a group may change at any time, as torch's
+            ``load_state_dict`` does; those that shape the state must be equal already.
+
+    Raises:
+        CheckpointError: on all ranks: no complete checkpoint, a damaged file, or (strict) what does not fit.
+        TypeError: if there is no Shampoo in ``optimizer``.
+    """
+    optimizer = unwrap(optimizer)
+    if WRITER.unfinished:
+        WRITER.wait(optimizer)
+    # It is read later, when a loop may have changed its directory, or a link to its newest checkpoint.
+    folder, group = Path(path).resolve(), job_group()
+    with on_all_ranks(group):
+        manifest = _checked_manifest(folder, group)
+    records = {base_key(name): record for name, record in manifest.parameters.items()}
+    configs = optimizer.configs()
+    known = [entry.parameter for entry in optimizer.entries]
+    unfit = _incompatibilities(known, optimizer.policies, configs, records, manifest)
+    seen = _Seen(manifest.directory, {parameter.key for parameter in known}, unfit)
+    unfit, here = decide_on_first_rank(seen, partial(_joined, folder), group)
+    unused = {
+        key: "it is in the checkpoint, and no parameter here has this name" for key in sorted(set(records) - here)
+    }
+    left_out = {**unfit, **unused}
+    if strict and left_out:
+        raise CheckpointError(_what_does_not_fit(folder, left_out))
+    for key, why in left_out.items():
+        logger.warning("%s: %s; it starts anew", key, why)
+    going_on = [parameter for parameter in known if parameter.key in records and parameter.key not in unfit]
+    keys = frozenset(parameter.key for parameter in going_on)
+    optimizer.take_state(StoredState(folder, manifest, keys))
+    if options:
+        _restore_options(optimizer, going_on, configs, records, manifest)
+    return LoadReport(tuple(sorted(keys)), left_out)
+
+
+@dataclass
+class _Seen:
+    """What one rank finds: the save, the keys of all parameters, and why some of them cannot go on from it."""
+
+    directory: str
+    keys: set[str]
+    unfit: dict[str, str]
+
+
+def _joined(path: Path, ranks: Sequence[_Seen]) -> tuple[dict[str, str], set[str]]:
+    """What does not fit on any rank, and the keys of all parameters.
+
+    Raises:
+        CheckpointError: if the ranks see different saves.
+    """
+    directories = {seen.directory for seen in ranks}
+    if len(directories) > 1:
+        raise CheckpointError(
+            f"the ranks see different saves in {path} ({', '.join(sorted(directories))}): wait until all ranks see "
+            "the newest one"
+        )
+    unfit = {key: why for seen in ranks for key, why in seen.unfit.items()}
+    return unfit, {key for seen in ranks for key in seen.keys}
+
+
+def _checked_manifest(path: Path, group: dist.ProcessGroup | None) -> Manifest:
+    """The manifest, after this rank has checked its share of the files.
+
+    Raises:
+        CheckpointError: if there is no complete checkpoint, or a file is damaged or cannot be read.
+    """
+    rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    try:
+        manifest = Manifest.read(path)
+        check_files(path / manifest.directory, dict(sorted(manifest.files.items())[rank::size]))
+    except OSError as error:
+        raise CheckpointError(str(error)) from error
+    return manifest
+
+
+def _incompatibilities(
     known: Sequence[Parameter],
     policies: Mapping[str, Policy],
     configs: Mapping[int, ShampooConfig],
+    records: Mapping[str, Mapping[str, Any]],
     manifest: Manifest,
 ) -> dict[str, str]:
     """Why parameters of this rank cannot go on from a checkpoint, by key."""
-    records: dict[str, Mapping[str, Any]] = {base_key(name): r for name, r in manifest.parameters.items()}
+    pairs = {(str(records[p.key]["group"]), p.group) for p in known if p.key in records}
+    other_options = {(saved, own): _other_options(manifest.groups[saved], configs[own]) for saved, own in sorted(pairs)}
     out = {}
     for parameter in known:
         record = records.get(parameter.key)
         if record is None:
             out[parameter.key] = "the checkpoint has no parameter of this name; build the optimizer with the names then"
-        elif tuple(record["shape"]) != parameter.shape:
+            continue
+        if tuple(record["shape"]) != parameter.shape:
             out[parameter.key] = f"it was saved with shape {tuple(record['shape'])}, and has {parameter.shape} here"
-        else:
-            problem = _other_options(policies[parameter.key], configs[parameter.group], record, manifest)
-            if problem:
-                out[parameter.key] = problem
+            continue
+        group = str(record["group"])
+        problem = other_options[group, parameter.group] or _other_blocks(policies[parameter.key], record, manifest)
+        if problem is not None:
+            out[parameter.key] = problem
     return out
 
 
-def _other_options(policy: Policy, config: ShampooConfig, record: Mapping[str, Any], manifest: Manifest) -> str | None:
+def _other_options(record: Mapping[str, Any], config: ShampooConfig) -> str | None:
+    """Why blocks that were saved under a group's options cannot go on under those of today, or None."""
+    if record == options_record(config, record["lr"]):
+        return None
     try:
-        saved = ShampooConfig.from_options(manifest.groups[str(record["group"])])
+        saved = ShampooConfig.from_options(record)
     except OptionError as error:
         return f"it was saved by another version: {error}"
     before, after = saved.shape_of_state(), config.shape_of_state()
     for name, value in after.items():
-        if name not in _NOT_STORED and value != before[name]:
+        if name not in options_with(NOT_STORED) and value != before[name]:
             was, is_ = getattr(saved, name), getattr(config, name)
             return f"it was saved with {name} = {was!r}, and here it is {is_!r}; set it to {was!r}"
-    merged = record["merged"]
-    if policy.preconditioned != (merged is not None):
-        was_, is_ = ("preconditioned", "element-wise") if merged is not None else ("element-wise", "preconditioned")
-        return f"it was saved as {was_}, and here it is {is_}; give the same exclude ({list(saved.exclude)}) and names"
-    if policy.preconditioned and cuts_of(policy) != record["cuts"]:
+    return None
+
+
+def _other_blocks(policy: Policy, record: Mapping[str, Any], manifest: Manifest) -> str | None:
+    """Why a parameter cannot go on from blocks or element-wise state as it was saved, or None."""
+    blocks = [list(along) for along in policy.cuts] if policy.reason is None else None
+    if (blocks is None) != (record["cuts"] is None):
+        was, is_ = ("preconditioned", "element-wise") if blocks is None else ("element-wise", "preconditioned")
+        exclude = list(ShampooConfig.from_options(manifest.groups[str(record["group"])]).exclude)
+        return f"it was saved as {was}, and here it is {is_}; give the same exclude ({exclude}) and names"
+    if blocks != record["cuts"]:
         return "it was saved in other blocks; give the same rules and the same names, or model="
     return None
 
 
-def what_does_not_fit(path: Path, problems: Mapping[str, str]) -> str:
+def _what_does_not_fit(path: Path, problems: Mapping[str, str]) -> str:
     lines = [f"  {key}: {why}" for key, why in list(problems.items())[:5]]
     more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
     return (
@@ -93,33 +192,57 @@ def what_does_not_fit(path: Path, problems: Mapping[str, str]) -> str:
     )
 
 
-def restore_options(optimizer: BlockOptimizer, manifest: Manifest, keys: frozenset[str]) -> None:
+def _restore_options(
+    optimizer: BlockOptimizer,
+    going_on: Sequence[Parameter],
+    configs: Mapping[int, ShampooConfig],
+    records: Mapping[str, Mapping[str, Any]],
+    manifest: Manifest,
+) -> None:
     """Options of saved groups for today's groups that go on from them.
 
     A group keeps, with a warning, what the saved groups of its parameters do not share. Weight decay goes by what it
     did to each parameter: one framework has two groups where another has one and ``no_decay``.
-
-    Args:
-        keys: of the parameters that go on.
     """
-    records = {base_key(name): record for name, record in manifest.parameters.items()}
-    origin = {key: str(records[key]["group"]) for key in keys}
-    saved = {number: ShampooConfig.from_options(manifest.groups[number]) for number in set(origin.values())}
-    configs = optimizer.configs()
     for group in optimizer.param_groups:
-        number = group["shampoo_group"]
-        config = configs[number]
-        members = [e.parameter for e in optimizer.entries if e.parameter.group == number and e.parameter.key in keys]
-        if not members:
-            continue
-        origins = sorted({origin[parameter.key] for parameter in members})
-        _take_over(group, config, {o: saved[o] for o in origins})
-        was = {}
-        for parameter in members:
-            before = saved[origin[parameter.key]]
-            decays = records[parameter.key].get("decays", decays_under(parameter, before))  # older saves do not tell
-            was[parameter.key] = before.weight_decay if decays else 0.0
-        _restore_decay(group, [p for p in members if not p.frozen], config, was)
+        members = [parameter for parameter in going_on if parameter.group == group["shampoo_group"]]
+        if members and not _as_saved(group, members, optimizer.policies, configs, records, manifest):
+            _restore_group(group, members, configs[group["shampoo_group"]], records, manifest)
+
+
+def _as_saved(
+    group: Mapping[str, Any],
+    members: Sequence[Parameter],
+    policies: Mapping[str, Policy],
+    configs: Mapping[int, ShampooConfig],
+    records: Mapping[str, Mapping[str, Any]],
+    manifest: Manifest,
+) -> bool:
+    """Whether a group has the options already with which all of its parameters were saved."""
+    if any(records[p.key].get("decays") != policies[p.key].decays for p in members):
+        return False
+    own = options_record(configs[group["shampoo_group"]], group["lr"])
+    return all(manifest.groups[number] == own for number in {str(records[p.key]["group"]) for p in members})
+
+
+def _restore_group(
+    group: dict[str, Any],
+    members: Sequence[Parameter],
+    config: ShampooConfig,
+    records: Mapping[str, Mapping[str, Any]],
+    manifest: Manifest,
+) -> None:
+    """Options for one group; ``members`` are its parameters that go on, ``config`` its options of today."""
+    origin = {parameter.key: str(records[parameter.key]["group"]) for parameter in members}
+    saved = {number: ShampooConfig.from_options(manifest.groups[number]) for number in sorted(set(origin.values()))}
+    _take_over(group, config, saved)
+    was = {}
+    for parameter in members:
+        before, decays = saved[origin[parameter.key]], records[parameter.key].get("decays")
+        if decays is None:  # an older save
+            decays = decays_under(parameter, before)
+        was[parameter.key] = before.weight_decay if decays else 0.0
+    _restore_decay(group, [p for p in members if not p.frozen], config, was)
 
 
 def _take_over(group: dict[str, Any], config: ShampooConfig, saved: Mapping[str, ShampooConfig]) -> None:
@@ -141,7 +264,7 @@ def _take_over(group: dict[str, Any], config: ShampooConfig, saved: Mapping[str,
             "group %s keeps its own options but lr, as the checkpoint's do not go with them: %s", number, error
         )
         shared = [name for name in shared if name == "lr"]
-    changed = [n for n in shared if n not in _SCHEDULED and own[n] != getattr(first, n)]
+    changed = [n for n in shared if n not in options_with(SCHEDULED) and own[n] != getattr(first, n)]
     if changed:
         logger.warning(
             "group %s goes on with the checkpoint's %s",

@@ -1,20 +1,28 @@
-"""What a checkpoint is: one JSON file beside the tensors, whose appearance makes a save complete."""
+"""What a checkpoint is: one JSON file next to the tensors, whose appearance makes a save complete."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from shampoo_deepspeed.geometry.blocks import even_cuts
+from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
 from shampoo_deepspeed.state.block_codec import BlockLayout
 
 FORMAT = 1
 NAME = "manifest.json"
+
+_NUMBERED = re.compile(r"(.+)@[0-9]*", re.DOTALL)
 
 
 class CheckpointError(RuntimeError):
@@ -26,16 +34,16 @@ class Manifest:
     """The contents of ``manifest.json``.
 
     Args:
-        directory: name of the folder beside this file that holds the tensors.
+        directory: name of the folder next to this file that holds the tensors.
         world_size: number of ranks that saved.
         groups: options of each parameter group, by its number.
-        parameters: by key ``shape``, ``group``, ``options`` (the group's number, or that of a rule within it, and what
-            tells blocks of another dtype or of an earlier save from others under the same options), ``steps``, and
-            (None where element-wise) ``merged``, the shape that is cut into blocks, and ``cuts``, their lengths along
+        parameters: by stored name ``shape``, ``group``, ``options`` (the group's number, or that of a rule within it,
+            and what distinguishes blocks of another dtype or of an earlier save under the same options), ``steps``,
+            and (None if element-wise) ``merged``, the shape that is cut into blocks, and ``cuts``, their lengths along
             each dim. With expert parallelism also ``parts``, the number of ranks that hold different ones.
         layouts: a block's bytes, by ``"options:shape"`` as ``layout_key`` gives it.
         files: ``bytes`` and ``crc32`` of each file in the folder.
-        versions: of what wrote it; for people.
+        versions: of this package and torch, when it was written; for people.
     """
 
     directory: str
@@ -52,7 +60,7 @@ class Manifest:
         """Read the manifest of a checkpoint.
 
         Raises:
-            CheckpointError: where there is none, or it is damaged or of another format.
+            CheckpointError: if there is none, or it is damaged or of another format.
         """
         file = path / NAME
         if not file.is_file():
@@ -84,7 +92,7 @@ class Manifest:
         return cls(**known)
 
     def commit(self, path: Path) -> None:
-        """Put the manifest in its place in one step, so that a reader sees the old checkpoint or the new one."""
+        """Put the manifest into its place by one rename, so that a reader sees the old checkpoint or the new one."""
         body = {"format": FORMAT, **asdict(self)}
         content = json.dumps({"crc32": _checksum(body), "body": body}, indent=1)
         aside = path / f"{NAME}.{self.directory}"
@@ -108,9 +116,70 @@ def _completed(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "options": record["group"], "cuts": cuts}
 
 
+def stored_name(key: str, part: int | None) -> str:
+    """A parameter's key in checkpoints: with expert parallelism, ranks hold different ones under the same name.
+
+    A key that looks like that of a part gets an "@" of its own.
+    """
+    if part is None:
+        return f"{key}@" if _NUMBERED.fullmatch(key) else key
+    return f"{key}@{part}"
+
+
+def base_key(name: str) -> str:
+    """A parameter's key without the number of its expert-parallel part."""
+    found = _NUMBERED.fullmatch(name)
+    return found[1] if found else name
+
+
 def layout_key(options: int | str, shape: Sequence[int]) -> str:
     """The key of a block layout: saved number of its options and block shape."""
     return f"{options}:{'x'.join(map(str, shape))}"
+
+
+def options_record(config: ShampooConfig, lr: float | Tensor) -> dict[str, Any]:
+    """A group's options as a manifest has them, in JSON types; ``lr`` is the present one."""
+    record: dict[str, Any] = json.loads(
+        json.dumps({name: getattr(config, name) for name in OPTION_NAMES} | {"lr": float(lr)})
+    )
+    return record
+
+
+def versions() -> dict[str, str]:
+    """The versions that a manifest records."""
+    try:
+        own = version("shampoo-deepspeed")
+    except PackageNotFoundError:  # imported from a folder, without its metadata
+        own = "unknown"
+    return {"shampoo_deepspeed": own, "torch": torch.__version__}
+
+
+def check_files(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check files in a folder against what a manifest records of them.
+
+    Raises:
+        CheckpointError: naming the first file that is not as it was written.
+    """
+    for name, expected in sorted(files.items()):
+        file = directory / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"{file} has {size} bytes and should have {expected['bytes']}: it was cut short or changed"
+            )
+        if checksum(file) != expected["crc32"]:
+            raise CheckpointError(f"{file} is damaged: its checksum is not the one that was saved")
+
+
+def checksum(file: Path) -> str:
+    """CRC-32 of a file's bytes, as eight hexadecimal digits."""
+    value = 0
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 22):
+            value = zlib.crc32(piece, value)
+    return f"{value:08x}"
 
 
 def sync_directory(path: Path) -> None:

@@ -1,112 +1,354 @@
-"""Writes a checkpoint on all ranks together: data first, then the manifest, whose appearance makes it complete."""
+"""save_shampoo: all ranks write a checkpoint together, data first, then the manifest, which makes it complete."""
 
 from __future__ import annotations
 
 import logging
+import math
+import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from shampoo_deepspeed.checkpoint.async_writer import WRITER
 from shampoo_deepspeed.checkpoint.manifest import NAME as MANIFEST
-from shampoo_deepspeed.checkpoint.manifest import CheckpointError, Manifest, sync_directory
-from shampoo_deepspeed.checkpoint.records import tables
-from shampoo_deepspeed.checkpoint.stored_state import StoredState, base_key, state_items
-from shampoo_deepspeed.checkpoint.tensor_store import INDEX, Item, StorageError, checksum, write
-from shampoo_deepspeed.distributed.collectives import decided, gathered
-from shampoo_deepspeed.state.block_codec import Form
-from shampoo_deepspeed.state.state_dict import SavedState
+from shampoo_deepspeed.checkpoint.manifest import (
+    CheckpointError,
+    Manifest,
+    base_key,
+    checksum,
+    layout_key,
+    options_record,
+    stored_name,
+    sync_directory,
+    versions,
+)
+from shampoo_deepspeed.checkpoint.stored_state import StoredState
+from shampoo_deepspeed.checkpoint.tensor_store import INDEX, Item, write
+from shampoo_deepspeed.distributed.collectives import decide_on_first_rank, job_group, on_all_ranks
+from shampoo_deepspeed.distributed.frameworks import Parameter
+from shampoo_deepspeed.engine.policy import Policy
+from shampoo_deepspeed.engine.step_unit import StepUnit
+from shampoo_deepspeed.geometry.boxes import Box
+from shampoo_deepspeed.options.rules import STRIDE
+from shampoo_deepspeed.state.block_codec import BlockLayout, Form, block_layout, block_size, dtype_name, packed
+from shampoo_deepspeed.state.state_dict import SavedState, view_of
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
+from shampoo_deepspeed.state.unwrap import unwrap
 
 logger = logging.getLogger("shampoo_deepspeed")
 
 
-def prepared(
-    optimizer: BlockOptimizer, form: Form, copies: bool
-) -> tuple[list[Item], dict[str, Any], Exception | None]:
-    """What this rank writes and tells, or why it cannot, which the other ranks must hear before they wait for it.
+def save_shampoo(
+    optimizer: Any,
+    path: str | PathLike[str],
+    *,
+    asynchronous: bool = False,
+    moments_dtype: torch.dtype | None = None,
+    packed_factors: bool = False,
+) -> Future[None]:
+    """Write the optimizer's state into the folder ``path``; call it on all ranks of the job.
+
+    Every rank writes the blocks that it owns, so the folder must be one that all ranks see. An earlier checkpoint in
+    it stays until the new one is complete.
 
     Args:
+        optimizer: a Shampoo, or what holds one: a wrapper of a framework, a DeepSpeed engine, a Trainer that trains.
+        asynchronous: return once the state has been copied to CPU memory; a thread writes it, together with those of
+            the other ranks. The next save waits for it, as does the interpreter's exit. Before
+            ``dist.destroy_process_group()`` call ``result()`` of the future or `wait_for_saves`: without its process
+            group a save cannot be completed.
+        moments_dtype: dtype of moments on disk, e.g. torch.bfloat16, half the bytes and no longer bit-exact; None keeps
+            theirs. Factor matrices, roots and master weights always keep theirs.
+        packed_factors: write the lower triangles of factor matrices only, from which everything is computed: up to a
+            sixth less on disk, and a run that resumes is the same to the bit. Packing takes a pass over the matrices.
+
+    Returns:
+        A future, which is done already unless ``asynchronous``.
+
+    Raises:
+        CheckpointError: on all ranks, if one of them fails (from ``result()`` of the future if asynchronous), or if a
+            loaded state dict waits for ``load_shampoo``.
+        TypeError: if there is no Shampoo in ``optimizer``.
+        ValueError: for an empty path, and for another ``moments_dtype`` than bfloat16, float32 or float64. In float16
+            second moments of small gradients would be 0, and the next steps without bound.
+    """
+    optimizer = unwrap(optimizer)
+    if moments_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"moments_dtype = {moments_dtype} is not allowed: None, bfloat16, float32 or float64")
+    if WRITER.unfinished:
+        WRITER.wait(optimizer)
+    keeper = optimizer.state_keeper
+    if keeper.external is not None:
+        raise CheckpointError(
+            f"the optimizer has no state yet: its loaded state dict says where it is ({dict(keeper.external)}); "
+            "call load_shampoo(optimizer, path) on all ranks first"
+        )
+    optimizer.finish_step()
+    if not os.fspath(path):
+        raise ValueError("path is empty: give the folder of the checkpoint")
+    folder = Path(path).absolute()  # a loop may change its directory while a thread writes
+    # All ranks together raise what goes wrong here, in `write_checkpoint`.
+    share = _attempt(lambda: share_of(optimizer, Form(moments_dtype, packed_factors), asynchronous))
+    group = job_group(in_a_thread=asynchronous)
+    job = partial(write_checkpoint, folder, share, group)
+    future = WRITER.submit(optimizer, folder, job, group) if asynchronous else _attempt(job)
+    if not asynchronous:
+        future.result()
+    # The files in which state waits may be those that this save replaces, and the next step may read them.
+    waiting = keeper.waiting
+    if isinstance(waiting, StoredState) and waiting.has_left and future.exception() is None:
+        keeper.waiting = StoredState(folder, Manifest.read(folder), waiting.keys)
+    return future
+
+
+@dataclass
+class Share:
+    """What one rank gives to a checkpoint: tensors, and in builtins its entries of the manifest.
+
+    What several ranks know of a parameter comes from the first rank of its unit.
+    """
+
+    groups: dict[str, dict[str, Any]]
+    rejected_steps: int
+    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layouts: dict[str, BlockLayout] = field(default_factory=dict)
+    items: list[Item] = field(default_factory=list)
+
+
+def share_of(optimizer: BlockOptimizer, form: Form, copies: bool = False) -> Share:
+    """This rank's share.
+
+    Args:
+        form: of the state on disk.
         copies: of the tensors, on the CPU: the next step changes the live ones.
     """
-    try:
-        items = list(_items(optimizer, form))
-        if copies:
-            items = [replace(item, content=_constant(item.content())) for item in items]
-        return items, tables(optimizer, form), None
-    except Exception as error:
-        return [], {}, error
+    live = {group["shampoo_group"]: group["lr"] for group in optimizer.param_groups}
+    # A framework may have taken out groups that have no parameters.
+    configs = {number: config for number, config in optimizer.configs().items() if number < STRIDE}
+    groups = {str(n): options_record(config, live.get(n, config.lr)) for n, config in configs.items()}
+    share = Share(groups, optimizer.rejected_steps)
+    _add_waiting(share, optimizer, form)
+    for unit in optimizer.units:
+        _add_unit(share, unit, optimizer.policies, form)
+    if copies:
+        share.items = [replace(item, content=_constant(item.content())) for item in share.items]
+    return share
 
 
-def _constant(tensor: torch.Tensor) -> Any:
+def _add_unit(share: Share, unit: StepUnit, policies: Mapping[str, Policy], form: Form) -> None:
+    """Add a unit's state and, on its first rank, the records of its parameters."""
+    state, part = SavedState.of_units([unit], share.rejected_steps), unit.layout.part
+    names = {p.key: stored_name(p.key, part) for p in unit.parameters}
+    # The bytes of blocks of another dtype are others.
+    suffix = "" if unit.dtype == torch.float32 else f" in {dtype_name(unit.dtype)}"
+    options = {
+        p.key: f"{policies[p.key].options}{suffix}" if suffix else policies[p.key].options for p in unit.parameters
+    }
+    if unit.rank == 0:
+        parts = {} if part is None else {"parts": unit.layout.parts}
+        for p in unit.parameters:
+            record = _record(p, state.steps[p.key], policies[p.key], options[p.key])
+            share.parameters[names[p.key]] = record | parts
+    share.layouts |= _layouts(state, options, form)
+    share.items += _items(state, names, {p.key: p.shape for p in unit.parameters}, form)
+
+
+def _add_waiting(share: Share, optimizer: BlockOptimizer, form: Form) -> None:
+    """Add what is known of parameters without a unit: nothing, or loaded state, which is written again."""
+    waiting = optimizer.state_keeper.waiting
+    in_units = {p.key for unit in optimizer.units for p in unit.parameters}
+    known = {e.parameter.key: e.parameter for e in optimizer.entries if e.parameter.key not in in_units}
+    names = {key: stored_name(key, None) for key in known}
+    options = {key: optimizer.policies[key].options for key in known}
+    steps = {} if waiting is None else waiting.steps
+    for key, parameter in known.items():
+        share.parameters[names[key]] = _record(parameter, steps.get(key, 0), optimizer.policies[key], options[key])
+    if isinstance(waiting, StoredState):
+        _add_stored(share, waiting, known)
+    elif waiting is not None:
+        state = waiting.everything()
+        share.layouts |= _layouts(state, options, form)
+        share.items += _items(state, names, {key: parameter.shape for key, parameter in known.items()}, form)
+
+
+def _add_stored(share: Share, waiting: StoredState, known: Mapping[str, Parameter]) -> None:
+    """Add what is written again as it was stored, whatever the groups and dtypes of today's save are."""
+    directory = waiting.manifest.directory
+    used = set()
+    for name, record in waiting.manifest.parameters.items():
+        key = base_key(name)
+        if key in waiting.keys:
+            options = _of_save(record["options"], directory)
+            share.parameters[name] = {**record, "group": known[key].group, "options": options}
+            used.add(options)
+    for found, layout in waiting.manifest.layouts.items():
+        saved_options, _, shape = found.rpartition(":")
+        options = _of_save(saved_options, directory)
+        if options in used:
+            share.layouts[f"{options}:{shape}"] = layout
+    share.items += waiting.items()
+
+
+def _of_save(options: int | str, directory: str) -> str:
+    """The number of options in layout keys, for blocks that an earlier save has written."""
+    return str(options) if " of " in str(options) else f"{options} of {directory}"
+
+
+def _record(parameter: Parameter, steps: int, policy: Policy, options: int | str) -> dict[str, Any]:
+    blocks = policy.reason is None
+    return {
+        "shape": list(parameter.shape),
+        "group": parameter.group,
+        "options": options,
+        "steps": steps,
+        "merged": list(policy.merged) if blocks else None,
+        "cuts": [list(along) for along in policy.cuts] if blocks else None,
+        "decays": policy.decays,
+    }
+
+
+def _layouts(state: SavedState, options: Mapping[str, int | str], form: Form) -> dict[str, BlockLayout]:
+    """The layouts of a state's blocks, by the options of their parameters and their shape."""
+    found = {}
+    for stack in state.stacks:
+        layout = block_layout(stack, form)
+        for number in {options[key.rpartition("/")[0]] for key in stack.keys}:
+            found[layout_key(number, stack.shape)] = layout
+    return found
+
+
+def _items(
+    state: SavedState, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], form: Form
+) -> Iterable[Item]:
+    """What a state gives to write; `stored_state` says under which keys.
+
+    Args:
+        names: stored names, by parameter key.
+        shapes: of the parameters, by key.
+    """
+    for stack in state.stacks:
+        layout = block_layout(stack, form)
+        size = block_size(layout)
+        for row, key in enumerate(stack.keys):
+            parameter, _, index = key.rpartition("/")
+            name = f"blocks/{names[parameter]}/{index}"
+            yield Item(name, (size,), Box((0,), (size,)), torch.uint8, partial(packed, stack, row, layout))
+    for part in state.elementwise:
+        dtypes = {moment: form.dtype(moment, tensor) for moment, tensor in sorted(part.tensors.items())}
+        for key, start, numel, place in part.intervals():
+            for moment, dtype in dtypes.items():
+                values, name = part.tensors[moment].narrow(0, place, numel), f"elementwise/{names[key]}/{moment}"
+                yield Item(name, (math.prod(shapes[key]),), Box((start,), (numel,)), dtype, partial(values.to, dtype))
+    for found in state.buffers:
+        dtype = form.dtype(found.kind, found.buffer)
+        for key, placed in found.places():
+            values, name = view_of(found.buffer, placed), f"shards/{names[key]}/{found.kind}"
+            yield Item(name, shapes[key], placed.box, dtype, partial(values.to, dtype))
+
+
+def _constant(tensor: Tensor) -> Callable[[], Tensor]:
     copy = tensor.detach().cpu().clone()
     return lambda: copy
 
 
-def _items(optimizer: BlockOptimizer, form: Form) -> Iterable[Item]:
-    shapes = {entry.parameter.key: entry.parameter.shape for entry in optimizer.entries}
-    for unit in optimizer.units:
-        state = SavedState.of_units([unit], optimizer.rejected_steps)
-        yield from state_items(state, shapes, unit.layout.part, form)
-    waiting = optimizer.waiting_state
-    if isinstance(waiting, StoredState):
-        yield from waiting.items()
-    elif waiting is not None:
-        yield from state_items(waiting.everything(), shapes, None, form)
+def _attempt(function: Callable[[], Any]) -> Future[Any]:
+    """Call a function now; ``result()`` gives what it returned or raises what it raised."""
+    future: Future[Any] = Future()
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
-def write_checkpoint(
-    path: Path,
-    items: Sequence[Item],
-    told: Mapping[str, Any],
-    error: Exception | None,
-    group: dist.ProcessGroup | None,
-) -> None:
-    """Write what the ranks have prepared; a rank that could not gives the error.
+def write_checkpoint(path: Path, share: Future[Share], group: dist.ProcessGroup | None) -> None:
+    """Write the shares of all ranks.
 
     Raises:
-        CheckpointError: on all ranks, where one of them fails.
+        CheckpointError: on all ranks, if one of them fails or could not make its share.
     """
-    rank = 0 if group is None else dist.get_rank(group)
-    words = None if error is None else str(error) or repr(error)
-    problem = next((found for found in gathered(words, group) if found is not None), None)
-    if problem is not None:
-        raise CheckpointError(f"{path} cannot be written: {problem}") from error
-    folder, problem = decided(None, lambda _: _new_folder(path), group)
-    if problem:
-        raise CheckpointError(f"{path} cannot be written: {problem}")
-    directory = path / folder
     try:
-        write(items, directory, group)
-    except StorageError as error:
-        if rank == 0:
-            shutil.rmtree(directory, ignore_errors=True)
-        raise CheckpointError(str(error)) from error
-    problem = decided((told, *_facts(directory, rank)), lambda words: _completed(path, directory, words), group)
-    if problem:
-        raise CheckpointError(f"{path} cannot be written: {problem}")
+        with on_all_ranks(group):
+            own = share.result()
+        directory = path / decide_on_first_rank(None, lambda _: _new_folder(path), group)
+        try:
+            write(own.items, directory, group)
+            with on_all_ranks(group):
+                files = _written_files(directory, group)
+            shares = (replace(own, items=[]), files)
+            decide_on_first_rank(shares, lambda found: _complete(path, directory, found), group)
+        except Exception:
+            if _rank(group) == 0 and _not_in_use(path, directory):
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be written: {str(error) or repr(error)}") from error
 
 
-def _completed(path: Path, directory: Path, everyones: Sequence[tuple[Mapping[str, Any], Any, str | None]]) -> Any:
-    """Make complete what all ranks have written, or remove it; gives what went wrong."""
-    problem = next((found for _, _, found in everyones if found), None)
-    try:
-        problem = problem or _commit(path, directory, [(told, files) for told, files, _ in everyones])
-    except Exception as error:  # whatever it is, the other ranks wait for this one's word
-        problem = repr(error)
-    if problem and _not_in_use(path, directory):
-        shutil.rmtree(directory, ignore_errors=True)
-    return problem
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def _new_folder(path: Path) -> str:
+    folder = f"data-{uuid.uuid4().hex[:12]}"  # as _OURS knows it
+    (path / folder).mkdir(parents=True)
+    return folder
+
+
+def _written_files(directory: Path, group: dist.ProcessGroup | None) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each file that this rank has written."""
+    rank = _rank(group)
+    own = [*directory.glob(f"__{rank}_*"), *([directory / INDEX] if rank == 0 else [])]
+    return {file.name: {"bytes": file.stat().st_size, "crc32": checksum(file)} for file in own}
+
+
+def _complete(path: Path, directory: Path, found: Sequence[tuple[Share, Mapping[str, Any]]]) -> None:
+    """Put the manifest of all ranks' shares and files in place, and remove what it has replaced."""
+    manifest = _joined([share for share, _ in found], directory.name)
+    manifest = replace(manifest, files={name: facts for _, files in found for name, facts in files.items()})
+    unseen = sorted(name for name in manifest.files if not (directory / name).is_file())
+    if unseen:
+        raise CheckpointError(
+            f"{', '.join(unseen[:3])} of other ranks cannot be seen here: all ranks must share the folder"
+        )
+    sync_directory(directory)
+    manifest.commit(path)
+    _remove_replaced(path, manifest.directory)
+
+
+def _joined(shares: Sequence[Share], directory: str) -> Manifest:
+    """The manifest of all ranks' shares, without files."""
+    parameters: dict[str, Any] = {}
+    for share in shares:
+        for name, record in share.parameters.items():
+            if name not in parameters or record["steps"] > parameters[name]["steps"]:
+                parameters[name] = record
+    # A rank that has not met a parameter yet knows nothing of its parts.
+    whole = {base_key(name) for name in parameters if "@" in name and base_key(name) != name and name[-1] != "@"}
+    return Manifest(
+        directory=directory,
+        world_size=len(shares),
+        rejected_steps=max(share.rejected_steps for share in shares),
+        groups={number: options for share in shares for number, options in share.groups.items()},
+        parameters={name: record for name, record in sorted(parameters.items()) if name not in whole},
+        layouts={key: layout for share in shares for key, layout in share.layouts.items()},
+        versions=versions(),
+    )
 
 
 def _not_in_use(path: Path, directory: Path) -> bool:
-    """Whether the manifest in place is of another save; where that cannot be said, what is there stays."""
+    """Whether the manifest in place is that of another save; if nobody can say, what is there stays."""
     try:
         if not (path / MANIFEST).exists():
             return True
@@ -115,58 +357,7 @@ def _not_in_use(path: Path, directory: Path) -> bool:
         return False
 
 
-def _facts(directory: Path, rank: int) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """Size and checksum of each file that this rank has written, and what went wrong."""
-    try:
-        own = [*directory.glob(f"__{rank}_*"), *([directory / INDEX] if rank == 0 else [])]
-        return {file.name: {"bytes": file.stat().st_size, "crc32": checksum(file)} for file in own}, None
-    except Exception as error:  # as above
-        return {}, f"what was written cannot be read: {error}"
-
-
-def _new_folder(path: Path) -> tuple[str | None, str | None]:
-    try:
-        folder = f"data-{uuid.uuid4().hex[:12]}"  # as _OURS knows it
-        (path / folder).mkdir(parents=True)
-    except Exception as error:  # as above
-        return None, str(error)
-    return folder, None
-
-
-def _commit(
-    path: Path, directory: Path, everyones: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
-) -> str | None:
-    """Write the manifest and remove what it has replaced; gives what went wrong."""
-    parameters: dict[str, Any] = {}
-    for told, _ in everyones:
-        for name, record in told["parameters"].items():
-            if name not in parameters or record["steps"] > parameters[name]["steps"]:
-                parameters[name] = record
-    # A rank that has not met a parameter yet knows nothing of its parts.
-    whole = {base_key(name) for name in parameters if base_key(name) != name and not name.endswith("@")}
-    manifest = Manifest(
-        directory=directory.name,
-        world_size=len(everyones),
-        rejected_steps=max(told["rejected_steps"] for told, _ in everyones),
-        groups={number: options for told, _ in everyones for number, options in told["groups"].items()},
-        parameters={name: record for name, record in sorted(parameters.items()) if name not in whole},
-        layouts={key: layout for told, _ in everyones for key, layout in told["layouts"].items()},
-        files={name: facts for _, files in everyones for name, facts in files.items()},
-        versions={"torch": torch.__version__},
-    )
-    unseen = [name for name in manifest.files if not (directory / name).is_file()]
-    if unseen:
-        return f"{', '.join(sorted(unseen)[:3])} of other ranks cannot be seen here: all ranks must share the folder"
-    try:
-        sync_directory(directory)
-        manifest.commit(path)
-    except OSError as error:
-        return str(error)
-    _remove_replaced(path, manifest.directory)
-    return None
-
-
-# What a save makes in a checkpoint's folder, beside the manifest; anything else there belongs to others.
+# What a save makes in a checkpoint's folder, apart from the manifest; anything else there belongs to others.
 _OURS = re.compile(r"(manifest\.json\.)?data-[0-9a-f]{12}")
 
 

@@ -1,4 +1,4 @@
-"""State on disk: what units hold as items to write, and a checkpoint as the source of today's units.
+"""A checkpoint on disk as the source of today's units.
 
 Keys of the stored tensors:
 ``blocks/<parameter>/<index>`` a block's state as bytes, in the order of its layout (uint8, 1-D);
@@ -9,82 +9,23 @@ The last two are written and read in boxes, so every sharding can read what any 
 
 from __future__ import annotations
 
-import math
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
-from shampoo_deepspeed.checkpoint.manifest import Manifest, layout_key
+from shampoo_deepspeed.checkpoint.manifest import Manifest, base_key, layout_key, stored_name
 from shampoo_deepspeed.checkpoint.tensor_store import Item, StorageError, Store, Wanted
+from shampoo_deepspeed.distributed.collectives import on_all_ranks
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
 from shampoo_deepspeed.geometry.boxes import Box, Placed, row_major
-from shampoo_deepspeed.state.block_codec import (
-    BlockLayout,
-    Form,
-    block_layout,
-    block_size,
-    cut,
-    packed,
-    read_status,
-    unpack,
-)
-from shampoo_deepspeed.state.state_dict import SavedState, gathered_from_unit, view_of
-
-_NUMBERED = re.compile(r"(.+)@[0-9]*", re.DOTALL)
-
-
-def stored_name(key: str, part: int | None) -> str:
-    """A parameter's key in checkpoints: with expert parallelism, ranks hold different ones under the same name.
-
-    A key that looks like that of a part gets an "@" of its own.
-    """
-    if part is None:
-        return f"{key}@" if _NUMBERED.fullmatch(key) else key
-    return f"{key}@{part}"
-
-
-def state_items(
-    state: SavedState, shapes: Mapping[str, tuple[int, ...]], part: int | None, form: Form
-) -> Iterable[Item]:
-    """What a rank's state in memory gives to write.
-
-    Args:
-        shapes: of the parameters, by key.
-        part: that of the unit's layout.
-        form: on disk.
-    """
-    for stack in state.stacks:
-        layout = block_layout(stack, form)
-        size = block_size(layout)
-        for row, key in enumerate(stack["keys"]):
-            parameter, _, index = key.rpartition("/")
-            name = f"blocks/{stored_name(parameter, part)}/{index}"
-            yield Item(name, (size,), Box((0,), (size,)), torch.uint8, partial(packed, stack, row, layout))
-    for exported in state.elementwise:
-        position = 0
-        for key, start, numel in exported["segments"]:
-            for moment, tensor in sorted(exported["tensors"].items()):
-                dtype, values = form.dtype(moment, tensor), tensor.narrow(0, position, numel)
-                name = f"elementwise/{stored_name(key, part)}/{moment}"
-                yield Item(name, (math.prod(shapes[key]),), Box((start,), (numel,)), dtype, partial(values.to, dtype))
-            position += numel
-    for found in state.buffers:
-        dtype = form.dtype(found["kind"], found["buffer"])
-        for key, offsets, lengths, offset in found["shards"]:
-            box = Box(tuple(offsets), tuple(lengths))
-            view = view_of(found["buffer"], Placed(box, offset, row_major(lengths)))
-            yield Item(
-                f"shards/{stored_name(key, part)}/{found['kind']}", shapes[key], box, dtype, partial(view.to, dtype)
-            )
+from shampoo_deepspeed.state.block_codec import BlockLayout, block_size, cut, read_status, unpack
+from shampoo_deepspeed.state.state_dict import BufferState, ElementwiseState, SavedState, StackState, view_of
 
 
 @dataclass(frozen=True)
@@ -106,6 +47,10 @@ class StoredState:
         return Store(self.path / self.manifest.directory)
 
     @property
+    def external(self) -> None:
+        """The state is here."""
+
+    @property
     def rejected_steps(self) -> int:
         """How many steps had been rejected."""
         return self.manifest.rejected_steps
@@ -121,7 +66,7 @@ class StoredState:
 
     @property
     def has_left(self) -> bool:
-        """Whether any state is still to be handed out; otherwise the files are needed no more."""
+        """Whether any state is still to be handed out; if not, the files are no longer needed."""
         records = self.manifest.parameters.items()
         return any(record["steps"] for name, record in records if base_key(name) in self.keys)
 
@@ -133,64 +78,80 @@ class StoredState:
         """Read a unit's state from the files.
 
         Raises:
-            ValueError: on all ranks of the unit, where a file cannot be read or a block has another layout.
+            ValueError: on all ranks of the unit, if a file cannot be read or a block has another layout.
         """
-        problem = None
         try:
-            self.store.read(self._wanted(unit))
-            for p, parameter in enumerate(unit.parameters):
-                if parameter.key in self.keys:
-                    unit.steps[p] = int(self._record(unit, parameter.key)["steps"])
-        except Exception as error:  # whatever it is, the other ranks wait for this one's word
-            problem = str(error) if isinstance(error, StorageError) else repr(error)
-        found = next((p for p in gathered_from_unit(problem, unit) if p), None)
-        if found:
-            raise ValueError(f"the checkpoint {self.path} cannot be loaded: {found}")
+            with on_all_ranks(unit.group, unit.device):
+                names = {p.key: stored_name(p.key, unit.layout.part) for p in unit.parameters if p.key in self.keys}
+                steps = {key: self._steps(name, unit.layout.parts) for key, name in names.items()}
+                self.store.read(self._wanted(unit, names, {key for key, count in steps.items() if count}))
+                unit.steps = [steps.get(p.key, 0) for p in unit.parameters]
+        except Exception as error:
+            raise ValueError(f"the checkpoint {self.path} cannot be loaded: {error}") from error
 
-    def _record(self, unit: StepUnit, key: str) -> Mapping[str, Any]:
-        name = stored_name(key, unit.layout.part)
-        if name not in self.manifest.parameters:
+    def _steps(self, name: str, parts: int) -> int:
+        """How many steps a parameter had taken.
+
+        Raises:
+            StorageError: if it is not here, or if equal names are other experts than in a unit with these ``parts``.
+        """
+        record = self.manifest.parameters.get(name)
+        if record is None:
             raise StorageError(f"it was saved with another number of expert-parallel ranks: {name!r} is not in it")
-        record = self.manifest.parameters[name]
-        # Equal names are other experts then.
-        if record.get("parts", unit.layout.parts) != unit.layout.parts:
+        if record.get("parts", parts) != parts:
             raise StorageError(
-                f"it was saved with {record['parts']} expert-parallel ranks, and here are {unit.layout.parts}: "
+                f"it was saved with {record['parts']} expert-parallel ranks, and here are {parts}: "
                 f"{name!r} is of other experts"
             )
-        return record
+        return int(record["steps"])
 
-    def _wanted(self, unit: StepUnit) -> Iterable[Wanted]:
+    def _wanted(self, unit: StepUnit, names: Mapping[str, str], stepped: set[str]) -> Iterable[Wanted]:
+        """What this rank reads for a unit.
+
+        Args:
+            names: stored names of the parameters that are still to be handed out, by key.
+            stepped: keys of those that have taken steps.
+        """
         for stack in unit.stacks:
-            for row, key in enumerate(stack.keys):
-                parameter, _, index = key.rpartition("/")
-                record = self._record(unit, parameter) if parameter in self.keys else None
-                if record is not None and record["steps"]:
-                    layout = self._layout(record, stack, key)
-                    box = Box((0,), (block_size(layout),))
-                    name = f"blocks/{stored_name(parameter, unit.layout.part)}/{index}"
-                    yield Wanted(name, box, partial(unpack, stack, row, layout))
-        stored = self.store.tensors()
+            yield from self._wanted_blocks(stack, names, stepped)
         views, needs = unit.elementwise.views, unit.elementwise.needs
         for number, segment in enumerate(unit.elementwise.segments):
-            key = segment.key
-            if key in self.keys and self._record(unit, key)["steps"]:
-                for moment in sorted(needs[segment.group, segment.method]):
-                    box = Box((segment.start,), (segment.numel,))
-                    target = views[moment][number]
-                    yield Wanted(f"elementwise/{stored_name(key, unit.layout.part)}/{moment}", box, target.copy_)
+            for moment in sorted(needs[segment.group, segment.method]) if segment.key in stepped else ():
+                box = Box((segment.start,), (segment.numel,))
+                yield Wanted(f"elementwise/{names[segment.key]}/{moment}", box, views[moment][number].copy_)
+        yield from self._wanted_buffers(unit, names)
+
+    def _wanted_blocks(self, stack: BlockStack, names: Mapping[str, str], stepped: set[str]) -> Iterable[Wanted]:
+        layouts: dict[int | str, tuple[BlockLayout, Box]] = {}  # by options, as blocks of other groups may have joined
+        for row, key in enumerate(stack.keys):
+            parameter, _, index = key.rpartition("/")
+            if parameter in stepped:
+                options = self.manifest.parameters[names[parameter]]["options"]
+                if options not in layouts:
+                    layout = self._layout(options, stack, key)
+                    layouts[options] = layout, Box((0,), (block_size(layout),))
+                layout, box = layouts[options]
+                yield Wanted(f"blocks/{names[parameter]}/{index}", box, partial(unpack, stack, row, layout))
+
+    def _wanted_buffers(self, unit: StepUnit, names: Mapping[str, str]) -> Iterable[Wanted]:
+        stored = self.store.tensors()
         narrow = [tensor.dtype != unit.dtype for tensor in unit.local_tensors()]
         for shard in unit.layout.shards:
-            for kind in unit.buffers:
-                key = unit.parameters[shard.parameter].key
-                name = f"shards/{stored_name(key, unit.layout.part)}/{kind}"
-                # Where the framework keeps float32 weights itself there is nothing to do with a master.
-                if key in self.keys and name in stored and (kind != "master" or narrow[shard.tensor]):
+            name = names.get(unit.parameters[shard.parameter].key)
+            for kind in unit.buffers if name is not None else ():
+                # If the framework keeps float32 weights itself there is nothing to do with a master.
+                if f"shards/{name}/{kind}" in stored and (kind != "master" or narrow[shard.tensor]):
                     place = Placed(shard.box, shard.offset, row_major(shard.box.lengths))
-                    yield Wanted(name, shard.box, view_of(unit.buffer(kind, shard.tensor), place).copy_)
+                    target = view_of(unit.buffer(kind, shard.tensor), place)
+                    yield Wanted(f"shards/{name}/{kind}", shard.box, target.copy_)
 
-    def _layout(self, record: Mapping[str, Any], stack: BlockStack, key: str) -> BlockLayout:
-        layout = self.manifest.layouts.get(layout_key(record["options"], stack.shape))
+    def _layout(self, options: int | str, stack: BlockStack, key: str) -> BlockLayout:
+        """The layout of stored blocks under these options, for a live stack; ``key`` is that of one of them.
+
+        Raises:
+            StorageError: if they do not fit the stack.
+        """
+        layout = self.manifest.layouts.get(layout_key(options, stack.shape))
         if layout is None:
             raise StorageError(f"it holds no blocks of shape {stack.shape}, as {key} has here")
         saved = {name: shape for name, _, shape in layout[:-1]}
@@ -203,36 +164,38 @@ class StoredState:
 
     def everything(self) -> SavedState:
         """Read all that is still to be handed out; of expert-parallel parts there may be none."""
-        stacks: dict[str, dict[str, Any]] = {}
-        elementwise, buffers = [], []
+        stacks: dict[str, _Rows] = {}
+        elementwise: dict[str, ElementwiseState] = {}
+        buffers = []
         for name, (shape, _, _) in sorted(self._left().items()):
-            kind, key, last = _split(name)
+            kind, stored, last = _split(name)
+            key = stored.removesuffix("@")  # that of keys which look like those of parts
             tensor = self.store.read_one(name, Box((0,) * len(shape), shape))
             if kind == "blocks":
-                self._add_block(stacks, key, last, tensor)
+                self._add_block(stacks, stored, f"{key}/{last}", tensor)
             elif kind == "elementwise":
-                elementwise.append({"segments": [[_without_mark(key), 0, tensor.numel()]], "tensors": {last: tensor}})
+                found = elementwise.setdefault(key, ElementwiseState([[key, 0, tensor.numel()]], {}))
+                found.tensors[last] = tensor
             else:
-                shards = [[_without_mark(key), [0] * len(shape), list(shape), 0]]
-                buffers.append({"kind": last, "shards": shards, "buffer": tensor.reshape(-1)})
-        joined = [_stacked(stack) for stack in stacks.values()]
-        return SavedState(self.steps, joined, _together(elementwise), buffers, self.rejected_steps)
+                buffers.append(BufferState(last, [[key, [0] * len(shape), list(shape), 0]], tensor.reshape(-1)))
+        joined = [rows.stacked() for rows in stacks.values()]
+        return SavedState(self.steps, joined, list(elementwise.values()), buffers, self.rejected_steps)
 
     def _left(self) -> dict[str, tuple[tuple[int, ...], torch.dtype, list[Box]]]:
         if not self.has_left:
             return {}
         return {n: what for n, what in self.store.tensors().items() if base_key(_split(n)[1]) in self.keys}
 
-    def _add_block(self, stacks: dict[str, dict[str, Any]], key: str, index: str, blob: Tensor) -> None:
-        record = self.manifest.parameters[key]
-        shape = cut_into_blocks(record["merged"], record["cuts"])[int(index)].lengths
+    def _add_block(self, stacks: dict[str, _Rows], stored: str, block_key: str, blob: Tensor) -> None:
+        record, index = self.manifest.parameters[stored], int(block_key.rpartition("/")[2])
+        shape = cut_into_blocks(record["merged"], record["cuts"])[index].lengths
         name = layout_key(record["options"], shape)
         layout = self.manifest.layouts[name]
         tensors = dict(zip((part[0] for part in layout), cut(blob, layout), strict=True))
-        status = tensors.pop("status").tolist()
-        stack = stacks.setdefault(name, {"keys": [], "shape": list(shape), "rows": []})
-        stack["keys"].append(f"{_without_mark(key)}/{index}")
-        stack["rows"].append((*read_status(status), tensors))
+        rows = stacks.setdefault(name, _Rows(list(shape)))
+        rows.keys.append(block_key)
+        rows.status.append(read_status(tensors.pop("status").tolist()))
+        rows.tensors.append(tensors)
 
     def items(self) -> Iterable[Item]:
         """What is still to be handed out, to be written again as it is; all ranks offer the same."""
@@ -241,42 +204,24 @@ class StoredState:
                 yield Item(name, shape, box, dtype, partial(self.store.read_one, name, box))
 
 
-def base_key(name: str) -> str:
-    """A parameter's key without the number of its expert-parallel part."""
-    found = _NUMBERED.fullmatch(name)
-    return found[1] if found else name
+@dataclass
+class _Rows:
+    """Blocks of one layout, one by one."""
 
+    shape: list[int]
+    keys: list[str] = field(default_factory=list)
+    status: list[tuple[bool, int, bool]] = field(default_factory=list)
+    tensors: list[dict[str, Tensor]] = field(default_factory=list)
 
-def _without_mark(name: str) -> str:
-    """A stored name without the "@" of keys that look like those of parts."""
-    return name.removesuffix("@")
+    def stacked(self) -> StackState:
+        """As one stack."""
+        refreshed, failures, pending = (list(column) for column in zip(*self.status, strict=True))
+        tensors = {name: torch.stack([row[name] for row in self.tensors]) for name in self.tensors[0]}
+        return StackState(self.keys, self.shape, refreshed, failures, pending, tensors)
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """Kind, parameter and last part of a stored tensor's name; parameters may have slashes in their names."""
+    """Kind, stored name of the parameter, and last part of a stored tensor's key; parameters may have slashes."""
     kind, _, rest = name.partition("/")
-    key, _, last = rest.rpartition("/")
-    return kind, key, last
-
-
-def _stacked(stack: dict[str, Any]) -> dict[str, Any]:
-    rows = stack["rows"]
-    names = rows[0][3]
-    return {
-        "keys": stack["keys"],
-        "shape": stack["shape"],
-        "refreshed": [refreshed for refreshed, _, _, _ in rows],
-        "failures": [failures for _, failures, _, _ in rows],
-        "pending": [pending for _, _, pending, _ in rows],
-        "tensors": {name: torch.stack([tensors[name] for _, _, _, tensors in rows]) for name in names},
-    }
-
-
-def _together(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One exported element-wise state per parameter, with all of its moments."""
-    found: dict[str, dict[str, Any]] = defaultdict(lambda: {"segments": [], "tensors": {}})
-    for part in parts:
-        key = part["segments"][0][0]
-        found[key]["segments"] = part["segments"]
-        found[key]["tensors"] |= part["tensors"]
-    return list(found.values())
+    stored, _, last = rest.rpartition("/")
+    return kind, stored, last

@@ -6,9 +6,9 @@ read, one at a time, so that neither side holds a second copy of everything.
 
 from __future__ import annotations
 
+import math
 import warnings
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from shampoo_deepspeed.geometry.boxes import Box
 
-INDEX = ".metadata"  # torch's own name for the list of what lies where
+INDEX = ".metadata"  # torch's own name for the list of all tensors and their places
 
 
 class StorageError(RuntimeError):
@@ -73,7 +73,7 @@ def write(items: Sequence[Item], directory: Path, group: dist.ProcessGroup | Non
     """Write the items of all ranks of a group (None: of this process alone) into a new directory. A collective.
 
     Raises:
-        StorageError: on all ranks, where one of them fails or the boxes do not make up whole tensors.
+        StorageError: on all ranks, if one of them fails or the boxes do not make up whole tensors.
     """
     # The contents are on the CPU: nothing is to be copied ahead, for which torch would look at the first device.
     writer = dcp.FileSystemWriter(directory, sync_files=True, per_thread_copy_ahead=0)
@@ -83,14 +83,14 @@ def write(items: Sequence[Item], directory: Path, group: dist.ProcessGroup | Non
             dcp.save({}, storage_writer=writer, planner=_Writer(items), process_group=group, no_dist=group is None)
     except CheckpointException as error:  # derives from BaseException
         causes = {f"rank {rank}: {cause[0]!r}" for rank, cause in error.failures.items()}
-        raise StorageError(f"{directory} could not be written: {'; '.join(sorted(causes))}") from error
+        raise StorageError("; ".join(sorted(causes))) from error
 
 
 class Store:
     """What a directory holds, read without the other ranks.
 
     Raises:
-        StorageError: where the directory has no readable index.
+        StorageError: if the directory has no readable index.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -118,7 +118,7 @@ class Store:
         """Read boxes; each goes to its ``take`` as soon as it is complete.
 
         Raises:
-            StorageError: where a tensor or a part of it is not here, or a file cannot be read.
+            StorageError: if a tensor or a part of it is not here, or a file cannot be read.
         """
         planner = _Reader(wanted, self._index)
         try:
@@ -168,7 +168,7 @@ class _Reader(LoadPlanner):
 
     def __init__(self, wanted: Iterable[Wanted], index: Metadata) -> None:
         self._wanted = {(w.key, w.box.offsets): w for w in wanted}
-        self._left = {place: w.box.numel for place, w in self._wanted.items()}
+        self._left = {place: math.prod(w.box.lengths) for place, w in self._wanted.items()}
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._index = index
 
@@ -201,7 +201,7 @@ class _Reader(LoadPlanner):
             self._wanted[place].take(self._buffers.pop(place))
 
     def check_complete(self) -> None:
-        """Raise where something wanted was not there."""
+        """Raise StorageError if something wanted was not there."""
         for (key, offsets), left in self._left.items():
             if left:
                 raise StorageError(f"the checkpoint lacks {left} elements of {key!r} from {offsets} on")
@@ -223,26 +223,3 @@ class _Reader(LoadPlanner):
 def _place(read_item: ReadItem) -> tuple[str, tuple[int, ...]]:
     assert read_item.dest_index.offset is not None
     return read_item.dest_index.fqn, tuple(read_item.dest_index.offset)
-
-
-def checksum(file: Path) -> str:
-    """CRC-32 of a file's bytes, as eight hexadecimal digits."""
-    value = 0
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            value = zlib.crc32(piece, value)
-    return f"{value:08x}"
-
-
-def damage(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """What is wrong with the first of these files (name: ``bytes`` and ``crc32``) that is not as it was written."""
-    for name, expected in sorted(files.items()):
-        file = directory / name
-        if not file.is_file():
-            return f"{file} is missing"
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            return f"{file} has {size} bytes and should have {expected['bytes']}: it was cut short or changed"
-        if checksum(file) != expected["crc32"]:
-            return f"{file} is damaged: its checksum is not the one that was saved"
-    return None

@@ -1,48 +1,138 @@
-"""Words between all ranks of a job, about things that lie in one folder for all of them."""
+"""Collectives of Python objects and of errors: what one rank raises, all of them raise.
+
+A group of None is this process alone: then nothing is sent, and errors stay as they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from shampoo_deepspeed.distributed.process_groups import cpu_group, thread_group
+from shampoo_deepspeed.runtime.devices import current_device
+
+T = TypeVar("T")
+Answer = TypeVar("Answer")
+# A type of errors that all ranks can build, and the message.
+SentError = tuple[type[Exception], str]
+
+CPU = torch.device("cpu")
 
 
-def everyone(in_a_thread: bool = False) -> dist.ProcessGroup | None:
-    """A group of all ranks for objects, None for a single process. A collective.
+def job_group(in_a_thread: bool = False) -> dist.ProcessGroup | None:
+    """A group of all ranks of the job for objects, None for a single process. A collective.
 
     Args:
-        in_a_thread: for the thread that writes.
+        in_a_thread: for the thread that writes checkpoints.
     """
     if not dist.is_initialized():
         return None
     world = dist.group.WORLD
     assert world is not None
-    return thread_group(world) if in_a_thread else cpu_group(world)
+    return thread_group() if in_a_thread else cpu_group(world)
 
 
-def gathered(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """What all ranks say, on all ranks: for few words. A collective."""
-    if group is None:
-        return [mine]
-    out: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(out, mine, group=group)
-    return out
-
-
-def decided(mine: Any, decide: Callable[[Sequence[Any]], Any], group: dist.ProcessGroup | None) -> Any:
-    """What the first rank makes of all ranks' words; only it ever holds these. A collective.
+def all_gather_objects(mine: T, group: dist.ProcessGroup | None, device: torch.device = CPU) -> list[T]:
+    """The objects of all ranks of a group, on all of them, in the order of ranks. A collective, for small objects.
 
     Args:
-        decide: must not raise, as the others wait for its answer.
+        device: this rank's device, if the group moves objects through an accelerator.
+    """
+    if group is None:
+        return [mine]
+    objects: list[T | None] = [None] * dist.get_world_size(group)
+    with current_device(device):
+        dist.all_gather_object(objects, mine, group=group)
+    return objects  # type: ignore[return-value]
+
+
+@contextmanager
+def on_all_ranks(group: dist.ProcessGroup | None, device: torch.device = CPU) -> Iterator[None]:
+    """Let all ranks leave the block alike: raise on all of them what the first failing one raises. A collective.
+
+    Ranks must not wait for each other within the block. The error is of the same type if its message is all that is
+    needed to build it, else of the nearest base class for which that is true. On a rank that has failed itself, its own
+    error is the cause. What is no ``Exception``, such as KeyboardInterrupt, passes through at once.
+
+    Args:
+        group: the ranks.
+        device: as for `all_gather_objects`.
+    """
+    if group is None:
+        yield
+        return
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    found = all_gather_objects(_sent(error), group, device)
+    _raise_first(found, error)
+
+
+def decide_on_first_rank(mine: T, decide: Callable[[Sequence[T]], Answer], group: dist.ProcessGroup | None) -> Answer:
+    """What the first rank makes of all ranks' objects; only it ever holds these. A collective.
+
+    Args:
+        mine: this rank's object.
+        decide: called on the first rank only, with the objects in the order of ranks; all ranks raise what it raises.
+        group: the ranks.
     """
     if group is None:
         return decide([mine])
     first = dist.get_global_rank(group, 0)
-    words: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
-    dist.gather_object(mine, words, dst=first, group=group)
-    answer = [None if words is None else decide(words)]
-    dist.broadcast_object_list(answer, src=first, group=group)
-    return answer[0]
+    objects: list[T] | None = [mine] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
+    dist.gather_object(mine, objects, dst=first, group=group)
+    answer, error = None, None
+    if objects is not None:
+        try:
+            answer = decide(objects)
+        except Exception as caught:
+            error = caught
+    sent: list[tuple[Answer | None, SentError | None]] = [(answer, _sent(error))]
+    dist.broadcast_object_list(sent, src=first, group=group)
+    answer, failure = sent[0]
+    _raise_first([failure], error)
+    return answer  # type: ignore[return-value]
+
+
+def gather_on_first_rank(mine: T, group: dist.ProcessGroup | None) -> list[T] | None:
+    """The objects of all ranks of a group, in the order of ranks, on the first one; None on the others. A collective.
+
+    They may be large: an accelerator's group does not move them, a CPU group of the same ranks does.
+    """
+    if group is None:
+        return [mine]
+    objects: list[T] | None = [mine] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
+    dist.gather_object(mine, objects, dst=dist.get_global_rank(group, 0), group=cpu_group(group))
+    return objects
+
+
+def _raise_first(errors: Sequence[SentError | None], own: Exception | None) -> None:
+    """Raise the first of the ranks' errors, if there is one."""
+    for found in errors:
+        if found is not None:
+            kind, message = found
+            raise kind(message) from own
+
+
+def _sent(error: Exception | None) -> SentError | None:
+    """An error as it goes to other ranks."""
+    if error is None:
+        return None
+    message = str(error) or repr(error)
+    kinds = (kind for kind in type(error).__mro__ if issubclass(kind, Exception) and _built(kind, message))
+    return next(kinds, RuntimeError), message
+
+
+def _built(kind: type[Exception], message: str) -> bool:
+    """Whether another rank can build such an error from its message alone, which then says the same."""
+    try:
+        return str(pickle.loads(pickle.dumps(kind))(message)) == message
+    except Exception:
+        return False

@@ -1,4 +1,4 @@
-"""Process groups on the CPU beside those of a job (for large objects, for the thread that writes), and how they end."""
+"""Process groups on the CPU, made next to those of a job: for large objects, and for the thread that writes."""
 
 from __future__ import annotations
 
@@ -7,19 +7,41 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 
-Groups = dict[dist.ProcessGroup, dist.ProcessGroup]
-
 EXIT_SECONDS = 0.1
 
-# By the group beside which they were made.
-_FOR_OBJECTS: Groups = {}
-_FOR_THREAD: Groups = {}
-# By their ranks.
-_OF_RANKS: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+@dataclass
+class JobState:
+    """What is made once in a job, between ``init_process_group`` and ``destroy_process_group``.
+
+    Args:
+        world: the job's default group. Another one means another job, with which this state is dropped.
+        cpu_groups: by the group whose ranks they have.
+        thread_group: that of the thread that writes.
+        groups_of_ranks: by their ranks.
+    """
+
+    world: dist.ProcessGroup
+    cpu_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = field(default_factory=dict)
+    thread_group: dist.ProcessGroup | None = None
+    groups_of_ranks: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+
+
+_jobs: list[JobState] = []  # the present one, or the last one, or none so far
+
+
+def job_state() -> JobState:
+    """The state of the present job."""
+    world = dist.group.WORLD
+    assert world is not None
+    if not _jobs or _jobs[0].world is not world:
+        _jobs[:] = [JobState(world)]
+    return _jobs[0]
 
 
 def exists(group: dist.ProcessGroup) -> bool:
@@ -35,39 +57,36 @@ def cpu_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A group of the same ranks for large objects: an accelerator's group would move them through its memory."""
     if "cpu" in dist.get_backend_config(group):
         return group
-    _drop_stale(_FOR_OBJECTS)
-    if group not in _FOR_OBJECTS:
+    known = job_state().cpu_groups
+    if group not in known:
         ranks = dist.get_process_group_ranks(group)
-        # Where all ranks take part they count alike. Else torch names the group by how many groups a rank is in, and
+        # If all ranks take part they count alike. Else torch names the group by how many groups a rank is in, and
         # ranks that are in different numbers of others would wait for one another for ever.
         some = len(ranks) < dist.get_world_size()
         made = dist.new_group(ranks, backend="gloo", use_local_synchronization=some)
         assert made is not None
-        _FOR_OBJECTS[group] = made
-    return _FOR_OBJECTS[group]
+        known[group] = made
+    return known[group]
 
 
-def thread_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+def thread_group() -> dist.ProcessGroup:
     """A group of all ranks for the thread that writes, as two threads must not share one."""
-    _drop_stale(_FOR_THREAD)
-    if world not in _FOR_THREAD:
-        made = dist.new_group(backend="gloo")
-        assert made is not None
-        _FOR_THREAD[world] = made
-    return _FOR_THREAD[world]
+    state = job_state()
+    if state.thread_group is None:
+        state.thread_group = dist.new_group(backend="gloo")
+    assert state.thread_group is not None
+    return state.thread_group
 
 
 def group_of_ranks(ranks: Sequence[int]) -> dist.ProcessGroup:
     """A group of these ranks, made once in a job. Only these ranks take part."""
-    key = tuple(ranks)
-    if key in _OF_RANKS and not exists(_OF_RANKS[key]):  # of a job that has ended
-        del _OF_RANKS[key]
-    if key not in _OF_RANKS:
+    known, key = job_state().groups_of_ranks, tuple(ranks)
+    if key not in known:
         with _without_splitting():
             made = dist.new_group(list(key), use_local_synchronization=True)
         assert made is not None
-        _OF_RANKS[key] = made
-    return _OF_RANKS[key]
+        known[key] = made
+    return known[key]
 
 
 @contextmanager
@@ -86,15 +105,9 @@ def _without_splitting() -> Iterator[None]:
         world.bound_device_id = bound
 
 
-def _drop_stale(groups: Groups) -> None:
-    """Forget groups of a job that was ended by ``destroy_process_group``; the next one makes its own."""
-    for stale in [group for group, made in groups.items() if not (exists(group) and exists(made))]:
-        del groups[stale]
-
-
 @functools.cache
 def delay_exit_for_gloo() -> None:
-    """Makes this process wait a moment at its exit, which the threads of gloo groups, the framework's too, need.
+    """Sleep briefly when the interpreter exits, so that the threads of gloo groups can finish.
 
     They take the interpreter's lock to let go of a finished collective's tensors. One that still waits for it when the
     interpreter ends aborts the process ("terminate called without an active exception"), however well all went; and
@@ -103,9 +116,5 @@ def delay_exit_for_gloo() -> None:
     atexit.register(time.sleep, EXIT_SECONDS)
 
 
-@atexit.register
-def _release() -> None:
-    """A gloo group has threads, which must not outlive the interpreter. The thread that writes was joined before."""
-    _FOR_OBJECTS.clear()
-    _FOR_THREAD.clear()
-    _OF_RANKS.clear()
+# A gloo group has threads, which must not outlive the interpreter. The thread that writes was joined before.
+atexit.register(_jobs.clear)

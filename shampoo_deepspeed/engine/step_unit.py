@@ -17,6 +17,7 @@ from torch import Tensor
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.algorithm.elementwise import Elementwise, Segment
 from shampoo_deepspeed.algorithm.grafting import is_normalized
+from shampoo_deepspeed.distributed.collectives import all_gather_objects
 from shampoo_deepspeed.distributed.exchange import Exchange
 from shampoo_deepspeed.distributed.frameworks import Layout, LayoutError, compute_dtype
 from shampoo_deepspeed.distributed.process_groups import delay_exit_for_gloo
@@ -25,7 +26,7 @@ from shampoo_deepspeed.geometry.boxes import Box, Placed, merged_places, tiling_
 from shampoo_deepspeed.geometry.plan import Matrix, Plan, bucket_elements
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
-from shampoo_deepspeed.runtime.devices import communication_device, current_device
+from shampoo_deepspeed.runtime.devices import communication_device
 from shampoo_deepspeed.runtime.metrics import Measured
 
 
@@ -79,16 +80,36 @@ class StepUnit:
         self.device = locals_[0].device if locals_ else torch.device("cpu")
         self.dtype = compute_dtype(locals_[0]) if locals_ else torch.float32
         self.policies = [policies[p.key] for p in self.parameters]
+        self.configs = configs  # when it was built
+        self._locals = [_kind(tensor) for tensor in locals_]
+        self._reset_counts()
+        self._build(configs, prior_loads or [0.0] * self.world_size)
+
+    def _reset_counts(self) -> None:
         # Steps taken by each parameter. All ranks count alike, without a read of the device.
         self.steps = [0] * len(self.parameters)
-        self.step_tensor = torch.zeros(
-            (), dtype=torch.float32, device="cpu"
-        )  # the largest of them, as torch's tools know it
+        self.step_tensor = as_count(0)  # the largest of them, as torch's tools know it
         self.unread: Any = None  # the flags of the last step that the CPU has not read yet, and who took part
         self.rejected_in_a_row = 0
         # Flat buffers that lie with the shard, by kind ("momentum", "master") and local tensor.
         self.buffers: dict[str, dict[int, Tensor]] = {"momentum": {}, "master": {}}
-        self._build(configs, prior_loads or [0.0] * self.world_size)
+
+    def release_state(self) -> None:
+        """Let go of the memory of the state; `new_state` must follow before the unit is used."""
+        self._reset_counts()
+        for stack in self.stacks:
+            stack.release()
+        self.elementwise.release()
+
+    def new_state(self) -> None:
+        """Start again with new state, after `release_state`; all else stays as it was built."""
+        for stack in self.stacks:
+            stack.renew()
+        self.elementwise.renew()
+
+    def has_its_tensors(self) -> bool:
+        """Whether the local tensors are still of the sizes and dtypes, and on the devices, that it was built for."""
+        return [_kind(tensor) for tensor in self.local_tensors()] == self._locals
 
     def _build(self, configs: Mapping[int, ShampooConfig], prior_loads: Sequence[float]) -> None:
         places = self._placed_shards()
@@ -140,10 +161,8 @@ class StepUnit:
         phases = {key: hash(found) for key, found in self._phases.items()}  # those of all blocks would be megabytes
         signature = [(p.key, p.shape, p.group, options[p.group], phases.get(p.key)) for p in self.parameters]
         plain = [(p, box.offsets, box.lengths) for p, box in mine]
-        gathered: list[Any] = [None] * self.world_size
         own = (signature, str(self.dtype), plain, self.layout.problem)
-        with current_device(self.device):
-            dist.all_gather_object(gathered, own, group=self.group)
+        gathered = all_gather_objects(own, self.group, self.device)
         for rank, (other, dtype, _, problem) in enumerate(gathered):
             if problem:
                 raise LayoutError(f"rank {rank}: {problem}")
@@ -243,6 +262,15 @@ class StepUnit:
     def measured(self) -> Measured:
         """What is measured of this unit's steps on this rank."""
         return Measured(self.exchange.meter, [stack.meter for stack in self.stacks], len(self.plan.owned[self.rank]))
+
+
+def as_count(number: int) -> Tensor:
+    """A count as torch's optimizers hold it, whatever the default dtype and device: in 16 bits 1,001 would be 1,000."""
+    return torch.tensor(float(number), dtype=torch.float32, device="cpu")
+
+
+def _kind(local: Tensor) -> tuple[torch.device, torch.dtype, int]:
+    return local.device, local.dtype, local.numel()
 
 
 def _first_difference(left: Any, right: Any) -> str:

@@ -113,13 +113,17 @@ class UnitOptimizer(torch.optim.Optimizer):
         for layout in layouts:
             prior_loads = self._loads.get(id(layout.process_group))
             unit = StepUnit(layout, self.policies, configs, prior_loads, phases)
-            self._take_up(unit)
-            self._loads[id(layout.process_group)] = unit.loads_so_far
-            self.units.append(unit)
-            self._unit_of.update((id(t), unit) for t in unit.tensors)
+            self._join(unit)
             made.append(unit)
         self._report(configs)
         return made
+
+    def _join(self, unit: StepUnit) -> None:
+        """Step this unit from now on."""
+        self._take_up(unit)
+        self._loads[id(unit.group)] = unit.loads_so_far
+        self.units.append(unit)
+        self._unit_of.update((id(tensor), unit) for tensor in unit.tensors)
 
     def _take_up(self, unit: StepUnit) -> None:
         """What a subclass does with a new unit before its first step."""
@@ -148,9 +152,6 @@ class UnitOptimizer(torch.optim.Optimizer):
 
     def finish_step(self) -> None:
         """Read the flags of the last step, which otherwise happens at the next one. Runs no collective."""
-        self._finish_step(self.units)
-
-    def _finish_step(self, units: Iterable[StepUnit]) -> None:
         raise NotImplementedError
 
     def _report(self, configs: Mapping[int, ShampooConfig]) -> None:
@@ -182,11 +183,9 @@ class UnitOptimizer(torch.optim.Optimizer):
     def _has_state(self, group: int) -> bool:
         return any(parameter.group == group for unit in self.units for parameter in unit.parameters)
 
-    def configs(self) -> dict[int, ShampooConfig]:
-        """Options by parameter group number, as the groups say now."""
-        for group in self.param_groups:
-            self._config(group)
-        return self.expanded_configs
+    def configs(self) -> Mapping[int, ShampooConfig]:
+        """Options by parameter group number, and of rules by theirs, as the groups say now."""
+        raise NotImplementedError
 
     def groups_apart(self, numbers: Sequence[int]) -> None:
         """Give groups that a framework has overwritten their numbers, and the options last seen of each."""

@@ -1,23 +1,23 @@
-"""A block's state in bytes: which of its tensors lie there, one after the other, and in which form."""
+"""A block's state in bytes: its tensors, one after the other, each in the form in which it is stored."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
+from shampoo_deepspeed.state.state_dict import StackState
 
-# A block's tensors as they lie in its stored bytes, one after the other: name, dtype, shape.
+# A block's tensors in the order of its stored bytes: name, dtype, shape.
 BlockLayout = list[tuple[str, str, tuple[int, ...]]]
 
 MOMENTS = ("exp_avg", "rotated_exp_avg", "second_moment", "rotated_second_moment", "momentum")
-# Not a tensor of the stack: 1 where the block was refreshed plus 2 where a refresh is pending, and how often its roots
-# failed in a row.
+# Not a tensor of the stack: 1 if the block was refreshed plus 2 if a refresh is pending, and how often its roots failed
+# in a row.
 STATUS = ("status", "int64", (2,))
 # After the dtype of a square matrix of which only this is stored, row by row.
 TRIANGLE = " lower triangle"
@@ -37,17 +37,17 @@ class Form:
     packed_factors: bool = False
 
     def dtype(self, name: str, tensor: Tensor) -> torch.dtype:
-        """That of a tensor of the state where it is stored."""
+        """The dtype in which a tensor of the state is stored."""
         return self.moments if self.moments is not None and name in MOMENTS else tensor.dtype
 
 
 AS_IN_MEMORY = Form()
 
 
-def block_layout(stack: Mapping[str, Any], form: Form = AS_IN_MEMORY) -> BlockLayout:
-    """What a stored block of an exported stack consists of."""
+def block_layout(stack: StackState | BlockStack, form: Form = AS_IN_MEMORY) -> BlockLayout:
+    """What a stored block of a stack consists of."""
     layout: BlockLayout = []
-    for name, tensor in sorted(stack["tensors"].items()):
+    for name, tensor in sorted(stack.tensors.items()):
         shape = tuple(tensor.shape[1:])
         packs = form.packed_factors and name.startswith("factor_") and len(shape) == 2
         layout.append((name, dtype_name(form.dtype(name, tensor)) + TRIANGLE * packs, shape))
@@ -59,14 +59,13 @@ def block_size(layout: BlockLayout) -> int:
     return sum(_bytes(part) for part in layout)
 
 
-def packed(stack: Mapping[str, Any], row: int, layout: BlockLayout) -> Tensor:
-    """A block's state, a row of an exported stack, as bytes on the CPU."""
-    pending = "pending" in stack and stack["pending"][row]
-    flags = [int(stack["refreshed"][row]) + 2 * int(pending), stack["failures"][row]]
+def packed(stack: StackState, row: int, layout: BlockLayout) -> Tensor:
+    """A block's state, a row of a stack, as bytes on the CPU."""
+    flags = [int(stack.refreshed[row]) + 2 * int(stack.pending[row]), stack.failures[row]]
     status = torch.tensor(flags, dtype=torch.int64, device="cpu")  # whatever the default device
     parts = []
     for name, kind, _ in layout:
-        tensor = status if name == "status" else stack["tensors"][name][row]
+        tensor = status if name == "status" else stack.tensors[name][row]
         if kind.endswith(TRIANGLE):
             tensor = tensor[_lower(tensor)]
         parts.append(tensor.to(_dtype(kind)).contiguous().reshape(-1).view(torch.uint8).cpu())
@@ -85,11 +84,12 @@ def cut(blob: Tensor, layout: BlockLayout) -> list[Tensor]:
 
 
 def unpack(stack: BlockStack, row: int, layout: BlockLayout, blob: Tensor) -> None:
-    """Put a block's bytes into a row of a stack."""
+    """Put a block's bytes into a row without state of a live stack."""
     for (name, _, _), tensor in zip(layout, cut(blob, layout), strict=True):
         if name == "status":
             stack.refreshed[row], stack.failures[row], pending = read_status(tensor.tolist())
-            stack.mark_pending(row, pending)
+            if pending:
+                stack.pending[row] = None  # the row's next step begins the refresh again
         else:
             stack.tensors[name][row].copy_(tensor)
 

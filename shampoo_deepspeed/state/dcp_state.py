@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm.elementwise import moments_of
-from shampoo_deepspeed.engine.step_unit import StepUnit
+from shampoo_deepspeed.distributed.collectives import all_gather_objects, on_all_ranks
+from shampoo_deepspeed.engine.step_unit import StepUnit, as_count
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
 from shampoo_deepspeed.options.param_groups import group_options
 from shampoo_deepspeed.state.dtensor_blocks import BlockBytes, as_sharded, interval_of, local_part
-from shampoo_deepspeed.state.state_dict import FORMAT, SavedState, gathered_from_unit, lacking
+from shampoo_deepspeed.state.state_dict import FORMAT, SavedState, lacking
 
-BLOCKS, MARK, ELSEWHERE = "shampoo_blocks", "shampoo_format", "shampoo_elsewhere"
+BLOCKS, MARK, EXTERNAL = "shampoo_blocks", "shampoo_format", "shampoo_elsewhere"
 REJECTED = "shampoo_rejected"
-NOWHERE = 1.0  # the value of ELSEWHERE where the optimizer had no state
+NO_STATE = 1.0  # the value of EXTERNAL if the optimizer had no state
 FLAT_SHARDS = (
     "torch's own checkpoint helpers cannot carry Shampoo's state of parameters that are flat shards (FSDP1, ZeRO); use "
     "save_shampoo(optimizer, path) and load_shampoo(optimizer, path) as well, and call torch's helpers within "
@@ -36,14 +37,14 @@ FLAT_SHARDS = (
 Entry = dict[str, Tensor]
 
 
-def external_entry(tensor: Tensor, step: Tensor, elsewhere: bool, shape: tuple[int, ...] = (1,)) -> Entry:
-    """What says that the state is elsewhere, or that there is none yet.
+def external_entry(tensor: Tensor, step: Tensor, external: bool, shape: tuple[int, ...] = (1,)) -> Entry:
+    """An entry that notes that the state is kept in another place, or that there is none yet.
 
     Args:
         shape: of the note. torch's helpers want at least one tensor that has dims.
     """
-    note = torch.full(shape, 0.0 if elsewhere else NOWHERE, device=tensor.device)
-    return {"step": step, MARK: as_count(FORMAT), ELSEWHERE: note}
+    note = torch.full(shape, 0.0 if external else NO_STATE, device=tensor.device)
+    return {"step": step, MARK: as_count(FORMAT), EXTERNAL: note}
 
 
 def unit_entries(
@@ -71,11 +72,6 @@ def unit_entries(
     return entries
 
 
-def as_count(number: int) -> Tensor:
-    """A count as torch's optimizers hold it, whatever the default dtype and device: in 16 bits 1,001 would be 1,000."""
-    return torch.tensor(float(number), dtype=torch.float32, device="cpu")
-
-
 def is_torch_state(state_dict: Mapping[str, Any]) -> bool:
     """Whether a state dict is one that `unit_entries` or `external_entry` went into."""
     return any(isinstance(entry, Mapping) and MARK in entry for entry in state_dict.get("state", {}).values())
@@ -100,7 +96,7 @@ class TorchState:
     """Entries that torch's helpers have loaded, by parameter key, as a `StateSource`."""
 
     entries: Mapping[str, Mapping[str, Tensor]]
-    elsewhere: Mapping[str, Any] | None = None
+    external: Mapping[str, Any] | None = None
     rejected_steps: int = 0
 
     @classmethod
@@ -113,9 +109,9 @@ class TorchState:
         Raises:
             ValueError: for another number of parameters, or another format.
         """
-        notes = [float(entry[ELSEWHERE]) for entry in state_dict["state"].values() if ELSEWHERE in entry]
+        notes = [float(entry[EXTERNAL]) for entry in state_dict["state"].values() if EXTERNAL in entry]
         if notes:
-            return cls({}, None if notes[0] == NOWHERE else {"beside": "the checkpoint"})
+            return cls({}, None if notes[0] == NO_STATE else {"beside": "the checkpoint"})
         entries: dict[str, Mapping[str, Tensor]] = {}
         for group, names in zip(state_dict["param_groups"], keys, strict=True):
             if len(group["params"]) != len(names):
@@ -139,7 +135,7 @@ class TorchState:
     def everything(self) -> SavedState:
         """Not to be had without the other ranks."""
         if not self.entries:
-            return SavedState({}, [], [], [])
+            return SavedState()
         raise RuntimeError(
             "the optimizer's state was loaded by torch's checkpoint helpers and its blocks find their owners at the "
             "next step; save it after that"
@@ -149,14 +145,13 @@ class TorchState:
         """Give a unit its state; bytes of blocks travel to their owners of today.
 
         Raises:
-            ValueError: on all ranks alike, where the entries do not fit.
+            ValueError: on all ranks alike, if the entries do not fit.
         """
         blocks = BlockBytes(unit)
-        places = [interval_of(self.entries.get(p.key, {}).get(BLOCKS)) for p in unit.parameters]
-        everyones = gathered_from_unit((self._problem(unit, blocks), places), unit)
-        problem = next((word for word, _ in everyones if word), None)
-        if problem:
-            raise ValueError(problem)
+        with on_all_ranks(unit.group, unit.device):
+            self._check_fits(unit, blocks)
+        mine = [interval_of(self.entries.get(p.key, {}).get(BLOCKS)) for p in unit.parameters]
+        intervals = all_gather_objects(mine, unit.group, unit.device)
         for number, parameter in enumerate(unit.parameters):
             entry = self.entries.get(parameter.key)
             if entry is None:
@@ -164,29 +159,29 @@ class TorchState:
             unit.steps[number] = int(entry["step"])
             self._fill_moments(unit, number, entry)
             if unit.policies[number].preconditioned and unit.steps[number]:
-                blocks.distribute(number, local_part(entry[BLOCKS]), [own[number] for _, own in everyones])
+                blocks.distribute(number, local_part(entry[BLOCKS]), [own[number] for own in intervals])
 
-    def _problem(self, unit: StepUnit, blocks: BlockBytes) -> str | None:
+    def _check_fits(self, unit: StepUnit, blocks: BlockBytes) -> None:
         for number, parameter in enumerate(unit.parameters):
             entry = self.entries.get(parameter.key)
-            if entry is None or not int(entry["step"]):
-                continue
-            policy = unit.policies[number]
-            moments = unit.elementwise.needs.get((policy.options, policy.method), set())
-            needed = {BLOCKS} if policy.preconditioned else moments
-            missing = sorted(needed - set(entry))
-            if missing:
-                return f"the saved state of {parameter.key!r} lacks {missing}: {lacking(parameter.key + '/0')}"
-            for name, value in entry.items():
-                numel = local_part(value).numel()
-                if name not in ("step", MARK, REJECTED, BLOCKS) and numel != unit.sizes[number]:
-                    return f"the saved {name} of {parameter.key!r} has {numel} elements here, not {unit.sizes[number]}"
-            if policy.preconditioned and entry[BLOCKS].numel() != blocks.total(number):
-                return (
-                    f"the saved blocks of {parameter.key!r} have {entry[BLOCKS].numel()} bytes, and here they have "
-                    f"{blocks.total(number)}; its shape, max_preconditioner_dim, betas or grafting differ"
-                )
-        return None
+            if entry is not None and int(entry["step"]):
+                self._check_entry(unit, number, entry, blocks)
+
+    def _check_entry(self, unit: StepUnit, number: int, entry: Mapping[str, Tensor], blocks: BlockBytes) -> None:
+        key, policy = unit.parameters[number].key, unit.policies[number]
+        moments = unit.elementwise.needs.get((policy.options, policy.method), set())
+        missing = sorted(({BLOCKS} if policy.preconditioned else moments) - set(entry))
+        if missing:
+            raise ValueError(f"the saved state of {key!r} lacks {missing}: {lacking(key + '/0')}")
+        for name, value in entry.items():
+            numel = local_part(value).numel()
+            if name not in ("step", MARK, REJECTED, BLOCKS) and numel != unit.sizes[number]:
+                raise ValueError(f"the saved {name} of {key!r} has {numel} elements here, not {unit.sizes[number]}")
+        if policy.preconditioned and entry[BLOCKS].numel() != blocks.total(number):
+            raise ValueError(
+                f"the saved blocks of {key!r} have {entry[BLOCKS].numel()} bytes, and here they have "
+                f"{blocks.total(number)}; its shape, max_preconditioner_dim, betas or grafting differ"
+            )
 
     def _fill_moments(self, unit: StepUnit, number: int, entry: Mapping[str, Tensor]) -> None:
         for name, views in unit.elementwise.views.items():

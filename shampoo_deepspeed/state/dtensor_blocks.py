@@ -13,18 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shampoo_deepspeed.distributed.collectives import all_gather_objects
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.boxes import chunk
 from shampoo_deepspeed.runtime.devices import communication_device
 from shampoo_deepspeed.state.block_codec import block_layout, block_size, packed, unpack
-from shampoo_deepspeed.state.state_dict import gathered_from_unit
+from shampoo_deepspeed.state.state_dict import StackState
 
 Interval = tuple[int, int]
-Rows = Mapping[str, tuple[Mapping[str, Any], int]]
+Rows = Mapping[str, tuple[StackState, int]]
 
 
 class _Stretch(NamedTuple):
-    """Bytes [start, stop) of a parameter, which lie in the block with this number in the plan."""
+    """Bytes [start, stop) of a parameter, in the block with this number in the plan."""
 
     block: int
     start: int
@@ -32,15 +33,16 @@ class _Stretch(NamedTuple):
 
 
 class BlockBytes:
-    """Where the bytes of a unit's blocks lie. Building it is a collective."""
+    """Which bytes of its parameters are those of a unit's blocks. Building it is a collective."""
 
     def __init__(self, unit: StepUnit) -> None:
         self.unit = unit
         mine = {
-            unit.plan.blocks[owned[0]].stack: block_size(block_layout(stack.export()))
+            unit.plan.blocks[owned[0]].stack: block_size(block_layout(stack))
             for stack, owned in zip(unit.stacks, unit.exchange.stacks, strict=True)
         }
-        sizes = {stack: size for word in gathered_from_unit(mine, unit) for stack, size in word.items()}
+        gathered = all_gather_objects(mine, unit.group, unit.device)
+        sizes = {stack: size for found in gathered for stack, size in found.items()}
         self._stretches: list[list[_Stretch]] = [[] for _ in unit.parameters]
         for number, block in enumerate(unit.plan.blocks):
             own = self._stretches[unit.block_parameters[block.parameter]]
@@ -52,14 +54,14 @@ class BlockBytes:
         return self._stretches[number][-1].stop
 
     def own_rows(self) -> Rows:
-        """Exported stack and row of each block that this rank owns."""
-        stacks = [(stack.keys, stack.export()) for stack in self.unit.stacks]
-        return {key: (exported, row) for keys, exported in stacks for row, key in enumerate(keys)}
+        """Stack and row of each block that this rank owns, by key."""
+        stacks = [StackState.of(stack) for stack in self.unit.stacks]
+        return {key: (stack, row) for stack in stacks for row, key in enumerate(stack.keys)}
 
     def collected(self, number: int, rows: Rows) -> Tensor | None:
-        """The bytes of a parameter's blocks: a DTensor where the parameter is one (a collective then), else all.
+        """The bytes of a parameter's blocks: a DTensor if the parameter is one (a collective then), else all of them.
 
-        None on replicas that have only a part; zeros where no step has been taken.
+        None on replicas that have only a part; zeros if no step has been taken.
 
         Args:
             rows: stack and row of the blocks that are here, by key.
@@ -93,7 +95,7 @@ class BlockBytes:
 
         Args:
             local: what of them is on this rank.
-            intervals: where that of each rank lies.
+            intervals: which bytes each rank has.
         """
         unit, stretches = self.unit, self._stretches[number]
         own = {s.block: s for s in stretches if unit.plan.owners[s.block] == unit.rank}
@@ -113,10 +115,10 @@ class BlockBytes:
         for stack, owned in zip(unit.stacks, unit.exchange.stacks, strict=True):
             for row, b in enumerate(owned):
                 if b in blobs:
-                    unpack(stack, row, block_layout(stack.export()), blobs[b])
+                    unpack(stack, row, block_layout(stack), blobs[b])
 
     def _common(self, number: int, owner: int, interval: Interval) -> list[_Stretch]:
-        """What of an owner's blocks lies in an interval."""
+        """The parts of an owner's blocks that are in an interval."""
         found = []
         for b, start, stop in self._stretches[number]:
             first, last = max(start, interval[0]), min(stop, interval[1])
@@ -127,7 +129,7 @@ class BlockBytes:
     def _exchanged(
         self, leaving: Sequence[Sequence[Tensor]], arriving: Sequence[Sequence[_Stretch]]
     ) -> list[tuple[_Stretch, Tensor]]:
-        """Send pieces to each rank of the unit; gives those that came from each. A collective."""
+        """Send pieces to each rank of the unit; returns those that came from each. A collective."""
         unit, group = self.unit, self.unit.group
         device = communication_device(group, unit.device) if group is not None else unit.device
         empty = torch.empty(0, dtype=torch.uint8, device=device)
@@ -150,7 +152,7 @@ class BlockBytes:
 
 
 def interval_of(value: Tensor | None) -> Interval:
-    """Where the bytes that this rank has of such a tensor lie."""
+    """Which bytes of such a tensor this rank has."""
     if value is None or not is_dtensor(value):
         return (0, 0 if value is None else value.numel())
     mesh = _dtensor(value).device_mesh
@@ -181,7 +183,7 @@ def as_sharded(like: Tensor, flat: Tensor) -> Tensor:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Where nobody has imported DTensor there is none."""
+    """Whether this is a DTensor; if nobody has imported DTensor there is none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -200,6 +202,6 @@ def _cut(total: int, mesh: Any, place: Sequence[int]) -> Interval:
     return start, start + length
 
 
-def _packed(place: tuple[Mapping[str, Any], int]) -> Tensor:
+def _packed(place: tuple[StackState, int]) -> Tensor:
     stack, row = place
     return packed(stack, row, block_layout(stack))

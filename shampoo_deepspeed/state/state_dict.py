@@ -1,20 +1,22 @@
-"""State dicts: live units to builtins and tensors, and saved state back to whoever owns it now."""
+"""The state of step units as one object: taken from live units, kept in state dicts, restored into today's owners."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_deepspeed.distributed.process_groups import cpu_group
+from shampoo_deepspeed.algorithm.block_stack import BlockStack
+from shampoo_deepspeed.algorithm.elementwise import Elementwise
+from shampoo_deepspeed.distributed.collectives import all_gather_objects, gather_on_first_rank, on_all_ranks
+from shampoo_deepspeed.distributed.frameworks import Shard
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.boxes import Box, Placed, row_major
-from shampoo_deepspeed.runtime.devices import current_device
 
 FORMAT = 1
 # An environment variable: "1" lets a run go on from a checkpoint that has no state of Shampoo's.
@@ -22,23 +24,28 @@ START_ANEW = "SHAMPOO_START_ANEW"
 
 
 class StateSource(Protocol):
-    """Loaded state that waits for its units, which are built at the next step."""
+    """Loaded state that is applied when units are built, or taken up again, at the next step."""
 
     @property
     def steps(self) -> Mapping[str, int]:
-        """Steps taken so far, by parameter key."""
+        """Steps taken, by parameter key."""
         ...
 
     @property
     def rejected_steps(self) -> int:
-        """How many steps were rejected so far."""
+        """How many steps were rejected."""
+        ...
+
+    @property
+    def external(self) -> Mapping[str, Any] | None:
+        """If this is no state, but a note of where the state is kept: that note."""
         ...
 
     def restore_into(self, unit: StepUnit) -> None:
         """Give a unit its state, on all ranks of its group together.
 
         Raises:
-            ValueError: on all ranks alike, where the state does not fit the parameters or the options.
+            ValueError: on all ranks alike, if the state does not fit the parameters or the options.
         """
         ...
 
@@ -52,32 +59,162 @@ class StateSource(Protocol):
 
 
 @dataclass
-class SavedState:
-    """The ``"shampoo"`` part of a state dict: steps by parameter key, and lists of what ranks and units exported.
+class StackState:
+    """Blocks of one shape, each a row of every tensor.
 
-    ``elsewhere`` is set where the state dict only says where the state is.
+    Args:
+        keys: of the blocks, ``"parameter/index"``.
+        refreshed: whether a block has been refreshed.
+        failures: how many refreshes have failed in a row.
+        pending: whether a refresh in the background was under way.
     """
 
-    steps: dict[str, int]
-    stacks: list[dict[str, Any]]
-    elementwise: list[dict[str, Any]]
-    buffers: list[dict[str, Any]]
+    keys: list[str]
+    shape: list[int]
+    refreshed: list[bool]
+    failures: list[int]
+    pending: list[bool]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, stack: BlockStack) -> StackState:
+        """The state of a live stack; tensors are the live ones."""
+        pending = [row in stack.pending for row in range(len(stack.keys))]
+        keys, shape, tensors = list(stack.keys), list(stack.shape), dict(stack.tensors)
+        return cls(keys, shape, list(stack.refreshed), list(stack.failures), pending, tensors)
+
+    @classmethod
+    def parse(cls, saved: Mapping[str, Any]) -> StackState:
+        """Read what ``vars`` gave; in early state dicts nothing was pending."""
+        return cls(**{"pending": [False] * len(saved["keys"]), **saved})
+
+    def rows(self, wanted: Callable[[str], bool]) -> StackState:
+        """The wanted blocks only; nothing is copied if they are all of them."""
+        kept = [row for row, key in enumerate(self.keys) if wanted(key)]
+        if len(kept) == len(self.keys):
+            return self
+
+        def of_kept(values: Sequence[Any]) -> list[Any]:
+            return [values[row] for row in kept]
+
+        tensors = {n: t[torch.tensor(kept, dtype=torch.long, device=t.device)] for n, t in self.tensors.items()}
+        keys, refreshed, failures = of_kept(self.keys), of_kept(self.refreshed), of_kept(self.failures)
+        return StackState(keys, self.shape, refreshed, failures, of_kept(self.pending), tensors)
+
+    def on_cpu(self) -> StackState:
+        """A copy whose tensors can travel as Python objects."""
+        return replace(self, tensors={name: tensor.cpu() for name, tensor in self.tensors.items()})
+
+    def check_fits(self, stack: BlockStack) -> None:
+        """Raise ValueError if these blocks do not have the shape and the tensors of a live stack."""
+        shape, tensors, here = tuple(self.shape), _row_shapes(self.tensors), _row_shapes(stack.tensors)
+        if shape != stack.shape or tensors != here:
+            raise ValueError(
+                f"saved state of block {self.keys[0]} has shape {shape} and {tensors}; the options now ask for "
+                f"{stack.shape} and {here} (max_preconditioner_dim, one_sided, large_dim, betas, grafting, "
+                "preconditioner, ... changed)"
+            )
+
+    def load_into(self, stack: BlockStack, row: int, own_row: int) -> None:
+        """Put the block of ``own_row`` into a row without state of a live stack, which it must fit."""
+        for name, tensor in stack.tensors.items():
+            tensor[row].copy_(self.tensors[name][own_row])
+        stack.refreshed[row], stack.failures[row] = bool(self.refreshed[own_row]), int(self.failures[own_row])
+        if self.pending[own_row]:
+            stack.pending[row] = None  # the row's next step begins the refresh again
+
+
+@dataclass
+class ElementwiseState:
+    """Flat intervals of element-wise parameters, one after the other in every tensor.
+
+    Args:
+        segments: parameter key, first element in the flattened parameter, number of elements.
+    """
+
+    segments: list[list[Any]]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, part: Elementwise) -> ElementwiseState:
+        """The state of a live part; tensors are the live ones."""
+        return cls([[s.key, s.start, s.numel] for s in part.segments], dict(part.tensors))
+
+    def without(self, keys: set[str]) -> ElementwiseState:
+        """What is left without the parameters ``keys``; nothing is copied if they are not here."""
+        kept = [number for number, segment in enumerate(self.segments) if segment[0] not in keys]
+        if len(kept) == len(self.segments):
+            return self
+        sizes = [numel for _, _, numel in self.segments]
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            pieces = torch.split(tensor, sizes)
+            tensors[name] = torch.cat([pieces[n] for n in kept]) if kept else tensor.new_empty(0)
+        return ElementwiseState([self.segments[n] for n in kept], tensors)
+
+    def on_cpu(self) -> ElementwiseState:
+        """A copy whose tensors can travel as Python objects."""
+        return replace(self, tensors={name: tensor.cpu() for name, tensor in self.tensors.items()})
+
+    def intervals(self) -> Iterator[tuple[str, int, int, int]]:
+        """Key, first element, number of elements, and place in the tensors of each segment."""
+        place = 0
+        for key, start, numel in self.segments:
+            yield key, start, numel, place
+            place += numel
+
+
+@dataclass
+class BufferState:
+    """A flat buffer of one kind (momentum, master weights) of a local tensor.
+
+    Args:
+        shards: parameter key, offsets and lengths of its box, and where that begins in the buffer.
+    """
+
+    kind: str
+    shards: list[list[Any]]
+    buffer: Tensor
+
+    @classmethod
+    def of(cls, unit: StepUnit, kind: str, tensor: int) -> BufferState:
+        """The state of a live buffer of a local tensor; it is the live one."""
+        shards = [
+            [unit.parameters[s.parameter].key, list(s.box.offsets), list(s.box.lengths), s.offset]
+            for s in unit.layout.shards
+            if s.tensor == tensor
+        ]
+        return cls(kind, shards, unit.buffers[kind][tensor])
+
+    def places(self) -> Iterator[tuple[str, Placed]]:
+        """Parameter key of each shard, and where its box is in the buffer."""
+        for key, offsets, lengths, offset in self.shards:
+            yield key, Placed(Box(tuple(offsets), tuple(lengths)), offset, row_major(lengths))
+
+
+@dataclass
+class SavedState:
+    """The ``"shampoo"`` part of a state dict: steps by parameter key, and the state that ranks and units had.
+
+    ``external`` is set if the state dict only says where the state is.
+    """
+
+    steps: dict[str, int] = field(default_factory=dict)
+    stacks: list[StackState] = field(default_factory=list)
+    elementwise: list[ElementwiseState] = field(default_factory=list)
+    buffers: list[BufferState] = field(default_factory=list)
     rejected_steps: int = 0
-    elsewhere: Mapping[str, Any] | None = None
+    external: Mapping[str, Any] | None = None
 
     @classmethod
     def of_units(cls, units: Sequence[StepUnit], rejected_steps: int) -> SavedState:
-        """This rank's state; tensors are the live ones. ``steps`` names all parameters, of whatever owner."""
-        saved = cls({}, [], [], [], rejected_steps)
+        """This rank's state; tensors are the live ones. ``steps`` names all parameters of the units."""
+        saved = cls(rejected_steps=rejected_steps)
         for unit in units:
             saved.steps.update((p.key, n) for p, n in zip(unit.parameters, unit.steps, strict=True))
-            saved.stacks += [stack.export() for stack in unit.stacks]
-            saved.elementwise.append(unit.elementwise.export())
-            saved.buffers += [
-                _buffer(unit, kind, tensor, buffer)
-                for kind, buffers in unit.buffers.items()
-                for tensor, buffer in buffers.items()
-            ]
+            saved.stacks += [StackState.of(stack) for stack in unit.stacks]
+            saved.elementwise.append(ElementwiseState.of(unit.elementwise))
+            saved.buffers += [BufferState.of(unit, kind, n) for kind, found in unit.buffers.items() for n in found]
         return saved
 
     @classmethod
@@ -85,7 +222,7 @@ class SavedState:
         """Take a state dict apart.
 
         Raises:
-            ValueError: where it has no Shampoo state, or one of another format.
+            ValueError: if it has no Shampoo state, or one of another format.
         """
         found = state_dict.get("shampoo")
         if not isinstance(found, Mapping):
@@ -99,70 +236,68 @@ class SavedState:
                 f"Shampoo state format {found.get('format')!r} is unknown here; this version reads {FORMAT}"
             )
         if "elsewhere" in found:
-            return cls({}, [], [], [], elsewhere=found["elsewhere"])
-        stacks, elementwise, buffers = (list(found[name]) for name in ("stacks", "elementwise", "buffers"))
-        return cls(dict(found["steps"]), stacks, elementwise, buffers, int(found["rejected_steps"]))
+            return cls(external=found["elsewhere"])
+        return cls(
+            dict(found["steps"]),
+            [StackState.parse(saved) for saved in found["stacks"]],
+            [ElementwiseState(**saved) for saved in found["elementwise"]],
+            [BufferState(**saved) for saved in found["buffers"]],
+            int(found["rejected_steps"]),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Builtins and tensors; ``parse`` reads them back."""
-        names = ("steps", "stacks", "elementwise", "buffers", "rejected_steps")
-        return {"format": FORMAT, **{name: getattr(self, name) for name in names}}
+        if self.external is not None:
+            return {"format": FORMAT, "elsewhere": dict(self.external)}
+        return {
+            "format": FORMAT,
+            "steps": self.steps,
+            "stacks": [dict(vars(stack)) for stack in self.stacks],
+            "elementwise": [dict(vars(part)) for part in self.elementwise],
+            "buffers": [dict(vars(buffer)) for buffer in self.buffers],
+            "rejected_steps": self.rejected_steps,
+        }
 
     def joined(self, others: Sequence[SavedState]) -> SavedState:
-        """This state and those of other ranks (or of parameters without a step so far) as one; copies count once."""
-        everything = [self, *others]
+        """This state and those of other ranks, or of parameters without a step, as one; copies count once."""
+        states = [self, *others]
         return SavedState(
-            {key: n for s in everything for key, n in s.steps.items()},
-            [stack for s in everything for stack in s.stacks],
-            list({str(part["segments"]): part for s in everything for part in s.elementwise}.values()),
-            list({str((b["kind"], b["shards"])): b for s in everything for b in s.buffers}.values()),
+            {key: n for s in states for key, n in s.steps.items()},
+            [stack for s in states for stack in s.stacks],
+            list({str(part.segments): part for s in states for part in s.elementwise}.values()),
+            list({str((b.kind, b.shards)): b for s in states for b in s.buffers}.values()),
             self.rejected_steps,
         )
 
     def without(self, keys: set[str]) -> SavedState:
         """What is left when the parameters ``keys`` are taken out; what they do not touch is not copied."""
-        stacks = [_stack_rows(stack, lambda key: parameter_of(key) not in keys) for stack in self.stacks]
-        parts = [_elementwise_without(part, keys) for part in self.elementwise]
+        stacks = [stack.rows(lambda key: parameter_of(key) not in keys) for stack in self.stacks]
+        parts = [part.without(keys) for part in self.elementwise]
+        buffers = [replace(b, shards=[shard for shard in b.shards if shard[0] not in keys]) for b in self.buffers]
         return replace(
             self,
             steps={key: n for key, n in self.steps.items() if key not in keys},
-            stacks=[stack for stack in stacks if stack["keys"]],
-            elementwise=[part for part in parts if part["segments"]],
-            buffers=[left for b in self.buffers if (left := _buffer_without(b, keys))["shards"]],
+            stacks=[stack for stack in stacks if stack.keys],
+            elementwise=[part for part in parts if part.segments],
+            buffers=[buffer for buffer in buffers if buffer.shards],
         )
 
     def on_cpu(self) -> SavedState:
         """A copy whose tensors can travel as Python objects."""
         return replace(
             self,
-            stacks=[_moved(stack) for stack in self.stacks],
-            elementwise=[_moved(part) for part in self.elementwise],
-            buffers=[{**b, "buffer": b["buffer"].cpu()} for b in self.buffers],
+            stacks=[stack.on_cpu() for stack in self.stacks],
+            elementwise=[part.on_cpu() for part in self.elementwise],
+            buffers=[replace(b, buffer=b.buffer.cpu()) for b in self.buffers],
         )
 
-    def problem(self, unit: StepUnit) -> str | None:
-        """Why this rank cannot hand a unit its state, or None; blocks that are missing here are no problem yet."""
-        shapes = {unit.block_key(n): block.box.lengths for n, block in enumerate(unit.plan.blocks)}
-        own = {p.key: p.shape for p in unit.parameters}
-        flat = {p.key for p, t in zip(unit.parameters, unit.policies, strict=True) if not t.preconditioned}
-        for key, shape in ((key, tuple(stack["shape"])) for stack in self.stacks for key in stack["keys"]):
-            if parameter_of(key) in own and shapes.get(key) != shape:
-                return (
-                    f"the saved state has block {key} of shape {shape}, which the parameter of shape "
-                    f"{own[parameter_of(key)]} does not have here; its shape, max_preconditioner_dim or exclude differ"
-                )
-        for key, start, numel in (segment for part in self.elementwise for segment in part["segments"]):
-            if key in own and (key not in flat or start + numel > math.prod(own[key])):
-                return (
-                    f"the saved state has element-wise state of {key!r} up to element {start + numel}, but here it "
-                    f"is {'element-wise' if key in flat else 'preconditioned'} with shape {own[key]}"
-                )
-        rows = self.rows()
-        incompatibilities = (
-            stack.incompatibility(rows[key][0]) for stack in unit.stacks for key in stack.keys if key in rows
-        )
-        found = next((incompatibility for incompatibility in incompatibilities if incompatibility), None)
-        return found or unit.elementwise.incompatibility(self.elementwise, self.steps) or self._buffer_problem(unit)
+    def everything(self) -> SavedState:
+        """All of it is in memory."""
+        return self
+
+    def rows(self) -> dict[str, tuple[StackState, int]]:
+        """Stack and row of each block that is here, by key."""
+        return {key: (stack, row) for stack in self.stacks for row, key in enumerate(stack.keys)}
 
     def missing(self, unit: StepUnit) -> list[str]:
         """Keys of blocks that this rank owns in the unit, that have taken steps, and whose state is not here."""
@@ -170,107 +305,156 @@ class SavedState:
         keys = [key for stack in unit.stacks for key in stack.keys]
         return [key for key in keys if key not in rows and self.steps.get(parameter_of(key))]
 
-    def blocks(self, keys: set[str]) -> list[dict[str, Any]]:
-        """What of these blocks is here, on the CPU."""
-        stacks = [_stack_rows(stack, lambda key: key in keys) for stack in self.stacks]
-        return [_moved(stack) for stack in stacks if stack["keys"]]
+    def restore_into(self, unit: StepUnit) -> None:
+        """Give a unit what is saved of it; blocks travel to their owners of today."""
+        group, device = unit.group, unit.device
+        with on_all_ranks(group, device):
+            self.check_fits(unit)
+        missing = all_gather_objects(self.missing(unit), group, device)
+        wanted = {key for keys in missing for key in keys}
+        if not wanted:
+            self.load_into(unit)
+            return
+        here = [stack.rows(wanted.__contains__) for stack in self.stacks]
+        own = [stack.on_cpu() for stack in here if stack.keys]
+        offers = [stack for stacks in all_gather_objects(own, group, device) for stack in stacks]
+        complete = replace(self, stacks=self.stacks + offers)
+        lost = sorted(wanted - set(complete.rows()))
+        if lost:
+            raise ValueError(lacking(lost[0]))
+        with on_all_ranks(group, device):
+            complete.check_fits(unit)
+        complete.load_into(unit)
 
-    def load(self, unit: StepUnit) -> None:
-        """Hand a unit its state, which must fit. Parameters that the state does not know at all start anew."""
+    def check_fits(self, unit: StepUnit) -> None:
+        """Check that this rank can give a unit its state; blocks that are missing here may be on other ranks.
+
+        Raises:
+            ValueError: naming the first parameter or block that does not fit.
+        """
+        self._check_shapes(unit)
+        rows = self.rows()
+        for stack in unit.stacks:
+            for saved in {id(rows[key][0]): rows[key][0] for key in stack.keys if key in rows}.values():
+                saved.check_fits(stack)
+        self._check_elements(unit.elementwise)
+        for kind in unit.buffers:
+            self._check_buffers(unit, kind)
+
+    def load_into(self, unit: StepUnit) -> None:
+        """Give a unit its state, which must fit. Parameters that the state does not know at all start with none."""
         rows = self.rows()
         unit.steps = [int(self.steps.get(p.key, 0)) for p in unit.parameters]
         for stack in unit.stacks:
             for row, key in enumerate(stack.keys):
                 if key in rows:
-                    stack.load_row(row, *rows[key])
-        unit.elementwise.load(self.elementwise)
+                    saved, own_row = rows[key]
+                    saved.load_into(stack, row, own_row)
+        self._load_elements(unit.elementwise)
         for kind in unit.buffers:
             for shard, pieces in self._buffer_pieces(unit, kind):
                 target = Placed(shard.box, shard.offset, row_major(shard.box.lengths))
                 for common, place, buffer in pieces:
                     view_of(unit.buffer(kind, shard.tensor), target.part(common)).copy_(view_of(buffer, place))
 
-    def restore_into(self, unit: StepUnit) -> None:
-        """Give a unit what is saved of it; blocks travel to their owners of today."""
-        everyones = gathered_from_unit((self.problem(unit), self.missing(unit)), unit)
-        for problem, _ in everyones:
-            if problem:
-                raise ValueError(problem)
-        wanted = {key for _, missing in everyones for key in missing}
-        if not wanted:
-            return self.load(unit)
-        offers = [stack for stacks in gathered_from_unit(self.blocks(wanted), unit) for stack in stacks]
-        lost = sorted(wanted - {key for stack in offers for key in stack["keys"]})
-        if lost:
-            raise ValueError(lacking(lost[0]))
-        complete = replace(self, stacks=self.stacks + offers)
-        problem = next((p for p in gathered_from_unit(complete.problem(unit), unit) if p), None)
-        if problem:
-            raise ValueError(problem)
-        complete.load(unit)
+    def _check_shapes(self, unit: StepUnit) -> None:
+        """That blocks and element-wise parts are of parameters that have the same shapes and are treated alike."""
+        shapes = {unit.block_key(n): block.box.lengths for n, block in enumerate(unit.plan.blocks)}
+        own = {p.key: p.shape for p in unit.parameters}
+        flat = {p.key for p, t in zip(unit.parameters, unit.policies, strict=True) if not t.preconditioned}
+        for key, shape in ((key, tuple(stack.shape)) for stack in self.stacks for key in stack.keys):
+            if parameter_of(key) in own and shapes.get(key) != shape:
+                raise ValueError(
+                    f"the saved state has block {key} of shape {shape}, which the parameter of shape "
+                    f"{own[parameter_of(key)]} does not have here; its shape, max_preconditioner_dim or exclude differ"
+                )
+        for key, start, numel in (segment for part in self.elementwise for segment in part.segments):
+            if key in own and (key not in flat or start + numel > math.prod(own[key])):
+                raise ValueError(
+                    f"the saved state has element-wise state of {key!r} up to element {start + numel}, but here it "
+                    f"is {'element-wise' if key in flat else 'preconditioned'} with shape {own[key]}"
+                )
 
-    def everything(self) -> SavedState:
-        """All of it is in memory."""
-        return self
+    def _check_elements(self, part: Elementwise) -> None:
+        """That the moments of this rank's segments are here, for each element of parameters that have taken steps."""
+        overlaps = self._overlaps(part)
+        for number, segment in enumerate(part.segments):
+            filled, needed = 0, part.needs[segment.group, segment.method]
+            for low, high, _, saved in overlaps[number]:
+                filled += high - low
+                missing = needed - set(saved.tensors)
+                if missing:
+                    raise ValueError(
+                        f"saved state of {segment.key} has {sorted(saved.tensors)}, "
+                        f"the options now ask for {sorted(missing)} too"
+                    )
+            if filled != segment.numel and self.steps.get(segment.key):
+                raise ValueError(
+                    f"the saved state holds {filled} of the {segment.numel} elements of {segment.key} that this rank "
+                    "needs; its shape is another, or it was saved with another sharding"
+                )
 
-    def rows(self) -> dict[str, tuple[dict[str, Any], int]]:
-        """Stack and row of each block that is here."""
-        return {key: (stack, row) for stack in self.stacks for row, key in enumerate(stack["keys"])}
+    def _load_elements(self, part: Elementwise) -> None:
+        for number, overlaps in self._overlaps(part).items():
+            segment = part.segments[number]
+            for low, high, place, saved in overlaps:
+                for name in part.needs[segment.group, segment.method]:
+                    target = part.views[name][number].narrow(0, low - segment.start, high - low)
+                    target.copy_(saved.tensors[name].narrow(0, place, high - low))
 
-    def _buffer_pieces(self, unit: StepUnit, kind: str) -> list[tuple[Any, list[tuple[Box, Placed, Tensor]]]]:
-        """For each shard of a unit the common boxes with saved buffers of a kind, and where those lie."""
-        saved: dict[str, list[tuple[Placed, Tensor]]] = {}
-        for found in (b for b in self.buffers if b["kind"] == kind):
-            for key, offsets, lengths, offset in found["shards"]:
-                place = Placed(Box(tuple(offsets), tuple(lengths)), offset, row_major(lengths))
-                saved.setdefault(key, []).append((place, found["buffer"]))
-        out = []
-        for shard in unit.layout.shards:
+    def _overlaps(self, part: Elementwise) -> dict[int, list[tuple[int, int, int, ElementwiseState]]]:
+        """What is here of each segment of a live part, by its number.
+
+        Each overlap has its first element and the one after its last in the flattened parameter, its place in the
+        tensors, and what holds these.
+        """
+        saved: dict[str, list[tuple[int, int, int, ElementwiseState]]] = defaultdict(list)
+        for state in self.elementwise:
+            for key, start, numel, place in state.intervals():
+                saved[key].append((start, start + numel, place, state))
+        found: dict[int, list[tuple[int, int, int, ElementwiseState]]] = defaultdict(list)
+        for number, segment in enumerate(part.segments):
+            for start, stop, place, state in saved[segment.key]:
+                low, high = max(start, segment.start), min(stop, segment.start + segment.numel)
+                if low < high:
+                    found[number].append((low, high, place + low - start, state))
+        return found
+
+    def _check_buffers(self, unit: StepUnit, kind: str) -> None:
+        """That buffers of a kind cover all of this rank's shards of the parameters that they know."""
+        known = {shard[0] for b in self.buffers if b.kind == kind for shard in b.shards}
+        for shard, pieces in self._buffer_pieces(unit, kind):
+            key, filled = unit.parameters[shard.parameter].key, sum(common.numel for common, _, _ in pieces)
+            if key in known and filled != shard.box.numel:
+                raise ValueError(
+                    f"the saved {kind} of {key!r} covers {filled} of the {shard.box.numel} elements needed here"
+                )
+
+    def _buffer_pieces(self, unit: StepUnit, kind: str) -> Iterable[tuple[Shard, list[tuple[Box, Placed, Tensor]]]]:
+        """For each shard of a unit what it has in common with the buffers of a kind, and where that is in these."""
+        saved: dict[str, list[tuple[Placed, Tensor]]] = defaultdict(list)
+        for found in (b for b in self.buffers if b.kind == kind):
+            for key, place in found.places():
+                saved[key].append((place, found.buffer))
+        for shard in unit.layout.shards if saved else ():
             pieces = []
-            for place, buffer in saved.get(unit.parameters[shard.parameter].key, []):
+            for place, buffer in saved[unit.parameters[shard.parameter].key]:
                 common = place.box.intersect(shard.box)
                 if common is not None:
                     pieces.append((common, place.part(common), buffer))
-            out.append((shard, pieces))
-        return out
-
-    def _buffer_problem(self, unit: StepUnit) -> str | None:
-        for kind in unit.buffers:
-            known = {shard[0] for b in self.buffers if b["kind"] == kind for shard in b["shards"]}
-            for shard, pieces in self._buffer_pieces(unit, kind):
-                key, filled = unit.parameters[shard.parameter].key, sum(common.numel for common, _, _ in pieces)
-                if key in known and filled != shard.box.numel:
-                    return f"the saved {kind} of {key!r} covers {filled} of the {shard.box.numel} elements needed here"
-        return None
+            yield shard, pieces
 
 
 def lacking(block_key: str) -> str:
-    """What to say of a block that a saved state should hold and does not."""
+    """The message about a block that a saved state should hold and does not."""
     return f"the saved state has steps of {parameter_of(block_key)!r}, but not its block {block_key!r}"
 
 
 def consolidated(unit: StepUnit, own: SavedState) -> SavedState:
     """A unit's state of all ranks, on the first rank of its group; on the others their own. A collective."""
     own = own.on_cpu()
-    if unit.group is None:
-        return own
-    gathered: list[Any] | None = [None] * unit.world_size if unit.rank == 0 else None
-    first = dist.get_global_rank(unit.group, 0)
-    dist.gather_object(own.to_dict(), gathered, dst=first, group=cpu_group(unit.group))
-    if gathered is None:
-        return own
-    parts = [SavedState.parse({"shampoo": part}) for part in gathered]
-    return parts[0].joined(parts[1:])
-
-
-def gathered_from_unit(mine: Any, unit: StepUnit) -> list[Any]:
-    """What all ranks of a unit's group say. A collective."""
-    if unit.group is None:
-        return [mine]
-    gathered: list[Any] = [None] * unit.world_size
-    with current_device(unit.device):
-        dist.all_gather_object(gathered, mine, group=unit.group)
-    return gathered
+    parts = gather_on_first_rank(own, unit.group)
+    return own if parts is None else parts[0].joined(parts[1:])
 
 
 def parameter_of(block_key: str) -> str:
@@ -278,48 +462,10 @@ def parameter_of(block_key: str) -> str:
     return block_key.rsplit("/", 1)[0]
 
 
-def _stack_rows(stack: dict[str, Any], wanted: Callable[[str], bool]) -> dict[str, Any]:
-    """An exported stack with the wanted rows only."""
-    kept = [row for row, key in enumerate(stack["keys"]) if wanted(key)]
-    if len(kept) == len(stack["keys"]):
-        return stack
-    names = [name for name in stack if name in ("keys", "refreshed", "failures", "pending")]
-    rows = {name: [stack[name][row] for row in kept] for name in names}
-    tensors = {name: t[torch.tensor(kept, dtype=torch.long, device=t.device)] for name, t in stack["tensors"].items()}
-    return {**stack, **rows, "tensors": tensors}
-
-
-def _elementwise_without(part: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-    """An exported element-wise part without the parameters ``keys``."""
-    kept = [number for number, segment in enumerate(part["segments"]) if segment[0] not in keys]
-    if len(kept) == len(part["segments"]):
-        return part
-    sizes = [numel for _, _, numel in part["segments"]]
-    tensors = {}
-    for name, tensor in part["tensors"].items():
-        pieces = torch.split(tensor, sizes)
-        tensors[name] = torch.cat([pieces[n] for n in kept]) if kept else tensor.new_empty(0)
-    return {"segments": [part["segments"][n] for n in kept], "tensors": tensors}
-
-
-def _buffer_without(buffer: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-    """A saved buffer without the shards of the parameters ``keys``."""
-    return {**buffer, "shards": [shard for shard in buffer["shards"] if shard[0] not in keys]}
-
-
-def _moved(part: dict[str, Any]) -> dict[str, Any]:
-    return {**part, "tensors": {name: tensor.cpu() for name, tensor in part["tensors"].items()}}
-
-
 def view_of(buffer: Tensor, place: Placed) -> Tensor:
     """A box within a flat buffer."""
     return buffer.as_strided(place.box.lengths, place.strides, buffer.storage_offset() + place.offset)
 
 
-def _buffer(unit: StepUnit, kind: str, tensor: int, buffer: Tensor) -> dict[str, Any]:
-    shards = [
-        [unit.parameters[s.parameter].key, list(s.box.offsets), list(s.box.lengths), s.offset]
-        for s in unit.layout.shards
-        if s.tensor == tensor
-    ]
-    return {"kind": kind, "shards": shards, "buffer": buffer}
+def _row_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape[1:]) for name, tensor in sorted(tensors.items())}

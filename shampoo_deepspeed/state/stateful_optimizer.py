@@ -1,4 +1,4 @@
-"""State of a blockwise optimizer that comes and goes: state dicts, copies, and what waits for its units."""
+"""State of a blockwise optimizer that comes and goes: state dicts, copies, and loaded state until units take it."""
 
 from __future__ import annotations
 
@@ -7,54 +7,165 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from shampoo_deepspeed.distributed.frameworks import Entry, NewTensor, Parameter, adapters
 from shampoo_deepspeed.engine.policy import policy_of
-from shampoo_deepspeed.engine.step_unit import StepUnit
+from shampoo_deepspeed.engine.step_unit import StepUnit, as_count
 from shampoo_deepspeed.engine.unit_optimizer import UnitOptimizer
-from shampoo_deepspeed.options.config import ShampooConfig
+from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
 from shampoo_deepspeed.options.param_groups import group_options
 from shampoo_deepspeed.state.dcp_state import (
     TorchState,
-    as_count,
     completed_group,
     external_entry,
     is_torch_state,
     robust_group,
     unit_entries,
 )
-from shampoo_deepspeed.state.state_dict import FORMAT, START_ANEW, SavedState, StateSource, consolidated, lacking
+from shampoo_deepspeed.state.state_dict import START_ANEW, SavedState, StateSource, consolidated, lacking
 
 logger = logging.getLogger("shampoo_deepspeed")
 
 
-class BlockOptimizer(UnitOptimizer):
-    """What any blockwise optimizer needs beside its step: a ``UnitOptimizer`` that saves and loads its units."""
+@dataclass
+class StateKeeper:
+    """Where an optimizer's state is while its units do not have it.
 
-    waiting_state: StateSource | None = None  # loaded, and not yet handed out to units
-    external_state: Mapping[str, Any] | None = None  # where a loaded state dict says that the state is
-    _elsewhere: Mapping[str, Any] | None = None  # in effect while a framework saves what was saved beside it
-    _consolidated: SavedState | None = None
+    Without loaded state ``waiting`` and ``external`` are None: all state is in the units, and parameters without a unit
+    have none. Loading makes the units give up theirs; each parameter gets its state from ``waiting`` when it steps
+    again. If ``external`` is set, the state must first be loaded from there: no unit may be built and nothing saved.
+
+    Args:
+        waiting: loaded state, of parameters that have not stepped since.
+        external: where a loaded state dict says that the state is kept.
+        saved_as: what state dicts hold in place of the state, within ``with_external_state``.
+        consolidated: a copy of the state of all ranks, for the next state dict; the next step drops it.
+        released: units of before the last load. They take loaded state again unless options have changed.
+    """
+
+    waiting: StateSource | None = None
+    external: Mapping[str, Any] | None = None
+    saved_as: Mapping[str, Any] | None = None
+    consolidated: SavedState | None = None
+    released: list[StepUnit] = field(default_factory=list)
+
+    @property
+    def note(self) -> Mapping[str, Any] | None:
+        """What state dicts hold in place of the state; None if they hold the state."""
+        return self.saved_as if self.saved_as is not None else self.external
+
+    def take(self, source: StateSource) -> None:
+        """Hold this state, and nothing else, until units take it."""
+        self.waiting, self.external, self.consolidated = source, source.external, None
+
+    def restore_into(self, unit: StepUnit) -> None:
+        """Give a unit without steps what was loaded for it. A collective of its ranks."""
+        if self.waiting is not None:
+            self.waiting.restore_into(unit)
+            self.waiting = self.waiting.without({p.key for p in unit.parameters})
+
+    def joined(self, own: SavedState) -> SavedState:
+        """The state of units together with what waits."""
+        return own if self.waiting is None else own.joined([self.waiting.everything()])
+
+    def refuse_external(self) -> None:
+        """Raise RuntimeError if the state must be loaded from another place first."""
+        if self.external is not None:
+            raise RuntimeError(
+                f"the loaded state dict says where the optimizer's state is saved ({dict(self.external)}); "
+                "call load_shampoo(optimizer, path) on all ranks before the first step"
+            )
+
+    def release(self, units: Sequence[StepUnit]) -> None:
+        """Let units give up their state, for loaded state that takes its place.
+
+        Units that have not stepped are dropped: a tool may have asked for them, with tensors that have no gradients.
+        """
+        stepped = [unit for unit in units if any(unit.steps)]
+        for unit in stepped:
+            unit.release_state()
+        self.released += stepped
+
+    def taken_again(self, present: set[int], configs: Mapping[int, ShampooConfig]) -> list[StepUnit]:
+        """Released units of these tensors, with new state; those that would be built otherwise today are dropped.
+
+        A collective of the units' ranks, which decide alike.
+
+        Args:
+            present: ``id`` of all tensors in the optimizer's groups.
+            configs: options by number.
+        """
+        found = [unit for unit in self.released if present.issuperset(map(id, unit.tensors))]
+        self.released = [unit for unit in self.released if unit not in found]
+        again = [unit for unit in found if not any(unit.any_rank([_has_changed(unit, configs)]))]
+        for unit in again:
+            unit.new_state()
+        return again
+
+
+class BlockOptimizer(UnitOptimizer):
+    """A ``UnitOptimizer`` whose state can be saved and loaded; what a blockwise optimizer adds is its step."""
+
+    def __init__(
+        self,
+        params: Any,
+        model: nn.Module | None,
+        process_group: dist.ProcessGroup | None,
+        options: dict[str, Any],
+    ) -> None:
+        self.state_keeper = StateKeeper()
+        super().__init__(params, model, process_group, options)
+
+    @property
+    def waiting_state(self) -> StateSource | None:
+        """Loaded state that no unit has taken yet."""
+        return self.state_keeper.waiting
+
+    @waiting_state.setter
+    def waiting_state(self, source: StateSource | None) -> None:
+        self.state_keeper.waiting = source
+
+    @property
+    def external_state(self) -> Mapping[str, Any] | None:
+        """Where a loaded state dict says that the state is kept, until it is loaded from there."""
+        return self.state_keeper.external
+
+    @external_state.setter
+    def external_state(self, where: Mapping[str, Any] | None) -> None:
+        self.state_keeper.external = where
+
+    @property
+    def has_state(self) -> bool:
+        """Whether any parameter has taken a step, in this process or in what was loaded."""
+        waiting = self.state_keeper.waiting
+        return any(not unit.fresh for unit in self.units) or (waiting is not None and any(waiting.steps.values()))
+
+    def attach_model(self, model: nn.Module) -> None:
+        super().attach_model(model)
+        self.state_keeper.released.clear()  # their ranks may change
+
+    def _take_released(self) -> None:
+        """Use units of before the last load again, with the state that was loaded."""
+        keeper = self.state_keeper
+        if keeper.released and keeper.external is None:
+            present = {id(tensor) for group in self.param_groups for tensor in group["params"]}
+            for unit in keeper.taken_again(present, self.configs()):
+                self._join(unit)
 
     def _new_units(self, fresh: Sequence[NewTensor]) -> list[StepUnit]:
         """Units of tensors that have none, with what was loaded for them."""
-        if self.external_state is not None:
-            raise RuntimeError(
-                f"the loaded state dict says where the optimizer's state is saved ({dict(self.external_state)}); "
-                "call load_shampoo(optimizer, path) on all ranks before the first step"
-            )
+        self.state_keeper.refuse_external()
+        self.state_keeper.released.clear()  # a framework has replaced their tensors
         return super()._new_units(fresh)
 
     def _take_up(self, unit: StepUnit) -> None:
-        """Hand out to a new unit what was loaded for it."""
-        if self.waiting_state is not None:
-            self.waiting_state.restore_into(unit)
-            self.waiting_state = self.waiting_state.without({p.key for p in unit.parameters})
+        self.state_keeper.restore_into(unit)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with this rank's block and element-wise state under ``"shampoo"``.
@@ -74,12 +185,91 @@ class BlockOptimizer(UnitOptimizer):
         if entries is not None:
             state = self._torch_state_dict({"state": self._numbered(entries)})
             return {**state, "param_groups": [robust_group(group) for group in state["param_groups"]]}
-        elsewhere = self._elsewhere if self._elsewhere is not None else self.external_state
-        if elsewhere is not None:
-            return self._torch_state_dict({"shampoo": {"format": FORMAT, "elsewhere": dict(elsewhere)}})
+        if self.state_keeper.note is not None:
+            return self._torch_state_dict({"shampoo": SavedState(external=self.state_keeper.note).to_dict()})
         self._refuse_one_rank()
-        own = (self._consolidated or self._own_state()).to_dict()
-        return self._torch_state_dict({"shampoo": own})
+        own = self.state_keeper.consolidated or self._own_state()
+        return self._torch_state_dict({"shampoo": own.to_dict()})
+
+    @contextmanager
+    def with_external_state(self, where: Mapping[str, Any]) -> Iterator[None]:
+        """Within it ``state_dict()`` holds the options, the steps, and ``where`` (builtins) in place of the state.
+
+        For frameworks whose own checkpoint keeps the state dict, while ``save_shampoo`` has written the state. A state
+        dict from which a framework has stripped all but the options can be loaded within it too; ``load_shampoo`` must
+        follow.
+        """
+        before, self.state_keeper.saved_as = self.state_keeper.saved_as, where
+        # Tools of torch take an empty state for that of an optimizer before its first step, and would make one.
+        empty = [t for group in self.param_groups for t in group["params"] if t.requires_grad] if not self.state else []
+        self.state.update((tensor, {"step": as_count(0)}) for tensor in empty)
+        try:
+            yield
+        finally:
+            self.state_keeper.saved_as = before
+            if empty and not self.units and self.state_keeper.waiting is None:
+                self.state.clear()
+
+    def consolidate_state_dict(self) -> None:
+        """Gather the state of all ranks that share parameters, for the next ``state_dict()``; call it on all ranks.
+
+        As in torch's ZeroRedundancyOptimizer: the first rank of each group then has all of it, to be saved. The copy
+        is on the CPU and is dropped at the next step.
+        """
+        self.finish_step()
+        parts = [consolidated(unit, SavedState.of_units([unit], self.rejected_steps)) for unit in self.units]
+        self.state_keeper.consolidated = self.state_keeper.joined(
+            SavedState(rejected_steps=self.rejected_steps).joined(parts)
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take options and state; blocks go to their owners at the next step.
+
+        Parameters that had no gradient when the state was saved start with new state.
+
+        Raises:
+            ValueError: if this is not a Shampoo state dict, or (for parameters that have not stepped yet: at the next
+                step) does not fit the parameters.
+        """
+        parsed: list[SavedState | TorchState] = []
+        # Last of the hooks, so that those of the user see the whole state dict and may replace it.
+        handle = self.register_load_state_dict_pre_hook(lambda _, state: self._take_apart(state, parsed))
+        numbers = [group["shampoo_group"] for group in self.param_groups]
+        try:
+            super().load_state_dict(state_dict)  # type: ignore[arg-type]
+        finally:
+            handle.remove()
+        if not self.units:  # accelerate loads an empty state while it prepares an optimizer
+            given = [tensor for group in self.param_groups for tensor in group["params"]]
+            for model in (adapter.model_under_construction({}, given) for adapter in adapters()):
+                if model is not None:
+                    self.attach_model(model)
+        self._release_units()
+        for group, number in zip(self.param_groups, numbers, strict=True):
+            group["shampoo_group"] = number
+            self._config(group)
+        self.take_state(parsed[0])
+        if self.external_state is not None and self.state_keeper.saved_as is None:  # else the caller knows where it is
+            for adapter in adapters():
+                adapter.note_load(self)
+
+    def take_state(self, source: StateSource) -> None:
+        """Go on from this state, from the next step on; call it on all ranks. What was there is dropped."""
+        self._release_units()
+        self.state_keeper.take(source)
+        self.rejected_steps = source.rejected_steps
+        self.state.clear()
+        steps = source.steps
+        for tensor in (tensor for group in self.param_groups for tensor in group["params"] if steps):
+            self.state[tensor]["step"] = as_count(max(steps.values()))
+
+    def _release_units(self) -> None:
+        """Units take state again at the next step, on all ranks together: handing it out needs communication."""
+        self.state_keeper.release(self.units)
+        self.units, self._unit_of, self._loads = [], {}, {}
+
+    def _own_state(self) -> SavedState:
+        return self.state_keeper.joined(SavedState.of_units(self.units, self.rejected_steps))
 
     def _entries_for_a_tool(self) -> dict[int, dict[str, Tensor]] | None:
         """What goes under ``state`` if a framework's checkpoint tool is asking for the state dict."""
@@ -87,7 +277,8 @@ class BlockOptimizer(UnitOptimizer):
         return next((entries for entries in answers if entries is not None), None)
 
     def _refuse_one_rank(self) -> None:
-        if self._consolidated is None and any(u.layout.one_rank_saves and u.world_size > 1 for u in self.units):
+        one_rank_saves = any(unit.layout.one_rank_saves and unit.world_size > 1 for unit in self.units)
+        if self.state_keeper.consolidated is None and one_rank_saves:
             raise RuntimeError(
                 "each rank owns the Shampoo state of some blocks only, but here one rank's state dict is stored for "
                 "all; call optimizer.consolidate_state_dict() on all ranks first"
@@ -96,7 +287,7 @@ class BlockOptimizer(UnitOptimizer):
     @property
     def state_is_external(self) -> bool:
         """Whether ``state_dict()`` holds a note of where the state is, and not the state."""
-        return self._elsewhere is not None or self.external_state is not None
+        return self.state_keeper.note is not None
 
     def external_entries(
         self, external: bool, shape_of: Callable[[Tensor], tuple[int, ...]]
@@ -119,6 +310,7 @@ class BlockOptimizer(UnitOptimizer):
         Raises:
             RuntimeError: for parameters whose state torch's helpers cannot carry.
         """
+        self._take_released()
         fresh = [
             NewTensor(tensor, group["shampoo_group"], place)
             for tensor, group, place in self._could_have_state()
@@ -130,7 +322,7 @@ class BlockOptimizer(UnitOptimizer):
             self._refuse_one_rank()
         configs, entries = self.configs(), {}
         for unit in self.units:
-            made = unit_entries(unit, configs, self._consolidated, self.rejected_steps)
+            made = unit_entries(unit, configs, self.state_keeper.consolidated, self.rejected_steps)
             for tensor, entry in zip(unit.tensors, made, strict=True):
                 entries[id(tensor)] = entry
                 for name in entry:  # torch takes what it finds here for the names of what it has to load
@@ -156,116 +348,25 @@ class BlockOptimizer(UnitOptimizer):
         finally:
             handle.remove()
 
-    def _own_state(self) -> SavedState:
-        own = SavedState.of_units(self.units, self.rejected_steps)
-        return own if self.waiting_state is None else own.joined([self.waiting_state.everything()])
-
-    @contextmanager
-    def with_external_state(self, where: Mapping[str, Any]) -> Iterator[None]:
-        """Within it ``state_dict()`` holds the options, the steps, and ``where`` (builtins) in place of the state.
-
-        For frameworks whose own checkpoint keeps the state dict, while ``save_shampoo`` has written the state. A state
-        dict from which a framework has stripped all but the options can be loaded within it too; ``load_shampoo`` must
-        follow.
-        """
-        before, self._elsewhere = self._elsewhere, where
-        # Tools of torch take an empty state for that of an optimizer before its first step, and would make one.
-        empty = [t for group in self.param_groups for t in group["params"] if t.requires_grad] if not self.state else []
-        self.state.update((tensor, {"step": as_count(0)}) for tensor in empty)
-        try:
-            yield
-        finally:
-            self._elsewhere = before
-            if empty and not self.units and self.waiting_state is None:
-                self.state.clear()
-
-    def consolidate_state_dict(self) -> None:
-        """Gather the state of all ranks that share parameters, for the next ``state_dict()``; call it on all ranks.
-
-        As in torch's ZeroRedundancyOptimizer: the first rank of each group then has all of it, to be saved. The copy
-        lies on the CPU and is dropped at the next step.
-        """
-        self.finish_step()
-        parts = [consolidated(unit, SavedState.of_units([unit], self.rejected_steps)) for unit in self.units]
-        waiting = [] if self.waiting_state is None else [self.waiting_state.everything()]
-        self._consolidated = SavedState({}, [], [], [], self.rejected_steps).joined([*parts, *waiting])
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take options and state; blocks are handed out to their owners at the next step.
-
-        Parameters that had no gradient when the state was saved start anew.
-
-        Raises:
-            ValueError: where this is not a Shampoo state dict, or (for parameters without a step so far: at the next
-                step) does not fit the parameters.
-        """
-        parsed: list[SavedState | TorchState] = []
-        # Last of the hooks, so that those of the user see the whole state dict and may replace it.
-        handle = self.register_load_state_dict_pre_hook(lambda _, state: self._take_apart(state, parsed))
-        numbers = [group["shampoo_group"] for group in self.param_groups]
-        try:
-            super().load_state_dict(state_dict)  # type: ignore[arg-type]
-        finally:
-            handle.remove()
-        if not self.units:  # accelerate loads an empty state while it prepares an optimizer
-            given = [tensor for group in self.param_groups for tensor in group["params"]]
-            for model in (adapter.model_under_construction({}, given) for adapter in adapters()):
-                if model is not None:
-                    self.attach_model(model)
-        self._forget_units()
-        for group, number in zip(self.param_groups, numbers, strict=True):
-            group["shampoo_group"] = number
-            self._config(group)
-        self.take_state(parsed[0])
-        self.external_state = parsed[0].elsewhere
-        if self.external_state is not None:
-            for adapter in adapters() if self._elsewhere is None else ():  # otherwise whoever loads knows where it is
-                adapter.note_load(self)
-
-    @property
-    def has_state(self) -> bool:
-        """Whether any parameter has taken a step, in this process or in what was loaded."""
-        loaded = self.waiting_state is not None and any(self.waiting_state.steps.values())
-        return loaded or any(not unit.fresh for unit in self.units)
-
-    def take_state(self, source: StateSource) -> None:
-        """Go on from this state, from the next step on; call it on all ranks. What was there is dropped."""
-        self._forget_units()
-        self.waiting_state, self.external_state, self._consolidated = source, None, None
-        self.rejected_steps = source.rejected_steps
-        self.state.clear()
-        for tensor in (tensor for group in self.param_groups for tensor in group["params"] if source.steps):
-            self.state[tensor]["step"] = as_count(max(source.steps.values()))
-
-    def _forget_units(self) -> None:
-        """Units are built anew at the next step, on all ranks together: handing out state needs communication."""
-        self.units, self._unit_of, self._loads = [], {}, {}
-
     def _take_apart(self, state_dict: Mapping[str, Any], parsed: list[SavedState | TorchState]) -> dict[str, Any]:
-        """Our part goes to ``parsed``, once it is known to fit; the rest is torch's."""
-        if "shampoo" not in state_dict and (self._elsewhere is not None or is_torch_state(state_dict)):
+        """Append our part to ``parsed``, once it is known to fit; return the rest, which is torch's."""
+        if "shampoo" not in state_dict and (self.state_keeper.saved_as is not None or is_torch_state(state_dict)):
+            torch_state = TorchState({}, self.state_keeper.saved_as)
             if is_torch_state(state_dict):
-                keys = self._keys_by_group()
-                parsed.append(TorchState.parse(state_dict, keys))
-            else:
-                parsed.append(TorchState({}, self._elsewhere))
+                torch_state = TorchState.parse(state_dict, self._keys_by_group())
+            parsed.append(torch_state)
             groups = [completed_group(group) for group in state_dict["param_groups"]]
             return {**state_dict, "state": {}, "param_groups": groups}
         if "shampoo" not in state_dict and os.environ.get(START_ANEW) == "1":
             logger.warning("the loaded state dict is not Shampoo's (%s = 1): state and options start anew", START_ANEW)
-            parsed.append(SavedState({}, [], [], []))
+            parsed.append(SavedState())
             return {"state": {}, "param_groups": torch.optim.Optimizer.state_dict(self)["param_groups"]}
         saved = SavedState.parse(state_dict)
         rest = {key: value for key, value in state_dict.items() if key != "shampoo"}
-        if saved.elsewhere is not None:
+        if saved.external is not None:
             parsed.append(saved)
             return {**rest, "state": {}}
-        strange = set(saved.steps) - {entry.parameter.key for entry in self.entries}
-        if strange:
-            raise ValueError(
-                f"the saved state is that of other parameters: {', '.join(sorted(strange)[:5])}"
-                f"{', ...' if len(strange) > 5 else ''} are not here; build the optimizer with the same names"
-            )
+        self._check_parameters(saved)
         defaults = group_options(ShampooConfig())
         configs = [ShampooConfig(**{n: g.get(n, v) for n, v in defaults.items()}) for g in state_dict["param_groups"]]
         if len(configs) == len(self.param_groups):
@@ -280,8 +381,17 @@ class BlockOptimizer(UnitOptimizer):
             keys[entry.parameter.group].append(entry.parameter.key)
         return [keys[group["shampoo_group"]] for group in self.param_groups]
 
+    def _check_parameters(self, saved: SavedState) -> None:
+        """Raise ValueError if a saved state knows parameters that the optimizer does not have."""
+        strange = set(saved.steps) - {entry.parameter.key for entry in self.entries}
+        if strange:
+            raise ValueError(
+                f"the saved state is that of other parameters: {', '.join(sorted(strange)[:5])}"
+                f"{', ...' if len(strange) > 5 else ''} are not here; build the optimizer with the same names"
+            )
+
     def _check_units(self, saved: SavedState, configs: Sequence[ShampooConfig]) -> None:
-        """Raise early where a unit stays as it is under these options and no other rank is needed.
+        """Raise early if a unit stays as it is under these options and no other rank is needed.
 
         Else the next step finds out, on all ranks together.
         """
@@ -290,9 +400,10 @@ class BlockOptimizer(UnitOptimizer):
         for unit in self.units:
             if unit.group is not None or any(_reshaped(p, before[p.group], after[p.group]) for p in unit.parameters):
                 continue
-            problem, missing = saved.problem(unit), saved.missing(unit)
-            if problem or missing:
-                raise ValueError(problem or lacking(missing[0]))
+            saved.check_fits(unit)
+            missing = saved.missing(unit)
+            if missing:
+                raise ValueError(lacking(missing[0]))
 
     def __getstate__(self) -> dict[str, Any]:
         if any(unit.group is not None for unit in self.units):
@@ -314,14 +425,29 @@ class BlockOptimizer(UnitOptimizer):
             raise RuntimeError(
                 "this optimizer cannot be copied while a framework has replaced its parameters by flat shards"
             )
-        self._known, self.units, self._unit_of, self._configs, self._loads = {}, [], {}, {}, {}
-        self.expanded_configs, self.policies = {}, {}
-        self._reported, self._consolidated, self._replicas = True, None, None
+        self._known, self.policies, self.units, self._unit_of, self._configs, self._loads = {}, {}, [], {}, {}, {}
+        self.expanded_configs = {}
+        self._reported, self._replicas = True, None
         self.entries = [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
         waiting = SavedState.parse({"shampoo": saved})
-        self.waiting_state, self._elsewhere, self.external_state = waiting, None, None
+        self.state_keeper = StateKeeper(waiting)
         self.rejected_steps = waiting.rejected_steps
         self.configs()
+
+
+# Options that every step reads from the groups; no unit is built by them.
+_READ_AT_EACH_STEP = ("lr", "peak_lr", "weight_decay")
+
+
+def _has_changed(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> bool:
+    """Whether a unit that was built now would be another: by its tensors, or by the options."""
+    other_options = (_other_options(config, configs.get(number)) for number, config in unit.configs.items())
+    return not unit.has_its_tensors() or any(other_options)
+
+
+def _other_options(before: ShampooConfig, now: ShampooConfig | None) -> bool:
+    names = [name for name in OPTION_NAMES if name not in _READ_AT_EACH_STEP]
+    return before is not now and (now is None or any(getattr(before, n) != getattr(now, n) for n in names))
 
 
 def _reshaped(parameter: Parameter, before: ShampooConfig, after: ShampooConfig) -> bool:
@@ -332,7 +458,7 @@ def _reshaped(parameter: Parameter, before: ShampooConfig, after: ShampooConfig)
 
 
 def _without_names(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
-    """torch's ``"state"`` without what only stands there for its name."""
+    """torch's ``"state"`` without what is only there for its name."""
     return {
         number: {name: value for name, value in entry.items() if name == "step" or value is not entry.get("step")}
         for number, entry in state.items()

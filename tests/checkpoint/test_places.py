@@ -140,7 +140,7 @@ def test_a_save_that_cannot_be_prepared_fails_as_any_other(
         raise error("the state is not as it should be")
 
     _, optimizer = trained()
-    monkeypatch.setattr("shampoo_deepspeed.checkpoint.save._items", wrong)
+    monkeypatch.setattr("shampoo_deepspeed.checkpoint.save.share_of", wrong)
     with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be written.*not as it should be"):
         save_shampoo(optimizer, tmp_path)
 
@@ -154,11 +154,14 @@ def test_a_folder_that_fails_while_a_failure_is_cleared_away_is_no_other_failure
     def broken(*_: Any) -> None:
         raise OSError(number, "no answer")
 
+    def refused(*_: Any) -> None:
+        raise RuntimeError("it was refused")
+
     _, optimizer = trained()
     save_shampoo(optimizer, tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr("shampoo_deepspeed.checkpoint.manifest.Path.is_file", broken)
-        patched.setattr("shampoo_deepspeed.checkpoint.save._commit", lambda *_: "it was refused")
+        patched.setattr("shampoo_deepspeed.checkpoint.save._joined", refused)
         with pytest.raises(CheckpointError, match="it was refused"):
             save_shampoo(optimizer, tmp_path)
     assert len(list(tmp_path.glob("data-*"))) == 2
@@ -285,19 +288,19 @@ def test_waiting_for_all_saves_tells_what_another_optimizer_s_save_has_passed_ov
 AT_EXIT = """
 import atexit, sys
 from pathlib import Path
-folder, made = Path(sys.argv[1]), {}
-atexit.register(lambda: print(len(made), "left,", (folder / "saved/manifest.json").is_file()))  # runs last
+folder, jobs = Path(sys.argv[1]), []
+atexit.register(lambda: print(len(jobs), "left,", (folder / "saved/manifest.json").is_file()))  # runs last
 import torch.distributed as dist
-from shampoo_deepspeed.distributed import process_groups as cpu_groups
+from shampoo_deepspeed.distributed import process_groups
 from shampoo_deepspeed import save_shampoo
 from tests.support.stepping import drive, parameter, shampoo
-made = cpu_groups._FOR_THREAD
+jobs = process_groups._jobs
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
 params = [parameter(8, 6)]
 optimizer = shampoo([("w", params[0])], process_group=dist.group.WORLD)
 drive(optimizer, params, range(1))
 save_shampoo(optimizer, folder / "saved", asynchronous=True)
-print(len(made), "made")
+print(sum(job.thread_group is not None for job in jobs), "made")
 """
 
 

@@ -9,6 +9,7 @@ import random
 import re
 import time
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+import shampoo_deepspeed
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
 from shampoo_deepspeed.__main__ import main as command
 from shampoo_deepspeed.checkpoint.inspect import describe
@@ -375,7 +377,10 @@ def test_inspect_tells_what_a_checkpoint_holds(tmp_path: Path, capsys: pytest.Ca
     saved_once(tmp_path)
     assert command(["inspect", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "saved by 1 rank with torch" in text and "all checksums right" in text
+    assert (
+        f"saved by 1 rank with shampoo_deepspeed {version('shampoo-deepspeed')}, torch" in text
+        and "all checksums right" in text
+    )
     assert "momentum = 0.9" in text
     assert re.search(r"w +8x6 +0 +4 +1 block, largest 8x6", text)
     assert re.search(r"b +6 +0 +4 +element-wise", text)
@@ -396,3 +401,10 @@ def test_the_kept_checkpoint_of_format_1_loads_for_ever(tmp_path: Path) -> None:
         bound = 1e-5 if value.dtype == torch.float32 else 2e-3  # other machines may round other elements up
         assert relative_error(params[name].detach(), value) < bound, name
     assert "cube" in describe(kept.FOLDER / "shampoo")
+
+
+def test_a_manifest_records_the_versions_that_wrote_it(tmp_path: Path) -> None:
+    saved_once(tmp_path)
+    installed = version("shampoo-deepspeed")
+    assert Manifest.read(tmp_path).versions == {"shampoo_deepspeed": installed, "torch": torch.__version__}
+    assert shampoo_deepspeed.__version__ == installed

@@ -12,7 +12,7 @@ from torch import nn
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
 from shampoo_deepspeed.checkpoint.manifest import Manifest
-from shampoo_deepspeed.state.state_dict import SavedState
+from shampoo_deepspeed.state.state_dict import BufferState, SavedState
 from tests.support.stepping import drive, parameter, same_bits, shampoo, state_of
 
 
@@ -191,9 +191,9 @@ def test_the_frequency_comes_along_where_it_may_change(tmp_path: Path) -> None:
 
 
 def test_state_without_some_parameters_has_none_of_their_shards() -> None:
-    buffer = {"kind": "momentum", "shards": [["a", [0], [3], 0], ["b", [0], [2], 3]], "buffer": torch.arange(5.0)}
-    (left,) = SavedState({"a": 1, "b": 1}, [], [], [buffer]).without({"a"}).buffers
-    assert left["shards"] == [["b", [0], [2], 3]]
+    buffer = BufferState("momentum", [["a", [0], [3], 0], ["b", [0], [2], 3]], torch.arange(5.0))
+    (left,) = SavedState({"a": 1, "b": 1}, buffers=[buffer]).without({"a"}).buffers
+    assert left.shards == [["b", [0], [2], 3]]
 
 
 def test_unreadable_files_are_told_as_any_other_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_unreadable_files_are_told_as_any_other_damage(tmp_path: Path, monkeypat
             save_shampoo(optimizer, tmp_path)
     assert not list(tmp_path.iterdir())
     save_shampoo(optimizer, tmp_path)
-    for place in ("shampoo_deepspeed.checkpoint.damage", "pathlib.Path.read_bytes"):
+    for place in ("shampoo_deepspeed.checkpoint.load.check_files", "pathlib.Path.read_bytes"):
         with monkeypatch.context() as patch:
             patch.setattr(place, broken)
             with pytest.raises(CheckpointError, match="Input/output error"):

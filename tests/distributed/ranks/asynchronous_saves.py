@@ -16,7 +16,7 @@ from torch import nn
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo, wait_for_saves
 from shampoo_deepspeed.checkpoint.save import write_checkpoint
-from shampoo_deepspeed.distributed import process_groups as cpu_groups
+from shampoo_deepspeed.distributed import process_groups
 from tests.support.stepping import drive, parameter, same_bits, shampoo, snapshot
 
 SAVED, END = 3, 6
@@ -37,7 +37,7 @@ def jobs(folder: Path) -> dict[str, Any]:
         load_shampoo(other, folder / "first")
         seen["complete"].append(saved_meanwhile(again, other, folder / "second"))
         seen["same"] = same_bits(snapshot(params), snapshot(again))
-        seen["groups"] = len(cpu_groups._FOR_THREAD)
+        seen["groups"] = len(process_groups._jobs)
     with TestCase().assertLogs("shampoo_deepspeed", "ERROR") as log:
         seen["told"] = ended_too_early(folder, ranks)
     seen["log"] = log.output
@@ -61,7 +61,7 @@ def ended_too_early(folder: Path, ranks: tuple[int, int]) -> str:
         may_write.wait()
         write_checkpoint(*arguments)
 
-    with patch("shampoo_deepspeed.checkpoint.write_checkpoint", held):
+    with patch("shampoo_deepspeed.checkpoint.save.write_checkpoint", held):
         with job(folder, "third", ranks):
             params, optimizer = made()
             drive(optimizer, params, range(1))

@@ -10,23 +10,23 @@ from unittest.mock import patch
 import torch.distributed as dist
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
-from shampoo_deepspeed.checkpoint.records import tables
+from shampoo_deepspeed.checkpoint.save import share_of
 from shampoo_deepspeed.state.block_codec import AS_IN_MEMORY
 from tests.distributed.ranks.folders import shared_folder
 from tests.support.stepping import drive, parameter, shampoo
 
 SAVING = {
-    "prepare": "shampoo_deepspeed.checkpoint.save._items",
+    "prepare": "shampoo_deepspeed.checkpoint.save.share_of",
     "sync": "torch.distributed.checkpoint.filesystem.os.fsync",
     "checksum": "shampoo_deepspeed.checkpoint.save.checksum",
 }
 # Of the first rank, whose answer the others wait for.
 FIRST = {
     "folder": "shampoo_deepspeed.checkpoint.save.uuid.uuid4",
-    "commit": "shampoo_deepspeed.checkpoint.save._commit",
+    "commit": "shampoo_deepspeed.checkpoint.save._complete",
     "clearing": "pathlib.Path.is_file",
 }
-LOADING = {"manifest": "pathlib.Path.read_bytes", "damage": "shampoo_deepspeed.checkpoint.damage"}
+LOADING = {"manifest": "pathlib.Path.read_bytes", "damage": "shampoo_deepspeed.checkpoint.load.check_files"}
 
 
 def broken(*_: Any) -> None:
@@ -70,7 +70,7 @@ def faults(_: None) -> dict[str, Any]:
             heard[name] = told(lambda: save_shampoo(optimizer, folder), place, rank=0)
         for name, place in LOADING.items():
             heard[name] = told(lambda: load_shampoo(optimizer, folder), place)
-        heard["told"] = len(tables(optimizer, AS_IN_MEMORY)["parameters"])
+        heard["told"] = len(share_of(optimizer, AS_IN_MEMORY).parameters)
         heard["loaded"] = load_shampoo(optimizer, folder).loaded
         drive(optimizer, params, range(2, 3))
         save_shampoo(optimizer, folder)

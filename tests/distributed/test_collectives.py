@@ -1,0 +1,32 @@
+"""What one rank raises, all ranks raise; what the first rank decides, all ranks get."""
+
+from __future__ import annotations
+
+import pytest
+
+from shampoo_deepspeed.distributed.collectives import all_gather_objects, decide_on_first_rank, on_all_ranks
+from tests.support.launch import Ask, Check
+
+SHARED = Check("shared_errors", 2, "collectives:shared_errors", None)
+
+
+@pytest.mark.parametrize("check", [SHARED], ids=["shared"])
+def test_an_error_of_one_rank_is_raised_on_all(check: Check, ask: Ask) -> None:
+    for rank, seen in enumerate(ask(check)):
+        own = rank == 1
+        assert seen["checkpoint"] == ("CheckpointError", "damaged", own)
+        assert seen["system"] == ("OSError", "[Errno 28] No space left", own)
+        assert seen["key"][1:] == ("'w'", own)
+        assert seen["unicode"][0] == "ValueError" and "no such byte" in seen["unicode"][1]
+        assert seen["two"] == ("ValueError", "block: too large", own)
+        assert seen["both"] == ("of rank 0", f"of rank {rank}")
+        assert seen["decided"] == 1 and seen["gathered"] == [0, 1]
+        assert "nothing" in seen["undecided"]
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt()], ids=repr)
+def test_a_process_alone_raises_the_error_itself(error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught, on_all_ranks(None):
+        raise error
+    assert caught.value is error
+    assert decide_on_first_rank(3, list, None) == [3] and all_gather_objects(3, None) == [3]
