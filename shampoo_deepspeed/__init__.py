@@ -54,7 +54,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    home = import_module(_HOMES[name])
+    # All names of that module, so that each is looked up here once only.
+    globals().update({public: getattr(home, public) for public, where in _HOMES.items() if where == _HOMES[name]})
+    return getattr(home, name)
 
 
 # torch's hook imports this package to find its function: what switches the hook off must hold here too.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
 from shampoo_deepspeed.checkpoint.manifest import CheckpointError, Manifest
-from shampoo_deepspeed.distributed.collectives import everyone, gathered
+from shampoo_deepspeed.distributed.collectives import all_gather_objects, job_group
 from shampoo_deepspeed.state.state_dict import START_ANEW, SavedState
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
@@ -110,7 +110,7 @@ def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = 
     near = folder or where.get("folder")
     optimizer.external_state = where if near is None else {**where, "folder": str(near)}
     found, reasons = _found(where, near)
-    answers = gathered((found is not None, reasons), everyone())
+    answers = all_gather_objects((found is not None, reasons), job_group())
     missing = next((reason for there, reason in answers if not there), None)
     if missing is None:
         assert found is not None
@@ -137,7 +137,8 @@ def _saved(optimizer: BlockOptimizer, folder: Path) -> dict[str, str]:
     resume(optimizer)
     path = folder.absolute() / FOLDER
     save_shampoo(optimizer, path)
-    saved = gathered(Manifest.read(path).directory if dist.get_rank() == 0 else None, everyone())[0]
+    saved = all_gather_objects(Manifest.read(path).directory if dist.get_rank() == 0 else None, job_group())[0]
+    assert saved is not None
     return {"saved_by": SAVED_BY, "id": saved, "path": str(path)}
 
 

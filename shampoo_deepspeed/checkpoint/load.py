@@ -58,7 +58,7 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
         CheckpointError: on all ranks: no complete checkpoint, a damaged file, or (strict) what does not fit.
         TypeError: if there is no Shampoo in ``optimizer``.
     """
-    optimizer = unwrap(optimizer)
+    optimizer = optimizer if isinstance(optimizer, BlockOptimizer) else unwrap(optimizer)
     if WRITER.unfinished:
         WRITER.wait(optimizer)
     # It is read later, when a loop may have changed its directory, or a link to its newest checkpoint.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
+from shampoo_deepspeed.geometry.blocks import Side
 from shampoo_deepspeed.linalg.eigenbases import kept_or_new, root_from_basis
 from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root, symmetric
 from shampoo_deepspeed.linalg.mode_products import add_gram_, multiply_modes
@@ -21,7 +22,7 @@ class ShampooPreconditioner:
 
     Of each factor matrix only the lower triangle is defined; what lies above it may be old. p is twice the number of
     modes that have a factor at all. A mode may have the diagonal of its factor only, or
-    nothing (``ShampooConfig.sides``), which then is neither kept nor computed.
+    nothing (``sides``), which then is neither kept nor computed.
 
     With ``refresh_tolerance`` eigenbases are kept too. A refresh then computes a new one only where the factor matrix
     has moved out of its basis, and else takes the diagonal of Q'AQ for eigenvalues (arXiv 2506.03595).
@@ -38,6 +39,7 @@ class ShampooPreconditioner:
         self._decay = self._beta2**config.statistics_frequency
         self._bias_correction = config.use_bias_correction
         self._config = config
+        self._sides: dict[tuple[int, ...], tuple[Side, ...]] = {}
         self._roots: dict[int, float] = {}  # p by the number of modes
         self._epsilon = config.epsilon
         self._relative_epsilon = config.relative_epsilon
@@ -58,12 +60,18 @@ class ShampooPreconditioner:
         if self._tolerance is not None:
             kinds["basis"] = self._root_dtype
         state = {}
-        for mode, (d, side) in enumerate(zip(shape, self._config.sides(shape), strict=True)):
+        for mode, (d, side) in enumerate(zip(shape, self.sides(shape), strict=True)):
             for kind, own in kinds.items():
                 if side == "matrix" or (side == "diagonal" and kind != "basis"):
                     size = (count, d, d) if side == "matrix" else (count, d)
                     state[f"{kind}_{mode}"] = torch.zeros(size, dtype=own, device=device)
         return state
+
+    def sides(self, shape: tuple[int, ...]) -> tuple[Side, ...]:
+        """What each dim of a block of this shape has: a factor matrix, its diagonal or nothing."""
+        if shape not in self._sides:
+            self._sides[shape] = self._config.sides(shape)
+        return self._sides[shape]
 
     def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf | None) -> None:
         self._accumulate(state, dict.fromkeys(modes_of(state), gradients), found_inf)

@@ -59,7 +59,6 @@ class SOAPPreconditioner:
         self._basis_dtype = DTYPES[config.root_dtype]
         self._apply_dtype = DTYPES[config.apply_dtype] if config.apply_dtype else None
         self._factor_dtype = DTYPES[config.factor_dtype]
-        self._sides = config.sides
         self._factors = ShampooPreconditioner(config)
 
     def new_state(
@@ -69,7 +68,7 @@ class SOAPPreconditioner:
         [count, *shape], and ``rotated_weight`` [count], the sum of the weights of what that moment has seen."""
         state = {}
         for mode, d in enumerate(shape):
-            if self._sides(shape)[mode] == "none":
+            if self._factors.sides(shape)[mode] == "none":
                 continue
             state[f"factor_{mode}"] = torch.zeros(count, d, d, dtype=self._factor_dtype, device=device)
             state[f"basis_{mode}"] = torch.zeros(count, d, d, dtype=self._basis_dtype, device=device)
