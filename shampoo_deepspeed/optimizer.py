@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.distributed.exchange import Bucket, Transit
 from shampoo_deepspeed.engine.agreement import agree, rejections
+from shampoo_deepspeed.engine.parameter_registry import CHECKED_OPTIONS
 from shampoo_deepspeed.engine.shard_update import apply_updates, shard_gradients
 from shampoo_deepspeed.engine.step_unit import StepUnit
-from shampoo_deepspeed.engine.unit_optimizer import CHECKED_OPTIONS
 from shampoo_deepspeed.linalg.precision import full_precision
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.param_groups import signature_with_options
@@ -113,7 +113,7 @@ class Shampoo(BlockOptimizer):
         units: dict[int, StepUnit] = {}
         for group in self.param_groups:
             for tensor in group["params"]:
-                unit = self._unit_of.get(id(tensor))
+                unit = self.unit_of.get(id(tensor))
                 if unit is not None:
                     units[id(unit)] = unit
                 elif tensor.requires_grad or tensor.grad is not None:
@@ -123,10 +123,10 @@ class Shampoo(BlockOptimizer):
     def configs(self) -> Mapping[int, ShampooConfig]:
         """Options by number as the groups say now, checked again only if one has changed; ``lr`` may be live."""
         for group in self.param_groups:
-            known = self._configs.get(group["shampoo_group"])
+            known = self.registry.checked.get(group["shampoo_group"])
             if known is None or known[0] != tuple([group[name] for name in CHECKED_OPTIONS]):
-                self._config(group)
-        return self.expanded_configs
+                self.registry.check(group, self.units)
+        return self.registry.configs
 
     def finish_step(self) -> None:
         """Read the outcome of the last step, which otherwise happens at the next one. Runs no collective."""

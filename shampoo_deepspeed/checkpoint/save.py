@@ -83,7 +83,7 @@ def save_shampoo(
         ValueError: for an empty path, and for another ``moments_dtype`` than bfloat16, float32 or float64. In float16
             second moments of small gradients would be 0, and the next steps without bound.
     """
-    optimizer = unwrap(optimizer)
+    optimizer = optimizer if isinstance(optimizer, BlockOptimizer) else unwrap(optimizer)
     if moments_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"moments_dtype = {moments_dtype} is not allowed: None, bfloat16, float32 or float64")
     if WRITER.unfinished:

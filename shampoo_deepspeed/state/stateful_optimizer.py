@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import reprlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo_deepspeed.distributed.frameworks import Entry, NewTensor, Parameter, adapters
+from shampoo_deepspeed.engine.parameter_registry import ParameterRegistry
 from shampoo_deepspeed.engine.policy import policy_of
 from shampoo_deepspeed.engine.step_unit import StepUnit, as_count
-from shampoo_deepspeed.engine.unit_optimizer import UnitOptimizer
-from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
-from shampoo_deepspeed.options.param_groups import group_options
+from shampoo_deepspeed.options.checks import OptionError
+from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig, canonical
+from shampoo_deepspeed.options.param_groups import checked_group, group_options, unknown_keys
+from shampoo_deepspeed.runtime.metrics import read
 from shampoo_deepspeed.state.dcp_state import (
     TorchState,
     completed_group,
@@ -109,8 +112,15 @@ class StateKeeper:
         return again
 
 
-class BlockOptimizer(UnitOptimizer):
-    """A ``UnitOptimizer`` whose state can be saved and loaded; what a blockwise optimizer adds is its step."""
+class BlockOptimizer(torch.optim.Optimizer):
+    """What a blockwise optimizer is besides its step: torch's interface over two parts.
+
+    Attributes:
+        registry: the parameters and their options; its ``entries`` and ``policies`` are the optimizer's too.
+        state_keeper: state that no unit has.
+        units: the step units so far, and ``unit_of`` the unit of each tensor, by its ``id``.
+        rejected_steps: how many steps were rejected because a gradient was not finite; the last one is not known yet.
+    """
 
     def __init__(
         self,
@@ -119,8 +129,24 @@ class BlockOptimizer(UnitOptimizer):
         process_group: dist.ProcessGroup | None,
         options: dict[str, Any],
     ) -> None:
-        self.state_keeper = StateKeeper()
-        super().__init__(params, model, process_group, options)
+        _check_types(params, model, process_group)
+        given = list(params)
+        options = canonical(options)
+        for adapter in adapters():
+            adapter.admit(type(self))
+            model = model or adapter.model_under_construction(options, given)
+        self.registry, self.state_keeper = ParameterRegistry(process_group), StateKeeper()
+        self.entries, self.policies = self.registry.entries, self.registry.policies
+        self.units: list[StepUnit] = []
+        self.unit_of: dict[int, StepUnit] = {}
+        self._loads: dict[int, list[float]] = {}  # of each process group's ranks, by all units so far
+        self.rejected_steps = 0
+        self._warned = False  # that a step did nothing
+        if model is not None:
+            self.attach_model(model)
+        self.registry.know_names(model)
+        super().__init__(given, group_options(ShampooConfig.from_options(options)))
+        self.registry.know_names(None)
 
     @property
     def waiting_state(self) -> StateSource | None:
@@ -147,8 +173,124 @@ class BlockOptimizer(UnitOptimizer):
         return any(not unit.fresh for unit in self.units) or (waiting is not None and any(waiting.steps.values()))
 
     def attach_model(self, model: nn.Module) -> None:
-        super().attach_model(model)
+        """Attach the wrapped model of parameters that were given earlier, as ``model=`` does; before the first step.
+
+        Raises:
+            RuntimeError: after the first step, when ranks have divided the work.
+        """
+        if self.units:
+            raise RuntimeError("call attach_model() before the first step: ranks have divided the work now")
+        self.registry.attach_model(model)
         self.state_keeper.released.clear()  # their ranks may change
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, at any time; its tensors join at their first gradient.
+
+        Raises:
+            OptionError: for an option that is unknown, out of range, or that all groups must share.
+        """
+        known = {key for earlier in self.param_groups for key in earlier}
+        for key in sorted(unknown_keys(param_group) - known):
+            logger.warning(
+                "Shampoo has no option %r (= %s in a parameter group) and ignores it; options are %s",
+                key,
+                reprlib.repr(param_group[key]),
+                ", ".join(OPTION_NAMES),
+            )
+        super().add_param_group(checked_group(param_group, self.defaults))
+        try:
+            self.registry.add_group(self.param_groups[-1])
+        except OptionError:
+            self.param_groups.pop()
+            raise
+
+    def configs(self) -> Mapping[int, ShampooConfig]:
+        """Options by the numbers of groups and rules, as the groups are now; ``lr`` may be a live tensor."""
+        for group in self.param_groups:
+            self.registry.check(group, self.units)
+        return self.registry.configs
+
+    def groups_apart(self, numbers: Sequence[int]) -> None:
+        """Give groups that a framework has overwritten their numbers, and the options last seen of each."""
+        for group, number in zip(self.param_groups, numbers, strict=True):
+            config = self.registry.checked[number][1]
+            group.update({name: getattr(config, name) for name in OPTION_NAMES}, shampoo_group=number)
+
+    def finish_step(self) -> None:
+        """Read the flags of the last step, which otherwise happens at the next one. Runs no collective."""
+        raise NotImplementedError
+
+    def comm_stats(self) -> dict[str, int]:
+        """Bytes that this rank sent and received in the last step of all its units, as counted and as planned."""
+        out = {
+            "bytes_sent": 0,
+            "bytes_received": 0,
+            "collectives": 0,
+            "planned_bytes_sent": 0,
+            "planned_bytes_received": 0,
+        }
+        for unit in self.units:
+            stats, (sent, received) = unit.exchange.stats, unit.plan.elements_moved(unit.rank)
+            item = unit.exchange.dtype.itemsize
+            out["bytes_sent"] += stats.bytes_sent
+            out["bytes_received"] += stats.bytes_received
+            out["collectives"] += stats.collectives
+            out["planned_bytes_sent"] += sent * item
+            out["planned_bytes_received"] += received * item
+        return out
+
+    def metrics(self) -> dict[str, float]:
+        """What this rank's steps took since the last call; cheap, without a collective or a wait for the device.
+
+        Returns:
+            ``refresh_ms``, ``exchange_ms`` and ``bytes_moved`` (sent and received): the mean over these steps of the
+            milliseconds of refreshes (those in the background too), of those spent packing, awaiting and unpacking what
+            moves between ranks, and of its bytes. ``refreshed_share``: of this rank's blocks, how many were refreshed
+            in these steps.
+            ``largest_condition_number``: of any factor matrix, regularised, at its latest refresh; not there before
+            the first one, nor from solvers without eigenvalues. ``rejected_steps``: all so far; the very last step
+            is not known yet.
+        """
+        return read([unit.measured() for unit in self.units], self.rejected_steps)
+
+    def _units_in_step(self) -> list[StepUnit]:
+        """The units of the current ``param_groups``; new tensors with a gradient get theirs here."""
+        units, waiting = self._known_and_waiting()
+        if waiting:
+            for adapter in adapters():
+                adapter.resume(self)
+            units, waiting = self._known_and_waiting()
+        joining = {id(item) for adapter in adapters() for item in adapter.joining(waiting)} if waiting else set()
+        fresh = [item for item in waiting if item.tensor.grad is not None or id(item) in joining]
+        if not fresh:
+            self._warn_if_nothing_steps(units)
+            return list(units.values())
+        return [*units.values(), *self._new_units(fresh)]
+
+    def _known_and_waiting(self) -> tuple[dict[int, StepUnit], list[NewTensor]]:
+        """The units of the current ``param_groups`` by ``id``, and the trainable tensors that have none yet."""
+        waiting: list[NewTensor] = []
+        units: dict[int, StepUnit] = {}
+        for group in self.param_groups:
+            for place, tensor in enumerate(group["params"]):
+                unit = self.unit_of.get(id(tensor))
+                if unit is not None:
+                    units[id(unit)] = unit
+                elif tensor.requires_grad or tensor.grad is not None:
+                    waiting.append(NewTensor(tensor, group["shampoo_group"], place))
+        return units, waiting
+
+    def _new_units(self, fresh: Sequence[NewTensor]) -> list[StepUnit]:
+        """Units of tensors that have none, with what was loaded for them."""
+        self.state_keeper.refuse_external()
+        self.state_keeper.released.clear()  # a framework has replaced their tensors
+        self.configs()
+        made = []
+        for unit in self.registry.new_units(self, fresh, self._loads):
+            self._join(unit)
+            made.append(unit)
+        self.registry.report()
+        return made
 
     def _take_released(self) -> None:
         """Use units of before the last load again, with the state that was loaded."""
@@ -158,14 +300,21 @@ class BlockOptimizer(UnitOptimizer):
             for unit in keeper.taken_again(present, self.configs()):
                 self._join(unit)
 
-    def _new_units(self, fresh: Sequence[NewTensor]) -> list[StepUnit]:
-        """Units of tensors that have none, with what was loaded for them."""
-        self.state_keeper.refuse_external()
-        self.state_keeper.released.clear()  # a framework has replaced their tensors
-        return super()._new_units(fresh)
-
-    def _take_up(self, unit: StepUnit) -> None:
+    def _join(self, unit: StepUnit) -> None:
+        """Step this unit from now on, with what was loaded for it."""
         self.state_keeper.restore_into(unit)
+        self._loads[id(unit.group)] = unit.loads_so_far
+        self.units.append(unit)
+        self.unit_of.update((id(tensor), unit) for tensor in unit.tensors)
+
+    def _warn_if_nothing_steps(self, units: Mapping[int, StepUnit]) -> None:
+        """A wrapper that replaces the model's parameters without the optimizer's knowledge gives no warning itself."""
+        if not units and not self._warned and any(group["params"] for group in self.param_groups):
+            self._warned = True
+            logger.warning(
+                "a step found no gradient in any of the optimizer's parameters and did nothing; if the model was "
+                "wrapped after the optimizer was built, build the optimizer from the wrapped model"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with this rank's block and element-wise state under ``"shampoo"``.
@@ -247,7 +396,7 @@ class BlockOptimizer(UnitOptimizer):
         self._release_units()
         for group, number in zip(self.param_groups, numbers, strict=True):
             group["shampoo_group"] = number
-            self._config(group)
+            self.registry.check(group, self.units)
         self.take_state(parsed[0])
         if self.external_state is not None and self.state_keeper.saved_as is None:  # else the caller knows where it is
             for adapter in adapters():
@@ -266,7 +415,7 @@ class BlockOptimizer(UnitOptimizer):
     def _release_units(self) -> None:
         """Units take state again at the next step, on all ranks together: handing it out needs communication."""
         self.state_keeper.release(self.units)
-        self.units, self._unit_of, self._loads = [], {}, {}
+        self.units, self.unit_of, self._loads = [], {}, {}
 
     def _own_state(self) -> SavedState:
         return self.state_keeper.joined(SavedState.of_units(self.units, self.rejected_steps))
@@ -314,7 +463,7 @@ class BlockOptimizer(UnitOptimizer):
         fresh = [
             NewTensor(tensor, group["shampoo_group"], place)
             for tensor, group, place in self._could_have_state()
-            if id(tensor) not in self._unit_of
+            if id(tensor) not in self.unit_of
         ]
         if fresh:
             self._new_units(fresh)
@@ -396,7 +545,7 @@ class BlockOptimizer(UnitOptimizer):
         Else the next step finds out, on all ranks together.
         """
         after = {group["shampoo_group"]: config for group, config in zip(self.param_groups, configs, strict=True)}
-        before = {number: config for number, (_, config) in self._configs.items()}
+        before = {number: config for number, (_, config) in self.registry.checked.items()}
         for unit in self.units:
             if unit.group is not None or any(_reshaped(p, before[p.group], after[p.group]) for p in unit.parameters):
                 continue
@@ -425,10 +574,11 @@ class BlockOptimizer(UnitOptimizer):
             raise RuntimeError(
                 "this optimizer cannot be copied while a framework has replaced its parameters by flat shards"
             )
-        self._known, self.policies, self.units, self._unit_of, self._configs, self._loads = {}, {}, [], {}, {}, {}
-        self.expanded_configs = {}
-        self._reported, self._replicas = True, None
-        self.entries = [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
+        self.registry, self._warned = ParameterRegistry(None), False
+        self.registry.reported = True
+        self.entries, self.policies = self.registry.entries, self.registry.policies
+        self.entries += [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
+        self.units, self.unit_of, self._loads = [], {}, {}
         waiting = SavedState.parse({"shampoo": saved})
         self.state_keeper = StateKeeper(waiting)
         self.rejected_steps = waiting.rejected_steps
@@ -463,3 +613,14 @@ def _without_names(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str
         number: {name: value for name, value in entry.items() if name == "step" or value is not entry.get("step")}
         for number, entry in state.items()
     }
+
+
+def _check_types(params: Any, model: Any, process_group: Any) -> None:
+    module = isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList)
+    if module or isinstance(params, (Tensor, Mapping)):
+        what = "a Module; give its named_parameters()" if module else type(params).__name__
+        raise TypeError(f"params is {what}; allowed: an iterable of parameters, (name, parameter) pairs or groups")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model = {model!r} is not allowed: None, or the nn.Module that the parameters belong to")
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group = {process_group!r} is not allowed: None, or a torch.distributed.ProcessGroup")

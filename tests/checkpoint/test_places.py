@@ -96,7 +96,7 @@ def as_experts(monkeypatch: pytest.MonkeyPatch, part: int | None, parts: int) ->
             layout.part, layout.parts = part, parts
         return found
 
-    monkeypatch.setattr("shampoo_deepspeed.engine.unit_optimizer.plain_layouts", layouts)
+    monkeypatch.setattr("shampoo_deepspeed.engine.parameter_registry.plain_layouts", layouts)
 
 
 def test_experts_do_not_take_the_state_of_others_with_their_names(

@@ -47,7 +47,7 @@ def shared_errors(_: None) -> dict[str, Any]:
     seen["decided"] = decide_on_first_rank(dist.get_rank(), sum, job_group())
     try:
         decide_on_first_rank(None, lambda _: {}["nothing"], job_group())
-    except KeyError as caught:
+    except LookupError as caught:
         seen["undecided"] = str(caught)
     seen["gathered"] = all_gather_objects(dist.get_rank(), job_group())
     return seen

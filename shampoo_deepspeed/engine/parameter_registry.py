@@ -1,0 +1,173 @@
+"""The parameters that an optimizer was given: their names, policies and options, and new step units of them."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shampoo_deepspeed.distributed.frameworks import Entry, NewTensor, Parameter, Part, adapters, plain_layouts
+from shampoo_deepspeed.engine.first_step_log import likely_mistakes, policy_table
+from shampoo_deepspeed.engine.policy import Policy, policy_of
+from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
+from shampoo_deepspeed.engine.step_unit import StepUnit
+from shampoo_deepspeed.options.checks import OptionError
+from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
+from shampoo_deepspeed.options.parameter_names import clean_name, names_and_kinds
+from shampoo_deepspeed.options.rules import expanded
+
+logger = logging.getLogger("shampoo_deepspeed")
+
+# What a group may change at any time is checked when it has changed; lr is read at every step and may be a tensor.
+CHECKED_OPTIONS = tuple(name for name in OPTION_NAMES if name != "lr")
+
+
+class ParameterRegistry:
+    """Part of an optimizer: keeps its parameters, decides their policies, and builds their step units.
+
+    Holds weak references to parameters only: frameworks replace them by shards, and nothing unsharded may stay alive.
+
+    Attributes:
+        entries: all parameters, in the order in which they were given.
+        policies: how each parameter is treated, by its key.
+        checked: by the number of each param group the option values that were checked last, and what they make.
+        configs: options by the numbers of groups and of rules.
+        replicas: the ranks that hold replicas of unsharded parameters.
+    """
+
+    def __init__(self, replicas: dist.ProcessGroup | None) -> None:
+        self.entries: list[Entry] = []
+        self.policies: dict[str, Policy] = {}
+        self.checked: dict[int, tuple[tuple[Any, ...], ShampooConfig]] = {}
+        self.configs: dict[int, ShampooConfig] = {}
+        self.replicas = replicas
+        self.reported = False
+        self._known: dict[int, tuple[str, frozenset[str]]] = {}  # names and kinds, while the optimizer is built
+
+    def attach_model(self, model: nn.Module) -> None:
+        """Attach the wrapped model of the parameters."""
+        if self.replicas is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            self.replicas = model.process_group
+        for adapter in adapters():
+            adapter.attach_model(model)
+
+    def know_names(self, model: nn.Module | None) -> None:
+        """Take names and kinds from a model for parameters that are added from now on; None ends this."""
+        self._known = names_and_kinds(model) if model is not None else {}
+
+    def add_group(self, group: dict[str, Any]) -> None:
+        """Register the parameters of a new param group, and give it its number.
+
+        Raises:
+            OptionError: for an option that does not fit, and for parameters that cannot be trained; nothing is added.
+        """
+        number = len(self.checked)
+        try:
+            self.entries += self._new_entries(group, number)
+            group["shampoo_group"] = number
+            self.check(group)
+        except OptionError:
+            self.entries[:] = [entry for entry in self.entries if entry.parameter.group != number]
+            raise
+
+    def check(self, group: dict[str, Any], units: Iterable[StepUnit] = ()) -> None:
+        """Take the options of a group as they are now; they are checked, and policies decided, only if one has changed.
+
+        Args:
+            units: those that have been built.
+
+        Raises:
+            OptionError: for a value that is not allowed, or that was another one at the first step and must stay.
+        """
+        number, values = group["shampoo_group"], tuple(group[name] for name in CHECKED_OPTIONS)
+        known = self.checked.get(number)
+        if known is None or known[0] != values:
+            config = ShampooConfig(**{name: group[name] for name in OPTION_NAMES})
+            if known is not None and any(p.group == number for unit in units for p in unit.parameters):
+                _refuse_reshaping(known[1], config)
+            own = [entry.parameter for entry in self.entries if entry.parameter.group == number]
+            self.policies |= {parameter.key: policy_of(parameter, config) for parameter in own}
+            self.checked[number] = (values, config)
+            self.configs = expanded({known: config for known, (_, config) in self.checked.items()})
+
+    def new_units(
+        self, optimizer: torch.optim.Optimizer, fresh: Sequence[NewTensor], loads: Mapping[int, Sequence[float]]
+    ) -> Iterable[StepUnit]:
+        """Build units of tensors that have none, one after the other.
+
+        Args:
+            loads: by the ``id`` of each process group the loads of its ranks by all units so far, the last one too.
+        """
+        candidates = (adapter.layouts(optimizer, self.entries, fresh) for adapter in adapters())
+        layouts = next((found for found in candidates if found is not None), None)
+        if layouts is None:
+            layouts = plain_layouts(self.entries, fresh, self.replicas)
+        phases = refresh_phases((entry.parameter for entry in self.entries), self.policies, self.configs)
+        for layout in layouts:
+            prior_loads = loads.get(id(layout.process_group))
+            yield StepUnit(layout, self.policies, self.configs, prior_loads, phases)
+
+    def report(self) -> None:
+        """Log once, on the first rank, how the parameters are treated, and warn about likely mistakes."""
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        if first and not self.reported:
+            trained = [e.parameter for e in self.entries if _trains(e.reference())]
+            logger.info("Shampoo preconditions:\n%s", policy_table(trained, self.policies, self.configs))
+            for mistake in likely_mistakes([e.parameter for e in self.entries], self.policies, self.configs):
+                logger.warning(mistake)
+        self.reported = True
+
+    def _new_entries(self, group: dict[str, Any], number: int) -> list[Entry]:
+        """The entries of a new group's parameters."""
+        names = group.get("param_names", [None] * len(group["params"]))
+        taken = {entry.parameter.key for entry in self.entries}
+        entries = []
+        for index, (tensor, given) in enumerate(zip(group["params"], names, strict=True)):
+            if tensor.is_complex():
+                raise OptionError(f"parameter {given or index} is complex; Shampoo takes real parameters only")
+            known, kinds = self._known.get(id(tensor), (None, frozenset()))
+            name = clean_name(given) if given is not None else known
+            for part in _parts(tensor, name, kinds):
+                unnamed = ".".join(filter(None, (f"group{number}.{index}", part.path)))
+                key = part.name if part.name is not None else unnamed
+                if key in taken:
+                    raise OptionError(
+                        f"two parameters have the name {key!r}; names must differ, they are keys of the state"
+                    )
+                taken.add(key)
+                frozen = not tensor.requires_grad
+                position = part.position if part.position is not None else index
+                parameter = Parameter(key, part.shape, number, part.name, part.kinds, frozen, position)
+                entries.append(Entry(parameter, weakref.ref(tensor)))
+        return entries
+
+
+def _parts(tensor: Tensor, name: str | None, kinds: frozenset[str]) -> Sequence[Part]:
+    """The parameters that a tensor is made of, if an adapter knows it as a flat one; else the single one that it is."""
+    for adapter in adapters():
+        parts = adapter.parts(tensor, name)
+        if parts is not None:
+            return parts
+    shapes = (adapter.global_shape(tensor) for adapter in adapters())
+    shape = next((shape for shape in shapes if shape is not None), tuple(tensor.shape))
+    return [Part("", shape, name, kinds)]
+
+
+def _refuse_reshaping(before: ShampooConfig, after: ShampooConfig) -> None:
+    """All ranks raise this before they exchange anything."""
+    shape = before.shape_of_state()
+    for name, value in after.shape_of_state().items():
+        if value != shape[name]:
+            raise OptionError(
+                f"Shampoo option {name!r} = {getattr(after, name)!r} is not allowed: it was {getattr(before, name)!r} "
+                "at the first step, and blocks and state have that shape; load a state dict to start with other options"
+            )
+
+
+def _trains(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
