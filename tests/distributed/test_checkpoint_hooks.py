@@ -35,7 +35,7 @@ BETWEEN = [check for check in TRAINED if dies_in(check.argument) == "step"]
 # DDP's replicas divide nothing and FSDP2 needs a hand where accelerate alone saves; FSDP1 needs none.
 LOOPS = [check("accelerated", run) for run in (*RUNS, Run("stock", "fsdp1", FULL), Run("stock", "fsdp1", SHARDED))]
 HELPERS = [
-    Check(f"helpers_{layout}_{gathered}_{flat}_{ranks}ranks", ranks, "checkpoints:helpers", (layout, gathered, flat))
+    Check(f"helpers_{layout}_{gathered}_{flat}_{ranks}ranks", ranks, "torch_helpers:helpers", (layout, gathered, flat))
     for layout, ranks in (("fsdp2", 2), ("ddp", 2), ("hsdp", 4))
     for gathered, flat in ((False, False), (True, False), (False, True))
     if layout == "fsdp2" or not flat
