@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from tests.support import fsdp_checks, fsdp_runs, scenarios, trainer_checks, trainer_routes, trainings, zero_checks
-from tests.support.launch import Check, Outcome, run_checks
+from tests.support.launch import Check, CheckResult, run_checks
 from tests.support.zoo import relative_error
 
 SETTINGS = ("strict float32", "default float32", "default float64")
@@ -80,7 +80,7 @@ def wanted(check: Check) -> Mapping[str, Tensor]:
     return fsdp_runs.expected(argument)
 
 
-def deviation(check: Check, result: Outcome) -> float:
+def deviation(check: Check, result: CheckResult) -> float:
     """The largest of all parameters on all ranks; a run that failed ends the benchmark."""
     if result.failure is not None:
         raise RuntimeError(f"{check.name}: {result.failure}")
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="which rank counts to run")
     ranks_wanted = parser.parse_args().ranks
     selected = [c for c in checks() if c.ranks in ranks_wanted]
-    results: dict[str, Outcome] = {}
+    results: dict[str, CheckResult] = {}
     with tempfile.TemporaryDirectory() as folder:
         for ranks in sorted(set(ranks_wanted)):
             same = [c for c in selected if c.ranks == ranks]

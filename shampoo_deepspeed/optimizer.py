@@ -129,7 +129,7 @@ class Shampoo(BlockOptimizer):
         return self.registry.configs
 
     def finish_step(self) -> None:
-        """Read the outcome of the last step, which otherwise happens at the next one. Runs no collective."""
+        """Read the flags of the last step, which otherwise happens at the next one. Runs no collective."""
         self._finish_step(self.units)
 
     def _finish_step(self, units: Iterable[StepUnit]) -> None:

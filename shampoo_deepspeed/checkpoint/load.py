@@ -78,7 +78,7 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
     if strict and left_out:
         raise CheckpointError(_what_does_not_fit(folder, left_out))
     for key, why in left_out.items():
-        logger.warning("%s: %s; it starts anew", key, why)
+        logger.warning("%s: %s; it starts with new state", key, why)
     going_on = [parameter for parameter in known if parameter.key in records and parameter.key not in unfit]
     keys = frozenset(parameter.key for parameter in going_on)
     optimizer.take_state(StoredState(folder, manifest, keys))
@@ -188,7 +188,7 @@ def _what_does_not_fit(path: Path, problems: Mapping[str, str]) -> str:
         f"the checkpoint {path} does not fit {len(problems)} parameters:\n"
         + "\n".join(lines)
         + more
-        + "\nstrict=False goes on with those that fit and starts these anew"
+        + "\nstrict=False goes on with those that fit and starts these with new state"
     )
 
 

@@ -25,7 +25,7 @@ from shampoo_deepspeed.options.param_groups import group_options
 from shampoo_deepspeed.state.dtensor_blocks import BlockBytes, as_sharded, interval_of, local_part
 from shampoo_deepspeed.state.state_dict import FORMAT, SavedState, lacking
 
-BLOCKS, MARK, EXTERNAL = "shampoo_blocks", "shampoo_format", "shampoo_elsewhere"
+BLOCKS, MARK, EXTERNAL = "shampoo_blocks", "shampoo_format", "shampoo_external"
 REJECTED = "shampoo_rejected"
 NO_STATE = 1.0  # the value of EXTERNAL if the optimizer had no state
 FLAT_SHARDS = (
@@ -111,7 +111,7 @@ class TorchState:
         """
         notes = [float(entry[EXTERNAL]) for entry in state_dict["state"].values() if EXTERNAL in entry]
         if notes:
-            return cls({}, None if notes[0] == NO_STATE else {"beside": "the checkpoint"})
+            return cls({}, None if notes[0] == NO_STATE else {"place": "the checkpoint"})
         entries: dict[str, Mapping[str, Tensor]] = {}
         for group, names in zip(state_dict["param_groups"], keys, strict=True):
             if len(group["params"]) != len(names):

@@ -235,8 +235,8 @@ class SavedState:
             raise ValueError(
                 f"Shampoo state format {found.get('format')!r} is unknown here; this version reads {FORMAT}"
             )
-        if "elsewhere" in found:
-            return cls(external=found["elsewhere"])
+        if "external" in found:
+            return cls(external=found["external"])
         return cls(
             dict(found["steps"]),
             [StackState.parse(saved) for saved in found["stacks"]],
@@ -248,7 +248,7 @@ class SavedState:
     def to_dict(self) -> dict[str, Any]:
         """Builtins and tensors; ``parse`` reads them back."""
         if self.external is not None:
-            return {"format": FORMAT, "elsewhere": dict(self.external)}
+            return {"format": FORMAT, "external": dict(self.external)}
         return {
             "format": FORMAT,
             "steps": self.steps,

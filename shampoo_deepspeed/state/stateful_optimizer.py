@@ -507,7 +507,7 @@ class BlockOptimizer(torch.optim.Optimizer):
             groups = [completed_group(group) for group in state_dict["param_groups"]]
             return {**state_dict, "state": {}, "param_groups": groups}
         if "shampoo" not in state_dict and os.environ.get(START_ANEW) == "1":
-            logger.warning("the loaded state dict is not Shampoo's (%s = 1): state and options start anew", START_ANEW)
+            logger.warning("the loaded state dict is not Shampoo's (%s = 1): state and options start new", START_ANEW)
             parsed.append(SavedState())
             return {"state": {}, "param_groups": torch.optim.Optimizer.state_dict(self)["param_groups"]}
         saved = SavedState.parse(state_dict)

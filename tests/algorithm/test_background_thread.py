@@ -92,7 +92,7 @@ def other_thread_count() -> Iterator[int]:
 def test_the_thread_uses_as_many_cores_as_torch_was_told_to(
     other_thread_count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when told after the thread was there."""
+    """Also if it is set after the thread was there."""
     counts: list[int] = []
 
     def counting(compute: Compute) -> Compute:

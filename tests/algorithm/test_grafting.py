@@ -35,7 +35,7 @@ def plain_second_moment(method: str, history: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("method", WITH_MOMENT)
-def test_second_moments_and_directions_are_those_of_the_plain_formulas(method: str) -> None:
+def test_second_moments_and_updates_are_those_of_the_plain_formulas(method: str) -> None:
     second, history = [torch.zeros(3, 4, dtype=F64)], gradients()
     moment = made_up(torch.empty(3, 4, dtype=F64), 99)
     for step, g in enumerate(history, start=1):
@@ -49,7 +49,7 @@ def test_second_moments_and_directions_are_those_of_the_plain_formulas(method: s
 
 
 @pytest.mark.parametrize("method", ["none", "sgd"])
-def test_without_a_second_moment_the_direction_is_the_first_moment(method: str) -> None:
+def test_without_a_second_moment_the_update_is_the_first_moment(method: str) -> None:
     assert not grafting.has_second_moment(method)
     moment = made_up(torch.empty(3, 4), 0)
     grafting.accumulate(method, [], [moment], BETA2, ACCEPTED)
@@ -70,7 +70,7 @@ def test_first_moments_are_those_of_the_plain_formula(beta1: float, corrected: b
 
 @pytest.mark.parametrize("corrected", [True, False])
 @pytest.mark.parametrize("method", ["sgd", "adam"])
-def test_what_follows_the_direction_does_not_reach_the_first_moment(method: str, corrected: bool) -> None:
+def test_what_follows_the_update_does_not_reach_the_first_moment(method: str, corrected: bool) -> None:
     """Without correction SGD's update is the stored moment itself; decay, momentum and lr are applied in place."""
     p, bias = parameter(6, 5, dtype=F64), parameter(5, dtype=F64)
     optimizer = shampoo([p, bias], grafting=method, use_bias_correction=corrected, momentum=0.9, nesterov=True)

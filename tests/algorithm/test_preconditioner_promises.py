@@ -77,7 +77,7 @@ def test_signs_and_order_of_eigenvectors_mean_nothing_between_soaps_refreshes(op
 @pytest.mark.parametrize("preconditioner", ["shampoo", "kl_shampoo"])
 @pytest.mark.parametrize("grafting", [{"grafting": "none", "elementwise": "sgd"}, {"grafting": "sgd"}], ids=str)
 @pytest.mark.parametrize("kept", [{}, {"refresh_tolerance": 0.3}], ids=str)
-def test_an_orthogonal_change_of_basis_changes_the_direction_by_the_same(
+def test_an_orthogonal_change_of_basis_changes_the_update_by_the_same(
     kept: dict[str, Any], grafting: dict[str, Any], preconditioner: str
 ) -> None:
     left, right, gradients = orthogonal(6, 1), orthogonal(4, 2), drawn(6, 4)
@@ -173,7 +173,7 @@ def test_degenerate_gradients_give_finite_steps_and_with_the_default_epsilons_ca
                 assert options or step.square().mean().sqrt() <= 3.0
 
 
-def test_soap_leaves_an_exactly_null_direction_alone() -> None:
+def test_soap_leaves_an_exactly_null_update_alone() -> None:
     """In float32 there is rounding noise only, which the relative part of eps keeps from becoming a step."""
     gradients = [1e3 * g for g in gradients_of("null_update", torch.float32)]
     for step in moves(gradients, preconditioner="soap", precondition_frequency=3)[2:]:
@@ -262,8 +262,8 @@ def test_failed_refreshes_are_reported_and_training_goes_on(
     monkeypatch.setattr(torch.linalg, "eigh", refuse)
     with caplog.at_level(logging.WARNING, logger="shampoo_deepspeed"):
         drive(optimizer, [p], range(2))
-    word = "eigenbasis" if preconditioner == "soap" else "inverse root"
-    assert [r.getMessage().split(":")[0] for r in caplog.records] == [f"no {word} of block w/0"]
+    what = "eigenbasis" if preconditioner == "soap" else "inverse root"
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == [f"no {what} of block w/0"]
     monkeypatch.undo()
     drive(optimizer, [p], range(2, 6))
     (stack,) = optimizer.state_dict()["shampoo"]["stacks"]
@@ -275,7 +275,7 @@ def test_failed_refreshes_are_reported_and_training_goes_on(
 def test_a_tolerance_spares_decompositions_and_each_block_decides_by_its_own_factors(
     preconditioner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gradients of one parameter keep their eigenbasis, those of the other turn; both lie in one stack."""
+    """The gradients of one parameter keep their eigenbasis, those of the other rotate; both lie in one stack."""
     spent: list[int] = []
     for name in ("eigh", "qr"):
         original = getattr(torch.linalg, name)
@@ -286,14 +286,14 @@ def test_a_tolerance_spares_decompositions_and_each_block_decides_by_its_own_fac
 
         monkeypatch.setattr(torch.linalg, name, counted)
     options = {"preconditioner": preconditioner, "precondition_frequency": 1, "refresh_tolerance": 0.05}
-    still, turning = parameter(4, 4), parameter(4, 4)
+    still, rotating = parameter(4, 4), parameter(4, 4)
     alone = parameter(4, 4)
-    optimizer, twin = shampoo([still, turning], **options), shampoo([alone], **options)
+    optimizer, twin = shampoo([still, rotating], **options), shampoo([alone], **options)
     diagonal = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
     counts = []
     for step in range(6):
-        turn = torch.linalg.matrix_exp(0.5 * step * (torch.ones(4, 4).triu() - torch.ones(4, 4).tril()))
-        still.grad, turning.grad = (1.0 + step) * diagonal, turn @ diagonal @ turn.T
+        rotation = torch.linalg.matrix_exp(0.5 * step * (torch.ones(4, 4).triu() - torch.ones(4, 4).tril()))
+        still.grad, rotating.grad = (1.0 + step) * diagonal, rotation @ diagonal @ rotation.T
         alone.grad = still.grad.clone()
         spent.clear()
         optimizer.step()

@@ -65,7 +65,7 @@ CASES = [
 
 @cache  # many cases share them
 def draw(shape: tuple[int, ...], step: int, salt: int) -> Tensor:
-    """Gradients with a falling spectrum along each dim, that slowly turns and changes places."""
+    """Gradients with a falling spectrum along each dim, that slowly rotates and changes places."""
     generator = torch.Generator().manual_seed(97 * step + salt)
     g = torch.randn(shape, generator=generator, dtype=torch.float64)
     for dim, d in enumerate(shape):
@@ -136,7 +136,7 @@ def test_a_models_trajectory_is_that_of_the_reference(preconditioner: str, kind:
     ]
     optimizer = Shampoo(groups, **FLOAT64, **options)
     overrides = {n: {"preconditioner": preconditioner} for n in names}
-    in_order = {n: trained[n] for n in [*names, *(n for n in trained if n not in names)]}  # in which blocks take turns
+    in_order = {n: trained[n] for n in [*names, *(n for n in trained if n not in names)]}
     reference = Reference(in_order, overrides, exclude=("embed.weight",), **options)
     for step in range(24):
         gradients(model, make_batch(kind, step))

@@ -160,15 +160,15 @@ FREE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", [pytest.param(options, id=name) for name, options in FREE.items()])
-def test_float32_directions_are_those_of_a_float64_run_at_the_default_settings(options: dict[str, Any]) -> None:
+def test_float32_updates_are_those_of_a_float64_run_at_the_default_settings(options: dict[str, Any]) -> None:
     """Two runs apart from the first step on; deviations may add up over all the refreshes.
 
-    Of float32 factor matrices SOAP's smallest updates are rounding (docs/solvers.md), so here it has wider ones.
+    Of float32 factor matrices SOAP's smallest directions are rounding (docs/solvers.md), so here it has wider ones.
     """
     assert_aligned(Twins(**options), shared=False)
 
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-def test_float32_directions_are_those_of_float64_from_the_same_state(preconditioner: str) -> None:
+def test_float32_updates_are_those_of_float64_from_the_same_state(preconditioner: str) -> None:
     """At the default settings, before, at and after each refresh: what one step in float32 loses."""
     assert_aligned(Twins(preconditioner=preconditioner), shared=True)

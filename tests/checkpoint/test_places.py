@@ -56,17 +56,17 @@ def test_saves_of_two_optimizers_into_one_folder_come_one_after_the_other(tmp_pa
 
 def test_a_relative_path_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever directory a loop is in when a thread writes, or when the first step reads."""
-    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "another").mkdir()
     params, optimizer = trained()
     monkeypatch.chdir(tmp_path)
     future = save_shampoo(optimizer, "saved", asynchronous=True)
-    os.chdir(tmp_path / "elsewhere")
+    os.chdir(tmp_path / "another")
     future.result()
     assert (tmp_path / "saved/manifest.json").is_file()
     os.chdir(tmp_path)
     own, again = trained(0)
     load_shampoo(again, "saved")
-    os.chdir(tmp_path / "elsewhere")
+    os.chdir(tmp_path / "another")
     drive(again, own, range(3, 4))
     drive(optimizer, params, range(3, 4))
     assert same_bits(state_of(optimizer), state_of(again))
@@ -107,11 +107,11 @@ def test_experts_do_not_take_the_state_of_others_with_their_names(
     _, optimizer = trained()
     save_shampoo(optimizer, tmp_path)
     wrong = {(1, 2): "saved with 4 expert-parallel ranks, and here are 2: 'w@1'", (None, 1): "'w' is not in it"}
-    for (part, parts), words in wrong.items():
+    for (part, parts), message in wrong.items():
         as_experts(monkeypatch, part, parts)
         own, again = trained(0)
         load_shampoo(again, tmp_path, strict=False)
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             drive(again, own, range(3, 4))
     as_experts(monkeypatch, 1, 4)
     own, again = trained(0)
@@ -134,7 +134,7 @@ def test_no_expert_of_an_earlier_save_stays_in_a_folder(tmp_path: Path, monkeypa
 def test_a_save_that_cannot_be_prepared_fails_as_any_other(
     error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the error is: other ranks wait for this one's word."""
+    """Whatever the error is: other ranks wait for this one's answer."""
 
     def wrong(*_: Any) -> None:
         raise error("the state is not as it should be")

@@ -113,8 +113,8 @@ def test_another_name_or_shape_or_treatment_is_named(tmp_path: Path) -> None:
         "factor_dtype = 'float32'": ([("w", w), ("v", v), ("gone", gone)], {"factor_dtype": "float64"}),
         "grafting = None, and here it is 'sgd'": ([("w", w), ("v", v), ("gone", gone)], {"grafting": "sgd"}),
     }
-    for words, (params, options) in wrong.items():
-        with pytest.raises(CheckpointError, match=words):
+    for texts, (params, options) in wrong.items():
+        with pytest.raises(CheckpointError, match=texts):
             load_shampoo(shampoo(params, **options), tmp_path)
 
 
@@ -209,7 +209,7 @@ def test_damage_anywhere_names_the_file(tmp_path: Path) -> None:
         for damaged in [*flips, content[: len(content) // 2], b"", content + b" "]:
             file.write_bytes(damaged)
             if json_equal(content, damaged):
-                continue  # a bit in the white space between JSON's words means nothing
+                continue  # a bit in the white space between JSON's tokens means nothing
             with pytest.raises(CheckpointError, match=str(file)):
                 loaded(tmp_path)
         file.write_bytes(content)
@@ -247,9 +247,9 @@ def test_nothing_of_ours_is_pickled(tmp_path: Path) -> None:
     """torch pickles its own index; the tensors are read with weights_only."""
     saved_once(tmp_path)
     (index,) = tmp_path.rglob(".metadata")
-    words = [str(argument) for _, argument, _ in pickletools.genops(index.read_bytes()) if argument is not None]
-    assert any(word.startswith("torch.distributed.checkpoint") for word in words)
-    assert not any("shampoo" in word for word in words)
+    texts = [str(argument) for _, argument, _ in pickletools.genops(index.read_bytes()) if argument is not None]
+    assert any(text.startswith("torch.distributed.checkpoint") for text in texts)
+    assert not any("shampoo" in text for text in texts)
 
 
 def kill_after(path: Path, saves: int, seconds: float, first: int) -> None:
@@ -339,7 +339,7 @@ def test_sixteen_bit_moments_take_half_their_bytes(tmp_path: Path) -> None:
         save_shampoo(optimizer, tmp_path / name, moments_dtype=dtype)
         manifest = Manifest.read(tmp_path / name)
         sizes[name] = sum(facts["bytes"] for facts in manifest.files.values())
-    assert state < sizes["full"] < 1.05 * state  # what is told of each tensor weighs little
+    assert state < sizes["full"] < 1.05 * state  # the record of each tensor weighs little
     assert sizes["full"] - sizes["half"] == pytest.approx(w.nbytes + b.nbytes, rel=0.02)
     again = shampoo([("w", w), ("b", b)], max_preconditioner_dim=128)
     load_shampoo(again, tmp_path / "half")

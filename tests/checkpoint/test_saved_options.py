@@ -37,7 +37,7 @@ BY_GROUP = ({"params": NAMES[:1], "weight_decay": 0.25}, {"params": NAMES[1:], "
 def test_no_decay_and_groups_without_decay_are_one_another_s_continuation(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, before: Groups, after: Groups
 ) -> None:
-    """A DeepSpeed JSON says by patterns, the Trainer elsewhere by two groups, which parameters have no weight decay."""
+    """A DeepSpeed JSON says by patterns, the Trainer otherwise by two groups, which parameters have no weight decay."""
     params = [parameter(8, 6), parameter(6)]
     optimizer = in_groups(params, before, lr=0.125)
     drive(optimizer, params, range(2))
@@ -143,9 +143,9 @@ OPTIONS_THAT_CLASH: list[tuple[Groups, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("before, today, told", OPTIONS_THAT_CLASH)
+@pytest.mark.parametrize("before, today, warning", OPTIONS_THAT_CLASH)
 def test_options_come_only_in_combinations_that_are_allowed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, before: Groups, today: dict[str, Any], told: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, before: Groups, today: dict[str, Any], warning: str
 ) -> None:
     """And the next step does not find out."""
     params = [parameter(8, 6), parameter(6)]
@@ -154,7 +154,7 @@ def test_options_come_only_in_combinations_that_are_allowed(
     again = in_groups(params, ({"params": NAMES},), **today)
     load_shampoo(again, tmp_path)
     assert again.param_groups[0]["lr"] == 0.125
-    assert told in caplog.text and not again.param_groups[0]["nesterov"]
+    assert warning in caplog.text and not again.param_groups[0]["nesterov"]
     drive(again, params, range(1, 3))
 
 

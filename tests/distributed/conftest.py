@@ -1,4 +1,4 @@
-"""The fixture that gives a test the outcome of its check; all selected checks of a rank count share one launch."""
+"""The fixture that gives a test the result of its check; all selected checks of a rank count share one launch."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from typing import Any
 
 import pytest
 
-from tests.support.launch import Ask, Check, Outcome, run_checks
+from tests.support.launch import Ask, Check, CheckResult, run_checks
 
 
 @pytest.fixture(scope="session")
 def ask(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ask:
     """`ask(check)` gives the values of all ranks; the check must be a parameter of a selected test."""
-    done: dict[int, dict[str, Outcome]] = {}
+    done: dict[int, dict[str, CheckResult]] = {}
 
     def values(check: Check) -> list[Any]:
         if check.ranks not in done:
             wanted = selected(request.session, check.ranks)
             done[check.ranks] = run_checks(list(wanted.values()), tmp_path_factory.mktemp(f"ranks{check.ranks}"))
-        outcome = done[check.ranks][check.name]
-        if outcome.failure is not None:
-            pytest.fail(f"{check.name}: {outcome.failure}", pytrace=False)
-        return outcome.values
+        result = done[check.ranks][check.name]
+        if result.failure is not None:
+            pytest.fail(f"{check.name}: {result.failure}", pytrace=False)
+        return result.values
 
     return values
 

@@ -1,4 +1,4 @@
-"""Asynchronous saves of several ranks: complete once waited for, and what is told where nobody waits."""
+"""Asynchronous saves of several ranks: complete once waited for, and what is raised if nobody waits."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """A launch of its own, as the check ends the launch's process group. Gives the folder and what the ranks saw."""
     folder = tmp_path_factory.mktemp("jobs")
     check = Check("jobs", 2, "asynchronous_saves:jobs", folder)
-    outcome = run_checks([check], tmp_path_factory.mktemp("launches"))["jobs"]
-    assert outcome.failure is None, outcome.failure
-    return folder, outcome.values
+    result = run_checks([check], tmp_path_factory.mktemp("launches"))["jobs"]
+    assert result.failure is None, result.failure
+    return folder, result.values
 
 
 def test_a_save_is_complete_once_it_was_waited_for(jobs: tuple[Path, list[Any]]) -> None:
@@ -34,5 +34,5 @@ def test_a_save_whose_process_group_was_destroyed_says_what_to_do(jobs: tuple[Pa
     folder, ranks = jobs
     assert not (folder / "third/manifest.json").exists()
     for rank in ranks:
-        assert str(folder / "third") in rank["told"] and "wait_for_saves()" in rank["told"]
+        assert str(folder / "third") in rank["raised"] and "wait_for_saves()" in rank["raised"]
         assert any(str(folder / "third") in line and "wait_for_saves()" in line for line in rank["log"])

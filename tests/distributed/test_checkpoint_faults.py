@@ -17,7 +17,7 @@ def test_a_fault_of_one_rank_is_told_by_all(check: Check, ask: Ask) -> None:
         for rank in heard:
             assert "Input/output error" in rank[name], name
     # Only one rank tells of what all know: with a thousand ranks the first one would hold as many copies.
-    assert [rank["told"] for rank in heard] == [2, 0]
+    assert [rank["parameters"] for rank in heard] == [2, 0]
     for rank in heard:
         assert rank["loaded"] == ("a", "b")
         assert rank["steps"] == [2, 2]  # one before the first save, and one after the load

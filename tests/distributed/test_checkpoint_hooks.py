@@ -28,7 +28,7 @@ def check(function: str, run: Run) -> Check:
 
 
 TRAINED = [check("trained", run) for run in (*OWN, *STOCK, *FLAT, MIXED, *ZERO)]
-BESIDE = [check for check in TRAINED if check.argument.framework.startswith("fsdp1")]
+IN_THE_FOLDER = [check for check in TRAINED if check.argument.framework.startswith("fsdp1")]
 ROBBED = check("robbed", Run("stock", "fsdp1", SHARDED))
 OURS = [check for check in TRAINED if check.argument.trainer != "stock"]
 BETWEEN = [check for check in TRAINED if dies_in(check.argument) == "step"]
@@ -76,7 +76,7 @@ def test_a_stock_trainer_under_deepspeed_finds_its_newest_checkpoint_and_removes
         assert seen["finally"] == [f"checkpoint-{n}" for n in (STOP, TRAINING.steps)]
 
 
-@pytest.mark.parametrize("check", BESIDE, ids=named)
+@pytest.mark.parametrize("check", IN_THE_FOLDER, ids=named)
 def test_under_fsdp1_any_trainer_s_checkpoint_has_a_folder_of_ours(check: Check, ask: Ask) -> None:
     assert all("shampoo" in seen["parts"] for seen in ask(check))
 

@@ -13,12 +13,12 @@ Case = tuple[str, Scenario, tuple[str, ...]]
 CPU = {"device": "cpu"}
 
 
-def option(name: str, options: dict[str, Any], *words: str) -> Case:
-    return name, Scenario(stage=2, options=options), words
+def option(name: str, options: dict[str, Any], *parts: str) -> Case:
+    return name, Scenario(stage=2, options=options), parts
 
 
-def setting(name: str, stage: int, zero: dict[str, Any], *words: str) -> Case:
-    return name, Scenario(stage=stage, zero=zero), words
+def setting(name: str, stage: int, zero: dict[str, Any], *parts: str) -> Case:
+    return name, Scenario(stage=stage, zero=zero), parts
 
 
 OPTIONS = [
@@ -120,22 +120,22 @@ LAYOUTS = {
 
 
 def checks(cases: list[Case]) -> list[Any]:
-    found = [(Check(f"refuse_{name}", 2, "refusals:refused", scenario, 30.0), words) for name, scenario, words in cases]
-    return [pytest.param(check, words, id=check.name) for check, words in found]
+    found = [(Check(f"refuse_{name}", 2, "refusals:refused", scenario, 30.0), parts) for name, scenario, parts in cases]
+    return [pytest.param(check, parts, id=check.name) for check, parts in found]
 
 
-@pytest.mark.parametrize("check, words", checks(OPTIONS))
-def test_a_wrong_option_in_the_json_is_refused_by_name(check: Check, words: tuple[str, ...], ask: Ask) -> None:
+@pytest.mark.parametrize("check, parts", checks(OPTIONS))
+def test_a_wrong_option_in_the_json_is_refused_by_name(check: Check, parts: tuple[str, ...], ask: Ask) -> None:
     for value in ask(check):
         assert value["kind"] == "OptionError" and value["forwards"] == 0, value
-        assert all(word in value["message"] for word in words), value["message"]
+        assert all(part in value["message"] for part in parts), value["message"]
 
 
-@pytest.mark.parametrize("check, words", checks(SETTINGS))
-def test_a_setting_that_cannot_work_is_refused_with_its_reason(check: Check, words: tuple[str, ...], ask: Ask) -> None:
+@pytest.mark.parametrize("check, parts", checks(SETTINGS))
+def test_a_setting_that_cannot_work_is_refused_with_its_reason(check: Check, parts: tuple[str, ...], ask: Ask) -> None:
     for value in ask(check):
         assert value["kind"] == "LayoutError" and value["forwards"] == 0, value
-        assert value["message"].startswith(REASON) and all(word in value["message"] for word in words), value["message"]
+        assert value["message"].startswith(REASON) and all(part in value["message"] for part in parts), value["message"]
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_fully_shard_is_the_training_of_ddp(ddp: tuple[list[float], Path], folde
 
 
 def test_fsdp2_trainer_under_accelerate_launch(folder: Path) -> None:
-    script = [ROOT / "tests" / "distributed" / "fsdp_on_cpu.py", EXAMPLES / "fsdp2_trainer.py"]
+    script = [ROOT / "tests" / "support" / "fsdp_on_cpu.py", EXAMPLES / "fsdp2_trainer.py"]
     given = [*arguments(folder, 2), *NEW_MODEL, "--precondition_frequency", "2"]
     printed = start([*accelerate_launch(EXAMPLES / "fsdp2.yaml"), *script, *given], folder)
     assert printed.count("sharded: LlamaDecoderLayer") == 2  # on each rank, and the whole model after its layers

@@ -97,7 +97,7 @@ def test_shards_that_line_up_with_blocks_move_nothing(check: Check, ask: Ask) ->
 
 
 @pytest.mark.parametrize("check", DIVIDED, ids=named)
-def test_replicas_divide_the_work_and_exchange_directions_only(check: Check, ask: Ask) -> None:
+def test_replicas_divide_the_work_and_exchange_updates_only(check: Check, ask: Ask) -> None:
     """A rank receives the updates of the others' blocks, each once: together N - 1 times all of them."""
     stats, run = ask(check), check.argument
     matrices = sum(w.numel() for n, w in expected(run).items() if w.squeeze().ndim > 1 and n != "embed.weight")

@@ -21,17 +21,17 @@ def test_only_bad_checks_fail_and_none_hangs(tmp_path: Path) -> None:
     checks = [Check("first", 2, "selftest:add_up", 1)]
     for name in BAD:
         checks += [Check(name, 2, f"selftest:{name}", seconds=2.0), Check(f"after {name}", 2, "selftest:add_up", 5)]
-    outcomes = run_checks(checks, tmp_path)
-    assert outcomes["first"].values == [3, 3]
+    results = run_checks(checks, tmp_path)
+    assert results["first"].values == [3, 3]
     for name, parts in BAD.items():
-        assert outcomes[f"after {name}"].values == [11, 11]
-        failure = outcomes[name].failure
+        assert results[f"after {name}"].values == [11, 11]
+        failure = results[name].failure
         assert failure is not None and all(part in failure for part in parts), failure
 
 
 def test_ranks_that_can_not_start_fail_every_check_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
-    outcomes = run_checks([Check(n, 2, "selftest:add_up", 1) for n in "abc"], tmp_path / "run")
+    results = run_checks([Check(n, 2, "selftest:add_up", 1) for n in "abc"], tmp_path / "run")
     assert not (tmp_path / "run" / "launch2").exists()
-    assert all("no torch here" in (outcomes[n].failure or "") for n in "abc")
+    assert all("no torch here" in (results[n].failure or "") for n in "abc")

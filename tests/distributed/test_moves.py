@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.distributed.ranks import moves as here
 from tests.support.exactness import assert_ranks_agree
-from tests.support.launch import Check, Outcome, run_checks
+from tests.support.launch import Check, CheckResult, run_checks
 from tests.support.moves import RANKS, Move, unbroken
 from tests.support.zoo import relative_error
 
@@ -19,7 +19,7 @@ BOUND = {"strict": 1e-5, "default": 2e-3}
 PAIRS = [(s, t) for i, s in enumerate(RANKS) for j, t in enumerate(RANKS) if (i + j) % 2 == 0]
 RING = list(zip(RANKS, [*list(RANKS)[1:], "single"], strict=True))
 FIRST, SECOND = ["first_half"], ["second_half"]
-TURNS = [(1, FIRST), (2, FIRST), (4, FIRST + SECOND), (2, SECOND), (1, SECOND)]
+LAUNCHES = [(1, FIRST), (2, FIRST), (4, FIRST + SECOND), (2, SECOND), (1, SECOND)]
 MOVES = [Move(*pair, "strict", "") for pair in PAIRS] + [Move(*pair, "default", "") for pair in RING]
 
 Parameters = Callable[[Move], list[dict[str, Tensor]]]
@@ -34,27 +34,27 @@ def parameters(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     selected = [getattr(item, "callspec", None) for item in request.session.items]
     moves = [spec.params["move"] for spec in selected if spec is not None and "move" in spec.params]
     folder = tmp_path_factory.mktemp("moves")
-    found: dict[str, Outcome] = {}
+    found: dict[str, CheckResult] = {}
     for settings in BOUND:
         (folder / settings).mkdir()
     placed = [replace(move, folder=str(folder / move.settings)) for move in moves]
     starts = {(m.source, m.settings): replace(m, target=m.source) for m in placed}
     halves = dict(zip(FIRST + SECOND, (list(starts.values()), placed), strict=True))
-    for ranks, turn in TURNS:
-        own = {f"{half} {m.name}": (half, m) for half in turn for m in halves[half] if RANKS[m.target] == ranks}
+    for ranks, halves_now in LAUNCHES:
+        own = {f"{half} {m.name}": (half, m) for half in halves_now for m in halves[half] if RANKS[m.target] == ranks}
         if ranks == 1:
-            found |= {name: Outcome([getattr(here, half)(move)]) for name, (half, move) in own.items()}
+            found |= {name: CheckResult([getattr(here, half)(move)]) for name, (half, move) in own.items()}
         else:
             checks = [Check(name, ranks, f"moves:{half}", move) for name, (half, move) in own.items()]
-            found |= run_checks(checks, folder / f"{turn[0]}{ranks}")
-        failures = [f"{name}: {outcome.failure}" for name, outcome in found.items() if outcome.failure]
-        assert turn != FIRST or not failures, "\n".join(failures)
+            found |= run_checks(checks, folder / f"{halves_now[0]}{ranks}")
+        failures = [f"{name}: {result.failure}" for name, result in found.items() if result.failure]
+        assert halves_now != FIRST or not failures, "\n".join(failures)
 
     def get(move: Move) -> list[dict[str, Tensor]]:
-        outcome = found[f"second_half {move.name}"]
-        if outcome.failure is not None:
-            pytest.fail(outcome.failure, pytrace=False)
-        return outcome.values
+        result = found[f"second_half {move.name}"]
+        if result.failure is not None:
+            pytest.fail(result.failure, pytrace=False)
+        return result.values
 
     return get
 

@@ -1,4 +1,4 @@
-"""Unusual situations under DeepSpeed: client optimizers, shuffled or damaged state, freezing, engines in turn."""
+"""Unusual situations under DeepSpeed: client optimizers, shuffled or damaged state, freezing, several engines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLIENT = [
     Check(f"client_optimizer_zero{stage}", 2, "situations:client_optimizer", Scenario(stage=stage))
     for stage in range(4)
 ]
-ELSEWHERE = [
+OTHER_PLACES = [
     Check(f"state_elsewhere_{name}_zero{stage}", 2, "situations:with_state_elsewhere", Scenario(stage=stage, options=o))
     for stage in (1, 2, 3)
     for name, o in (("plain", {}), ("momentum", {"momentum": 0.8, "nesterov": True}))
@@ -55,7 +55,7 @@ def test_an_optimizer_that_the_user_built_takes_the_same_trajectory(check: Check
     assert_on_trajectory(check, ask)
 
 
-@pytest.mark.parametrize("check", ELSEWHERE, ids=named)
+@pytest.mark.parametrize("check", OTHER_PLACES, ids=named)
 def test_blocks_find_their_owners_again(check: Check, ask: Ask) -> None:
     """A later version may place blocks differently: state that lies with another rank travels, and is not lost."""
     assert_on_trajectory(check, ask)
@@ -83,8 +83,8 @@ def test_a_layer_frozen_for_a_while_trains_again(check: Check, ask: Ask) -> None
 def test_engines_of_other_stages_train_one_model_in_turn(check: Check, ask: Ask) -> None:
     """What an engine leaves on the parameters must not mislead the optimizer of the next one."""
     values = ask(check)
-    for turn in range(3):
-        assert_ranks_agree([v[turn] for v in values])
+    for attempt in range(3):
+        assert_ranks_agree([v[attempt] for v in values])
     for before, after in zip(values[0], values[0][1:], strict=False):
         assert all(not torch.equal(before[n], after[n]) for n in before if n != "norm.bias")
 

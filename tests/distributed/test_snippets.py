@@ -46,4 +46,4 @@ def test_the_text_itself_trains_with_shampoo(check: Check, ask: Ask) -> None:
     wrapper = WRAPPERS.get(snippet.name.rpartition("-")[2])
     if wrapper is not None:
         assert values[0]["wrapper"] == wrapper
-        assert sum(seen["bytes"] for seen in values) > 0, "no rank has given the other a update"
+        assert sum(seen["bytes"] for seen in values) > 0, "no rank has given the other an update"

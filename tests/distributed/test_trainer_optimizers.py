@@ -95,10 +95,10 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(check: Check, ask: Ask) 
         assert max(relative_error(p, uninterrupted["parameters"][n]) for n, p in parameters) <= 1e-6
 
 
-def shares(turns: list[int | None]) -> list[float]:
-    """Of a rank's blocks how many are refreshed in each step: from step 3 on, every third step or in their turn."""
-    due = [[(turn or 0) == step % 3 for turn in turns] for step in range(3, TRAINING.steps + 1)]
-    return [0.0, 0.0] + [sum(step) / len(turns) for step in due]
+def shares(phases: list[int | None]) -> list[float]:
+    """Of a rank's blocks how many are refreshed in each step: from step 3 on, every third step or in their phase."""
+    due = [[(phase or 0) == step % 3 for phase in phases] for step in range(3, TRAINING.steps + 1)]
+    return [0.0, 0.0] + [sum(step) / len(phases) for step in due]
 
 
 @pytest.mark.parametrize("check", MEASURED, ids=named)
@@ -111,9 +111,9 @@ def test_each_rank_has_its_metrics(check: Check, ask: Ask) -> None:
         assert all(entry["shampoo/bytes_moved"] == moved for entry in entries)
         assert all((entry["shampoo/exchange_ms"] > 0) == (moved > 0) for entry in entries)
         refreshed = [entry["shampoo/refreshed_share"] for entry in entries]
-        assert refreshed == shares(seen["turns"]), f"rank {rank}"
+        assert refreshed == shares(seen["phases"]), f"rank {rank}"
         staggered = check.argument[2] != SYNC
-        assert all((turn is not None) == staggered for turn in seen["turns"])
+        assert all((phase is not None) == staggered for phase in seen["phases"])
         assert set(refreshed[2:]) <= {0.0, 1.0} if not staggered else max(refreshed) < 1.0
         logged = [log for log in seen["logs"] if "loss" in log]
         mixed = check.argument[0] in ("prebuilt", "deferred")

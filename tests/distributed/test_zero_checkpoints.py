@@ -35,7 +35,7 @@ SCENARIOS = {
     "bf16_zero2": replace(BASE, half="bf16", stage=2),
     "bf16_optimizer": replace(BASE, half="bf16", stage=1, config=WIDE_SUMS),
 }
-# Each stage with each other preconditioner and, in turn, each schedule; saved in the middle of a window of refreshes.
+# Each stage with each other preconditioner, and the schedules one after the other; saved in the middle of a window.
 REFRESHES = ("sync", "staggered", "background")
 FAMILY = {
     f"{p}_{REFRESHES[(stage + n) % 3]}_zero{stage}": replace(
@@ -91,7 +91,7 @@ def test_the_state_is_stored_once(check: Check, ask: Ask) -> None:
     """DeepSpeed's files hold its place, a step per partition, and placeholders of one byte."""
     for seen in ask(check):
         inner = seen["inner"]
-        assert inner["shampoo"] == ["elsewhere", "format"]
+        assert inner["shampoo"] == ["external", "format"]
         partitions = len(inner["moments"])
         assert 0 < inner["bytes"] <= partitions * (4 + 2)
         if check in CONVERTED:
@@ -122,10 +122,10 @@ def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         later.append(Check(saved, 1, "zero_checkpoints:resumed_elsewhere", single))
         if chosen in MOVED:
             later.append(Check("moved", 1, "zero_checkpoints:moved", single))
-    outcomes = run_checks(later, tmp_path_factory.mktemp("alone"))
-    failures = [outcome.failure for outcome in outcomes.values() if outcome.failure]
+    results = run_checks(later, tmp_path_factory.mktemp("alone"))
+    failures = [result.failure for result in results.values() if result.failure]
     assert not failures, "\n".join(failures)
-    return {name: outcome.values[0] for name, outcome in outcomes.items()}
+    return {name: result.values[0] for name, result in results.items()}
 
 
 @pytest.mark.parametrize("check", FEWER, ids=named)
@@ -142,9 +142,9 @@ def test_a_checkpoint_goes_on_on_fewer_ranks(check: Check, ask: Ask, alone: dict
 @pytest.mark.parametrize("check", MOVED, ids=named)
 def test_moved_files_find_their_state(check: Check, alone: dict[str, Any]) -> None:
     seen, wanted = alone["moved"], alone[check.name]["parameters"]
-    for words in seen["error"]:
-        assert words.startswith("CheckpointError: Shampoo's state data-") and "SHAMPOO_CHECKPOINT" in words
-    for way in ("by_variable", "beside"):
+    for message in seen["error"]:
+        assert message.startswith("CheckpointError: Shampoo's state data-") and "SHAMPOO_CHECKPOINT" in message
+    for way in ("by_variable", "next_to_it"):
         assert all(torch.equal(seen[way]["parameters"][n], wanted[n]) for n in wanted)
 
 
@@ -160,10 +160,10 @@ def test_an_optimizer_that_the_user_built_is_loaded_before_its_first_step(check:
 def test_a_checkpoint_without_its_state_is_refused(check: Check, ask: Ask) -> None:
     for seen in ask(check):
         assert seen["blocked"].startswith("CheckpointError: ") and seen["latest"] == "second"
-        for words in seen["other"]:
-            assert "holds another save (data-" in words and "SHAMPOO_START_ANEW=1" in words
-        for words in seen["gone"]:
-            assert "holds no complete Shampoo checkpoint" in words and "load_optimizer_states=False" in words
+        for message in seen["other"]:
+            assert "holds another save (data-" in message and "SHAMPOO_START_ANEW=1" in message
+        for message in seen["gone"]:
+            assert "holds no complete Shampoo checkpoint" in message and "load_optimizer_states=False" in message
         assert seen["loaded"] and seen["steps"] == {3}
 
 
@@ -171,8 +171,8 @@ def test_a_checkpoint_without_its_state_is_refused(check: Check, ask: Ask) -> No
 def test_a_run_begun_with_adamw_goes_on_with_shampoo(check: Check, ask: Ask) -> None:
     for seen in ask(check):
         assert len(seen["refused"]) == (1 if check.argument.stage == 0 else 3)
-        for words in seen["refused"]:
-            assert "was not saved by Shampoo" in words and "load_optimizer_states=False" in words
+        for message in seen["refused"]:
+            assert "was not saved by Shampoo" in message and "load_optimizer_states=False" in message
         for way in sorted(set(seen) - {"refused"}):
             assert seen[way] == {"loaded": True, "kept": True, "moved": True, "steps": {3}}, way
 
@@ -193,6 +193,6 @@ def test_stage_2_loads_what_stage_1_has_saved(check: Check, ask: Ask) -> None:
 def test_what_deepspeed_would_corrupt_is_refused(check: Check, ask: Ask) -> None:
     first, second = ask(check)
     assert "it was saved with round_robin_gradients = true" in first["converter"] and not second["converter"]
-    for words in (first, second):
-        assert "load_universal = true with round_robin_gradients = true" in words["engine"]
-        assert "elastic_checkpoint = true" in words["elastic"]
+    for message in (first, second):
+        assert "load_universal = true with round_robin_gradients = true" in message["engine"]
+        assert "elastic_checkpoint = true" in message["elastic"]

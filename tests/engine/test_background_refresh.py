@@ -1,4 +1,4 @@
-"""Refreshes in the background: never a matter of timing, due as in the staggered mode, errors told by later steps."""
+"""Refreshes in the background: never a matter of timing, due as in the staggered mode, errors raised by later steps."""
 
 from __future__ import annotations
 
@@ -160,8 +160,8 @@ def test_failures_are_counted_and_logged_when_installed(
             assert refresh is not None and refresh.result().failed == {0}
         assert caplog.records == [] and unit.stacks[0].failures == [0]
         drive(optimizer, [p], [1])
-    word = "eigenbasis" if preconditioner == "soap" else "inverse root"
-    assert [r.getMessage().split(":")[0] for r in caplog.records] == [f"no {word} of block w/0"]
+    what = "eigenbasis" if preconditioner == "soap" else "inverse root"
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == [f"no {what} of block w/0"]
     assert (unit.stacks[0].failures, unit.stacks[0].refreshed) == ([1], [False])
     drive(optimizer, [p], [2])
     assert (unit.stacks[0].failures, unit.stacks[0].refreshed) == ([0], [True])
@@ -176,7 +176,7 @@ def test_failures_in_a_row_become_an_error(monkeypatch: pytest.MonkeyPatch) -> N
         raise torch.linalg.LinAlgError("did not converge")
 
     monkeypatch.setattr(torch.linalg, "eigh", refuse)
-    drive(optimizer, [p], range(5))  # three were installed by then; told one step later
+    drive(optimizer, [p], range(5))  # three were installed by then; reported one step later
     with pytest.raises(RuntimeError, match="failed 3 times in a row"):
         drive(optimizer, [p], range(5, 7))
 

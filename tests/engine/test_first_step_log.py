@@ -24,8 +24,8 @@ def test_a_pattern_that_matches_nothing_is_named(caplog: pytest.LogCaptureFixtur
         "exclude": ["*typo*", "*embed*"], "no_decay": ["b", "nrom*"],
         "rules": [{"match": ["w", "*q_porj*"], "max_preconditioner_dim": 4}],
     }  # fmt: skip
-    told = warnings_of(caplog, [("w", w), ("b", b)], [w, b], **options)
-    assert told.split("\n") == [
+    logged = warnings_of(caplog, [("w", w), ("b", b)], [w, b], **options)
+    assert logged.split("\n") == [
         "exclude: no parameter of the optimizer matches '*typo*'",
         "no_decay: no parameter of the optimizer matches 'nrom*'",
         "rules: no parameter of the optimizer matches '*q_porj*'",

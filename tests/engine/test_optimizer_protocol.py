@@ -180,7 +180,7 @@ def test_a_closure_runs_with_gradients_on_and_its_loss_is_given_back() -> None:
 
 
 def test_a_step_leaves_gradients_as_they_are() -> None:
-    """Also with coupled decay and with momentum, whose terms are added elsewhere."""
+    """Also with coupled decay and with momentum, whose terms are added in another place."""
     p, bias = parameter(12, 10), parameter(5)
     optimizer = shampoo([p, bias], decoupled_weight_decay=False, momentum=0.9)
     drive(optimizer, [p, bias], range(4))

@@ -1,4 +1,4 @@
-"""Staggered refresh: equal work in every step, blocks in their own turn, and state that goes on where it stood."""
+"""Staggered refresh: equal work in every step, blocks in their own phase, and state that goes on where it stood."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_schedule_options_are_fixed_while_staggered() -> None:
 
 
 def test_state_of_a_sync_run_is_taken_over() -> None:
-    """Roots are there already; from then on each block refreshes in its turn."""
+    """Roots are there already; from then on each block refreshes in its phase."""
     params = some_parameters()
     optimizer = shampoo(params, **OPTIONS | {"refresh": "sync"})
     drive(optimizer, params, range(6))

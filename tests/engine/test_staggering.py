@@ -1,4 +1,4 @@
-"""Refresh schedules: every block in its turn, equal work in every step, the same on any number of ranks."""
+"""Refresh schedules: every block in its phase, equal work in every step, the same on any number of ranks."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_every_block_gets_each_gradient_element_once(made: tuple[Plan, list[list
 
 @settings(max_examples=100)
 @given(plans())
-def test_every_shard_element_gets_its_direction_once(made: tuple[Plan, list[list[tuple[int, Box]]]]) -> None:
+def test_every_shard_element_gets_its_update_once(made: tuple[Plan, list[list[tuple[int, Box]]]]) -> None:
     plan, shards = made
     for rank, held in enumerate(shards):
         covered: dict[int, list[Box]] = {n: [] for n in range(len(held))}

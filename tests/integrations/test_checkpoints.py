@@ -140,11 +140,11 @@ def test_a_trainer_begins_with_the_state_of_another_run(tmp_path: Path) -> None:
     again.train()
     again.train()
     assert set(state_of(inner_optimizer(again.optimizer))["steps"].values()) == {6}  # the second goes on with the first
-    anew, _ = trainer(tmp_path / "anew", max_steps=2)
-    anew.model.load_state_dict(plain.state_dict())
-    anew.train()
-    assert [g["lr"] for g in run.optimizer.param_groups] == [g["lr"] for g in anew.optimizer.param_groups]
-    assert not same_bits(snapshot(run.model.parameters()), snapshot(anew.model.parameters()))
+    new_run, _ = trainer(tmp_path / "new", max_steps=2)
+    new_run.model.load_state_dict(plain.state_dict())
+    new_run.train()
+    assert [g["lr"] for g in run.optimizer.param_groups] == [g["lr"] for g in new_run.optimizer.param_groups]
+    assert not same_bits(snapshot(run.model.parameters()), snapshot(new_run.model.parameters()))
     again, _ = trainer(tmp_path / "run", ShampooTrainer, start, max_steps=3)
     again.train(True)
     assert set(state_of(inner_optimizer(again.optimizer))["steps"].values()) == {5}

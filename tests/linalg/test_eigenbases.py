@@ -115,7 +115,7 @@ def test_a_basis_is_good_enough_by_its_own_off_diagonal_mass() -> None:
 
 def test_a_kept_basis_takes_new_eigenvalues_and_another_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices, bases = spectra([4.0, 2.0, 1.0], [4.0, 2.0, 1.0], [4.0, 2.0, 1.0])
-    moved, elsewhere = spectra([5.0, 0.5, 7.0], [9.0, 2.0, 1.0], [3.0, 2.0, 1.0], seed=1)
+    moved, new_bases = spectra([5.0, 0.5, 7.0], [9.0, 2.0, 1.0], [3.0, 2.0, 1.0], seed=1)
     now = torch.stack([bases[0] @ torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=F64)) @ bases[0].T, *moved[1:]])
     decomposed: list[Tensor] = []
 
@@ -128,7 +128,7 @@ def test_a_kept_basis_takes_new_eigenvalues_and_another_is_computed_anew(monkeyp
     assert (len(decomposed), failed) == (2, [])
     assert torch.equal(found[0], bases[0])
     torch.testing.assert_close(values, torch.tensor([[1.0, 2.0, 4.0], [9.0, 2.0, 1.0], [3.0, 2.0, 1.0]], dtype=F64))
-    torch.testing.assert_close((found[1:].mT @ elsewhere[1:]).abs(), torch.eye(3, dtype=F64).expand(2, 3, 3))
+    torch.testing.assert_close((found[1:].mT @ new_bases[1:]).abs(), torch.eye(3, dtype=F64).expand(2, 3, 3))
     now[2] = math.nan
     assert kept_or_new(now, bases, 0.01)[2] == [2]
 

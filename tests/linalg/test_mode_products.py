@@ -62,7 +62,7 @@ def test_blocks_with_strips_take_the_references_steps(preconditioner: str, refre
 
 
 @pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
-def test_products_in_bfloat16_round_directions_and_leave_statistics_alone(preconditioner: str) -> None:
+def test_products_in_bfloat16_round_updates_and_leave_statistics_alone(preconditioner: str) -> None:
     config = ShampooConfig(preconditioner=preconditioner, precondition_frequency=2, betas=(0.9, 0.9))
     configs = [config, dataclasses.replace(config, apply_dtype="bfloat16")]
     stacks = [BlockStack(["a/0"], (12, 8), c, torch.device("cpu"), torch.float32) for c in configs]

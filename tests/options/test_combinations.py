@@ -37,10 +37,10 @@ F64 = torch.float64
 STEPS = 24
 BOUND = 1e-9
 SHAPES = {"vector": (5,), "matrix": (6, 4), "conv": (4, 6, 2), "experts": (3, 2, 3, 2)}
-# Options that change nothing of the rule, and those that are tried elsewhere.
+# Options that change nothing of the rule, and those that other tests try.
 NOT_OF_THE_RULE = {"bucket_mb", "overlap", "failure_limit"}
 NOT_OF_THE_RULE |= {"communication_dtype", "apply_dtype", "factor_dtype", "root_dtype"}
-ELSEWHERE = {"exclude", "no_decay", "split", "master_weights", "stochastic_rounding", "peak_lr"}
+TRIED_BY_OTHERS = {"exclude", "no_decay", "split", "master_weights", "stochastic_rounding", "peak_lr"}
 
 
 def state_deviations(optimizer: Shampoo, reference: Reference) -> dict[str, float]:
@@ -53,9 +53,9 @@ def state_deviations(optimizer: Shampoo, reference: Reference) -> dict[str, floa
             block = p.blocks[int(index)]
             tensors = dict(stack["tensors"])
             if not stack["refreshed"][row]:  # what is applied means nothing so far
-                idle = ("root", "basis", "scale", "rotated_second", "rotated_weight")
+                unused = ("root", "basis", "scale", "rotated_second", "rotated_weight")
                 warm = tensors.get("rotated_second_moment") if "second_moment" not in tensors else None
-                tensors = {n: t for n, t in tensors.items() if not n.startswith(idle)}
+                tensors = {n: t for n, t in tensors.items() if not n.startswith(unused)}
                 if warm is not None and block.method != "sgd":  # SOAP's element-wise one lies there until it begins
                     tensors["second_moment"] = warm
             found = block_deviations(tensors, row, block, p.options.preconditioner)
@@ -74,8 +74,8 @@ def test_the_rows_hold_every_pair_and_every_option_of_the_rule() -> None:
     assert len(PAIRS) < 50
     named = {name for values in VALUES.values() for value in values for name in value}
     held = named - {"betas0", "betas1"} | {"betas", "lr", "weight_decay", "eps"}
-    assert held | NOT_OF_THE_RULE | ELSEWHERE | {"decoupled_weight_decay"} == set(OPTION_NAMES)
-    assert set(options_with(GROUP_ONLY)) <= held | NOT_OF_THE_RULE | ELSEWHERE | {"decoupled_weight_decay"}
+    assert held | NOT_OF_THE_RULE | TRIED_BY_OTHERS | {"decoupled_weight_decay"} == set(OPTION_NAMES)
+    assert set(options_with(GROUP_ONLY)) <= held | NOT_OF_THE_RULE | TRIED_BY_OTHERS | {"decoupled_weight_decay"}
 
 
 def test_what_does_not_combine_is_an_error_that_names_the_option_and_what_is_allowed() -> None:
@@ -91,7 +91,7 @@ def test_what_does_not_combine_is_an_error_that_names_the_option_and_what_is_all
 
 
 @pytest.mark.parametrize("row", [*ALONE, *(row for row in PAIRS if row not in ALONE)], ids=label)
-def test_directions_and_state_are_those_of_the_reference(row: Row) -> None:
+def test_updates_and_state_are_those_of_the_reference(row: Row) -> None:
     options = options_of(row)
     params = {name: parameter(*shape, seed=n, dtype=F64) for n, (name, shape) in enumerate(SHAPES.items())}
     reference = reference_of(params, options)

@@ -115,8 +115,8 @@ def test_kinds_of_a_mixture_of_experts(gate: nn.Module) -> None:
 
 def test_every_kind_that_modules_tell_is_one_that_patterns_may_name() -> None:
     models = (Tied(), MixtureLayer(TopKRouter()))
-    told = {kind for model in models for _, kinds in names_and_kinds(model).values() for kind in kinds}
-    assert told <= set(KINDS) and {kind for kind in KINDS if not kind.endswith("d") or kind == "lm_head"} <= told
+    found = {kind for model in models for _, kinds in names_and_kinds(model).values() for kind in kinds}
+    assert found <= set(KINDS) and {kind for kind in KINDS if not kind.endswith("d") or kind == "lm_head"} <= found
 
 
 def test_a_model_without_an_output_head_has_none() -> None:

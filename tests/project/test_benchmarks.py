@@ -41,12 +41,12 @@ def test_tables_are_markdown():
 def test_state_is_the_planners_and_a_peak_is_above_what_a_step_leaves():
     found = memory.measure("soap", "staggered", 32, 32, 0.01, 2)
     assert found["held"] == found["plan"]["state"]
-    assert found["step"].nbytes >= found["weights"]  # one direction for each element
+    assert found["step"].nbytes >= found["weights"]  # one update for each element
     assert sum(found["step"].operators.values()) <= found["step"].nbytes
 
 
 @pytest.mark.parametrize(
-    "run, words",
+    "run, phrases",
     [
         (
             lambda: step_time.main(
@@ -61,7 +61,7 @@ def test_state_is_the_planners_and_a_peak_is_above_what_a_step_leaves():
     ],
     ids=["step_time", "end_to_end"],
 )
-def test_tables_name_every_contestant(run, words, capsys):
+def test_tables_name_every_contestant(run, phrases, capsys):
     run()
     text = capsys.readouterr().out
-    assert all(word in text for word in words)
+    assert all(phrase in text for phrase in phrases)

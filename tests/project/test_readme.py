@@ -31,11 +31,11 @@ def test_the_readme_names_the_oldest_versions_that_may_be_installed() -> None:
     config.read(README.parent / "setup.cfg")
     extras = config["options.extras_require"]
     needed = " ".join([config["options"]["install_requires"], extras["deepspeed"], extras["transformers"]])
-    words = " ".join(README.read_text(encoding="utf-8").split("## Install")[1].split("## ")[0].split())
+    text = " ".join(README.read_text(encoding="utf-8").split("## Install")[1].split("## ")[0].split())
     bounds = dict(re.findall(r"(\w+)>=([\d.]+)", needed))
     assert bounds.keys() == {"torch", "deepspeed", "transformers", "accelerate"}
     for name, version in bounds.items():
-        assert re.search(rf"{name} (must be )?{re.escape(version)} or newer", words, re.IGNORECASE), name
+        assert re.search(rf"{name} (must be )?{re.escape(version)} or newer", text, re.IGNORECASE), name
     for line in extras["examples"].split():
         name, _, version = line.partition(">=")
         assert bounds.get(name, version) == version

@@ -141,7 +141,7 @@ def test_grafting_alone_is_torchs_own_optimizer(
     assert relative_error(result["w"], weight.detach()) < 1e-14
 
 
-def test_the_first_preconditioned_direction_is_the_polar_factor() -> None:
+def test_the_first_preconditioned_update_is_the_polar_factor() -> None:
     params, grads = random_problem(6, 6, steps=1)
     result = run(
         params,

@@ -27,9 +27,9 @@ def test_the_metrics_are_those_since_the_last_call() -> None:
     refreshed = optimizer.metrics()
     assert refreshed["refresh_ms"] > 0.0 and refreshed["refreshed_share"] == 1.0
     drive(optimizer, params, range(4, 5))
-    idle = optimizer.metrics()
-    assert idle["refresh_ms"] == 0.0 == idle["refreshed_share"]
-    assert idle["largest_condition_number"] == refreshed["largest_condition_number"]  # of the latest refresh
+    quiet = optimizer.metrics()
+    assert quiet["refresh_ms"] == 0.0 == quiet["refreshed_share"]
+    assert quiet["largest_condition_number"] == refreshed["largest_condition_number"]  # of the latest refresh
     assert all(type(value) is float for value in refreshed.values())
 
 

@@ -51,7 +51,7 @@ def test_a_state_dict_in_between_says_the_same(tmp_path: Path) -> None:
     """Tools pass an optimizer's state dict through itself, to move it to another device."""
     _, _, other, again = saved_elsewhere(tmp_path, WHERE)
     again.load_state_dict(again.state_dict())
-    assert again.state_dict()["shampoo"]["elsewhere"] == WHERE
+    assert again.state_dict()["shampoo"]["external"] == WHERE
     with pytest.raises(RuntimeError, match="call load_shampoo"):
         train(other, again, range(5, 6))
 
@@ -62,7 +62,7 @@ def test_one_process_goes_on_from_what_deepspeed_has_noted(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"holds another save \(data-\w+\)\. Put the checkpoint's folder"):
         train(other, again, range(5, 6))
     state = again.state_dict()
-    state["shampoo"]["elsewhere"]["id"] = Manifest.read(tmp_path).directory
+    state["shampoo"]["external"]["id"] = Manifest.read(tmp_path).directory
     again.load_state_dict(state)
     train(model, optimizer, range(5, 9))
     train(other, again, range(5, 9))
@@ -90,10 +90,10 @@ def test_a_note_of_an_optimizer_without_state_awaits_nothing() -> None:
     model, optimizer = made()
     state = optimizer.state_dict()
     del state["shampoo"]
-    for elsewhere in (True, False):
+    for external in (True, False):
         state["state"] = {
-            number: external_entry(p, torch.zeros(()), elsewhere) for number, p in enumerate(model.parameters())
+            number: external_entry(p, torch.zeros(()), external) for number, p in enumerate(model.parameters())
         }
         optimizer.load_state_dict(copy.deepcopy(state))
-        assert (optimizer.external_state is not None) == elsewhere
+        assert (optimizer.external_state is not None) == external
     train(model, optimizer, range(1))

@@ -76,7 +76,7 @@ def test_loading_into_an_optimizer_that_has_stepped_replaces_everything() -> Non
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_loading_an_early_state_forgets_what_came_later(steps: int) -> None:
-    """A parameter (or all of them) without any state in the loaded dict starts anew."""
+    """A parameter (or all of them) without any state in the loaded dict starts with new state."""
     early, late, early_twin, late_twin = (parameter(12, 10) for _ in range(4))
     optimizer = shampoo([early, late, bias := parameter(4)], momentum=0.9)
     twin = shampoo([early_twin, late_twin, bias_twin := parameter(4)], momentum=0.9)

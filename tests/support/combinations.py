@@ -63,7 +63,7 @@ def row_of(*values: Value) -> Row:
     return tuple(row)
 
 
-# What the package refuses, by the numbers of values. Beside one value of an option some of another do not go.
+# What the package refuses, by the numbers of values. With one value of an option some of another are not allowed.
 REFUSED: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
     ("preconditioner", 1): {"root": (2,), "regularisation": (1, 2, 3), "one_sided": (1, 2, 3), "large_dim": (1, 2)},
     ("preconditioner", 2): {"root": (1, 2), "regularisation": (1,), "one_sided": (1, 2, 3), "large_dim": (1, 2)},

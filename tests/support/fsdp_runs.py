@@ -29,7 +29,7 @@ class Run:
     extra: dict[str, Any] = field(default_factory=dict)
     layout: str = "rows"
     built_before: bool = False
-    given: str = "model"  # beside named parameters; or "names" or "parameters" alone
+    given: str = "model"  # with named parameters; or "names" or "parameters" alone
     apart: bool = False  # every second step one half of the ranks, then the other, leaves a layer unused
     frozen_steps: int = 0  # for how long the layer `up` is frozen at the start
     resumed_at: int = 0  # the step before which a new optimizer takes over the state

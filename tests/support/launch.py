@@ -2,7 +2,7 @@
 
 A launch is a set of plain Python processes in one process group. They work through a list of checks and leave
 one result file per check and rank. When a check fails on some ranks only, hangs, or kills a rank, the others may
-sit in a collective for ever; so the parent ends that launch, blames that check, and starts anew with the rest.
+sit in a collective for ever; so the parent ends that launch, blames that check, and starts again with the rest.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def named(value: object) -> str | None:
 
 
 @dataclass
-class Outcome:
+class CheckResult:
     """What the ranks returned, in their order; `failure` tells why the check failed, if it did."""
 
     values: list[Any] = field(default_factory=list)
@@ -60,21 +60,21 @@ class RankResult:
     finished: float
 
 
-def run_checks(checks: Sequence[Check], folder: Path) -> dict[str, Outcome]:
+def run_checks(checks: Sequence[Check], folder: Path) -> dict[str, CheckResult]:
     """Runs the checks, all for the same number of ranks; never raises for a failing one and never hangs."""
-    outcomes: dict[str, Outcome] = {}
+    results: dict[str, CheckResult] = {}
     attempt = 0
-    while rest := [c for c in checks if c.name not in outcomes]:
+    while rest := [c for c in checks if c.name not in results]:
         attempt += 1
         launch = Launch(rest, folder / f"launch{attempt}")
         try:
             launch.start()
-            outcomes.update(launch.collect())
+            results.update(launch.collect())
             if not launch.ready():  # the same would happen again and again
-                outcomes.update({c.name: outcomes[rest[0].name] for c in rest})
+                results.update({c.name: results[rest[0].name] for c in rest})
         finally:
             launch.end()
-    return outcomes
+    return results
 
 
 class Launch:
@@ -107,18 +107,18 @@ class Launch:
                     subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
                 )
 
-    def collect(self) -> dict[str, Outcome]:
-        """Outcomes up to the first check that ended the launch."""
-        outcomes: dict[str, Outcome] = {}
+    def collect(self) -> dict[str, CheckResult]:
+        """Results up to the first check that ended the launch."""
+        results: dict[str, CheckResult] = {}
         deadline = time.monotonic() + START_SECONDS
         for index, check in enumerate(self.checks):
             deadline = max(deadline, time.monotonic() + check.seconds)
             ended = self._wait(index, deadline)
-            outcomes[check.name] = self._outcome(index, ended)
+            results[check.name] = self._result(index, ended)
             if ended:
                 break
             deadline = 0.0
-        return outcomes
+        return results
 
     def _wait(self, index: int, deadline: float) -> str | None:
         """Waits for a check; tells why the launch can not go on, or None."""
@@ -148,16 +148,16 @@ class Launch:
             self.processes[rank].send_signal(signal.SIGUSR1)  # faulthandler prints all threads into the log
         time.sleep(1.0)
 
-    def _outcome(self, index: int, ended: str | None) -> Outcome:
+    def _result(self, index: int, ended: str | None) -> CheckResult:
         found = {r: self._read(index, r) for r in range(self.ranks) if self._file(index, r).exists()}
         failures = sorted((x.finished, r, x.failure) for r, x in found.items() if x.failure is not None)
         if not failures and (ended is None or len(found) == self.ranks):
-            return Outcome([found[r].value for r in range(self.ranks)])
+            return CheckResult([found[r].value for r in range(self.ranks)])
         lines = [f"rank {rank} failed:\n{text}" for _, rank, text in failures]
         if ended is not None:
             lines.append(ended)
             lines += [f"end of the log of rank {r}:\n{self._log(r)}" for r in range(self.ranks) if r not in found]
-        return Outcome(failure="\n".join(lines))
+        return CheckResult(failure="\n".join(lines))
 
     def _file(self, index: int, rank: int) -> Path:
         return self.folder / f"{index}.{rank}.pickle"

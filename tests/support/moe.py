@@ -16,7 +16,7 @@ OPTIONS: dict[str, Any] = {
     "lr": 1e-2,
     "weight_decay": 0.1,
     "precondition_frequency": 3,
-    "refresh": "sync",  # turns are counted over the experts that a rank knows, and the twin knows all
+    "refresh": "sync",  # phases are counted over the experts that a rank knows, and the twin knows all
     "max_preconditioner_dim": 8,
     "relative_epsilon": 1e-3,
     "eps": 1e-4,

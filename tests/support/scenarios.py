@@ -167,7 +167,7 @@ def make_reference(scenario: Scenario, trained: Mapping[str, Tensor]) -> Referen
     for rule in options.pop("rules", []):  # those of the tests give one name each
         changed = {key: value for key, value in rule.items() if key != "match"}
         overrides[rule["match"]] = overrides.get(rule["match"], {}) | changed
-    second = scenario.second_group(list(trained))  # whose blocks take their turns after those of the first
+    second = scenario.second_group(list(trained))  # whose blocks get their phases after those of the first
     trained = {n: trained[n] for n in [*(n for n in trained if n not in second), *second]}
     for name in ("bucket_mb", "communication_dtype", "solver"):  # how things travel and are computed is no part of it
         options.pop(name, None)

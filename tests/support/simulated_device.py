@@ -107,7 +107,7 @@ def _is_mask(index: Any) -> bool:
 def _where() -> str:
     """The line of the package that is at work."""
     ours = [f for f in traceback.extract_stack() if any(part in f.filename for part in PACKAGE)]
-    return f"{ours[-1].filename.rpartition('/')[2]}:{ours[-1].lineno}" if ours else "elsewhere"
+    return f"{ours[-1].filename.rpartition('/')[2]}:{ours[-1].lineno}" if ours else "outside the package"
 
 
 def _tensors(found: Any) -> Iterator[Tensor]:

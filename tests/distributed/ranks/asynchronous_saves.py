@@ -39,7 +39,7 @@ def jobs(folder: Path) -> dict[str, Any]:
         seen["same"] = same_bits(snapshot(params), snapshot(again))
         seen["groups"] = len(process_groups._jobs)
     with TestCase().assertLogs("shampoo_deepspeed", "ERROR") as log:
-        seen["told"] = ended_too_early(folder, ranks)
+        seen["raised"] = ended_too_early(folder, ranks)
     seen["log"] = log.output
     begin(folder, "launch", ranks)
     return seen
@@ -70,7 +70,7 @@ def ended_too_early(folder: Path, ranks: tuple[int, int]) -> str:
         try:
             wait_for_saves()
         except CheckpointError as error:
-            wait_for_saves()  # what was told is not told again
+            wait_for_saves()  # what was raised is not raised again
             return str(error)
     return "nothing"
 

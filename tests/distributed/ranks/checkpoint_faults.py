@@ -39,7 +39,7 @@ def wrong(*_: Any) -> None:
     raise ValueError("Input/output error of another kind")
 
 
-def told(call: Callable[[], Any], place: str, rank: int = 1, how: Callable[..., None] = broken) -> str:
+def raised_by(call: Callable[[], Any], place: str, rank: int = 1, how: Callable[..., None] = broken) -> str:
     """What this rank hears of a call in which a function fails on one rank."""
     try:
         if dist.get_rank() == rank:
@@ -63,14 +63,14 @@ def faults(_: None) -> dict[str, Any]:
         save_shampoo(optimizer, folder)
         drive(optimizer, params, range(1, 2))
         for name, place in SAVING.items():
-            heard[name] = told(lambda: save_shampoo(optimizer, folder), place)
-            heard[f"{name} in the background"] = told(lambda: in_the_background(optimizer, folder), place)
-        heard["wrong"] = told(lambda: save_shampoo(optimizer, folder), SAVING["prepare"], how=wrong)
+            heard[name] = raised_by(lambda: save_shampoo(optimizer, folder), place)
+            heard[f"{name} in the background"] = raised_by(lambda: in_the_background(optimizer, folder), place)
+        heard["wrong"] = raised_by(lambda: save_shampoo(optimizer, folder), SAVING["prepare"], how=wrong)
         for name, place in FIRST.items():
-            heard[name] = told(lambda: save_shampoo(optimizer, folder), place, rank=0)
+            heard[name] = raised_by(lambda: save_shampoo(optimizer, folder), place, rank=0)
         for name, place in LOADING.items():
-            heard[name] = told(lambda: load_shampoo(optimizer, folder), place)
-        heard["told"] = len(share_of(optimizer, AS_IN_MEMORY).parameters)
+            heard[name] = raised_by(lambda: load_shampoo(optimizer, folder), place)
+        heard["parameters"] = len(share_of(optimizer, AS_IN_MEMORY).parameters)
         heard["loaded"] = load_shampoo(optimizer, folder).loaded
         drive(optimizer, params, range(2, 3))
         save_shampoo(optimizer, folder)
@@ -79,10 +79,10 @@ def faults(_: None) -> dict[str, Any]:
 
 
 def in_the_background(optimizer: Shampoo, folder: Path) -> None:
-    """A save whose failure is told by its future, and once more by what comes next."""
+    """A save whose failure is raised by its future, and once more by what comes next."""
     future = save_shampoo(optimizer, folder, asynchronous=True)
     try:
         future.result()
     except CheckpointError:
         load_shampoo(optimizer, folder)  # raises it
-        raise AssertionError("what failed was not told") from None
+        raise AssertionError("what failed was not raised") from None

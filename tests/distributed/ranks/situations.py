@@ -48,7 +48,7 @@ def with_state_elsewhere(scenario: Scenario) -> dict[str, Any]:
 
 
 def with_a_lost_block(scenario: Scenario) -> str:
-    """The words of the error where one rank's state lacks a block; every rank must get it."""
+    """The text of the error if one rank's state lacks a block; every rank must get it."""
     with engine_of(scenario) as engine:
         train(engine, scenario, range(4))
         with whole_groups(engine):

@@ -75,13 +75,13 @@ def train_once(route: str, framework: str, training: Training, folder: Path, res
         wrapped = trainer.model_wrapped
         result = {"losses": seen.losses, "rates": seen.rates, "wrapper": type(wrapped).__name__}
         result |= {"parameters": whole(trainer.model), "traffic": inner_optimizer(trainer.optimizer).comm_stats()}
-        result |= {"history": seen.history, "logs": trainer.state.log_history, "turns": turns(trainer.optimizer)}
+        result |= {"history": seen.history, "logs": trainer.state.log_history, "phases": phases_of(trainer.optimizer)}
         if hasattr(wrapped, "destroy"):
             wrapped.destroy()
         return result
 
 
-def turns(optimizer: Any) -> list[int | None]:
+def phases_of(optimizer: Any) -> list[int | None]:
     """Of each block that this rank owns the step of the window in which it is refreshed; None: with all others."""
     units = inner_optimizer(optimizer).units
     return [unit.plan.blocks[block].phase for unit in units for block in unit.plan.owned[unit.rank]]

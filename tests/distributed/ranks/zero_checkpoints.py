@@ -134,34 +134,34 @@ def moved(argument: tuple[Scenario, Path]) -> dict[str, Any]:
     scenario, folder = argument
     scenario = with_universal(scenario)
     out: dict[str, Any] = {}
-    with shared_folder() as elsewhere:
-        shutil.copytree(folder / "converted", elsewhere / "converted")
-        shutil.copytree(folder / "saved" / "shampoo", elsewhere / "kept")
-        shutil.copy(folder / "latest_universal", elsewhere)
+    with shared_folder() as another:
+        shutil.copytree(folder / "converted", another / "converted")
+        shutil.copytree(folder / "saved" / "shampoo", another / "kept")
+        shutil.copy(folder / "latest_universal", another)
         hidden = folder / "saved" / "hidden"
         (folder / "saved" / "shampoo").rename(hidden)
         try:
-            out["error"] = error_of_loading(scenario, elsewhere)
-            with environment(SHAMPOO_CHECKPOINT=str(elsewhere / "kept")):
-                out["by_variable"] = resumed(scenario, elsewhere, "converted")
-            shutil.move(elsewhere / "kept", elsewhere / "converted" / "shampoo")
-            out["beside"] = resumed(scenario, elsewhere, "converted")
+            out["error"] = error_of_loading(scenario, another)
+            with environment(SHAMPOO_CHECKPOINT=str(another / "kept")):
+                out["by_variable"] = resumed(scenario, another, "converted")
+            shutil.move(another / "kept", another / "converted" / "shampoo")
+            out["next_to_it"] = resumed(scenario, another, "converted")
         finally:
             hidden.rename(folder / "saved" / "shampoo")
     return out
 
 
 def error_of_loading(scenario: Scenario, folder: Path) -> tuple[str, str]:
-    """The words of `load_checkpoint`, and those of a step after it all the same."""
-    said = []
+    """The messages of `load_checkpoint`, and those of a step after it all the same."""
+    messages = []
     with engine_of(scenario) as engine:
         for attempt in (lambda: engine.load_checkpoint(str(folder)), lambda: train(engine, scenario, range(1))):
             try:
                 attempt()
-                said.append("")
+                messages.append("")
             except Exception as error:
-                said.append(f"{type(error).__name__}: {error}")
-    return said[0], said[1]
+                messages.append(f"{type(error).__name__}: {error}")
+    return messages[0], messages[1]
 
 
 def client(argument: tuple[Scenario, bool]) -> dict[str, Any]:
@@ -304,13 +304,13 @@ def other_stage(stages: tuple[Scenario, Scenario]) -> dict[str, Any]:
 
 
 def round_robin(scenario: Scenario) -> dict[str, str]:
-    """The words of the converter and of the engine."""
+    """The messages of the converter and of the engine."""
     shuffled = replace(scenario, zero={"round_robin_gradients": True})
     with shared_folder() as folder:
         with engine_of(shuffled) as engine:
             train(engine, shuffled, range(2))
             engine.save_checkpoint(str(folder), tag="saved")
-        said = {}
+        messages = {}
         for name, attempt in {
             "converter": lambda: convert(folder),
             "engine": lambda: engine_of(with_universal(shuffled)).__enter__(),
@@ -318,10 +318,10 @@ def round_robin(scenario: Scenario) -> dict[str, str]:
         }.items():
             try:
                 attempt()
-                said[name] = ""
+                messages[name] = ""
             except Exception as error:
-                said[name] = f"{type(error).__name__}: {error}"
-        return said
+                messages[name] = f"{type(error).__name__}: {error}"
+        return messages
 
 
 def steps(engine: Any) -> set[int]:
