@@ -38,6 +38,7 @@ def factors(optimizer: Shampoo) -> list[torch.Tensor]:
     return [t for s in stacks for name, t in s.tensors.items() if name.startswith("factor_") and t.ndim == 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(options: dict[str, Any], tmp_path: Path) -> None:
     params, optimizer = made(**options)

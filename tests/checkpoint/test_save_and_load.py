@@ -42,6 +42,7 @@ def resumed(model: nn.Module, path: Path, **options: Any) -> tuple[nn.Module, Sh
     return other, optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, steps",
     [

@@ -58,6 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, kind", [("defaults", "wide"), *zip(OPTIONS, cycle(["odd", "wide"]), strict=False)])
 def test_the_trajectory_is_that_of_the_reference(name: str, kind: str) -> None:
     """One layer of the odd model has no gradient (None) on every third step.

@@ -98,6 +98,7 @@ def test_hsdp_replicates_across_and_shards_within() -> None:
     assert unit.shards == [[(0, Box((0, 0), (2, 2)))], [(0, Box((2, 0), (2, 2)))]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("ranks", [8, 24, 64, 256])
 def test_the_slowest_rank_of_llama_3_8b_is_within_five_percent(framework: str, ranks: int) -> None:
@@ -106,6 +107,7 @@ def test_the_slowest_rank_of_llama_3_8b_is_within_five_percent(framework: str, r
     assert made.imbalance <= 1.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["zero2", "zero3", "fsdp2", "hsdp"])
 @pytest.mark.parametrize("ranks", [8, 64])
 def test_every_step_of_a_staggered_window_is_balanced_and_as_long_as_any_other(framework: str, ranks: int) -> None:

@@ -90,7 +90,10 @@ def test_what_does_not_combine_is_an_error_that_names_the_option_and_what_is_all
         assert any(f"Shampoo option {name!r} = " in str(refusal.value) for name in [*named, "split"]), refusal.value
 
 
-@pytest.mark.parametrize("row", [*ALONE, *(row for row in PAIRS if row not in ALONE)], ids=label)
+ROWS = [*ALONE, *(pytest.param(row, marks=pytest.mark.slow) for row in PAIRS if row not in ALONE)]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=label)
 def test_updates_and_state_are_those_of_the_reference(row: Row) -> None:
     options = options_of(row)
     params = {name: parameter(*shape, seed=n, dtype=F64) for n, (name, shape) in enumerate(SHAPES.items())}

@@ -16,6 +16,7 @@ from tests.support.backgrounds import FORMS, FREQUENCY, background, pending, som
 from tests.support.stepping import drive, same_bits, shampoo, snapshot, state_of, through_a_file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(FORMS))
 @pytest.mark.parametrize("way", ["state_dict", "save_shampoo", "asynchronous", "deepcopy", "pickle"])
 def test_a_run_resumed_after_any_step_goes_on_bit_for_bit(way: str, name: str, tmp_path: Path) -> None:
