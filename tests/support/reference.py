@@ -240,7 +240,7 @@ class Reference:
         return blocks
 
     def _stagger(self) -> None:
-        """Each block of these groups, in their order, to the step of the window with the least work so far, sum of d^3."""
+        """Each block of these groups, to the step of the window with the least work so far, sum of d^3."""
         work: dict[int, list[int]] = {}
         for p in self.params.values():
             if p.options.refresh in ("staggered", "background"):
