@@ -16,11 +16,11 @@ demo: $(STAMP)
 
 # Two workers: each works on one launch of ranks, or on one file, at a time.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 # All that needs no other process and no minute.
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" --ignore=tests/distributed
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow" --ignore=tests/distributed
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,16 +3,17 @@ them start processes, and which must run in one worker where several run."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import pytest
 from hypothesis import settings
-
-from tests.support.launch import Check
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("suite")
@@ -25,12 +26,24 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist a worker runs all tests of a launch, and of a file."""
-    for item in items:
-        values = getattr(getattr(item, "callspec", None), "params", {}).values()
-        ranks = {value.ranks for value in values if isinstance(value, Check)}
-        item.add_marker(pytest.mark.xdist_group(f"{ranks.pop()} ranks" if ranks else item.location[0]))
-        if "distributed" in item.path.parts:
-            item.add_marker(pytest.mark.slow)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if "distributed" in item.path.parts:
+        item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With pytest-xdist one worker runs all tests that share launches of ranks; others are kept together by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByLaunch(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "launches" if _asks_ranks(config.rootpath / file) else file
+
+    return ByLaunch(config, log)
+
+
+@functools.cache
+def _asks_ranks(file: Path) -> bool:
+    return "ask: Ask" in file.read_text(encoding="utf-8")
