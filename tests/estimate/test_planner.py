@@ -124,7 +124,7 @@ def test_llama_3_70b_on_1024_ranks_takes_seconds(framework: str) -> None:
     """Three of the processor's; a search over all ranks for every block would take hours."""
     begun = time.process_time()
     made = estimate(parameters_of("llama-3-70b"), 1024, framework, config(), shard_ranks=8)
-    assert time.process_time() - begun < 60.0
+    assert time.process_time() - begun < 10.0
     assert made.elements == 70_553_706_496
     assert made.imbalance <= 1.05
     assert sum(made.sent) == sum(made.received)
