@@ -7,9 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from shampoo_deepspeed.linalg.precision import aligned, aligned_rows, bmm
+
 # Rows of a strip of a symmetric product on the CPU, and strips at most: measured best from 128 to 1024 rows. Strips of
 # lower triangles alone have 3/4 of the multiplications with two strips, 9/16 with eight.
 STRIP, STRIPS = 64, 8
+# Strips begin at multiples of so many rows, and so at aligned addresses (see ``precision``), whatever a row's length.
+ROWS = 16
 # Elements of a block from which on its products with two matrices are done one block after the other on the CPU: a
 # fifth less time at 256 x 256, where torch's calls are far shorter than the products.
 CHAINED = 128 * 128
@@ -37,18 +41,23 @@ def multiply(stack: Tensor, matrices: Tensor, mode: int) -> Tensor:
         return stack * matrices.view(len(stack), *(n if dim == mode else 1 for dim, n in enumerate(stack.shape[1:])))
     if mode == stack.ndim - 2:  # from the right, which needs no transposed copy
         flat = stack.reshape(stack.shape[0], -1, stack.shape[-1])
-        return torch.bmm(flat, matrices.mT).view(stack.shape)
-    return fold(torch.bmm(matrices, unfold(stack, mode)), stack.shape, mode)
+        return bmm(flat, matrices.mT).view(stack.shape)
+    return fold(bmm(matrices, unfold(stack, mode)), stack.shape, mode)
 
 
 def multiply_modes(stack: Tensor, matrices: Mapping[int, Tensor]) -> Tensor:
     """``multiply`` along several modes, each by its own matrices, as a new tensor where there is any."""
     square = stack.ndim == 3 and sorted(matrices) == [0, 1] and all(m.ndim == 3 for m in matrices.values())
-    if square and stack.device.type == "cpu" and stack[0].numel() >= CHAINED:
-        return _chained(stack, *(matrices[mode].to(stack.dtype) for mode in (0, 1)))
+    if square and stack.device.type == "cpu" and _worth_chaining(stack):
+        return _chained(*(aligned(each.to(stack.dtype)) for each in (stack, matrices[0], matrices[1])))
     for mode, own in sorted(matrices.items()):
         stack = multiply(stack, own, mode)
     return stack
+
+
+def _worth_chaining(stack: Tensor) -> bool:
+    m, n = stack.shape[1:]
+    return m * n >= CHAINED and all(aligned_rows(numel, stack.dtype) for numel in (m * m, m * n, n * n))
 
 
 def _chained(stack: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -70,12 +79,14 @@ def add_gram_(factors: Tensor, stack: Tensor, mode: int, decay: float, weight: f
     if factors.ndim == 2:
         factors.mul_(decay).add_(unfolded.square().sum(dim=-1), alpha=weight)
         return
-    if factors.dtype != unfolded.dtype:
-        factors.mul_(decay).add_(torch.bmm(unfolded, unfolded.mT), alpha=weight)
+    d, on_cpu = factors.shape[-1], factors.device.type == "cpu"
+    if factors.dtype != unfolded.dtype or (on_cpu and not aligned_rows(d * d, factors.dtype)):
+        factors.mul_(decay).add_(bmm(unfolded, unfolded.mT), alpha=weight)
         return
-    d = factors.shape[-1]
-    strips = min(STRIPS, d // STRIP) if factors.device.type == "cpu" else 1
+    unfolded = aligned(unfolded) if on_cpu else unfolded
+    strips = min(STRIPS, d // STRIP) if on_cpu else 1
     width = -(-d // max(1, strips))
+    width += -width % ROWS
     for begin in range(0, d, width):
         end = min(d, begin + width)
         rows = factors[:, begin:end, :end]

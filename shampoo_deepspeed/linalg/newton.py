@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.linalg.precision import elementwise, power
+from shampoo_deepspeed.linalg.precision import bmm, elementwise, power
 
 MAX_ITERATIONS = 100
 DB_ROOTS = (1, 2, 4, 8)  # that newton_db can take: what repeated square roots give
@@ -41,7 +41,7 @@ def coupled_newton(matrices: Tensor, root: int, epsilon: float, relative_epsilon
     start = _identity(matrices) * power(scale, 1.0 / root)
 
     def advance(state: State, step: Tensor) -> State:
-        return torch.bmm(state[0], step), torch.bmm(torch.linalg.matrix_power(step, root), state[1])
+        return bmm(state[0], step), bmm(_whole_power(step, root), state[1])
 
     (found, _), failed = _iterate((start, regular * scale), root, lambda state: state[1], advance)
     return _symmetric(found), failed
@@ -63,13 +63,13 @@ def newton_db(matrices: Tensor, root: int, epsilon: float, relative_epsilon: flo
         (square, inverse), wrong = _iterate(
             (square, _identity(matrices)),
             2,
-            lambda state: torch.bmm(state[1], state[0]),
-            lambda state, step: (torch.bmm(state[0], step), torch.bmm(step, state[1])),
+            lambda state: bmm(state[1], state[0]),
+            lambda state, step: (bmm(state[0], step), bmm(step, state[1])),
         )
         square = _symmetric(square)
         failed.update(wrong)
     if root == 1:
-        inverse = torch.bmm(inverse, inverse)
+        inverse = bmm(inverse, inverse)
     return _symmetric(inverse) * power(bound, -1.0 / root), sorted(failed)
 
 
@@ -93,7 +93,7 @@ def upper_bound(matrices: Tensor) -> Tensor:
     size = matrices.abs().amax(dim=(-2, -1), keepdim=True)  # its squares may leave the range of the dtype
     logarithm, power = elementwise(torch.log, size.double()), matrices / size
     for k in range(_SQUARINGS + 1):
-        power = torch.bmm(power, power) if k else power
+        power = bmm(power, power) if k else power
         norm = torch.linalg.matrix_norm(power, keepdim=True)
         logarithm = logarithm + elementwise(torch.log, norm.double()) / 2**k
         power = power / norm
@@ -135,6 +135,14 @@ def _iterate(
         if rows:
             state, before = advance(state, step), errors
     return out, sorted(failed + rows)
+
+
+def _whole_power(matrices: Tensor, exponent: int) -> Tensor:
+    """A^exponent for an exponent >= 1, by squarings."""
+    if exponent == 1:
+        return matrices
+    square = _whole_power(bmm(matrices, matrices), exponent // 2)
+    return bmm(matrices, square) if exponent % 2 else square
 
 
 def _identity(matrices: Tensor) -> Tensor:

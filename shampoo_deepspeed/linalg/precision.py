@@ -2,11 +2,12 @@
 
 *Switches.* Float32 products are made in float32, independent of the global TF32 and autocast switches.
 
-*Places.* Libraries do not promise that a result is the same everywhere in memory. LAPACK kernels take other paths for a
-matrix that is not aligned, as matrices of odd size inside a batch are not. Torch's vectorised loops compute the last
-elements of a tensor, which fill no vector register, by another formula (``pow``, the fused Adam). So on the CPU
-matrices are decomposed one by one, each in memory of its own (``inverse_root.decomposed``), and elements at the end of
-a tensor are computed in a padded copy.
+*Places.* Libraries do not promise that a result is the same everywhere in memory. LAPACK kernels, and on AMD's CPUs
+MKL's products, take other paths for a matrix that is not aligned, as matrices of odd size inside a batch are not.
+Torch's vectorised loops compute the last elements of a tensor, which fill no vector register, by another formula
+(``pow``, the fused Adam). So on the CPU matrices are decomposed one by one, each in memory of its own
+(``inverse_root.decomposed``), products are made of aligned matrices (``bmm``), and elements at the end of a tensor are
+computed in a padded copy.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch import Tensor
 LANES = 128
 # Torch divides tensors from 32,768 elements on among threads, and not at multiples of vector registers.
 UNDIVIDED = 1 << 14
+# Bytes. Products of one size and dtype are the same to the bit when all their matrices begin at multiples of this.
+ALIGNMENT = 64
 
 
 @contextmanager
@@ -84,8 +87,52 @@ def no_switch_counts() -> bool:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product; in float64 within ``independent_of_switches``, rounded to the dtype of ``left``."""
-    return (left.double() @ right.double()).to(left.dtype) if _independent.get() else left @ right
+    """``bmm``; in float64 within ``independent_of_switches``, rounded to the dtype of ``left``."""
+    return bmm(left.double(), right.double()).to(left.dtype) if _independent.get() else bmm(left, right)
+
+
+def bmm(left: Tensor, right: Tensor) -> Tensor:
+    """Products [B, m, n] of stacks [B, m, k] and [B, k, n], where each depends on the values of its two matrices alone.
+
+    On the CPU matrices that are not aligned in their stack are multiplied in padded copies, and vectors as matrices of
+    two columns, since the product of a matrix and a vector is another routine for one pair than for a batch.
+    """
+    if left.device.type != "cpu":
+        return torch.bmm(left, right)
+    if left.shape[1] == 1 and right.shape[2] > 1:
+        return bmm(right.mT, left.mT).mT
+    if right.shape[2] == 1:
+        return bmm(left, torch.cat([right, torch.zeros_like(right)], dim=2))[..., :1].contiguous()
+    left, right = aligned(left), aligned(right)
+    if aligned_rows(left.shape[1] * right.shape[2], left.dtype):
+        return torch.bmm(left, right)
+    out = _padded(left, left.shape[1], right.shape[2])
+    return torch.bmm(left, right, out=out).contiguous()
+
+
+def aligned_rows(numel: int, dtype: torch.dtype) -> bool:
+    """Whether matrices of so many elements, one after the other, are all aligned when the first is."""
+    return numel * dtype.itemsize % ALIGNMENT == 0
+
+
+def aligned(stack: Tensor) -> Tensor:
+    """The stacked matrices, or a copy, such that each begins at a multiple of ``ALIGNMENT`` bytes.
+
+    Matrices that lie transposed do so in the copy too.
+    """
+    stride = stack.stride(0) * stack.element_size() if len(stack) > 1 else 0
+    if (stack.data_ptr() | stride) % ALIGNMENT == 0:
+        return stack
+    if stack.stride(1) == 1 and stack.stride(2) != 1:
+        return aligned(stack.mT).mT
+    return _padded(stack, stack.shape[1], stack.shape[2]).copy_(stack)
+
+
+def _padded(like: Tensor, rows: int, columns: int) -> Tensor:
+    """An uninitialised stack of aligned matrices, each of which is contiguous."""
+    numel, unit = rows * columns, ALIGNMENT // like.element_size()
+    flat = like.new_empty(len(like), -(-numel // unit) * unit)
+    return flat[:, :numel].unflatten(1, (rows, columns))
 
 
 def elementwise(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:

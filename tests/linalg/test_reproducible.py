@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from shampoo_deepspeed import ShampooConfig
@@ -14,11 +16,13 @@ from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.linalg.eigenbases import eigenbasis, kept_or_new, power_step
 from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root
-from shampoo_deepspeed.linalg.precision import LANES, UNDIVIDED, elementwise, power
+from shampoo_deepspeed.linalg.mode_products import add_gram_, multiply_modes
+from shampoo_deepspeed.linalg.precision import LANES, UNDIVIDED, bmm, elementwise, power
 
 ROWS = 5
 SIZES = (1, 2, 3, 7, 16, 17, 33, 63, 65)
 DTYPES = (torch.float32, torch.float64)
+PRODUCT_DIMS = (1, 2, 3, 5, 8, 13, 16, 17, 40, 63, 96, 127, 130)
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "other_root": {"exponent_override": 2.7},
@@ -109,6 +113,55 @@ def test_a_matrix_in_a_batch_gives_what_it_does_alone(
     for row in range(ROWS):
         for whole, alone in zip(batch, function(matrices[row : row + 1].clone()), strict=True):
             assert torch.equal(whole[row], alone[0])
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Two stacks [ROWS, m, k] and [ROWS, k, n], each plain or transposed, at any place in memory."""
+    m, k, n = draw(st.tuples(*[st.sampled_from(PRODUCT_DIMS)] * 3))
+    dtype = draw(st.sampled_from(DTYPES))
+    return draw(placed(m, k, dtype)), draw(placed(k, n, dtype))
+
+
+@st.composite
+def placed(draw: st.DrawFn, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    transposed, offset, seed = draw(st.booleans()), draw(st.integers(0, 15)), draw(st.integers(0, 99))
+    shape = (ROWS, columns, rows) if transposed else (ROWS, rows, columns)
+    values = torch.randn(ROWS * rows * columns + 16, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    stack = values[offset : offset + ROWS * rows * columns].view(shape)
+    return stack.mT if transposed else stack
+
+
+@given(pairs())
+def test_a_product_depends_on_its_two_matrices_alone(pair: tuple[Tensor, Tensor]) -> None:
+    left, right = pair
+    together = bmm(left, right)
+    torch.testing.assert_close(together, torch.einsum("bmk,bkn->bmn", left, right), rtol=1e-4, atol=1e-4)
+    for row in range(ROWS):
+        alone = bmm(own_memory(left, row), own_memory(right, row))
+        assert torch.equal(together[row], alone[0])
+
+
+def own_memory(stack: Tensor, row: int) -> Tensor:
+    """One matrix as a stack of its own, at the start of new memory, transposed where it was."""
+    return stack[row : row + 1].clone(memory_format=torch.preserve_format)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("shape", [(129, 127), (144, 128), (200, 90), (128, 131), (1, 70), (70, 1), (70,), (6, 5, 33)])
+def test_mode_products_and_statistics_depend_on_their_block_alone(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    blocks = gradients(shape, 1, dtype)
+    matrices = {mode: covariances(d, dtype) for mode, d in enumerate(shape)}
+    moved = multiply_modes(blocks, matrices)
+    for mode in matrices:
+        add_gram_(matrices[mode], blocks, mode, 0.9, 0.1)
+    for row in range(ROWS):
+        block, own = blocks[row : row + 1].clone(), {mode: covariances(d, dtype)[row : row + 1].clone()
+                                                     for mode, d in enumerate(shape)}  # fmt: skip
+        assert torch.equal(moved[row], multiply_modes(block, own)[0])
+        for mode, matrix in own.items():
+            add_gram_(matrix, block, mode, 0.9, 0.1)
+            assert torch.equal(matrices[mode][row].tril(), matrix[0].tril())
 
 
 @pytest.mark.parametrize("at_fault", [torch.nan, torch.inf])
