@@ -259,7 +259,7 @@ class BlockStack:
     ) -> list[tuple[slice, RefreshResult]]:
         """Refresh some of the rows, a few at a time."""
         installed = []
-        for few in self._pieces(here):
+        for few in self._few_at_a_time(here):
             part = _part(state, few)
             with self.meter.refreshing(self._device) as conditions:
                 result = self._preconditioner.compute(part, step, conditions)
@@ -268,7 +268,7 @@ class BlockStack:
             installed.append((few, result))
         return installed
 
-    def _pieces(self, here: slice) -> Iterator[slice]:
+    def _few_at_a_time(self, here: slice) -> Iterator[slice]:
         """So few rows at a time that the temporaries of a refresh stay small."""
         factors = [tensor[0].numel() for name, tensor in self.tensors.items() if name.startswith("factor_")]
         largest = max(math.prod(self.shape), *factors)
@@ -282,9 +282,9 @@ class BlockStack:
         preconditioner = self._preconditioner
 
         def compute(conditions: list[Tensor]) -> RefreshResult:
-            pieces = list(self._pieces(slice(0, len(rows))))
-            parts = [preconditioner.compute(_part(state, few), step, conditions) for few in pieces]
-            return RefreshResult.joined(parts, pieces)
+            groups = list(self._few_at_a_time(slice(0, len(rows))))
+            parts = [preconditioner.compute(_part(state, few), step, conditions) for few in groups]
+            return RefreshResult.joined(parts, groups)
 
         refresh = Refresh(compute, rows[0], self._device)
         self.pending.update(dict.fromkeys(rows, refresh))

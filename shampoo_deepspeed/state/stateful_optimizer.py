@@ -322,7 +322,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         Runs no collective and holds tensors and builtins only. Tensors are the live ones.
 
         Torch's own checkpoint tools ask on all ranks; they get copies under ``"state"`` (see ``dcp_state``), for which
-        ranks exchange pieces of blocks.
+        ranks exchange parts of blocks.
 
         Raises:
             RuntimeError: if ranks own different blocks, the framework stores one rank's dict only (replicas), and
