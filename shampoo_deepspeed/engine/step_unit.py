@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,9 @@ from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.runtime.devices import communication_device
 from shampoo_deepspeed.runtime.metrics import Measured
+
+if TYPE_CHECKING:  # it imports this file
+    from shampoo_deepspeed.engine.agreement import Unread
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class StepUnit:
         # Steps taken by each parameter. All ranks count alike, without a read of the device.
         self.steps = [0] * len(self.parameters)
         self.step_tensor = as_count(0)  # the largest of them, as torch's tools know it
-        self.unread: Any = None  # the flags of the last step that the CPU has not read yet, and who took part
+        self.unread: Unread | None = None
         self.rejected_in_a_row = 0
         # Flat buffers that lie with the shard, by kind ("momentum", "master") and local tensor.
         self.buffers: dict[str, dict[int, Tensor]] = {"momentum": {}, "master": {}}
