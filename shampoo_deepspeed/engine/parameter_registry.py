@@ -83,7 +83,7 @@ class ParameterRegistry:
             raise
 
     def check(self, group: dict[str, Any], units: Iterable[StepUnit] = ()) -> None:
-        """Take the options of a group as they are now; they are checked, and policies decided, only if one has changed.
+        """Check the options of a group as they are now, and decide the policies of its parameters by them.
 
         Args:
             units: those that have been built.
@@ -93,14 +93,13 @@ class ParameterRegistry:
         """
         number, values = group["shampoo_group"], tuple(group[name] for name in CHECKED_OPTIONS)
         known = self.checked.get(number)
-        if known is None or known[0] != values:
-            config = ShampooConfig(**{name: group[name] for name in OPTION_NAMES})
-            if known is not None and any(p.group == number for unit in units for p in unit.parameters):
-                _refuse_reshaping(known[1], config)
-            own = [entry.parameter for entry in self.entries if entry.parameter.group == number]
-            self.policies |= {parameter.key: policy_of(parameter, config) for parameter in own}
-            self.checked[number] = (values, config)
-            self.configs = expanded({known: config for known, (_, config) in self.checked.items()})
+        config = ShampooConfig(**{name: group[name] for name in OPTION_NAMES})
+        if known is not None and any(p.group == number for unit in units for p in unit.parameters):
+            _refuse_reshaping(known[1], config)
+        own = [entry.parameter for entry in self.entries if entry.parameter.group == number]
+        self.policies |= {parameter.key: policy_of(parameter, config) for parameter in own}
+        self.checked[number] = (values, config)
+        self.configs = expanded({known: config for known, (_, config) in self.checked.items()})
 
     def new_units(
         self, optimizer: torch.optim.Optimizer, fresh: Sequence[NewTensor], loads: Mapping[int, Sequence[float]]
