@@ -101,6 +101,13 @@ class ParameterRegistry:
         self.checked[number] = (values, config)
         self.configs = expanded({known: config for known, (_, config) in self.checked.items()})
 
+    def keys_by_group(self) -> dict[int, list[str]]:
+        """Keys of the parameters of each group, in order; frameworks replace tensors and keep their order."""
+        keys: dict[int, list[str]] = {number: [] for number in self.checked}
+        for entry in self.entries:
+            keys[entry.parameter.group].append(entry.parameter.key)
+        return keys
+
     def new_units(
         self, optimizer: torch.optim.Optimizer, fresh: Sequence[NewTensor], loads: Mapping[int, Sequence[float]]
     ) -> Iterable[StepUnit]:
