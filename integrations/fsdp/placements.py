@@ -50,9 +50,8 @@ def local_boxes(
         return []
     if lengths != tuple(held):
         raise LayoutError(f"it holds {tuple(held)} where its placements {tuple(placements)} give {lengths}")
-    broken = next((dim for dim, along in enumerate(ranges) if len(along) > 1), 0)
-    several = len(ranges[broken]) > 1
-    if any(len(along) > 1 for along in ranges[broken + 1 :]) or math.prod(lengths[:broken]) > 1 and several:
+    broken = [dim for dim, along in enumerate(ranges) if len(along) > 1]
+    if len(broken) > 1 or broken and math.prod(lengths[: broken[0]]) > 1:
         raise LayoutError(f"with placements {tuple(placements)} it is no row of contiguous boxes")
     found, offset = [], 0
     for combination in itertools.product(*ranges):

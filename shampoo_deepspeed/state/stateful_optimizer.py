@@ -38,7 +38,7 @@ logger = logging.getLogger("shampoo_deepspeed")
 
 @dataclass
 class StateKeeper:
-    """Where an optimizer's state is while its units do not have it.
+    """Part of an optimizer: keeps the state that its units do not have, and decides what state dicts hold.
 
     Without loaded state ``waiting`` and ``external`` are None: all state is in the units, and parameters without a unit
     have none. Loading makes the units give up theirs; each parameter gets its state from ``waiting`` when it steps
@@ -553,7 +553,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         if any(unit.group is not None for unit in self.units):
             raise RuntimeError("this optimizer cannot be copied: its state is divided among ranks; use state_dict()")
         self.finish_step()
-        base, state = super().__getstate__(), self.state_keeper.state_of(self.units, self.rejected_steps)
+        base = super().__getstate__()
+        state = self.state_keeper.state_of(self.units, self.rejected_steps)
         return {**base, "shampoo": state.to_dict(), "entries": [asdict(e.parameter) for e in self.entries]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
