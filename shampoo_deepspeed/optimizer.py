@@ -32,7 +32,7 @@ IN_FLIGHT = 8
 class Shampoo(BlockOptimizer):
     r"""Shampoo (arXiv 1802.09568, 2309.06497), exact under every sharding.
 
-    For each block G (a piece of at most ``max_preconditioner_dim`` along each dim of a parameter of order k):
+    For each block G (a box of at most ``max_preconditioner_dim`` along each dim of a parameter of order k):
 
     .. math::
         A_i \leftarrow \beta_2 A_i + (1-\beta_2)\, G_{(i)} G_{(i)}^\top, \qquad
@@ -160,7 +160,7 @@ def _precondition(
     arriving = deque(exchange.send_gradients(bucket, gradients) for bucket in buckets[:IN_FLIGHT])
     leaving: deque[tuple[Bucket, Transit]] = deque()
     for number, bucket in enumerate(buckets):
-        shapes = [(stop - first, *unit.stacks[stack].shape) for stack, first, stop in bucket.rows]
+        shapes = [(stop - first, *unit.stacks[stack].shape) for stack, (first, stop) in bucket.rows]
         blocks = [torch.empty(shape, dtype=unit.dtype, device=unit.device) for shape in shapes]
         exchange.receive_gradients(bucket, arriving.popleft(), gradients, blocks)
         if number + IN_FLIGHT < len(buckets):
@@ -168,7 +168,7 @@ def _precondition(
         if found_inf is not None:
             found_inf.mask_(blocks)
         made = []
-        for (place, first, stop), block in zip(bucket.rows, blocks, strict=True):
+        for (place, (first, stop)), block in zip(bucket.rows, blocks, strict=True):
             stack, parameters = unit.stacks[place], unit.parameters_of_rows[place][first:stop]
             rows = [steps[parameter] for parameter in parameters]
             made.append(stack.step(first, block, rows, configs[stack.options], found_inf).contiguous())

@@ -1,7 +1,7 @@
 """What ZeRO 0-3 and the half-precision wrappers leave on each rank, as boxes of the model's parameters.
 
 DeepSpeed replaces the model's parameters in ``param_groups`` by flat float32 partitions, or by float32 copies; this
-file works out which flat interval belongs to which parameter. File names below are DeepSpeed's (0.19.8).
+file works out which flat range belongs to which parameter. File names below are DeepSpeed's (0.19.8).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_deepspeed.distributed.frameworks import Entry, Layout, NewTensor, Parameter, Shard, whole_tensors
-from shampoo_deepspeed.geometry.boxes import interval_to_boxes
+from shampoo_deepspeed.geometry.boxes import FlatRange, range_to_boxes
 
 _ExpertPart = tuple[int | None, int]
 
@@ -68,7 +68,7 @@ def is_partition(item: NewTensor, entries: Sequence[Entry]) -> bool:
 
 
 def partition_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
-    """The layout of a flat partition: whose intervals lie in it, on this rank."""
+    """The layout of a flat partition: which ranges of which parameters lie in it, on this rank."""
     if isinstance(getattr(item.tensor, "ds_id", None), str):
         return _stage3_layout(item, entries)
     return _stage12_layout(item, entries)
@@ -120,13 +120,14 @@ def _stage12_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
         layout.problem = f"these parameters are not in the flat buffer of their group: {', '.join(sorted(outside))}"
         return layout
     base = min(int(tensor.storage_offset()) for _, tensor in members)
+    partition = FlatRange(rank * size, (rank + 1) * size)
     for number, (parameter, tensor) in enumerate(members):
         begin = int(tensor.storage_offset()) - base
-        start, stop = max(begin, rank * size), min(begin + tensor.numel(), (rank + 1) * size)
-        if start < stop:
-            master = flat[start - rank * size : stop - rank * size]
-            _place(layout, number, start - begin, stop - begin, start - rank * size)
-            _check_master(layout, parameter, master, tensor.detach().reshape(-1)[start - begin : stop - begin])
+        common = FlatRange(begin, begin + tensor.numel()).intersect(partition)
+        if common is not None:
+            elements, here = common.shift(-begin), common.shift(-partition.start)
+            _place(layout, number, elements, here.start)
+            _check_master(layout, parameter, flat[slice(*here)], tensor.detach().reshape(-1)[slice(*elements)])
     return layout
 
 
@@ -147,26 +148,26 @@ def _stage3_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
     offset = 0
     for index, (parameter, member) in enumerate(zip(parameters, members, strict=True)):
         part = member.ds_tensor.ds_numel
-        start, stop = rank * part, min((rank + 1) * part, member.ds_numel)
-        if start < stop:
-            _place(layout, index, start, stop, offset)
-            master = item.tensor[offset : offset + stop - start]
-            _check_master(layout, parameter, master, member.ds_tensor.detach().reshape(-1)[: stop - start])
+        elements = FlatRange(rank * part, (rank + 1) * part).intersect(FlatRange(0, member.ds_numel))
+        if elements is not None:
+            _place(layout, index, elements, offset)
+            master = item.tensor[offset : offset + elements.size]
+            _check_master(layout, parameter, master, member.ds_tensor.detach().reshape(-1)[: elements.size])
         offset += part
     if {p.group for p in parameters} != {item.group}:
         layout.problem = f"the ZeRO-3 sub-group that begins with {parameters[0].key} mixes parameter groups"
     return layout
 
 
-def _place(layout: Layout, number: int, start: int, stop: int, offset: int) -> None:
-    """Add the flat interval [start, stop) of a parameter, which lies at ``offset`` of the layout's one tensor."""
-    for box in interval_to_boxes(layout.parameters[number].shape, start, stop):
+def _place(layout: Layout, number: int, elements: FlatRange, offset: int) -> None:
+    """Add a flat range of a parameter, which lies at ``offset`` of the layout's one tensor."""
+    for box in range_to_boxes(layout.parameters[number].shape, elements):
         layout.shards.append(Shard(number, box, 0, offset))
         offset += box.numel
 
 
 def _check_master(layout: Layout, parameter: Parameter, master: Tensor, low: Tensor) -> None:
-    """The master copy must be this very piece of the parameter; ZenFlow's transposed layout would fail here."""
+    """The master copy must be this very part of the parameter; ZenFlow's transposed layout would fail here."""
     cast = master.detach().to(low.dtype).to(low.device)
     if low.numel() == cast.numel() and bool(((cast == low) | (cast.isnan() & low.isnan())).all()):
         return

@@ -1,8 +1,8 @@
-"""FSDP1: flat intervals of the model's parameters, of which tensors show nothing; the wrapped model explains them.
+"""FSDP1: flat ranges of the model's parameters, of which tensors show nothing; the wrapped model explains them.
 
 torch and Transformers have deprecated FSDP1. All that is for it alone is in this folder, to be removed with it.
 
-With ``use_orig_params=True`` an optimizer is given the original parameters as 1-D pieces, with ``False`` one flat
+With ``use_orig_params=True`` an optimizer is given 1-D shards of the original parameters, with ``False`` one flat
 tensor for each wrapped module. File names below are torch's (torch/distributed/fsdp, 2.13).
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from shampoo_deepspeed.distributed.frameworks import (
     Adapter,
     Entry,
+    FlatMember,
     Layout,
     LayoutError,
     NewTensor,
-    Part,
     Shard,
     compute_dtype,
 )
-from shampoo_deepspeed.geometry.boxes import interval_to_boxes
+from shampoo_deepspeed.geometry.boxes import FlatRange, range_to_boxes
 from shampoo_deepspeed.options.parameter_names import clean_name, kinds_by_module, output_head
 from shampoo_deepspeed.runtime.devices import communication_device
 from shampoo_deepspeed.state.dcp_state import FLAT_SHARDS
@@ -45,30 +45,29 @@ MOST_OF_A_MODULE = 1 << 20  # parameters of a wrapped module
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """The flat interval [start, stop) of an original parameter on this rank, at ``offset`` of the tensor."""
+class _FlatShard:
+    """The elements of an original parameter of this shape that this rank holds, from ``offset`` of the tensor on."""
 
     shape: tuple[int, ...]
-    start: int
-    stop: int
+    elements: FlatRange
     offset: int
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What a tensor in ``param_groups`` is made of: its pieces, and for a flat tensor (else None) their names.
+    """What a tensor in ``param_groups`` is made of: shards, and for a flat tensor (else None) what they are shards of.
 
-    ``group`` holds the shards of all pieces, and their replicas; None if the tensor was seen without its model.
+    ``group`` holds all shards of these parameters, and their replicas; None if the tensor was seen without its model.
     """
 
     tensor: weakref.ref[Tensor]
-    pieces: tuple[_Piece, ...]
-    parts: tuple[Part, ...] | None
+    shards: tuple[_FlatShard, ...]
+    members: tuple[FlatMember, ...] | None
     group: dist.ProcessGroup | None
 
 
 class FSDP1Adapter(Adapter):
-    """The adapter. Hybrid sharding is over the world: replicas of a shard group hold equal intervals."""
+    """The adapter. Hybrid sharding is over the world: replicas of a shard group hold equal ranges."""
 
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}  # by the ids of tensors, for as long as these live
@@ -88,7 +87,7 @@ class FSDP1Adapter(Adapter):
         return next((m for m in wrapped if any(id(p) in own for p in m.parameters())), None)
 
     def attach_model(self, model: nn.Module) -> None:
-        """Learn names and intervals of a wrapped model's parameters (_flat_param.py)."""
+        """Learn names and ranges of a wrapped model's parameters (_flat_param.py)."""
         module = sys.modules.get("torch.distributed.fsdp")
         if module is None:
             return
@@ -104,18 +103,18 @@ class FSDP1Adapter(Adapter):
             group: Any = dist.group.WORLD if hybrid else wrapped.process_group
             flat = handle.flat_param
             if not handle._use_orig_params:
-                self._remember(flat, _pieces(flat), _parts(flat, name, heads, kinds, places), group)
+                self._remember(flat, _shards(flat), _members(flat, name, heads, kinds, places), group)
                 continue
-            for parameter, piece in zip(flat._params, _pieces(flat), strict=True):
-                # What stands in the model is the piece alone.
-                self._remember(parameter, (_Piece(piece.shape, piece.start, piece.stop, 0),), None, group)
+            for parameter, shard in zip(flat._params, _shards(flat), strict=True):
+                # What stands in the model is the shard alone.
+                self._remember(parameter, (replace(shard, offset=0),), None, group)
 
     def global_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
         """The shape of an original parameter before flattening."""
         known = self._find(parameter)
-        return known.pieces[0].shape if known is not None else None
+        return known.shards[0].shape if known is not None else None
 
-    def parts(self, tensor: Tensor, name: str | None) -> Sequence[Part] | None:
+    def flat_members(self, tensor: Tensor, name: str | None) -> Sequence[FlatMember] | None:
         """The original parameters in a flat tensor.
 
         Their names come from the model, or from the flat tensor's own name in ``model.named_parameters()``. Without
@@ -123,19 +122,19 @@ class FSDP1Adapter(Adapter):
         """
         known = self._find(tensor)
         if is_flat(tensor) and (known is None or known.group is None):
-            parts = _parts(_flat(tensor), name.removesuffix(FLAT_NAME) if name is not None else None, None, {})
-            known = self._remember(tensor, _pieces(_flat(tensor)), parts, None)
-        return known.parts if known is not None else None
+            members = _members(_flat(tensor), name.removesuffix(FLAT_NAME) if name is not None else None, None, {})
+            known = self._remember(tensor, _shards(_flat(tensor)), members, None)
+        return known.members if known is not None else None
 
     def joining(self, waiting: Sequence[NewTensor]) -> list[NewTensor]:
-        """Pieces that are trained on any rank: a rank that holds nothing of a parameter never has a gradient of it.
+        """Shards that are trained on any rank: a rank that holds nothing of a parameter never has a gradient of it.
 
         A flat tensor is never empty, and reduce-scatter is a collective: all ranks have its gradient or none has.
         """
         by_group: dict[int, tuple[Any, list[NewTensor]]] = {}
         for item in waiting:
             known = self._find(item.tensor)
-            if known is not None and known.parts is None and item.tensor.requires_grad:
+            if known is not None and known.members is None and item.tensor.requires_grad:
                 by_group.setdefault(id(known.group), (known.group, []))[1].append(item)
         found = []
         for group, items in by_group.values():
@@ -174,7 +173,7 @@ class FSDP1Adapter(Adapter):
         if not is_fsdp1(tensor):
             return None
         return (
-            "these are FSDP1 parameters, which do not show what they are pieces of: build the optimizer after wrapping "
+            "these are FSDP1 parameters, which do not show what they are shards of: build the optimizer after wrapping "
             "and give it the wrapped model, Shampoo(model.named_parameters(), model=model, ...)"
         )
 
@@ -200,10 +199,10 @@ class FSDP1Adapter(Adapter):
             load_from_folder(optimizer)
 
     def _remember(
-        self, tensor: Tensor, pieces: tuple[_Piece, ...], parts: tuple[Part, ...] | None, group: Any
+        self, tensor: Tensor, shards: tuple[_FlatShard, ...], members: tuple[FlatMember, ...] | None, group: Any
     ) -> _Known:
         key, everything = id(tensor), self._known
-        known = everything[key] = _Known(weakref.ref(tensor, lambda _: everything.pop(key)), pieces, parts, group)
+        known = everything[key] = _Known(weakref.ref(tensor, lambda _: everything.pop(key)), shards, members, group)
         return known
 
     def _find(self, tensor: Tensor) -> _Known | None:
@@ -230,26 +229,26 @@ def _flat(tensor: Tensor) -> Any:
     return tensor
 
 
-def _pieces(flat: Any) -> tuple[_Piece, ...]:
+def _shards(flat: Any) -> tuple[_FlatShard, ...]:
     if any(extension is not None for extension in flat._param_extensions):
         raise LayoutError(
-            f"FSDP1 over tensor parallelism flattens pieces of {', '.join(flat._fqns)} and does not show which; use "
+            f"FSDP1 over tensor parallelism flattens shards of {', '.join(flat._fqns)} and does not show which; use "
             "FSDP2 (fully_shard)"
         )
-    pieces = []
+    shards = []
     for shape, info in zip(flat._shapes, flat._shard_param_infos, strict=True):
         start, stop = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)
-        pieces.append(_Piece(tuple(shape), start, stop, info.offset_in_shard or 0))
-    return tuple(pieces)
+        shards.append(_FlatShard(tuple(shape), FlatRange(start, stop), info.offset_in_shard or 0))
+    return tuple(shards)
 
 
-def _parts(
+def _members(
     flat: Any,
     prefix: str | None,
     heads: set[int] | None,
     of_module: Mapping[int, frozenset[str]],
     places: Mapping[int, int] | None = None,
-) -> tuple[Part, ...]:
+) -> tuple[FlatMember, ...]:
     """Names and kinds in a flat tensor, as an unwrapped model would have them (see ``parameter_names.py``).
 
     Args:
@@ -258,13 +257,13 @@ def _parts(
         of_module: kinds of modules' own parameters, by the modules' ids.
         places: of modules in the model, by their ids; without a model the order is that of the flat tensor.
     """
-    parts = []
+    members = []
     for number, (path, shape, info) in enumerate(zip(flat._fqns, flat._shapes, flat._param_infos, strict=True)):
         name = clean_name(".".join(filter(None, (prefix.strip("."), path)))) if prefix is not None else None
         kinds = _kinds(flat, info, heads, of_module) if heads is not None else frozenset[str]()
         position = places[id(info.module)] * MOST_OF_A_MODULE + number if places is not None else None
-        parts.append(Part(clean_name(path), tuple(shape), name, kinds, position))
-    return tuple(parts)
+        members.append(FlatMember(clean_name(path), tuple(shape), name, kinds, position))
+    return tuple(members)
 
 
 def _kinds(flat: Any, info: Any, heads: set[int], of_module: Mapping[int, frozenset[str]]) -> frozenset[str]:
@@ -302,11 +301,11 @@ def _layout(group: Any, tensors: Sequence[tuple[Tensor, _Known]], entries: Seque
         own = of_tensor[id(tensor)]
         layout.tensors.append(tensor)
         layout.groups.append(own[0].parameter.group)
-        # An empty piece has no gradient though the parameter may have one on other ranks.
-        layout.agrees |= known.parts is None
-        for entry, piece in zip(own, known.pieces, strict=True):
-            offset = piece.offset
-            for box in interval_to_boxes(piece.shape, piece.start, piece.stop):
+        # An empty shard has no gradient though the parameter may have one on other ranks.
+        layout.agrees |= known.members is None
+        for entry, shard in zip(own, known.shards, strict=True):
+            offset = shard.offset
+            for box in range_to_boxes(shard.shape, shard.elements):
                 layout.shards.append(Shard(len(layout.parameters), box, number, offset))
                 offset += box.numel
             layout.parameters.append(entry.parameter)

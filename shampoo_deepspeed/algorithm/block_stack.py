@@ -109,23 +109,23 @@ class BlockStack:
         """
         if config is not self._config:
             self._use(config)
-        runs = list(self._runs(steps, gradients))
-        if len(runs) == 1 and runs[0][2] > 0:
-            return self._advance(first, gradients, runs[0][2], found_inf)
-        for begin, end, step in runs:
-            part = gradients[begin:end]
-            part.copy_(self._advance(first + begin, part, step, found_inf) if step > 0 else part.new_zeros(()))
+        together = list(self._stepped_together(steps, gradients))
+        if len(together) == 1 and together[0][1] > 0:
+            return self._advance(first, gradients, together[0][1], found_inf)
+        for here, step in together:
+            part = gradients[here]
+            part.copy_(self._advance(first + here.start, part, step, found_inf) if step > 0 else part.new_zeros(()))
         return gradients
 
-    def _runs(self, steps: Sequence[int], gradients: Tensor) -> Iterator[tuple[int, int, int]]:
-        """(begin, end, step) of neighbouring rows with the same step, on the CPU so few that they stay in its cache."""
+    def _stepped_together(self, steps: Sequence[int], gradients: Tensor) -> Iterator[tuple[slice, int]]:
+        """Neighbouring rows with the same step, and that step; on the CPU so few that they stay in its cache."""
         block = gradients[0].numel() * gradients.element_size()
         most = max(1, CACHED_BYTES // max(1, block)) if gradients.device.type == "cpu" else len(steps)
         begin = 0
         for step, run in itertools.groupby(steps):
             end = begin + len(list(run))
             for start in range(begin, end, most):
-                yield start, min(start + most, end), step
+                yield slice(start, min(start + most, end)), step
             begin = end
 
     def _advance(self, first: int, gradients: Tensor, step: int, found_inf: FoundInf | None) -> Tensor:
@@ -259,7 +259,7 @@ class BlockStack:
     ) -> list[tuple[slice, RefreshResult]]:
         """Refresh some of the rows, a few at a time."""
         installed = []
-        for few in self._pieces(here):
+        for few in self._few_at_a_time(here):
             part = _part(state, few)
             with self.meter.refreshing(self._device) as conditions:
                 result = self._preconditioner.compute(part, step, conditions)
@@ -268,7 +268,7 @@ class BlockStack:
             installed.append((few, result))
         return installed
 
-    def _pieces(self, here: slice) -> Iterator[slice]:
+    def _few_at_a_time(self, here: slice) -> Iterator[slice]:
         """So few rows at a time that the temporaries of a refresh stay small."""
         factors = [tensor[0].numel() for name, tensor in self.tensors.items() if name.startswith("factor_")]
         largest = max(math.prod(self.shape), *factors)
@@ -282,9 +282,9 @@ class BlockStack:
         preconditioner = self._preconditioner
 
         def compute(conditions: list[Tensor]) -> RefreshResult:
-            pieces = list(self._pieces(slice(0, len(rows))))
-            parts = [preconditioner.compute(_part(state, few), step, conditions) for few in pieces]
-            return RefreshResult.joined(parts, pieces)
+            groups = list(self._few_at_a_time(slice(0, len(rows))))
+            parts = [preconditioner.compute(_part(state, few), step, conditions) for few in groups]
+            return RefreshResult.joined(parts, groups)
 
         refresh = Refresh(compute, rows[0], self._device)
         self.pending.update(dict.fromkeys(rows, refresh))

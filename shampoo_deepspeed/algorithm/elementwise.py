@@ -11,50 +11,49 @@ from torch import Tensor
 
 from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
+from shampoo_deepspeed.geometry.boxes import FlatRange
 from shampoo_deepspeed.options.config import ShampooConfig
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A flat interval of a parameter on this rank.
+class ElementwiseShard:
+    """A flat range of a parameter on this rank, and how it is updated.
 
-    ``start`` counts in the flattened global parameter, ``offset`` in the flattened local tensor; ``share`` is one
-    over the number of ranks that hold the same interval, ``method`` the grafting method that gives its update.
+    ``elements`` counts in the flattened global parameter, ``local`` in the flattened local tensor; ``share`` is one
+    over the number of ranks that hold the same range, ``method`` the grafting method that gives its update.
     """
 
     parameter: int
     key: str
     group: int
     method: str
-    start: int
-    numel: int
+    elements: FlatRange
     tensor: int
-    offset: int
+    local: FlatRange
     share: float
 
 
 class Elementwise:
-    """First and second moments of all element-wise segments of a unit, each kind in one flat buffer."""
+    """First and second moments of all element-wise shards of a unit, each kind in one flat buffer."""
 
     def __init__(
         self,
-        segments: Sequence[Segment],
+        shards: Sequence[ElementwiseShard],
         configs: Mapping[int, ShampooConfig],
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.segments = tuple(segments)
+        self.shards = tuple(shards)
         self._dtype, self._device = dtype, device
-        self.needs = {(s.group, s.method): moments_of(configs[s.group], s.method) for s in segments}
+        self.needs = {(s.group, s.method): moments_of(configs[s.group], s.method) for s in shards}
         used = [name for name in ("exp_avg", "second_moment") if any(name in needs for needs in self.needs.values())]
-        count = sum(s.numel for s in segments)
-        self.tensors = {name: torch.zeros(count, dtype=dtype, device=device) for name in used}
+        self.sizes = [s.elements.size for s in shards]
+        self.tensors = {name: torch.zeros(sum(self.sizes), dtype=dtype, device=device) for name in used}
         self.views = self._split()
 
     def _split(self) -> dict[str, list[Tensor]]:
-        """Each segment's part of each tensor."""
-        sizes = [s.numel for s in self.segments]
-        return {name: list(torch.split(t, sizes)) if sizes else [] for name, t in self.tensors.items()}
+        """Each shard's part of each tensor."""
+        return {name: list(torch.split(t, self.sizes)) if self.sizes else [] for name, t in self.tensors.items()}
 
     def release(self) -> None:
         """Let go of the state's memory; `renew` must follow before the next step."""
@@ -70,9 +69,9 @@ class Elementwise:
         """This rank's share of each parameter's ||G||^2, as [count] with one entry per parameter of the unit."""
         device = gradients[0].device if gradients else torch.device("cpu")
         squares = torch.zeros(count, dtype=self._dtype, device=device)
-        for segment, part in zip(self.segments, self._parts(gradients), strict=True):
+        for shard, part in zip(self.shards, self._parts(gradients), strict=True):
             norm = torch.linalg.vector_norm(part.to(self._dtype))
-            squares[segment.parameter] += norm.square() * segment.share
+            squares[shard.parameter] += norm.square() * shard.share
         return squares
 
     def step(
@@ -84,15 +83,15 @@ class Elementwise:
         found_inf: FoundInf | None,
         squared_norms: Tensor | None,
     ) -> None:
-        """Write the segments' updates, given flat gradients and flat update buffers of the unit's tensors.
+        """Write the shards' updates, given flat gradients and flat update buffers of the unit's tensors.
 
         Args:
             steps: the number of each parameter's step, counted from 1; those with 0 take no part.
         """
         cohorts: dict[tuple[int, str, int], list[int]] = defaultdict(list)
-        for number, segment in enumerate(self.segments):
-            if steps[segment.parameter] > 0:
-                cohorts[segment.group, segment.method, steps[segment.parameter]].append(number)
+        for number, shard in enumerate(self.shards):
+            if steps[shard.parameter] > 0:
+                cohorts[shard.group, shard.method, steps[shard.parameter]].append(number)
         parts, targets = self._parts(gradients), self._parts(updates)
         for (group, method, step), numbers in cohorts.items():
             own = [parts[n].to(self._dtype) for n in numbers]
@@ -117,20 +116,19 @@ class Elementwise:
         found_inf: FoundInf | None,
         squared_norms: Tensor | None,
     ) -> tuple[list[Tensor], float]:
-        """Updates of some segments, up to a common factor."""
+        """Updates of some shards, up to a common factor."""
         scaled = gradients
         if squared_norms is not None and grafting.is_normalized(method):
             norms = squared_norms.sqrt()
             scaled = [
-                grafting.normalized(g, norms[self.segments[n].parameter])
-                for n, g in zip(numbers, gradients, strict=True)
+                grafting.normalized(g, norms[self.shards[n].parameter]) for n, g in zip(numbers, gradients, strict=True)
             ]
         first = [self.views["exp_avg"][n] for n in numbers] if config.betas[0] else []
         warm = grafting.advance(method, first, second, gradients, scaled, step, config, found_inf)
         return warm.updates, warm.factor
 
     def _parts(self, bases: Sequence[Tensor]) -> list[Tensor]:
-        return [bases[s.tensor].narrow(0, s.offset, s.numel) for s in self.segments]
+        return [bases[s.tensor][slice(*s.local)] for s in self.shards]
 
 
 def moments_of(config: ShampooConfig, method: str) -> set[str]:

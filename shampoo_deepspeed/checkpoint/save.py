@@ -246,10 +246,11 @@ def _items(
             yield Item(name, (size,), Box((0,), (size,)), torch.uint8, partial(packed, stack, row, layout))
     for part in state.elementwise:
         dtypes = {moment: form.dtype(moment, tensor) for moment, tensor in sorted(part.tensors.items())}
-        for key, start, numel, place in part.intervals():
+        for key, elements, place in part.ranges():
             for moment, dtype in dtypes.items():
-                values, name = part.tensors[moment].narrow(0, place, numel), f"elementwise/{names[key]}/{moment}"
-                yield Item(name, (math.prod(shapes[key]),), Box((start,), (numel,)), dtype, partial(values.to, dtype))
+                values, name = part.tensors[moment][slice(*place)], f"elementwise/{names[key]}/{moment}"
+                box = Box((elements.start,), (values.numel(),))
+                yield Item(name, (math.prod(shapes[key]),), box, dtype, partial(values.to, dtype))
     for found in state.buffers:
         dtype = form.dtype(found.kind, found.buffer)
         for key, placed in found.places():

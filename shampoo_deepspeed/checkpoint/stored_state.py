@@ -23,7 +23,7 @@ from shampoo_deepspeed.checkpoint.tensor_store import Item, StorageError, Store,
 from shampoo_deepspeed.distributed.collectives import on_all_ranks
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
-from shampoo_deepspeed.geometry.boxes import Box, Placed, row_major
+from shampoo_deepspeed.geometry.boxes import Box
 from shampoo_deepspeed.state.block_codec import BlockLayout, block_size, cut, read_status, unpack
 from shampoo_deepspeed.state.state_dict import BufferState, ElementwiseState, SavedState, StackState, view_of
 
@@ -115,10 +115,11 @@ class StoredState:
         for stack in unit.stacks:
             yield from self._wanted_blocks(stack, names, stepped)
         views, needs = unit.elementwise.views, unit.elementwise.needs
-        for number, segment in enumerate(unit.elementwise.segments):
-            for moment in sorted(needs[segment.group, segment.method]) if segment.key in stepped else ():
-                box = Box((segment.start,), (segment.numel,))
-                yield Wanted(f"elementwise/{names[segment.key]}/{moment}", box, views[moment][number].copy_)
+        for number, shard in enumerate(unit.elementwise.shards):
+            for moment in sorted(needs[shard.group, shard.method]) if shard.key in stepped else ():
+                view = views[moment][number]
+                box = Box((shard.elements.start,), (view.numel(),))
+                yield Wanted(f"elementwise/{names[shard.key]}/{moment}", box, view.copy_)
         yield from self._wanted_buffers(unit, names)
 
     def _wanted_blocks(self, stack: BlockStack, names: Mapping[str, str], stepped: set[str]) -> Iterable[Wanted]:
@@ -141,8 +142,7 @@ class StoredState:
             for kind in unit.buffers if name is not None else ():
                 # If the framework keeps float32 weights itself there is nothing to do with a master.
                 if f"shards/{name}/{kind}" in stored and (kind != "master" or narrow[shard.tensor]):
-                    place = Placed(shard.box, shard.offset, row_major(shard.box.lengths))
-                    target = view_of(unit.buffer(kind, shard.tensor), place)
+                    target = view_of(unit.buffer(kind, shard.tensor), shard.placed)
                     yield Wanted(f"shards/{name}/{kind}", shard.box, target.copy_)
 
     def _layout(self, options: int | str, stack: BlockStack, key: str) -> BlockLayout:

@@ -1,12 +1,11 @@
-"""Executes a plan: packs pieces of gradients, moves them to the owners in buckets, and updates back.
+"""Executes a plan: packs boxes of gradients, moves them to the owners in buckets, and updates back.
 
-Everything that moves is described once, at the first step, as addresses in flat buffers; a step only makes views,
+Everything that moves is described once, at the first step, as placed boxes of base tensors; a step only makes views,
 packs them in one call, and runs `all_to_all_single` with uneven splits on the group that spans the shards.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,30 +15,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_deepspeed.geometry.boxes import Placed, row_major
-from shampoo_deepspeed.geometry.plan import Piece, Plan, Transfers
+from shampoo_deepspeed.geometry.boxes import FlatRange, PlacedBox
+from shampoo_deepspeed.geometry.plan import Plan, Transfer, Transfers
 from shampoo_deepspeed.runtime.devices import communication_device
 from shampoo_deepspeed.runtime.metrics import ExchangeMeter
 
-Pieces: TypeAlias = dict[int, list[Piece]]
+TransfersByPeer: TypeAlias = dict[int, list[Transfer]]
+# The number of a flat base tensor, and a box that lies in it.
+BaseBox: TypeAlias = tuple[int, PlacedBox]
+Resolver: TypeAlias = Callable[[Transfer], BaseBox]
 
 
-class Address(NamedTuple):
-    """A strided region of one flat base tensor."""
-
-    base: int
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-Resolver: TypeAlias = Callable[[Piece], Address]
-
-
-def views(bases: Sequence[Tensor], addresses: Sequence[Address]) -> list[Tensor]:
-    """Views of the addressed regions."""
+def views(bases: Sequence[Tensor], boxes: Sequence[BaseBox]) -> list[Tensor]:
+    """Views of these boxes of the base tensors."""
     starts = [b.storage_offset() for b in bases]
-    return [bases[a.base].as_strided(a.size, a.stride, starts[a.base] + a.offset) for a in addresses]
+    return [bases[n].as_strided(place.box.lengths, place.strides, starts[n] + place.offset) for n, place in boxes]
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -47,20 +37,20 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
-def _cut(buffer: Tensor, addresses: Sequence[Address]) -> list[Tensor]:
-    """A contiguous buffer cut into consecutive pieces of the addresses' sizes."""
-    if not addresses:
+def _cut(buffer: Tensor, boxes: Sequence[BaseBox]) -> list[Tensor]:
+    """A contiguous buffer cut into consecutive tensors of the boxes' shapes."""
+    if not boxes:
         return []
-    parts = torch.split(buffer, [math.prod(a.size) for a in addresses])
-    return [p.view(a.size) for p, a in zip(parts, addresses, strict=True)]
+    parts = torch.split(buffer, [place.box.numel for _, place in boxes])
+    return [part.view(place.box.lengths) for part, (_, place) in zip(parts, boxes, strict=True)]
 
 
 @dataclass
 class Route:
-    """One direction of one bucket: addresses in send order and receive order, and elements per peer."""
+    """One direction of one bucket: boxes in send order and receive order, and elements per peer."""
 
-    send: list[Address] = field(default_factory=list)
-    receive: list[Address] = field(default_factory=list)
+    send: list[BaseBox] = field(default_factory=list)
+    receive: list[BaseBox] = field(default_factory=list)
     send_splits: list[int] = field(default_factory=list)
     receive_splits: list[int] = field(default_factory=list)
 
@@ -69,13 +59,13 @@ class Route:
 class Bucket:
     """Rows of this rank's stacks that travel together, and their routes.
 
-    ``rows`` are (stack, first row, last row + 1); base i of every block address is the tensor of ``rows[i]``.
+    ``rows`` are ranges of rows, each with the number of its stack; base tensor i of blocks is that of ``rows[i]``.
     """
 
-    rows: list[tuple[int, int, int]]
+    rows: list[tuple[int, FlatRange]]
     moves: bool
-    local_shards: list[Address]
-    local_blocks: list[Address]
+    local_shards: list[BaseBox]
+    local_blocks: list[BaseBox]
     gradients: Route
     updates: Route
 
@@ -95,7 +85,7 @@ class Exchange:
     Args:
         plan: the unit's plan.
         rank: this rank's number within the group.
-        shards: this rank's shards as (base tensor index, place), in the order given to the plan.
+        shards: this rank's shards, in the order given to the plan.
         group: process group that spans the shards; None where there is one rank only.
         dtype: what travels.
         device: where the base tensors and the stacks lie, also where this rank has none.
@@ -105,7 +95,7 @@ class Exchange:
         self,
         plan: Plan,
         rank: int,
-        shards: Sequence[tuple[int, Placed]],
+        shards: Sequence[BaseBox],
         group: dist.ProcessGroup | None,
         dtype: torch.dtype,
         device: torch.device,
@@ -132,40 +122,38 @@ class Exchange:
             stack.append(block)
 
     def _resolve(self, number: int, t: Transfers) -> Bucket:
-        rows: list[tuple[int, int, int]] = []
+        rows: list[tuple[int, FlatRange]] = []
         for stack, blocks in enumerate(self.stacks):
             inside = [row for row, block in enumerate(blocks) if self.plan.buckets[block] == number]
             if inside:
-                rows.append((stack, inside[0], inside[-1] + 1))
-        base_of = {stack: (base, first) for base, (stack, first, _) in enumerate(rows)}
+                rows.append((stack, FlatRange(inside[0], inside[-1] + 1)))
+        base_of = {stack: (base, inside.start) for base, (stack, inside) in enumerate(rows)}
 
-        def at_block(piece: Piece) -> Address:
-            block = self.plan.blocks[piece.block].box
-            stack, row = self._place_of_block[piece.block]
+        def at_block(transfer: Transfer) -> BaseBox:
+            block = self.plan.blocks[transfer.block].box
+            stack, row = self._place_of_block[transfer.block]
             base, first = base_of[stack]
-            placed = Placed(block, (row - first) * block.numel, row_major(block.lengths)).part(piece.box)
-            return Address(base, placed.offset, piece.box.lengths, placed.strides)
+            return base, PlacedBox.contiguous(block, (row - first) * block.numel).part(transfer.box)
 
-        def at_shard(piece: Piece) -> Address:
-            base, place = self._shards[piece.shard]
-            part = place.part(piece.box)
-            return Address(base, part.offset, piece.box.lengths, part.strides)
+        def at_shard(transfer: Transfer) -> BaseBox:
+            base, place = self._shards[transfer.shard]
+            return base, place.part(transfer.box)
 
-        def route(out: Pieces, sender: Resolver, into: Pieces, receiver: Resolver) -> Route:
+        def route(out: TransfersByPeer, sender: Resolver, into: TransfersByPeer, receiver: Resolver) -> Route:
             made = Route()
             for peer in range(self.plan.world_size):
                 leaving, coming = out.get(peer, []), into.get(peer, [])
-                made.send += [sender(p) for p in leaving]
-                made.receive += [receiver(p) for p in coming]
-                made.send_splits.append(sum(p.box.numel for p in leaving))
-                made.receive_splits.append(sum(p.box.numel for p in coming))
+                made.send += [sender(transfer) for transfer in leaving]
+                made.receive += [receiver(transfer) for transfer in coming]
+                made.send_splits.append(sum(transfer.box.numel for transfer in leaving))
+                made.receive_splits.append(sum(transfer.box.numel for transfer in coming))
             return made
 
         return Bucket(
             rows=rows,
             moves=self.plan.moving[number],
-            local_shards=[at_shard(p) for p in t.local],
-            local_blocks=[at_block(p) for p in t.local],
+            local_shards=[at_shard(transfer) for transfer in t.local],
+            local_blocks=[at_block(transfer) for transfer in t.local],
             gradients=route(t.gradients_out, at_shard, t.gradients_in, at_block),
             updates=route(t.updates_out, at_block, t.updates_in, at_shard),
         )
@@ -181,7 +169,7 @@ class Exchange:
         self.waits = waits
 
     def send_gradients(self, bucket: Bucket, shard_gradients: Sequence[Tensor]) -> Transit:
-        """Start moving a bucket's gradient pieces from the shards to their owners."""
+        """Start moving a bucket's gradients from the shards to their owners."""
         with self._measured(bucket):
             return self._start(bucket, bucket.gradients, shard_gradients)
 
@@ -232,11 +220,11 @@ class Exchange:
         transit.work.wait()
         _copy(views(bases, route.receive), _cut(transit.incoming.to(self.device), route.receive))
 
-    def _rounded(self, pieces: list[Tensor]) -> list[Tensor]:
-        """Pieces that stay are rounded like those that travel: else replicas and owners would drift apart."""
+    def _rounded(self, staying: list[Tensor]) -> list[Tensor]:
+        """Tensors that stay are rounded like those that travel: else replicas and owners would drift apart."""
         if self.plan.world_size == 1:
-            return pieces
-        return [p.to(self.dtype) if p.dtype.itemsize > self.dtype.itemsize else p for p in pieces]
+            return staying
+        return [t.to(self.dtype) if t.dtype.itemsize > self.dtype.itemsize else t for t in staying]
 
 
 class Transit(NamedTuple):

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo_deepspeed.geometry.boxes import Box, whole
+from shampoo_deepspeed.geometry.boxes import Box, PlacedBox, whole
 
 ENTRY_POINTS = "shampoo_deepspeed.frameworks"
 
@@ -47,8 +47,8 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of the parameters that a tensor given to an optimizer is made of; ``path`` distinguishes it.
+class FlatMember:
+    """One of the parameters that a flat tensor given to an optimizer is made of; ``path`` distinguishes it.
 
     ``position`` sorts as the unwrapped model's parameters do, where that is known.
     """
@@ -71,6 +71,11 @@ class Shard:
     box: Box
     tensor: int
     offset: int
+
+    @property
+    def placed(self) -> PlacedBox:
+        """The box, and where it lies in the flattened local tensor."""
+        return PlacedBox.contiguous(self.box, self.offset)
 
 
 @dataclass
@@ -164,7 +169,7 @@ class Adapter(ABC):
         """The unsharded shape, if the framework hides it; None for a parameter that is not the framework's."""
         return None
 
-    def parts(self, tensor: Tensor, name: str | None) -> Sequence[Part] | None:
+    def flat_members(self, tensor: Tensor, name: str | None) -> Sequence[FlatMember] | None:
         """The parameters that a flat tensor is made of, given the tensor's name; None if it is a single one."""
         return None
 

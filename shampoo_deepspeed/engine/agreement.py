@@ -108,22 +108,23 @@ def rejections(units: Iterable[StepUnit], failure_limit: int) -> Iterator[None]:
     Raises:
         RuntimeError: if ``failure_limit`` steps in a row were rejected, or roots of a block failed as often.
     """
-    by_call: dict[int, list[StepUnit]] = {}
+    by_call: dict[int, tuple[StepFlags, list[tuple[StepUnit, list[bool]]]]] = {}
     for unit in units:
         if unit.unread is not None:
-            by_call.setdefault(id(unit.unread.flags), []).append(unit)
-    for members in by_call.values():
-        flags = members[0].unread.flags.read()
-        rejected = flags[_BAD] > 0
-        for unit in members:
+            flags, active = unit.unread
+            by_call.setdefault(id(flags), (flags, []))[1].append((unit, active))
+    for unread, members in by_call.values():
+        values = unread.read()
+        rejected = values[_BAD] > 0
+        for unit, active in members:
             if rejected:
-                unit.steps = [step - part for step, part in zip(unit.steps, unit.unread.active, strict=True)]
+                unit.steps = [step - part for step, part in zip(unit.steps, active, strict=True)]
                 unit.step_tensor.fill_(max(unit.steps))
             unit.rejected_in_a_row = unit.rejected_in_a_row + 1 if rejected else 0
             unit.unread = None
         if rejected:
             yield
-        _raise_at_limit(max(unit.rejected_in_a_row for unit in members), flags[_FAILING] > 0, failure_limit)
+        _raise_at_limit(max(unit.rejected_in_a_row for unit, _ in members), values[_FAILING] > 0, failure_limit)
 
 
 def _raise_at_limit(rejected_in_a_row: int, roots_fail: bool, failure_limit: int) -> None:

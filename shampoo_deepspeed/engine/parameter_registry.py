@@ -11,7 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo_deepspeed.distributed.frameworks import Entry, NewTensor, Parameter, Part, adapters, plain_layouts
+from shampoo_deepspeed.distributed.frameworks import (
+    Entry,
+    FlatMember,
+    NewTensor,
+    Parameter,
+    adapters,
+    plain_layouts,
+)
 from shampoo_deepspeed.engine.first_step_log import likely_mistakes, policy_table
 from shampoo_deepspeed.engine.policy import Policy, policy_of
 from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
@@ -76,7 +83,7 @@ class ParameterRegistry:
             raise
 
     def check(self, group: dict[str, Any], units: Iterable[StepUnit] = ()) -> None:
-        """Take the options of a group as they are now; they are checked, and policies decided, only if one has changed.
+        """Check the options of a group as they are now, and decide the policies of its parameters by them.
 
         Args:
             units: those that have been built.
@@ -86,14 +93,20 @@ class ParameterRegistry:
         """
         number, values = group["shampoo_group"], tuple(group[name] for name in CHECKED_OPTIONS)
         known = self.checked.get(number)
-        if known is None or known[0] != values:
-            config = ShampooConfig(**{name: group[name] for name in OPTION_NAMES})
-            if known is not None and any(p.group == number for unit in units for p in unit.parameters):
-                _refuse_reshaping(known[1], config)
-            own = [entry.parameter for entry in self.entries if entry.parameter.group == number]
-            self.policies |= {parameter.key: policy_of(parameter, config) for parameter in own}
-            self.checked[number] = (values, config)
-            self.configs = expanded({known: config for known, (_, config) in self.checked.items()})
+        config = ShampooConfig(**{name: group[name] for name in OPTION_NAMES})
+        if known is not None and any(p.group == number for unit in units for p in unit.parameters):
+            _refuse_reshaping(known[1], config)
+        own = [entry.parameter for entry in self.entries if entry.parameter.group == number]
+        self.policies |= {parameter.key: policy_of(parameter, config) for parameter in own}
+        self.checked[number] = (values, config)
+        self.configs = expanded({known: config for known, (_, config) in self.checked.items()})
+
+    def keys_by_group(self) -> dict[int, list[str]]:
+        """Keys of the parameters of each group, in order; frameworks replace tensors and keep their order."""
+        keys: dict[int, list[str]] = {number: [] for number in self.checked}
+        for entry in self.entries:
+            keys[entry.parameter.group].append(entry.parameter.key)
+        return keys
 
     def new_units(
         self, optimizer: torch.optim.Optimizer, fresh: Sequence[NewTensor], loads: Mapping[int, Sequence[float]]
@@ -132,30 +145,30 @@ class ParameterRegistry:
                 raise OptionError(f"parameter {given or index} is complex; Shampoo takes real parameters only")
             known, kinds = self._known.get(id(tensor), (None, frozenset()))
             name = clean_name(given) if given is not None else known
-            for part in _parts(tensor, name, kinds):
-                unnamed = ".".join(filter(None, (f"group{number}.{index}", part.path)))
-                key = part.name if part.name is not None else unnamed
+            for member in _members(tensor, name, kinds):
+                unnamed = ".".join(filter(None, (f"group{number}.{index}", member.path)))
+                key = member.name if member.name is not None else unnamed
                 if key in taken:
                     raise OptionError(
                         f"two parameters have the name {key!r}; names must differ, they are keys of the state"
                     )
                 taken.add(key)
                 frozen = not tensor.requires_grad
-                position = part.position if part.position is not None else index
-                parameter = Parameter(key, part.shape, number, part.name, part.kinds, frozen, position)
+                position = member.position if member.position is not None else index
+                parameter = Parameter(key, member.shape, number, member.name, member.kinds, frozen, position)
                 entries.append(Entry(parameter, weakref.ref(tensor)))
         return entries
 
 
-def _parts(tensor: Tensor, name: str | None, kinds: frozenset[str]) -> Sequence[Part]:
+def _members(tensor: Tensor, name: str | None, kinds: frozenset[str]) -> Sequence[FlatMember]:
     """The parameters that a tensor is made of, if an adapter knows it as a flat one; else the single one that it is."""
     for adapter in adapters():
-        parts = adapter.parts(tensor, name)
-        if parts is not None:
-            return parts
+        members = adapter.flat_members(tensor, name)
+        if members is not None:
+            return members
     shapes = (adapter.global_shape(tensor) for adapter in adapters())
     shape = next((shape for shape in shapes if shape is not None), tuple(tensor.shape))
-    return [Part("", shape, name, kinds)]
+    return [FlatMember("", shape, name, kinds)]
 
 
 def _refuse_reshaping(before: ShampooConfig, after: ShampooConfig) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.grafting import FUSED_DEVICES
 from shampoo_deepspeed.engine.master_weights import wide_weights, write_back
-from shampoo_deepspeed.engine.step_unit import Region, StepUnit
+from shampoo_deepspeed.engine.step_unit import StepUnit, UpdateRange
+from shampoo_deepspeed.geometry.boxes import FlatRange
 from shampoo_deepspeed.options.config import ShampooConfig
 
 
@@ -45,11 +46,11 @@ def shard_gradients(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> Sha
         return ShardGradients(flat, flat, active)
     decayed = [g.to(unit.dtype, copy=True) for g in flat]
     values = wide_weights(unit, configs)
-    for r in unit.regions:
+    for r in unit.update_ranges:
         group = unit.layout.groups[r.tensor]
         if r.decays and group in coupled:
-            weights = values[r.tensor].reshape(-1)[r.start : r.stop]
-            decayed[r.tensor][r.start : r.stop].add_(weights, alpha=configs[group].weight_decay)
+            weights = values[r.tensor].reshape(-1)[slice(*r.elements)]
+            decayed[r.tensor][slice(*r.elements)].add_(weights, alpha=configs[group].weight_decay)
     return ShardGradients(flat, decayed, active)
 
 
@@ -79,22 +80,22 @@ def apply_updates(
     narrow = any(value.dtype != unit.dtype for value in values)
     if narrow:
         values = wide_weights(unit, configs)
-    for group, regions in _regions_by_group(unit, active).items():
+    for group, ranges in _ranges_by_group(unit, active).items():
         config, rate = configs[group], rates[group]
         if isinstance(rate, Tensor) and rate.device.type == "cpu":
             rate = float(rate)  # a copy from there would wait for the device
-        weights = [_region(values[r.tensor], r) for r in regions]
-        steps = [updates[r.tensor][r.start : r.stop].view_as(w) for r, w in zip(regions, weights, strict=True)]
+        weights = [_elements(values[r.tensor], r.elements) for r in ranges]
+        steps = [updates[r.tensor][slice(*r.elements)].view_as(w) for r, w in zip(ranges, weights, strict=True)]
         fused = [_fuses(w, s, config, rate) for w, s in zip(weights, steps, strict=True)]
         for decays in (True, False):
-            chosen = [n for n, r in enumerate(regions) if fused[n] and r.decays == decays]
+            chosen = [n for n, r in enumerate(ranges) if fused[n] and r.decays == decays]
             if chosen:
                 decay = float(config.decay(rate)) if decays and config.weight_decay else 0.0
                 _in_one_pass([weights[n] for n in chosen], [steps[n] for n in chosen], float(rate), decay, found_inf)
         rest = [n for n, done in enumerate(fused) if not done]
         if rest:
             others = [weights[n] for n in rest], [steps[n] for n in rest]
-            _in_many_passes(unit, [regions[n] for n in rest], *others, config, rate, found_inf)
+            _in_many_passes(unit, [ranges[n] for n in rest], *others, config, rate, found_inf)
     if narrow:
         write_back(unit, values, configs)
 
@@ -128,7 +129,7 @@ def _in_one_pass(
 
 def _in_many_passes(
     unit: StepUnit,
-    regions: Sequence[Region],
+    ranges: Sequence[UpdateRange],
     weights: list[Tensor],
     steps: list[Tensor],
     config: ShampooConfig,
@@ -137,11 +138,11 @@ def _in_many_passes(
 ) -> None:
     """The same with momentum, for weights of any strides and a rate that may be on the device."""
     if config.decay_type != "l2" and config.weight_decay:
-        decaying = [n for n, r in enumerate(regions) if r.decays]
+        decaying = [n for n, r in enumerate(ranges) if r.decays]
         if decaying:
             _add_decay([steps[n] for n in decaying], [weights[n] for n in decaying], config.decay(rate))
     if config.momentum:
-        steps = _with_momentum(unit, regions, steps, config, found_inf)
+        steps = _with_momentum(unit, ranges, steps, config, found_inf)
     if found_inf is not None:
         torch._foreach_mul_(steps, found_inf.scale(rate))
         rate = 1.0
@@ -157,26 +158,30 @@ def _add_decay(steps: list[Tensor], weights: list[Tensor], decay: float | Tensor
     torch._foreach_add_(steps, weights, alpha=decay)
 
 
-def _regions_by_group(unit: StepUnit, active: Sequence[bool]) -> dict[int, list[Region]]:
-    chosen: dict[int, list[Region]] = defaultdict(list)
-    for region in unit.regions:
-        if active[region.parameter]:
-            chosen[unit.layout.groups[region.tensor]].append(region)
+def _ranges_by_group(unit: StepUnit, active: Sequence[bool]) -> dict[int, list[UpdateRange]]:
+    chosen: dict[int, list[UpdateRange]] = defaultdict(list)
+    for updated in unit.update_ranges:
+        if active[updated.parameter]:
+            chosen[unit.layout.groups[updated.tensor]].append(updated)
     return chosen
 
 
-def _region(tensor: Tensor, region: Region) -> Tensor:
-    """A region that is a whole tensor keeps the tensor's own strides; flat shards are contiguous."""
-    return tensor if region.stop - region.start == tensor.numel() else tensor.view(-1)[region.start : region.stop]
+def _elements(tensor: Tensor, elements: FlatRange) -> Tensor:
+    """These elements of a tensor. A whole tensor keeps its own strides; flat shards are contiguous."""
+    return tensor if elements == (0, tensor.numel()) else tensor.view(-1)[slice(*elements)]
 
 
 def _with_momentum(
-    unit: StepUnit, regions: Sequence[Region], steps: list[Tensor], config: ShampooConfig, found_inf: FoundInf | None
+    unit: StepUnit,
+    ranges: Sequence[UpdateRange],
+    steps: list[Tensor],
+    config: ShampooConfig,
+    found_inf: FoundInf | None,
 ) -> list[Tensor]:
     """Step 8: B <- mu * B + (1 - dampening) * U; gives B, or with Nesterov (1 - dampening) * U + mu * B."""
     buffers = [
-        unit.buffer("momentum", r.tensor)[r.start : r.stop].view_as(step)
-        for r, step in zip(regions, steps, strict=True)
+        unit.buffer("momentum", r.tensor)[slice(*r.elements)].view_as(step)
+        for r, step in zip(ranges, steps, strict=True)
     ]
     torch._foreach_mul_(steps, 1.0 - config.dampening)
     if found_inf is None:

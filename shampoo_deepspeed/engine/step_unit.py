@@ -8,38 +8,40 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
-from shampoo_deepspeed.algorithm.elementwise import Elementwise, Segment
+from shampoo_deepspeed.algorithm.elementwise import Elementwise, ElementwiseShard
 from shampoo_deepspeed.algorithm.grafting import is_normalized
 from shampoo_deepspeed.distributed.collectives import all_gather_objects
 from shampoo_deepspeed.distributed.exchange import Exchange
 from shampoo_deepspeed.distributed.frameworks import Layout, LayoutError, compute_dtype
 from shampoo_deepspeed.distributed.process_groups import delay_exit_for_gloo
 from shampoo_deepspeed.engine.policy import Policy, matrix_of
-from shampoo_deepspeed.geometry.boxes import Box, Placed, merged_places, tiling_error
+from shampoo_deepspeed.geometry.boxes import Box, FlatRange, PlacedBox, merged_places, tiling_error
 from shampoo_deepspeed.geometry.plan import Matrix, Plan, bucket_elements
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.runtime.devices import communication_device
 from shampoo_deepspeed.runtime.metrics import Measured
 
+if TYPE_CHECKING:  # it imports this file
+    from shampoo_deepspeed.engine.agreement import Unread
+
 
 @dataclass(frozen=True)
-class Region:
-    """Elements [start, stop) of a flattened local tensor that are updated alike; all take part or none does.
+class UpdateRange:
+    """Elements of a flattened local tensor that are updated alike; all take part in a step or none does.
 
-    ``parameter`` is the first of those that lie in it.
+    ``parameter`` is the first of those that lie there.
     """
 
     tensor: int
-    start: int
-    stop: int
+    elements: FlatRange
     parameter: int
     decays: bool
 
@@ -89,7 +91,7 @@ class StepUnit:
         # Steps taken by each parameter. All ranks count alike, without a read of the device.
         self.steps = [0] * len(self.parameters)
         self.step_tensor = as_count(0)  # the largest of them, as torch's tools know it
-        self.unread: Any = None  # the flags of the last step that the CPU has not read yet, and who took part
+        self.unread: Unread | None = None
         self.rejected_in_a_row = 0
         # Flat buffers that lie with the shard, by kind ("momentum", "master") and local tensor.
         self.buffers: dict[str, dict[int, Tensor]] = {"momentum": {}, "master": {}}
@@ -133,23 +135,23 @@ class StepUnit:
             for blocks in self.exchange.stacks
         ]
         self.elementwise = self._elementwise_part(places, everyone, configs)
-        self.regions = self._joined_regions()
+        self.update_ranges = self._joined_ranges()
         self.needs_norms = any(is_normalized(t.method) for t in self.policies if not t.preconditioned)
 
-    def _placed_shards(self) -> list[tuple[int, int, Placed]]:
+    def _placed_shards(self) -> list[tuple[int, int, PlacedBox]]:
         """This rank's shards as (parameter, tensor, place in its merged shape)."""
         placed = []
         for shard in self.layout.shards:
             policy, shape = self.policies[shard.parameter], self.parameters[shard.parameter].shape
             if not shape:
-                placed.append((shard.parameter, shard.tensor, Placed(Box((0,), (1,)), shard.offset, (1,))))
+                placed.append((shard.parameter, shard.tensor, PlacedBox(Box((0,), (1,)), shard.offset, (1,))))
                 continue
             for place in merged_places(shard.box, shape, policy.dims, shard.offset):
                 placed.append((shard.parameter, shard.tensor, place))
         return placed
 
     def _gather(
-        self, places: Sequence[tuple[int, int, Placed]], configs: Mapping[int, ShampooConfig]
+        self, places: Sequence[tuple[int, int, PlacedBox]], configs: Mapping[int, ShampooConfig]
     ) -> list[list[tuple[int, Box]]]:
         """All ranks' shards; raises on all of them where any two see other parameters or options."""
         mine = [(p, place.box) for p, _, place in places]
@@ -203,7 +205,7 @@ class StepUnit:
 
     def _elementwise_part(
         self,
-        places: Sequence[tuple[int, int, Placed]],
+        places: Sequence[tuple[int, int, PlacedBox]],
         everyone: Sequence[Sequence[tuple[int, Box]]],
         configs: Mapping[int, ShampooConfig],
     ) -> Elementwise:
@@ -211,28 +213,29 @@ class StepUnit:
         for shards in everyone:
             for held in shards:
                 copies[held] += 1
-        segments = []
+        shards_here = []
         for p, tensor, place in places:
             if not self.policies[p].preconditioned:
                 parameter, policy = self.parameters[p], self.policies[p]
-                (start,), (numel,) = place.box.offsets, place.box.lengths
-                share = 1.0 / copies[p, place.box]
-                segments.append(
-                    Segment(p, parameter.key, policy.options, policy.method, start, numel, tensor, place.offset, share)
+                (start,), (stop,) = place.box.offsets, place.box.ends
+                elements, share = FlatRange(start, stop), 1.0 / copies[p, place.box]
+                local = elements.shift(place.offset - start)
+                shards_here.append(
+                    ElementwiseShard(p, parameter.key, policy.options, policy.method, elements, tensor, local, share)
                 )
-        return Elementwise(segments, configs, self.device, self.dtype)
+        return Elementwise(shards_here, configs, self.device, self.dtype)
 
-    def _joined_regions(self) -> list[Region]:
+    def _joined_ranges(self) -> list[UpdateRange]:
         """What the shards cover of the local tensors; neighbours that decay alike are joined, padding is left out."""
-        joined: list[Region] = []
+        joined: list[UpdateRange] = []
         for shard in sorted(self.layout.shards, key=lambda s: (s.tensor, s.offset)):
             decays = self.policies[shard.parameter].decays
-            region = Region(shard.tensor, shard.offset, shard.offset + shard.box.numel, shard.parameter, decays)
+            elements = FlatRange(shard.offset, shard.offset + shard.box.numel)
             last = joined[-1] if joined else None
-            if last and (last.tensor, last.stop, last.decays) == (region.tensor, region.start, decays):
-                joined[-1] = replace(last, stop=region.stop)
+            if last and (last.tensor, last.elements.stop, last.decays) == (shard.tensor, elements.start, decays):
+                joined[-1] = replace(last, elements=FlatRange(last.elements.start, elements.stop))
             else:
-                joined.append(region)
+                joined.append(UpdateRange(shard.tensor, elements, shard.parameter, decays))
         return joined
 
     def local_tensors(self) -> list[Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from shampoo_deepspeed.geometry.boxes import Box, chunk, interval_to_boxes, whole
+from shampoo_deepspeed.geometry.boxes import Box, FlatRange, chunk, range_to_boxes, whole
 
 FRAMEWORKS = ("zero1", "zero2", "zero3", "fsdp2", "ddp", "hsdp")
 # DeepSpeed's default of zero_optimization.sub_group_size, elements of one rank (deepspeed/runtime/zero/config.py).
@@ -84,8 +84,8 @@ def _flat_buffer(shapes: Sequence[tuple[int, ...]], ranks: int) -> UnitLayout:
     for number, shape in enumerate(shapes):
         end = begin + math.prod(shape)
         for rank in range(begin // part, (end - 1) // part + 1):
-            start, stop = max(begin, rank * part), min(end, (rank + 1) * part)
-            shards[rank] += [(number, box) for box in interval_to_boxes(shape, start - begin, stop - begin)]
+            held = FlatRange(max(begin, rank * part), min(end, (rank + 1) * part))
+            shards[rank] += [(number, box) for box in range_to_boxes(shape, held.shift(-begin))]
         begin = end
     return UnitLayout(range(len(shapes)), shards, [part if held else 0 for held in shards])
 
@@ -125,13 +125,13 @@ def _per_parameter(
 
 
 def _flat_part(shape: tuple[int, ...], ranks: int, rank: int) -> tuple[Sequence[Box], int]:
-    """ZeRO-3: equal flat intervals; the last ones are padded."""
-    start, length = chunk(math.prod(shape), ranks, rank)
-    return interval_to_boxes(shape, start, start + length), -(-math.prod(shape) // ranks)
+    """ZeRO-3: equal flat ranges; the last ones are padded."""
+    numel = math.prod(shape)
+    return range_to_boxes(shape, chunk(numel, ranks, rank)), -(-numel // ranks)
 
 
 def _chunk(shape: tuple[int, ...], ranks: int, rank: int) -> tuple[Sequence[Box], int]:
     """FSDP2: rows as torch.chunk cuts them; the last ranks may hold fewer, or nothing."""
-    start, held = chunk(shape[0], ranks, rank)
-    box = Box((start, *(0,) * (len(shape) - 1)), (held, *shape[1:]))
-    return ([box] if held else []), box.numel
+    rows = chunk(shape[0], ranks, rank)
+    box = Box((rows.start, *(0,) * (len(shape) - 1)), (rows.size, *shape[1:]))
+    return ([box] if rows.size else []), box.numel

@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
-from shampoo_deepspeed.algorithm.elementwise import Elementwise, Segment
+from shampoo_deepspeed.algorithm.elementwise import Elementwise, ElementwiseShard
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy, matrix_of, policy_of
 from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
 from shampoo_deepspeed.estimate.expected_shards import SUB_GROUP_SIZE, UnitLayout, layouts
-from shampoo_deepspeed.geometry.boxes import Box, merged_places
+from shampoo_deepspeed.geometry.boxes import Box, FlatRange, merged_places
 from shampoo_deepspeed.geometry.plan import Plan, bucket_elements
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
@@ -275,8 +275,8 @@ class _Unit:
     @cache  # noqa: B019  a unit lives as long as its estimate is made
     def _elementwise_bytes(self, number: int, method: str) -> dict[str, int]:
         """Bytes of one element's state by kind."""
-        segment = Segment(0, "", number, method, 0, 1, 0, 0, 1.0)
-        return _bytes_by_kind(Elementwise([segment], self.configs, META, self.dtype).tensors)
+        shard = ElementwiseShard(0, "", number, method, FlatRange(0, 1), 0, FlatRange(0, 1), 1.0)
+        return _bytes_by_kind(Elementwise([shard], self.configs, META, self.dtype).tensors)
 
 
 def _with_unit(step: Step, plan: Plan, offset: int) -> Step:

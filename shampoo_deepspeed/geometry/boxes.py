@@ -1,7 +1,7 @@
-"""Boxes: axis-aligned pieces of a tensor's global shape, their intersections and their place in flat memory.
+"""The three kinds of ranges: boxes of a tensor's shape, flat ranges, and boxes that are placed in flat memory.
 
 Pure integers, no tensors. Every sharding that frameworks use is a set of boxes: FSDP2 gives one per parameter,
-a contiguous flat interval (ZeRO, FSDP1) is at most 2k-1 boxes of an order-k tensor.
+a flat range (ZeRO, FSDP1) is at most 2k-1 boxes of an order-k tensor.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -38,18 +39,46 @@ class Box:
         return tuple(o - corner for o, corner in zip(self.offsets, outer.offsets, strict=True))
 
 
-@dataclass(frozen=True)
-class Placed:
+class FlatRange(NamedTuple):
+    """Consecutive elements, from ``start`` up to but not including ``stop``, of what is counted in one dim.
+
+    That is a flattened tensor, the rows of a stack, one dim of a tensor, or bytes. ``slice(*elements)`` selects them.
+    """
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def intersect(self, other: FlatRange) -> FlatRange | None:
+        """The common elements, or None if there are none."""
+        start, stop = max(self.start, other.start), min(self.stop, other.stop)
+        return FlatRange(start, stop) if start < stop else None
+
+    def shift(self, by: int) -> FlatRange:
+        """The same number of elements, ``by`` further on."""
+        return FlatRange(self.start + by, self.stop + by)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedBox:
     """A box and where it lies in a flat buffer: element i is at ``offset + sum(i * strides)``."""
 
     box: Box
     offset: int
     strides: tuple[int, ...]
 
-    def part(self, box: Box) -> Placed:
+    @classmethod
+    def contiguous(cls, box: Box, offset: int) -> PlacedBox:
+        """A box whose elements lie one after the other (row-major) from ``offset`` on."""
+        return cls(box, offset, row_major(box.lengths))
+
+    def part(self, box: Box) -> PlacedBox:
         """The place of a box inside this one."""
         start = self.offset + sum(i * s for i, s in zip(box.within(self.box), self.strides, strict=True))
-        return Placed(box, start, self.strides)
+        return PlacedBox(box, start, self.strides)
 
 
 def whole(shape: Sequence[int]) -> Box:
@@ -57,11 +86,11 @@ def whole(shape: Sequence[int]) -> Box:
     return Box((0,) * len(shape), tuple(shape))
 
 
-def chunk(length: int, parts: int, index: int) -> tuple[int, int]:
-    """Start and length of the part that ``torch.chunk`` gives a rank: equal parts, the last ones shorter or empty."""
+def chunk(length: int, parts: int, index: int) -> FlatRange:
+    """The part that ``torch.chunk`` gives a rank: equal parts, the last ones shorter or empty."""
     size = -(-length // parts)
     start = min(index * size, length)
-    return start, min(size, length - start)
+    return FlatRange(start, min(start + size, length))
 
 
 def row_major(lengths: Sequence[int]) -> tuple[int, ...]:
@@ -72,11 +101,12 @@ def row_major(lengths: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def interval_to_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
-    """The boxes, in memory order, of the flat interval [start, stop) of a contiguous tensor.
+def range_to_boxes(shape: Sequence[int], elements: FlatRange) -> list[Box]:
+    """The boxes, in memory order, of a flat range of a contiguous tensor.
 
     Each box is itself contiguous in memory. There are at most 2k-1 of them for an order-k tensor.
     """
+    start, stop = elements
     if start >= stop:
         return []
     if not shape:
@@ -86,44 +116,44 @@ def interval_to_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     if len(shape) == 1 or (start % inner == 0 and stop % inner == 0):
         return [Box((first, *(0,) * (len(shape) - 1)), (last - first + 1, *shape[1:]))]
     if first == last:
-        return _in_row(shape, first, start - first * inner, stop - first * inner)
+        return _in_row(shape, first, FlatRange(start - first * inner, stop - first * inner))
     boxes: list[Box] = []
     head = start % inner
     if head:
-        boxes += _in_row(shape, first, head, inner)
+        boxes += _in_row(shape, first, FlatRange(head, inner))
         first += 1
     tail = stop % inner
     rows = (last + 1 if not tail else last) - first
     if rows > 0:
         boxes.append(Box((first, *(0,) * (len(shape) - 1)), (rows, *shape[1:])))
     if tail:
-        boxes += _in_row(shape, last, 0, tail)
+        boxes += _in_row(shape, last, FlatRange(0, tail))
     return boxes
 
 
-def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> list[Box]:
-    return [Box((row, *b.offsets), (1, *b.lengths)) for b in interval_to_boxes(shape[1:], start, stop)]
+def _in_row(shape: Sequence[int], row: int, elements: FlatRange) -> list[Box]:
+    return [Box((row, *b.offsets), (1, *b.lengths)) for b in range_to_boxes(shape[1:], elements)]
 
 
-def merged_places(box: Box, shape: Sequence[int], groups: Sequence[Sequence[int]], offset: int = 0) -> list[Placed]:
+def merged_places(box: Box, shape: Sequence[int], groups: Sequence[Sequence[int]], offset: int = 0) -> list[PlacedBox]:
     """A box of ``shape``, held contiguously at ``offset``, as placed boxes of the merged shape.
 
     Args:
         groups: for each merged dim the original dims that it joins, in order; dims of size 1 may be left out.
     """
     strides = row_major(box.lengths)
-    per_group = [list(_runs(box, shape, strides, dims)) for dims in groups]
+    per_group = [list(_along_merged_dim(box, shape, strides, dims)) for dims in groups]
     places = []
-    for runs in itertools.product(*per_group):
-        merged = Box(tuple(r[0] for r in runs), tuple(r[1] for r in runs))
-        places.append(Placed(merged, offset + sum(r[2] for r in runs), tuple(r[3] for r in runs)))
+    for along in itertools.product(*per_group):
+        merged = Box(tuple(p.box.offsets[0] for p in along), tuple(p.box.lengths[0] for p in along))
+        places.append(PlacedBox(merged, offset + sum(p.offset for p in along), tuple(p.strides[0] for p in along)))
     return places
 
 
-def _runs(
+def _along_merged_dim(
     box: Box, shape: Sequence[int], strides: Sequence[int], dims: Sequence[int]
-) -> Iterator[tuple[int, int, int, int]]:
-    """(start, length, memory offset, stride) of each contiguous run of the box along one merged dim."""
+) -> Iterator[PlacedBox]:
+    """What a box, held with these strides, covers of one merged dim, as placed boxes of that dim alone."""
     cut = len(dims) - 1
     while cut > 0 and box.lengths[dims[cut]] == shape[dims[cut]]:
         cut -= 1
@@ -133,7 +163,8 @@ def _runs(
     for index in itertools.product(*(range(box.lengths[d]) for d in dims[:cut])):
         start = box.offsets[dims[cut]] * weights[cut]
         start += sum((box.offsets[d] + i) * w for d, i, w in zip(dims[:cut], index, weights, strict=False))
-        yield start, length, sum(i * strides[d] for d, i in zip(dims[:cut], index, strict=True)), strides[dims[-1]]
+        offset = sum(i * strides[d] for d, i in zip(dims[:cut], index, strict=True))
+        yield PlacedBox(Box((start,), (length,)), offset, (strides[dims[-1]],))
 
 
 def tiling_error(shape: Sequence[int], boxes: Iterable[Box]) -> str | None:

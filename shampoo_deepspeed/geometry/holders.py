@@ -1,7 +1,7 @@
-"""Which ranks hold which parts of a matrix's blocks. Pure integers, no tensors.
+"""Which ranks hold which boxes of a matrix's blocks. Pure integers, no tensors.
 
 Layers of one shape are mostly sharded alike, so this is worked out once for each shape and sharding and shared: a plan
-for a thousand ranks has millions of parts but a few distinct answers.
+for a thousand ranks has millions of boxes but a few distinct answers.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from shampoo_deepspeed.geometry.boxes import Box
 SHARE_THAT_COUNTS = 8
 
 
-class Part(NamedTuple):
-    """A part of a block and the ranks that hold it, more than one where there are replicas."""
+class HeldBox(NamedTuple):
+    """A box within a block and the ranks that hold it, more than one where there are replicas."""
 
     box: Box
     ranks: tuple[int, ...]
@@ -30,25 +30,25 @@ class BlockHolders:
 
     Args:
         box: the block.
-        parts: what it is cut into, each with its ranks; sorted by box here.
+        held_boxes: what it is cut into, each with its ranks; sorted by box here.
     """
 
-    def __init__(self, box: Box, parts: Sequence[Part]) -> None:
+    def __init__(self, box: Box, held_boxes: Sequence[HeldBox]) -> None:
         self.box = box
-        self.parts = sorted(parts)
-        self._ranks_by_box = dict(self.parts)
+        self.held_boxes = sorted(held_boxes)
+        self._ranks_by_box = dict(self.held_boxes)
 
-    def ranks_of(self, part: Box) -> tuple[int, ...]:
-        """The ranks that hold a part."""
-        return self._ranks_by_box[part]
+    def ranks_of(self, box: Box) -> tuple[int, ...]:
+        """The ranks that hold one of the boxes."""
+        return self._ranks_by_box[box]
 
     @cached_property
     def held(self) -> dict[int, int]:
         """Elements of the block that each rank holds, where that is any."""
         held: dict[int, int] = defaultdict(int)
-        for part in self.parts:
-            numel = part.box.numel
-            for rank in part.ranks:
+        for box, ranks in self.held_boxes:
+            numel = box.numel
+            for rank in ranks:
                 held[rank] += numel
         return dict(held)
 
@@ -61,8 +61,8 @@ class BlockHolders:
     def candidates(self) -> list[tuple[int, tuple[int, ...]]]:
         """(elements, ranks) of ranks that hold so much that owning the block there saves traffic; most first."""
         elements: dict[tuple[int, ...], int] = defaultdict(int)
-        for part in self.parts:
-            elements[part.ranks] += part.box.numel
+        for box, ranks in self.held_boxes:
+            elements[ranks] += box.numel
         enough = [(n, ranks) for ranks, n in elements.items() if n * SHARE_THAT_COUNTS >= self.box.numel]
         return sorted(enough, key=lambda item: (-item[0], item[1]))
 
@@ -81,7 +81,7 @@ def holders_of_blocks(shape: Sequence[int], cuts: Cuts, held: Sequence[tuple[int
     for rank, box in held:
         ranks[box].append(rank)
     blocks = cut_into_blocks(shape, cuts)
-    parts: list[list[Part]] = [[] for _ in blocks]
+    held_boxes: list[list[HeldBox]] = [[] for _ in blocks]
     shared: dict[tuple[int, ...], tuple[int, ...]] = {}
     for shard, holding in ranks.items():
         together = tuple(dict.fromkeys(holding))
@@ -89,8 +89,8 @@ def holders_of_blocks(shape: Sequence[int], cuts: Cuts, held: Sequence[tuple[int
         for index in blocks_touching(shape, cuts, shard):
             common = blocks[index].intersect(shard)
             if common is not None:
-                parts[index].append(Part(common, together))
-    return [BlockHolders(box, found) for box, found in zip(blocks, parts, strict=True)]
+                held_boxes[index].append(HeldBox(common, together))
+    return [BlockHolders(box, found) for box, found in zip(blocks, held_boxes, strict=True)]
 
 
 def holders_of_matrices(

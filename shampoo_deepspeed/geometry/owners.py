@@ -109,7 +109,7 @@ class _Ledger:
 
     def local(self, holders: BlockHolders, block: Work) -> int | None:
         """Of the ranks that hold most of the block the least loaded one that has room for it."""
-        if len(holders.parts) == 1 and len(holders.parts[0].ranks) == len(self.loads):
+        if len(holders.held_boxes) == 1 and len(holders.held_boxes[0].ranks) == len(self.loads):
             return None  # replicated on all ranks: locality does not matter
         best = None
         for elements, ranks in holders.candidates:

@@ -6,13 +6,13 @@ every rank computes the same one. Transfers are worked out for one rank at a tim
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 
 from shampoo_deepspeed.geometry.blocks import Cuts, Side, blocks_touching
 from shampoo_deepspeed.geometry.boxes import Box
@@ -74,8 +74,8 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of a block on its way: the block, the part's box, and (at the holder) which shard it lies in."""
+class Transfer:
+    """A box of a block on its way: the block, the box, and (at the holder) which shard it lies in."""
 
     block: int
     box: Box
@@ -86,11 +86,11 @@ class Piece:
 class Transfers:
     """One rank's share of a bucket. Lists per peer are in the same order on both sides."""
 
-    local: list[Piece] = field(default_factory=list)
-    gradients_out: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
-    gradients_in: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
-    updates_out: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
-    updates_in: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
+    local: list[Transfer] = field(default_factory=list)
+    gradients_out: dict[int, list[Transfer]] = field(default_factory=lambda: defaultdict(list))
+    gradients_in: dict[int, list[Transfer]] = field(default_factory=lambda: defaultdict(list))
+    updates_out: dict[int, list[Transfer]] = field(default_factory=lambda: defaultdict(list))
+    updates_in: dict[int, list[Transfer]] = field(default_factory=lambda: defaultdict(list))
 
 
 def step_cost(lengths: Sequence[int], sides: Sequence[Side] | None = None, products: float = 2.0) -> float:
@@ -125,7 +125,7 @@ def tapered_ends(count: int) -> list[float]:
     """
     sizes = [*TAPER, *[1.0] * (count - 1), *reversed(TAPER)]
     whole = sum(sizes)
-    return [part / whole for part in accumulate(sizes)]
+    return [part / whole for part in itertools.accumulate(sizes)]
 
 
 class Plan:
@@ -223,44 +223,44 @@ class Plan:
     def transfers(self, rank: int) -> list[Transfers]:
         """What this rank sends, receives and keeps, bucket by bucket.
 
-        Gradients of a piece come from its owner if that holds it, else from one of its holders; updates go to
+        Gradients of a box come from the block's owner if that holds it, else from one of its holders; updates go to
         every holder.
         """
         out = [Transfers() for _ in range(self.bucket_count)]
-        for block, box, shard in self._pieces_held(rank):
+        for transfer in self._held_here(rank):
+            block = transfer.block
             owner, bucket = self.owners[block], out[self.buckets[block]]
             if owner == rank:
-                bucket.local.append(Piece(block, box, shard))
+                bucket.local.append(transfer)
                 continue
-            piece = Piece(block, box, shard)
-            bucket.updates_in[owner].append(piece)
-            if self._source(block, self._holders[block].ranks_of(box)) == rank:
-                bucket.gradients_out[owner].append(piece)
+            bucket.updates_in[owner].append(transfer)
+            if self._source(block, self._holders[block].ranks_of(transfer.box)) == rank:
+                bucket.gradients_out[owner].append(transfer)
         for block in sorted(self.owned[rank]):
             bucket = out[self.buckets[block]]
-            for box, ranks in self._holders[block].parts:
-                piece = Piece(block, box, -1)
+            for box, ranks in self._holders[block].held_boxes:
+                transfer = Transfer(block, box, -1)
                 for holder in ranks:
                     if holder != rank:
-                        bucket.updates_out[holder].append(piece)
+                        bucket.updates_out[holder].append(transfer)
                 source = self._source(block, ranks)
                 if source != rank:
-                    bucket.gradients_in[source].append(piece)
+                    bucket.gradients_in[source].append(transfer)
         return out
 
-    def _pieces_held(self, rank: int) -> Iterator[tuple[int, Box, int]]:
-        """(block, part of it, shard) of all that a rank holds, in the order of blocks and their parts."""
-        pieces = []
+    def _held_here(self, rank: int) -> Iterator[Transfer]:
+        """All that a rank holds of blocks, in the order of the blocks and their boxes."""
+        held = []
         for shard, (number, box) in enumerate(self._shards[rank]):
             matrix, first = self.matrices[number], self._first[number]
             for index in blocks_touching(matrix.shape, matrix.cuts, box):
                 common = self.blocks[first + index].box.intersect(box)
                 if common is not None:
-                    pieces.append((first + index, common, shard))
-        return iter(sorted(pieces))
+                    held.append((first + index, common, shard))
+        return itertools.starmap(Transfer, sorted(held))
 
     def _source(self, block: int, ranks: tuple[int, ...]) -> int:
-        """The rank whose copy of a gradient piece goes to the owner."""
+        """The rank whose copy of a box's gradient goes to the owner."""
         owner = self.owners[block]
         if len(ranks) == 1:
             return ranks[0]
@@ -287,7 +287,7 @@ class Plan:
             if not copied[self.blocks[number].parameter]:
                 sent[owner] -= own
                 continue
-            for box, ranks in holders.parts:
+            for box, ranks in holders.held_boxes:
                 source = self._source(number, ranks)
                 if source != owner:
                     sent[source] += box.numel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,9 +58,10 @@ def inverse_root(
         The roots [B, d, d], and the rows that failed even in float64 (their content is undefined).
     """
     work = matrices if matrices.dtype == torch.float64 else matrices.float()
+    rule = _RootOfEigenvalues(root, epsilon, relative_epsilon, pseudo_inverse, conditions)
     solver = chosen_solver(solver, work, root, relative_epsilon, pseudo_inverse)
     if solver == "eigh":
-        roots, failed = _by_eigh(work, root, epsilon, relative_epsilon, pseudo_inverse, in_float64, conditions)
+        roots, failed = _by_eigh(work, rule, in_float64)
         return roots.to(dtype), failed
     work = symmetric(work)
     iteration = coupled_newton if solver == "coupled_newton" else newton_db
@@ -68,7 +70,7 @@ def inverse_root(
         roots, left = iteration(work.double() if independent else work, int(root), epsilon, relative_epsilon)
     if not left:
         return roots.to(dtype), []
-    found, wrong = _by_eigh(work[left], root, epsilon, relative_epsilon, pseudo_inverse, in_float64, conditions)
+    found, wrong = _by_eigh(work[left], rule, in_float64)
     roots[left] = found.to(roots.dtype)
     return roots.to(dtype), [left[n] for n in wrong]
 
@@ -90,25 +92,41 @@ def chosen_solver(solver: str, work: Tensor, root: float, relative_epsilon: floa
     return solver if able else "eigh"
 
 
-def _by_eigh(
-    work: Tensor,
-    root: float,
-    epsilon: float,
-    relative_epsilon: float,
-    pseudo_inverse: bool,
-    in_float64: bool,
-    conditions: list[Tensor] | None,
-) -> tuple[Tensor, list[int]]:
+class _RootOfEigenvalues(NamedTuple):
+    """How the root of eigenvalues is taken: ``inverse_root`` explains the arguments."""
+
+    root: float
+    epsilon: float
+    relative_epsilon: float
+    pseudo_inverse: bool
+    conditions: list[Tensor] | None
+
+    def of(self, values: Tensor) -> Tensor:
+        """l^(-1/root) of eigenvalues [B, d], regularised or cut off; 0 where nothing is left to take a root of."""
+        if self.pseudo_inverse:
+            cut = (self.relative_epsilon * values.amax(dim=-1, keepdim=True)).clamp_min(self.epsilon)
+            kept = values > cut
+            smallest = torch.where(kept, values, torch.inf).amin(dim=-1)
+            values = torch.where(kept, values, 0.0 * values)  # a NaN stays one, and is found
+        else:
+            values = regularised(values, self.epsilon, self.relative_epsilon)
+            smallest = values.amin(dim=-1)
+        if self.conditions is not None and values.numel():
+            # A matrix that has none (all zero, or not finite) does not count.
+            self.conditions.append((values.amax(dim=-1) / smallest).nan_to_num(nan=0.0, posinf=torch.inf).amax())
+        powers = power(values.clamp_min(torch.finfo(values.dtype).tiny), -1.0 / self.root)
+        return torch.where(values == 0, 0.0, powers)
+
+
+def _by_eigh(work: Tensor, rule: _RootOfEigenvalues, in_float64: bool) -> tuple[Tensor, list[int]]:
     """The roots in the dtype of ``work``, and the rows that failed in float64 too."""
     roots = torch.empty_like(work)
     if not in_float64:
-        roots = _stack_root(work, root, epsilon, relative_epsilon, pseudo_inverse, conditions)
+        roots = _stack_root(work, rule)
     failed = []
     for row in range(len(work)) if in_float64 else non_finite(roots):
         # One at a time, as float64 copies of a whole stack would be most of the memory that a step needs.
-        wide = work[row : row + 1].double()
-        retried = _stack_root(wide, root, epsilon, relative_epsilon, pseudo_inverse, conditions)
-        narrow = retried.to(roots.dtype)  # which may overflow
+        narrow = _stack_root(work[row : row + 1].double(), rule).to(roots.dtype)  # which may overflow
         if non_finite(narrow):
             failed.append(row)
         else:
@@ -127,7 +145,8 @@ def diagonal_root(
 ) -> tuple[Tensor, list[int]]:
     """``inverse_root`` of diagonal matrices [B, d]; their entries are their eigenvalues."""
     work = diagonals if diagonals.dtype == torch.float64 else diagonals.float()
-    roots = _scales(work, root, epsilon, relative_epsilon, pseudo_inverse, conditions).to(dtype)
+    rule = _RootOfEigenvalues(root, epsilon, relative_epsilon, pseudo_inverse, conditions)
+    roots = rule.of(work).to(dtype)
     return roots, non_finite(torch.stack([work, roots.to(work.dtype)], dim=-1))  # the root of infinity is 0
 
 
@@ -177,42 +196,10 @@ def checked(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     return values.masked_fill(wrong[:, None], torch.nan), vectors.masked_fill(wrong[:, None, None], torch.nan)
 
 
-def _stack_root(
-    matrices: Tensor,
-    root: float,
-    epsilon: float,
-    relative_epsilon: float,
-    pseudo_inverse: bool,
-    conditions: list[Tensor] | None,
-) -> Tensor:
+def _stack_root(matrices: Tensor, rule: _RootOfEigenvalues) -> Tensor:
     """The roots, NaN where the decomposition failed."""
     values, vectors = decomposed(matrices)
-    scales = _scales(values, root, epsilon, relative_epsilon, pseudo_inverse, conditions)
-    return product(vectors * scales.unsqueeze(-2), vectors.mT)
-
-
-def _scales(
-    values: Tensor,
-    root: float,
-    epsilon: float,
-    relative_epsilon: float,
-    pseudo_inverse: bool,
-    conditions: list[Tensor] | None,
-) -> Tensor:
-    """l^(-1/root) of eigenvalues [B, d], regularised or cut off; 0 where nothing is left to take a root of."""
-    if pseudo_inverse:
-        cut = (relative_epsilon * values.amax(dim=-1, keepdim=True)).clamp_min(epsilon)
-        kept = values > cut
-        smallest = torch.where(kept, values, torch.inf).amin(dim=-1)
-        values = torch.where(kept, values, 0.0 * values)  # a NaN stays one, and is found
-    else:
-        values = regularised(values, epsilon, relative_epsilon)
-        smallest = values.amin(dim=-1)
-    if conditions is not None and values.numel():
-        # A matrix that has none (all zero, or not finite) does not count.
-        conditions.append((values.amax(dim=-1) / smallest).nan_to_num(nan=0.0, posinf=torch.inf).amax())
-    powers = power(values.clamp_min(torch.finfo(values.dtype).tiny), -1.0 / root)
-    return torch.where(values == 0, 0.0, powers)
+    return product(vectors * rule.of(values).unsqueeze(-2), vectors.mT)
 
 
 def regularised(values: Tensor, epsilon: float, relative_epsilon: float) -> Tensor:

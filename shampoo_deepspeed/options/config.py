@@ -159,7 +159,11 @@ class ShampooConfig:
     split: tuple[int, ...] = _option(
         (), lengths, "lengths of the parts of a fused matrix, each with its own blocks", FIXED
     )
-    statistics_frequency: int = _option(1, positive_int, "steps between gradients in the factors; each counts for all")
+    statistics_frequency: int = _option(
+        1,
+        positive_int,
+        "one gradient in so many steps enters the factor matrices, with the weight of that many",
+    )
     precondition_frequency: int = _option(
         10, positive_int, "steps between two refreshes of roots or eigenbases", NOT_STORED
     )
@@ -171,7 +175,9 @@ class ShampooConfig:
         FIXED | NOT_STORED,
     )
     start_preconditioning_step: int = _option(-1, start_step, "first preconditioned step; -1: the frequency")
-    grafting: str | None = _option(None, _optional_method, "whose step length blocks take; null: adam, for soap none")
+    grafting: str | None = _option(
+        None, _optional_method, "method that gives a block's update its length; null: adam, or none for soap"
+    )
     grafting_beta2: float | None = _option(
         None, optional_beta2, "decay of second moments; null: betas[1], or 0.999 where that is 1"
     )

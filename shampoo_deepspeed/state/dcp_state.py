@@ -22,7 +22,7 @@ from shampoo_deepspeed.distributed.collectives import all_gather_objects, on_all
 from shampoo_deepspeed.engine.step_unit import StepUnit, as_count
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
 from shampoo_deepspeed.options.param_groups import group_options
-from shampoo_deepspeed.state.dtensor_blocks import BlockBytes, as_sharded, interval_of, local_part
+from shampoo_deepspeed.state.dtensor_blocks import BlockBytes, as_sharded, bytes_here, local_part
 from shampoo_deepspeed.state.state_dict import FORMAT, SavedState, lacking
 
 BLOCKS, MARK, EXTERNAL = "shampoo_blocks", "shampoo_format", "shampoo_external"
@@ -150,8 +150,8 @@ class TorchState:
         blocks = BlockBytes(unit)
         with on_all_ranks(unit.group, unit.device):
             self._check_fits(unit, blocks)
-        mine = [interval_of(self.entries.get(p.key, {}).get(BLOCKS)) for p in unit.parameters]
-        intervals = all_gather_objects(mine, unit.group, unit.device)
+        mine = [bytes_here(self.entries.get(p.key, {}).get(BLOCKS)) for p in unit.parameters]
+        everyone = all_gather_objects(mine, unit.group, unit.device)
         for number, parameter in enumerate(unit.parameters):
             entry = self.entries.get(parameter.key)
             if entry is None:
@@ -159,7 +159,7 @@ class TorchState:
             unit.steps[number] = int(entry["step"])
             self._fill_moments(unit, number, entry)
             if unit.policies[number].preconditioned and unit.steps[number]:
-                blocks.distribute(number, local_part(entry[BLOCKS]), [own[number] for own in intervals])
+                blocks.distribute(number, local_part(entry[BLOCKS]), [own[number] for own in everyone])
 
     def _check_fits(self, unit: StepUnit, blocks: BlockBytes) -> None:
         for number, parameter in enumerate(unit.parameters):
@@ -185,9 +185,9 @@ class TorchState:
 
     def _fill_moments(self, unit: StepUnit, number: int, entry: Mapping[str, Tensor]) -> None:
         for name, views in unit.elementwise.views.items():
-            for segment, view in zip(unit.elementwise.segments, views, strict=True):
-                if segment.tensor == number and name in entry:
-                    view.copy_(local_part(entry[name]).reshape(-1).narrow(0, segment.offset, segment.numel))
+            for shard, view in zip(unit.elementwise.shards, views, strict=True):
+                if shard.tensor == number and name in entry:
+                    view.copy_(local_part(entry[name]).reshape(-1)[slice(*shard.local)])
         for kind in unit.buffers:
             if kind in entry:
                 unit.buffer(kind, number).copy_(local_part(entry[kind]).reshape(-1))
@@ -200,9 +200,9 @@ def _flat_moments(unit: StepUnit, number: int, configs: Mapping[int, ShampooConf
     if not unit.policies[number].preconditioned:
         for name in sorted(moments_of(configs[unit.policies[number].options], unit.policies[number].method)):
             out[name] = torch.zeros(unit.sizes[number], dtype=unit.dtype, device=unit.device)
-            for segment, view in zip(unit.elementwise.segments, unit.elementwise.views.get(name, []), strict=False):
-                if segment.tensor == number:
-                    out[name].narrow(0, segment.offset, segment.numel).copy_(view)
+            for shard, view in zip(unit.elementwise.shards, unit.elementwise.views.get(name, []), strict=False):
+                if shard.tensor == number:
+                    out[name][slice(*shard.local)].copy_(view)
     narrow = unit.layout.local(unit.tensors[number]).dtype != unit.dtype
     used = {"momentum": config.momentum != 0.0, "master": narrow and config.master_weights}
     return out | {kind: unit.buffer(kind, number).clone() for kind in sorted(unit.buffers) if used[kind]}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,21 +15,14 @@ from torch import Tensor
 
 from shampoo_deepspeed.distributed.collectives import all_gather_objects
 from shampoo_deepspeed.engine.step_unit import StepUnit
-from shampoo_deepspeed.geometry.boxes import chunk
+from shampoo_deepspeed.geometry.boxes import FlatRange, chunk
 from shampoo_deepspeed.runtime.devices import communication_device
 from shampoo_deepspeed.state.block_codec import block_layout, block_size, packed, unpack
 from shampoo_deepspeed.state.state_dict import StackState
 
-Interval = tuple[int, int]
 Rows = Mapping[str, tuple[StackState, int]]
-
-
-class _Stretch(NamedTuple):
-    """Bytes [start, stop) of a parameter, in the block with this number in the plan."""
-
-    block: int
-    start: int
-    stop: int
+# Ranges of a parameter's bytes, by the number in the plan of the block that they are in.
+BytesOfBlocks = dict[int, FlatRange]
 
 
 class BlockBytes:
@@ -43,15 +36,17 @@ class BlockBytes:
         }
         gathered = all_gather_objects(mine, unit.group, unit.device)
         sizes = {stack: size for found in gathered for stack, size in found.items()}
-        self._stretches: list[list[_Stretch]] = [[] for _ in unit.parameters]
+        self._totals = [0] * len(unit.parameters)
+        self._of_blocks: list[BytesOfBlocks] = [{} for _ in unit.parameters]
         for number, block in enumerate(unit.plan.blocks):
-            own = self._stretches[unit.block_parameters[block.parameter]]
-            start = own[-1].stop if own else 0
-            own.append(_Stretch(number, start, start + sizes[block.stack]))
+            parameter = unit.block_parameters[block.parameter]
+            start, stop = self._totals[parameter], self._totals[parameter] + sizes[block.stack]
+            self._of_blocks[parameter][number] = FlatRange(start, stop)
+            self._totals[parameter] = stop
 
     def total(self, number: int) -> int:
         """Bytes of all blocks of a parameter."""
-        return self._stretches[number][-1].stop
+        return self._totals[number]
 
     def own_rows(self) -> Rows:
         """Stack and row of each block that this rank owns, by key."""
@@ -66,83 +61,83 @@ class BlockBytes:
         Args:
             rows: stack and row of the blocks that are here, by key.
         """
-        unit, stretches, total = self.unit, self._stretches[number], self.total(number)
+        unit, of_blocks, total = self.unit, self._of_blocks[number], self.total(number)
         tensor = unit.tensors[number]
-        blobs = {s.block: _packed(rows[key]) for s in stretches if (key := unit.block_key(s.block)) in rows}
+        blobs = {b: _packed(rows[key]) for b in of_blocks if (key := unit.block_key(b)) in rows}
         if not is_dtensor(tensor):
-            if len(blobs) == len(stretches):
-                return torch.cat([blobs[s.block] for s in stretches]).to(unit.device)
+            if len(blobs) == len(of_blocks):
+                return torch.cat([blobs[b] for b in of_blocks]).to(unit.device)
             return torch.zeros(total, dtype=torch.uint8, device=unit.device) if unit.fresh else None
-        intervals = self._intervals(tensor, total)
-        starts = {s.block: s.start for s in stretches}
+        held = self._held_by_ranks(tensor, total)
         leaving = [
-            [blobs[b][start - starts[b] : stop - starts[b]] for b, start, stop in self._common(number, unit.rank, i)]
-            for i in intervals
+            [blobs[b][slice(*common.shift(-of_blocks[b].start))] for b, common in found.items()]
+            for found in (self._common(number, unit.rank, theirs) for theirs in held)
         ]
-        first, last = intervals[unit.rank]
-        local = torch.empty(last - first, dtype=torch.uint8, device=unit.device)
-        arriving = [self._common(number, owner, (first, last)) for owner in range(unit.world_size)]
-        for (_, start, stop), piece in self._exchanged(leaving, arriving):
-            local[start - first : stop - first] = piece
+        mine = held[unit.rank]
+        local = torch.empty(mine.size, dtype=torch.uint8, device=unit.device)
+        arriving = [self._common(number, owner, mine) for owner in range(unit.world_size)]
+        for _, common, content in self._exchanged(leaving, arriving):
+            local[slice(*common.shift(-mine.start))] = content
         module: Any = sys.modules["torch.distributed.tensor"]
         mesh = _dtensor(tensor).device_mesh
         cut = [module.Shard(0)] * mesh.ndim
         made: Tensor = module.DTensor.from_local(local, mesh, cut, run_check=False, shape=(total,), stride=(1,))
         return made
 
-    def distribute(self, number: int, local: Tensor, intervals: Sequence[Interval]) -> None:
+    def distribute(self, number: int, local: Tensor, held: Sequence[FlatRange]) -> None:
         """Put a parameter's bytes into the stacks of their owners. A collective unless every rank has all of them.
 
         Args:
             local: what of them is on this rank.
-            intervals: which bytes each rank has.
+            held: which bytes each rank has.
         """
-        unit, stretches = self.unit, self._stretches[number]
-        own = {s.block: s for s in stretches if unit.plan.owners[s.block] == unit.rank}
-        blobs = {b: torch.empty(s.stop - s.start, dtype=torch.uint8, device="cpu") for b, s in own.items()}
-        if all(interval == (0, self.total(number)) for interval in intervals):
-            for b, s in own.items():
-                blobs[b].copy_(local[s.start : s.stop])
+        unit, everything = self.unit, FlatRange(0, self.total(number))
+        own = {b: whole for b, whole in self._of_blocks[number].items() if unit.plan.owners[b] == unit.rank}
+        blobs = {b: torch.empty(whole.size, dtype=torch.uint8, device="cpu") for b, whole in own.items()}
+        if all(theirs == everything for theirs in held):
+            for b, whole in own.items():
+                blobs[b].copy_(local[slice(*whole)])
         else:
-            mine = intervals[unit.rank]
+            mine = held[unit.rank]
             leaving = [
-                [local[start - mine[0] : stop - mine[0]] for _, start, stop in self._common(number, owner, mine)]
+                [local[slice(*common.shift(-mine.start))] for common in self._common(number, owner, mine).values()]
                 for owner in range(unit.world_size)
             ]
-            arriving = [self._common(number, unit.rank, interval) for interval in intervals]
-            for (b, start, stop), piece in self._exchanged(leaving, arriving):
-                blobs[b][start - own[b].start : stop - own[b].start] = piece
+            arriving = [self._common(number, unit.rank, theirs) for theirs in held]
+            for b, common, content in self._exchanged(leaving, arriving):
+                blobs[b][slice(*common.shift(-own[b].start))] = content
         for stack, owned in zip(unit.stacks, unit.exchange.stacks, strict=True):
             for row, b in enumerate(owned):
                 if b in blobs:
                     unpack(stack, row, block_layout(stack), blobs[b])
 
-    def _common(self, number: int, owner: int, interval: Interval) -> list[_Stretch]:
-        """The parts of an owner's blocks that are in an interval."""
-        found = []
-        for b, start, stop in self._stretches[number]:
-            first, last = max(start, interval[0]), min(stop, interval[1])
-            if self.unit.plan.owners[b] == owner and first < last:
-                found.append(_Stretch(b, first, last))
+    def _common(self, number: int, owner: int, held: FlatRange) -> BytesOfBlocks:
+        """What is held of an owner's blocks."""
+        found = {}
+        for b, whole in self._of_blocks[number].items():
+            common = whole.intersect(held)
+            if self.unit.plan.owners[b] == owner and common is not None:
+                found[b] = common
         return found
 
     def _exchanged(
-        self, leaving: Sequence[Sequence[Tensor]], arriving: Sequence[Sequence[_Stretch]]
-    ) -> list[tuple[_Stretch, Tensor]]:
-        """Send pieces to each rank of the unit; returns those that came from each. A collective."""
+        self, leaving: Sequence[Sequence[Tensor]], arriving: Sequence[BytesOfBlocks]
+    ) -> list[tuple[int, FlatRange, Tensor]]:
+        """Send bytes to each rank of the unit; returns block, range and content of what came. A collective."""
         unit, group = self.unit, self.unit.group
         device = communication_device(group, unit.device) if group is not None else unit.device
         empty = torch.empty(0, dtype=torch.uint8, device=device)
-        out = torch.cat([empty, *(piece.to(device) for pieces in leaving for piece in pieces)])
+        out = torch.cat([empty, *(content.to(device) for contents in leaving for content in contents)])
         into = out
         if group is not None:
-            counts = [sum(s.stop - s.start for s in stretches) for stretches in arriving]
+            counts = [sum(common.size for common in found.values()) for found in arriving]
             into = out.new_empty(sum(counts))
-            dist.all_to_all_single(into, out, counts, [sum(p.numel() for p in pieces) for pieces in leaving], group)
-        flat = [s for stretches in arriving for s in stretches]
-        return list(zip(flat, torch.split(into, [s.stop - s.start for s in flat]), strict=True)) if flat else []
+            dist.all_to_all_single(into, out, counts, [sum(map(Tensor.numel, contents)) for contents in leaving], group)
+        flat = [(b, common) for found in arriving for b, common in found.items()]
+        contents = torch.split(into, [common.size for _, common in flat]) if flat else ()
+        return [(b, common, content) for (b, common), content in zip(flat, contents, strict=True)]
 
-    def _intervals(self, tensor: Tensor, total: int) -> list[Interval]:
+    def _held_by_ranks(self, tensor: Tensor, total: int) -> list[FlatRange]:
         """What each rank of the unit has of a parameter's bytes."""
         mesh, group = _dtensor(tensor).device_mesh, self.unit.group
         if group is None:
@@ -151,10 +146,10 @@ class BlockBytes:
         return [_cut(total, mesh, place) for place in places]
 
 
-def interval_of(value: Tensor | None) -> Interval:
+def bytes_here(value: Tensor | None) -> FlatRange:
     """Which bytes of such a tensor this rank has."""
     if value is None or not is_dtensor(value):
-        return (0, 0 if value is None else value.numel())
+        return FlatRange(0, 0 if value is None else value.numel())
     mesh = _dtensor(value).device_mesh
     return _cut(value.numel(), mesh, mesh.get_coordinate())
 
@@ -193,13 +188,12 @@ def _dtensor(tensor: Tensor) -> Any:
     return tensor
 
 
-def _cut(total: int, mesh: Any, place: Sequence[int]) -> Interval:
+def _cut(total: int, mesh: Any, place: Sequence[int]) -> FlatRange:
     """The part of the rank at a place of the mesh, each of whose dims cuts as torch.chunk does."""
-    start, length = 0, total
+    held = FlatRange(0, total)
     for dim, coordinate in enumerate(place):
-        offset, length = chunk(length, mesh.size(dim), coordinate)
-        start += offset
-    return start, start + length
+        held = chunk(held.size, mesh.size(dim), coordinate).shift(held.start)
+    return held
 
 
 def _packed(place: tuple[StackState, int]) -> Tensor:

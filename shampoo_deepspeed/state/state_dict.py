@@ -16,7 +16,7 @@ from shampoo_deepspeed.algorithm.elementwise import Elementwise
 from shampoo_deepspeed.distributed.collectives import all_gather_objects, gather_on_first_rank, on_all_ranks
 from shampoo_deepspeed.distributed.frameworks import Shard
 from shampoo_deepspeed.engine.step_unit import StepUnit
-from shampoo_deepspeed.geometry.boxes import Box, Placed, row_major
+from shampoo_deepspeed.geometry.boxes import Box, FlatRange, PlacedBox
 
 FORMAT = 1
 # An environment variable: "1" lets a run go on from a checkpoint that has no state of Shampoo's.
@@ -126,10 +126,11 @@ class StackState:
 
 @dataclass
 class ElementwiseState:
-    """Flat intervals of element-wise parameters, one after the other in every tensor.
+    """Flat ranges of element-wise parameters, one after the other in every tensor.
 
     Args:
-        segments: parameter key, first element in the flattened parameter, number of elements.
+        segments: of each range the parameter key, first element in the flattened parameter, number of elements. Saved
+            state dicts have this name and form.
     """
 
     segments: list[list[Any]]
@@ -138,7 +139,8 @@ class ElementwiseState:
     @classmethod
     def of(cls, part: Elementwise) -> ElementwiseState:
         """The state of a live part; tensors are the live ones."""
-        return cls([[s.key, s.start, s.numel] for s in part.segments], dict(part.tensors))
+        segments = [[s.key, s.elements.start, size] for s, size in zip(part.shards, part.sizes, strict=True)]
+        return cls(segments, dict(part.tensors))
 
     def without(self, keys: set[str]) -> ElementwiseState:
         """What is left without the parameters ``keys``; nothing is copied if they are not here."""
@@ -148,19 +150,19 @@ class ElementwiseState:
         sizes = [numel for _, _, numel in self.segments]
         tensors = {}
         for name, tensor in self.tensors.items():
-            pieces = torch.split(tensor, sizes)
-            tensors[name] = torch.cat([pieces[n] for n in kept]) if kept else tensor.new_empty(0)
+            split = torch.split(tensor, sizes)
+            tensors[name] = torch.cat([split[n] for n in kept]) if kept else tensor.new_empty(0)
         return ElementwiseState([self.segments[n] for n in kept], tensors)
 
     def on_cpu(self) -> ElementwiseState:
         """A copy whose tensors can travel as Python objects."""
         return replace(self, tensors={name: tensor.cpu() for name, tensor in self.tensors.items()})
 
-    def intervals(self) -> Iterator[tuple[str, int, int, int]]:
-        """Key, first element, number of elements, and place in the tensors of each segment."""
+    def ranges(self) -> Iterator[tuple[str, FlatRange, FlatRange]]:
+        """Key of each parameter, its elements, and where they are in the tensors."""
         place = 0
         for key, start, numel in self.segments:
-            yield key, start, numel, place
+            yield key, FlatRange(start, start + numel), FlatRange(place, place + numel)
             place += numel
 
 
@@ -186,10 +188,10 @@ class BufferState:
         ]
         return cls(kind, shards, unit.buffers[kind][tensor])
 
-    def places(self) -> Iterator[tuple[str, Placed]]:
+    def places(self) -> Iterator[tuple[str, PlacedBox]]:
         """Parameter key of each shard, and where its box is in the buffer."""
         for key, offsets, lengths, offset in self.shards:
-            yield key, Placed(Box(tuple(offsets), tuple(lengths)), offset, row_major(lengths))
+            yield key, PlacedBox.contiguous(Box(tuple(offsets), tuple(lengths)), offset)
 
 
 @dataclass
@@ -352,10 +354,10 @@ class SavedState:
                     saved.load_into(stack, row, own_row)
         self._load_elements(unit.elementwise)
         for kind in unit.buffers:
-            for shard, pieces in self._buffer_pieces(unit, kind):
-                target = Placed(shard.box, shard.offset, row_major(shard.box.lengths))
-                for common, place, buffer in pieces:
-                    view_of(unit.buffer(kind, shard.tensor), target.part(common)).copy_(view_of(buffer, place))
+            for shard, found in self._found_in_buffers(unit, kind):
+                for place, buffer in found:
+                    target = view_of(unit.buffer(kind, shard.tensor), shard.placed.part(place.box))
+                    target.copy_(view_of(buffer, place))
 
     def _check_shapes(self, unit: StepUnit) -> None:
         """That blocks and element-wise parts are of parameters that have the same shapes and are treated alike."""
@@ -376,73 +378,72 @@ class SavedState:
                 )
 
     def _check_elements(self, part: Elementwise) -> None:
-        """That the moments of this rank's segments are here, for each element of parameters that have taken steps."""
+        """That the moments of this rank's shards are here, for each element of parameters that have taken steps."""
         overlaps = self._overlaps(part)
-        for number, segment in enumerate(part.segments):
-            filled, needed = 0, part.needs[segment.group, segment.method]
-            for low, high, _, saved in overlaps[number]:
-                filled += high - low
+        for number, shard in enumerate(part.shards):
+            filled, needed = 0, part.needs[shard.group, shard.method]
+            for common, _, saved in overlaps[number]:
+                filled += common.size
                 missing = needed - set(saved.tensors)
                 if missing:
                     raise ValueError(
-                        f"saved state of {segment.key} has {sorted(saved.tensors)}, "
+                        f"saved state of {shard.key} has {sorted(saved.tensors)}, "
                         f"the options now ask for {sorted(missing)} too"
                     )
-            if filled != segment.numel and self.steps.get(segment.key):
+            if filled != shard.elements.size and self.steps.get(shard.key):
                 raise ValueError(
-                    f"the saved state holds {filled} of the {segment.numel} elements of {segment.key} that this rank "
-                    "needs; its shape is another, or it was saved with another sharding"
+                    f"the saved state holds {filled} of the {shard.elements.size} elements of {shard.key} that this "
+                    "rank needs; its shape is another, or it was saved with another sharding"
                 )
 
     def _load_elements(self, part: Elementwise) -> None:
         for number, overlaps in self._overlaps(part).items():
-            segment = part.segments[number]
-            for low, high, place, saved in overlaps:
-                for name in part.needs[segment.group, segment.method]:
-                    target = part.views[name][number].narrow(0, low - segment.start, high - low)
-                    target.copy_(saved.tensors[name].narrow(0, place, high - low))
+            shard = part.shards[number]
+            for common, place, saved in overlaps:
+                for name in part.needs[shard.group, shard.method]:
+                    target = part.views[name][number][slice(*common.shift(-shard.elements.start))]
+                    target.copy_(saved.tensors[name][slice(*place)])
 
-    def _overlaps(self, part: Elementwise) -> dict[int, list[tuple[int, int, int, ElementwiseState]]]:
-        """What is here of each segment of a live part, by its number.
+    def _overlaps(self, part: Elementwise) -> dict[int, list[tuple[FlatRange, FlatRange, ElementwiseState]]]:
+        """What is here of each shard of a live part, by its number.
 
-        Each overlap has its first element and the one after its last in the flattened parameter, its place in the
-        tensors, and what holds these.
+        Each overlap has its elements of the flattened parameter, where they are in the tensors, and what holds these.
         """
-        saved: dict[str, list[tuple[int, int, int, ElementwiseState]]] = defaultdict(list)
+        saved: dict[str, list[tuple[FlatRange, FlatRange, ElementwiseState]]] = defaultdict(list)
         for state in self.elementwise:
-            for key, start, numel, place in state.intervals():
-                saved[key].append((start, start + numel, place, state))
-        found: dict[int, list[tuple[int, int, int, ElementwiseState]]] = defaultdict(list)
-        for number, segment in enumerate(part.segments):
-            for start, stop, place, state in saved[segment.key]:
-                low, high = max(start, segment.start), min(stop, segment.start + segment.numel)
-                if low < high:
-                    found[number].append((low, high, place + low - start, state))
+            for key, elements, place in state.ranges():
+                saved[key].append((elements, place, state))
+        found: dict[int, list[tuple[FlatRange, FlatRange, ElementwiseState]]] = defaultdict(list)
+        for number, shard in enumerate(part.shards):
+            for elements, place, state in saved[shard.key]:
+                common = elements.intersect(shard.elements)
+                if common is not None:
+                    found[number].append((common, common.shift(place.start - elements.start), state))
         return found
 
     def _check_buffers(self, unit: StepUnit, kind: str) -> None:
         """That buffers of a kind cover all of this rank's shards of the parameters that they know."""
         known = {shard[0] for b in self.buffers if b.kind == kind for shard in b.shards}
-        for shard, pieces in self._buffer_pieces(unit, kind):
-            key, filled = unit.parameters[shard.parameter].key, sum(common.numel for common, _, _ in pieces)
+        for shard, found in self._found_in_buffers(unit, kind):
+            key, filled = unit.parameters[shard.parameter].key, sum(place.box.numel for place, _ in found)
             if key in known and filled != shard.box.numel:
                 raise ValueError(
                     f"the saved {kind} of {key!r} covers {filled} of the {shard.box.numel} elements needed here"
                 )
 
-    def _buffer_pieces(self, unit: StepUnit, kind: str) -> Iterable[tuple[Shard, list[tuple[Box, Placed, Tensor]]]]:
-        """For each shard of a unit what it has in common with the buffers of a kind, and where that is in these."""
-        saved: dict[str, list[tuple[Placed, Tensor]]] = defaultdict(list)
-        for found in (b for b in self.buffers if b.kind == kind):
-            for key, place in found.places():
-                saved[key].append((place, found.buffer))
+    def _found_in_buffers(self, unit: StepUnit, kind: str) -> Iterable[tuple[Shard, list[tuple[PlacedBox, Tensor]]]]:
+        """For each shard of a unit what it has in common with the buffers of a kind, as boxes that lie in these."""
+        saved: dict[str, list[tuple[PlacedBox, Tensor]]] = defaultdict(list)
+        for state in (b for b in self.buffers if b.kind == kind):
+            for key, place in state.places():
+                saved[key].append((place, state.buffer))
         for shard in unit.layout.shards if saved else ():
-            pieces = []
+            found = []
             for place, buffer in saved[unit.parameters[shard.parameter].key]:
                 common = place.box.intersect(shard.box)
                 if common is not None:
-                    pieces.append((common, place.part(common), buffer))
-            yield shard, pieces
+                    found.append((place.part(common), buffer))
+            yield shard, found
 
 
 def lacking(block_key: str) -> str:
@@ -462,7 +463,7 @@ def parameter_of(block_key: str) -> str:
     return block_key.rsplit("/", 1)[0]
 
 
-def view_of(buffer: Tensor, place: Placed) -> Tensor:
+def view_of(buffer: Tensor, place: PlacedBox) -> Tensor:
     """A box within a flat buffer."""
     return buffer.as_strided(place.box.lengths, place.strides, buffer.storage_offset() + place.offset)
 

@@ -38,7 +38,7 @@ logger = logging.getLogger("shampoo_deepspeed")
 
 @dataclass
 class StateKeeper:
-    """Where an optimizer's state is while its units do not have it.
+    """Part of an optimizer: keeps the state that its units do not have, and decides what state dicts hold.
 
     Without loaded state ``waiting`` and ``external`` are None: all state is in the units, and parameters without a unit
     have none. Loading makes the units give up theirs; each parameter gets its state from ``waiting`` when it steps
@@ -76,6 +76,66 @@ class StateKeeper:
     def joined(self, own: SavedState) -> SavedState:
         """The state of units together with what waits."""
         return own if self.waiting is None else own.joined([self.waiting.everything()])
+
+    def state_of(self, units: Sequence[StepUnit], rejected_steps: int) -> SavedState:
+        """This rank's state; tensors are the live ones."""
+        return self.joined(SavedState.of_units(units, rejected_steps))
+
+    def state_to_save(self, units: Sequence[StepUnit], rejected_steps: int) -> SavedState:
+        """What the next state dict holds.
+
+        Raises:
+            RuntimeError: as `refuse_one_rank`.
+        """
+        if self.note is not None:
+            return SavedState(external=self.note)
+        self.refuse_one_rank(units)
+        return self.consolidated or self.state_of(units, rejected_steps)
+
+    def consolidate(self, units: Sequence[StepUnit], rejected_steps: int) -> None:
+        """Gather the state of all ranks for the next state dict. A collective."""
+        parts = [consolidated(unit, SavedState.of_units([unit], rejected_steps)) for unit in units]
+        self.consolidated = self.joined(SavedState(rejected_steps=rejected_steps).joined(parts))
+
+    def refuse_one_rank(self, units: Sequence[StepUnit]) -> None:
+        """Raise RuntimeError if one rank's state dict is stored for all, and does not hold the state of all."""
+        one_rank_saves = any(unit.layout.one_rank_saves and unit.world_size > 1 for unit in units)
+        if self.consolidated is None and one_rank_saves:
+            raise RuntimeError(
+                "each rank owns the Shampoo state of some blocks only, but here one rank's state dict is stored for "
+                "all; call optimizer.consolidate_state_dict() on all ranks first"
+            )
+
+    def take_apart(
+        self, state_dict: Mapping[str, Any], optimizer: BlockOptimizer
+    ) -> tuple[SavedState | TorchState, dict[str, Any]]:
+        """Our part of a loaded state dict, once it is known to fit the optimizer, and the rest, which is torch's.
+
+        Raises:
+            ValueError: if this is not a Shampoo state dict, or does not fit.
+        """
+        if "shampoo" not in state_dict and (self.saved_as is not None or is_torch_state(state_dict)):
+            torch_state = TorchState({}, self.saved_as)
+            if is_torch_state(state_dict):
+                keys = optimizer.registry.keys_by_group()
+                numbers = [group["shampoo_group"] for group in optimizer.param_groups]
+                torch_state = TorchState.parse(state_dict, [keys[number] for number in numbers])
+            groups = [completed_group(group) for group in state_dict["param_groups"]]
+            return torch_state, {**state_dict, "state": {}, "param_groups": groups}
+        if "shampoo" not in state_dict and os.environ.get(START_ANEW) == "1":
+            logger.warning("the loaded state dict is not Shampoo's (%s = 1): state and options start new", START_ANEW)
+            own = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
+            return SavedState(), {"state": {}, "param_groups": own}
+        saved = SavedState.parse(state_dict)
+        rest = {key: value for key, value in state_dict.items() if key != "shampoo"}
+        if saved.external is not None:
+            return saved, {**rest, "state": {}}
+        _check_parameters(saved, optimizer.entries)
+        defaults = group_options(ShampooConfig())
+        configs = [ShampooConfig(**{n: g.get(n, v) for n, v in defaults.items()}) for g in state_dict["param_groups"]]
+        if len(configs) == len(optimizer.param_groups):
+            _check_units(saved, optimizer, configs)
+        return saved, rest
 
     def refuse_external(self) -> None:
         """Raise RuntimeError if the state must be loaded from another place first."""
@@ -206,9 +266,7 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def configs(self) -> Mapping[int, ShampooConfig]:
         """Options by the numbers of groups and rules, as the groups are now; ``lr`` may be a live tensor."""
-        for group in self.param_groups:
-            self.registry.check(group, self.units)
-        return self.registry.configs
+        raise NotImplementedError
 
     def groups_apart(self, numbers: Sequence[int]) -> None:
         """Give groups that a framework has overwritten their numbers, and the options last seen of each."""
@@ -322,7 +380,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         Runs no collective and holds tensors and builtins only. Tensors are the live ones.
 
         Torch's own checkpoint tools ask on all ranks; they get copies under ``"state"`` (see ``dcp_state``), for which
-        ranks exchange pieces of blocks.
+        ranks exchange parts of blocks.
 
         Raises:
             RuntimeError: if ranks own different blocks, the framework stores one rank's dict only (replicas), and
@@ -334,11 +392,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         if entries is not None:
             state = self._torch_state_dict({"state": self._numbered(entries)})
             return {**state, "param_groups": [robust_group(group) for group in state["param_groups"]]}
-        if self.state_keeper.note is not None:
-            return self._torch_state_dict({"shampoo": SavedState(external=self.state_keeper.note).to_dict()})
-        self._refuse_one_rank()
-        own = self.state_keeper.consolidated or self._own_state()
-        return self._torch_state_dict({"shampoo": own.to_dict()})
+        saved = self.state_keeper.state_to_save(self.units, self.rejected_steps)
+        return self._torch_state_dict({"shampoo": saved.to_dict()})
 
     @contextmanager
     def with_external_state(self, where: Mapping[str, Any]) -> Iterator[None]:
@@ -366,10 +421,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         is on the CPU and is dropped at the next step.
         """
         self.finish_step()
-        parts = [consolidated(unit, SavedState.of_units([unit], self.rejected_steps)) for unit in self.units]
-        self.state_keeper.consolidated = self.state_keeper.joined(
-            SavedState(rejected_steps=self.rejected_steps).joined(parts)
-        )
+        self.state_keeper.consolidate(self.units, self.rejected_steps)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take options and state; blocks go to their owners at the next step.
@@ -380,14 +432,8 @@ class BlockOptimizer(torch.optim.Optimizer):
             ValueError: if this is not a Shampoo state dict, or (for parameters that have not stepped yet: at the next
                 step) does not fit the parameters.
         """
-        parsed: list[SavedState | TorchState] = []
-        # Last of the hooks, so that those of the user see the whole state dict and may replace it.
-        handle = self.register_load_state_dict_pre_hook(lambda _, state: self._take_apart(state, parsed))
         numbers = [group["shampoo_group"] for group in self.param_groups]
-        try:
-            super().load_state_dict(state_dict)  # type: ignore[arg-type]
-        finally:
-            handle.remove()
+        loaded = self._torch_load_state_dict(state_dict)
         if not self.units:  # accelerate loads an empty state while it prepares an optimizer
             given = [tensor for group in self.param_groups for tensor in group["params"]]
             for model in (adapter.model_under_construction({}, given) for adapter in adapters()):
@@ -396,8 +442,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         self._release_units()
         for group, number in zip(self.param_groups, numbers, strict=True):
             group["shampoo_group"] = number
-            self.registry.check(group, self.units)
-        self.take_state(parsed[0])
+        self.configs()
+        self.take_state(loaded)
         if self.external_state is not None and self.state_keeper.saved_as is None:  # else the caller knows where it is
             for adapter in adapters():
                 adapter.note_load(self)
@@ -417,21 +463,10 @@ class BlockOptimizer(torch.optim.Optimizer):
         self.state_keeper.release(self.units)
         self.units, self.unit_of, self._loads = [], {}, {}
 
-    def _own_state(self) -> SavedState:
-        return self.state_keeper.joined(SavedState.of_units(self.units, self.rejected_steps))
-
     def _entries_for_a_tool(self) -> dict[int, dict[str, Tensor]] | None:
         """What goes under ``state`` if a framework's checkpoint tool is asking for the state dict."""
         answers = (adapter.state_entries(self) for adapter in adapters())
         return next((entries for entries in answers if entries is not None), None)
-
-    def _refuse_one_rank(self) -> None:
-        one_rank_saves = any(unit.layout.one_rank_saves and unit.world_size > 1 for unit in self.units)
-        if self.state_keeper.consolidated is None and one_rank_saves:
-            raise RuntimeError(
-                "each rank owns the Shampoo state of some blocks only, but here one rank's state dict is stored for "
-                "all; call optimizer.consolidate_state_dict() on all ranks first"
-            )
 
     @property
     def state_is_external(self) -> bool:
@@ -468,7 +503,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         if fresh:
             self._new_units(fresh)
         if any(not unit.fresh for unit in self.units):
-            self._refuse_one_rank()
+            self.state_keeper.refuse_one_rank(self.units)
         configs, entries = self.configs(), {}
         for unit in self.units:
             made = unit_entries(unit, configs, self.state_keeper.consolidated, self.rejected_steps)
@@ -497,69 +532,30 @@ class BlockOptimizer(torch.optim.Optimizer):
         finally:
             handle.remove()
 
-    def _take_apart(self, state_dict: Mapping[str, Any], parsed: list[SavedState | TorchState]) -> dict[str, Any]:
-        """Append our part to ``parsed``, once it is known to fit; return the rest, which is torch's."""
-        if "shampoo" not in state_dict and (self.state_keeper.saved_as is not None or is_torch_state(state_dict)):
-            torch_state = TorchState({}, self.state_keeper.saved_as)
-            if is_torch_state(state_dict):
-                torch_state = TorchState.parse(state_dict, self._keys_by_group())
-            parsed.append(torch_state)
-            groups = [completed_group(group) for group in state_dict["param_groups"]]
-            return {**state_dict, "state": {}, "param_groups": groups}
-        if "shampoo" not in state_dict and os.environ.get(START_ANEW) == "1":
-            logger.warning("the loaded state dict is not Shampoo's (%s = 1): state and options start new", START_ANEW)
-            parsed.append(SavedState())
-            return {"state": {}, "param_groups": torch.optim.Optimizer.state_dict(self)["param_groups"]}
-        saved = SavedState.parse(state_dict)
-        rest = {key: value for key, value in state_dict.items() if key != "shampoo"}
-        if saved.external is not None:
-            parsed.append(saved)
-            return {**rest, "state": {}}
-        self._check_parameters(saved)
-        defaults = group_options(ShampooConfig())
-        configs = [ShampooConfig(**{n: g.get(n, v) for n, v in defaults.items()}) for g in state_dict["param_groups"]]
-        if len(configs) == len(self.param_groups):
-            self._check_units(saved, configs)
-        parsed.append(saved)
-        return rest
+    def _torch_load_state_dict(self, state_dict: Mapping[str, Any]) -> SavedState | TorchState:
+        """Let torch load what is its own; returns the rest, which is the state."""
+        loaded: list[SavedState | TorchState] = []
 
-    def _keys_by_group(self) -> list[list[str]]:
-        """Keys of the parameters in each group; frameworks replace tensors and keep their order."""
-        keys: dict[int, list[str]] = {group["shampoo_group"]: [] for group in self.param_groups}
-        for entry in self.entries:
-            keys[entry.parameter.group].append(entry.parameter.key)
-        return [keys[group["shampoo_group"]] for group in self.param_groups]
+        def take_apart(_: torch.optim.Optimizer, found: Mapping[str, Any]) -> dict[str, Any]:
+            state, of_torch = self.state_keeper.take_apart(found, self)
+            loaded.append(state)
+            return of_torch
 
-    def _check_parameters(self, saved: SavedState) -> None:
-        """Raise ValueError if a saved state knows parameters that the optimizer does not have."""
-        strange = set(saved.steps) - {entry.parameter.key for entry in self.entries}
-        if strange:
-            raise ValueError(
-                f"the saved state is that of other parameters: {', '.join(sorted(strange)[:5])}"
-                f"{', ...' if len(strange) > 5 else ''} are not here; build the optimizer with the same names"
-            )
-
-    def _check_units(self, saved: SavedState, configs: Sequence[ShampooConfig]) -> None:
-        """Raise early if a unit stays as it is under these options and no other rank is needed.
-
-        Else the next step finds out, on all ranks together.
-        """
-        after = {group["shampoo_group"]: config for group, config in zip(self.param_groups, configs, strict=True)}
-        before = {number: config for number, (_, config) in self.registry.checked.items()}
-        for unit in self.units:
-            if unit.group is not None or any(_reshaped(p, before[p.group], after[p.group]) for p in unit.parameters):
-                continue
-            saved.check_fits(unit)
-            missing = saved.missing(unit)
-            if missing:
-                raise ValueError(lacking(missing[0]))
+        # Last of the hooks, so that those of the user see the whole state dict and may replace it.
+        handle = self.register_load_state_dict_pre_hook(take_apart)
+        try:
+            super().load_state_dict(state_dict)  # type: ignore[arg-type]
+        finally:
+            handle.remove()
+        return loaded[0]
 
     def __getstate__(self) -> dict[str, Any]:
         if any(unit.group is not None for unit in self.units):
             raise RuntimeError("this optimizer cannot be copied: its state is divided among ranks; use state_dict()")
         self.finish_step()
         base = super().__getstate__()
-        return {**base, "shampoo": self._own_state().to_dict(), "entries": [asdict(e.parameter) for e in self.entries]}
+        state = self.state_keeper.state_of(self.units, self.rejected_steps)
+        return {**base, "shampoo": state.to_dict(), "entries": [asdict(e.parameter) for e in self.entries]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved, parameters = state.pop("shampoo", None), state.pop("entries", None)
@@ -583,6 +579,32 @@ class BlockOptimizer(torch.optim.Optimizer):
         self.state_keeper = StateKeeper(waiting)
         self.rejected_steps = waiting.rejected_steps
         self.configs()
+
+
+def _check_parameters(saved: SavedState, entries: Sequence[Entry]) -> None:
+    """Raise ValueError if a saved state knows parameters that the optimizer does not have."""
+    strange = set(saved.steps) - {entry.parameter.key for entry in entries}
+    if strange:
+        raise ValueError(
+            f"the saved state is that of other parameters: {', '.join(sorted(strange)[:5])}"
+            f"{', ...' if len(strange) > 5 else ''} are not here; build the optimizer with the same names"
+        )
+
+
+def _check_units(saved: SavedState, optimizer: BlockOptimizer, configs: Sequence[ShampooConfig]) -> None:
+    """Raise ValueError early if a unit stays as it is under these options and no other rank is needed.
+
+    Else the next step finds out, on all ranks together.
+    """
+    after = {group["shampoo_group"]: config for group, config in zip(optimizer.param_groups, configs, strict=True)}
+    before = {number: config for number, (_, config) in optimizer.registry.checked.items()}
+    for unit in optimizer.units:
+        if unit.group is not None or any(_reshaped(p, before[p.group], after[p.group]) for p in unit.parameters):
+            continue
+        saved.check_fits(unit)
+        missing = saved.missing(unit)
+        if missing:
+            raise ValueError(lacking(missing[0]))
 
 
 # Options that every step reads from the groups; no unit is built by them.

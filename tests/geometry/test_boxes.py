@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shampoo_deepspeed.geometry.blocks import merge_small_dims
-from shampoo_deepspeed.geometry.boxes import Box, interval_to_boxes, merged_places, tiling_error, whole
+from shampoo_deepspeed.geometry.boxes import Box, FlatRange, chunk, merged_places, range_to_boxes, tiling_error, whole
 from tests.support.strategies import shapes
 
 
 @given(st.data(), shapes)
-def test_an_interval_is_at_most_2k_minus_1_boxes_in_memory_order(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_a_flat_range_is_at_most_2k_minus_1_boxes_in_memory_order(data: st.DataObject, shape: tuple[int, ...]) -> None:
     numel = math.prod(shape)
     start = data.draw(st.integers(0, numel))
     stop = data.draw(st.integers(start, numel))
-    boxes = interval_to_boxes(shape, start, stop)
+    boxes = range_to_boxes(shape, FlatRange(start, stop))
     assert len(boxes) <= 2 * len(shape) - 1
     tensor = torch.arange(numel).view(shape)
     elements = [tensor[tuple(map(slice, b.offsets, b.ends))].reshape(-1) for b in boxes]
@@ -31,7 +31,7 @@ def test_any_cut_of_the_flat_tensor_tiles_it(data: st.DataObject, shape: tuple[i
     from tests.support.strategies import flat_cuts
 
     cuts = data.draw(flat_cuts(math.prod(shape), ranks))
-    boxes = [box for start, stop in cuts for box in interval_to_boxes(shape, start, stop)]
+    boxes = [box for elements in cuts for box in range_to_boxes(shape, elements)]
     assert tiling_error(shape, boxes) is None
     if len(boxes) > 1:
         assert "elements are covered" in str(tiling_error(shape, boxes[1:]))
@@ -86,3 +86,21 @@ def test_a_part_of_a_placed_box_is_where_the_whole_says(data: st.DataObject, sha
 )
 def test_intersections(a: Box, b: Box, common: Box | None) -> None:
     assert a.intersect(b) == common == b.intersect(a)
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.integers(-9, 9))
+def test_flat_ranges_intersect_and_shift_as_python_ranges_do(a: int, b: int, c: int, d: int, by: int) -> None:
+    one, other = FlatRange(min(a, b), max(a, b)), FlatRange(min(c, d), max(c, d))
+    common = one.intersect(other)
+    found = set(range(*common)) if common is not None else set()
+    assert found == set(range(*one)) & set(range(*other))
+    assert common is None or common.size == len(found) > 0
+    assert one.shift(by) == (one.start + by, one.stop + by)
+    assert list(range(20))[slice(*one)] == list(range(*one))
+
+
+@given(st.integers(0, 30), st.integers(1, 8))
+def test_chunks_are_those_of_torch(length: int, parts: int) -> None:
+    found = [torch.arange(length)[slice(*chunk(length, parts, index))] for index in range(parts)]
+    expected = torch.arange(length).chunk(parts)
+    assert [t.tolist() for t in found if len(t)] == [t.tolist() for t in expected if len(t)]

@@ -17,8 +17,8 @@ from shampoo_deepspeed.geometry.plan import (
     FEWEST_IN_BUCKET,
     MOST_IN_BUCKET,
     Matrix,
-    Piece,
     Plan,
+    Transfer,
     Transfers,
     refresh_cost,
     step_cost,
@@ -49,11 +49,11 @@ def staggered(matrices: list[Matrix], frequency: int) -> list[Matrix]:
     ]
 
 
-def moved(plan: Plan, transfers: list[list[Transfers]], kind: str) -> Iterable[tuple[int, int, int, list[Piece]]]:
+def moved(plan: Plan, transfers: list[list[Transfers]], kind: str) -> Iterable[tuple[int, int, int, list[Transfer]]]:
     for rank in range(plan.world_size):
         for number, bucket in enumerate(transfers[rank]):
-            for peer, pieces in getattr(bucket, kind).items():
-                yield rank, peer, number, pieces
+            for peer, travelling in getattr(bucket, kind).items():
+                yield rank, peer, number, travelling
 
 
 @settings(max_examples=100)
@@ -62,8 +62,8 @@ def test_what_is_sent_is_what_is_received(made: tuple[Plan, list[list[tuple[int,
     plan, _ = made
     transfers = [plan.transfers(rank) for rank in range(plan.world_size)]
     for out, into in (("gradients_out", "gradients_in"), ("updates_out", "updates_in")):
-        sent = {(r, p, b): [(x.block, x.box) for x in pieces] for r, p, b, pieces in moved(plan, transfers, out)}
-        got = {(p, r, b): [(x.block, x.box) for x in pieces] for r, p, b, pieces in moved(plan, transfers, into)}
+        sent = {(r, p, b): [(x.block, x.box) for x in found] for r, p, b, found in moved(plan, transfers, out)}
+        got = {(p, r, b): [(x.block, x.box) for x in found] for r, p, b, found in moved(plan, transfers, into)}
         assert sent == got
     totals = [plan.elements_moved(rank) for rank in range(plan.world_size)]
     assert sum(s for s, _ in totals) == sum(r for _, r in totals)
@@ -89,10 +89,10 @@ def test_every_block_gets_each_gradient_element_once(made: tuple[Plan, list[list
     arrived: dict[int, list[Box]] = {b: [] for b in range(len(plan.blocks))}
     for rank in range(plan.world_size):
         for bucket in plan.transfers(rank):
-            for piece in [*bucket.local, *(p for ps in bucket.gradients_in.values() for p in ps)]:
-                assert plan.owners[piece.block] == rank
-                corner = plan.blocks[piece.block].box
-                arrived[piece.block].append(Box(piece.box.within(corner), piece.box.lengths))
+            for transfer in [*bucket.local, *(p for ps in bucket.gradients_in.values() for p in ps)]:
+                assert plan.owners[transfer.block] == rank
+                corner = plan.blocks[transfer.block].box
+                arrived[transfer.block].append(Box(transfer.box.within(corner), transfer.box.lengths))
     for block, boxes in arrived.items():
         assert tiling_error(plan.blocks[block].box.lengths, boxes) is None
 
@@ -104,9 +104,9 @@ def test_every_shard_element_gets_its_update_once(made: tuple[Plan, list[list[tu
     for rank, held in enumerate(shards):
         covered: dict[int, list[Box]] = {n: [] for n in range(len(held))}
         for bucket in plan.transfers(rank):
-            for piece in [*bucket.local, *(p for ps in bucket.updates_in.values() for p in ps)]:
-                corner = held[piece.shard][1]
-                covered[piece.shard].append(Box(piece.box.within(corner), piece.box.lengths))
+            for transfer in [*bucket.local, *(p for ps in bucket.updates_in.values() for p in ps)]:
+                corner = held[transfer.shard][1]
+                covered[transfer.shard].append(Box(transfer.box.within(corner), transfer.box.lengths))
         for shard, boxes in covered.items():
             assert tiling_error(held[shard][1].lengths, boxes) is None
 
@@ -124,10 +124,10 @@ def test_blocks_that_lie_whole_with_their_owner_move_nothing(made: tuple[Plan, l
     plan, shards = made
     for number, moves in enumerate(plan.moving):
         travelling = [
-            pieces
+            found
             for rank in range(plan.world_size)
             for kind in ("gradients_out", "updates_out")
-            for pieces in getattr(plan.transfers(rank)[number], kind).values()
+            for found in getattr(plan.transfers(rank)[number], kind).values()
         ]
         assert moves == any(travelling)
     if plan.world_size == 1:

@@ -17,17 +17,17 @@ from tests.support.stepping import same_bits
 
 PACKAGE = '''
 from torch import nn
-from shampoo_deepspeed.distributed.frameworks import Adapter, Layout, Part, Shard
+from shampoo_deepspeed.distributed.frameworks import Adapter, FlatMember, Layout, Shard
 from shampoo_deepspeed.geometry.boxes import whole
 
 
 class PackedAdapter(Adapter):
     """Of a framework that packs parameters one after the other into a flat tensor with the attribute `shapes`."""
 
-    def parts(self, tensor, name):
+    def flat_members(self, tensor, name):
         if not hasattr(tensor, "shapes"):
             return None
-        return [Part(str(n), shape, f"{name}.{n}") for n, shape in enumerate(tensor.shapes)]
+        return [FlatMember(str(n), shape, f"{name}.{n}") for n, shape in enumerate(tensor.shapes)]
 
     def layouts(self, optimizer, entries, fresh):
         if not all(hasattr(item.tensor, "shapes") for item in fresh):
@@ -105,7 +105,7 @@ def test_layouts_is_all_that_an_adapter_must_write() -> None:
 
     adapter, tensor = Smallest(), torch.ones(2)
     assert adapter.model_under_construction({}, []) is None and adapter.joining([]) == []
-    assert adapter.global_shape(tensor) is adapter.parts(tensor, None) is adapter.why_not_whole(tensor) is None
+    assert adapter.global_shape(tensor) is adapter.flat_members(tensor, None) is adapter.why_not_whole(tensor) is None
     with pytest.raises(TypeError, match="abstract method"):
         Adapter()  # type: ignore[abstract]
 

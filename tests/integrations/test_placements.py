@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shampoo_deepspeed import LayoutError
-from shampoo_deepspeed.geometry.boxes import tiling_error
+from shampoo_deepspeed.geometry.boxes import tiling_error, whole
 from shampoo_deepspeed.integrations.fsdp import _group
 from shampoo_deepspeed.integrations.fsdp.placements import local_boxes
 
@@ -136,6 +136,10 @@ def test_other_strided_shards_are_several_boxes_or_a_clear_error(placements: lis
                 if found:
                     assert found[0][0].offsets == offsets
     assert described >= 50
+
+
+def test_a_scalar_is_replicated_whole() -> None:
+    assert local_boxes((), [Replicate(), Replicate()], [2, 4], [0, 1], ()) == [(whole(()), 0)]
 
 
 def test_a_local_tensor_that_the_placements_do_not_explain_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Plans worked out in full: every piece of every rank at once, and owners by looking at all ranks for every block."""
+"""Plans worked out in full: all transfers of all ranks at once, and owners by looking at all ranks for every block."""
 
 from __future__ import annotations
 
@@ -7,54 +7,54 @@ from collections.abc import Sequence
 
 from shampoo_deepspeed.geometry.boxes import Box
 from shampoo_deepspeed.geometry.owners import LOCALITY_TOLERANCE, best_possible
-from shampoo_deepspeed.geometry.plan import Piece, Plan, Transfers
+from shampoo_deepspeed.geometry.plan import Plan, Transfer, Transfers
 
 Held = Sequence[Sequence[tuple[int, Box]]]
 
 
-def pieces_of_blocks(plan: Plan, shards: Held) -> list[dict[Box, dict[int, int]]]:
-    """For each block its parts, and for each part the shard number at every rank that holds it."""
-    pieces: list[dict[Box, dict[int, int]]] = []
+def boxes_of_blocks(plan: Plan, shards: Held) -> list[dict[Box, dict[int, int]]]:
+    """For each block its boxes, and for each box the shard number at every rank that holds it."""
+    held_boxes: list[dict[Box, dict[int, int]]] = []
     for block in plan.blocks:
-        parts: dict[Box, dict[int, int]] = defaultdict(dict)
+        boxes: dict[Box, dict[int, int]] = defaultdict(dict)
         for rank, held in enumerate(shards):
             for shard, (number, box) in enumerate(held):
                 common = block.box.intersect(box) if number == block.parameter else None
                 if common is not None:
-                    parts[common][rank] = shard
-        pieces.append(dict(sorted(parts.items())))
-    return pieces
+                    boxes[common][rank] = shard
+        held_boxes.append(dict(sorted(boxes.items())))
+    return held_boxes
 
 
 def transfers(plan: Plan, shards: Held) -> list[list[Transfers]]:
     """For each rank what ``plan.transfers`` must say."""
     out = [[Transfers() for _ in range(plan.bucket_count)] for _ in range(plan.world_size)]
-    for block, parts in enumerate(pieces_of_blocks(plan, shards)):
+    for block, boxes in enumerate(boxes_of_blocks(plan, shards)):
         owner, bucket = plan.owners[block], plan.buckets[block]
-        for box, by_rank in parts.items():
+        for box, by_rank in boxes.items():
             source = owner if owner in by_rank else sorted(by_rank)[block % len(by_rank)]
             for holder, shard in by_rank.items():
                 if holder == owner:
-                    out[owner][bucket].local.append(Piece(block, box, shard))
+                    out[owner][bucket].local.append(Transfer(block, box, shard))
                     continue
-                out[owner][bucket].updates_out[holder].append(Piece(block, box, -1))
-                out[holder][bucket].updates_in[owner].append(Piece(block, box, shard))
+                out[owner][bucket].updates_out[holder].append(Transfer(block, box, -1))
+                out[holder][bucket].updates_in[owner].append(Transfer(block, box, shard))
             if source != owner:
-                out[owner][bucket].gradients_in[source].append(Piece(block, box, -1))
-                out[source][bucket].gradients_out[owner].append(Piece(block, box, by_rank[source]))
+                out[owner][bucket].gradients_in[source].append(Transfer(block, box, -1))
+                out[source][bucket].gradients_out[owner].append(Transfer(block, box, by_rank[source]))
     return out
 
 
 def elements(transfers: Sequence[Transfers]) -> tuple[int, int]:
     """Elements (sent, received) by these transfers."""
-    out = (pieces for t in transfers for pieces in (*t.gradients_out.values(), *t.updates_out.values()))
-    into = (pieces for t in transfers for pieces in (*t.gradients_in.values(), *t.updates_in.values()))
-    return sum(p.box.numel for pieces in out for p in pieces), sum(p.box.numel for pieces in into for p in pieces)
+    out = (found for t in transfers for found in (*t.gradients_out.values(), *t.updates_out.values()))
+    into = (found for t in transfers for found in (*t.gradients_in.values(), *t.updates_in.values()))
+    return sum(t.box.numel for found in out for t in found), sum(t.box.numel for found in into for t in found)
 
 
 def owners(plan: Plan, shards: Held, prior_loads: Sequence[float]) -> list[int]:
     """The rule of owners, by a full search over the ranks for every block."""
-    pieces = pieces_of_blocks(plan, shards)
+    held_boxes = boxes_of_blocks(plan, shards)
     ranks = range(plan.world_size)
     loads = [0.0] * plan.world_size
     chosen = [-1] * len(plan.blocks)
@@ -77,9 +77,9 @@ def owners(plan: Plan, shards: Held, prior_loads: Sequence[float]) -> list[int]:
                 return in_phase[rank], loads[rank], prior_loads[rank], rank
 
             together: dict[tuple[int, ...], int] = defaultdict(int)
-            for box, by_rank in pieces[number].items():
+            for box, by_rank in held_boxes[number].items():
                 together[tuple(sorted(by_rank))] += box.numel
-            whole_everywhere = len(pieces[number]) == 1 and len(together) == 1 and len(*together) == plan.world_size
+            whole_everywhere = len(held_boxes[number]) == 1 and len(together) == 1 and len(*together) == plan.world_size
             fitting = []
             for group, numel in together.items():
                 rank = min(group, key=key)

@@ -1,23 +1,24 @@
-"""Hypothesis strategies of geometry: shapes, cuts of flat intervals over ranks, replicas."""
+"""Hypothesis strategies of geometry: shapes, cuts of flat ranges over ranks, replicas."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from hypothesis import strategies as st
 
-from shampoo_deepspeed.geometry.boxes import Box, interval_to_boxes
+from shampoo_deepspeed.geometry.boxes import Box, FlatRange, range_to_boxes
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
 matrix_shapes = st.lists(st.integers(2, 8), min_size=2, max_size=3).map(tuple)
 
 
 @st.composite
-def flat_cuts(draw: st.DrawFn, numel: int, ranks: int) -> list[tuple[int, int]]:
-    """Consecutive intervals of [0, numel), one a rank, some perhaps empty."""
+def flat_cuts(draw: st.DrawFn, numel: int, ranks: int) -> list[FlatRange]:
+    """Consecutive ranges of [0, numel), one a rank, some perhaps empty."""
     inner = sorted(draw(st.lists(st.integers(0, numel), min_size=ranks - 1, max_size=ranks - 1)))
     bounds = [0, *inner, numel]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return [FlatRange(start, stop) for start, stop in pairwise(bounds)]
 
 
 @st.composite
@@ -35,11 +36,11 @@ def sharded(
         begin = 0
         for number, shape in enumerate(matrices):
             for rank, (low, high) in enumerate(cuts):
-                start, stop = max(low - begin, 0), min(high - begin, math.prod(shape))
-                held[rank] += [(number, box) for box in interval_to_boxes(shape, start, stop)]
+                elements = FlatRange(max(low - begin, 0), min(high - begin, math.prod(shape)))
+                held[rank] += [(number, box) for box in range_to_boxes(shape, elements)]
             begin += math.prod(shape)
     else:
         for number, shape in enumerate(matrices):
-            for rank, (start, stop) in enumerate(draw(flat_cuts(math.prod(shape), ranks))):
-                held[rank] += [(number, box) for box in interval_to_boxes(shape, start, stop)]
+            for rank, elements in enumerate(draw(flat_cuts(math.prod(shape), ranks))):
+                held[rank] += [(number, box) for box in range_to_boxes(shape, elements)]
     return matrices, held * replicas
