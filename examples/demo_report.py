@@ -73,7 +73,7 @@ def trailing_mean(values: list[float], window: int) -> list[float]:
 def draw(runs: list[Run], title: str, path: Path, background: Background = WHITE) -> None:
     """Draw loss against steps and against seconds; the last run's final loss is the line to beat."""
     with rc_context(background.settings()):
-        figure = Figure(figsize=(10, 4), layout="constrained")
+        figure = Figure(figsize=(10, 3.5), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for run, colour in zip(runs, cycle(background.runs), strict=False):
             label = f"{run.name}, lr {run.learning_rate:g}"
@@ -93,11 +93,10 @@ def draw(runs: list[Run], title: str, path: Path, background: Background = WHITE
         panels[0].legend(frameon=False)
         panels[1].annotate(
             f"{runs[-1].name}'s final loss",
-            (1.0, runs[-1].loss[-1]),
+            (0.01, runs[-1].loss[-1]),
             xycoords=("axes fraction", "data"),
-            xytext=(0, 4),
+            xytext=(0, -11),
             textcoords="offset points",
-            ha="right",
             color=background.muted,
             fontsize=9,
         )

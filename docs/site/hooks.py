@@ -22,6 +22,7 @@ ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CH
 PACKAGE = ROOT / "build" / "docs_package" / "shampoo_deepspeed"
 
 FENCE = re.compile(r"^(```|~~~).*?^\1$", re.MULTILINE | re.DOTALL)
+QUOTED = re.compile(r"(?<!`)``(?!`).+?(?<!`)``(?!`)")  # a link in it is an example
 LINK = re.compile(r"(?:\[(?P<text>[^\[\]]*))?\]\((?P<target>[^)\s]+)\)")
 NAME = re.compile(r"`(?P<name>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)`")
 PICTURE = re.compile(
@@ -29,6 +30,7 @@ PICTURE = re.compile(
     r'<img alt="(?P<alt>[^"]+)" src="(?P<light>[^"]+)"[^>]*>\s*</picture>'
 )
 FETCHED = re.compile(r"<(?:script|link|img|source|iframe)\b[^>]*\b(?:src|srcset|href)=[\"']?https?://[^>]*>")
+TITLES: dict[str, str] = {}  # of pages, by mkdocs.yml
 LANGUAGES = {".py": "python", ".json": "json", ".yaml": "yaml", ".cfg": "ini", ".toml": "toml"}
 
 
@@ -58,15 +60,15 @@ def target_of(link: str, path: str) -> tuple[str, str]:
 
 def links(text: str) -> Iterator[re.Match[str]]:
     """Links within the repository, outside of code blocks."""
-    fences = [match.span() for match in FENCE.finditer(text)]
+    code = [match.span() for pattern in (FENCE, QUOTED) for match in pattern.finditer(text)]
     for match in LINK.finditer(text):
-        inside = any(start <= match.start() < stop for start, stop in fences)
+        inside = any(start <= match.start() < stop for start, stop in code)
         if not inside and not match["target"].startswith(("https://", "http://")):
             yield match
 
 
 def line_of(name: str, file: str) -> int:
-    """The line at which a Python file defines a name such as `step` or `Shampoo.step`."""
+    """The line at which a Python file defines `name`, `Class.name`, or the only `name` of any class."""
 
     def definitions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, int]]:
         for node in body:
@@ -77,9 +79,10 @@ def line_of(name: str, file: str) -> int:
                 yield from ((prefix + t.id, node.lineno) for t in node.targets if isinstance(t, ast.Name))
 
     known = dict(definitions(ast.parse((ROOT / file).read_text(encoding="utf-8")).body, ""))
-    if name not in known:
-        raise LinkError(f"{file} does not define {name}, to which a link is named")
-    return known[name]
+    found = [known[name]] if name in known else [at for full, at in known.items() if full.endswith(f".{name}")]
+    if len(found) != 1:
+        raise LinkError(f"a link is named {name}, which {file} defines {len(found)} times")
+    return found[0]
 
 
 def rewritten(text: str, path: str) -> str:
@@ -101,6 +104,9 @@ def rewritten(text: str, path: str) -> str:
             new = f"{relative(target)}#__span-0-{line_of(name['name'], file)}"
         else:
             new = relative(target)
+        if page_of(file) in TITLES and match["text"] in (file, posixpath.basename(file)):  # a title reads better
+            pieces += [text[done : match.start("text")], TITLES[page_of(file)]]
+            done = match.end("text")
         pieces += [text[done : match.start("target")], new]
         done = match.end("target")
     text = "".join([*pieces, text[done:]])
@@ -135,12 +141,20 @@ def listing(path: str) -> str:
     """A page that shows a source file, with numbered lines."""
     code = (ROOT / path).read_text(encoding="utf-8")
     language = LANGUAGES.get(Path(path).suffix, "text")
-    front = f"---\ntitle: {Path(path).name}\nsearch:\n  exclude: true\n---\n"
+    front = f"---\ntitle: {Path(path).name}\nhide: [navigation, toc]\nsearch:\n  exclude: true\n---\n"
     return f'{front}# `{path}`\n\n~~~~ {{ .{language} linenums="1" }}\n{code}\n~~~~\n'
 
 
+def titles(navigation: list[Any]) -> Iterator[tuple[str, str]]:
+    """Pages and their titles."""
+    for item in navigation:
+        for title, target in item.items():
+            yield from titles(target) if isinstance(target, list) else [(target, title)]
+
+
 def on_config(config: Any) -> None:
-    """Lay out the package as it is installed."""
+    """Lay out the package as it is installed, and note the titles of pages."""
+    TITLES.update(titles(config.nav))
     shutil.rmtree(PACKAGE, ignore_errors=True)
     shutil.copytree(ROOT / "shampoo_deepspeed", PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "integrations", PACKAGE / "integrations", ignore=shutil.ignore_patterns("__pycache__"))
@@ -156,7 +170,9 @@ def on_files(files: Any, config: Any) -> None:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Rewrite the links of a page."""
+    """Rewrite the links of a page. A page that is alone in its section needs no list of the section's pages."""
+    if page.parent is None:
+        page.meta.setdefault("hide", ["navigation"])
     sources = {page_of(path): path for path in [*ROOT_PAGES, *shown_files()]}
     path = sources.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     return rewritten(markdown, path) if path.endswith(".md") else markdown
