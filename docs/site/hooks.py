@@ -152,12 +152,16 @@ def titles(navigation: list[Any]) -> Iterator[tuple[str, str]]:
             yield from titles(target) if isinstance(target, list) else [(target, title)]
 
 
-def on_config(config: Any) -> None:
-    """Lay out the package as it is installed, and note the titles of pages."""
-    TITLES.update(titles(config.nav))
+def on_startup(**_: Any) -> None:
+    """Lay out the package as it is installed, before mkdocstrings looks for it."""
     shutil.rmtree(PACKAGE, ignore_errors=True)
     shutil.copytree(ROOT / "shampoo_deepspeed", PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "integrations", PACKAGE / "integrations", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def on_config(config: Any) -> None:
+    """Note the titles of pages."""
+    TITLES.update(titles(config.nav))
 
 
 def on_files(files: Any, config: Any) -> None:
