@@ -23,7 +23,7 @@ class Background:
     muted: str
     transparent: bool = True
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[Any, Any]:
         """For matplotlib; the same numbers give the same file, byte for byte."""
         lines = dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor"), self.text)
         return lines | {"text.color": self.text, "grid.color": self.muted, "svg.hashsalt": "demo"}
