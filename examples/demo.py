@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from demo_report import Run, draw, table
+from demo_report import DARK, LIGHT, Run, draw, table
 
 HERE = Path(__file__).resolve().parent
 
@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--ranks", type=int, help="default: one per accelerator, or two on the CPU")
+    parser.add_argument("--draw_only", action="store_true", help="train nothing: draw the runs that output_dir has")
+    parser.add_argument("--readme_pictures", type=Path, help="a folder for the README's pictures, docs/images")
     arguments = parser.parse_args()
     output: Path = arguments.output_dir.resolve()
     ranks = arguments.ranks or (torch.accelerator.device_count() if torch.accelerator.is_available() else 2)
@@ -63,12 +65,17 @@ def main() -> None:
     runs = []
     for contender in CONTENDERS:
         folder = output / contender.name.lower()
-        print(f"\n{contender.name}: {arguments.steps} steps on {ranks} ranks, ZeRO-2", flush=True)
-        train(contender, folder, ranks, arguments.steps)
+        if not arguments.draw_only:
+            print(f"\n{contender.name}: {arguments.steps} steps on {ranks} ranks, ZeRO-2", flush=True)
+            train(contender, folder, ranks, arguments.steps)
         runs.append(Run.read(contender.name, contender.learning_rate, folder / "loss_log.json"))
 
     picture = output / "shampoo_and_adamw.png"
-    draw(runs, f"A small Llama on Python's own sources, {ranks} ranks, DeepSpeed ZeRO-2", picture)
+    title = f"A small Llama on Python's own sources, {ranks} ranks, DeepSpeed ZeRO-2"
+    draw(runs, title, picture)
+    if arguments.readme_pictures is not None:
+        for name, background in (("light", LIGHT), ("dark", DARK)):
+            draw(runs, title, arguments.readme_pictures / f"demo_{name}.svg", background)
     report = table(runs)
     (output / "table.txt").write_text(report + "\n")
     print(f"\n{report}\n\npicture: {picture}")

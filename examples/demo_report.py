@@ -6,11 +6,32 @@ import json
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 WINDOW = 25
-COLOURS = ("#d1495b", "#30638e", "#3c8d5a", "#7a5195")
+
+
+@dataclass(frozen=True)
+class Background:
+    """Colours that can be read on a background; the background itself stays transparent, or is white."""
+
+    runs: tuple[str, ...]
+    text: str
+    muted: str
+    transparent: bool = True
+
+    def settings(self) -> dict[Any, Any]:
+        """For matplotlib; the same numbers give the same file, byte for byte."""
+        lines = dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor"), self.text)
+        return lines | {"text.color": self.text, "grid.color": self.muted, "svg.hashsalt": "demo"}
+
+
+WHITE = Background(("#d1495b", "#30638e", "#3c8d5a", "#7a5195"), "black", "grey", transparent=False)
+LIGHT = Background(("#c8354a", "#30638e"), "#1f2328", "#6e7781")
+DARK = Background(("#ff7b8b", "#79b8ff"), "#e6edf3", "#8b949e")
 
 
 @dataclass(frozen=True)
@@ -49,37 +70,39 @@ def trailing_mean(values: list[float], window: int) -> list[float]:
     return [sum(w) / len(w) for w in windows]
 
 
-def draw(runs: list[Run], title: str, path: Path) -> None:
+def draw(runs: list[Run], title: str, path: Path, background: Background = WHITE) -> None:
     """Draw loss against steps and against seconds; the last run's final loss is the line to beat."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for run, colour in zip(runs, cycle(COLOURS), strict=False):
-        label = f"{run.name}, lr {run.learning_rate:g}"
-        for panel, x in zip(panels, (run.steps, run.seconds), strict=True):
-            panel.plot(x, run.raw_loss, color=colour, alpha=0.2, linewidth=0.8)
-            panel.plot(x, run.loss, color=colour, linewidth=1.8, label=label)
-    for panel, label in zip(panels, ("step", "seconds since training began"), strict=True):
-        panel.axhline(runs[-1].loss[-1], color="grey", linewidth=0.8, linestyle="--")
-        panel.set_xlabel(label)
-        panel.set_xlim(left=0)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    lowest = min(min(run.raw_loss) for run in runs)
-    panels[0].set_ylim(lowest - 0.1, max(run.raw_loss[0] for run in runs) + 0.1)
-    panels[0].set_ylabel(f"training loss (mean of {WINDOW} steps)")
-    panels[0].legend(frameon=False)
-    panels[1].annotate(
-        f"{runs[-1].name}'s final loss",
-        (1.0, runs[-1].loss[-1]),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 4),
-        textcoords="offset points",
-        ha="right",
-        color="grey",
-        fontsize=9,
-    )
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    with rc_context(background.settings()):
+        figure = Figure(figsize=(10, 3.5), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for run, colour in zip(runs, cycle(background.runs), strict=False):
+            label = f"{run.name}, lr {run.learning_rate:g}"
+            for panel, x in zip(panels, (run.steps, run.seconds), strict=True):
+                panel.plot(x, run.raw_loss, color=colour, alpha=0.2, linewidth=0.8)
+                panel.plot(x, run.loss, color=colour, linewidth=1.8, label=label)
+        for panel, label in zip(panels, ("step", "seconds since training began"), strict=True):
+            panel.axhline(runs[-1].loss[-1], color=background.muted, linewidth=0.8, linestyle="--")
+            panel.set_xlabel(label)
+            panel.set_xlim(left=0)
+            panel.grid(alpha=0.25)
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.set_facecolor("none")
+        lowest = min(min(run.raw_loss) for run in runs)
+        panels[0].set_ylim(lowest - 0.1, max(run.raw_loss[0] for run in runs) + 0.1)
+        panels[0].set_ylabel(f"training loss (mean of {WINDOW} steps)")
+        panels[0].legend(frameon=False)
+        panels[1].annotate(
+            f"{runs[-1].name}'s final loss",
+            (0.01, runs[-1].loss[-1]),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, -11),
+            textcoords="offset points",
+            color=background.muted,
+            fontsize=9,
+        )
+        figure.suptitle(title)
+        no_date = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, dpi=150, transparent=background.transparent, metadata=no_date)
 
 
 def table(runs: list[Run]) -> str:

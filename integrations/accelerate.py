@@ -18,6 +18,8 @@ from shampoo_deepspeed.state.unwrap import inner_optimizer
 
 from .checkpoints import add_to_save_state
 
+__all__ = ["prepare"]
+
 
 def prepare(accelerator: Accelerator, *objects: Any) -> Any:
     """``model, optimizer, loader = prepare(accelerator, model, Shampoo(model.named_parameters(), ...), loader)``.

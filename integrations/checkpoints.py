@@ -32,6 +32,8 @@ else:
 
 logger = logging.getLogger("shampoo_deepspeed")
 
+__all__ = ["add_to_save_state"]
+
 FOLDER = "shampoo"
 TRAINER_STATE = "trainer_state.json"
 

@@ -37,6 +37,16 @@ DecayRule = Callable[[nn.Module], list[str]]
 
 PREFIX = "shampoo/"
 
+__all__ = [
+    "Deferred",
+    "ShampooCallback",
+    "ShampooFactory",
+    "ShampooTrainer",
+    "ShampooTrainerMixin",
+    "deferred",
+    "register_with_transformers",
+]
+
 
 def register_with_transformers() -> None:
     """Makes ``TrainingArguments(optim="shampoo", optim_args="precondition_frequency=5,betas=0.9;0.95")`` known.
@@ -70,7 +80,7 @@ class ShampooFactory:
 
 @dataclass(frozen=True)
 class Deferred:
-    """Shampoo to be built from the model once the Trainer has one; made by :func:`deferred`."""
+    """Shampoo to be built from the model once the Trainer has one; made by ``deferred``."""
 
     options: Mapping[str, Any]
 
@@ -91,7 +101,7 @@ def deferred(lr: float | str = "auto", **options: Any) -> Deferred:
     Args:
         lr: learning rate; ``"auto"`` takes that of TrainingArguments. ``betas``, ``eps`` and ``weight_decay`` may be
             ``"auto"`` too; not given they are Shampoo's own.
-        **options: as those of :class:`ShampooFactory`.
+        **options: as those of ``ShampooFactory``.
     """
     return Deferred({"lr": lr, **options})
 
@@ -185,12 +195,11 @@ class ShampooCallback(TrainerCallback):
     Args:
         start_from: the folder with the ``manifest.json`` of an optimizer state that this training begins with, written
             under any framework on any number of ranks (for one, a DeepSpeed checkpoint's ``global_stepN/shampoo``).
-            Weights are the model's matter, options those of this run. If the Trainer
-            resumes from a checkpoint of its own,
-            the state is from there.
+            It brings no weights, and options are those of this run. If the Trainer resumes from a checkpoint of its
+            own, the state is from there.
 
     ``history`` holds ``Shampoo.metrics()`` of each training log, with its ``"step"``. The stock
-    Trainer's own logs are written before a callback sees them; for metrics in them take :class:`ShampooTrainerMixin`.
+    Trainer's own logs are written before a callback sees them; for metrics in them take ``ShampooTrainerMixin``.
     """
 
     require_state = True

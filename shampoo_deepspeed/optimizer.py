@@ -30,20 +30,20 @@ IN_FLIGHT = 8
 
 
 class Shampoo(BlockOptimizer):
-    r"""Shampoo (arXiv 1802.09568, 2309.06497), exact under every sharding.
+    """Shampoo (arXiv 1802.09568, 2309.06497), exact under every sharding.
 
-    For each block G (a box of at most ``max_preconditioner_dim`` along each dim of a parameter of order k):
+    For each block (a box of at most ``max_preconditioner_dim`` along each dim of a parameter of order k) with
+    gradient G, one step computes:
 
-    .. math::
-        A_i \leftarrow \beta_2 A_i + (1-\beta_2)\, G_{(i)} G_{(i)}^\top, \qquad
-        m \leftarrow \beta_1 m + (1-\beta_1)\, G, \\
-        U = m \times_1 A_1^{-1/2k} \cdots \times_k A_k^{-1/2k}, \qquad
-        W \leftarrow W - \mathit{lr}\left(\frac{\|D\|_F}{\|U\|_F}\, U + \mathit{wd}\, W\right)
+        A_i ← β₂ A_i + (1 − β₂) G_(i) G_(i)ᵀ            along every dim i
+        m ← β₁ m + (1 − β₁) G
+        U = m ×₁ A_1^(−1/2k) ··· ×ₖ A_k^(−1/2k)
+        W ← W − lr (‖D‖/‖U‖ · U + wd · W)
 
-    where D is the update of the grafting method (Adam's by default), which gives each block its step length.
-    Inverse roots are recomputed every ``precondition_frequency`` steps from ``start_preconditioning_step`` on; before
-    that the update is D. Vectors, scalars, embeddings and output heads get D always. With the option
-    ``preconditioner`` blocks get SOAP's or KL-Shampoo's update instead (see the classes in ``preconditioners``).
+    D is the update of the grafting method (Adam's by default), which gives each block its step length. Inverse roots
+    are recomputed every ``precondition_frequency`` steps from ``start_preconditioning_step`` on; before that the update
+    is D. Vectors, scalars, embeddings and output heads always get D. The option ``preconditioner`` chooses SOAP's or
+    KL-Shampoo's update instead (see the classes in ``preconditioners``).
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or parameter groups. Names let ``exclude`` and ``no_decay``
@@ -54,7 +54,7 @@ class Shampoo(BlockOptimizer):
         process_group: ranks that hold replicas of unsharded parameters and get equal gradients, among which the work is
             then divided. A ``model`` wrapped in DistributedDataParallel brings its own. Without it every rank does all
             of the work, which is as exact. Sharded parameters know their ranks themselves.
-        **options: the fields of :class:`ShampooConfig`; groups may have their own.
+        **options: the fields of ``ShampooConfig``; groups may have their own.
 
     Raises:
         OptionError: an unknown option or a value out of range (a ValueError).

@@ -48,11 +48,15 @@ class Estimate:
     """What a run will hold, move and compute, rank by rank.
 
     Args:
-        elements, preconditioned: of all parameters, of those with factor matrices.
-        blocks, units: how many.
+        world_size: number of ranks.
+        elements: of all parameters.
+        preconditioned: elements of the parameters with factor matrices.
+        blocks: how many.
+        units: how many step units.
         state: bytes on each rank by kind of state ("factor", "root", "exp_avg", "second_moment", ...).
         adamw: bytes of AdamW's two float32 moments on each rank under the same framework.
-        sent, received: bytes a step on each rank.
+        sent: bytes that each rank sends in a step.
+        received: bytes that each rank receives in a step.
         collectives: all-to-all calls a step.
         loads: FLOPs on each rank per step, with the refreshes' share; all units together.
         window: each step of a refresh window.

@@ -1,4 +1,4 @@
-"""The README's table of options is the code's (every option, its default and its meaning), its versions setup.cfg's."""
+"""Tables of options are the code's: docs/options.md has every option, the README some of its rows; so are versions."""
 
 from __future__ import annotations
 
@@ -8,30 +8,58 @@ from configparser import ConfigParser
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
 from shampoo_deepspeed import ShampooConfig
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+HEADER = "| option | default | meaning |\n|---|---|---|\n"
 
 
-def options_table() -> str:
-    """The table as the README must show it."""
-    lines = ["| option | default | meaning |", "|---|---|---|"]
+def options_table() -> list[str]:
+    """The rows of the table as the page must show them."""
+    rows = []
     for option in fields(ShampooConfig):
         default = list(option.default) if isinstance(option.default, tuple) else option.default
-        lines.append(f"| `{option.name}` | `{json.dumps(default)}` | {option.metadata['doc']} |")
-    return "\n".join(lines)
+        rows.append(f"| `{option.name}` | `{json.dumps(default)}` | {option.metadata['doc']} |")
+    return rows
 
 
-def test_the_readme_lists_every_option_with_its_default() -> None:
-    assert options_table() in README.read_text(encoding="utf-8")
+def shown(page: Path) -> list[str]:
+    """The rows of a page's only table of options."""
+    (table,) = page.read_text(encoding="utf-8").split(HEADER)[1:]
+    return table.split("\n\n")[0].splitlines()
 
 
-def test_the_readme_names_the_oldest_versions_that_may_be_installed() -> None:
+def test_the_page_on_options_lists_every_option_with_its_default() -> None:
+    assert shown(ROOT / "docs" / "options.md") == options_table()
+
+
+def test_the_readme_lists_a_dozen_of_them() -> None:
+    rows, all_rows = shown(README), options_table()
+    assert 10 <= len(rows) <= 14 and [row for row in rows if row not in all_rows] == []
+    assert "docs/options.md#all-options" in README.read_text(encoding="utf-8")
+
+
+def test_the_readme_is_a_door() -> None:
+    """It is short, and the first screen has the picture, the JSON and the two commands."""
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 200
+    first = "\n".join(lines[:50])
+    for wanted in ("prefers-color-scheme: dark", '"type": "Shampoo"', "make demo", "make test", "pip install"):
+        assert wanted in first
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "start.md"], ids=lambda p: p.name)
+def test_pages_name_the_oldest_versions_that_may_be_installed(page: Path) -> None:
     config = ConfigParser()
-    config.read(README.parent / "setup.cfg")
+    config.read(ROOT / "setup.cfg")
     extras = config["options.extras_require"]
     needed = " ".join([config["options"]["install_requires"], extras["deepspeed"], extras["transformers"]])
-    text = " ".join(README.read_text(encoding="utf-8").split("## Install")[1].split("## ")[0].split())
+    text = " ".join(
+        re.split(r"^## .*Install$", page.read_text(encoding="utf-8"), flags=re.M)[1].split("## ")[0].split()
+    )
     bounds = dict(re.findall(r"(\w+)>=([\d.]+)", needed))
     assert bounds.keys() == {"torch", "deepspeed", "transformers", "accelerate"}
     for name, version in bounds.items():
@@ -39,3 +67,9 @@ def test_the_readme_names_the_oldest_versions_that_may_be_installed() -> None:
     for line in extras["examples"].split():
         name, _, version = line.partition(">=")
         assert bounds.get(name, version) == version
+
+
+def test_the_start_page_names_the_pinned_versions() -> None:
+    text = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
+    pins = re.findall(r"^(\w+)==([\d.]+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert pins and all(f"{name} {version}" in text for name, version in pins)
