@@ -177,7 +177,7 @@ class ShampooConfig:
     refresh_growth: float = _option(
         0.0,
         growth,
-        "until refreshes are the frequency apart, the next comes after this share of the steps so far; 0: never earlier",
+        "until they are the frequency apart, the next refresh comes after this share of the steps so far; 0: off",
         NOT_STORED,
     )
     refresh_tolerance: float | None = _option(None, nullable(fraction), "off-diagonal mass that a kept basis may have")
