@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -313,17 +313,19 @@ class BlockStack:
     def _due(self, rows: range, step: int) -> list[slice]:
         """Which of these rows refresh at this step: neighbours, as rows lie in the order of their phases.
 
-        With refreshes spread over the window, a row is refreshed first at the start plus its phase, and then once in
-        each window.
+        With refreshes spread over windows, a row is refreshed once in each, at its phase; windows at the start are
+        shorter with ``refresh_growth``, and a place in them is that of several phases.
         """
         config = self._config
         if self.phases is None:
             return [slice(0, len(rows))] if config.refreshes_at(step) else []
         if step < config.start:
             return []
-        phase = (step - config.start) % config.precondition_frequency
-        first = bisect_left(self.phases, phase, rows.start, rows.stop)
-        stop = bisect_right(self.phases, phase, first, rows.stop)
+        begin, length = config.refresh_window(step)
+        place, frequency = step - begin, config.precondition_frequency
+        low, high = -(-place * frequency // length), -(-(place + 1) * frequency // length)
+        first = bisect_left(self.phases, low, rows.start, rows.stop)
+        stop = bisect_left(self.phases, high, first, rows.stop)
         return [slice(first - rows.start, stop - rows.start)] if first < stop else []
 
     def _note_refresh(self, rows: Sequence[int], failed: set[int]) -> None:

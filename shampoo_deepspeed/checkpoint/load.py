@@ -30,7 +30,6 @@ logger = logging.getLogger("shampoo_deepspeed")
 _TOGETHER = (
     ("momentum", "dampening", "nesterov"),
     ("weight_decay_type", "decoupled_weight_decay", "peak_lr"),
-    ("precondition_frequency", "start_preconditioning_step"),
 )
 
 

@@ -61,7 +61,7 @@ def positive_int(key: str, value: object) -> int:
 
 def start_step(key: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
-        raise bad(key, value, "an integer >= precondition_frequency, or -1 for precondition_frequency itself")
+        raise bad(key, value, "an integer >= 1, or -1 for precondition_frequency, or 2 with refresh_growth")
     return value
 
 
@@ -91,6 +91,23 @@ def optional_beta2(key: str, value: object) -> float | None:
     found = number(key, value, 0.0, 1.0, "null or a number in (0, 1)")
     if found in (0.0, 1.0):
         raise bad(key, value, "null or a number in (0, 1)")
+    return found
+
+
+def optional_factor_beta(key: str, value: object) -> float | None:
+    allowed = "null or a number in (0, 1] (1: an AdaGrad sum)"
+    found = None if value is None else number(key, value, 0.0, 1.0, allowed)
+    if found == 0.0:
+        raise bad(key, value, allowed)
+    return found
+
+
+def growth(key: str, value: object) -> float:
+    """Smaller ones than a hundredth would refresh at every step for hundreds of steps."""
+    allowed = "0, or a number in [0.01, 1]"
+    found = number(key, value, 0.0, 1.0, allowed)
+    if 0.0 < found < 0.01:
+        raise bad(key, value, allowed)
     return found
 
 

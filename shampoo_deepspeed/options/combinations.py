@@ -17,12 +17,6 @@ def check_together(config: ShampooConfig) -> None:
     Raises:
         OptionError: naming one of them, its value, and what is allowed with the other.
     """
-    if config.start_preconditioning_step not in (-1,) and config.start < config.precondition_frequency:
-        raise bad(
-            "start_preconditioning_step",
-            config.start_preconditioning_step,
-            f"-1 or an integer >= precondition_frequency, which is {config.precondition_frequency}",
-        )
     if config.nesterov and config.momentum == 0.0:
         raise bad("nesterov", config.nesterov, "true only together with momentum > 0")
     if config.stochastic_rounding and config.master_weights:

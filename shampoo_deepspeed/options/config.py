@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Flag, auto
@@ -21,12 +22,14 @@ from shampoo_deepspeed.options.checks import (
     exactly,
     flag,
     fraction,
+    growth,
     learning_rate,
     lengths,
     non_negative,
     nullable,
     one_of,
     optional_beta2,
+    optional_factor_beta,
     optional_root,
     patterns_with,
     positive,
@@ -118,7 +121,10 @@ class ShampooConfig:
         1e-3, learning_rate, "learning rate, read every step; AdamW's scale when grafted", GROUP_ONLY | SCHEDULED
     )
     betas: tuple[float, float] = _option(
-        (0.9, 0.999), beta_pair, "decay of the first moment, of the factor matrices", SCHEDULED
+        (0.9, 0.999), beta_pair, "decay of the first moment, of second moments and factor matrices", SCHEDULED
+    )
+    factor_beta: float | None = _option(
+        None, optional_factor_beta, "decay of the factor matrices; null: betas[1]", SCHEDULED
     )
     beta3: float | None = _option(None, nullable(fraction), "weight of the old first moment in M; null: betas[0]")
     eps: float = _option(1e-8, non_negative, "added to the square root of second moments, as in AdamW")
@@ -141,6 +147,11 @@ class ShampooConfig:
     )
     epsilon: float = _option(1e-12, non_negative, "absolute floor of the factor matrices' regularisation")
     relative_epsilon: float = _option(1e-6, fraction, "regularisation relative to the largest eigenvalue")
+    early_relative_epsilon: float = _option(
+        0.0,
+        fraction,
+        "relative_epsilon of step t is at least this over t: few gradients say little; 0: off",
+    )
     preconditioner: str = _option("shampoo", one_of(*PRECONDITIONERS), "shampoo, soap or kl_shampoo", FIXED)
     max_preconditioner_dim: int = _option(
         1024, positive_int, "block size: larger dims are cut, small ones merged", FIXED
@@ -167,6 +178,12 @@ class ShampooConfig:
     precondition_frequency: int = _option(
         10, positive_int, "steps between two refreshes of roots or eigenbases", NOT_STORED
     )
+    refresh_growth: float = _option(
+        0.0,
+        growth,
+        "until they are the frequency apart, the next refresh comes after this share of the steps so far; 0: off",
+        NOT_STORED,
+    )
     refresh_tolerance: float | None = _option(None, nullable(fraction), "off-diagonal mass that a kept basis may have")
     refresh: str = _option(
         "staggered",
@@ -174,7 +191,9 @@ class ShampooConfig:
         "staggered: spread over the frequency; background: also on a thread; sync: all blocks at once",
         FIXED | NOT_STORED,
     )
-    start_preconditioning_step: int = _option(-1, start_step, "first preconditioned step; -1: the frequency")
+    start_preconditioning_step: int = _option(
+        -1, start_step, "first preconditioned step; -1: the frequency, or 2 with refresh_growth"
+    )
     grafting: str | None = _option(
         None, _optional_method, "method that gives a block's update its length; null: adam, or none for soap"
     )
@@ -301,7 +320,34 @@ class ShampooConfig:
     def start(self) -> int:
         """The first preconditioned step, counted from 1."""
         start = self.start_preconditioning_step
-        return self.precondition_frequency if start == -1 else start
+        if start == -1:
+            return 2 if self.refresh_growth else self.precondition_frequency
+        return start
+
+    @cached_property
+    def factors_decay(self) -> float:
+        """Decay of the factor matrices for each gradient; 1 for sums."""
+        return self.betas[1] if self.factor_beta is None else self.factor_beta
+
+    def relative_ridge(self, step: int) -> float:
+        """``relative_epsilon`` as it counts at this step."""
+        return max(self.relative_epsilon, self.early_relative_epsilon / step)
+
+    @cached_property
+    def _early_windows(self) -> tuple[int, ...]:
+        """The first steps of the windows that are shorter than the frequency, and of the first that is not."""
+        begins = [self.start]
+        while self.refresh_growth and (length := int(self.refresh_growth * begins[-1])) < self.precondition_frequency:
+            begins.append(begins[-1] + max(1, length))
+        return tuple(begins)
+
+    def refresh_window(self, step: int) -> tuple[int, int]:
+        """(first step, length) of the window that holds a step >= ``start``: in each, every block refreshes once."""
+        begins = self._early_windows
+        if step >= begins[-1]:
+            return step - (step - begins[-1]) % self.precondition_frequency, self.precondition_frequency
+        place = bisect_right(begins, step)
+        return begins[place - 1], begins[place] - begins[place - 1]
 
     @cached_property
     def grafting_method(self) -> str:
@@ -361,7 +407,9 @@ class ShampooConfig:
 
     def refreshes_at(self, step: int) -> bool:
         """Whether all blocks are refreshed at this step (counted from 1), if refreshes are not spread."""
-        return step >= self.start and (step == self.start or step % self.precondition_frequency == 0)
+        if step < self.start or not self.refresh_growth:
+            return step >= self.start and (step == self.start or step % self.precondition_frequency == 0)
+        return self.refresh_window(step)[0] == step
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> ShampooConfig:

@@ -45,10 +45,10 @@ OPTIONS = [
     option("large_beta2", {"betas": [0.9, 1.5]}, "1.5", "'betas'", "0 < beta2 <= 1"),
     option("one_beta", {"betas": 0.9}, "'betas' = 0.9", "two numbers"),
     option(
-        "early_start",
-        {"start_preconditioning_step": 2},
-        "'start_preconditioning_step' = 2",
-        ">= precondition_frequency, which is 3",
+        "slow_growth",
+        {"refresh_growth": 0.001},
+        "'refresh_growth' = 0.001",
+        "0, or a number in [0.01, 1]",
     ),
     option("unknown_grafting", {"grafting": "lamb"}, "'grafting' = 'lamb'", "one of none, sgd, adagrad"),
     option(

@@ -70,3 +70,19 @@ def test_each_step_refreshes_one_phase_and_none_before_the_start(step: int, wait
     start = frequency + wait
     (due,) = refreshed(start, frequency, range(step, step + 1))
     assert due == ([] if step < start else [(step - start) % frequency])
+
+
+@given(st.integers(1, 12), st.floats(0.01, 1.0), st.integers(1, 20))
+def test_a_staggered_block_refreshes_once_in_each_shorter_window_at_the_start(
+    frequency: int, growth: float, start: int
+) -> None:
+    options = {"start_preconditioning_step": start, "precondition_frequency": frequency, "refresh_growth": growth}
+    config, phases = ShampooConfig(**options), range(frequency)
+    stack = BlockStack([f"p/{n}" for n in phases], (2, 2), config, torch.device("meta"), torch.float32, phases)
+    step = start
+    for _ in range(20):
+        begin, length = config.refresh_window(step)
+        window = [[p for due in stack._due(phases, begin + place) for p in phases[due]] for place in range(length)]
+        assert begin == step and sum(window, []) == list(phases)
+        assert max(map(len, window)) - min(map(len, window)) <= 1
+        step += length

@@ -69,10 +69,12 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("statistics_frequency", "auto", COUNT),
     ("refresh", "later", "one of sync, staggered, background"),
     ("refresh", True, "one of sync, staggered, background"),
-    ("start_preconditioning_step", 0, "an integer >= precondition_frequency, or -1"),
-    ("start_preconditioning_step", -2, "an integer >= precondition_frequency, or -1"),
-    ("start_preconditioning_step", 5.0, "an integer >= precondition_frequency, or -1"),
-    ("start_preconditioning_step", 9, "-1 or an integer >= precondition_frequency, which is 10"),
+    ("start_preconditioning_step", 0, "an integer >= 1, or -1"),
+    ("start_preconditioning_step", -2, "an integer >= 1, or -1"),
+    ("start_preconditioning_step", 5.0, "an integer >= 1, or -1"),
+    ("refresh_growth", 0.005, "0, or a number in [0.01, 1]"),
+    ("factor_beta", 0.0, "null or a number in (0, 1]"),
+    ("early_relative_epsilon", 1.0, "a number in [0, 1)"),
     ("grafting", "lamb", METHODS),
     ("preconditioner", "muon", "one of shampoo, soap, kl_shampoo"),
     ("preconditioner", None, "one of shampoo, soap, kl_shampoo"),
@@ -301,6 +303,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lr": numbers,
     "betas": st.tuples(st.floats(0, 1, exclude_min=True, exclude_max=True), st.floats(0, 1, exclude_min=True)),
     "beta3": st.none() | fractions,
+    "factor_beta": st.none() | st.floats(0, 1, exclude_min=True),
+    "early_relative_epsilon": fractions,
+    "refresh_growth": st.just(0.0) | st.floats(0.01, 1.0),
     "eps": numbers,
     "weight_decay": numbers,
     "decoupled_weight_decay": st.booleans(),
@@ -361,13 +366,39 @@ def test_a_tensor_learning_rate_becomes_a_number_in_json() -> None:
     assert json.loads(json.dumps(ShampooConfig(lr=torch.tensor(0.5)).to_json()))["lr"] == 0.5
 
 
-@given(st.integers(1, 9), st.integers(0, 30) | st.just(-1), st.integers(1, 60))
-def test_refreshes_come_at_the_start_step_and_at_multiples_of_the_frequency(freq: int, late: int, step: int) -> None:
-    start = -1 if late == -1 else freq + late
+@given(st.integers(1, 9), st.integers(1, 30) | st.just(-1), st.integers(1, 60))
+def test_refreshes_come_at_the_start_step_and_at_multiples_of_the_frequency(freq: int, start: int, step: int) -> None:
     config = ShampooConfig(precondition_frequency=freq, start_preconditioning_step=start)
     first = freq if start == -1 else start
     assert config.start == first
     assert config.refreshes_at(step) == (step == first or (step > first and step % freq == 0))
+
+
+def test_refreshes_are_dense_at_first_and_thin_out_to_the_frequency() -> None:
+    config = ShampooConfig(refresh_growth=0.25, refresh="sync")
+    due = [step for step in range(1, 72) if config.refreshes_at(step)]
+    assert due == [2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22, 27, 33, 41, 51, 61, 71]
+
+
+@given(st.integers(1, 12), st.floats(0.01, 1.0) | st.just(0.0), st.integers(1, 20), st.integers(1, 300))
+def test_windows_of_refreshes_follow_each_other(freq: int, growth: float, start: int, step: int) -> None:
+    config = ShampooConfig(precondition_frequency=freq, refresh_growth=growth, start_preconditioning_step=start)
+    begin, length = config.refresh_window(start + step)
+    assert begin <= start + step < begin + length and 1 <= length <= freq
+    if begin > start:
+        before, shorter = config.refresh_window(begin - 1)
+        assert before + shorter == begin and shorter <= length
+
+
+def test_early_steps_have_a_larger_ridge() -> None:
+    config = ShampooConfig(relative_epsilon=1e-4, early_relative_epsilon=0.01)
+    assert [config.relative_ridge(step) for step in (1, 50, 1000)] == [0.01, 2e-4, 1e-4]
+
+
+def test_factor_matrices_decay_as_second_moments_do_unless_told_otherwise() -> None:
+    assert ShampooConfig(betas=(0.9, 0.97)).factors_decay == 0.97
+    config = ShampooConfig(betas=(0.9, 0.97), factor_beta=0.9)
+    assert (config.factors_decay, config.second_moment_beta) == (0.9, 0.97)
 
 
 def test_the_grafting_second_moment_decays_as_the_factors_do_unless_told_otherwise() -> None:

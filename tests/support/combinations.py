@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 VALUES: dict[str, list[dict[str, Any]]] = {
     "preconditioner": [{"preconditioner": name} for name in ("shampoo", "soap", "kl_shampoo")],
     "first_moment": [{"betas0": 0.9}, {"betas0": 0.0}, {"betas0": 0.9, "beta3": 0.4}],
-    "factors": [{"betas1": 0.95}, {"betas1": 1.0}],
+    "factors": [{"betas1": 0.95}, {"betas1": 1.0}, {"betas1": 0.99, "factor_beta": 0.8}],
     "statistics": [{}, {"statistics_frequency": 2}],
     "grafting": [{}, *({"grafting": g} for g in ("adam", "none", "sgd", "adagrad", "rmsprop", "normalized_adam"))],
     "grafting_beta2": [{}, {"grafting_beta2": 0.8}],
@@ -25,6 +25,7 @@ VALUES: dict[str, list[dict[str, Any]]] = {
         {"rank_deficient": "pseudo_inverse", "relative_epsilon": 1e-4},
         {"solver": "coupled_newton", "epsilon": 1e-3, "relative_epsilon": 0.0},
         {"solver": "newton_db", "epsilon": 1e-3, "relative_epsilon": 0.0},
+        {"early_relative_epsilon": 0.3, "relative_epsilon": 0.02},
     ],
     "tolerance": [{}, {"refresh_tolerance": 0.2}],
     "one_sided": [{}, {"one_sided": "left"}, {"one_sided": "right"}, {"one_sided": "smaller"}],
@@ -39,6 +40,8 @@ VALUES: dict[str, list[dict[str, Any]]] = {
         {"precondition_frequency": 1, "start_preconditioning_step": 10},
         {"precondition_frequency": 3},
         {"precondition_frequency": 1},
+        {"precondition_frequency": 4, "start_preconditioning_step": 10, "refresh_growth": 0.2},
+        {"precondition_frequency": 4, "refresh_growth": 0.4},
     ],
 }
 OPTIONS = list(VALUES)
@@ -72,7 +75,7 @@ REFUSED: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
 }
 # SOAP's basis of a factor matrix with several null directions is not unique, so that there would be no one trajectory
 # to compare with: it starts when there are none.
-LEFT_OUT: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {("preconditioner", 1): {"schedule": (2, 3)}}
+LEFT_OUT: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {("preconditioner", 1): {"schedule": (2, 3, 5)}}
 
 
 def _pairs_in(table: dict[tuple[str, int], dict[str, tuple[int, ...]]]) -> set[tuple[Value, Value]]:

@@ -50,10 +50,33 @@ class Options:
     split: tuple[int, ...] = ()
     rank_deficient: str = "shift"
     statistics_frequency: int = 1
+    factor_beta: float | None = None
+    early_relative_epsilon: float = 0.0
+    refresh_growth: float = 0.0
 
     @property
     def start(self) -> int:
-        return self.precondition_frequency if self.start_preconditioning_step == -1 else self.start_preconditioning_step
+        if self.start_preconditioning_step != -1:
+            return self.start_preconditioning_step
+        return 2 if self.refresh_growth else self.precondition_frequency
+
+    @property
+    def beta(self) -> float:
+        """Decay of the factor matrices."""
+        return self.betas[1] if self.factor_beta is None else self.factor_beta
+
+    def ridge(self, t: int) -> float:
+        return max(self.relative_epsilon, self.early_relative_epsilon / t)
+
+    def window(self, t: int) -> tuple[int, int]:
+        """Start and length of the window of refreshes that holds step t >= start."""
+        begin = self.start
+        while True:
+            longest = self.precondition_frequency
+            length = min(longest, max(1, int(self.refresh_growth * begin))) if self.refresh_growth else longest
+            if t < begin + length:
+                return begin, length
+            begin += length
 
     def seen(self, t: int) -> int:
         """Gradients that the factors count after step t: each that is taken stands for `statistics_frequency`."""
@@ -306,15 +329,17 @@ class Reference:
 
     @staticmethod
     def _due(block: Block, t: int, o: Options) -> bool:
-        if block.phase is None:
+        if block.phase is None and not o.refresh_growth:
             return t == o.start or (t > o.start and t % o.precondition_frequency == 0)
-        late = t - o.start - block.phase
-        return late >= 0 and late % o.precondition_frequency == 0
+        if t < o.start:
+            return False
+        begin, length = o.window(t)
+        return t == begin + (block.phase or 0) * length // o.precondition_frequency
 
     @staticmethod
     def _factors(block: Block, g: Tensor, o: Options) -> None:
         n = o.statistics_frequency
-        beta2 = o.betas[1] ** n
+        beta2 = o.beta**n
         for dim, a in block.factors.items():
             x = g
             if o.preconditioner == "kl_shampoo":
@@ -327,8 +352,8 @@ class Reference:
 
     @staticmethod
     def _roots(block: Block, t: int, o: Options, p: float) -> dict[int, Tensor]:
-        correct = o.use_bias_correction and o.betas[1] != 1.0
-        scale = 1.0 - o.betas[1] ** o.seen(t) if correct else 1.0
+        o = replace(o, relative_epsilon=o.ridge(t))
+        scale = 1.0 - o.beta ** o.seen(t) if o.use_bias_correction and o.beta != 1.0 else 1.0
         roots = {}
         for dim, a in block.factors.items():
             if o.refresh_tolerance is None or a.ndim == 1:
@@ -354,8 +379,7 @@ class Reference:
     @classmethod
     def _refresh_kl(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
         """Roots of factors with a mean eigenvalue of 1; the geometric mean of the mean eigenvalues goes to scale."""
-        correct = o.use_bias_correction and o.betas[1] != 1.0
-        seen = 1.0 - o.betas[1] ** o.seen(t) if correct else 1.0
+        seen = 1.0 - o.beta ** o.seen(t) if o.use_bias_correction and o.beta != 1.0 else 1.0
         means = {dim: a.trace().item() / len(a) / seen for dim, a in block.factors.items()}
         means = {dim: mean if mean > 0 else 1.0 for dim, mean in means.items()}
         block.roots = {dim: root * means[dim] ** 0.5 for dim, root in cls._roots(block, t, o, 2.0).items()}
@@ -372,7 +396,7 @@ class Reference:
         moved = not block.bases
         if not block.bases:
             block.weight = 1.0 - o.graft_beta2**t
-            seen = o.seen(t) if o.betas[1] == 1.0 else 1.0 - o.betas[1] ** o.seen(t)
+            seen = o.seen(t) if o.beta == 1.0 else 1.0 - o.beta ** o.seen(t)
             block.rotated = torch.full_like(m, block.weight * next(iter(block.factors.values())).trace().item() / seen)
             for dim, a in block.factors.items():
                 lam, q = torch.linalg.eigh(a)

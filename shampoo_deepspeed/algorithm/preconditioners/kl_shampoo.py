@@ -15,7 +15,7 @@ from shampoo_deepspeed.linalg.precision import power
 
 
 class KLShampooPreconditioner(ShampooPreconditioner):
-    r"""Factors S_i <- b2 S_i + (1 - b2) X_(i) X_(i)^T / n_i, applied as S_i^(-1/2) along every mode.
+    r"""Factors S_i <- b S_i + (1 - b) X_(i) X_(i)^T / n_i, applied as S_i^(-1/2) along every mode.
 
     X is G multiplied along every *other* mode j by S_j^(-1/2), and n_i the product of the other dims. Derivation:
     the gradient g = vec(G) has second moment E[gg'], to be fitted by S = S_1 (x) ... (x) S_k. Up to a constant,
@@ -68,7 +68,7 @@ class KLShampooPreconditioner(ShampooPreconditioner):
             matrices = self._corrected(state, mode, step)
             mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
             mean = torch.where(mean > 0, mean, 1.0)  # no gradient so far
-            tensors, wrong = self._refreshed(state, mode, matrices, 2.0, conditions)
+            tensors, wrong = self._refreshed(state, mode, matrices, 2.0, step, conditions)
             tensors[f"root_{mode}"] = tensors[f"root_{mode}"] * mean.sqrt().view(-1, 1, 1)
             scale *= power(mean, -0.5 / len(modes))
             result |= tensors

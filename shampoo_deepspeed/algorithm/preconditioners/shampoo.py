@@ -18,7 +18,7 @@ from shampoo_deepspeed.options.config import ShampooConfig
 
 
 class ShampooPreconditioner:
-    """Factor matrices A_i <- b2 A_i + (1 - b2) G_(i) G_(i)^T, applied as A_i^(-1/p) along mode i.
+    """Factor matrices A_i <- b A_i + (1 - b) G_(i) G_(i)^T (b: ``factor_beta``), applied as A_i^(-1/p) along mode i.
 
     Of each factor matrix only the lower triangle is defined; what lies above it may be old. p is twice the number of
     modes that have a factor at all. A mode may have the diagonal of its factor only, or
@@ -35,14 +35,13 @@ class ShampooPreconditioner:
     _in_float64 = False
 
     def __init__(self, config: ShampooConfig) -> None:
-        self._beta2 = config.betas[1]
-        self._decay = self._beta2**config.statistics_frequency
+        self._beta = config.factors_decay
+        self._decay = self._beta**config.statistics_frequency
         self._bias_correction = config.use_bias_correction
         self._config = config
         self._sides: dict[tuple[int, ...], tuple[Side, ...]] = {}
         self._roots: dict[int, float] = {}  # p by the number of modes
         self._epsilon = config.epsilon
-        self._relative_epsilon = config.relative_epsilon
         self._tolerance = config.refresh_tolerance
         self._factor_dtype = DTYPES[config.factor_dtype]
         self._root_dtype = DTYPES[config.root_dtype]
@@ -77,12 +76,12 @@ class ShampooPreconditioner:
         self._accumulate(state, dict.fromkeys(modes_of(state), gradients), found_inf)
 
     def _accumulate(self, state: dict[str, Tensor], stacks: Mapping[int, Tensor], found_inf: FoundInf | None) -> None:
-        """A <- b A + (1 - b) XX', or A + n XX' with b2 = 1, where b = b2^n and X counts for n gradients.
+        """A <- b A + (1 - b) XX', where X counts for n gradients and b is their decay; for sums A + n XX'.
 
         Args:
             stacks: for each mode the stack whose unfolding along it is X.
         """
-        weight = float(self._config.statistics_frequency) if self._beta2 == 1.0 else 1.0 - self._decay
+        weight = float(self._config.statistics_frequency) if self._beta == 1.0 else 1.0 - self._decay
         for mode, stack in stacks.items():
             factor, decay = state[f"factor_{mode}"], self._decay
             if found_inf is not None:
@@ -98,7 +97,7 @@ class ShampooPreconditioner:
         result: dict[str, Tensor] = {}
         failed: set[int] = set()
         for mode in modes:
-            tensors, wrong = self._refreshed(state, mode, self._corrected(state, mode, step), root, conditions)
+            tensors, wrong = self._refreshed(state, mode, self._corrected(state, mode, step), root, step, conditions)
             result |= tensors
             failed.update(wrong)
         return RefreshResult(result, frozenset(failed))
@@ -119,15 +118,18 @@ class ShampooPreconditioner:
     def _corrected(self, state: dict[str, Tensor], mode: int, step: int) -> Tensor:
         """The factor matrices of a mode, wide enough to decompose and corrected for their zero start if asked."""
         factor = state[f"factor_{mode}"]
-        corrected = self._bias_correction and self._beta2 < 1.0
+        corrected = self._bias_correction and self._beta < 1.0
         seen = gradients_seen(step, self._config.statistics_frequency)
-        return wide(factor) / (1.0 - self._beta2**seen if corrected else 1.0)
+        return wide(factor) / (1.0 - self._beta**seen if corrected else 1.0)
 
     def _refreshed(
-        self, state: dict[str, Tensor], mode: int, matrices: Tensor, root: float, conditions: list[Tensor]
+        self, state: dict[str, Tensor], mode: int, matrices: Tensor, root: float, step: int, conditions: list[Tensor]
     ) -> tuple[dict[str, Tensor], list[int]]:
         """What a refresh changes of one mode, by name, and the rows that failed."""
-        ridge, pseudo = (self._epsilon, self._relative_epsilon), self._config.rank_deficient == "pseudo_inverse"
+        ridge, pseudo = (
+            (self._epsilon, self._config.relative_ridge(step)),
+            self._config.rank_deficient == "pseudo_inverse",
+        )
         if matrices.ndim == 2:
             roots, failed = diagonal_root(matrices, root, *ridge, self._root_dtype, pseudo, conditions)
             return {f"root_{mode}": roots}, failed
@@ -140,7 +142,7 @@ class ShampooPreconditioner:
         matrices = symmetric(matrices)
         before = state[f"basis_{mode}"].to(matrices.dtype)
         values, bases, failed = kept_or_new(matrices, before, self._tolerance, self._in_float64)
-        roots, overflown = root_from_basis(values, bases, root, self._epsilon, self._relative_epsilon)
+        roots, overflown = root_from_basis(values, bases, root, *ridge)
         return {f"root_{mode}": roots, f"basis_{mode}": bases}, sorted({*failed, *overflown})
 
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:

@@ -50,7 +50,7 @@ class SOAPPreconditioner:
 
     def __init__(self, config: ShampooConfig) -> None:
         self._config = config
-        self._beta2 = config.betas[1]
+        self._factor_beta = config.factors_decay
         self._beta = config.second_moment_beta
         self._root = config.exponent_override if isinstance(config.exponent_override, float) else 2.0
         self._eps = config.eps
@@ -159,7 +159,7 @@ class SOAPPreconditioner:
     def _trace(self, state: dict[str, Tensor], step: int) -> Tensor:
         """The mean of ||G||^2 in the factor matrices [B]; all modes have the same."""
         seen = gradients_seen(step, self._config.statistics_frequency)
-        weight = float(seen) if self._beta2 == 1.0 else 1.0 - self._beta2**seen
+        weight = float(seen) if self._factor_beta == 1.0 else 1.0 - self._factor_beta**seen
         return wide(state[f"factor_{modes_of(state)[0]}"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
 
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
