@@ -19,8 +19,9 @@ tokenizer is trained on the others; tokens are cached in `--cache`. Runs of diff
 
 Results. `--output` is a file with one JSON line for each finished run: all that determines it under "run", the commit
 of the code that ran, losses, and CPU seconds of model and optimizer. Finished runs are never repeated, so every command
-can be stopped and started again. A failed run counts as finished; to repeat one, delete its line. "run" does not hold
-the commit. If code changes what the same options do, give the experiment another "version".
+can be stopped and started again; a run that was under way starts over. A failed or killed run counts as finished; to
+repeat one, delete its line. "run" does not hold the commit. If code changes what the same options do, give the
+experiment another "version".
 
 Queue. One JSON object for each line, the most urgent first; "#" begins a comment. The file is read again after each
 run, so lines may be added, moved or deleted at any time; a wrong line is reported and passed over. With `--wait` the

@@ -49,21 +49,20 @@ def share(points: Sequence[tuple[float, float]], target: float) -> Share | None:
     return Share(points[-1][0], ">")
 
 
-def settings(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results by what contestants have in common: cell, steps, tokens, text."""
-    shared = [f.name for f in fields(Run) if f.name not in {"kind", "options", "lr", "seed", "budget", "version"}]
-    groups: dict[str, list[Result]] = {}
+def settings(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
+    """Title and results of each group that can be compared: of one cell, text, budget and batch."""
+    own = {"kind", "options", "lr", "seed", "budget", "version"}
+    shared = [f.name for f in fields(Run) if f.name not in own]
+    groups: dict[tuple[object, ...], list[Result]] = {}
     for result in results:
-        run = result.run
-        title = f"{run.cell}, {run.full_steps} steps of {run.batch} x {run.length} tokens"
-        key = title + ", " + " ".join(str(getattr(run, name)) for name in shared)
-        groups.setdefault(key, []).append(result)
-    counts: dict[str, list[Result]] = {}
-    for key, group in groups.items():
-        run = group[0].run
-        title = f"{run.cell}, {run.full_steps} steps of {run.batch} x {run.length} tokens"
-        counts[title if title not in counts else key] = group
-    return counts
+        groups.setdefault(tuple(getattr(result.run, name) for name in shared), []).append(result)
+    several = len({r.run.text for r in results}) > 1
+
+    def title(run: Run) -> str:
+        text = f", text {run.text}" if several else ""
+        return f"{run.cell}, {run.full_steps} steps of {run.batch} x {run.length} tokens{text}"
+
+    return [(title(group[0].run), group) for group in groups.values()]
 
 
 def curves(results: Sequence[Result]) -> dict[str, list[Curve]]:
@@ -143,13 +142,13 @@ def cell_table(results: Sequence[Result]) -> str:
         row += [spread_of_shares([in_steps(c, a) for c, a in compared])]
         row += [spread_of_shares([in_seconds(c, a, tokens) for c, a in compared]) for tokens in (None, TOKENS)]
         row += [f"{statistics.median(1e3 * r.record['optimizer_seconds'] / r.run.steps for r in whole):.0f}"]
-        rows.append((statistics.fmean(r.loss for r in whole if r.run.budget == last) - last, row))
-    return table(heads, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
+        rows.append((-last, statistics.fmean(r.loss for r in whole if r.run.budget == last), row))
+    return table(heads, [row for *_, row in sorted(rows, key=lambda entry: entry[:2])])
 
 
 def report(results: Sequence[Result]) -> str:
     """The tables of all cells, and what failed."""
-    parts = [f"**{title}**\n\n{cell_table(group)}" for title, group in settings(results).items()]
+    parts = [f"**{title}**\n\n{cell_table(group)}" for title, group in settings(results)]
     failed = [r for r in results if "error" in r.record]
     if failed:
         parts.append(f"{len(failed)} runs failed: {', '.join(sorted({r.name for r in failed}))}")
@@ -160,7 +159,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     """A panel per cell: held-out loss against the budget, mean over seeds, and AdamW's best as a line."""
     groups = settings(results)
     made, panels = figure(path, max(1, len(groups)), 4.4)
-    for panel, (title, group) in zip(panels, groups.items(), strict=False):
+    for panel, (title, group) in zip(panels, groups, strict=False):
         found = curves(group)
         for name, own in found.items():
             budgets = sorted({r.run.budget for curve in own for r in curve.runs})
