@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import convergence, end_to_end, memory, scaling, slow_link, step_time
+from benchmarks import end_to_end, memory, scaling, slow_link, step_time
+from benchmarks.convergence import command as convergence
 
 
 def main() -> None:
@@ -19,7 +20,23 @@ def main() -> None:
     slow_link.main(["--buckets", "1", "8", "--steps", "15"])
     memory.main(["--preconditioner", "shampoo", "soap"])
     scaling.main(["--ranks", "1", "2", "--rounds", "1", "--plan-ranks", "8", "64", "1024", "--models", "llama-3-8b"])
-    convergence.main(["--steps", "100", "--layers", "2", "--hidden", "128", "--rates", "2e-3"])
+    convergence.main(
+        [
+            "--cells",
+            "llama-tiny",
+            "gpt2-tiny",
+            "--seeds",
+            "0",
+            "--contestants",
+            "adamw",
+            "muon",
+            "default",
+            "soap",
+            "kl",
+        ]
+        + ["--budgets", "1", "--steps", "100", "--rates", "3e-3", "--no-walk"]
+        + ["--output", "bench_output/convergence/short.jsonl"]
+    )
     if torch.cuda.is_available():
         from benchmarks import accelerator  # needs Transformers
 
