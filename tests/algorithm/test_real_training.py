@@ -21,7 +21,7 @@ from shampoo_deepspeed.options.choices import PRECONDITIONERS
 pytestmark = pytest.mark.slow
 
 WIDTH, HEADS, LAYERS, LENGTH, BATCH = 48, 4, 2, 48, 12
-STEPS = 100
+STEPS = 60
 
 
 class RMSNorm(nn.Module):

@@ -29,7 +29,7 @@ OPTIONS = [
         "mean 'precondition_frequency'",
         "max_preconditioner_dim",
     ),
-    option("alien_key", {"rho": 0.1}, "'rho' = 0.1", "Allowed: lr, betas, beta3, eps"),
+    option("alien_key", {"rho": 0.1}, "'rho' = 0.1", "Allowed: lr, betas, factor_beta"),
     option(
         "text_for_a_number",
         {"max_preconditioner_dim": "large"},

@@ -32,6 +32,6 @@ def test_only_bad_checks_fail_and_none_hangs(tmp_path: Path) -> None:
 def test_ranks_that_can_not_start_fail_every_check_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
-    results = run_checks([Check(n, 2, "selftest:add_up", 1) for n in "abc"], tmp_path / "run")
+    results = run_checks([Check(n, 2, "selftest:add_up", 1) for n in "abc"], tmp_path / "run", fork=False)
     assert not (tmp_path / "run" / "launch2").exists()
     assert all("no torch here" in (results[n].failure or "") for n in "abc")

@@ -24,7 +24,7 @@ class Run:
     model: str = "odd"
     settings: str = "strict"
     dtype: str = "float32"
-    steps: int = 9
+    steps: int = 7
     unused: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     layout: str = "rows"

@@ -1,8 +1,9 @@
 """Runs many named checks in one launch of ranks and gives back what every rank returned, or why it failed.
 
-A launch is a set of plain Python processes in one process group. They work through a list of checks and leave
-one result file per check and rank. When a check fails on some ranks only, hangs, or kills a rank, the others may
-sit in a collective for ever; so the parent ends that launch, blames that check, and starts again with the rest.
+A launch is a set of Python processes in one process group, forked from one that has imported everything. They work
+through a list of checks and leave one result file per check and rank. When a check fails on some ranks only, hangs, or
+kills a rank, the others may sit in a collective for ever; so the parent ends that launch, blames that check, and starts
+again with the rest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tests.support.rank_server import ForkedRank
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 180.0  # importing torch and deepspeed on a loaded machine
@@ -60,15 +63,18 @@ class RankResult:
     finished: float
 
 
-def run_checks(checks: Sequence[Check], folder: Path) -> dict[str, CheckResult]:
-    """Runs the checks, all for the same number of ranks; never raises for a failing one and never hangs."""
+def run_checks(checks: Sequence[Check], folder: Path, fork: bool = True) -> dict[str, CheckResult]:
+    """Runs the checks, all for the same number of ranks; never raises for a failing one and never hangs.
+
+    With `fork=False` ranks import everything themselves.
+    """
     results: dict[str, CheckResult] = {}
     attempt = 0
     while rest := [c for c in checks if c.name not in results]:
         attempt += 1
         launch = Launch(rest, folder / f"launch{attempt}")
         try:
-            launch.start()
+            launch.start(fork)
             results.update(launch.collect())
             if not launch.ready():  # the same would happen again and again
                 results.update({c.name: results[rest[0].name] for c in rest})
@@ -80,11 +86,11 @@ def run_checks(checks: Sequence[Check], folder: Path) -> dict[str, CheckResult]:
 class Launch:
     def __init__(self, checks: Sequence[Check], folder: Path) -> None:
         self.checks, self.folder, self.ranks = list(checks), folder, checks[0].ranks
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes] | ForkedRank] = []
         folder.mkdir(parents=True)
         (folder / "checks.pickle").write_bytes(pickle.dumps(self.checks))
 
-    def start(self) -> None:
+    def start(self, fork: bool) -> None:
         port = free_port()
         for rank in range(self.ranks):
             env = os.environ | {
@@ -101,6 +107,9 @@ class Launch:
                 "TORCH_EXTENSIONS_DIR": str(self.folder / "extensions"),
                 "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             }
+            if fork:
+                self.processes.append(ForkedRank(self.folder, rank, env))
+                continue
             with open(self.folder / f"rank{rank}.log", "wb") as log:
                 command = [sys.executable, "-m", "tests.support.rank_main", str(self.folder)]
                 self.processes.append(

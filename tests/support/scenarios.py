@@ -38,7 +38,7 @@ class Scenario:
 
     model: str = "odd"
     settings: str = "strict"
-    steps: int = 8
+    steps: int = 7
     clip: float = 0.0
     groups: bool = False  # two parameter groups, every other parameter in the second one
     unused: int | None = None  # on this and every third step after it one layer has no gradient
