@@ -1,8 +1,8 @@
-"""A non-finite gradient was found: the step must change nothing.
+"""Masks a step in which a gradient is not finite, so that it changes nothing.
 
-The flag is agreed among all ranks. On the CPU it is read at once, and a step that is accepted gets no ``FoundInf`` at
-all. On an accelerator a read would wait for the device, so the flag masks the step where it is computed: gradients
-become zero and decays become one, so that accumulators keep their values to the bit.
+All ranks agree on the flag. On the CPU it is read at once, and a step that is accepted gets no ``FoundInf`` at all. On
+an accelerator a read would wait for the device, so the flag masks the step on the device: gradients become zero and
+decays become one, so accumulators keep their values to the bit.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class FoundInf:
 
     Args:
         flag: 0-d bool tensor; True if the step is rejected.
-        dtype: dtype of the scalars that `keep` and `scale` give.
-        read: gives the flag on the CPU, if it waits for less than a copy of ``flag`` would: a copy made now waits for
+        dtype: dtype of the scalars that `keep` and `scale` return.
+        read: returns the flag on the CPU, if that waits for less than a copy of ``flag``: a copy made now waits for
             all that the device has queued.
     """
 
