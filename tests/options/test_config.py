@@ -430,7 +430,7 @@ def test_elementwise_parameters_follow_the_grafting_method_unless_told_otherwise
 
 
 IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
-    ({"beta3": 0.5, "betas": (0.0, 0.9)}, "'beta3' = 0.5.*null where betas"),
+    ({"beta3": 0.5, "betas": (0.0, 0.9)}, "'beta3' = 0.5.*null if betas"),
     ({"weight_decay_type": "corrected", "decoupled_weight_decay": False}, "'weight_decay_type' = 'corrected'"),
     ({"split": [2, 3], "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*together with split"),
     ({"split": [2, 3], "one_sided": "smaller"}, "'one_sided' = 'smaller'.*together with split"),
