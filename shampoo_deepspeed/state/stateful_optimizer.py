@@ -431,8 +431,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         Parameters that had no gradient when the state was saved start with new state.
 
         Raises:
-            ValueError: if this is not a Shampoo state dict, or does not fit the parameters. For parameters that have not
-                stepped yet, the next step raises it.
+            ValueError: if this is not a Shampoo state dict, or does not fit the parameters. For parameters that have
+                not stepped yet, the next step raises it.
         """
         numbers = [group["shampoo_group"] for group in self.param_groups]
         loaded = self._torch_load_state_dict(state_dict)
