@@ -24,8 +24,8 @@ from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
 logger = logging.getLogger("shampoo_deepspeed")
 
-# Buckets in flight at a time, each way. A bucket with a refresh computes for several times as long as the others, and
-# the link would be unused meanwhile if only one bucket were sent ahead.
+# Buckets in flight at a time, each way. A bucket with a refresh computes for several times as long as the others. The
+# link would be unused meanwhile if only one bucket were sent ahead.
 IN_FLIGHT = 8
 
 

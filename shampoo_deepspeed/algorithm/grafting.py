@@ -89,7 +89,7 @@ def first_moment(
     """Update m = b1 * m + (1 - b1) G in place and return M, which is m, corrected for its zero start if asked.
 
     With beta1 = 0 there is no moment, and M is G. With ``beta3``, M is b3 * m + (1 - b3) G of the old m instead, as in
-    Lion and NAdam: b3 < b1 looks ahead, and b3 = 0 uses G alone.
+    Lion and NAdam. b3 < b1 looks ahead, and b3 = 0 uses G alone.
 
     Returns:
         Tensors, and the factor to multiply them by for M. They may be the state or the gradients themselves.

@@ -71,7 +71,7 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
     seen = _Seen(manifest.directory, {parameter.key for parameter in known}, unfit)
     unfit, here = decide_on_first_rank(seen, partial(_joined, folder), group)
     unused = {
-        key: "it is in the checkpoint, and no parameter here has this name" for key in sorted(set(records) - here)
+        key: "it is in the checkpoint, but no parameter here has this name" for key in sorted(set(records) - here)
     }
     left_out = {**unfit, **unused}
     if strict and left_out:
@@ -145,7 +145,7 @@ def _incompatibilities(
             )
             continue
         if tuple(record["shape"]) != parameter.shape:
-            out[parameter.key] = f"it was saved with shape {tuple(record['shape'])}, and has {parameter.shape} here"
+            out[parameter.key] = f"it was saved with shape {tuple(record['shape'])}, but has {parameter.shape} here"
             continue
         group = str(record["group"])
         problem = other_options[group, parameter.group] or _other_blocks(policies[parameter.key], record, manifest)
@@ -166,7 +166,7 @@ def _other_options(record: Mapping[str, Any], config: ShampooConfig) -> str | No
     for name, value in after.items():
         if name not in options_with(NOT_STORED) and value != before[name]:
             was, is_ = getattr(saved, name), getattr(config, name)
-            return f"it was saved with {name} = {was!r}, and here it is {is_!r}; set it to {was!r}"
+            return f"it was saved with {name} = {was!r}, but here it is {is_!r}; set it to {was!r}"
     return None
 
 
@@ -176,7 +176,7 @@ def _other_blocks(policy: Policy, record: Mapping[str, Any], manifest: Manifest)
     if (blocks is None) != (record["cuts"] is None):
         was, is_ = ("preconditioned", "element-wise") if blocks is None else ("element-wise", "preconditioned")
         exclude = list(ShampooConfig.from_options(manifest.groups[str(record["group"])]).exclude)
-        return f"it was saved as {was}, and here it is {is_}; give the same exclude ({exclude}) and names"
+        return f"it was saved as {was}, but here it is {is_}; give the same exclude ({exclude}) and names"
     if blocks != record["cuts"]:
         return "it was saved with other blocks; give the same rules and the same names, or model="
     return None

@@ -100,7 +100,7 @@ class StoredState:
             raise StorageError(f"it was saved with another number of expert-parallel ranks: {name!r} is not in it")
         if record.get("parts", parts) != parts:
             raise StorageError(
-                f"it was saved with {record['parts']} expert-parallel ranks, and here are {parts}: "
+                f"it was saved with {record['parts']} expert-parallel ranks, but here are {parts}: "
                 f"{name!r} belongs to other experts"
             )
         return int(record["steps"])
@@ -153,12 +153,12 @@ class StoredState:
         """
         layout = self.manifest.layouts.get(layout_key(options, stack.shape))
         if layout is None:
-            raise StorageError(f"it holds no blocks of shape {stack.shape}, as {key} has here")
+            raise StorageError(f"it holds no blocks of shape {stack.shape}, which {key} has here")
         saved = {name: shape for name, _, shape in layout[:-1]}
         here = {name: tuple(tensor.shape[1:]) for name, tensor in stack.tensors.items()}
         if saved != here:
             raise StorageError(
-                f"block {key} was saved with {sorted(saved.items())}, and here it has {sorted(here.items())}"
+                f"block {key} was saved with {sorted(saved.items())}, but here it has {sorted(here.items())}"
             )
         return layout
 

@@ -21,7 +21,7 @@ from shampoo_deepspeed.runtime.devices import communication_device
 from shampoo_deepspeed.runtime.metrics import ExchangeMeter
 
 TransfersByPeer: TypeAlias = dict[int, list[Transfer]]
-# The number of a flat base tensor, and a box that lies in it.
+# The number of a flat base tensor, and a box in it.
 BaseBox: TypeAlias = tuple[int, PlacedBox]
 Resolver: TypeAlias = Callable[[Transfer], BaseBox]
 

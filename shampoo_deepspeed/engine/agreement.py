@@ -131,7 +131,7 @@ def _raise_at_limit(rejected_in_a_row: int, roots_fail: bool, failure_limit: int
     if rejected_in_a_row >= failure_limit:
         raise RuntimeError(
             f"{rejected_in_a_row} steps in a row were rejected because a gradient was not finite "
-            f"(failure_limit = {failure_limit})"
+            f"(failure_limit = {failure_limit}); lower the learning rate, or find out why the loss is not finite"
         )
     if roots_fail:
         raise RuntimeError(

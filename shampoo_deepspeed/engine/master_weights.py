@@ -1,7 +1,7 @@
 """Weights narrower than the step's arithmetic: a float32 copy of each shard, or stochastic rounding.
 
-Random bits are a pure function of the element's place in the global parameter, the parameter's key and its step, so
-that results do not depend on how the parameter is sharded.
+Random bits are a pure function of the element's place in the global parameter, the parameter's key and its step. So
+results do not depend on how the parameter is sharded.
 """
 
 from __future__ import annotations

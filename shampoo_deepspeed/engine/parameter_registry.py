@@ -143,7 +143,7 @@ class ParameterRegistry:
         entries = []
         for index, (tensor, given) in enumerate(zip(group["params"], names, strict=True)):
             if tensor.is_complex():
-                raise OptionError(f"parameter {given or index} is complex; Shampoo takes real parameters only")
+                raise OptionError(f"parameter {given or index} is complex; Shampoo supports real parameters only")
             known, kinds = self._known.get(id(tensor), (None, frozenset()))
             name = clean_name(given) if given is not None else known
             for member in _members(tensor, name, kinds):

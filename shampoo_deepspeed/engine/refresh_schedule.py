@@ -50,7 +50,7 @@ def refresh_phases(
 
 
 def staggered_phases(costs: Sequence[float], frequency: int, earlier: Sequence[float] = ()) -> list[int]:
-    """The phase of each block, in [0, frequency): each goes to the phase with the least refresh cost so far.
+    """The phase of each block, in [0, frequency): each goes to the phase with the least refresh cost until then.
 
     Blocks are taken in the given order, which must be the global one (parameters in the optimizer's order, blocks
     row-major). Then phases depend neither on ranks nor on the framework, and blocks that join later do not change

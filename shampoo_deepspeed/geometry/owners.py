@@ -68,7 +68,7 @@ def _by_phase(blocks: Sequence[Work]) -> dict[int, list[int]]:
 def best_possible(costs: Sequence[float], world_size: int) -> float:
     """A lower bound of the slowest rank's load, however blocks are assigned.
 
-    The load is at least the mean. And of the k * ranks + 1 largest blocks some rank has k + 1, so it is at least
+    The load is at least the mean. Of the k * ranks + 1 largest blocks some rank has k + 1, so its load is at least
     k + 1 times the smallest of them.
     """
     falling = sorted(costs, reverse=True)

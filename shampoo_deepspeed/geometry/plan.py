@@ -1,6 +1,6 @@
 """Who owns which block, and what travels between ranks each step. Pure integers, no tensors.
 
-The plan of a step unit is a pure function of the parameters' shapes, the options and the shards of all ranks, so
+The plan of a step unit is a pure function of the parameters' shapes, the options and the shards of all ranks. So
 every rank computes the same one. Transfers are computed for one rank at a time: all ranks together have millions.
 """
 
@@ -22,8 +22,8 @@ from shampoo_deepspeed.geometry.owners import assign, best_possible
 # FLOPs of a batched eigendecomposition and of computing the root from it, in units of d^3.
 REFRESH_CUBES = 25.0
 
-# With n equal buckets all of the exchange except one n-th each way can be hidden, and on a CPU a bucket stays in the
-# cache while it is processed. More than eight hid no more. Buckets of less than half a million elements cost more in
+# With n equal buckets all of the exchange except one n-th each way can be hidden. On a CPU a bucket stays in the cache
+# while it is processed. More than eight hid no more. Buckets of less than half a million elements cost more in
 # calls than they hide; above four million a link gains nothing and memory is wasted (benchmarks.slow_link).
 BUCKETS, FEWEST_IN_BUCKET, MOST_IN_BUCKET = 8, 1 << 19, 1 << 22
 # Relative sizes of the first buckets, and in reverse of the last ones. They apply if there are at least this many

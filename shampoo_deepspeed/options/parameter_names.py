@@ -25,10 +25,14 @@ def clean_name(name: str) -> str:
 def names_and_kinds(model: nn.Module) -> dict[int, tuple[str, frozenset[str]]]:
     """For each parameter of a model, by ``id``: its clean name and its kinds.
 
-    Kinds are ``embedding`` (in an nn.Embedding), ``lm_head`` (the output embeddings of a Transformers model),
-    ``layernorm`` (in an nn.LayerNorm), ``norm`` (in any module whose class name ends in it), ``router`` (in what sends
-    tokens to experts) and ``experts`` (in a module that stacks the weights of many experts). A tied weight has the
-    kinds of all modules that hold it.
+    - ``embedding``: in an nn.Embedding
+    - ``lm_head``: the output embeddings of a Transformers model
+    - ``layernorm``: in an nn.LayerNorm
+    - ``norm``: in any module whose class name ends in it
+    - ``router``: in a module that sends tokens to experts
+    - ``experts``: in a module that stacks the weights of many experts
+
+    A tied weight has the kinds of all modules that hold it.
     """
     kinds: dict[int, set[str]] = defaultdict(set)
     by_module = kinds_by_module(model)

@@ -115,7 +115,9 @@ class TorchState:
         entries: dict[str, Mapping[str, Tensor]] = {}
         for group, names in zip(state_dict["param_groups"], keys, strict=True):
             if len(group["params"]) != len(names):
-                raise ValueError(f"a saved parameter group has {len(group['params'])} parameters, here {len(names)}")
+                raise ValueError(
+                    f"a saved parameter group has {len(group['params'])} parameters, but here it has {len(names)}"
+                )
             found = {n: state_dict["state"].get(p) for n, p in zip(names, group["params"], strict=True)}
             entries |= {name: entry for name, entry in found.items() if entry}
         wrong = {int(entry[MARK]) if MARK in entry else None for entry in entries.values()} - {FORMAT}
@@ -179,7 +181,7 @@ class TorchState:
                 raise ValueError(f"the saved {name} of {key!r} has {numel} elements here, not {unit.sizes[number]}")
         if policy.preconditioned and entry[BLOCKS].numel() != blocks.total(number):
             raise ValueError(
-                f"the saved blocks of {key!r} have {entry[BLOCKS].numel()} bytes, and here they have "
+                f"the saved blocks of {key!r} have {entry[BLOCKS].numel()} bytes, but here they have "
                 f"{blocks.total(number)}; its shape, max_preconditioner_dim, betas or grafting differ"
             )
 

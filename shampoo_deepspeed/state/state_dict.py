@@ -1,4 +1,4 @@
-"""The state of step units as one object: taken from live units, kept in state dicts, restored into today's units."""
+"""The state of step units as one object: taken from live units, kept in state dicts, restored into units."""
 
 from __future__ import annotations
 

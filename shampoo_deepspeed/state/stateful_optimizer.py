@@ -143,7 +143,7 @@ class StateKeeper:
         """Raise RuntimeError if the state must be loaded from another place first."""
         if self.external is not None:
             raise RuntimeError(
-                f"the loaded state dict says where the optimizer's state is saved ({dict(self.external)}); "
+                f"the loaded state dict only says where the optimizer's state is saved ({dict(self.external)}); "
                 "call load_shampoo(optimizer, path) on all ranks before the first step"
             )
 
@@ -594,7 +594,7 @@ def _check_parameters(saved: SavedState, entries: Sequence[Entry]) -> None:
 
 
 def _check_units(saved: SavedState, optimizer: BlockOptimizer, configs: Sequence[ShampooConfig]) -> None:
-    """Raise ValueError early for units that stay as they are under these options and need no other rank.
+    """Raise ValueError early for units that these options do not change and that need no other rank.
 
     For the others, the next step checks on all ranks together.
     """

@@ -27,9 +27,9 @@ class KLShampooPreconditioner(ShampooPreconditioner):
 
     S determines its factors only up to scalars whose product is 1. Here every S_j is scaled to mean eigenvalue 1 when
     another factor is computed from it. So all factors have the scale of the squared gradient from the first step on,
-    statistics from before and after a refresh have equal weights, and gradients of another scale give the same
-    updates. At the minimum the mean eigenvalues of all factors are then equal, and S is that mean times the product of
-    the scaled factors. While they differ, their geometric mean takes its place.
+    and statistics from before and after a refresh have equal weights. Gradients of another scale give the same updates.
+    At the minimum the mean eigenvalues of all factors are then equal, and S is that mean times the product of the
+    scaled factors. While they differ, their geometric mean takes its place.
 
     Before the first refresh the other factors count as identities, and after it as they were at the last refresh.
     """

@@ -32,15 +32,15 @@ class SOAPPreconditioner:
 
     - First refresh (at the start step; before it the element-wise or grafting update is used): Q_i by
       eigendecomposition. The factors have seen all t gradients, and v none. So v starts as their estimate of it: the
-      product of the factors' eigenvalues over their trace^(k-1), Adafactor's estimate in this basis (claim 1 of the
-      paper), with the weight of t gradients. From then on v <- b v + (1 - b) (Q'G)^2, and the sum of weights w
+      product of the factors' eigenvalues over their trace^(k-1), with the weight of t gradients. That is Adafactor's
+      estimate in this basis (claim 1 of the paper). From then on v <- b v + (1 - b) (Q'G)^2, and the sum of weights w
       follows alike; v / w is the corrected mean.
     - Later refreshes: one step of orthogonal iteration, columns ordered by eigenvalue estimate, and v permuted alike.
       It iterates with A + ``relative_epsilon`` l_max I, so that null directions of A stay as they are.
     - When a basis moves, M gets components of which v has seen nothing, and M / sqrt(v) is unbounded. So at each
       refresh that moves the basis v becomes max(v, M^2): no element of that step exceeds Adam's usual 1.
     - ``refresh_tolerance``: a mode's basis is kept if its factor is still diagonal in it to that tolerance.
-    - ``relative_epsilon`` times the block's largest sqrt(v) is added to sqrt(v) + eps: in an exactly null direction
+    - ``relative_epsilon`` times the block's largest sqrt(v) is added to sqrt(v) + eps. In an exactly null direction
       both M and v are rounding noise, and eps as an absolute number fits no scale.
     """
 
@@ -99,7 +99,7 @@ class SOAPPreconditioner:
         return RefreshResult(result, frozenset(failed))
 
     def install(self, state: dict[str, Tensor], result: RefreshResult) -> list[int]:
-        """Install bases, and change the second moment of now, which may have seen gradients since ``compute``."""
+        """Install bases, and change the current second moment, which may have seen gradients since ``compute``."""
         found = result.tensors
         second = state["rotated_second_moment"].clone()
         rows = (-1, *[1] * (second.ndim - 1))
