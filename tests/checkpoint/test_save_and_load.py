@@ -105,7 +105,7 @@ def test_another_name_or_shape_or_treatment_is_named(tmp_path: Path) -> None:
     save_shampoo(optimizer, tmp_path)
     wrong: dict[str, tuple[list[Any], dict[str, Any]]] = {
         "has no parameter of this name": ([("w", w), ("v", v), ("gone", gone), ("new", parameter(3, 3))], {}),
-        "gone: it is in the checkpoint, and no parameter here": ([("w", w), ("v", v)], {}),
+        "gone: it is in the checkpoint, but no parameter here": ([("w", w), ("v", v)], {}),
         r"saved with shape \(8, 6\), but has \(6, 8\) here": ([("w", parameter(6, 8)), ("v", v), ("gone", gone)], {}),
         "saved as preconditioned, but here it is element-wise": (
             [("w", w), ("v", v), ("gone", gone)],
