@@ -268,7 +268,7 @@ class StepUnit:
 
 
 def as_count(number: int) -> Tensor:
-    """A count as torch's optimizers hold it: float32 under any default dtype, as 1,001 would be 1,000 in 16 bits."""
+    """A count as torch's optimizers hold it, always float32 on the CPU: in 16 bits 1,001 would be 1,000."""
     return torch.tensor(float(number), dtype=torch.float32, device="cpu")
 
 
