@@ -27,7 +27,7 @@ class UsageError(ValueError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; gives the exit status."""
+    """Run the command line; returns the exit status."""
     parser = _parser()
     given = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""What the first step logs: a table of what is preconditioned, what is not and why, and what may not be meant so."""
+"""What the first step logs: a table of what is preconditioned, what is not and why, and likely mistakes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def policy_table(
 def likely_mistakes(
     parameters: Sequence[Parameter], policies: Mapping[str, Policy], configs: Mapping[int, ShampooConfig]
 ) -> list[str]:
-    """What a user will not have meant: patterns of theirs that match nothing, and matrices that have no names.
+    """Warnings about likely mistakes: a user's patterns that match nothing, and matrices that have no names.
 
     Args:
         parameters: all that the optimizer was given, the frozen ones too.
@@ -63,7 +63,7 @@ def likely_mistakes(
 
 
 def _own_patterns(configs: Iterable[ShampooConfig]) -> Iterable[tuple[str, str]]:
-    """(option, pattern) of all patterns that are not there by default."""
+    """(option, pattern) of all patterns that are not defaults."""
     usual = {*DEFAULT_EXCLUDE, *TRAINER_NO_DECAY, *(pattern for rule in DEFAULT_RULES for pattern in rule["match"])}
     found: dict[tuple[str, str], None] = {}
     for config in configs:

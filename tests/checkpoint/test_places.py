@@ -106,7 +106,7 @@ def test_experts_do_not_take_the_state_of_others_with_their_names(
     as_experts(monkeypatch, 1, 4)
     _, optimizer = trained()
     save_shampoo(optimizer, tmp_path)
-    wrong = {(1, 2): "saved with 4 expert-parallel ranks, and here are 2: 'w@1'", (None, 1): "'w' is not in it"}
+    wrong = {(1, 2): "saved with 4 expert-parallel ranks, but here are 2: 'w@1'", (None, 1): "'w' is not in it"}
     for (part, parts), message in wrong.items():
         as_experts(monkeypatch, part, parts)
         own, again = trained(0)

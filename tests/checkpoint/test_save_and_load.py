@@ -94,7 +94,7 @@ def test_another_block_size_is_named(tmp_path: Path) -> None:
     model, optimizer = made()
     train(model, optimizer, range(4))
     save_shampoo(optimizer, tmp_path)
-    with pytest.raises(CheckpointError, match="max_preconditioner_dim = 8, and here it is 4; set it to 8"):
+    with pytest.raises(CheckpointError, match="max_preconditioner_dim = 8, but here it is 4; set it to 8"):
         resumed(model, tmp_path, max_preconditioner_dim=4)
 
 
@@ -105,14 +105,14 @@ def test_another_name_or_shape_or_treatment_is_named(tmp_path: Path) -> None:
     save_shampoo(optimizer, tmp_path)
     wrong: dict[str, tuple[list[Any], dict[str, Any]]] = {
         "has no parameter of this name": ([("w", w), ("v", v), ("gone", gone), ("new", parameter(3, 3))], {}),
-        "gone: it is in the checkpoint, and no parameter here": ([("w", w), ("v", v)], {}),
-        r"saved with shape \(8, 6\), and has \(6, 8\) here": ([("w", parameter(6, 8)), ("v", v), ("gone", gone)], {}),
-        "saved as preconditioned, and here it is element-wise": (
+        "gone: it is in the checkpoint, but no parameter here": ([("w", w), ("v", v)], {}),
+        r"saved with shape \(8, 6\), but has \(6, 8\) here": ([("w", parameter(6, 8)), ("v", v), ("gone", gone)], {}),
+        "saved as preconditioned, but here it is element-wise": (
             [("w", w), ("v", v), ("gone", gone)],
             {"exclude": ["w"]},
         ),
         "factor_dtype = 'float32'": ([("w", w), ("v", v), ("gone", gone)], {"factor_dtype": "float64"}),
-        "grafting = None, and here it is 'sgd'": ([("w", w), ("v", v), ("gone", gone)], {"grafting": "sgd"}),
+        "grafting = None, but here it is 'sgd'": ([("w", w), ("v", v), ("gone", gone)], {"grafting": "sgd"}),
     }
     for texts, (params, options) in wrong.items():
         with pytest.raises(CheckpointError, match=texts):
@@ -380,7 +380,7 @@ def test_inspect_tells_what_a_checkpoint_holds(tmp_path: Path, capsys: pytest.Ca
     text = capsys.readouterr().out
     assert (
         f"saved by 1 rank with shampoo_deepspeed {version('shampoo-deepspeed')}, torch" in text
-        and "all checksums right" in text
+        and "all checksums match" in text
     )
     assert "momentum = 0.9" in text
     assert re.search(r"w +8x6 +0 +4 +1 block, largest 8x6", text)

@@ -65,7 +65,7 @@ def test_another_weight_decay_than_before_is_told(tmp_path: Path, caplog: pytest
     again = in_groups(params, ({"params": NAMES, "weight_decay": 0.5},))
     load_shampoo(again, tmp_path)
     assert again.param_groups[0]["weight_decay"] == 0.5
-    assert "2 parameters have another weight decay than in the" in caplog.text
+    assert "2 parameters have a different weight decay than in the" in caplog.text
     assert "such as weight: 0.25 there, 0.5 here" in caplog.text
 
 
@@ -75,10 +75,10 @@ def test_options_that_a_checkpoint_has_otherwise_are_named(tmp_path: Path, caplo
     drive(optimizer := shampoo(named, lr=0.5, refresh="sync", precondition_frequency=2), params, range(3))
     save_shampoo(optimizer, tmp_path)
     load_shampoo(shampoo(named, lr=0.25, refresh="sync", precondition_frequency=2), tmp_path)
-    assert "goes on with" not in caplog.text  # a schedule's rate differs at most resumptions
+    assert "now uses" not in caplog.text  # a schedule's rate differs at most resumptions
     again = shampoo(named, refresh="sync", precondition_frequency=5)
     load_shampoo(again, tmp_path)
-    assert "goes on with the checkpoint's precondition_frequency = 2 (given here: 5)" in caplog.text
+    assert "now uses the checkpoint's precondition_frequency = 2 (given here: 5)" in caplog.text
     assert again.param_groups[0]["precondition_frequency"] == 2
 
 
@@ -138,7 +138,7 @@ OPTIONS_THAT_CLASH: list[tuple[Groups, dict[str, Any], str]] = [
     (
         apart({"solver": "newton_db", "exponent_override": 8}, {"solver": "newton_db", "exponent_override": 4}),
         {"exponent_override": 3},
-        "group 0 keeps its own options but lr, as the checkpoint's do not go with them: Shampoo option 'solver'",
+        "group 0 keeps its own options except lr, as the checkpoint's do not fit them: Shampoo option 'solver'",
     ),
 ]
 

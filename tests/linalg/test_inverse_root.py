@@ -261,8 +261,8 @@ def test_a_failed_refresh_keeps_the_last_good_root_and_training_goes_on(
         assert torch.equal(stack["tensors"][f"root_{mode}"], good[f"root_{mode}"])
         assert not torch.equal(stack["tensors"][f"factor_{mode}"], good[f"factor_{mode}"])
     assert stack["failures"] == [2] and set(optimizer.state_dict()["shampoo"]["steps"].values()) == {5}
-    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["no inverse root of block w/0"] * 2
-    assert "failed 2 times in a row, last good one kept" in caplog.records[-1].getMessage()
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["no new inverse root for block w/0"] * 2
+    assert "failed 2 times in a row; the last good one is kept" in caplog.records[-1].getMessage()
 
 
 def test_a_success_ends_the_row_of_failures(monkeypatch: pytest.MonkeyPatch) -> None:

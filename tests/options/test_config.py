@@ -91,15 +91,15 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("large_dim", "cut", "one of block, diagonal, identity, adagrad"),
     ("one_sided", "both", "null or one of smaller, left, right"),
     ("one_sided", True, "null or one of smaller, left, right"),
-    ("batch_dims", 2, "0, or 1 where the first dim"),
-    ("batch_dims", True, "0, or 1 where the first dim"),
+    ("batch_dims", 2, "0, or 1 if the first dim"),
+    ("batch_dims", True, "0, or 1 if the first dim"),
     ("split", [4096], "a list of lengths >= 1"),
     ("split", [4, 0], "a list of lengths >= 1"),
     ("split", 3, "a list of lengths >= 1"),
     ("split", [2.0, 3], "a list of lengths >= 1"),
     ("exponent_override", [4, "2"], "null or a number p from 0.001 to 1000"),
     ("exponent_override", [], "null or a number p from 0.001 to 1000"),
-    ("exclude", ["kind:norms"], "'kind:norms' is no kind; kinds are embedding"),
+    ("exclude", ["kind:norms"], "'kind:norms' is not a kind; kinds are embedding"),
     ("rules", {"match": "*q*"}, "a list of rules such as"),
     ("rules", [{"match": "*q*"}], "a list of rules such as"),
     ("rules", [{"max_preconditioner_dim": 3}], "a list of rules such as"),
@@ -430,7 +430,7 @@ def test_elementwise_parameters_follow_the_grafting_method_unless_told_otherwise
 
 
 IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
-    ({"beta3": 0.5, "betas": (0.0, 0.9)}, "'beta3' = 0.5.*null where betas"),
+    ({"beta3": 0.5, "betas": (0.0, 0.9)}, "'beta3' = 0.5.*null if betas"),
     ({"weight_decay_type": "corrected", "decoupled_weight_decay": False}, "'weight_decay_type' = 'corrected'"),
     ({"split": [2, 3], "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*together with split"),
     ({"split": [2, 3], "one_sided": "smaller"}, "'one_sided' = 'smaller'.*together with split"),
@@ -461,7 +461,7 @@ def test_the_peak_of_a_scaled_decay_is_the_learning_rate_that_a_group_starts_wit
     optimizer = Shampoo([group, {"params": [parameter(3)]}], lr=0.25, weight_decay_type="corrected")
     assert [g["peak_lr"] for g in optimizer.param_groups] == [0.5, 0.25]
     assert Shampoo([parameter(3)], lr=0.25).param_groups[0]["peak_lr"] is None
-    with pytest.raises(OptionError, match="'peak_lr' = None is not allowed: a number > 0 where lr starts at 0"):
+    with pytest.raises(OptionError, match="'peak_lr' = None is not allowed: a number > 0 if lr starts at 0"):
         Shampoo([parameter(3)], lr=0.0, weight_decay_type="independent")
     optimizer = Shampoo([parameter(3)], lr=0.0, weight_decay_type="independent", peak_lr=0.1)
     assert optimizer.param_groups[0]["peak_lr"] == 0.1

@@ -127,7 +127,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"match": "*q*", "max_preconditioner_dims": 8}, "Unknown Shampoo option 'max_preconditioner_dims'"),
     ({"match": "*q*", "betas": [0.9, 2.0]}, r"'betas' = \[0.9, 2.0\]"),
     ({"match": "q", "solver": "newton_db", "exponent_override": 3}, r"in the rule for \['q'\].*'solver' = 'newton_db'"),
-    ({"match": ["kind:what"], "eps": 0.1}, "'kind:what' is no kind"),
+    ({"match": ["kind:what"], "eps": 0.1}, "'kind:what' is not a kind"),
     ({"match": [], "eps": [0.1]}, "'eps' = "),
     ({"match": "*q*", "max_preconditioner_dim": 0}, r"in the rule for \['\*q\*'\].*'max_preconditioner_dim' = 0"),
     ({"match": "*q*"}, "{'match': '\\*q\\*'} lacks options other than 'match'"),

@@ -170,8 +170,8 @@ MISFITS: dict[str, tuple[Shapes, dict[str, Any], Shapes, str]] = {
     "excluded": ({"p": (12, 10)}, {"exclude": ["p"]}, {"p": (12, 10)}, "up to element 120, but .* preconditioned"),
     "longer": ({"p": (6,)}, {}, {"p": (5,)}, r"'p' up to element 6, but .* element-wise with shape \(5,\)"),
     "shorter": ({"p": (4,)}, {}, {"p": (5,)}, "holds 4 of the 5 elements of p"),
-    "other_names": ({"q": (12, 10)}, {}, {"p": (12, 10)}, "that of other parameters: q are not here"),
-    "no_names": ({"": (12, 10)}, {}, {"p": (12, 10)}, "that of other parameters: group0.0 are not here"),
+    "other_names": ({"q": (12, 10)}, {}, {"p": (12, 10)}, "belongs to other parameters: q are not here"),
+    "no_names": ({"": (12, 10)}, {}, {"p": (12, 10)}, "belongs to other parameters: group0.0 are not here"),
 }
 
 

@@ -36,7 +36,7 @@ def test_attributes_of_the_optimizer_itself_do_not_mislead() -> None:
     assert unwrap(Holder(inner)) is inner
     circle = Holder(None)
     circle.optimizer = circle
-    with pytest.raises(TypeError, match="a Shampoo is needed"):
+    with pytest.raises(TypeError, match="a Shampoo optimizer is needed"):
         unwrap(circle)
 
 
@@ -50,5 +50,5 @@ def test_attributes_of_the_optimizer_itself_do_not_mislead() -> None:
 )
 def test_what_holds_none_is_named(wrong: Any, found: str, tmp_path: Path) -> None:
     for use in (unwrap, lambda o: save_shampoo(o, tmp_path), lambda o: load_shampoo(o, tmp_path)):
-        with pytest.raises(TypeError, match=f"a Shampoo is needed, .*here it is .*{found}"):
+        with pytest.raises(TypeError, match=f"a Shampoo optimizer is needed, .*this is .*{found}"):
             use(wrong)
