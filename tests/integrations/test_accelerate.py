@@ -43,7 +43,7 @@ def test_one_shampoo_and_one_model_are_taken(accelerator: Accelerator) -> None:
     model = nn.Linear(6, 4)
     shampoo = Shampoo(model.parameters())
     for wrong in ((model,), (model, shampoo, shampoo), (model, nn.Linear(2, 2), shampoo)):
-        with pytest.raises(TypeError, match="give one Shampoo and its model; here are"):
+        with pytest.raises(TypeError, match="pass one Shampoo and its model; got"):
             prepare(accelerator, *wrong)
     assert inner_optimizer(prepare(accelerator, shampoo)) is shampoo
 

@@ -92,7 +92,7 @@ def test_a_killed_and_resumed_training_is_the_uninterrupted_one_to_the_bit(
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert process.returncode == KILLED, process.stderr
     assert newest_complete(tmp_path / "killed") == str(tmp_path / f"killed/checkpoint-{SAVED}")
-    assert f"checkpoint-{STOP}: its saving was interrupted (trainer_state.json" in caplog.text
+    assert f"checkpoint-{STOP}: its save was interrupted (trainer_state.json" in caplog.text
     whole, uninterrupted = trainer(tmp_path / "whole")
     whole.train()
     again, resumed = trainer(tmp_path / "killed")
@@ -114,9 +114,9 @@ def test_a_checkpoint_without_the_optimizer_starts_it_anew_only_if_asked(
     path = str(tmp_path / "checkpoint-2")
     assert not (tmp_path / "checkpoint-2/shampoo").exists()
     for kind in (ShampooTrainer, Trainer):
-        with pytest.raises(CheckpointError, match="from step 2, but its checkpoint gave no state to Shampoo"):
+        with pytest.raises(CheckpointError, match="from step 2, but its checkpoint has no Shampoo state"):
             trainer(tmp_path, kind, ShampooCallback())[0].train(path)
-    with pytest.raises(ValueError, match="is complete .*checkpoint-2: it holds no state of the optimizer"):
+    with pytest.raises(ValueError, match="is complete .*checkpoint-2: it holds no optimizer state"):
         trainer(tmp_path)[0].train(True)
     willing = ShampooCallback()
     willing.require_state = False
@@ -185,7 +185,7 @@ def test_a_save_that_begins_anew_in_a_folder_makes_it_incomplete(tmp_path: Path)
     other._save_optimizer_and_scheduler = lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         other.train()
-    with pytest.raises(ValueError, match="checkpoint-2: its saving was interrupted"):
+    with pytest.raises(ValueError, match="checkpoint-2: its save was interrupted"):
         newest_complete(tmp_path)
 
 

@@ -297,7 +297,7 @@ def test_wrong_text_is_an_error_before_training(text: str, message: str, argumen
 def test_other_versions_of_transformers_are_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     home = training_args if missing == "OptimizerNames" else trainer_optimizer
     monkeypatch.delattr(home, missing)
-    with pytest.raises(RuntimeError, match=r'transformers 5\.\S+ has no place for optim="shampoo"'):
+    with pytest.raises(RuntimeError, match=r'optim="shampoo" does not work with transformers 5\.'):
         register_with_transformers()
 
 
