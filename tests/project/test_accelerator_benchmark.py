@@ -152,4 +152,4 @@ def test_the_plain_loop_is_our_rule_with_all_refreshes_at_one_step() -> None:
 def test_tokens_must_fill_whole_sequences(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         accelerator.main(["--size", "tiny", "--tokens", "100", "--sequence-length", "16"])
-    assert "--tokens 100 is no multiple of --sequence-length 16" in capsys.readouterr().err
+    assert "--tokens 100 is not a multiple of --sequence-length 16" in capsys.readouterr().err
