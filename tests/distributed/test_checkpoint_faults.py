@@ -1,4 +1,4 @@
-"""Where one rank cannot go on with a save or a load, all ranks say so, and none waits for it."""
+"""If one rank cannot continue a save or a load, all ranks raise an error, and none waits for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_a_fault_of_one_rank_is_told_by_all(check: Check, ask: Ask) -> None:
     for name in [*SAVING, *(f"{name} in the background" for name in SAVING), *FIRST, "wrong", *LOADING]:
         for rank in heard:
             assert "Input/output error" in rank[name], name
-    # Only one rank tells of what all know: with a thousand ranks the first one would hold as many copies.
+    # If all ranks have the same error, only one sends it: otherwise the first of a thousand would get a thousand copies.
     assert [rank["parameters"] for rank in heard] == [2, 0]
     for rank in heard:
         assert rank["loaded"] == ("a", "b")

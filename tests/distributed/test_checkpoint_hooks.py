@@ -1,4 +1,4 @@
-"""Checkpoints through the Trainer, accelerate and torch's own helpers: a resumed run is the uninterrupted one."""
+"""Checkpoints through the Trainer, accelerate and torch's own helpers: a resumed run equals the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.zoo import relative_error
 FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
 SHARDINGS = [(framework, form) for framework in ("fsdp1", "fsdp2") for form in (FULL, SHARDED)]
 RUNS = [Run("ours", "ddp"), *(Run("ours", *sharding) for sharding in SHARDINGS)]
-# Of a trainer, a framework and a form every two in some run.
+# Every pair of a trainer, a framework and a form of state dict is in some run.
 OWN = [Run("ours", "ddp"), Run("ours", "fsdp1", SHARDED), Run("ours", "fsdp2", FULL)]
 STOCK = [Run("stock", "ddp"), Run("stock", "fsdp1", FULL), Run("stock", "fsdp2", SHARDED)]
 FLAT = [Run("ours", "fsdp1_flat", SHARDED), Run("stock", "fsdp1_flat", FULL)]
@@ -32,7 +32,7 @@ IN_THE_FOLDER = [check for check in TRAINED if check.argument.framework.startswi
 ROBBED = check("robbed", Run("stock", "fsdp1", SHARDED))
 OURS = [check for check in TRAINED if check.argument.trainer != "stock"]
 BETWEEN = [check for check in TRAINED if dies_in(check.argument) == "step"]
-# DDP's replicas divide nothing and FSDP2 needs a hand where accelerate alone saves; FSDP1 needs none.
+# If accelerate alone saves, DDP's replicas divide nothing and FSDP2 needs our hook; FSDP1 needs none.
 LOOPS = [check("accelerated", run) for run in (*RUNS, Run("stock", "fsdp1", FULL), Run("stock", "fsdp1", SHARDED))]
 HELPERS = [
     Check(f"helpers_{layout}_{gathered}_{flat}_{ranks}ranks", ranks, "torch_helpers:helpers", (layout, gathered, flat))
@@ -95,7 +95,7 @@ def test_a_loaded_accelerate_loop_is_the_uninterrupted_one_to_the_bit(check: Che
 
 @pytest.mark.parametrize("check", HELPERS, ids=named)
 def test_torchs_helpers_let_a_run_go_on(check: Check, ask: Ask) -> None:
-    """To the bit where it is sharded as before; unsharded within rounding."""
+    """The result is equal to the bit if sharded as before, and up to rounding if unsharded."""
     for uninterrupted, resumed, *whole in ask(check):
         assert same(resumed, uninterrupted)
         for parameters in whole:
