@@ -1,4 +1,4 @@
-"""save_shampoo and load_shampoo in one process: exact, safe, and clear about what does not fit."""
+"""save_shampoo and load_shampoo in one process are exact and safe, and name what does not fit."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from tests.support.zoo import make_model, relative_error
 
 
 def made(**options: Any) -> tuple[nn.Module, Shampoo]:
-    """The odd model of the zoo and its optimizer."""
+    """Return the odd model of the zoo and its optimizer."""
     model = make_model("odd")
     return model, shampoo(model.named_parameters(), **options)
 
 
 def resumed(model: nn.Module, path: Path, **options: Any) -> tuple[nn.Module, Shampoo]:
-    """A new model with the same weights, and a new optimizer with a checkpoint's state."""
+    """Return a new model with the same weights, and a new optimizer with a checkpoint's state."""
     other, optimizer = made(**options)
     other.load_state_dict(model.state_dict())
     load_shampoo(optimizer, path)
@@ -179,7 +179,7 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path, monkeypatch: pyte
 
 
 def saved_once(path: Path) -> None:
-    """A small checkpoint."""
+    """Save a small checkpoint."""
     params = [parameter(8, 6), parameter(6)]
     optimizer = shampoo([("w", params[0]), ("b", params[1])], momentum=0.9)
     drive(optimizer, params, range(4))
@@ -187,7 +187,7 @@ def saved_once(path: Path) -> None:
 
 
 def loaded(path: Path) -> None:
-    """Load what `saved_once` has saved, and use it."""
+    """Load what `saved_once` has saved, and take a step with it."""
     params = [parameter(8, 6), parameter(6)]
     optimizer = shampoo([("w", params[0]), ("b", params[1])], momentum=0.9)
     load_shampoo(optimizer, path)
@@ -210,7 +210,7 @@ def test_damage_anywhere_names_the_file(tmp_path: Path) -> None:
         for damaged in [*flips, content[: len(content) // 2], b"", content + b" "]:
             file.write_bytes(damaged)
             if json_equal(content, damaged):
-                continue  # a bit in the white space between JSON's tokens means nothing
+                continue  # a changed bit in the white space of JSON has no effect
             with pytest.raises(CheckpointError, match=str(file)):
                 loaded(tmp_path)
         file.write_bytes(content)
@@ -224,7 +224,7 @@ def test_damage_anywhere_names_the_file(tmp_path: Path) -> None:
 
 
 def json_equal(content: bytes, damaged: bytes) -> bool:
-    """Whether both are JSON of the same meaning."""
+    """Whether both are JSON with the same content."""
     try:
         return bool(json.loads(content) == json.loads(damaged))
     except ValueError:
@@ -245,7 +245,7 @@ def test_no_checkpoint_and_another_format_are_told(tmp_path: Path) -> None:
 
 
 def test_nothing_of_ours_is_pickled(tmp_path: Path) -> None:
-    """torch pickles its own index; the tensors are read with weights_only."""
+    """torch pickles only its own index; tensors are read with weights_only."""
     saved_once(tmp_path)
     (index,) = tmp_path.rglob(".metadata")
     texts = [str(argument) for _, argument, _ in pickletools.genops(index.read_bytes()) if argument is not None]
@@ -254,7 +254,7 @@ def test_nothing_of_ours_is_pickled(tmp_path: Path) -> None:
 
 
 def kill_after(path: Path, saves: int, seconds: float, first: int) -> None:
-    """A child saves after every step until it is killed, some time after as many saves."""
+    """Start a child that saves after every step, and kill it some time after this many saves."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def endless() -> None:
@@ -340,7 +340,7 @@ def test_sixteen_bit_moments_take_half_their_bytes(tmp_path: Path) -> None:
         save_shampoo(optimizer, tmp_path / name, moments_dtype=dtype)
         manifest = Manifest.read(tmp_path / name)
         sizes[name] = sum(facts["bytes"] for facts in manifest.files.values())
-    assert state < sizes["full"] < 1.05 * state  # the record of each tensor weighs little
+    assert state < sizes["full"] < 1.05 * state  # each tensor's metadata is small
     assert sizes["full"] - sizes["half"] == pytest.approx(w.nbytes + b.nbytes, rel=0.02)
     again = shampoo([("w", w), ("b", b)], max_preconditioner_dim=128)
     load_shampoo(again, tmp_path / "half")
@@ -399,7 +399,7 @@ def test_the_kept_checkpoint_of_format_1_loads_for_ever(tmp_path: Path) -> None:
     assert set(report.loaded) == set(params)
     drive(optimizer, list(params.values()), range(kept.SAVED_AT, kept.STEPS))
     for name, value in torch.load(kept.FOLDER / "expected.pt", weights_only=True).items():
-        bound = 1e-5 if value.dtype == torch.float32 else 2e-3  # other machines may round other elements up
+        bound = 1e-5 if value.dtype == torch.float32 else 2e-3  # other machines may round elements differently
         assert relative_error(params[name].detach(), value) < bound, name
     assert "cube" in describe(kept.FOLDER / "shampoo")
 

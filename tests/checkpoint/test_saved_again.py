@@ -1,4 +1,4 @@
-"""Saves of optimizers that wait for a part of an earlier checkpoint, and what saves must not harm."""
+"""Saves of optimizers with state that is still to be read from an earlier checkpoint, and what saves must keep."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tests.support.stepping import drive, parameter, same_bits, shampoo, state_o
 
 
 def two(seed: int = 0) -> list[nn.Parameter]:
-    """Two parameters with one block of the same shape each."""
+    """Return two parameters with one block of the same shape each."""
     return [parameter(8, 6, seed=seed), parameter(8, 6, seed=seed + 1)]
 
 
 def optimizer_of(params: list[nn.Parameter], **options: Any) -> Shampoo:
-    """Named "a", "b", ..."""
+    """Return an optimizer of these parameters, which are named "a", "b", ..."""
     return shampoo(list(zip("abc", params, strict=False)), **options)
 
 
 def half_resumed(path: Path, first: list[nn.Parameter], **options: Any) -> tuple[list[nn.Parameter], Shampoo]:
-    """Parameters as these are; only the first has met a gradient since the optimizer went on from a checkpoint."""
+    """Resume with copies of these parameters; only the first one has had a gradient since."""
     params = [nn.Parameter(p.detach().clone()) for p in first]
     optimizer = optimizer_of(params, **options)
     load_shampoo(optimizer, path)
@@ -38,7 +38,7 @@ def half_resumed(path: Path, first: list[nn.Parameter], **options: Any) -> tuple
 
 
 def goes_on(optimizer: Shampoo, params: list[nn.Parameter], path: Path) -> bool:
-    """Whether a checkpoint of the optimizer takes all of its parameters where it takes them itself."""
+    """Whether the optimizer's checkpoint takes all parameters to the same values as the optimizer itself."""
     again = [nn.Parameter(p.detach().clone()) for p in params]
     other = optimizer_of(again)
     load_shampoo(other, path)

@@ -1,4 +1,4 @@
-"""Which options come from a checkpoint: what groups share, decay by its effect, combinations that are allowed."""
+"""Options from a checkpoint: those that groups share, weight decay by its effect, and allowed combinations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BY_GROUP = ({"params": NAMES[:1], "weight_decay": 0.25}, {"params": NAMES[1:], "
 def test_no_decay_and_groups_without_decay_are_one_another_s_continuation(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, before: Groups, after: Groups
 ) -> None:
-    """A DeepSpeed JSON says by patterns, the Trainer otherwise by two groups, which parameters have no weight decay."""
+    """Patterns in a DeepSpeed JSON, and otherwise the Trainer's two groups, say which parameters do not decay."""
     params = [parameter(8, 6), parameter(6)]
     optimizer = in_groups(params, before, lr=0.125)
     drive(optimizer, params, range(2))
@@ -83,7 +83,7 @@ def test_options_that_a_checkpoint_has_otherwise_are_named(tmp_path: Path, caplo
 
 
 class Normed(nn.Module):
-    """A norm that nothing in its name gives away, as in GPT-2."""
+    """A model with a norm whose name does not show it, as in GPT-2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def test_a_group_of_parameters_that_decayed_differently_keeps_its_own(
     load_shampoo(again, tmp_path)
     assert again.param_groups[0]["weight_decay"] == 0.0
     assert "such as weight: 0.25 there, 0 here" in caplog.text
-    params[1].requires_grad_(False)  # whose decay means nothing
+    params[1].requires_grad_(False)  # the decay of frozen parameters has no effect
     caplog.clear()
     again = in_groups(params, ({"params": NAMES, "weight_decay": 0.0},))
     load_shampoo(again, tmp_path)
@@ -147,7 +147,7 @@ OPTIONS_THAT_CLASH: list[tuple[Groups, dict[str, Any], str]] = [
 def test_options_come_only_in_combinations_that_are_allowed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, before: Groups, today: dict[str, Any], warning: str
 ) -> None:
-    """And the next step does not find out."""
+    """The next step finds no forbidden combination."""
     params = [parameter(8, 6), parameter(6)]
     drive(optimizer := in_groups(params, before, lr=0.125), params, range(1))
     save_shampoo(optimizer, tmp_path)

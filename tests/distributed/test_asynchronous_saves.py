@@ -12,7 +12,7 @@ from tests.support.launch import Check, run_checks
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
-    """Run the check in its own launch, because it destroys the process group; return the folder and the ranks' results."""
+    """Run the check in its own launch, because it ends the process group; return the folder and the ranks' results."""
     folder = tmp_path_factory.mktemp("jobs")
     check = Check("jobs", 2, "asynchronous_saves:jobs", folder)
     result = run_checks([check], tmp_path_factory.mktemp("launches"))["jobs"]

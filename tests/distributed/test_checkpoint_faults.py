@@ -16,7 +16,7 @@ def test_a_fault_of_one_rank_is_told_by_all(check: Check, ask: Ask) -> None:
     for name in [*SAVING, *(f"{name} in the background" for name in SAVING), *FIRST, "wrong", *LOADING]:
         for rank in heard:
             assert "Input/output error" in rank[name], name
-    # If all ranks have the same error, only one sends it: otherwise the first of a thousand would get a thousand copies.
+    # What all ranks know is sent by only one: otherwise the first of a thousand ranks would get a thousand copies.
     assert [rank["parameters"] for rank in heard] == [2, 0]
     for rank in heard:
         assert rank["loaded"] == ("a", "b")

@@ -1,4 +1,4 @@
-"""What scripts expect of any torch.optim optimizer while it steps: groups, rates, schedulers, closures, hooks."""
+"""What scripts expect of any torch.optim optimizer when it steps: groups, rates, schedulers, closures, hooks."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_a_closure_runs_with_gradients_on_and_its_loss_is_given_back() -> None:
 
 
 def test_a_step_leaves_gradients_as_they_are() -> None:
-    """Also with coupled decay and with momentum, whose terms are added in another place."""
+    """This holds with coupled decay and momentum too, whose terms are added to other tensors."""
     p, bias = parameter(12, 10), parameter(5)
     optimizer = shampoo([p, bias], decoupled_weight_decay=False, momentum=0.9)
     drive(optimizer, [p, bias], range(4))
@@ -230,7 +230,7 @@ def test_a_mode_that_is_not_there_is_refused_and_never_ignored(name: str) -> Non
 
 
 def test_the_first_step_logs_once_what_is_preconditioned(caplog: pytest.LogCaptureFixture) -> None:
-    """All that trains, also the layer that batch 2 leaves out and that joins with the second step."""
+    """The log has all trained parameters, including the layer that has its first gradient in the second step."""
     model = make_model("odd")
     optimizer = shampoo(model.named_parameters())
     with caplog.at_level(logging.INFO, logger="shampoo_deepspeed"):
@@ -256,12 +256,12 @@ def test_torch_sees_an_ordinary_optimizer() -> None:
 
 
 def steps_of(optimizer: Shampoo, key: str) -> int:
-    """How many steps a parameter has taken, by the saved state."""
+    """Return how many steps a parameter has taken, according to the saved state."""
     return int(optimizer.state_dict()["shampoo"]["steps"][key])
 
 
 def test_a_compiled_training_step_leaves_the_optimizer_s_as_it_is() -> None:
-    """Torch's compiler cannot trace it, and does not try."""
+    """torch's compiler cannot trace it, and does not try to."""
     found = []
     for compiled in (False, True):
         model = nn.Linear(6, 5)

@@ -1,4 +1,4 @@
-"""`prepare` in a single process: everything comes back in its place, and what it cannot take is refused."""
+"""`prepare` in a single process returns all objects in their order, and refuses what cannot work."""
 
 from __future__ import annotations
 

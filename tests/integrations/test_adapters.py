@@ -1,4 +1,4 @@
-"""The adapters' entry points: another package adds a framework of its own, and what is no adapter is refused."""
+"""The adapters' entry points: another package can add a framework, and an object that is not an adapter is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shampoo_deepspeed.geometry.boxes import whole
 
 
 class PackedAdapter(Adapter):
-    """Of a framework that packs parameters one after the other into a flat tensor with the attribute `shapes`."""
+    """For a framework that packs parameters one after the other into a flat tensor with the attribute `shapes`."""
 
     def flat_members(self, tensor, name):
         if not hasattr(tensor, "shapes"):
@@ -51,7 +51,7 @@ NO_ADAPTER = "no adapter"
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Installs a package whose entry point is the object of this name in `PACKAGE`."""
+    """Return a function that installs a package whose entry point is the object of a given name in `PACKAGE`."""
 
     def install(name: str) -> None:
         (tmp_path / "packed_framework.py").write_text(PACKAGE, encoding="utf-8")
@@ -111,7 +111,7 @@ def test_layouts_is_all_that_an_adapter_must_write() -> None:
 
 
 def test_ours_keep_nothing_beyond_what_they_serve() -> None:
-    """An adapter lives as long as the process; engines, tensors and process groups do not."""
+    """An adapter exists as long as the process; engines, tensors and process groups do not."""
     from shampoo_deepspeed.integrations import deepspeed, fsdp1
 
     class Engine:

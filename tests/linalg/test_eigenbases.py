@@ -1,4 +1,4 @@
-"""Eigenbases of stacks: right, in falling order, orthonormal where a matrix is singular, and judged row by row."""
+"""Eigenbases of stacks: correct, in descending order, orthonormal even for singular matrices, and judged row by row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ eigh = torch.linalg.eigh
 
 
 def spectra(*values: list[float], seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Matrices with these eigenvalues, and their eigenbases."""
+    """Return matrices with these eigenvalues, and their eigenbases."""
     d = len(values[0])
     generator = torch.Generator().manual_seed(seed)
     bases = torch.linalg.qr(torch.randn(len(values), d, d, generator=generator, dtype=F64))[0]
@@ -79,7 +79,7 @@ def test_power_steps_converge_to_the_eigenbasis_and_report_where_columns_came_fr
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_a_power_step_of_a_singular_matrix_is_orthonormal(dtype: torch.dtype) -> None:
-    """Rank one, a null direction, and zero; columns that get nothing from the matrix complete the basis."""
+    """Rank one, a null direction, and zero; columns without a contribution from the matrix complete the basis."""
     u = torch.tensor([[1.0, 2.0, 2.0]], dtype=dtype)
     matrices = torch.stack([u.mT @ u, torch.diag(torch.tensor([1.0, 0.0, 2.0])).to(dtype), torch.zeros(3, 3).to(dtype)])
     bases, _ = power_step(matrices, torch.eye(3).to(dtype).expand(3, 3, 3))
@@ -88,7 +88,7 @@ def test_a_power_step_of_a_singular_matrix_is_orthonormal(dtype: torch.dtype) ->
 
 
 def test_with_a_ridge_directions_that_the_matrix_knows_nothing_of_stay_as_they_are() -> None:
-    """Rank 4 of 16 in float32: without it the other 12 columns come out as another basis of their space each time."""
+    """Rank 4 of 16 in float32: without a ridge, the other 12 columns become another basis of their space each time."""
     matrices, bases = spectra([4.0, 3.0, 2.0, 1.0, *[0.0] * 12])
     matrices, bases = matrices.float(), bases.float()
     largest = {}
@@ -101,7 +101,7 @@ def test_with_a_ridge_directions_that_the_matrix_knows_nothing_of_stay_as_they_a
 
 
 def test_a_basis_is_good_enough_by_its_own_off_diagonal_mass() -> None:
-    """A = [[1, x], [x, 1]] in the standard basis: sqrt(2) x of sqrt(2 + 2 x^2) lies off the diagonal."""
+    """A = [[1, x], [x, 1]] in the standard basis: sqrt(2) x of its norm sqrt(2 + 2 x^2) is off the diagonal."""
     matrices = torch.stack([torch.tensor([[1.0, x], [x, 1.0]]) for x in (0.0, 0.1, 0.2, 0.2)])
     bases = torch.eye(2).repeat(4, 1, 1)
     bases[3] = 0.0  # never computed

@@ -28,7 +28,7 @@ METHODS = "one of none, sgd, adagrad, rmsprop, adam"
 PATTERNS = "a list of name patterns"
 DTYPE = "one of float32, float64, bfloat16"
 
-# (key, bad value, what the message says is allowed)
+# (key, bad value, the allowed values in the message)
 BAD_VALUES: list[tuple[str, Any, str]] = [
     ("lr", -1e-3, NUMBER),
     ("lr", "0.001", NUMBER),
@@ -353,7 +353,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 @given(st.fixed_dictionaries(VALUES))
 def test_options_survive_json(options: dict[str, Any]) -> None:
     assert VALUES.keys() == set(OPTION_NAMES)
-    if options["preconditioner"] != "shampoo":  # what the others cannot do
+    if options["preconditioner"] != "shampoo":  # options that the others do not allow
         options = {**options, "exponent_override": None, "one_sided": None, "rank_deficient": "shift"}
     if options["refresh_tolerance"] is not None:
         options = {**options, "rank_deficient": "shift"}

@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, and tiny runs of those that need one process."""
+"""The benchmarks' arithmetic, and tiny runs of those that need only one process."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from benchmarks.slow_link import Timeline, overlap
 
 
 def test_numbers_of_windows_are_medians_over_them():
-    steps = [1.0, 3.0, 1.0, 5.0, 2.0, 8.0, 100.0]  # three windows of two; the rest is no whole window
+    steps = [1.0, 3.0, 1.0, 5.0, 2.0, 8.0, 100.0]  # three windows of two; the last step is not a whole window
     assert mean(steps, 2) == 3.0
     assert slowest(steps, 2) == 5.0
     assert ratio_of_means(steps, [1.0, 1.0, 1.0, 2.0, 1.0, 1.0], 2) == 2.0

@@ -1,4 +1,4 @@
-"""Tables of options are the code's: docs/options.md has every option, the README some of its rows; so are versions."""
+"""Tables of options and versions agree with the code: docs/options.md has every option, the README some of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADER = "| option | default | meaning |\n|---|---|---|\n"
 
 
 def options_table() -> list[str]:
-    """The rows of the table as the page must show them."""
+    """Return the rows of the table as the page must show them."""
     rows = []
     for option in fields(ShampooConfig):
         default = list(option.default) if isinstance(option.default, tuple) else option.default
@@ -27,7 +27,7 @@ def options_table() -> list[str]:
 
 
 def shown(page: Path) -> list[str]:
-    """The rows of a page's only table of options."""
+    """Return the rows of a page's only table of options."""
     (table,) = page.read_text(encoding="utf-8").split(HEADER)[1:]
     return table.split("\n\n")[0].splitlines()
 

@@ -1,4 +1,4 @@
-"""A state dict that only says where the state is: nothing goes on without it, and nothing loses its place."""
+"""A state dict that only says where the state is: no step runs without the state, and its place is never lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def made() -> tuple[nn.Module, Shampoo]:
 
 
 def saved_elsewhere(path: Path, where: dict[str, str]) -> tuple[nn.Module, Shampoo, nn.Module, Shampoo]:
-    """A training with its state in ``path``, and a new one that has loaded its state dict."""
+    """Return a training with its state in ``path``, and a new one that has loaded its state dict."""
     model, optimizer = made()
     train(model, optimizer, range(5))
     save_shampoo(optimizer, path)
@@ -48,7 +48,7 @@ def test_a_step_and_a_save_are_refused_until_it_is_loaded(tmp_path: Path) -> Non
 
 
 def test_a_state_dict_in_between_says_the_same(tmp_path: Path) -> None:
-    """Tools pass an optimizer's state dict through itself, to move it to another device."""
+    """Some tools load an optimizer's own state dict into it, to move it to another device."""
     _, _, other, again = saved_elsewhere(tmp_path, WHERE)
     again.load_state_dict(again.state_dict())
     assert again.state_dict()["shampoo"]["external"] == WHERE
@@ -86,7 +86,7 @@ def test_another_optimizer_s_state_is_left_out_only_if_asked(monkeypatch: pytest
 
 
 def test_a_note_of_an_optimizer_without_state_awaits_nothing() -> None:
-    """FSDP1's dict has the same entries before the first step, as it is the template of what is loaded."""
+    """FSDP1's dict has the same entries before the first step, because it is a template for loading."""
     model, optimizer = made()
     state = optimizer.state_dict()
     del state["shampoo"]

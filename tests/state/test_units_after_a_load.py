@@ -1,4 +1,4 @@
-"""A load into an optimizer that has stepped: units stay if they would be built the same way, only their state goes."""
+"""A load into an optimizer that has stepped keeps units that would be built the same way, and replaces their state."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def made(**options: Any) -> tuple[list[nn.Parameter], Shampoo]:
 
 
 def by_file(source: Shampoo, target: Shampoo, path: Path) -> None:
-    """Through a checkpoint."""
+    """Load through a checkpoint."""
     save_shampoo(source, path)
     load_shampoo(target, path)
 
 
 def by_dict(source: Shampoo, target: Shampoo, _: Path) -> None:
-    """Through a state dict, whose tensors are the live ones."""
+    """Load through a state dict, whose tensors are the optimizer's own."""
     target.load_state_dict(copy.deepcopy(source.state_dict()))
 
 

@@ -1,4 +1,4 @@
-"""The Shampoo inside what frameworks make of it is found, also by what saves and loads."""
+"""The Shampoo inside frameworks' wrappers is found, also by the functions that save and load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.stepping import drive, parameter, shampoo
 
 
 class Holder:
-    """As a DeepSpeed engine, its ZeRO optimizer, AcceleratedOptimizer and a Trainer keep an optimizer."""
+    """Holds an optimizer as a DeepSpeed engine, its ZeRO optimizer, AcceleratedOptimizer and a Trainer do."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -44,7 +44,7 @@ def test_attributes_of_the_optimizer_itself_do_not_mislead() -> None:
     "wrong, found",
     [
         (None, "builtins.NoneType"),
-        (Holder(None), "tests.state.test_unwrap.Holder$"),  # a Trainer that has not begun
+        (Holder(None), "tests.state.test_unwrap.Holder$"),  # like a Trainer before training
         (Holder(torch.optim.SGD([torch.ones(1)])), "Holder with torch.optim.sgd.SGD inside"),
     ],
 )

@@ -25,7 +25,7 @@ AUTOMATIC = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu",
 
 
 def execute(snippet: Snippet) -> dict[str, Any]:
-    """Execute the text, which finds `model`, `args`, `data` and others as in a script; return the training's results."""
+    """Execute the text, which finds `model`, `args`, `data` and others as in a script, and train; return results."""
     deepspeed.init_distributed("gloo")
     with shared_folder() as folder, clean_process():
         if snippet.language == "json":
