@@ -40,7 +40,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", list(FORMS))
 def test_no_product_of_the_thread_can_see_a_precision_switch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The switches belong to the process; the thread neither sets them nor computes float32 products, which read them."""
+    """The switches belong to the process; the thread neither sets them nor has float32 products, which read them."""
     seen, switching = Products(), []
     original = precision._ieee_products
 

@@ -70,7 +70,7 @@ def test_first_moments_are_those_of_the_plain_formula(beta1: float, corrected: b
 
 @pytest.mark.parametrize("corrected", [True, False])
 @pytest.mark.parametrize("method", ["sgd", "adam"])
-def test_what_follows_the_update_does_not_reach_the_first_moment(method: str, corrected: bool) -> None:
+def test_operations_after_the_update_do_not_change_the_first_moment(method: str, corrected: bool) -> None:
     """Without bias correction SGD's update is the stored moment itself, and decay, momentum and lr work in place."""
     p, bias = parameter(6, 5, dtype=F64), parameter(5, dtype=F64)
     optimizer = shampoo([p, bias], grafting=method, use_bias_correction=corrected, momentum=0.9, nesterov=True)
@@ -154,7 +154,7 @@ GRAFTED = [method for method in GRAFTING_METHODS if method != "none"]
 
 
 @pytest.mark.parametrize("method", GRAFTED)
-def test_each_block_takes_the_step_length_of_its_grafting_method(method: str) -> None:
+def test_each_block_s_update_has_the_norm_of_its_grafting_method(method: str) -> None:
     """With the same moments, a preconditioned and an unpreconditioned update differ, but their norms are equal."""
     p, warm = parameter(12, 10), parameter(12, 10)
     grafted = shampoo([p], grafting=method, weight_decay=0.0)

@@ -47,7 +47,7 @@ def orthogonal(d: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("options", [{}, {"exponent_override": 4.0}, {"eps": 0.1, "relative_epsilon": 0.1}], ids=str)
-def test_signs_and_order_of_eigenvectors_mean_nothing_between_soaps_refreshes(options: dict[str, Any]) -> None:
+def test_signs_and_order_of_eigenvectors_do_not_matter_between_soaps_refreshes(options: dict[str, Any]) -> None:
     preconditioner = build(ShampooConfig(preconditioner="soap", **FLOAT64, **options))
     shape = (3, 5, 4)
     state = preconditioner.new_state(2, shape, torch.device("cpu"), F64)
@@ -87,7 +87,7 @@ def test_an_orthogonal_change_of_basis_changes_the_update_by_the_same(
         assert relative_error(found, left @ expected @ right) < 1e-9
 
 
-def test_soap_in_a_turned_basis_turns_alike() -> None:
+def test_soap_updates_rotate_with_the_gradients() -> None:
     """This holds from the first refresh on; the element-wise update before it depends on the coordinates."""
     left, right, gradients = orthogonal(6, 1), orthogonal(4, 2), drawn(6, 4)
     options = {"precondition_frequency": 2, "preconditioner": "soap", "elementwise": "sgd"}
@@ -99,7 +99,7 @@ def test_soap_in_a_turned_basis_turns_alike() -> None:
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
 @pytest.mark.parametrize("grafting", [None, "adam"])
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-def test_without_absolute_epsilons_the_scale_of_gradients_means_nothing(
+def test_without_absolute_epsilons_the_scale_of_gradients_does_not_matter(
     preconditioner: str, grafting: str | None, scale: float
 ) -> None:
     options = {"preconditioner": preconditioner, "precondition_frequency": 3, "epsilon": 0.0, "eps": 0.0}
@@ -193,7 +193,7 @@ PACES = [*((f, "staggered") for f in (1, 2, 5, 20)), (10, "sync"), (10, "backgro
 @pytest.mark.slow
 @pytest.mark.parametrize(("frequency", "refresh"), PACES)
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-def test_the_first_steps_are_calm(preconditioner: str, frequency: int, refresh: str) -> None:
+def test_the_first_steps_are_moderate(preconditioner: str, frequency: int, refresh: str) -> None:
     """No parameter of a small Llama on real text moves by more than 3 lr RMS in any of the first 50 steps."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -272,7 +272,7 @@ def test_failed_refreshes_are_reported_and_training_goes_on(
 
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-def test_a_tolerance_spares_decompositions_and_each_block_decides_by_its_own_factors(
+def test_a_tolerance_saves_decompositions_and_each_block_decides_by_its_own_factors(
     preconditioner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One parameter's gradients keep their eigenbasis, the other's rotate; both are in one stack."""

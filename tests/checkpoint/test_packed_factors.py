@@ -77,7 +77,7 @@ def test_a_sixth_less_is_written(preconditioner: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("forms", [(True, False), (False, True)], ids=str)
-def test_what_waits_is_written_again_as_it_was_stored(forms: tuple[bool, bool], tmp_path: Path) -> None:
+def test_pending_state_is_written_again_as_it_was_stored(forms: tuple[bool, bool], tmp_path: Path) -> None:
     params, optimizer = made()
     drive(optimizer, params, range(SAVED))
     save_shampoo(optimizer, tmp_path / "0", packed_factors=forms[0])

@@ -29,7 +29,7 @@ def trained(steps: int = 3, **options: Any) -> tuple[list[nn.Parameter], Shampoo
     return params, optimizer
 
 
-def test_a_failed_asynchronous_save_is_told_to_its_own_optimizer(
+def test_a_failed_asynchronous_save_raises_only_for_its_own_optimizer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (_, failing), (_, other) = trained(), trained()
@@ -262,7 +262,7 @@ def test_zero_sized_parameters_and_strange_names(tmp_path: Path) -> None:
     assert same_bits([p.detach() for p in params], [p.detach() for p in own])
 
 
-def test_waiting_for_all_saves_tells_the_first_failure_once(tmp_path: Path) -> None:
+def test_waiting_for_all_saves_raises_the_first_failure_once(tmp_path: Path) -> None:
     (_, first), (_, second), (_, good) = trained(), trained(), trained()
     (tmp_path / "file").write_text("no folder")
     bad = [tmp_path / "file" / name for name in "ab"]
@@ -275,7 +275,7 @@ def test_waiting_for_all_saves_tells_the_first_failure_once(tmp_path: Path) -> N
     save_shampoo(first, tmp_path / "again")
 
 
-def test_waiting_for_all_saves_tells_what_another_optimizer_s_save_has_passed_over(tmp_path: Path) -> None:
+def test_waiting_for_all_saves_raises_a_failure_after_another_optimizer_s_save(tmp_path: Path) -> None:
     (_, failing), (_, other) = trained(), trained()
     (tmp_path / "file").write_text("no folder")
     bad = tmp_path / "file" / "below"

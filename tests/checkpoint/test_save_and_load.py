@@ -61,7 +61,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(options: dict[str, An
     assert same_bits(snapshot(model.parameters()), snapshot(other.parameters()))
 
 
-def test_what_no_step_has_claimed_is_saved_again(tmp_path: Path) -> None:
+def test_state_that_no_step_has_used_is_saved_again(tmp_path: Path) -> None:
     model, optimizer = made()
     train(model, optimizer, range(5))
     save_shampoo(optimizer, tmp_path / "a")
@@ -98,7 +98,7 @@ def test_another_block_size_is_named(tmp_path: Path) -> None:
         resumed(model, tmp_path, max_preconditioner_dim=4)
 
 
-def test_another_name_or_shape_or_treatment_is_named(tmp_path: Path) -> None:
+def test_another_name_or_shape_or_policy_is_named(tmp_path: Path) -> None:
     (w, v), gone = (parameter(8, 6), parameter(6)), parameter(4, 4)
     optimizer = shampoo([("w", w), ("v", v), ("gone", gone)])
     drive(optimizer, [w, v, gone], range(4))
@@ -119,7 +119,9 @@ def test_another_name_or_shape_or_treatment_is_named(tmp_path: Path) -> None:
             load_shampoo(shampoo(params, **options), tmp_path)
 
 
-def test_what_fits_goes_on_and_the_rest_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_strict_what_fits_is_loaded_and_the_rest_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     w, other = parameter(8, 6), parameter(5, 4, seed=1)
     optimizer = shampoo([("w", w), ("other", other)])
     drive(optimizer, [w, other], range(4))
@@ -136,7 +138,7 @@ def test_what_fits_goes_on_and_the_rest_is_reported(tmp_path: Path, caplog: pyte
     assert state_of(resumed_)["steps"] == {"w": 8, "other": 4}
 
 
-def test_options_come_along_unless_told_otherwise(tmp_path: Path) -> None:
+def test_options_are_loaded_unless_options_is_false(tmp_path: Path) -> None:
     w = parameter(8, 6)
     optimizer = shampoo([("w", w)])
     drive(optimizer, [w], range(2))
@@ -194,7 +196,7 @@ def loaded(path: Path) -> None:
     drive(optimizer, params, range(4, 6))
 
 
-def test_damage_anywhere_names_the_file(tmp_path: Path) -> None:
+def test_corruption_anywhere_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     saved_once(tmp_path)
     loaded(tmp_path)
     files = [file for file in sorted(tmp_path.rglob("*")) if file.is_file()]
@@ -231,7 +233,7 @@ def json_equal(content: bytes, damaged: bytes) -> bool:
         return False
 
 
-def test_no_checkpoint_and_another_format_are_told(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_and_another_format_are_errors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no complete Shampoo checkpoint"):
         loaded(tmp_path / "nowhere")
     (tmp_path / "data-1").mkdir()
@@ -319,7 +321,7 @@ def test_an_asynchronous_save_holds_the_moment_of_the_call(tmp_path: Path) -> No
     assert same_bits(snapshot(model.parameters()), snapshot(other.parameters()))
 
 
-def test_an_asynchronous_save_that_fails_is_told_at_the_latest_by_the_next(tmp_path: Path) -> None:
+def test_a_failed_asynchronous_save_is_raised_by_the_next_save_at_the_latest(tmp_path: Path) -> None:
     model, optimizer = made()
     train(model, optimizer, range(1))
     (tmp_path / "file").write_text("no folder")
@@ -361,7 +363,7 @@ def test_a_large_state_costs_less_than_one_percent_more_on_disk(tmp_path: Path) 
     assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 1.01 * state
 
 
-def test_masters_of_sixteen_bit_parameters_come_along(tmp_path: Path) -> None:
+def test_masters_of_sixteen_bit_parameters_are_saved_and_loaded(tmp_path: Path) -> None:
     p = parameter(8, 6, dtype=torch.bfloat16)
     optimizer = shampoo([("w", p)], lr=1e-5)
     drive(optimizer, [p], range(4))
@@ -374,7 +376,7 @@ def test_masters_of_sixteen_bit_parameters_come_along(tmp_path: Path) -> None:
     assert same_bits(state_of(optimizer), state_of(resumed_))
 
 
-def test_inspect_tells_what_a_checkpoint_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_what_a_checkpoint_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved_once(tmp_path)
     assert command(["inspect", str(tmp_path)]) == 0
     text = capsys.readouterr().out

@@ -15,9 +15,7 @@ from tests.support.stepping import drive, parameter, same_bits, shampoo
 Groups = tuple[dict[str, Any], ...]
 
 
-def test_groups_that_were_several_are_told_to_keep_their_options(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_group_merged_from_several_keeps_its_own_options(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     w, b = parameter(8, 6), parameter(6)
     optimizer = Shampoo([{"params": [("w", w)], "lr": 0.25}, {"params": [("b", b)], "lr": 0.5}])
     drive(optimizer, [w, b], range(1))
@@ -34,7 +32,7 @@ BY_GROUP = ({"params": NAMES[:1], "weight_decay": 0.25}, {"params": NAMES[1:], "
 
 
 @pytest.mark.parametrize("before, after", [(BY_PATTERN, BY_GROUP), (BY_GROUP, BY_PATTERN)])
-def test_no_decay_and_groups_without_decay_are_one_another_s_continuation(
+def test_no_decay_and_groups_without_decay_continue_each_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, before: Groups, after: Groups
 ) -> None:
     """Patterns in a DeepSpeed JSON, and otherwise the Trainer's two groups, say which parameters do not decay."""
@@ -55,7 +53,7 @@ def test_no_decay_and_groups_without_decay_are_one_another_s_continuation(
     assert same_bits([p.detach() for p in params], [p.detach() for p in own])
 
 
-def test_another_weight_decay_than_before_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_changed_weight_decay_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     params = [parameter(8, 6), parameter(6)]
     optimizer = in_groups(params, BY_PATTERN)
     drive(optimizer, params, range(1))
@@ -69,7 +67,7 @@ def test_another_weight_decay_than_before_is_told(tmp_path: Path, caplog: pytest
     assert "such as weight: 0.25 there, 0.5 here" in caplog.text
 
 
-def test_options_that_a_checkpoint_has_otherwise_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_options_that_differ_in_the_checkpoint_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     params = [parameter(8, 6), parameter(6)]
     named = list(zip("wb", params, strict=True))
     drive(optimizer := shampoo(named, lr=0.5, refresh="sync", precondition_frequency=2), params, range(3))
@@ -144,7 +142,7 @@ OPTIONS_THAT_CLASH: list[tuple[Groups, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("before, today, warning", OPTIONS_THAT_CLASH)
-def test_options_come_only_in_combinations_that_are_allowed(
+def test_options_are_loaded_only_in_allowed_combinations(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, before: Groups, today: dict[str, Any], warning: str
 ) -> None:
     """The next step finds no forbidden combination."""

@@ -11,7 +11,7 @@ FAULTS = Check("checkpoint_faults", 2, "checkpoint_faults:faults", None)
 
 
 @pytest.mark.parametrize("check", [FAULTS], ids=["faults"])
-def test_a_fault_of_one_rank_is_told_by_all(check: Check, ask: Ask) -> None:
+def test_a_fault_of_one_rank_is_raised_on_all(check: Check, ask: Ask) -> None:
     heard = ask(check)
     for name in [*SAVING, *(f"{name} in the background" for name in SAVING), *FIRST, "wrong", *LOADING]:
         for rank in heard:

@@ -82,7 +82,7 @@ def test_under_fsdp1_any_trainer_s_checkpoint_has_a_folder_of_ours(check: Check,
 
 
 @pytest.mark.parametrize("check", [ROBBED], ids=named)
-def test_a_stock_trainer_under_fsdp1_does_not_lose_a_missing_part(check: Check, ask: Ask) -> None:
+def test_a_stock_trainer_under_fsdp1_raises_if_the_state_is_missing(check: Check, ask: Ask) -> None:
     assert all("from step 4, but its checkpoint has no Shampoo state" in error for error in ask(check))
 
 
@@ -94,7 +94,7 @@ def test_a_loaded_accelerate_loop_is_the_uninterrupted_one_to_the_bit(check: Che
 
 
 @pytest.mark.parametrize("check", HELPERS, ids=named)
-def test_torchs_helpers_let_a_run_go_on(check: Check, ask: Ask) -> None:
+def test_a_run_resumes_through_torchs_helpers(check: Check, ask: Ask) -> None:
     """The result is equal to the bit if sharded as before, and up to rounding if unsharded."""
     for uninterrupted, resumed, *whole in ask(check):
         assert same(resumed, uninterrupted)

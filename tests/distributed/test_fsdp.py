@@ -124,6 +124,8 @@ def test_flat_tensors_have_the_state_keys_of_the_plain_model(check: Check, ask: 
 
 
 @pytest.mark.parametrize("check, message", REFUSED, ids=[check.name for check, _ in REFUSED])
-def test_unexplained_fsdp1_parameters_are_never_trained_as_vectors(check: Check, message: str, ask: Ask) -> None:
+def test_fsdp1_parameters_without_their_model_are_never_trained_as_vectors(
+    check: Check, message: str, ask: Ask
+) -> None:
     for found in ask(check):
         assert message in found

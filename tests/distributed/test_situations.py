@@ -80,7 +80,7 @@ def test_a_layer_frozen_for_a_while_trains_again(check: Check, ask: Ask) -> None
 
 
 @pytest.mark.parametrize("check", [IN_TURN], ids=named)
-def test_engines_of_other_stages_train_one_model_in_turn(check: Check, ask: Ask) -> None:
+def test_engines_of_other_stages_train_one_model_one_after_another(check: Check, ask: Ask) -> None:
     """Attributes that an engine leaves on the parameters must not mislead the next engine's optimizer."""
     values = ask(check)
     for attempt in range(3):
@@ -90,7 +90,7 @@ def test_engines_of_other_stages_train_one_model_in_turn(check: Check, ask: Ask)
 
 
 @pytest.mark.parametrize("check", NARROW, ids=named)
-def test_a_narrow_wire_keeps_replicas_together(check: Check, ask: Ask) -> None:
+def test_a_narrow_communication_dtype_keeps_replicas_equal(check: Check, ask: Ask) -> None:
     """An owner's own updates must be rounded like those that it sends, or replicas drift apart."""
     values = ask(check)
     assert_ranks_agree(values)

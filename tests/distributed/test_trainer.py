@@ -123,7 +123,7 @@ STRAY = Check("trainer_stray_key", 2, "trainer:refused", Training(options={"prec
 
 
 @pytest.mark.parametrize("check", [STRAY], ids=named)
-def test_a_stray_key_reaches_the_trainer_s_user_by_name(check: Check, ask: Ask) -> None:
+def test_an_unknown_key_in_the_json_is_named_to_the_user(check: Check, ask: Ask) -> None:
     for value in ask(check):
         assert value["kind"] == "OptionError"
         assert "'precondition_frequncy' = 3; did you mean 'precondition_frequency'?" in value["message"]

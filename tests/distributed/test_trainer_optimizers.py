@@ -121,7 +121,7 @@ def test_each_rank_has_its_metrics(check: Check, ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("alone, divided", [DIVIDED], ids=named)
-def test_a_deferred_one_divides_its_work_over_the_replicas(alone: Check, divided: Check, ask: Ask) -> None:
+def test_a_deferred_optimizer_divides_its_work_among_the_replicas(alone: Check, divided: Check, ask: Ask) -> None:
     """Each rank receives the updates of the other's blocks; without process_group, a finished one divides nothing."""
     assert not any(seen["traffic"]["bytes_received"] for seen in ask(alone))
     assert all(seen["traffic"]["bytes_received"] for seen in ask(divided))

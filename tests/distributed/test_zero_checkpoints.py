@@ -99,7 +99,7 @@ def test_the_state_is_stored_once(check: Check, ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("check", CONVERTED, ids=named)
-def test_a_converted_checkpoint_goes_on_to_the_bit_on_as_many_ranks(check: Check, ask: Ask) -> None:
+def test_a_converted_checkpoint_resumes_to_the_bit_on_the_same_number_of_ranks(check: Check, ask: Ask) -> None:
     """Each group has its own options again, although under ZeRO-3 DeepSpeed gives all groups those of the first one."""
     for seen in ask(check):
         converted = seen["converted"]
@@ -129,7 +129,7 @@ def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("check", FEWER, ids=named)
-def test_a_checkpoint_goes_on_on_fewer_ranks(check: Check, ask: Ask, alone: dict[str, Any]) -> None:
+def test_a_checkpoint_resumes_on_fewer_ranks(check: Check, ask: Ask, alone: dict[str, Any]) -> None:
     """Except at stage 0, it is converted first, as DeepSpeed demands."""
     whole, seen = ask(check)[0], alone[check.name]
     found = {n: relative_error(seen["parameters"][n], whole["whole"][n]) for n in whole["whole"]}
@@ -168,7 +168,7 @@ def test_a_checkpoint_without_its_state_is_refused(check: Check, ask: Ask) -> No
 
 
 @pytest.mark.parametrize("check", ADAMW, ids=named)
-def test_a_run_begun_with_adamw_goes_on_with_shampoo(check: Check, ask: Ask) -> None:
+def test_a_run_begun_with_adamw_continues_with_shampoo(check: Check, ask: Ask) -> None:
     for seen in ask(check):
         assert len(seen["refused"]) == (1 if check.argument.stage == 0 else 3)
         for message in seen["refused"]:

@@ -39,15 +39,13 @@ def test_a_pattern_of_one_group_may_match_in_another(caplog: pytest.LogCaptureFi
     assert not warnings_of(caplog, groups, [w, b], exclude=["b"], no_decay=["kind:1d"], rules=[])
 
 
-def test_matrices_without_names_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_matrices_without_names_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     w, b = parameter(8, 6), parameter(6)
     assert NAMELESS in warnings_of(caplog, [w, b], [w, b])
     assert caplog.text.count(NAMELESS) == 1
 
 
 @pytest.mark.parametrize("options", [{"exclude": []}, {"max_preconditioner_dim": 1, "large_dim": "identity"}])
-def test_where_names_would_change_nothing_they_are_not_asked_for(
-    caplog: pytest.LogCaptureFixture, options: dict[str, Any]
-) -> None:
+def test_no_warning_if_names_would_change_nothing(caplog: pytest.LogCaptureFixture, options: dict[str, Any]) -> None:
     w, b = parameter(8, 6), parameter(6)
     assert not warnings_of(caplog, [w, b], [w, b], **options)

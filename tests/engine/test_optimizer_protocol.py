@@ -210,7 +210,7 @@ def test_step_hooks_run_around_every_step() -> None:
 
 
 @pytest.mark.parametrize("name", ["foreach", "fused"])
-def test_what_hosts_pass_for_speed_is_taken_and_logged(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_fused_and_foreach_are_accepted_and_logged(name: str, caplog: pytest.LogCaptureFixture) -> None:
     p, twin = parameter(6, 5), parameter(6, 5)
     with caplog.at_level(logging.INFO, logger="shampoo_deepspeed"):
         optimizer = shampoo([p], **{name: True})
@@ -221,7 +221,7 @@ def test_what_hosts_pass_for_speed_is_taken_and_logged(name: str, caplog: pytest
 
 
 @pytest.mark.parametrize("name", ["maximize", "differentiable", "capturable"])
-def test_a_mode_that_is_not_there_is_refused_and_never_ignored(name: str) -> None:
+def test_an_unsupported_mode_is_refused(name: str) -> None:
     Shampoo([parameter(3)], **{name: False})
     with pytest.raises(OptionError, match=f"{name!r} = True is not allowed: false"):
         Shampoo([parameter(3)], **{name: True})

@@ -104,7 +104,7 @@ def test_the_order_of_the_given_parameters_decides_and_nothing_else() -> None:
     assert refresh_phases(given, policies, {0: config, 1: sync}).keys() == {"p0", "p2", "p4"}
 
 
-def test_frozen_parameters_take_no_turn_before_others() -> None:
+def test_frozen_parameters_get_their_phases_last() -> None:
     """Some frameworks pass them and some do not; the trajectory is the same."""
     trained, frozen = [parameter(12, 8, seed=n) for n in range(4)], parameter(16, 16)
     frozen.requires_grad_(False)

@@ -37,7 +37,7 @@ def test_blocks_that_join_later_leave_the_others_in_their_phase(
     assert before + joined == staggered_phases(first + later, frequency)
 
 
-def test_equal_blocks_take_turns() -> None:
+def test_equal_blocks_are_spread_evenly_over_the_phases() -> None:
     assert staggered_phases([7.0] * 8, 3) == [0, 1, 2, 0, 1, 2, 0, 1]
 
 

@@ -159,7 +159,7 @@ def test_work_is_spread_over_the_window_as_the_refreshes_are() -> None:
         ({"weights_dtype": "float8"}, "weights_dtype 'float8' is not allowed"),
     ],
 )
-def test_what_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"world_size": 4, "framework": "ddp"} | arguments
     with pytest.raises(ValueError, match=message):
         estimate(matrices((8, 8)), given.pop("world_size"), given.pop("framework"), config(), **given)
@@ -318,7 +318,7 @@ def test_the_table_and_the_json_say_the_same(capsys: pytest.CaptureFixture[str])
     assert f"max_preconditioner_dim {out['recommendation']['max_preconditioner_dim']}" in table
 
 
-def test_a_deepspeed_json_gives_host_and_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_deepspeed_json_sets_framework_and_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     params = {"lr": "auto", "max_preconditioner_dim": 512, "precondition_frequency": 20}
     zero = {"stage": 3, "sub_group_size": 10_000_000}

@@ -219,7 +219,7 @@ def test_replicas_share_the_work_and_each_gets_the_others_updates() -> None:
     assert all(not t.gradients_out and not t.gradients_in for rank in (0, 1) for t in plan.transfers(rank))
 
 
-def test_ranks_that_are_equal_in_a_unit_take_turns_over_units() -> None:
+def test_equally_loaded_ranks_alternate_over_units() -> None:
     """Otherwise the first rank would own all blocks of small units (ZeRO-3 sub-groups)."""
     owners, prior_loads = [], [0.0] * 4
     for _ in range(8):

@@ -26,7 +26,7 @@ def accelerator() -> Iterator[Accelerator]:
     GradientState._reset_state()
 
 
-def test_all_objects_come_back_in_their_places_and_train(accelerator: Accelerator) -> None:
+def test_all_objects_are_returned_in_order_and_train(accelerator: Accelerator) -> None:
     model = nn.Linear(6, 4)
     before = model.weight.detach().clone()
     shampoo = Shampoo(model.named_parameters(), lr=0.1)
@@ -53,7 +53,7 @@ def test_the_model_must_hold_the_parameters(accelerator: Accelerator) -> None:
         prepare(accelerator, nn.Linear(6, 4), Shampoo(nn.Linear(6, 4).parameters()))
 
 
-def test_the_wrapped_model_is_told_before_the_first_step(accelerator: Accelerator) -> None:
+def test_the_wrapped_model_must_be_attached_before_the_first_step(accelerator: Accelerator) -> None:
     model = nn.Linear(6, 4)
     shampoo = Shampoo(model.parameters())
     model(torch.ones(6)).sum().backward()

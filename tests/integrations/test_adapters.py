@@ -92,13 +92,13 @@ def test_another_package_s_adapter_is_found_and_describes_its_framework(package:
     assert same_bits([together], [torch.cat(trained(apart, gradients))])
 
 
-def test_what_is_no_adapter_is_refused_by_name(package: Any) -> None:
+def test_an_object_that_is_not_an_adapter_is_refused_by_name(package: Any) -> None:
     package("NO_ADAPTER")
     with pytest.raises(TypeError, match="entry point 'packed' of shampoo_deepspeed.frameworks is 'no adapter', not"):
         Shampoo([nn.Parameter(torch.ones(2, 2))])
 
 
-def test_layouts_is_all_that_an_adapter_must_write() -> None:
+def test_an_adapter_needs_only_layouts() -> None:
     class Smallest(Adapter):
         def layouts(self, optimizer: Any, entries: Any, fresh: Any) -> None:
             return None
@@ -110,7 +110,7 @@ def test_layouts_is_all_that_an_adapter_must_write() -> None:
         Adapter()  # type: ignore[abstract]
 
 
-def test_ours_keep_nothing_beyond_what_they_serve() -> None:
+def test_our_adapters_keep_no_engines_tensors_or_groups_alive() -> None:
     """An adapter exists as long as the process; engines, tensors and process groups do not."""
     from shampoo_deepspeed.integrations import deepspeed, fsdp1
 

@@ -107,7 +107,7 @@ def test_a_killed_and_resumed_training_is_the_uninterrupted_one_to_the_bit(
     assert from_a_path.losses == uninterrupted.losses[STOP:]
 
 
-def test_a_checkpoint_without_the_optimizer_starts_it_anew_only_if_asked(
+def test_without_its_state_in_the_checkpoint_the_optimizer_starts_only_on_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer(tmp_path, save_only_model=True, max_steps=2)[0].train()
@@ -139,7 +139,7 @@ def test_a_trainer_begins_with_the_state_of_another_run(tmp_path: Path) -> None:
     again, _ = trainer(tmp_path / "twice", ShampooTrainer, start, max_steps=2)
     again.train()
     again.train()
-    assert set(state_of(inner_optimizer(again.optimizer))["steps"].values()) == {6}  # the second one continues the first
+    assert set(state_of(inner_optimizer(again.optimizer))["steps"].values()) == {6}  # the second continues the first
     new_run, _ = trainer(tmp_path / "new", max_steps=2)
     new_run.model.load_state_dict(plain.state_dict())
     new_run.train()
@@ -179,7 +179,7 @@ def test_a_shortened_file_makes_a_checkpoint_incomplete(tmp_path: Path, caplog: 
     assert f"{file} is missing or was cut short" in caplog.text
 
 
-def test_a_save_that_begins_anew_in_a_folder_makes_it_incomplete(tmp_path: Path) -> None:
+def test_a_new_save_into_a_folder_makes_it_incomplete_first(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=2)[0].train()
     other, _ = trainer(tmp_path, Dying, max_steps=2)
     other._save_optimizer_and_scheduler = lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
@@ -216,7 +216,7 @@ def test_an_accelerate_loop_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert same_bits(snapshot(whole.parameters()), snapshot(loop(tmp_path / "b", load=True).parameters()))
 
 
-def test_accelerate_does_not_lose_a_missing_part(tmp_path: Path) -> None:
+def test_accelerate_raises_if_the_state_is_missing(tmp_path: Path) -> None:
     loop(tmp_path, load=False)
     with pytest.raises(RuntimeError, match="says where the optimizer.s state is saved"):
         loop(tmp_path, load=True, attached=False)

@@ -118,7 +118,7 @@ PLACEMENTS: list[list[Any]] = [
 
 
 @pytest.mark.parametrize("placements", PLACEMENTS, ids=str)
-def test_other_strided_shards_are_several_boxes_or_a_clear_error(placements: list[Any]) -> None:
+def test_other_strided_shards_are_several_boxes_or_an_error(placements: list[Any]) -> None:
     described = 0
     for rank in range(WORLD):
         with world(rank):

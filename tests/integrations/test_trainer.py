@@ -301,7 +301,7 @@ def test_other_versions_of_transformers_are_named(missing: str, monkeypatch: pyt
         register_with_transformers()
 
 
-def test_the_mixin_takes_the_name_as_a_deferred_one(arguments: Any) -> None:
+def test_the_mixin_treats_the_name_like_a_deferred_optimizer(arguments: Any) -> None:
     register_with_transformers()
     model = make_model("llama")
     trainer = ShampooTrainer(model, arguments(**NAMED))

@@ -44,7 +44,7 @@ def test_eigenvalues_fall_and_columns_are_theirs() -> None:
     torch.testing.assert_close((bases.mT @ expected).abs(), torch.eye(4, dtype=F64).expand(2, 4, 4))
 
 
-def test_what_fails_in_float32_is_done_in_float64_and_what_fails_there_is_reported(
+def test_a_failure_in_float32_is_retried_in_float64_and_a_second_one_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     matrices, expected = spectra([4.0, 2.0, 1.0], [3.0, 2.0, 1.0])
@@ -87,7 +87,7 @@ def test_a_power_step_of_a_singular_matrix_is_orthonormal(dtype: torch.dtype) ->
     torch.testing.assert_close(bases[0, :, 0].abs(), u[0] / 3)
 
 
-def test_with_a_ridge_directions_that_the_matrix_knows_nothing_of_stay_as_they_are() -> None:
+def test_with_a_ridge_directions_outside_the_matrix_s_range_do_not_change() -> None:
     """Rank 4 of 16 in float32: without a ridge, the other 12 columns become another basis of their space each time."""
     matrices, bases = spectra([4.0, 3.0, 2.0, 1.0, *[0.0] * 12])
     matrices, bases = matrices.float(), bases.float()
@@ -113,7 +113,7 @@ def test_a_basis_is_good_enough_by_its_own_off_diagonal_mass() -> None:
     assert good_enough(torch.full((1, 2, 2), math.nan), bases[:1], 0.5).tolist() == [False]
 
 
-def test_a_kept_basis_takes_new_eigenvalues_and_another_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kept_basis_gets_new_eigenvalues_and_a_bad_one_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices, bases = spectra([4.0, 2.0, 1.0], [4.0, 2.0, 1.0], [4.0, 2.0, 1.0])
     moved, new_bases = spectra([5.0, 0.5, 7.0], [9.0, 2.0, 1.0], [3.0, 2.0, 1.0], seed=1)
     now = torch.stack([bases[0] @ torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=F64)) @ bases[0].T, *moved[1:]])

@@ -105,7 +105,7 @@ def test_a_matrix_of_rank_one_has_its_vector_and_the_floor(dtype: torch.dtype) -
     assert relative_error(found, expected) < 8 * torch.finfo(dtype).eps * 1e3 / 4
 
 
-def test_matrices_of_a_stack_do_not_touch_each_other() -> None:
+def test_matrices_of_a_stack_do_not_affect_each_other() -> None:
     stack = torch.stack([compose(basis(5, n), torch.linspace(0.1, 10.0**n, 5, dtype=F64)) for n in range(3)]).float()
     together, _ = inverse_root(stack, 4.0, 0.0, 1e-6, torch.float32)
     for row in range(3):
@@ -133,7 +133,7 @@ def float64_only(matrices: Tensor) -> Any:
     return eigh(matrices) if matrices.dtype == F64 else no_eigh()
 
 
-def test_what_fails_in_float32_is_done_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_float32_is_retried_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = torch.stack([compose(basis(5, n), torch.linspace(0.1, 1.0, 5, dtype=F64)) for n in range(3)])
     expected, _ = inverse_root(stack.float().double(), 4.0, 0.0, 1e-6, F64)
     monkeypatch.setattr(torch.linalg, "eigh", float64_only)
@@ -142,7 +142,7 @@ def test_what_fails_in_float32_is_done_in_float64(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(found, expected.float())
 
 
-def test_only_the_row_that_failed_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_row_that_failed_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some solvers report no error, but return NaN for one matrix of the stack."""
     seen = []
 
@@ -162,7 +162,7 @@ def test_only_the_row_that_failed_is_done_again(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(found, expected)
 
 
-def test_what_cusolver_reports_in_its_own_words_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_cusolver_is_retried_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.linalg.eigh
 
     def failing(matrices: torch.Tensor) -> Any:
@@ -179,7 +179,7 @@ def test_what_cusolver_reports_in_its_own_words_is_done_again(monkeypatch: pytes
         inverse_root(torch.eye(3).unsqueeze(0), 2.0, 0.0, 0.0, torch.float32)
 
 
-def test_vectors_of_an_accelerator_that_are_not_orthonormal_are_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_that_are_not_orthonormal_are_recomputed_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batched kernels have returned such vectors without an error. On the CPU there is no such check."""
     real = torch.linalg.eigh
 
@@ -202,7 +202,7 @@ def test_vectors_of_an_accelerator_that_are_not_orthonormal_are_done_again(monke
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_rounding_does_not_make_vectors_suspect(dtype: torch.dtype) -> None:
+def test_rounding_alone_causes_no_recomputation(dtype: torch.dtype) -> None:
     values = torch.logspace(-12, 0, 512, dtype=F64)
     stack = torch.stack([compose(basis(512, n), values) for n in range(2)]).to(dtype)
     found, vectors = checked(*torch.linalg.eigh(stack))

@@ -123,7 +123,7 @@ BAD = {
 
 
 @named
-def test_what_cannot_converge_is_reported_and_touches_no_other_matrix(solve: Callable[..., Any], p: int) -> None:
+def test_a_matrix_that_cannot_converge_is_reported_and_changes_no_other(solve: Callable[..., Any], p: int) -> None:
     good = stack(torch.float32)
     mixed = torch.cat([torch.stack(list(BAD.values())), good])
     found, failed = solve(mixed, p, 0.0, 1e-5)
@@ -143,7 +143,7 @@ def test_rows_that_fail_fall_back_to_the_eigendecomposition(solver: str) -> None
     torch.testing.assert_close(found[3:], iterated, rtol=1e-5, atol=0.0)
 
 
-def test_matrices_that_are_done_leave_the_working_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_converged_matrices_are_removed_from_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The identity takes few iterations and the rank-one matrix many, so later products have fewer matrices."""
     sizes: list[int] = []
     power = newton._whole_power

@@ -77,7 +77,7 @@ def test_the_rows_hold_every_pair_and_every_option_of_the_rule() -> None:
     assert set(options_with(GROUP_ONLY)) <= held | NOT_OF_THE_RULE | TRIED_BY_OTHERS | {"decoupled_weight_decay"}
 
 
-def test_what_does_not_combine_is_an_error_that_names_the_option_and_what_is_allowed() -> None:
+def test_options_that_do_not_combine_are_an_error_that_names_what_is_allowed() -> None:
     for pair in value_pairs():
         options = options_of(row_of(*pair))
         if pair not in REFUSED_PAIRS:

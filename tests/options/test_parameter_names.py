@@ -113,13 +113,13 @@ def test_kinds_of_a_mixture_of_experts(gate: nn.Module) -> None:
     }
 
 
-def test_every_kind_that_modules_tell_is_one_that_patterns_may_name() -> None:
+def test_every_kind_of_module_can_be_named_by_a_pattern() -> None:
     models = (Tied(), MixtureLayer(TopKRouter()))
     found = {kind for model in models for _, kinds in names_and_kinds(model).values() for kind in kinds}
     assert found <= set(KINDS) and {kind for kind in KINDS if not kind.endswith("d") or kind == "lm_head"} <= found
 
 
-def test_a_model_without_an_output_head_has_none() -> None:
+def test_a_model_without_an_output_head_has_no_lm_head() -> None:
     class Headless(Tied):
         def get_output_embeddings(self) -> nn.Module:
             return None  # type: ignore[return-value]

@@ -117,7 +117,7 @@ def test_rules_have_numbers_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("name", options_with(GROUP_ONLY))
-def test_what_belongs_to_a_group_is_no_option_of_a_rule(name: str) -> None:
+def test_a_rule_cannot_set_an_option_of_a_group(name: str) -> None:
     with pytest.raises(OptionError, match=f"'{name}' belongs to a parameter group and not to a rule"):
         ShampooConfig(rules=[{"match": "*", name: getattr(ShampooConfig(), name)}])
     assert name in OPTION_NAMES

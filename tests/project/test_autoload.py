@@ -62,7 +62,7 @@ print(torch.optim.Shampoo.__name__)
 
 
 @pytest.mark.slow
-def test_where_torch_runs_no_hooks_an_import_of_ours_registers() -> None:
+def test_if_torch_runs_no_hooks_importing_the_package_registers() -> None:
     script = """
 import torch
 print(hasattr(torch.optim, "Shampoo"))
@@ -73,7 +73,7 @@ print(torch.optim.Shampoo.__name__)
 
 
 @pytest.mark.slow
-def test_everything_works_where_no_host_is_installed() -> None:
+def test_everything_works_if_no_framework_is_installed() -> None:
     """The adapters exist, but their frameworks cannot be imported. Here our package is imported before torch."""
     script = """
 import sys

@@ -15,7 +15,7 @@ def test_numbers_of_windows_are_medians_over_them():
     assert ratio_of_means(steps, [1.0, 1.0, 1.0, 2.0, 1.0, 1.0], 2) == 2.0
 
 
-def test_exposed_is_what_a_step_waits_for_a_busy_link():
+def test_exposed_is_the_time_that_a_step_waits_for_a_busy_link():
     timeline = Timeline(link=[(0.0, 2.0), (4.0, 6.0)], waiting=[(1.0, 3.0), (5.5, 5.75)], late=[(2.0, 4.0)])
     assert overlap(timeline.link, timeline.waiting) == 1.25
     assert timeline.exposed() == 1.25

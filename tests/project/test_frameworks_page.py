@@ -17,7 +17,7 @@ def rows() -> dict[tuple[str, int], list[str]]:
     return {(name, int(ranks)): numbers for name, ranks, _, *numbers in cells}
 
 
-def test_every_host_has_its_numbers_within_the_bounds() -> None:
+def test_every_framework_has_its_numbers_within_the_bounds() -> None:
     run = {(framework(c), c.ranks, settings(c)) for c in checks()}
     shown = rows()
     assert {(*key, s) for key, cells in shown.items() for s, n in zip(SETTINGS, cells, strict=True) if n != "-"} == run

@@ -59,7 +59,7 @@ def relative(path: Path) -> str:
     return str(path.relative_to(CORE))
 
 
-def test_the_package_is_its_folders_and_a_face() -> None:
+def test_modules_are_in_folders_except_a_few_in_the_root() -> None:
     """Modules are in folders; only the public names, the hooks and the optimizer are in the root."""
     assert {path.name for path in CORE.glob("*.py")} == {f"{name}.py" for name in FACE | {"optimizer"}}
     assert {path.parent.name for path in CORE.glob("*/__init__.py")} == set(FOLDERS)
@@ -73,7 +73,7 @@ def test_imports_are_found() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_a_folder_imports_only_itself_and_lower_floors(path: Path) -> None:
+def test_a_folder_imports_only_itself_and_lower_levels(path: Path) -> None:
     own = place(path)
     for other, name in places_imported(path).items():
         assert other == own or FLOOR[other] < FLOOR[own] or {own, other} <= FACE, f"{relative(path)} imports {name}"
@@ -98,7 +98,7 @@ def test_the_package_imports_no_framework_and_no_adapter(path: Path) -> None:
         assert not name.startswith("shampoo_deepspeed.integrations"), name
 
 
-def test_folders_import_each_other_in_no_circle() -> None:
+def test_folders_import_each_other_without_cycles() -> None:
     graph: dict[str, set[str]] = {}
     for path in MODULES:
         graph.setdefault(place(path), set()).update(set(places_imported(path)) - {place(path)} - FACE)
@@ -117,6 +117,6 @@ def test_what_is_installed_is_every_folder() -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_folder_says_in_short_what_is_in_it(folder: str) -> None:
+def test_every_folder_has_a_short_readme(folder: str) -> None:
     lines = (CORE / folder / "README.md").read_text(encoding="utf-8").splitlines()
     assert 0 < len(lines) <= README_LINES

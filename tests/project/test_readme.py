@@ -36,13 +36,13 @@ def test_the_page_on_options_lists_every_option_with_its_default() -> None:
     assert shown(ROOT / "docs" / "options.md") == options_table()
 
 
-def test_the_readme_lists_a_dozen_of_them() -> None:
+def test_the_readme_lists_about_a_dozen_options() -> None:
     rows, all_rows = shown(README), options_table()
     assert 10 <= len(rows) <= 14 and [row for row in rows if row not in all_rows] == []
     assert "docs/options.md#all-options" in README.read_text(encoding="utf-8")
 
 
-def test_the_readme_is_a_door() -> None:
+def test_the_readme_is_short_and_begins_with_the_essentials() -> None:
     """It is short, and the first screen has the picture, the JSON and the two commands."""
     lines = README.read_text(encoding="utf-8").splitlines()
     assert len(lines) < 200

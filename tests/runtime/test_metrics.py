@@ -15,7 +15,7 @@ from tests.support.stepping import drive, parameter, shampoo
 CPU = torch.device("cpu")
 
 
-def test_the_metrics_are_those_since_the_last_call() -> None:
+def test_metrics_cover_the_steps_since_the_last_call() -> None:
     params = [parameter(12, 10), parameter(4, 6), parameter(5)]
     optimizer = shampoo(params)  # refreshes at every third step
     assert optimizer.metrics()["refreshed_share"] == 0.0
@@ -95,7 +95,7 @@ def test_means_are_over_the_steps_of_each_unit() -> None:
     assert read(units, 0)["bytes_moved"] == 0.0
 
 
-def test_a_stopwatch_adds_spans_and_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopwatch_adds_spans_and_resets(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([1.0, 1.25, 7.0, 7.5])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     watch = Stopwatch()

@@ -51,7 +51,7 @@ def test_a_saved_optimizer_continues_to_the_last_bit(name: str) -> None:
     assert same_bits(by_key(fresh), by_key(optimizer))
 
 
-def test_a_state_saved_before_the_first_step_is_a_beginning() -> None:
+def test_a_state_saved_before_the_first_step_is_a_fresh_start() -> None:
     model = make_model("odd")
     optimizer = shampoo(model.named_parameters())
     saved, other = through_a_file(optimizer.state_dict()), copy.deepcopy(model)
@@ -93,7 +93,7 @@ def test_loading_an_early_state_forgets_what_came_later(steps: int) -> None:
     assert same_bits([early, late, bias], [early_twin, late_twin, bias_twin])
 
 
-def test_parameters_without_a_gradient_so_far_keep_their_place_over_several_saves() -> None:
+def test_parameters_without_new_gradients_keep_their_state_over_several_saves() -> None:
     """At each save, some parameters have loaded state that the present optimizer has not needed yet."""
     shapes = [(12, 10), (5,), (10, 9), (7,)]
     params, twins = ([parameter(*shape, seed=n) for n, shape in enumerate(shapes)] for _ in range(2))
@@ -378,7 +378,7 @@ def test_a_state_dict_may_bring_other_options_to_an_optimizer_that_has_stepped()
     assert same_bits(snapshot([own]), snapshot([saving]))
 
 
-def test_a_default_dtype_of_16_bits_rounds_no_count() -> None:
+def test_a_16_bit_default_dtype_rounds_no_counters() -> None:
     """bfloat16 cannot represent 1,001, and some scripts set it as default while they build a model."""
     p = parameter(8, 6)
     default = torch.get_default_dtype()
@@ -397,7 +397,7 @@ def test_a_default_dtype_of_16_bits_rounds_no_count() -> None:
 
 
 @pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
-def test_a_default_device_is_none_for_what_the_optimizer_keeps(preconditioner: str, tmp_path: Path) -> None:
+def test_the_optimizer_s_own_tensors_ignore_the_default_device(preconditioner: str, tmp_path: Path) -> None:
     """The meta device holds no values."""
     p = parameter(8, 6)
     torch.set_default_device("meta")

@@ -19,7 +19,7 @@ class Holder:
         self.optimizer = optimizer
 
 
-def test_saving_and_loading_take_what_holds_the_optimizer(tmp_path: Path) -> None:
+def test_saving_and_loading_accept_wrappers_of_the_optimizer(tmp_path: Path) -> None:
     params = [parameter(8, 6)]
     inner = shampoo([("w", params[0])])
     drive(inner, params, range(2))
@@ -48,7 +48,7 @@ def test_attributes_of_the_optimizer_itself_do_not_mislead() -> None:
         (Holder(torch.optim.SGD([torch.ones(1)])), "Holder with torch.optim.sgd.SGD inside"),
     ],
 )
-def test_what_holds_none_is_named(wrong: Any, found: str, tmp_path: Path) -> None:
+def test_an_object_without_a_shampoo_inside_is_named(wrong: Any, found: str, tmp_path: Path) -> None:
     for use in (unwrap, lambda o: save_shampoo(o, tmp_path), lambda o: load_shampoo(o, tmp_path)):
         with pytest.raises(TypeError, match=f"a Shampoo is needed, .*here it is .*{found}"):
             use(wrong)

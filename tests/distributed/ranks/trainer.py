@@ -24,9 +24,7 @@ from shampoo_deepspeed.options.config import OPTION_NAMES
 from tests.distributed.ranks.folders import shared_folder
 from tests.support.trainings import Training, make_data, make_model
 
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-    False  # an inference kernel that takes a minute to compile
-)
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an inference kernel that takes a minute to compile
 
 
 class Watch(TrainerCallback):
