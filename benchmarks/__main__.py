@@ -1,8 +1,8 @@
 """`python -m benchmarks`: short forms of all benchmarks of speed, memory and training, in five minutes.
 
-Run it on a machine that does nothing else. Longer forms and options: `python -m benchmarks.step_time --help`, and
-likewise end_to_end, slow_link, memory, scaling and convergence, and for a GPU accelerator, which is included if there
-is one. benchmarks.exactness, which measures how exact runs are, takes longer and is not included.
+Run it on an otherwise idle machine. For longer forms and options, see `python -m benchmarks.step_time --help`, and
+likewise end_to_end, slow_link, memory, scaling and convergence. benchmarks.accelerator is for GPUs and is included if
+there is one. benchmarks.exactness, which measures how exact runs are, takes longer and is not included.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from benchmarks.convergence import command as convergence
 
 
 def main() -> None:
-    """Run them one after another, because each needs the machine for itself."""
+    """Run the benchmarks one after another, because each needs the whole machine."""
     step_time.main(["--rounds", "2"])
     end_to_end.main(["--tokens", "512", "8192", "--rounds", "1"])
     slow_link.main(["--buckets", "1", "8", "--steps", "15"])

@@ -2,7 +2,7 @@
 
 The README, CONTRIBUTING.md and CHANGELOG.md become pages. A link to a file outside docs/ leads to a page that shows
 this file; if the link's text is the name of a function or class in it, it leads to the line of its definition. A link
-that leads nowhere is an error. Nothing here needs mkdocs until a function that it calls is called.
+that leads nowhere is an error. mkdocs is imported only inside the functions that it calls.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def rewritten(text: str, path: str) -> str:
         pieces += [text[done : match.start("target")], new]
         done = match.end("target")
     text = "".join([*pieces, text[done:]])
-    # The site's own switch decides between light and dark, not the browser's alone.
+    # The site's own switch chooses between light and dark, not only the browser's setting.
     return PICTURE.sub(
         lambda m: f"![{m['alt']}]({relative(m['light'])}#only-light)\n![{m['alt']}]({relative(m['dark'])}#only-dark)",
         text,

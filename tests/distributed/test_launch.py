@@ -1,4 +1,4 @@
-"""The launcher: a check that fails, hangs or dies is blamed alone, and all others still give their results."""
+"""The launcher: if a check fails, hangs or dies, only this check fails, and all others still return their results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.launch import Check, run_checks
 
-BAD = {  # what the failure must tell
+BAD = {  # what the failure must mention
     "fail_everywhere": ["rank 0 failed", "rank 1 failed", "wrong on every rank"],
     "fail_on_rank_one": ["rank 1 failed", "wrong on rank one", "all_reduce"],
     "fail_late_on_rank_one": ["rank 1 failed", "wrong on rank one, and no one waits", "the ranks failed differently"],

@@ -28,7 +28,7 @@ METHODS = "one of none, sgd, adagrad, rmsprop, adam"
 PATTERNS = "a list of name patterns"
 DTYPE = "one of float32, float64, bfloat16"
 
-# (key, bad value, what the message says is allowed)
+# (key, bad value, the allowed values in the message)
 BAD_VALUES: list[tuple[str, Any, str]] = [
     ("lr", -1e-3, NUMBER),
     ("lr", "0.001", NUMBER),
@@ -204,14 +204,14 @@ def test_an_unknown_option_is_an_error_that_suggests_the_nearest(wrong: str, mea
     assert all(name in text for name in OPTION_NAMES)
 
 
-def test_a_misspelt_option_of_a_group_is_an_error_and_a_hosts_own_key_is_not() -> None:
+def test_a_misspelt_option_of_a_group_is_an_error_and_a_framework_s_own_key_is_not() -> None:
     with pytest.raises(OptionError, match="did you mean 'weight_decay'"):
         Shampoo([{"params": [parameter(3)], "weight_decy": 0.1}])
     optimizer = Shampoo([{"params": [parameter(3)], "name": "experts", "moe": True, "initial_lr": 0.1}])
     assert (optimizer.param_groups[0]["name"], optimizer.param_groups[0]["moe"]) == ("experts", True)
 
 
-def test_a_key_of_a_group_that_nobody_is_known_to_read_stays_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_key_of_a_group_stays_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     optimizer = Shampoo([{"params": [parameter(3)], "name": "experts", "initial_lr": 0.1}])
     assert not caplog.text
     optimizer.add_param_group({"params": [parameter(4)], "wd": 0.1})
@@ -225,7 +225,7 @@ def test_a_list_of_parameters_that_is_a_module_is_taken() -> None:
     assert len(Shampoo(nn.ParameterList([parameter(3), parameter(4)])).param_groups[0]["params"]) == 2
 
 
-def test_what_deepspeed_s_json_for_adamw_says_of_its_kernel_means_nothing_here() -> None:
+def test_adamw_s_kernel_options_in_deepspeed_s_json_are_ignored() -> None:
     assert ShampooConfig.from_options({"torch_adam": True, "fused": True}) == ShampooConfig()
 
 
@@ -353,7 +353,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 @given(st.fixed_dictionaries(VALUES))
 def test_options_survive_json(options: dict[str, Any]) -> None:
     assert VALUES.keys() == set(OPTION_NAMES)
-    if options["preconditioner"] != "shampoo":  # what the others cannot do
+    if options["preconditioner"] != "shampoo":  # options that the others do not allow
         options = {**options, "exponent_override": None, "one_sided": None, "rank_deficient": "shift"}
     if options["refresh_tolerance"] is not None:
         options = {**options, "rank_deficient": "shift"}

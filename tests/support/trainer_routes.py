@@ -1,4 +1,4 @@
-"""The Trainer's runs that take a Shampoo from outside of the JSON: each way to give it, under every framework."""
+"""Trainer runs in which Shampoo does not come from the JSON: each way to pass it, under every framework."""
 
 from __future__ import annotations
 
