@@ -12,16 +12,17 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, is_initialized
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from shampoo_deepspeed import Shampoo, load_shampoo
+from shampoo_deepspeed import Shampoo, ShampooConfig, load_shampoo
 from shampoo_deepspeed.distributed.frameworks import adapters
 from shampoo_deepspeed.options.choices import TRAINER_NO_DECAY
+from shampoo_deepspeed.options.param_groups import signature_with_options
 from shampoo_deepspeed.options.parameter_names import clean_name
 from shampoo_deepspeed.state.unwrap import inner_optimizer
 
@@ -29,6 +30,11 @@ from .accelerate import check_inner_optimizer, refuse_foreign_parameters, refuse
 from .checkpoints import TrainerCheckpoints, check_resumed
 from .fsdp1.tensors import is_flat, refuse_flat
 from .transformers_names import NAME, add_name, options_from_text
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from shampoo_deepspeed.options.typed import DeferredOptions, Options
 
 logger = logging.getLogger("shampoo_deepspeed")
 
@@ -72,10 +78,10 @@ class ShampooFactory:
         ValueError: if the framework would replace the optimizer.
     """
 
-    def __call__(self, model: nn.Module, **options: Any) -> Shampoo:
+    def __call__(self, model: nn.Module, lr: float | Tensor = ShampooConfig.lr, **options: Unpack[Options]) -> Shampoo:
         if is_initialized():
             _refuse_deepspeed(getattr(AcceleratorState(), "deepspeed_plugin", None), None)
-        return build(model, options, _trainer_rule)
+        return build(model, {"lr": lr, **options}, _trainer_rule)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class Deferred:
         return {k: known[k] if k in known and v == "auto" else v for k, v in self.options.items()}
 
 
-def deferred(lr: float | str = "auto", **options: Any) -> Deferred:
+def deferred(lr: float | str = "auto", **options: Unpack[DeferredOptions]) -> Deferred:
     """``ShampooTrainer(..., optimizers=(deferred(lr=1e-3, weight_decay=0.1), None))``: no parameters needed yet.
 
     Args:
@@ -104,6 +110,9 @@ def deferred(lr: float | str = "auto", **options: Any) -> Deferred:
         **options: as those of ``ShampooFactory``.
     """
     return Deferred({"lr": lr, **options})
+
+
+deferred.__signature__ = signature_with_options(deferred)  # type: ignore[attr-defined]
 
 
 class ShampooTrainerMixin(TrainerCheckpoints):

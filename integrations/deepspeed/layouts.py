@@ -9,13 +9,16 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_deepspeed.distributed.frameworks import Entry, Layout, NewTensor, Parameter, Shard, whole_tensors
 from shampoo_deepspeed.geometry.boxes import FlatRange, range_to_boxes
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 _ExpertPart = tuple[int | None, int]
 
@@ -37,7 +40,7 @@ def paired(entries: Sequence[Entry], fresh: Sequence[NewTensor]) -> list[tuple[E
     return pairs
 
 
-def replicated(engine: Any, pairs: Sequence[tuple[Entry, NewTensor]]) -> list[Layout]:
+def replicated(engine: Engine, pairs: Sequence[tuple[Entry, NewTensor]]) -> list[Layout]:
     """Stage 0: whole tensors (FP16_UnfusedOptimizer: float32 copies), the same on all data-parallel ranks."""
     by_group: dict[tuple[int, _ExpertPart], tuple[dist.ProcessGroup | None, list[tuple[Entry, NewTensor]]]] = {}
     for entry, item in pairs:
@@ -177,7 +180,7 @@ def _check_master(layout: Layout, parameter: Parameter, master: Tensor, low: Ten
     )
 
 
-def _replica_group(engine: Any, parameter: Any) -> dist.ProcessGroup | None:
+def _replica_group(engine: Engine, parameter: Any) -> dist.ProcessGroup | None:
     """The ranks that hold the same copy of a parameter: all data-parallel ones, for an expert those of its group."""
     if getattr(parameter, "allreduce", True) is False:
         return _or_none(engine.expert_data_parallel_group[parameter.group_name])
@@ -194,7 +197,7 @@ def _expert_part(parameter: Any) -> _ExpertPart:
     return (dist.get_rank(group), parts) if parts > 1 else (None, 1)
 
 
-def _or_none(group: Any) -> dist.ProcessGroup | None:
+def _or_none(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The group, or None if it has one rank only: then nothing needs to be communicated."""
     if dist.get_world_size(group) == 1:
         return None

@@ -251,8 +251,26 @@ def test_torch_sees_an_ordinary_optimizer() -> None:
     optimizer = shampoo([{"params": [parameter(6, 5)]}, {"params": nn.Linear(3, 3).parameters(), "lr": 0.5}])
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert {"lr", "betas", "eps", "weight_decay", "momentum"} <= optimizer.defaults.keys()
-    assert "lr: 0.5" in repr(optimizer)
+    assert "    lr: 0.5" in repr(optimizer).splitlines()
     assert snapshot(optimizer.param_groups[1]["params"])[0].shape == (3, 3)
+
+
+def test_the_printed_form_fits_on_a_screen() -> None:
+    """It shows what is not at its default, for each group, and not forty options."""
+    groups = [{"params": [parameter(6, 5)]}, {"params": [parameter(3), parameter(4)], "lr": 0.5, "weight_decay": 0.0}]
+    optimizer = Shampoo(groups, lr=0.1, weight_decay=0.1, precondition_frequency=5)
+    assert repr(optimizer).splitlines() == [
+        "Shampoo (",
+        "Parameter Group 0: 1 tensor",
+        "    lr: 0.1",
+        "    weight_decay: 0.1",
+        "    precondition_frequency: 5",
+        "Parameter Group 1: 2 tensors",
+        "    lr: 0.5",
+        "    precondition_frequency: 5",
+        "other options are at their defaults",
+        ")",
+    ]
 
 
 def steps_of(optimizer: Shampoo, key: str) -> int:

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import shampoo_deepspeed
 import shampoo_deepspeed.estimate.model_shapes as model_shapes
 from shampoo_deepspeed import Shampoo, ShampooConfig
-from shampoo_deepspeed.__main__ import main
+from shampoo_deepspeed.__main__ import _parser, main
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.estimate import Estimate, Step, estimate
 from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, layouts
@@ -366,6 +367,25 @@ def test_bad_arguments_are_named(
         main(["estimate", "--world-size", "2", *arguments])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["estimate"], ["inspect"]], ids=["all", "estimate", "inspect"])
+def test_help_shows_examples_that_the_command_takes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([*arguments, "--help"])
+    shown = capsys.readouterr().out.partition("examples:\n")[2]
+    assert all(len(line) <= 120 for line in shown.splitlines())
+    lines = [line.strip() for line in shown.replace("\\\n", " ").splitlines()]
+    examples = [line.split()[3:] for line in lines if line.startswith("python -m")]
+    assert examples
+    for example in examples:
+        assert _parser().parse_args(example).command in (arguments or ["estimate", "inspect"])
+
+
+def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"shampoo-deepspeed {shampoo_deepspeed.__version__}\n"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import end_to_end, memory, step_time
+from benchmarks.__main__ import one_after_another
 from benchmarks.gpt import Size, build, matrices
 from benchmarks.report import mean, ratio_of_means, slowest, table
 from benchmarks.slow_link import Timeline, overlap
@@ -65,3 +66,15 @@ def test_tables_name_every_contestant(run, phrases, capsys):
     run()
     text = capsys.readouterr().out
     assert all(phrase in text for phrase in phrases)
+
+
+def test_all_of_them_show_which_one_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    called: list[list[str]] = []
+
+    def run(arguments: list[str]) -> None:
+        called.append(arguments)
+
+    one_after_another([(run, ["--rounds", "2"]), (run, [])])
+    assert called == [["--rounds", "2"], []]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:5] for line in lines] == ["[1/2]", "[2/2]"] and "--rounds 2 (after 0 min)" in lines[0]

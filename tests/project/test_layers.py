@@ -17,6 +17,7 @@ ROOT = CORE.parent
 MODULES = sorted(CORE.rglob("*.py"))
 FACE = {"__init__", "__main__", "_autoload"}
 FLOORS = [  # from the ground up; each imports itself and what lies below it
+    {"_version"},
     {"geometry", "linalg", "runtime"},
     {"options", "distributed"},
     {"algorithm"},
@@ -26,7 +27,8 @@ FLOORS = [  # from the ground up; each imports itself and what lies below it
     FACE,
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-FOLDERS = sorted(set(FLOOR) - FACE - {"optimizer"})
+ALONE = {"optimizer", "_version"}  # files in the package's root that are no part of its face
+FOLDERS = sorted(set(FLOOR) - FACE - ALONE)
 FOREIGN = {"deepspeed", "transformers", "accelerate", "datasets", "integrations"}
 README_LINES = 40
 
@@ -60,8 +62,9 @@ def relative(path: Path) -> str:
 
 
 def test_the_package_is_its_folders_and_a_face() -> None:
-    """A package file has its place in a folder; in the root are the public names, the hooks and the optimizer."""
-    assert {path.name for path in CORE.glob("*.py")} == {f"{name}.py" for name in FACE | {"optimizer"}}
+    """A package file has its place in a folder; in the root are the public names, the hooks, the version and the
+    optimizer."""
+    assert {path.name for path in CORE.glob("*.py")} == {f"{name}.py" for name in FACE | ALONE}
     assert {path.parent.name for path in CORE.glob("*/__init__.py")} == set(FOLDERS)
     assert (CORE / "py.typed").is_file()
 
