@@ -102,7 +102,8 @@ def build_optimizer(job: Job, model: nn.Module) -> torch.optim.Optimizer:
     others = [(n, p) for n, p in model.named_parameters() if p.ndim <= 1]
     shared: dict[str, Any] = {"lr": job.lr, "betas": (0.9, 0.99), "weight_decay": 0.1}
     if job.optimizer == "adamw":
-        groups = [{"params": [p for _, p in decayed]}, {"params": [p for _, p in others], "weight_decay": 0.0}]
+        plain = [p for _, p in others]
+        groups: list[dict[str, Any]] = [{"params": [p for _, p in decayed]}, {"params": plain, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, **shared)
     # Shampoo's default is p = 4 for matrices; with p = 2 each side alone has AdaGrad's power, -1/2.
     root = 2.0 if job.optimizer == "shampoo_root2" else None
@@ -187,8 +188,8 @@ def table(records: list[dict[str, Any]]) -> str:
     best = best_runs(records)
     adamw = best["adamw"]
     target = trailing_mean(adamw["loss"])[-1]
-    heads = ("optimizer", "rates tried", "best lr", "training loss", "held-out loss", "CPU s", "CPU ms a step")
-    heads += ("steps to AdamW's best", "CPU s to it")
+    heads = ["optimizer", "rates tried", "best lr", "training loss", "held-out loss", "CPU s", "CPU ms a step"]
+    heads += ["steps to AdamW's best", "CPU s to it"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in RATES:
         if name not in best:

@@ -7,8 +7,8 @@ all ranks, and take only tensors that they can gather or shard. torch has no hoo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from shampoo_deepspeed.distributed.frameworks import Adapter, Entry, NewTensor
@@ -27,7 +27,7 @@ def helpers_ask() -> bool:
 class TorchCheckpointAdapter(Adapter):
     """The adapter of torch's helpers, which shard nothing themselves."""
 
-    def layouts(self, optimizer: Any, entries: Sequence[Entry], fresh: Sequence[NewTensor]) -> None:
+    def layouts(self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[NewTensor]) -> None:
         """None: DTensors are those of FSDP2's adapter, other tensors are whole."""
 
     def state_entries(self, optimizer: BlockOptimizer) -> dict[int, dict[str, Tensor]] | None:

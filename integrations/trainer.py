@@ -12,8 +12,9 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ from .fsdp1.tensors import is_flat, refuse_flat
 from .transformers_names import NAME, add_name, options_from_text
 
 if TYPE_CHECKING:
+    from accelerate import DeepSpeedPlugin
+    from torch.optim.lr_scheduler import LRScheduler
     from typing_extensions import Unpack
 
     from shampoo_deepspeed.options.typed import DeferredOptions, Options
@@ -115,6 +118,7 @@ def deferred(lr: float | str = "auto", **options: Unpack[DeferredOptions]) -> De
 deferred.__signature__ = signature_with_options(deferred)  # type: ignore[attr-defined]
 
 
+# The Trainer's annotations are narrower than what it takes: LambdaLR for a scheduler, a class for a factory.
 class ShampooTrainerMixin(TrainerCheckpoints):
     """Before any Trainer class: ``class MyTrainer(ShampooTrainerMixin, SFTTrainer)``.
 
@@ -127,14 +131,19 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         ValueError: if the optimizer or its scheduler would not be the one that trains.
     """
 
-    _given_scheduler: Any = None
+    _given_scheduler: LRScheduler | None = None
 
-    def __init__(self, *args: Any, optimizers: tuple[Any, Any] = (None, None), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        optimizers: tuple[torch.optim.Optimizer | Deferred | None, LRScheduler | None] = (None, None),
+        **kwargs: Any,
+    ) -> None:
         if any(isinstance(value, tuple) and value and _is_ours(value[0]) for value in args):
             raise TypeError("give optimizers=(...) by keyword")
         optimizer, scheduler = optimizers
         if not _is_ours(optimizer):
-            super().__init__(*args, optimizers=optimizers, **kwargs)
+            super().__init__(*args, optimizers=optimizers, **kwargs)  # type: ignore[arg-type, misc]
             self._take_name(optimizer, scheduler)
             if _json_names_shampoo(self.args):
                 self._watch()
@@ -143,14 +152,14 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         super().__init__(*args, **kwargs)
         self._take(optimizer, scheduler)
 
-    def _take_name(self: Any, optimizer: Any, scheduler: Any) -> None:
+    def _take_name(self, optimizer: torch.optim.Optimizer | Deferred | None, scheduler: LRScheduler | None) -> None:
         """``optim="shampoo"``, if nothing else is given."""
         if optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim == NAME:
             named = _named(self.args)
             _check_scheduler(named, scheduler)
             self._take(named, scheduler, by_name=True)
 
-    def _take(self: Any, optimizer: Shampoo | Deferred, scheduler: Any, by_name: bool = False) -> None:
+    def _take(self, optimizer: Shampoo | Deferred, scheduler: LRScheduler | None, by_name: bool = False) -> None:
         if self.optimizer_cls_and_kwargs is not None:
             raise ValueError("both optimizers= and optimizer_cls_and_kwargs= are given; leave one out")
         state = self.accelerator.state
@@ -168,26 +177,27 @@ class ShampooTrainerMixin(TrainerCheckpoints):
                 return lambda model, **_: build(model, options, self.get_decay_parameter_names)
 
         no_options: dict[str, Any] = {}
-        self.optimizer_cls_and_kwargs = (factory, no_options)
-        self.lr_scheduler = self.callback_handler.lr_scheduler = self._given_scheduler = scheduler
+        self.optimizer_cls_and_kwargs = (factory, no_options)  # type: ignore[assignment]
+        self._given_scheduler = scheduler
+        self.lr_scheduler = self.callback_handler.lr_scheduler = scheduler  # type: ignore[assignment]
         self._watch()
 
-    def _watch(self: Any) -> None:
+    def _watch(self) -> None:
         """Add the callback that checks that Shampoo trains."""
         if not any(isinstance(callback, ShampooCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(ShampooCallback)
 
-    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Training logs get the optimizer's metrics since the last one, for all that reads logs."""
         optimizer = inner_optimizer(self.optimizer)
         if "loss" in logs and isinstance(optimizer, Shampoo):
             logs = logs | _prefixed(optimizer.metrics())
         super().log(logs, *args, **kwargs)
 
-    def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> LRScheduler:
         """The scheduler that was given, also under DeepSpeed, for which the Trainer has dropped it by now."""
         if self.lr_scheduler is None and self._given_scheduler is not None:
-            self.lr_scheduler = self._given_scheduler
+            self.lr_scheduler = self._given_scheduler  # type: ignore[assignment]
         return super().create_scheduler(*args, **kwargs)
 
 
@@ -218,7 +228,7 @@ class ShampooCallback(TrainerCallback):
         self.history: list[dict[str, float]] = []
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, optimizer: Any = None, **__: Any
+        self, args: TrainingArguments, state: TrainerState, *_: Any, optimizer: object = None, **__: Any
     ) -> None:
         inner = check_inner_optimizer(
             optimizer,
@@ -233,10 +243,16 @@ class ShampooCallback(TrainerCallback):
             check_resumed(inner, state, self.require_state)
 
     def on_log(
-        self, _: Any, state: TrainerState, *__: Any, logs: dict[str, float], optimizer: Any = None, **___: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        *_: Any,
+        logs: dict[str, float] | None = None,
+        optimizer: object = None,
+        **__: Any,
     ) -> None:
         inner = inner_optimizer(optimizer)
-        if "loss" in logs and isinstance(inner, Shampoo):
+        if logs is not None and "loss" in logs and isinstance(inner, Shampoo):
             logged = {key: value for key, value in logs.items() if key.startswith(PREFIX)}  # by the mixin
             self.history.append({"step": state.global_step, **(logged or _prefixed(inner.metrics()))})
 
@@ -277,8 +293,7 @@ class _Prebuilt:
 
 def _trainer_rule(model: nn.Module) -> list[str]:
     """The Trainer's own rule, which looks at the model only."""
-    names: list[str] = Trainer.get_decay_parameter_names(object.__new__(Trainer), model)
-    return names
+    return Trainer.get_decay_parameter_names(object.__new__(Trainer), model)
 
 
 def _named(arguments: TrainingArguments) -> Deferred:
@@ -298,11 +313,11 @@ def _prefixed(metrics: Mapping[str, float]) -> dict[str, float]:
     return {PREFIX + key: value for key, value in metrics.items()}
 
 
-def _is_ours(optimizer: Any) -> bool:
+def _is_ours(optimizer: object) -> TypeGuard[Shampoo | Deferred]:
     return isinstance(optimizer, (Shampoo, Deferred))
 
 
-def _check_scheduler(optimizer: Shampoo | Deferred, scheduler: Any) -> None:
+def _check_scheduler(optimizer: Shampoo | Deferred, scheduler: LRScheduler | None) -> None:
     if scheduler is None or isinstance(optimizer, Shampoo) and getattr(scheduler, "optimizer", None) is optimizer:
         return
     raise ValueError(
@@ -311,7 +326,7 @@ def _check_scheduler(optimizer: Shampoo | Deferred, scheduler: Any) -> None:
     )
 
 
-def _refuse_deepspeed(plugin: Any, scheduler: Any) -> None:
+def _refuse_deepspeed(plugin: DeepSpeedPlugin | None, scheduler: LRScheduler | None) -> None:
     """Raise for what would silently replace ``optimizers=`` in DeepSpeed's JSON."""
     if plugin is None:
         return

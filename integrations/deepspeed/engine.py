@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,10 @@ from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
 
 class Offload(Protocol):
-    """``offload_optimizer`` or ``offload_param`` of a ZeRO configuration; later fields are not in every version."""
+    """``offload_optimizer`` or ``offload_param`` of a ZeRO configuration; only the former has a ratio."""
 
     device: object
+    ratio: float
 
 
 class ZeroConfig(Protocol):
@@ -42,18 +43,6 @@ class ZeroOptimizer(Protocol):
     fp16_groups: Sequence[Sequence[ZeroParameter]]
 
 
-class SaveCheckpoint(Protocol):
-    """``DeepSpeedEngine.save_checkpoint``."""
-
-    def __call__(self, save_dir: str, tag: object = None, *args: Any, **kwargs: Any) -> object: ...
-
-
-class LoadCheckpoint(Protocol):
-    """``DeepSpeedEngine.load_checkpoint``; the first of what it returns is the path of the loaded file, or None."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[str | None, object]: ...
-
-
 class Engine(Protocol):
     """A DeepSpeedEngine whose inner optimizer is ours."""
 
@@ -64,8 +53,8 @@ class Engine(Protocol):
     global_steps: int
     seq_data_parallel_group: dist.ProcessGroup
     expert_data_parallel_group: Mapping[str, dist.ProcessGroup]
-    save_checkpoint: SaveCheckpoint
-    load_checkpoint: LoadCheckpoint
+    save_checkpoint: Callable[..., object]
+    load_checkpoint: Callable[..., tuple[str | None, object]]  # the path of the loaded file, or None; and more
     _config: EngineConfig
 
     def optimizer_params(self) -> Mapping[str, object] | None: ...
@@ -85,6 +74,24 @@ class ZeroPartition(Protocol):
     ds_numel: int
 
     def detach(self) -> Tensor: ...
+
+
+class FlatZeroParameter(Protocol):
+    """A parameter of the model under ZeRO-1 and ZeRO-2: a view of a flat buffer."""
+
+    _dp_group: dist.ProcessGroup
+    requires_grad: bool
+
+    def numel(self) -> int: ...
+    def detach(self) -> Tensor: ...
+    def storage_offset(self) -> int: ...
+    def untyped_storage(self) -> torch.UntypedStorage: ...
+
+
+class ExpertParameter(Protocol):
+    """A parameter of one of DeepSpeed's experts."""
+
+    group_name: str
 
 
 class ZeroParameter(Protocol):

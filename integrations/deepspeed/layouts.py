@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -18,7 +18,7 @@ from shampoo_deepspeed.distributed.frameworks import Entry, Layout, NewTensor, P
 from shampoo_deepspeed.geometry.boxes import FlatRange, range_to_boxes
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from .engine import Engine, ExpertParameter, FlatZeroParameter, ZeroOptimizer
 
 _ExpertPart = tuple[int | None, int]
 
@@ -40,7 +40,7 @@ def paired(entries: Sequence[Entry], fresh: Sequence[NewTensor]) -> list[tuple[E
     return pairs
 
 
-def replicated(engine: Engine, pairs: Sequence[tuple[Entry, NewTensor]]) -> list[Layout]:
+def replicated(engine: Engine | None, pairs: Sequence[tuple[Entry, NewTensor]]) -> list[Layout]:
     """Stage 0: whole tensors (FP16_UnfusedOptimizer: float32 copies), the same on all data-parallel ranks."""
     by_group: dict[tuple[int, _ExpertPart], tuple[dist.ProcessGroup | None, list[tuple[Entry, NewTensor]]]] = {}
     for entry, item in pairs:
@@ -92,14 +92,16 @@ def _originals(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, Te
     return found
 
 
-def _flat_members(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, Any]]:
+def _flat_members(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, FlatZeroParameter]]:
     """The parameters of a group that lie in its flat buffer: all that were trainable when DeepSpeed built it.
 
     They carry ``_dp_group``. So may leftovers of an earlier engine, which lie in another buffer. Whether they are
     trainable now does not count: layers may be frozen for a while.
     """
     tensors = [(e.parameter, e.reference()) for e in entries if e.parameter.group == group]
-    marked = [(p, t) for p, t in tensors if t is not None and hasattr(t, "_dp_group") and t.numel()]
+    marked = [
+        (p, cast("FlatZeroParameter", t)) for p, t in tensors if t is not None and hasattr(t, "_dp_group") and t.numel()
+    ]
     if not marked:
         return []
     anchor = next((t for _, t in marked if t.requires_grad), marked[0][1])
@@ -140,7 +142,8 @@ def _stage3_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
     Padding behind a partition is uninitialised memory and is never read or written.
     """
     known = {id(entry.reference()): entry.parameter for entry in entries}
-    owner = next(t._z3_optimizer for e in entries if (t := e.reference()) is not None and hasattr(t, "_z3_optimizer"))
+    owners = (getattr(entry.reference(), "_z3_optimizer", None) for entry in entries)
+    owner: ZeroOptimizer = next(found for found in owners if found is not None)
     number = next(n for n, flat in enumerate(owner.fp32_partitioned_groups_flat) if flat is item.tensor)
     members = owner.fp16_groups[number]
     group = members[0].ds_process_group
@@ -180,19 +183,21 @@ def _check_master(layout: Layout, parameter: Parameter, master: Tensor, low: Ten
     )
 
 
-def _replica_group(engine: Engine, parameter: Any) -> dist.ProcessGroup | None:
+def _replica_group(engine: Engine, parameter: Tensor | None) -> dist.ProcessGroup | None:
     """The ranks that hold the same copy of a parameter: all data-parallel ones, for an expert those of its group."""
     if getattr(parameter, "allreduce", True) is False:
-        return _or_none(engine.expert_data_parallel_group[parameter.group_name])
+        return _or_none(engine.expert_data_parallel_group[cast("ExpertParameter", parameter).group_name])
     return _or_none(engine.seq_data_parallel_group)
 
 
-def _expert_part(parameter: Any) -> _ExpertPart:
+def _expert_part(parameter: object) -> _ExpertPart:
     """Which of its equally named experts an expert parameter is, this rank's place among the expert-parallel ranks, and
     how many there are."""
     if getattr(parameter, "allreduce", True):
         return None, 1
-    group = sys.modules["deepspeed.utils.groups"]._get_expert_parallel_group(parameter.group_name)
+    group = sys.modules["deepspeed.utils.groups"]._get_expert_parallel_group(
+        cast("ExpertParameter", parameter).group_name
+    )
     parts = dist.get_world_size(group)
     return (dist.get_rank(group), parts) if parts > 1 else (None, 1)
 

@@ -122,7 +122,9 @@ def _local_gradient(tensor: Tensor) -> Tensor | None:
 def _boxes(tensor: Tensor) -> list[tuple[Box, int]]:
     """Boxes of the global tensor that the local one holds, and their offsets there."""
     mesh, placements = _dtensor(tensor).device_mesh, _dtensor(tensor).placements
-    return local_boxes(tensor.shape, placements, mesh.shape, mesh.get_coordinate(), _local(tensor).shape)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None  # a rank outside of the mesh has no layout
+    return local_boxes(tensor.shape, placements, mesh.shape, coordinate, _local(tensor).shape)
 
 
 def _parameter_of(item: NewTensor, entries: Sequence[Entry]) -> Parameter:

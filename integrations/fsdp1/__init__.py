@@ -40,7 +40,7 @@ from .checkpoints import load_from_folder, save_to_folder
 from .tensors import is_flat, is_fsdp1
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp._flat_param import FlatParameter, ParamInfo
+    from torch.distributed.fsdp._flat_param import FlatParameter, ParamInfo, SharedParamInfo
 
 FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
 FLAT_NAME = "_flat_param"
@@ -244,8 +244,11 @@ def _shards(flat: FlatParameter) -> tuple[_FlatShard, ...]:
         )
     shards = []
     for shape, info in zip(flat._shapes, flat._shard_param_infos, strict=True):
-        start, stop = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)
-        shards.append(_FlatShard(tuple(shape), FlatRange(start, stop), info.offset_in_shard or 0))
+        elements = FlatRange(0, 0)
+        if info.in_shard:
+            assert info.intra_param_start_idx is not None and info.intra_param_end_idx is not None
+            elements = FlatRange(info.intra_param_start_idx, info.intra_param_end_idx + 1)
+        shards.append(_FlatShard(tuple(shape), elements, info.offset_in_shard or 0))
     return tuple(shards)
 
 
@@ -278,7 +281,8 @@ def _kinds(
 ) -> frozenset[str]:
     """The kinds of all modules that hold a parameter; the first is in ``_param_infos``, others that are tied to it."""
     own = (info.module, info.param_name)
-    holders = [info, *(s for s in flat._shared_param_infos if (s.prim_module, s.prim_param_name) == own)]
+    holders: list[ParamInfo | SharedParamInfo] = [info]
+    holders += [s for s in flat._shared_param_infos if (s.prim_module, s.prim_param_name) == own]
     kinds = {kind for holder in holders for kind in of_module.get(id(holder.module), ())}
     if any(holder.param_name == "weight" and id(holder.module) in heads for holder in holders):
         kinds.add("lm_head")

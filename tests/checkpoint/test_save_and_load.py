@@ -393,7 +393,7 @@ def test_inspect_tells_what_a_checkpoint_holds(tmp_path: Path, capsys: pytest.Ca
 
 def test_the_kept_checkpoint_of_format_1_loads_for_ever(tmp_path: Path) -> None:
     weights = torch.load(kept.FOLDER / "weights.pt", weights_only=True)
-    params = {name: nn.Parameter(value.clone()) for name, value in weights.items()}
+    params: dict[str, torch.Tensor] = {name: nn.Parameter(value.clone()) for name, value in weights.items()}
     optimizer = kept.optimizer(params)
     report = load_shampoo(optimizer, kept.FOLDER / "shampoo")
     assert set(report.loaded) == set(params)

@@ -171,7 +171,7 @@ def test_a_closure_runs_with_gradients_on_and_its_loss_is_given_back() -> None:
         return loss
 
     with torch.no_grad():
-        loss = optimizer.step(closure)  # type: ignore[arg-type]
+        loss = optimizer.step(closure)
     expected = (twin @ x).square().mean()
     expected.backward()
     assert other.step() is None
@@ -222,9 +222,11 @@ def test_what_hosts_pass_for_speed_is_taken_and_logged(name: str, caplog: pytest
 
 @pytest.mark.parametrize("name", ["maximize", "differentiable", "capturable"])
 def test_a_mode_that_is_not_there_is_refused_and_never_ignored(name: str) -> None:
-    Shampoo([parameter(3)], **{name: False})
+    options: dict[str, Any] = {name: False}
+    Shampoo([parameter(3)], **options)
     with pytest.raises(OptionError, match=f"{name!r} = True is not allowed: false"):
-        Shampoo([parameter(3)], **{name: True})
+        options |= {name: True}
+        Shampoo([parameter(3)], **options)
     with pytest.raises(OptionError, match=f"{name!r} = True is not allowed: false"):
         Shampoo([{"params": [parameter(3)], name: True}])
 

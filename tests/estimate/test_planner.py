@@ -68,7 +68,8 @@ def test_state_is_that_of_an_optimizer_in_one_process(options: dict[str, Any], d
     gradients(model, make_batch("odd", 0))
     optimizer.step()
     (unit,) = optimizer.units
-    tensors = [t for part in (*unit.stacks, unit.elementwise) for t in part.tensors.values()]
+    tensors = [tensor for stack in unit.stacks for tensor in stack.tensors.values()]
+    tensors += unit.elementwise.tensors.values()
     tensors += [buffer for buffers in unit.buffers.values() for buffer in buffers.values()]
     parameters = [e.parameter for e in optimizer.entries if e.parameter.key != "frozen.weight"]
     made = estimate(parameters, 1, "ddp", config(**options), weights_dtype=dtype)
@@ -186,7 +187,7 @@ def test_llama_3_has_its_published_size() -> None:
 )
 def test_names_and_shapes_are_those_that_transformers_builds(kind: str, extra: dict[str, Any], tmp_path: Path) -> None:
     """In order, so that blocks and flat buffers are those of the run; a config.json is read as it is saved."""
-    made = transformers.AutoConfig.for_model(**(SMALL | extra | {"model_type": kind}))
+    made = transformers.AutoConfig.for_model(**{**SMALL, **extra, "model_type": kind})
     made.save_pretrained(tmp_path)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(made)

@@ -25,15 +25,15 @@ OTHERS = {  # what an option holds, and what may be written for it
 AUTO = ("betas", "eps", "weight_decay")
 
 
-def annotations(options: type) -> dict[str, str]:
+def hints(options: type) -> dict[str, str]:
     return {name: hint.__forward_arg__ for name, hint in options.__annotations__.items()}
 
 
 def test_the_types_are_those_of_the_options() -> None:
     expected = {f.name: OTHERS.get(str(f.type), str(f.type)) for f in fields(ShampooConfig) if f.name != "lr"}
-    assert annotations(Options) == expected
+    assert hints(Options) == expected
     auto = {name: f"{hint} | Literal['auto']" for name, hint in expected.items() if name in AUTO}
-    assert annotations(DeferredOptions) == expected | auto
+    assert hints(DeferredOptions) == expected | auto
 
 
 @pytest.mark.parametrize("function", [Shampoo, deferred], ids=["Shampoo", "deferred"])
