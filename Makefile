@@ -11,7 +11,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PIP_DEFAULT_TIMEOUT ?= 180
 
-.PHONY: demo test test-fast lint docs bench
+# The versions that are installed; CONSTRAINTS=/dev/null takes the newest ones.
+CONSTRAINTS ?= constraints.txt
+# Those of `make test-oldest` and `make test-wheel`, and the Pythons that the latter tries.
+OLDEST_VENV ?= .venv-oldest
+OLDEST_STAMP := $(OLDEST_VENV)/.installed
+OLDEST_CHECKS := odd_zero3_2ranks or fsdp2_odd_strict_float32_2ranks
+WHEEL_DIR ?= build/wheel
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+
+.PHONY: demo test test-fast test-oldest test-wheel lint docs bench dist
 
 # Trains one causal language model with Shampoo and with AdamW and draws both curves: demo_output/.
 demo: $(STAMP)
@@ -24,6 +33,21 @@ test: $(STAMP)
 # The tests that start no other process and take less than a minute.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow" --ignore=tests/distributed
+
+# The oldest versions that setup.cfg allows: all tests that need one process, and ZeRO and FSDP2 on two ranks.
+test-oldest: $(OLDEST_STAMP)
+	$(OLDEST_VENV)/bin/python -m pip list
+	$(OLDEST_VENV)/bin/python -m pytest -n 2 --dist loadscope -m "not slow" --ignore=tests/distributed
+	$(OLDEST_VENV)/bin/python -m pytest tests/distributed/test_zero.py tests/distributed/test_fsdp.py -k "$(OLDEST_CHECKS)"
+
+# The wheel in an empty environment of each Python, without the checkout.
+test-wheel:
+	.ci/try_wheel $(WHEEL_DIR) $(PYTHONS)
+
+# Source distribution and wheel, as they would be published.
+dist: $(STAMP)
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -41,8 +65,15 @@ bench: $(STAMP)
 # pip installs nothing twice, so a stale stamp costs only seconds.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e ".[test]"
+	touch $@
+
+$(OLDEST_STAMP): setup.cfg pyproject.toml .ci/oldest.py
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(PYTHON) .ci/oldest.py > $(OLDEST_VENV)/oldest.txt
+	$(OLDEST_VENV)/bin/python -m pip install -c $(OLDEST_VENV)/oldest.txt torch setuptools wheel
+	$(OLDEST_VENV)/bin/python -m pip install -c $(OLDEST_VENV)/oldest.txt -e ".[test]"
 	touch $@
 
 $(DOCS_STAMP): docs/site/requirements.txt

@@ -7,6 +7,10 @@ there is one. benchmarks.exactness, which measures how exact runs are, takes lon
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Callable, Sequence
+
 import torch
 
 from benchmarks import end_to_end, memory, scaling, slow_link, step_time
@@ -14,33 +18,36 @@ from benchmarks.convergence import command as convergence
 
 
 def main() -> None:
-    """Run the benchmarks one after another, because each needs the whole machine."""
-    step_time.main(["--rounds", "2"])
-    end_to_end.main(["--tokens", "512", "8192", "--rounds", "1"])
-    slow_link.main(["--buckets", "1", "8", "--steps", "15"])
-    memory.main(["--preconditioner", "shampoo", "soap"])
-    scaling.main(["--ranks", "1", "2", "--rounds", "1", "--plan-ranks", "8", "64", "1024", "--models", "llama-3-8b"])
-    convergence.main(
-        [
-            "--cells",
-            "llama-tiny",
-            "gpt2-tiny",
-            "--seeds",
-            "0",
-            "--contestants",
-            "adamw",
-            "muon",
-            "default",
-            "soap",
-            "kl",
-        ]
-        + ["--budgets", "1", "--steps", "100", "--rates", "3e-3", "--no-walk"]
-        + ["--output", "bench_output/convergence/short.jsonl"]
-    )
+    """Run them one after another, because each needs the machine for itself; standard error shows which one runs."""
+    tiny = ["--cells", "llama-tiny", "gpt2-tiny", "--seeds", "0", "--budgets", "1", "--steps", "100"]
+    tiny += ["--contestants", "adamw", "muon", "default", "soap", "kl", "--rates", "3e-3", "--no-walk"]
+    tiny += ["--output", "bench_output/convergence/short.jsonl"]
+    plans = ["--plan-ranks", "8", "64", "1024", "--models", "llama-3-8b"]
+    runs: list[tuple[Callable[[list[str]], object], list[str]]] = [
+        (step_time.main, ["--rounds", "2"]),
+        (end_to_end.main, ["--tokens", "512", "8192", "--rounds", "1"]),
+        (slow_link.main, ["--buckets", "1", "8", "--steps", "15"]),
+        (memory.main, ["--preconditioner", "shampoo", "soap"]),
+        (scaling.main, ["--ranks", "1", "2", "--rounds", "1", *plans]),
+        (convergence.main, tiny),
+    ]
     if torch.cuda.is_available():
         from benchmarks import accelerator  # needs Transformers
 
-        accelerator.main(["--size", "350m", "--block", "1024", "--solver", "eigh", "coupled_newton", "--rounds", "1"])
+        solvers = ["--solver", "eigh", "coupled_newton"]
+        runs.append((accelerator.main, ["--size", "350m", "--block", "1024", *solvers, "--rounds", "1"]))
+    one_after_another(runs)
+
+
+def one_after_another(runs: Sequence[tuple[Callable[[list[str]], object], list[str]]]) -> None:
+    """Call each function with its arguments, and announce it with its number and the time so far."""
+    begin = time.monotonic()
+    for number, (run, arguments) in enumerate(runs, 1):
+        name = run.__module__.rpartition(".")[2]
+        minutes = (time.monotonic() - begin) / 60
+        text = f"[{number}/{len(runs)}] {name} {' '.join(arguments)} (after {minutes:.0f} min)"
+        print(text, file=sys.stderr, flush=True)
+        run(arguments)
 
 
 if __name__ == "__main__":

@@ -66,8 +66,9 @@ class Measured:
 
 def config(size: str, length: int) -> LlamaConfig:
     """Return the configuration of a Llama of one of ``SIZES``, for sequences of ``length`` tokens."""
-    known = dict(SIZES[size])
+    known: dict[str, Any] = dict(SIZES[size])
     layers, heads = known.pop("layers"), known.pop("heads")
+    known["attn_implementation"] = "sdpa"
     return LlamaConfig(
         **known,
         num_hidden_layers=layers,
@@ -75,7 +76,6 @@ def config(size: str, length: int) -> LlamaConfig:
         max_position_embeddings=length,
         tie_word_embeddings=False,
         use_cache=False,
-        attn_implementation="sdpa",
     )
 
 

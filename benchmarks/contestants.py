@@ -32,8 +32,7 @@ class Contestant:
 
 def adamw(fused: bool = False) -> Contestant:
     def build(model: nn.Module) -> list[torch.optim.Optimizer]:
-        kind = {"fused": True} if fused else {"foreach": True}
-        return [torch.optim.AdamW(model.parameters(), lr=1e-3, **kind)]
+        return [torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused or None, foreach=not fused or None)]
 
     return Contestant("torch AdamW, fused" if fused else "torch AdamW, foreach", build)
 

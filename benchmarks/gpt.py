@@ -36,7 +36,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows, length, width = x.shape
         parts = self.qkv(self.norm1(x)).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        seen = functional.scaled_dot_product_attention(*parts, is_causal=True)
+        q, k, v = parts.unbind()
+        seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.o(seen.transpose(1, 2).reshape(rows, length, width))
         return x + self.down(functional.gelu(self.up(self.norm2(x))))
 

@@ -85,7 +85,7 @@ def held_bytes(optimizer: Shampoo) -> int:
 def planned_state(model: nn.Module, options: dict[str, Any]) -> int:
     parameters = []
     for name, parameter in model.named_parameters():
-        kinds = ("embedding",) if name.startswith("w") else ()
+        kinds = frozenset({"embedding"} if name.startswith("w") else set())
         parameters.append(Parameter(name, tuple(parameter.shape), 0, name, kinds))
     return estimate(parameters, 1, "ddp", ShampooConfig.from_options(options)).state_bytes[0]
 
@@ -117,7 +117,7 @@ def measure(rule: str, refresh: str, width: int, block: int, bucket_mb: float, f
     return {"plan": plan, "held": held_bytes(optimizer), "step": highest, "weights": weights}
 
 
-def row(rule: str, refresh: str, found: dict[str, Any]) -> list[object]:
+def row(rule: str, refresh: str, found: dict[str, Any]) -> list[Any]:
     plan, step, mb = found["plan"], found["step"].nbytes, 2.0**20
     total = 2 * found["weights"] + found["held"] + step
     return [

@@ -56,7 +56,7 @@ class PlainLoop(torch.optim.Optimizer):
         super().__init__(params, defaults | {"block": block, "frequency": frequency, "elementwise": elementwise})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
         loss = None
         if closure is not None:

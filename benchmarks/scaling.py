@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,7 @@ def train(framework: str, width: int, block: int, rounds: int) -> Rank:
     if framework == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
     else:
-        for layer in model.layers:
+        for layer in cast(nn.ModuleList, model.layers):
             fully_shard(layer)
         fully_shard(model)
     optimizer = Shampoo(

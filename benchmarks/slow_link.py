@@ -25,7 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -139,13 +139,13 @@ class SlowLink:
             self.timeline.computing.append((begin, time.perf_counter()))
             return made
 
-        dist.all_to_all_single = self.all_to_all_single
-        BlockStack.step = noted
+        dist.all_to_all_single = self.all_to_all_single  # type: ignore[assignment]
+        BlockStack.step = noted  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:
             dist.all_to_all_single = self._real
-            BlockStack.step = advance
+            BlockStack.step = advance  # type: ignore[method-assign]
             self._thread.shutdown()
 
 
@@ -178,7 +178,8 @@ def train(setting: Setting) -> list[Timeline]:
         max_preconditioner_dim=width,
         bucket_mb=1.001 * owned / setting.buckets,
     )
-    link, timelines = SlowLink(0.0, 0.0), []
+    link = SlowLink(0.0, 0.0)
+    timelines: list[Timeline] = []
     with link.installed():
         for step in range(setting.warm + setting.steps):
             if step >= setting.warm // 2 and step % 5 == 0:
@@ -196,7 +197,7 @@ def train(setting: Setting) -> list[Timeline]:
 def random_gradients(model: nn.Module, step: int) -> None:
     generator = torch.Generator().manual_seed(step * dist.get_world_size() + dist.get_rank())
     for parameter in model.parameters():
-        shard = parameter.data
+        shard = cast(DTensor, parameter.data)
         local = torch.randn(shard.to_local().shape, generator=generator) * 1e-3
         parameter.grad = DTensor.from_local(local, shard.device_mesh, shard.placements)
 

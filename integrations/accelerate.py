@@ -78,7 +78,7 @@ def refuse_foreign_parameters(model: nn.Module, optimizer: Shampoo, remedy: str)
         )
 
 
-def check_inner_optimizer(optimizer: Any, remedy: str) -> Shampoo:
+def check_inner_optimizer(optimizer: object, remedy: str) -> Shampoo:
     """Return the Shampoo that trains.
 
     Raises:

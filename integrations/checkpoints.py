@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.state import DistributedType
+from torch import nn
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
 from shampoo_deepspeed.checkpoint.manifest import Manifest
@@ -41,24 +42,25 @@ TRAINER_STATE = "trainer_state.json"
 class TrainerCheckpoints(_BeforeATrainer):
     """Part of ``ShampooTrainerMixin``: ``checkpoint-N/shampoo`` is written first, ``trainer_state.json`` last."""
 
-    def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as the Trainer does, but resume from the newest complete checkpoint if ``True`` is given.
 
         Raises:
             ValueError: if there are checkpoints but none is complete.
         """
         if resume_from_checkpoint is True:
+            assert self.args.output_dir is not None  # TrainingArguments fill it in
             resume_from_checkpoint = newest_complete(self.args.output_dir) or True
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _save_checkpoint(self: Any, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint; if its folder exists already, mark it as incomplete until everything is written."""
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (folder / TRAINER_STATE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial, *args, **kwargs)
 
-    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer = inner_optimizer(self.optimizer)
         if self.is_deepspeed_enabled or not isinstance(optimizer, Shampoo):
             return super()._save_optimizer_and_scheduler(output_dir)
@@ -66,7 +68,7 @@ class TrainerCheckpoints(_BeforeATrainer):
         with optimizer.with_external_state({"folder": FOLDER}):
             super()._save_optimizer_and_scheduler(output_dir)
 
-    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optimizer = inner_optimizer(self.optimizer)
         folder = Path(checkpoint, FOLDER) if checkpoint is not None else None
         if folder is None or not folder.is_dir() or self.is_deepspeed_enabled or not isinstance(optimizer, Shampoo):
@@ -76,7 +78,7 @@ class TrainerCheckpoints(_BeforeATrainer):
         load_shampoo(optimizer, folder)
 
 
-def add_to_save_state(accelerator: Accelerator, optimizer: Any) -> None:
+def add_to_save_state(accelerator: Accelerator, optimizer: object) -> None:
     """Make ``accelerator.save_state`` and ``load_state`` include Shampoo's state, in a subfolder ``shampoo``.
 
     Call this function after ``accelerator.prepare``; ``prepare`` of this package does so. As always with accelerate,
@@ -96,10 +98,10 @@ def add_to_save_state(accelerator: Accelerator, optimizer: Any) -> None:
     save_state, load_state = accelerator.save_state, accelerator.load_state
     loaded_from: list[Path] = []
 
-    def write(_: Any, __: Any, output_dir: str) -> None:
+    def write(_: list[nn.Module], __: list[dict[str, Any]], output_dir: str) -> None:
         save_shampoo(inner, Path(output_dir) / name)
 
-    def note(_: Any, input_dir: str) -> None:
+    def note(_: list[nn.Module], input_dir: str) -> None:
         loaded_from.append(Path(input_dir))
 
     @wraps(save_state)
@@ -119,8 +121,8 @@ def add_to_save_state(accelerator: Accelerator, optimizer: Any) -> None:
     accelerator.register_save_state_pre_hook(write)
     accelerator.register_load_state_pre_hook(note)
     save.shampoos = (*attached, inner)  # type: ignore[attr-defined]
-    accelerator.save_state = save
-    accelerator.load_state = load
+    accelerator.save_state = save  # type: ignore[method-assign]
+    accelerator.load_state = load  # type: ignore[method-assign]
 
 
 def check_resumed(optimizer: Shampoo, state: TrainerState, required: bool = True) -> None:

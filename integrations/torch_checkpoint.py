@@ -7,8 +7,8 @@ all ranks, and accept only tensors that they can gather or shard. torch has no h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from shampoo_deepspeed.distributed.frameworks import Adapter, Entry, NewTensor
@@ -27,7 +27,7 @@ def helpers_ask() -> bool:
 class TorchCheckpointAdapter(Adapter):
     """The adapter for torch's helpers, which shard nothing themselves."""
 
-    def layouts(self, optimizer: Any, entries: Sequence[Entry], fresh: Sequence[NewTensor]) -> None:
+    def layouts(self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[NewTensor]) -> None:
         """Return None: FSDP2's adapter describes DTensors, and other tensors are unsharded."""
 
     def state_entries(self, optimizer: BlockOptimizer) -> dict[int, dict[str, Tensor]] | None:

@@ -12,16 +12,18 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, is_initialized
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from shampoo_deepspeed import Shampoo, load_shampoo
+from shampoo_deepspeed import Shampoo, ShampooConfig, load_shampoo
 from shampoo_deepspeed.distributed.frameworks import adapters
 from shampoo_deepspeed.options.choices import TRAINER_NO_DECAY
+from shampoo_deepspeed.options.param_groups import signature_with_options
 from shampoo_deepspeed.options.parameter_names import clean_name
 from shampoo_deepspeed.state.unwrap import inner_optimizer
 
@@ -29,6 +31,13 @@ from .accelerate import check_inner_optimizer, refuse_foreign_parameters, refuse
 from .checkpoints import TrainerCheckpoints, check_resumed
 from .fsdp1.tensors import is_flat, refuse_flat
 from .transformers_names import NAME, add_name, options_from_text
+
+if TYPE_CHECKING:
+    from accelerate import DeepSpeedPlugin
+    from torch.optim.lr_scheduler import LRScheduler
+    from typing_extensions import Unpack
+
+    from shampoo_deepspeed.options.typed import DeferredOptions, Options
 
 logger = logging.getLogger("shampoo_deepspeed")
 
@@ -74,10 +83,10 @@ class ShampooFactory:
         ValueError: if the framework would replace the optimizer.
     """
 
-    def __call__(self, model: nn.Module, **options: Any) -> Shampoo:
+    def __call__(self, model: nn.Module, lr: float | Tensor = ShampooConfig.lr, **options: Unpack[Options]) -> Shampoo:
         if is_initialized():
             _refuse_deepspeed(getattr(AcceleratorState(), "deepspeed_plugin", None), None)
-        return build(model, options, _trainer_rule)
+        return build(model, {"lr": lr, **options}, _trainer_rule)
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class Deferred:
         return {k: known[k] if k in known and v == "auto" else v for k, v in self.options.items()}
 
 
-def deferred(lr: float | str = "auto", **options: Any) -> Deferred:
+def deferred(lr: float | str = "auto", **options: Unpack[DeferredOptions]) -> Deferred:
     """Return a Shampoo for ``optimizers=`` that is built later, when the Trainer has a model.
 
     ``ShampooTrainer(..., optimizers=(deferred(lr=1e-3, weight_decay=0.1), None))``
@@ -110,6 +119,10 @@ def deferred(lr: float | str = "auto", **options: Any) -> Deferred:
     return Deferred({"lr": lr, **options})
 
 
+deferred.__signature__ = signature_with_options(deferred)  # type: ignore[attr-defined]
+
+
+# The Trainer's annotations are narrower than what it takes: LambdaLR for a scheduler, a class for a factory.
 class ShampooTrainerMixin(TrainerCheckpoints):
     """Adds Shampoo to any Trainer class: ``class MyTrainer(ShampooTrainerMixin, SFTTrainer)``.
 
@@ -123,14 +136,19 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         ValueError: if another optimizer or scheduler than the given one would train.
     """
 
-    _given_scheduler: Any = None
+    _given_scheduler: LRScheduler | None = None
 
-    def __init__(self, *args: Any, optimizers: tuple[Any, Any] = (None, None), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        optimizers: tuple[torch.optim.Optimizer | Deferred | None, LRScheduler | None] = (None, None),
+        **kwargs: Any,
+    ) -> None:
         if any(isinstance(value, tuple) and value and _is_ours(value[0]) for value in args):
             raise TypeError("pass optimizers=(...) by keyword")
         optimizer, scheduler = optimizers
         if not _is_ours(optimizer):
-            super().__init__(*args, optimizers=optimizers, **kwargs)
+            super().__init__(*args, optimizers=optimizers, **kwargs)  # type: ignore[arg-type, misc]
             self._take_name(optimizer, scheduler)
             if _json_names_shampoo(self.args):
                 self._watch()
@@ -139,14 +157,14 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         super().__init__(*args, **kwargs)
         self._take(optimizer, scheduler)
 
-    def _take_name(self: Any, optimizer: Any, scheduler: Any) -> None:
+    def _take_name(self, optimizer: torch.optim.Optimizer | Deferred | None, scheduler: LRScheduler | None) -> None:
         """Use ``optim="shampoo"`` if no optimizer is given in another way."""
         if optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim == NAME:
             named = _named(self.args)
             _check_scheduler(named, scheduler)
             self._take(named, scheduler, by_name=True)
 
-    def _take(self: Any, optimizer: Shampoo | Deferred, scheduler: Any, by_name: bool = False) -> None:
+    def _take(self, optimizer: Shampoo | Deferred, scheduler: LRScheduler | None, by_name: bool = False) -> None:
         if self.optimizer_cls_and_kwargs is not None:
             raise ValueError("both optimizers= and optimizer_cls_and_kwargs= are given; leave one out")
         state = self.accelerator.state
@@ -164,26 +182,27 @@ class ShampooTrainerMixin(TrainerCheckpoints):
                 return lambda model, **_: build(model, options, self.get_decay_parameter_names)
 
         no_options: dict[str, Any] = {}
-        self.optimizer_cls_and_kwargs = (factory, no_options)
-        self.lr_scheduler = self.callback_handler.lr_scheduler = self._given_scheduler = scheduler
+        self.optimizer_cls_and_kwargs = (factory, no_options)  # type: ignore[assignment]
+        self._given_scheduler = scheduler
+        self.lr_scheduler = self.callback_handler.lr_scheduler = scheduler  # type: ignore[assignment]
         self._watch()
 
-    def _watch(self: Any) -> None:
+    def _watch(self) -> None:
         """Add the callback that checks that Shampoo trains."""
         if not any(isinstance(callback, ShampooCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(ShampooCallback)
 
-    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the optimizer's metrics since the last training log to each training log."""
         optimizer = inner_optimizer(self.optimizer)
         if "loss" in logs and isinstance(optimizer, Shampoo):
             logs = logs | _prefixed(optimizer.metrics())
         super().log(logs, *args, **kwargs)
 
-    def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> LRScheduler:
         """Return the given scheduler, also under DeepSpeed, where the Trainer has dropped it."""
         if self.lr_scheduler is None and self._given_scheduler is not None:
-            self.lr_scheduler = self._given_scheduler
+            self.lr_scheduler = self._given_scheduler  # type: ignore[assignment]
         return super().create_scheduler(*args, **kwargs)
 
 
@@ -214,7 +233,7 @@ class ShampooCallback(TrainerCallback):
         self.history: list[dict[str, float]] = []
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, optimizer: Any = None, **__: Any
+        self, args: TrainingArguments, state: TrainerState, *_: Any, optimizer: object = None, **__: Any
     ) -> None:
         inner = check_inner_optimizer(
             optimizer,
@@ -229,10 +248,16 @@ class ShampooCallback(TrainerCallback):
             check_resumed(inner, state, self.require_state)
 
     def on_log(
-        self, _: Any, state: TrainerState, *__: Any, logs: dict[str, float], optimizer: Any = None, **___: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        *_: Any,
+        logs: dict[str, float] | None = None,
+        optimizer: object = None,
+        **__: Any,
     ) -> None:
         inner = inner_optimizer(optimizer)
-        if "loss" in logs and isinstance(inner, Shampoo):
+        if logs is not None and "loss" in logs and isinstance(inner, Shampoo):
             logged = {key: value for key, value in logs.items() if key.startswith(PREFIX)}  # from the mixin
             self.history.append({"step": state.global_step, **(logged or _prefixed(inner.metrics()))})
 
@@ -273,8 +298,7 @@ class _Prebuilt:
 
 def _trainer_rule(model: nn.Module) -> list[str]:
     """Apply the Trainer's own rule, which looks only at the model."""
-    names: list[str] = Trainer.get_decay_parameter_names(object.__new__(Trainer), model)
-    return names
+    return Trainer.get_decay_parameter_names(object.__new__(Trainer), model)
 
 
 def _named(arguments: TrainingArguments) -> Deferred:
@@ -294,11 +318,11 @@ def _prefixed(metrics: Mapping[str, float]) -> dict[str, float]:
     return {PREFIX + key: value for key, value in metrics.items()}
 
 
-def _is_ours(optimizer: Any) -> bool:
+def _is_ours(optimizer: object) -> TypeGuard[Shampoo | Deferred]:
     return isinstance(optimizer, (Shampoo, Deferred))
 
 
-def _check_scheduler(optimizer: Shampoo | Deferred, scheduler: Any) -> None:
+def _check_scheduler(optimizer: Shampoo | Deferred, scheduler: LRScheduler | None) -> None:
     if scheduler is None or isinstance(optimizer, Shampoo) and getattr(scheduler, "optimizer", None) is optimizer:
         return
     raise ValueError(
@@ -307,7 +331,7 @@ def _check_scheduler(optimizer: Shampoo | Deferred, scheduler: Any) -> None:
     )
 
 
-def _refuse_deepspeed(plugin: Any, scheduler: Any) -> None:
+def _refuse_deepspeed(plugin: DeepSpeedPlugin | None, scheduler: LRScheduler | None) -> None:
     """Raise an error for entries of DeepSpeed's JSON that would silently replace ``optimizers=``."""
     if plugin is None:
         return

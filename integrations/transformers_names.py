@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from transformers import TrainingArguments
@@ -13,6 +13,9 @@ from transformers import TrainingArguments
 from shampoo_deepspeed import OptionError, ShampooConfig
 from shampoo_deepspeed.options.config import canonical
 from shampoo_deepspeed.options.names import ALIASES
+
+if TYPE_CHECKING:
+    from transformers.training_args import OptimizerNames
 
 NAME = "shampoo"
 _DEFAULTS = {field.name: field.default for field in fields(ShampooConfig)}
@@ -83,7 +86,7 @@ def add_name(options_of: Callable[[TrainingArguments], dict[str, Any]], factory:
     handlers[names(NAME)] = lambda context: (factory, options_of(context.args))
 
 
-def _tables() -> tuple[Any, dict[Any, Any]]:
+def _tables() -> tuple[type[OptimizerNames], dict[str, Callable[..., tuple[type, dict[str, Any]]]]]:
     """Return Transformers' enum of names and its table of handlers; both are private, so their form is checked."""
     try:
         names = importlib.import_module("transformers.training_args").OptimizerNames

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from shampoo_deepspeed._autoload import autoload, register
 
 if TYPE_CHECKING:
+    from shampoo_deepspeed._version import __version__ as __version__
     from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo, wait_for_saves
     from shampoo_deepspeed.checkpoint.manifest import CheckpointError
     from shampoo_deepspeed.distributed.frameworks import LayoutError
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from shampoo_deepspeed.options.checks import OptionError
     from shampoo_deepspeed.options.config import ShampooConfig
     from shampoo_deepspeed.state.unwrap import unwrap
-
-    __version__: str
 
 __all__ = [
     "CheckpointError",
@@ -33,6 +32,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "__version__": "shampoo_deepspeed._version",
     "Shampoo": "shampoo_deepspeed.optimizer",
     "ShampooConfig": "shampoo_deepspeed.options.config",
     "OptionError": "shampoo_deepspeed.options.checks",
@@ -46,10 +46,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("shampoo-deepspeed")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from shampoo_deepspeed._version import __version__
 from shampoo_deepspeed.checkpoint.inspect import describe
 from shampoo_deepspeed.checkpoint.manifest import CheckpointError
 from shampoo_deepspeed.estimate import Estimate, estimate
@@ -21,26 +22,56 @@ from shampoo_deepspeed.options.config import ShampooConfig, canonical
 # Float32 products run at about a tenth of the speed of bfloat16 ones on current accelerators.
 FLOAT32_SHARE = 0.1
 
+ESTIMATE_EXAMPLE = """\
+  python -m shampoo_deepspeed estimate --model llama-3-8b --world-size 64 --framework zero3
+"""
+JSON_EXAMPLE = """\
+  python -m shampoo_deepspeed estimate --model ./my_model/config.json --world-size 8 --ds-config ds.json --json
+"""
+BUDGET_EXAMPLE = """\
+  python -m shampoo_deepspeed estimate --model llama-3-8b --world-size 64 --framework fsdp2 --memory-budget 12 \\
+      --tokens-per-step 4e6 --tflops 400
+"""
+INSPECT_EXAMPLE = """\
+  python -m shampoo_deepspeed inspect checkpoints/step_1000
+"""
+TRAINER_EXAMPLE = """\
+  python -m shampoo_deepspeed inspect output/checkpoint-500/shampoo
+"""
+
 
 class UsageError(ValueError):
     """Arguments that do not go together; the message names them and what is allowed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; returns the exit status: 0 for success, 1 for a failure, 2 for wrong arguments."""
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
         print(_estimate(given) if given.command == "estimate" else describe(Path(given.checkpoint)))
     except (ValueError, CheckpointError) as error:  # the package's own errors are all of these kinds
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(1 if isinstance(error, CheckpointError) else 2, f"{parser.prog}: error: {error}\n")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m shampoo_deepspeed", description="Tools of shampoo-deepspeed.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("estimate", help="memory, bytes, FLOPs and balance of a run, before it starts")
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m shampoo_deepspeed",
+        description="Plan a run with Shampoo before it starts, and look into its checkpoints.",
+        epilog=f"examples:\n{ESTIMATE_EXAMPLE}{INSPECT_EXAMPLE}\nCOMMAND --help shows the arguments of a command.",
+        formatter_class=plain,
+    )
+    parser.add_argument("--version", action="version", version=f"shampoo-deepspeed {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "estimate",
+        help="memory, bytes, FLOPs and balance of a run, before it starts",
+        description="Print what each rank of a run will hold, send and compute. Nothing is built.",
+        epilog=f"examples:\n{ESTIMATE_EXAMPLE}{JSON_EXAMPLE}{BUDGET_EXAMPLE}",
+        formatter_class=plain,
+    )
     model = command.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help=f"{', '.join(BUILT_IN)}; a config.json or its folder; a Hugging Face id")
     model.add_argument("--shapes", help='a JSON file of names and shapes, {"layer.weight": [1024, 4096], ...}')
@@ -62,7 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--memory-budget", type=float, help="GiB of optimizer state a rank may hold: recommends")
     command.add_argument("--overhead-budget", type=float, default=0.05, help="share of forward and backward, 0.05")
     command.add_argument("--json", action="store_true", help="JSON instead of a table")
-    look = commands.add_parser("inspect", help="what a checkpoint of save_shampoo holds, and whether it is whole")
+    look = commands.add_parser(
+        "inspect",
+        help="what a checkpoint of save_shampoo holds, and whether it is whole",
+        description="Check the files of a checkpoint, and print its versions, options, parameters and blocks.",
+        epilog=f"examples:\n{INSPECT_EXAMPLE}{TRAINER_EXAMPLE}",
+        formatter_class=plain,
+    )
     look.add_argument("checkpoint", help="the folder with manifest.json")
     return parser
 

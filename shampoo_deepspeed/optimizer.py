@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,11 @@ from shampoo_deepspeed.linalg.precision import full_precision
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.param_groups import signature_with_options
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from shampoo_deepspeed.options.typed import Options
 
 logger = logging.getLogger("shampoo_deepspeed")
 
@@ -67,7 +72,7 @@ class Shampoo(BlockOptimizer):
         *,
         model: nn.Module | None = None,
         process_group: dist.ProcessGroup | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(params, model, process_group, {"lr": lr, **options})
 

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 from ..frames import calling_frame
 from .checkpoints import is_loading, note_folder, resume, wrap_checkpointing
 from .layouts import is_partition, paired, partition_layout, replicated
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 logger = logging.getLogger("shampoo_deepspeed")
 
@@ -43,7 +46,7 @@ class DeepSpeedAdapter(Adapter):
     """
 
     def __init__(self) -> None:
-        self._engines: list[weakref.ref[Any]] = []
+        self._engines: list[weakref.ref[Engine]] = []
 
     def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
         """Return the model of the engine that is building an optimizer from its JSON right now, or None.
@@ -57,7 +60,7 @@ class DeepSpeedAdapter(Adapter):
         frame = _frame_of_engine(BUILDS)
         if frame is None:
             return None
-        engine = frame.f_locals["self"]
+        engine: Engine = frame.f_locals["self"]
         self._adopt(engine)
         if "lr" not in (engine.optimizer_params() or {}):
             logger.warning(
@@ -67,8 +70,7 @@ class DeepSpeedAdapter(Adapter):
             )
         if _is_one_list(given):
             options.setdefault("no_decay", TRAINER_NO_DECAY)
-        module: nn.Module = engine.module
-        return module
+        return engine.module
 
     def admit(self, optimizer_class: type) -> None:
         """Add the class to DeepSpeed's list of optimizers that may run under ZeRO (runtime/zero/utils.py)."""
@@ -125,21 +127,21 @@ class DeepSpeedAdapter(Adapter):
         """Load external state that is still missing, because no engine was known when ``load_checkpoint`` ran."""
         resume(optimizer)
 
-    def _engine_of(self, optimizer: torch.optim.Optimizer) -> Any:
+    def _engine_of(self, optimizer: torch.optim.Optimizer) -> Engine | None:
         """Return the engine whose inner optimizer this is: one seen before, or the one that is calling us now.
 
         Raises:
             LayoutError: if the engine has built the optimizer from its JSON in a way that this adapter did not see.
         """
         frame = _frame_of_engine(*STEPS)
-        engine = frame.f_locals["self"] if frame is not None else None
+        engine: Engine | None = frame.f_locals["self"] if frame is not None else None
         if engine is not None and engine.basic_optimizer is optimizer:
             self._adopt_at_step(engine)
             return engine
         known = (reference() for reference in self._engines)
         return next((e for e in known if e is not None and e.basic_optimizer is optimizer), None)
 
-    def _adopt_at_step(self, engine: Any) -> None:
+    def _adopt_at_step(self, engine: Engine) -> None:
         """Adopt an engine that was given a finished optimizer."""
         if not self._knows(engine) and engine.client_optimizer is None:
             raise LayoutError(
@@ -150,7 +152,7 @@ class DeepSpeedAdapter(Adapter):
             )
         self._adopt(engine)
 
-    def _adopt(self, engine: Any) -> None:
+    def _adopt(self, engine: Engine) -> None:
         if self._knows(engine):
             return
         _refuse_unsupported(engine)
@@ -158,11 +160,11 @@ class DeepSpeedAdapter(Adapter):
         self._engines.append(weakref.ref(engine))
         wrap_checkpointing(engine)
 
-    def _knows(self, engine: Any) -> bool:
+    def _knows(self, engine: Engine) -> bool:
         return any(reference() is engine for reference in self._engines)
 
 
-def _known(engine: Any) -> Any:
+def _known(engine: Engine | None) -> Engine:
     """Return the engine of tensors that are DeepSpeed's.
 
     Raises:
@@ -187,7 +189,7 @@ def _frame_of_engine(*methods: str) -> FrameType | None:
     )
 
 
-def _refuse_unsupported(engine: Any) -> None:
+def _refuse_unsupported(engine: Engine) -> None:
     zero = engine._config.zero_config
     offload = zero.offload_optimizer
     reasons = []

@@ -17,17 +17,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
 from shampoo_deepspeed.checkpoint.manifest import CheckpointError, Manifest
 from shampoo_deepspeed.distributed.collectives import all_gather_objects, job_group
 from shampoo_deepspeed.state.state_dict import START_ANEW, SavedState
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 logger = logging.getLogger("shampoo_deepspeed")
 
@@ -40,13 +43,13 @@ SAVED_BY = "DeepSpeed"  # in the note that says where the state is; notes of oth
 _LOADING: list[BlockOptimizer] = []
 
 
-def wrap_checkpointing(engine: Any) -> None:
+def wrap_checkpointing(engine: Engine) -> None:
     """Make an engine's ``save_checkpoint`` and ``load_checkpoint`` include the state of its optimizer."""
     reference = weakref.ref(engine)
     save, load = type(engine).save_checkpoint, type(engine).load_checkpoint
 
     @wraps(save)
-    def save_checkpoint(save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def save_checkpoint(save_dir: str, tag: object = None, *args: Any, **kwargs: Any) -> object:
         itself = reference()
         assert itself is not None
         if not save_dir:
@@ -58,7 +61,7 @@ def wrap_checkpointing(engine: Any) -> None:
             return save(itself, save_dir, tag, *args, **kwargs)
 
     @wraps(load)
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+    def load_checkpoint(*args: Any, **kwargs: Any) -> tuple[str | None, object]:
         itself = reference()
         assert itself is not None
         optimizer = itself.basic_optimizer
@@ -148,7 +151,7 @@ def _is_ours(where: Mapping[str, Any] | None) -> bool:
 
 
 @contextmanager
-def _convertible(engine: Any, where: Mapping[str, str]) -> Iterator[None]:
+def _convertible(engine: Engine, where: Mapping[str, str]) -> Iterator[None]:
     """While DeepSpeed saves, provide what its converter demands, and the marks that it keeps.
 
     At stages 1 to 3 it demands flat moments and a step of every partition, and a note in the model's file
@@ -178,7 +181,7 @@ def _convertible(engine: Any, where: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _convertible_model(module: Any, round_robin: bool) -> Iterator[None]:
+def _convertible_model(module: nn.Module, round_robin: bool) -> Iterator[None]:
     """Add the note of ``ds_to_universal --inject_missing_state``, or one that makes the converter refuse."""
     names = sys.modules["deepspeed.checkpoint.constants"]
     key = names.UNIVERSAL_CHECKPOINT_INFO
@@ -196,11 +199,10 @@ def _convertible_model(module: Any, round_robin: bool) -> Iterator[None]:
         delattr(module, key)
 
 
-def _partitions(engine: Any, stage: int) -> Sequence[Tensor]:
+def _partitions(engine: Engine, stage: int) -> Sequence[Tensor]:
     """Return the flat tensors whose state DeepSpeed saves; ZeRO-3 has them in ``param_groups`` only while it saves."""
     if stage == 3:
-        flat: Sequence[Tensor] = engine.optimizer.fp32_partitioned_groups_flat
-        return flat
+        return engine.optimizer.fp32_partitioned_groups_flat
     return [tensor for group in engine.basic_optimizer.param_groups for tensor in group["params"]]
 
 

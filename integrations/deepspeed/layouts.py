@@ -9,13 +9,16 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_deepspeed.distributed.frameworks import Entry, Layout, NewTensor, Parameter, Shard, whole_tensors
 from shampoo_deepspeed.geometry.boxes import FlatRange, range_to_boxes
+
+if TYPE_CHECKING:
+    from .engine import Engine, ExpertParameter, FlatZeroParameter, ZeroOptimizer
 
 _ExpertPart = tuple[int | None, int]
 
@@ -40,7 +43,7 @@ def paired(entries: Sequence[Entry], fresh: Sequence[NewTensor]) -> list[tuple[E
     return pairs
 
 
-def replicated(engine: Any, pairs: Sequence[tuple[Entry, NewTensor]]) -> list[Layout]:
+def replicated(engine: Engine | None, pairs: Sequence[tuple[Entry, NewTensor]]) -> list[Layout]:
     """Return the layouts of stage 0: whole tensors, the same on all data-parallel ranks.
 
     With FP16_UnfusedOptimizer they are float32 copies.
@@ -95,14 +98,16 @@ def _originals(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, Te
     return found
 
 
-def _flat_members(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, Any]]:
+def _flat_members(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, FlatZeroParameter]]:
     """Return the parameters of a group that are in its flat buffer: all that were trainable when DeepSpeed built it.
 
     They have the attribute ``_dp_group``. Parameters of an earlier engine may have it too, but are in another buffer.
     It does not matter whether they are trainable now: layers may be frozen for a while.
     """
     tensors = [(e.parameter, e.reference()) for e in entries if e.parameter.group == group]
-    marked = [(p, t) for p, t in tensors if t is not None and hasattr(t, "_dp_group") and t.numel()]
+    marked = [
+        (p, cast("FlatZeroParameter", t)) for p, t in tensors if t is not None and hasattr(t, "_dp_group") and t.numel()
+    ]
     if not marked:
         return []
     anchor = next((t for _, t in marked if t.requires_grad), marked[0][1])
@@ -144,7 +149,8 @@ def _stage3_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
     Padding after a partition is uninitialised memory and is never read or written.
     """
     known = {id(entry.reference()): entry.parameter for entry in entries}
-    owner = next(t._z3_optimizer for e in entries if (t := e.reference()) is not None and hasattr(t, "_z3_optimizer"))
+    owners = (getattr(entry.reference(), "_z3_optimizer", None) for entry in entries)
+    owner: ZeroOptimizer = next(found for found in owners if found is not None)
     number = next(n for n, flat in enumerate(owner.fp32_partitioned_groups_flat) if flat is item.tensor)
     members = owner.fp16_groups[number]
     group = members[0].ds_process_group
@@ -184,26 +190,28 @@ def _check_master(layout: Layout, parameter: Parameter, master: Tensor, low: Ten
     )
 
 
-def _replica_group(engine: Any, parameter: Any) -> dist.ProcessGroup | None:
+def _replica_group(engine: Engine, parameter: Tensor | None) -> dist.ProcessGroup | None:
     """Return the ranks that hold the same parameter: all data-parallel ones, or for an expert those of its group."""
     if getattr(parameter, "allreduce", True) is False:
-        return _or_none(engine.expert_data_parallel_group[parameter.group_name])
+        return _or_none(engine.expert_data_parallel_group[cast("ExpertParameter", parameter).group_name])
     return _or_none(engine.seq_data_parallel_group)
 
 
-def _expert_part(parameter: Any) -> _ExpertPart:
+def _expert_part(parameter: object) -> _ExpertPart:
     """Return this rank's place among the expert-parallel ranks and their number; ``(None, 1)`` for other parameters.
 
     The place distinguishes experts that have the same name on different ranks.
     """
     if getattr(parameter, "allreduce", True):
         return None, 1
-    group = sys.modules["deepspeed.utils.groups"]._get_expert_parallel_group(parameter.group_name)
+    group = sys.modules["deepspeed.utils.groups"]._get_expert_parallel_group(
+        cast("ExpertParameter", parameter).group_name
+    )
     parts = dist.get_world_size(group)
     return (dist.get_rank(group), parts) if parts > 1 else (None, 1)
 
 
-def _or_none(group: Any) -> dist.ProcessGroup | None:
+def _or_none(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """Return the group, or None if it has only one rank, so that nothing needs to be communicated."""
     if dist.get_world_size(group) == 1:
         return None

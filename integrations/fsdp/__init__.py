@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,10 @@ from shampoo_deepspeed.geometry.boxes import Box
 from shampoo_deepspeed.state.dtensor_blocks import is_dtensor
 
 from .placements import local_boxes
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 
 class DTensorAdapter(Adapter):
@@ -55,14 +59,14 @@ class DTensorAdapter(Adapter):
                 f"{len(fresh) - len(sharded)} of {len(fresh)} parameters with a gradient are not sharded, although the "
                 "others are DTensors; call fully_shard on the root module too"
             )
-        units: dict[tuple[Any, torch.dtype], list[NewTensor]] = {}
+        units: dict[tuple[DeviceMesh, torch.dtype], list[NewTensor]] = {}
         # A rank outside a mesh holds nothing and takes no part.
         for item in (item for item in sharded if _dtensor(item.tensor).device_mesh.get_coordinate() is not None):
             units.setdefault((_dtensor(item.tensor).device_mesh, compute_dtype(item.tensor)), []).append(item)
         return [_layout(mesh, items, entries) for (mesh, _), items in units.items()]
 
 
-def _layout(mesh: Any, items: Sequence[NewTensor], entries: Sequence[Entry]) -> Layout:
+def _layout(mesh: DeviceMesh, items: Sequence[NewTensor], entries: Sequence[Entry]) -> Layout:
     """Return the layout of one step unit with these tensors."""
     parameters = [_parameter_of(item, entries) for item in items]
     tensors = [item.tensor for item in items]
@@ -84,7 +88,7 @@ def _layout(mesh: Any, items: Sequence[NewTensor], entries: Sequence[Entry]) -> 
     return layout
 
 
-def _group(mesh: Any) -> dist.ProcessGroup | None:
+def _group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
     """Return the process group of all ranks of a mesh, or None for a single rank."""
     ranks = mesh.mesh.flatten().tolist()
     if len(ranks) == 1:
@@ -92,19 +96,17 @@ def _group(mesh: Any) -> dist.ProcessGroup | None:
     if len(ranks) == dist.get_world_size():
         return dist.group.WORLD
     if mesh.ndim == 1:
-        group: dist.ProcessGroup = mesh.get_group()
-        return group
+        return mesh.get_group()
     return group_of_ranks(ranks)
 
 
-def _dtensor(tensor: Tensor) -> Any:
-    """Return the tensor itself, untyped, because mypy does not know that it is a DTensor."""
-    return tensor
+def _dtensor(tensor: Tensor) -> DTensor:
+    """Return the tensor itself, which is a DTensor, for the type checker; none is imported."""
+    return cast("DTensor", tensor)
 
 
 def _local(tensor: Tensor) -> Tensor:
-    part: Tensor = _dtensor(tensor.detach()).to_local()
-    return part
+    return _dtensor(tensor.detach()).to_local()
 
 
 def _local_gradient(tensor: Tensor) -> Tensor | None:
@@ -114,14 +116,15 @@ def _local_gradient(tensor: Tensor) -> Tensor | None:
     gradient, placements = _dtensor(tensor.grad), _dtensor(tensor).placements
     if gradient.placements != placements:
         gradient = gradient.redistribute(placements=placements)
-    part: Tensor = gradient.to_local()
-    return part
+    return gradient.to_local()
 
 
 def _boxes(tensor: Tensor) -> list[tuple[Box, int]]:
     """Return the boxes of the global tensor that the local one holds, with their offsets in it."""
     mesh, placements = _dtensor(tensor).device_mesh, _dtensor(tensor).placements
-    return local_boxes(tensor.shape, placements, mesh.shape, mesh.get_coordinate(), _local(tensor).shape)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None  # a rank outside of the mesh has no layout
+    return local_boxes(tensor.shape, placements, mesh.shape, coordinate, _local(tensor).shape)
 
 
 def _parameter_of(item: NewTensor, entries: Sequence[Entry]) -> Parameter:

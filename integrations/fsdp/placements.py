@@ -10,10 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from shampoo_deepspeed.distributed.frameworks import LayoutError
 from shampoo_deepspeed.geometry.boxes import Box, FlatRange, chunk
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import Placement
 
 
 class MeshSplit(NamedTuple):
@@ -26,7 +29,7 @@ class MeshSplit(NamedTuple):
 
 def local_boxes(
     shape: Sequence[int],
-    placements: Sequence[Any],
+    placements: Sequence[Placement],
     sizes: Sequence[int],
     coordinate: Sequence[int],
     held: Sequence[int],
@@ -62,7 +65,7 @@ def local_boxes(
 
 
 def _splits(
-    dims: int, placements: Sequence[Any], sizes: Sequence[int], coordinate: Sequence[int]
+    dims: int, placements: Sequence[Placement], sizes: Sequence[int], coordinate: Sequence[int]
 ) -> list[list[MeshSplit]]:
     """Return, for each dim of a tensor, how mesh dims divide it."""
     splits: list[list[MeshSplit]] = [[] for _ in range(dims)]

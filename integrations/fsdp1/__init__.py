@@ -12,7 +12,7 @@ import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,9 @@ from ..frames import calling_frame, frame_in_module
 from ..torch_checkpoint import helpers_ask
 from .checkpoints import load_from_folder, save_to_folder
 from .tensors import is_flat, is_fsdp1
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp._flat_param import FlatParameter, ParamInfo, SharedParamInfo
 
 FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
 FLAT_NAME = "_flat_param"
@@ -102,7 +105,7 @@ class FSDP1Adapter(Adapter):
             if handle is None:
                 continue
             hybrid = getattr(wrapped, "_inter_node_pg", None) is not None
-            group: Any = dist.group.WORLD if hybrid else wrapped.process_group
+            group = dist.group.WORLD if hybrid else wrapped.process_group
             flat = handle.flat_param
             if not handle._use_orig_params:
                 self._remember(flat, _shards(flat), _members(flat, name, heads, kinds, places), group)
@@ -134,7 +137,7 @@ class FSDP1Adapter(Adapter):
         A rank that holds nothing of a parameter never has a gradient of it. A flat tensor is never empty, and
         reduce-scatter is a collective, so either all ranks have its gradient or none has.
         """
-        by_group: dict[int, tuple[Any, list[NewTensor]]] = {}
+        by_group: dict[int, tuple[dist.ProcessGroup | None, list[NewTensor]]] = {}
         for item in waiting:
             known = self._find(item.tensor)
             if known is not None and known.members is None and item.tensor.requires_grad:
@@ -164,7 +167,7 @@ class FSDP1Adapter(Adapter):
                 f"{len(fresh) - len(members)} of {len(fresh)} parameters with a gradient are not FSDP1's: give ignored "
                 "ones to an optimizer of their own; the others must be in the wrapped model, model=..."
             )
-        units: dict[tuple[int, torch.dtype], tuple[Any, list[tuple[Tensor, _Known]]]] = {}
+        units: dict[tuple[int, torch.dtype], tuple[dist.ProcessGroup | None, list[tuple[Tensor, _Known]]]] = {}
         for item, known in members:
             group = known.group if known.group is not None else _group_of(_flat(item.tensor))
             key = id(group), compute_dtype(item.tensor)
@@ -202,7 +205,11 @@ class FSDP1Adapter(Adapter):
             load_from_folder(optimizer)
 
     def _remember(
-        self, tensor: Tensor, shards: tuple[_FlatShard, ...], members: tuple[FlatMember, ...] | None, group: Any
+        self,
+        tensor: Tensor,
+        shards: tuple[_FlatShard, ...],
+        members: tuple[FlatMember, ...] | None,
+        group: dist.ProcessGroup | None,
     ) -> _Known:
         key, everything = id(tensor), self._known
         known = everything[key] = _Known(weakref.ref(tensor, lambda _: everything.pop(key)), shards, members, group)
@@ -231,12 +238,12 @@ def _saved(optimizer: BlockOptimizer) -> bool:
     return True
 
 
-def _flat(tensor: Tensor) -> Any:
-    """Return the tensor itself, untyped, because mypy does not know that it is a FlatParameter."""
-    return tensor
+def _flat(tensor: Tensor) -> FlatParameter:
+    """Return the tensor itself, which is a FlatParameter, for the type checker; none is imported."""
+    return cast("FlatParameter", tensor)
 
 
-def _shards(flat: Any) -> tuple[_FlatShard, ...]:
+def _shards(flat: FlatParameter) -> tuple[_FlatShard, ...]:
     if any(extension is not None for extension in flat._param_extensions):
         raise LayoutError(
             f"FSDP1 over tensor parallelism flattens shards of {', '.join(flat._fqns)} and does not show which shards; "
@@ -244,13 +251,16 @@ def _shards(flat: Any) -> tuple[_FlatShard, ...]:
         )
     shards = []
     for shape, info in zip(flat._shapes, flat._shard_param_infos, strict=True):
-        start, stop = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)
-        shards.append(_FlatShard(tuple(shape), FlatRange(start, stop), info.offset_in_shard or 0))
+        elements = FlatRange(0, 0)
+        if info.in_shard:
+            assert info.intra_param_start_idx is not None and info.intra_param_end_idx is not None
+            elements = FlatRange(info.intra_param_start_idx, info.intra_param_end_idx + 1)
+        shards.append(_FlatShard(tuple(shape), elements, info.offset_in_shard or 0))
     return tuple(shards)
 
 
 def _members(
-    flat: Any,
+    flat: FlatParameter,
     prefix: str | None,
     heads: set[int] | None,
     of_module: Mapping[int, frozenset[str]],
@@ -275,17 +285,20 @@ def _members(
     return tuple(members)
 
 
-def _kinds(flat: Any, info: Any, heads: set[int], of_module: Mapping[int, frozenset[str]]) -> frozenset[str]:
+def _kinds(
+    flat: FlatParameter, info: ParamInfo, heads: set[int], of_module: Mapping[int, frozenset[str]]
+) -> frozenset[str]:
     """Return the kinds of all modules that hold a parameter: its module in ``_param_infos``, and those tied to it."""
     own = (info.module, info.param_name)
-    holders = [info, *(s for s in flat._shared_param_infos if (s.prim_module, s.prim_param_name) == own)]
+    holders: list[ParamInfo | SharedParamInfo] = [info]
+    holders += [s for s in flat._shared_param_infos if (s.prim_module, s.prim_param_name) == own]
     kinds = {kind for holder in holders for kind in of_module.get(id(holder.module), ())}
     if any(holder.param_name == "weight" and id(holder.module) in heads for holder in holders):
         kinds.add("lm_head")
     return frozenset(kinds)
 
 
-def _group_of(flat: Any) -> dist.ProcessGroup | None:
+def _group_of(flat: FlatParameter) -> dist.ProcessGroup | None:
     """Return the group of a flat tensor that was seen without its model: the world, or None with NO_SHARD.
 
     Raises:
@@ -303,7 +316,9 @@ def _group_of(flat: Any) -> dist.ProcessGroup | None:
     return dist.group.WORLD
 
 
-def _layout(group: Any, tensors: Sequence[tuple[Tensor, _Known]], entries: Sequence[Entry]) -> Layout:
+def _layout(
+    group: dist.ProcessGroup | None, tensors: Sequence[tuple[Tensor, _Known]], entries: Sequence[Entry]
+) -> Layout:
     """Return the layout of one step unit with these tensors."""
     of_tensor: dict[int, list[Entry]] = {}
     for entry in entries:

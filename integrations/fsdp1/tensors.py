@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import FullyShardedDataParallelPlugin
 
 
 def is_flat(tensor: Tensor) -> bool:
@@ -17,7 +20,7 @@ def is_fsdp1(tensor: Tensor) -> bool:
     return is_flat(tensor) or bool(getattr(tensor, "_fsdp_flattened", False))
 
 
-def refuse_flat(plugin: Any) -> None:
+def refuse_flat(plugin: FullyShardedDataParallelPlugin | None) -> None:
     """Raise an error if a finished optimizer would silently train nothing; a deferred one sees the flat vectors.
 
     Args:

@@ -25,7 +25,7 @@ def describe(path: Path) -> str:
     ranks = f"{manifest.world_size} rank{'s' * (manifest.world_size != 1)}"
     lines = [
         f"Shampoo checkpoint {path}",
-        f"saved by {ranks} with {', '.join(f'{name} {number}' for name, number in sorted(manifest.versions.items()))}",
+        f"saved by {ranks} with {_versions(manifest.versions)}",
         f"{len(manifest.files)} files, {_megabytes(size)}, all checksums match",
         f"steps: {_range(steps)}; rejected: {manifest.rejected_steps}",
     ]
@@ -35,6 +35,10 @@ def describe(path: Path) -> str:
     widths = [max(len(row[n]) for row in [header, *rows]) for n in range(len(header))]
     lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
     return "\n".join(lines)
+
+
+def _versions(found: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in sorted(found.items())) or "unknown versions"
 
 
 def _row(name: str, record: Mapping[str, Any]) -> tuple[str, str, str, str, str]:

@@ -6,17 +6,18 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shampoo_deepspeed._version import __version__
 from shampoo_deepspeed.geometry.blocks import even_cuts
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
+from shampoo_deepspeed.runtime.progress import mebibytes, progress
 from shampoo_deepspeed.state.block_codec import BlockLayout
 
 FORMAT = 1
@@ -83,7 +84,7 @@ class Manifest:
             raise CheckpointError(
                 f"{file} has format {body.get('format')!r}, and this version of shampoo_deepspeed reads {FORMAT}"
             )
-        known = {name: body[name] for name in (f.name for f in fields(cls))}
+        known = {name: body[name] for name in (f.name for f in fields(cls)) if name in body or name != "versions"}
         known["parameters"] = {name: _completed(record) for name, record in body["parameters"].items()}
         known["layouts"] = {
             key: [(name, dtype, tuple(shape)) for name, dtype, shape in layout]
@@ -147,11 +148,7 @@ def options_record(config: ShampooConfig, lr: float | Tensor) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The versions that a manifest records."""
-    try:
-        own = version("shampoo-deepspeed")
-    except PackageNotFoundError:  # imported from a folder, without its metadata
-        own = "unknown"
-    return {"shampoo_deepspeed": own, "torch": torch.__version__}
+    return {"shampoo_deepspeed": __version__, "torch": torch.__version__}
 
 
 def check_files(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -160,25 +157,28 @@ def check_files(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> None
     Raises:
         CheckpointError: naming the first file that is not as it was written.
     """
-    for name, expected in sorted(files.items()):
-        file = directory / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(
-                f"{file} has {size} bytes and should have {expected['bytes']}: it was cut short or changed"
-            )
-        if checksum(file) != expected["crc32"]:
-            raise CheckpointError(f"{file} is damaged: its checksum is not the one that was saved")
+    total = sum(expected["bytes"] for expected in files.values())
+    with progress("checking the checkpoint", total, mebibytes) as advance:
+        for name, expected in sorted(files.items()):
+            file = directory / name
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing")
+            size = file.stat().st_size
+            if size != expected["bytes"]:
+                raise CheckpointError(
+                    f"{file} has {size} bytes and should have {expected['bytes']}: it was cut short or changed"
+                )
+            if checksum(file, advance) != expected["crc32"]:
+                raise CheckpointError(f"{file} is damaged: its checksum is not the one that was saved")
 
 
-def checksum(file: Path) -> str:
+def checksum(file: Path, advance: Callable[[int], None] = lambda _: None) -> str:
     """CRC-32 of a file's bytes, as eight hexadecimal digits."""
     value = 0
     with file.open("rb") as stream:
         while piece := stream.read(1 << 22):
             value = zlib.crc32(piece, value)
+            advance(len(piece))
     return f"{value:08x}"
 
 

@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from shampoo_deepspeed.geometry.boxes import Box
+from shampoo_deepspeed.runtime.progress import mebibytes, progress
 
 INDEX = ".metadata"  # torch's own name for the list of all tensors and their places
 
@@ -59,6 +60,11 @@ class Item:
     dtype: torch.dtype
     content: Callable[[], Tensor]
 
+    @property
+    def bytes(self) -> int:
+        """The size of the box."""
+        return self.box.numel * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -78,9 +84,11 @@ def write(items: Sequence[Item], directory: Path, group: dist.ProcessGroup | Non
     # The contents are on the CPU. Copying ahead is not needed, and torch would use the first device for it.
     writer = dcp.FileSystemWriter(directory, sync_files=True, per_thread_copy_ahead=0)
     try:
-        with warnings.catch_warnings():
+        total = sum(item.bytes for item in items)
+        with warnings.catch_warnings(), progress("saving", total, mebibytes) as advance:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save({}, storage_writer=writer, planner=_Writer(items), process_group=group, no_dist=group is None)
+            planner = _Writer(items, advance)
+            dcp.save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:  # derives from BaseException
         causes = {f"rank {rank}: {cause[0]!r}" for rank, cause in error.failures.items()}
         raise StorageError("; ".join(sorted(causes))) from error
@@ -121,6 +129,10 @@ class Store:
             StorageError: if a tensor or a part of it is missing, or a file cannot be read.
         """
         planner = _Reader(wanted, self._index)
+        with progress("loading", planner.bytes(), mebibytes) as planner.advance:
+            self._read(planner)
+
+    def _read(self, planner: _Reader) -> None:
         try:
             self._reader.set_up_storage_reader(self._index, is_coordinator=True)
             plan = self._reader.prepare_local_plan(planner.create_local_plan())
@@ -132,15 +144,16 @@ class Store:
     def read_one(self, key: str, box: Box) -> Tensor:
         """One box as a CPU tensor."""
         out: list[Tensor] = []
-        self.read([Wanted(key, box, out.append)])
+        self._read(_Reader([Wanted(key, box, out.append)], self._index))
         return out[0]
 
 
 class _Writer(DefaultSavePlanner):
     """Offers items as shards; torch's global plan drops copies and checks that the rest covers every tensor."""
 
-    def __init__(self, items: Sequence[Item]) -> None:
+    def __init__(self, items: Sequence[Item], advance: Callable[[int], None]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._advance = advance  # called with the bytes of each item that is about to be written
         self._items = {(item.key, item.box.offsets): item for item in items}
 
     def create_local_plan(self) -> SavePlan:
@@ -149,6 +162,7 @@ class _Writer(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         assert write_item.index.offset is not None
         item = self._items[write_item.index.fqn, tuple(write_item.index.offset)]
+        self._advance(item.bytes)
         # torch.save stores a view's whole storage.
         return item.content().detach().cpu().clone(memory_format=torch.contiguous_format)
 
@@ -171,6 +185,17 @@ class _Reader(LoadPlanner):
         self._left = {place: math.prod(w.box.lengths) for place, w in self._wanted.items()}
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._index = index
+        self.advance: Callable[[int], None] = lambda _: None  # called with the bytes that were read
+
+    def bytes(self) -> int:
+        """The size of all that is still to be read."""
+        stored = self._index.state_dict_metadata  # what it lacks is reported by the plan
+        return sum(count * self._dtype(key).itemsize for (key, _), count in self._left.items() if key in stored)
+
+    def _dtype(self, key: str) -> torch.dtype:
+        found = self._index.state_dict_metadata[key]
+        assert isinstance(found, TensorStorageMetadata)
+        return found.properties.dtype
 
     def create_local_plan(self) -> LoadPlan:
         items: list[ReadItem] = []
@@ -185,10 +210,8 @@ class _Reader(LoadPlanner):
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         place = _place(read_item)
         if place not in self._buffers:
-            found: Any = self._index.state_dict_metadata[place[0]]
-            self._buffers[place] = torch.empty(
-                self._wanted[place].box.lengths, dtype=found.properties.dtype, device="cpu"
-            )
+            lengths = self._wanted[place].box.lengths
+            self._buffers[place] = torch.empty(lengths, dtype=self._dtype(place[0]), device="cpu")
         part = self._buffers[place]
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             part = part.narrow(dim, start, length)
@@ -197,6 +220,7 @@ class _Reader(LoadPlanner):
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         place = _place(read_item)
         self._left[place] -= tensor.numel()
+        self.advance(tensor.nbytes)
         if self._left[place] == 0:
             self._wanted[place].take(self._buffers.pop(place))
 

@@ -13,6 +13,8 @@ from shampoo_deepspeed.options.choices import DEFAULT_EXCLUDE, DEFAULT_RULES, TR
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.parameter_names import matching
 
+LONGEST_NAME = 60
+
 
 def policy_table(
     parameters: Iterable[Parameter], policies: Mapping[str, Policy], configs: Mapping[int, ShampooConfig]
@@ -33,33 +35,47 @@ def policy_table(
         key = (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", parameter.key), "x".join(map(str, parameter.shape)), what, why)
         lines[key] = lines.get(key, 0) + 1
     rows = [("parameter", "shape", "count", "policy", "why")]
-    rows += [(name, shape, str(count), what, why) for (name, shape, what, why), count in lines.items()]
+    rows += [(_shortened(name), shape, str(count), what, why) for (name, shape, what, why), count in lines.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    table = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    pads = [str.ljust, str.rjust, str.rjust, str.ljust, str.ljust]
+    table = ["  ".join(pad(cell, w) for pad, cell, w in zip(pads, row, widths, strict=True)).rstrip() for row in rows]
+    table.insert(1, "  ".join("-" * width for width in widths))
     total = max(1, sum(elements.values()))
-    return f"{table}\n{elements[True]:,} of {total:,} elements ({elements[True] / total:.1%}) are preconditioned"
+    share = f"{elements[True]:,} of {total:,} elements ({elements[True] / total:.1%}) are preconditioned"
+    return "\n".join([*table, share])
 
 
-def likely_mistakes(
-    parameters: Sequence[Parameter], policies: Mapping[str, Policy], configs: Mapping[int, ShampooConfig]
-) -> list[str]:
-    """Warnings about likely mistakes: a user's patterns that match nothing, and matrices that have no names.
+def _shortened(name: str) -> str:
+    """A name that leaves room for the other columns, with its two ends."""
+    half = (LONGEST_NAME - 3) // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[:half]}...{name[-half:]}"
+
+
+def unmatched_patterns(parameters: Sequence[Parameter], configs: Iterable[ShampooConfig]) -> list[str]:
+    """Messages about a user's patterns that match nothing.
 
     Args:
         parameters: all that the optimizer was given, the frozen ones too.
     """
-    out = []
-    for option, pattern in _own_patterns(configs.values()):
-        if not any(matching([pattern], p.name, p.kinds, p.shape) for p in parameters):
-            out.append(f"{option}: no parameter of the optimizer matches {pattern!r}")
+    return [
+        f"{option}: no parameter of the optimizer matches {pattern!r}"
+        for option, pattern in _own_patterns(configs)
+        if not any(matching([pattern], p.name, p.kinds, p.shape) for p in parameters)
+    ]
+
+
+def nameless_matrices(
+    parameters: Sequence[Parameter], policies: Mapping[str, Policy], configs: Mapping[int, ShampooConfig]
+) -> str | None:
+    """A message about preconditioned parameters that have no names, or None if there are none."""
     excluded = [p for p in parameters if configs[p.group].exclude]
     nameless = [p for p in excluded if p.name is None and not p.kinds and policies[p.key].preconditioned]
-    if nameless:
-        out.append(
-            f"of the preconditioned parameters {len(nameless)} have no names, so that none is known as an embedding or "
-            "an output head, which are best left out: give model.named_parameters(), or model=model with them"
-        )
-    return out
+    if not nameless:
+        return None
+    return (
+        f"of the preconditioned parameters {len(nameless)} have no names, so that none is known as an embedding or "
+        "an output head, which are best left out: give model.named_parameters(), or model=model with them"
+    )
 
 
 def _own_patterns(configs: Iterable[ShampooConfig]) -> Iterable[tuple[str, str]]:

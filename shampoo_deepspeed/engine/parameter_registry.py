@@ -19,7 +19,7 @@ from shampoo_deepspeed.distributed.frameworks import (
     adapters,
     plain_layouts,
 )
-from shampoo_deepspeed.engine.first_step_log import likely_mistakes, policy_table
+from shampoo_deepspeed.engine.first_step_log import nameless_matrices, policy_table, unmatched_patterns
 from shampoo_deepspeed.engine.policy import Policy, policy_of
 from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
 from shampoo_deepspeed.engine.step_unit import StepUnit
@@ -32,6 +32,9 @@ logger = logging.getLogger("shampoo_deepspeed")
 
 # Options that are checked again when a group has changed one; lr is read at every step and may be a tensor.
 CHECKED_OPTIONS = tuple(name for name in OPTION_NAMES if name != "lr")
+
+# The warning about parameters without names: once in a process, which may build an optimizer for each layer.
+WARNED: list[str] = []
 
 
 class ParameterRegistry:
@@ -132,8 +135,13 @@ class ParameterRegistry:
         if first and not self.reported:
             trained = [e.parameter for e in self.entries if _trains(e.reference())]
             logger.info("Shampoo preconditions:\n%s", policy_table(trained, self.policies, self.configs))
-            for mistake in likely_mistakes([e.parameter for e in self.entries], self.policies, self.configs):
+            given = [e.parameter for e in self.entries]
+            for mistake in unmatched_patterns(given, self.configs.values()):
                 logger.warning(mistake)
+            nameless = nameless_matrices(given, self.policies, self.configs)
+            if nameless is not None and not WARNED:
+                WARNED.append(nameless)
+                logger.warning(nameless)
         self.reported = True
 
     def _new_entries(self, group: dict[str, Any], number: int) -> list[Entry]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 Check = Callable[[str, object], Any]
+LONGEST = 500  # characters of a value in an error
 
 
 class OptionError(ValueError):
@@ -17,9 +18,15 @@ class OptionError(ValueError):
     allowed = ""
 
 
+def short(value: object) -> str:
+    """A value's ``repr``, cut so that an error fits on a screen."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
+
+
 def bad(key: str, value: object, allowed: str) -> OptionError:
     """The error for a value that is not allowed; ``allowed`` says what is."""
-    error = OptionError(f"Shampoo option {key!r} = {value!r} is not allowed: {allowed}.")
+    error = OptionError(f"Shampoo option {key!r} = {short(value)} is not allowed: {allowed}.")
     error.allowed = allowed
     return error
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shampoo_deepspeed.options.checks import OptionError, bad
+from shampoo_deepspeed.options.checks import OptionError, bad, short
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,10 @@ ALIASES = {
 # default can be taken.
 IGNORED = ("foreach", "fused", "torch_adam")
 ONLY_FALSE = ("capturable", "differentiable", "maximize")
+# Where a message leads that has no room for forty names.
+ALL_OPTIONS = "All options: docs/options.md, or help(shampoo_deepspeed.Shampoo)."
+NEAREST = 3
+CUTOFF = 0.6  # of difflib's ratio, for a name to be near
 
 
 def renamed(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -48,14 +52,15 @@ def renamed(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
             continue
         name = ALIASES.get(key, key)
         if name not in names:
-            raise OptionError(f"Unknown Shampoo option {key!r} = {value!r}{_suggest(key, names)}")
+            raise OptionError(f"Unknown Shampoo option {key!r} = {short(value)}{nearest(key, names)}")
         if name in out:
-            raise OptionError(f"Shampoo option {name!r} is given twice (as {key!r} = {value!r} too).")
+            raise OptionError(f"Shampoo option {name!r} is given twice (as {key!r} = {short(value)} too).")
         out[name] = value
     return out
 
 
-def _suggest(key: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    return f"{hint} Allowed: {', '.join(names)}."
+def nearest(key: str, names: Sequence[str]) -> str:
+    """The end of a message about an unknown name: up to three that look like it, and where all of them are."""
+    close = [repr(name) for name in difflib.get_close_matches(key, names, n=NEAREST, cutoff=CUTOFF)]
+    hint = f"; did you mean {' or '.join(filter(None, (', '.join(close[:-1]), close[-1])))}?" if close else "."
+    return f"{hint} {ALL_OPTIONS}"

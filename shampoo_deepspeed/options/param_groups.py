@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from shampoo_deepspeed.options.checks import OptionError
+from shampoo_deepspeed.options.checks import OptionError, short
 from shampoo_deepspeed.options.config import OPTION_NAMES, SHARED, ShampooConfig, canonical, options_with
 from shampoo_deepspeed.options.names import ALIASES, IGNORED, ONLY_FALSE
 
@@ -49,13 +49,25 @@ def checked_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[st
     return {**group, **group_options(ShampooConfig.from_options(options).with_peak())}
 
 
+def printed_group(number: int, group: Mapping[str, Any]) -> str:
+    """A group as ``repr`` shows it: its size, ``lr``, and what is not as by default."""
+    defaults, count = group_options(ShampooConfig()), len(group["params"])
+    changed = [name for name in OPTION_NAMES if name == "lr" or not _equal(group[name], defaults[name])]
+    lines = [f"    {name}: {short(group[name])}" for name in changed]
+    return "\n".join([f"Parameter Group {number}: {count} tensor{'s' * (count != 1)}", *lines])
+
+
+def _equal(value: object, default: object) -> bool:
+    return list(value) == list(default) if isinstance(value, list) and isinstance(default, tuple) else value == default
+
+
 def signature_with_options(function: Callable[..., Any]) -> inspect.Signature:
-    """A method's signature with every option in place of ``**options``, so that help() and editors show them."""
+    """A signature with every option in place of ``**options`` and without ``self``, for help() and notebooks."""
     own = inspect.signature(function)
-    kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    kept = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD and p.name != "self"]
     options = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
         for f in fields(ShampooConfig)
         if f.name != "lr"
     ]
-    return inspect.Signature([*kept[1:], *options])
+    return inspect.Signature([*kept, *options])

@@ -21,8 +21,10 @@ from shampoo_deepspeed.engine.policy import policy_of
 from shampoo_deepspeed.engine.step_unit import StepUnit, as_count
 from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig, canonical
-from shampoo_deepspeed.options.param_groups import checked_group, group_options, unknown_keys
+from shampoo_deepspeed.options.names import nearest
+from shampoo_deepspeed.options.param_groups import checked_group, group_options, printed_group, unknown_keys
 from shampoo_deepspeed.runtime.metrics import read
+from shampoo_deepspeed.runtime.progress import progress
 from shampoo_deepspeed.state.dcp_state import (
     TorchState,
     completed_group,
@@ -210,6 +212,11 @@ class BlockOptimizer(torch.optim.Optimizer):
         super().__init__(given, group_options(ShampooConfig.from_options(options)))
         self.registry.know_names(None)
 
+    def __repr__(self) -> str:
+        """In torch's form, with the options that are not at their defaults."""
+        groups = [printed_group(number, group) for number, group in enumerate(self.param_groups)]
+        return "\n".join([f"{type(self).__name__} (", *groups, "other options are at their defaults", ")"])
+
     @property
     def waiting_state(self) -> StateSource | None:
         """Loaded state that no unit has taken yet."""
@@ -254,10 +261,10 @@ class BlockOptimizer(torch.optim.Optimizer):
         known = {key for earlier in self.param_groups for key in earlier}
         for key in sorted(unknown_keys(param_group) - known):
             logger.warning(
-                "Shampoo has no option %r (= %s in a parameter group) and ignores it; options are %s",
+                "Shampoo has no option %r (= %s in a parameter group) and ignores it%s",
                 key,
                 reprlib.repr(param_group[key]),
-                ", ".join(OPTION_NAMES),
+                nearest(key, OPTION_NAMES),
             )
         super().add_param_group(checked_group(param_group, self.defaults))
         try:
@@ -346,9 +353,11 @@ class BlockOptimizer(torch.optim.Optimizer):
         self.state_keeper.released.clear()  # a framework has replaced their tensors
         self.configs()
         made = []
-        for unit in self.registry.new_units(self, fresh, self._loads):
-            self._join(unit)
-            made.append(unit)
+        with progress("planning the first step", len(fresh), "{} tensors".format) as advance:
+            for unit in self.registry.new_units(self, fresh, self._loads):
+                self._join(unit)
+                made.append(unit)
+                advance(len(unit.tensors))
         self.registry.report()
         return made
 

@@ -19,7 +19,7 @@ from tests.support.stepping import drive, made_up, parameter, refresh, same_bits
 from tests.support.zoo import relative_error
 
 F64 = torch.float64
-FLOAT64 = {"factor_dtype": "float64", "root_dtype": "float64"}
+FLOAT64: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64"}
 ACCEPTED = None
 TEXT = Path(__file__).parents[2] / "README.md"
 

@@ -17,7 +17,7 @@ from tests.support.zoo import gradients, make_batch, make_model, relative_error
 
 BOUND = 1e-9
 ACCEPTED = None
-FLOAT64 = {"factor_dtype": "float64", "root_dtype": "float64"}
+FLOAT64: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64"}
 # The basis of a factor with several null directions is not unique, so preconditioning starts when there are none left.
 BASE: dict[str, Any] = {"precondition_frequency": 3, "start_preconditioning_step": 8}
 EVERY_SECOND: dict[str, Any] = {"statistics_frequency": 2, "start_preconditioning_step": 12}

@@ -45,8 +45,9 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.attention_norm(x)
-        heads = [f(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)]
-        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
+        parts = (f(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = parts
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.o_proj(mixed.transpose(1, 2).flatten(2))
         h = self.mlp_norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))

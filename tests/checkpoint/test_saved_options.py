@@ -93,7 +93,7 @@ def test_decay_by_kind_is_known_to_a_loop_that_gives_names_alone(
 ) -> None:
     model = Normed()
     params = list(model.parameters())
-    options = {"weight_decay": 0.25, "no_decay": TRAINER_NO_DECAY}
+    options: dict[str, Any] = {"weight_decay": 0.25, "no_decay": TRAINER_NO_DECAY}
     drive(optimizer := Shampoo(model.named_parameters(), model=model, **options), params, range(1))
     save_shampoo(optimizer, tmp_path)
     weight, norm = model.named_parameters()

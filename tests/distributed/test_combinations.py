@@ -29,7 +29,7 @@ def on_ranks(row: Row, strict: bool) -> dict[str, Any]:
     """Return the row's options for the odd model; in float32 with options that keep rounding small."""
     options = options_of(row)
     options |= {name: numbers.get(options[name], options[name]) for name, numbers in OTHER.items() if name in options}
-    rules = [{"match": "down.weight", "split": [4, 5]}] if options.pop("rules", None) else []
+    rules: list[dict[str, Any]] = [{"match": "down.weight", "split": [4, 5]}] if options.pop("rules", None) else []
     if options.pop("batch_dims", 0):  # a matrix would be a batch of vectors
         rules.append({"match": "conv.weight", "batch_dims": 1})
     long = options.get("grafting") in ("none", "normalized_adam") or "momentum" in options

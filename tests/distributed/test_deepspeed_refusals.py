@@ -27,9 +27,9 @@ OPTIONS = [
         {"precondition_frequncy": 5},
         "'precondition_frequncy' = 5",
         "mean 'precondition_frequency'",
-        "max_preconditioner_dim",
+        "All options: docs/options.md",
     ),
-    option("alien_key", {"rho": 0.1}, "'rho' = 0.1", "Allowed: lr, betas, factor_beta"),
+    option("alien_key", {"rho": 0.1}, "'rho' = 0.1", "All options: docs/options.md"),
     option(
         "text_for_a_number",
         {"max_preconditioner_dim": "large"},

@@ -50,7 +50,7 @@ def alone(folder: Path) -> list[float]:
     """Run the same loop on one rank, without a launcher, and return its losses."""
     given = [*arguments(folder, 1), *NEW_MODEL, "--precondition_frequency", "2"]
     group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, EXAMPLES / "ddp_loop.py", *given]
+    command: list[str | Path] = [sys.executable, EXAMPLES / "ddp_loop.py", *given]
     return losses(start(command, folder, MASTER_PORT=str(free_port()), **group))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ FROZEN = [
     for stage in (1, 2)
     for name in ("qkv.weight", "up.weight")
 ]
-HALF = {"model": "wide", "half": "bf16", "steps": 3}
+HALF: dict[str, Any] = {"model": "wide", "half": "bf16", "steps": 3}
 IN_TURN = Check(
     "engines_in_turn",
     2,

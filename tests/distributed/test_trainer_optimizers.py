@@ -24,7 +24,9 @@ RESUMED += [run("deferred", "ddp", SAVED, "resumed")]
 DIVIDED = [run("prebuilt", "ddp"), run("deferred", "ddp")]
 SYNC = Training(steps=7, options={"refresh": "sync"})
 MEASURED = [run("deferred", "ddp"), run("factory", "zero3"), run("name", "fsdp2")]
-MEASURED += [run(*check.argument[:2], SYNC, "sync_optimizers") for check in MEASURED]
+MEASURED += [
+    run(route, framework, SYNC, "sync_optimizers") for route, framework, _ in (check.argument for check in MEASURED)
+]
 OWN_SCHEDULE = [run("scheduler", framework) for framework in ("ddp", "zero3", "fsdp1", "fsdp2")]
 
 

@@ -53,7 +53,7 @@ def trained(folder: Path) -> Path:
         "report_to": "none",
     }
     given = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
-    command = [*torchrun(2), SCRIPT, *given, "--do_train", "--use_cpu"]
+    command: list[str | Path] = [*torchrun(2), SCRIPT, *given, "--do_train", "--use_cpu"]
     run(command, folder, LOCAL_SIZE="2", PYTHONPATH=str(folder / "site"))
     return folder / "out"
 

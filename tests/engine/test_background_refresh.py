@@ -106,7 +106,9 @@ def test_rejected_steps_install_nothing_and_begin_nothing() -> None:
         for _ in range(2):
             for number, p in enumerate(params):
                 p.grad = made_up(p, 50 + step, number)
-            params[3].grad.view(-1)[2] = math.nan
+            gradient = params[3].grad
+            assert gradient is not None
+            gradient.view(-1)[2] = math.nan
             optimizer.step()
             assert same_bits(snapshot(params), values)
             assert not step or same_bits(state_of(optimizer), before)

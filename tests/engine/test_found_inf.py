@@ -181,7 +181,7 @@ def scaled_training(params: list[nn.Parameter], scaler: torch.amp.GradScaler, ba
     optimizer = shampoo(params)
     for step in range(7):
         optimizer.zero_grad()
-        loss = sum((p * made_up(p, step, number)).sum() for number, p in enumerate(params))
+        loss = torch.stack([(p * made_up(p, step, number)).sum() for number, p in enumerate(params)]).sum()
         if step in bad:
             loss = loss * math.inf
         scaler.scale(loss).backward()

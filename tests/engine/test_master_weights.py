@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -76,7 +78,7 @@ def test_masters_are_saved_and_loaded() -> None:
     ],
 )
 def test_steps_below_bfloat16s_resolution_are_lost_only_by_rounding_to_nearest(
-    options: dict[str, bool], moves: bool
+    options: dict[str, Any], moves: bool
 ) -> None:
     p = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
     optimizer = Shampoo([("w", p)], lr=2e-4, **options)

@@ -171,7 +171,7 @@ def test_a_closure_runs_with_gradients_on_and_its_loss_is_given_back() -> None:
         return loss
 
     with torch.no_grad():
-        loss = optimizer.step(closure)  # type: ignore[arg-type]
+        loss = optimizer.step(closure)
     expected = (twin @ x).square().mean()
     expected.backward()
     assert other.step() is None
@@ -222,9 +222,11 @@ def test_fused_and_foreach_are_accepted_and_logged(name: str, caplog: pytest.Log
 
 @pytest.mark.parametrize("name", ["maximize", "differentiable", "capturable"])
 def test_an_unsupported_mode_is_refused(name: str) -> None:
-    Shampoo([parameter(3)], **{name: False})
+    options: dict[str, Any] = {name: False}
+    Shampoo([parameter(3)], **options)
     with pytest.raises(OptionError, match=f"{name!r} = True is not allowed: false"):
-        Shampoo([parameter(3)], **{name: True})
+        options |= {name: True}
+        Shampoo([parameter(3)], **options)
     with pytest.raises(OptionError, match=f"{name!r} = True is not allowed: false"):
         Shampoo([{"params": [parameter(3)], name: True}])
 
@@ -251,8 +253,26 @@ def test_torch_sees_an_ordinary_optimizer() -> None:
     optimizer = shampoo([{"params": [parameter(6, 5)]}, {"params": nn.Linear(3, 3).parameters(), "lr": 0.5}])
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert {"lr", "betas", "eps", "weight_decay", "momentum"} <= optimizer.defaults.keys()
-    assert "lr: 0.5" in repr(optimizer)
+    assert "    lr: 0.5" in repr(optimizer).splitlines()
     assert snapshot(optimizer.param_groups[1]["params"])[0].shape == (3, 3)
+
+
+def test_the_printed_form_fits_on_a_screen() -> None:
+    """It shows what is not at its default, for each group, and not forty options."""
+    groups = [{"params": [parameter(6, 5)]}, {"params": [parameter(3), parameter(4)], "lr": 0.5, "weight_decay": 0.0}]
+    optimizer = Shampoo(groups, lr=0.1, weight_decay=0.1, precondition_frequency=5)
+    assert repr(optimizer).splitlines() == [
+        "Shampoo (",
+        "Parameter Group 0: 1 tensor",
+        "    lr: 0.1",
+        "    weight_decay: 0.1",
+        "    precondition_frequency: 5",
+        "Parameter Group 1: 2 tensors",
+        "    lr: 0.5",
+        "    precondition_frequency: 5",
+        "other options are at their defaults",
+        ")",
+    ]
 
 
 def steps_of(optimizer: Shampoo, key: str) -> int:

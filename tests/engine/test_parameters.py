@@ -57,7 +57,7 @@ def test_without_names_state_is_keyed_by_group_and_place() -> None:
 @pytest.mark.parametrize("how", ["pairs", "model"])
 def test_a_compiled_model_has_the_names_of_the_plain_one(how: str) -> None:
     plain = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 3))
-    compiled = torch.compile(plain, backend="eager")
+    compiled: Any = torch.compile(plain, backend="eager")
     optimizer = shampoo(compiled.named_parameters()) if how == "pairs" else shampoo(plain.parameters(), model=compiled)
     before = snapshot(plain.parameters())
     for _ in range(4):

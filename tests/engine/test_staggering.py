@@ -76,8 +76,8 @@ def test_each_step_refreshes_one_phase_and_none_before_the_start(step: int, wait
 def test_a_staggered_block_refreshes_once_in_each_shorter_window_at_the_start(
     frequency: int, growth: float, start: int
 ) -> None:
-    options = {"start_preconditioning_step": start, "precondition_frequency": frequency, "refresh_growth": growth}
-    config, phases = ShampooConfig(**options), range(frequency)
+    config = ShampooConfig(start_preconditioning_step=start, precondition_frequency=frequency, refresh_growth=growth)
+    phases = range(frequency)
     stack = BlockStack([f"p/{n}" for n in phases], (2, 2), config, torch.device("meta"), torch.float32, phases)
     step = start
     for _ in range(20):

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import shampoo_deepspeed
 import shampoo_deepspeed.estimate.model_shapes as model_shapes
 from shampoo_deepspeed import Shampoo, ShampooConfig
-from shampoo_deepspeed.__main__ import main
+from shampoo_deepspeed.__main__ import _parser, main
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.estimate import Estimate, Step, estimate
 from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, layouts
@@ -67,7 +68,8 @@ def test_state_is_that_of_an_optimizer_in_one_process(options: dict[str, Any], d
     gradients(model, make_batch("odd", 0))
     optimizer.step()
     (unit,) = optimizer.units
-    tensors = [t for part in (*unit.stacks, unit.elementwise) for t in part.tensors.values()]
+    tensors = [tensor for stack in unit.stacks for tensor in stack.tensors.values()]
+    tensors += unit.elementwise.tensors.values()
     tensors += [buffer for buffers in unit.buffers.values() for buffer in buffers.values()]
     parameters = [e.parameter for e in optimizer.entries if e.parameter.key != "frozen.weight"]
     made = estimate(parameters, 1, "ddp", config(**options), weights_dtype=dtype)
@@ -185,7 +187,7 @@ def test_llama_3_has_its_published_size() -> None:
 )
 def test_names_and_shapes_are_those_that_transformers_builds(kind: str, extra: dict[str, Any], tmp_path: Path) -> None:
     """They are in order, so that blocks and flat buffers are those of the run; a config.json is read as it is saved."""
-    made = transformers.AutoConfig.for_model(**(SMALL | extra | {"model_type": kind}))
+    made = transformers.AutoConfig.for_model(**{**SMALL, **extra, "model_type": kind})
     made.save_pretrained(tmp_path)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(made)
@@ -366,6 +368,25 @@ def test_bad_arguments_are_named(
         main(["estimate", "--world-size", "2", *arguments])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["estimate"], ["inspect"]], ids=["all", "estimate", "inspect"])
+def test_help_shows_examples_that_the_command_takes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([*arguments, "--help"])
+    shown = capsys.readouterr().out.partition("examples:\n")[2]
+    assert all(len(line) <= 120 for line in shown.splitlines())
+    lines = [line.strip() for line in shown.replace("\\\n", " ").splitlines()]
+    examples = [line.split()[3:] for line in lines if line.startswith("python -m")]
+    assert examples
+    for example in examples:
+        assert _parser().parse_args(example).command in (arguments or ["estimate", "inspect"])
+
+
+def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"shampoo-deepspeed {shampoo_deepspeed.__version__}\n"
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_all_objects_are_returned_in_order_and_train(accelerator: Accelerator) -
     model = nn.Linear(6, 4)
     before = model.weight.detach().clone()
     shampoo = Shampoo(model.named_parameters(), lr=0.1)
-    loader = DataLoader([torch.ones(6)], batch_size=1)
+    loader: DataLoader[torch.Tensor] = DataLoader([torch.ones(6)], batch_size=1)  # type: ignore[arg-type]
     given = (loader, LambdaLR(shampoo, lambda step: 1.0), model, shampoo)
     prepared_loader, scheduler, prepared_model, optimizer = prepare(accelerator, *given)
     assert prepared_model is model and inner_optimizer(optimizer) is shampoo and scheduler.scheduler is given[1]

@@ -52,8 +52,8 @@ class Losses(TrainerCallback):
     def __init__(self) -> None:
         self.losses: list[float] = []
 
-    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        if "loss" in logs:
+    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+        if logs is not None and "loss" in logs:
             self.losses.append(logs["loss"])
 
 

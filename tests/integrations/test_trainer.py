@@ -54,8 +54,8 @@ class Losses(TrainerCallback):
     def on_pre_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         self.rates.append(inner_optimizer(optimizer).param_groups[0]["lr"])
 
-    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        if "loss" in logs:
+    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+        if logs is not None and "loss" in logs:
             self.losses.append(logs["loss"])
 
 
@@ -215,7 +215,8 @@ def test_the_name_is_registered_once_and_travels() -> None:
 def test_the_name_works_on_the_command_line(tmp_path: Path, arguments: Any) -> None:
     register_with_transformers()
     line = ["--output_dir", str(tmp_path), "--use_cpu", "--optim", "shampoo", "--optim_args", "betas=0.8;0.9"]
-    (asked,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(line)
+    parser: Any = HfArgumentParser  # whose annotations allow no class
+    (asked,) = parser(TrainingArguments).parse_args_into_dataclasses(line)
     group = Trainer(make_model("llama"), asked).create_optimizer().param_groups[0]
     assert group["betas"] == (0.8, 0.9) and group["lr"] == asked.learning_rate
 
@@ -330,7 +331,7 @@ def test_training_logs_have_the_metrics(arguments: Any) -> None:
 def test_the_stock_trainer_s_callback_keeps_the_metrics(arguments: Any) -> None:
     callback = ShampooCallback()
     together = OPTIONS | {"refresh": "sync"}
-    asked = {"optimizer_cls_and_kwargs": (ShampooFactory, together), "callbacks": [callback]}
+    asked: dict[str, Any] = {"optimizer_cls_and_kwargs": (ShampooFactory, together), "callbacks": [callback]}
     trainer = Trainer(make_model("llama"), arguments(), train_dataset=make_data(4), **asked)
     trainer.train()
     assert [entry["step"] for entry in callback.history] == [1, 2, 3, 4]

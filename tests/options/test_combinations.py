@@ -44,7 +44,7 @@ TRIED_BY_OTHERS = {"exclude", "no_decay", "split", "master_weights", "stochastic
 
 def state_deviations(optimizer: Shampoo, reference: Reference) -> dict[str, float]:
     """Return the deviations of all block state that the package keeps, by key."""
-    out = {}
+    out: dict[str, float] = {}
     for stack in optimizer.state_dict()["shampoo"]["stacks"]:
         for row, key in enumerate(stack["keys"]):
             name, _, index = key.rpartition("/")

@@ -213,6 +213,6 @@ def test_no_decay_patterns_keep_weights_from_decaying() -> None:
 
 @pytest.mark.parametrize(("shape", "decays"), [((6,), False), ((), False), ((1, 6), False), ((6, 5), True)])
 def test_without_names_no_decay_falls_back_to_matrices_only(shape: tuple[int, ...], decays: bool) -> None:
-    config = ShampooConfig(weight_decay=0.1, no_decay=["*bias*"])
+    config = ShampooConfig(weight_decay=0.1, no_decay=("*bias*",))
     assert policy_of(Parameter("group0.0", shape, 0), config).decays == decays
     assert policy_of(Parameter("group0.0", shape, 0), ShampooConfig(weight_decay=0.1)).decays

@@ -111,15 +111,15 @@ def test_stacked_experts_of_a_model_are_matrices_of_their_own_by_default(caplog:
 
 
 def test_rules_have_numbers_of_their_own() -> None:
-    config = ShampooConfig(rules=[{"match": "a", "eps": 0.5}, {"match": "b", "eps": 0.25}])
-    found = expanded({0: config, 3: ShampooConfig(rules=[])})
+    config = ShampooConfig.from_options({"rules": [{"match": "a", "eps": 0.5}, {"match": "b", "eps": 0.25}]})
+    found = expanded({0: config, 3: ShampooConfig(rules=())})
     assert {number: c.eps for number, c in found.items()} == {0: 1e-8, STRIDE: 0.5, 2 * STRIDE: 0.25, 3: 1e-8}
 
 
 @pytest.mark.parametrize("name", options_with(GROUP_ONLY))
 def test_a_rule_cannot_set_an_option_of_a_group(name: str) -> None:
     with pytest.raises(OptionError, match=f"'{name}' belongs to a parameter group and not to a rule"):
-        ShampooConfig(rules=[{"match": "*", name: getattr(ShampooConfig(), name)}])
+        ShampooConfig.from_options({"rules": [{"match": "*", name: getattr(ShampooConfig(), name)}]})
     assert name in OPTION_NAMES
 
 

@@ -7,6 +7,7 @@ import gc
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,11 +123,11 @@ def test_models_and_gradients_are_in_float32() -> None:
 def test_the_plain_loop_is_our_rule_with_all_refreshes_at_one_step() -> None:
     """In float64, rounding hides no mistakes; blocks of 16 divide 32 evenly and 88 unevenly."""
     ridges = {"epsilon": 1e-12, "relative_epsilon": 1e-6}
-    options = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, **ridges}
+    options: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, **ridges}
     left = build(TINY).double()
     right = copy.deepcopy(left)
     plain = PlainLoop(parameter_groups(left), block=16, frequency=10, **options)
-    wide = {"factor_dtype": "float64", "root_dtype": "float64", "solver": "eigh"}
+    wide: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64", "solver": "eigh"}
     batched = Shampoo(
         right.named_parameters(),
         model=right,

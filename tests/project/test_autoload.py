@@ -118,9 +118,9 @@ print(*sorted(set(sys.modules) - before))
 def test_registering_twice_is_registering_once() -> None:
     import torch
 
-    hook = torch.optim.__getattr__  # type: ignore[attr-defined]
+    hook = torch.optim.__getattr__
     shampoo_deepspeed.register()
-    assert torch.optim.__getattr__ is hook  # type: ignore[attr-defined]
+    assert torch.optim.__getattr__ is hook
 
 
 def test_another_packages_hook_is_still_asked(monkeypatch: pytest.MonkeyPatch) -> None:

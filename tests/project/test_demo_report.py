@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_pictures_are_drawn_alike_and_differ_in_colours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    from demo_report import DARK, LIGHT, WINDOW, Run, draw, trailing_mean  # type: ignore[import-not-found]
+    from demo_report import DARK, LIGHT, WINDOW, Run, draw, trailing_mean
 
     steps = list(range(1, WINDOW + 5))
     losses = [[7.0 - number * 0.01 * step for step in steps] for number in (2, 1)]

@@ -17,6 +17,7 @@ ROOT = CORE.parent
 MODULES = sorted(CORE.rglob("*.py"))
 FACE = {"__init__", "__main__", "_autoload"}
 FLOORS = [  # the levels from the lowest up; each imports itself and lower ones
+    {"_version"},
     {"geometry", "linalg", "runtime"},
     {"options", "distributed"},
     {"algorithm"},
@@ -26,7 +27,8 @@ FLOORS = [  # the levels from the lowest up; each imports itself and lower ones
     FACE,
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-FOLDERS = sorted(set(FLOOR) - FACE - {"optimizer"})
+ALONE = {"optimizer", "_version"}  # files in the package's root that are no part of its face
+FOLDERS = sorted(set(FLOOR) - FACE - ALONE)
 FOREIGN = {"deepspeed", "transformers", "accelerate", "datasets", "integrations"}
 README_LINES = 40
 
@@ -60,8 +62,9 @@ def relative(path: Path) -> str:
 
 
 def test_modules_are_in_folders_except_a_few_in_the_root() -> None:
-    """Modules are in folders; only the public names, the hooks and the optimizer are in the root."""
-    assert {path.name for path in CORE.glob("*.py")} == {f"{name}.py" for name in FACE | {"optimizer"}}
+    """Modules are in folders; only the public names, the hooks, the version and the
+    optimizer are in the root."""
+    assert {path.name for path in CORE.glob("*.py")} == {f"{name}.py" for name in FACE | ALONE}
     assert {path.parent.name for path in CORE.glob("*/__init__.py")} == set(FOLDERS)
     assert (CORE / "py.typed").is_file()
 

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import Tensor, nn
+from torch import nn
 
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.algorithm.preconditioners import Preconditioner
 from shampoo_deepspeed.algorithm.preconditioners.kl_shampoo import KLShampooPreconditioner
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
@@ -28,7 +27,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "every_step": {"precondition_frequency": 1},
     "soap_every_step": {"preconditioner": "soap", "precondition_frequency": 1},
 }
-Compute = Callable[[Preconditioner, dict[str, Tensor], int], RefreshResult]
+Compute = Callable[..., RefreshResult]
 
 
 def some_parameters() -> list[nn.Parameter]:
@@ -36,7 +35,7 @@ def some_parameters() -> list[nn.Parameter]:
     return [parameter(*shape, seed=n) for n, shape in enumerate([(16, 24), (20, 8), (8,), (12, 16), (5, 7), (8, 8)])]
 
 
-def background(params: list[nn.Parameter], **options: Any) -> Shampoo:
+def background(params: list[nn.Parameter] | list[tuple[str, nn.Parameter]], **options: Any) -> Shampoo:
     """Return an optimizer that refreshes in the background, every few steps."""
     return shampoo(params, **({"refresh": "background", "precondition_frequency": FREQUENCY} | options))
 

@@ -142,7 +142,7 @@ def rows_of_all_values() -> list[Row]:
     """
     large, block = OPTIONS.index("large_dim"), OPTIONS.index("block")
     missing = {(option, n) for option, size in enumerate(SIZES) for n in range(size)}
-    found = []
+    found: list[Row] = []
     for preconditioner in (0, 1, 2, 0, 1, 2, 0, 0):
         chosen = {0: preconditioner}
         for option in sorted(range(1, len(SIZES)), key=lambda n: -SIZES[n]):

@@ -27,7 +27,7 @@ def note_and_shard(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 PartialState.__init__ = pretend_to_have_accelerators  # type: ignore[method-assign]
-fsdp.fully_shard = note_and_shard  # type: ignore[assignment]
+fsdp.fully_shard = note_and_shard
 sys.argv = sys.argv[1:]
 sys.path.insert(0, str(Path(sys.argv[0]).parent))
 runpy.run_path(sys.argv[0], run_name="__main__")

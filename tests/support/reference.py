@@ -182,7 +182,8 @@ def multiply(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
 def inverse_root(a: Tensor, p: float, o: Options) -> Tensor:
     if a.ndim == 1:
         return inverse_root(torch.diag(a), p, o).diagonal()
-    return root_of(*torch.linalg.eigh(a), p, o)
+    lam, q = torch.linalg.eigh(a)
+    return root_of(lam, q, p, o)
 
 
 def root_of(lam: Tensor, q: Tensor, p: float, o: Options) -> Tensor:
@@ -215,6 +216,7 @@ def adam_in_basis(block: Block, g: Tensor, m: Tensor, o: Options) -> Tensor:
     b = o.graft_beta2
     block.rotated = b * block.rotated + (1.0 - b) * rotate(g, block.bases) ** 2
     block.weight = b * block.weight + (1.0 - b)
+    assert not isinstance(o.exponent_override, list)
     below = (block.rotated / block.weight) ** (1.0 / (o.exponent_override or 2.0))
     below = below + o.eps + o.relative_epsilon * below.max()
     u = torch.where(below > 0, rotate(m, block.bases) / below, 0.0)
@@ -359,12 +361,12 @@ class Reference:
             if o.refresh_tolerance is None or a.ndim == 1:
                 roots[dim] = inverse_root(a / scale, p, o)
                 continue
-            q = block.bases.get(dim)
-            inside = None if q is None else q.T @ a @ q / scale
-            if inside is None or off_diagonal(inside).norm() > o.refresh_tolerance * (a / scale).norm():
+            kept = block.bases.get(dim)
+            inside = None if kept is None else kept.T @ a @ kept / scale
+            if kept is None or inside is None or off_diagonal(inside).norm() > o.refresh_tolerance * (a / scale).norm():
                 lam, q = torch.linalg.eigh(a / scale)
             else:
-                lam = torch.diagonal(inside)
+                lam, q = torch.diagonal(inside), kept
             block.bases[dim] = q
             roots[dim] = root_of(lam, q, p, o)
         return roots

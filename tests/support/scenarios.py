@@ -151,8 +151,9 @@ def rounded_mean(scenario: Scenario, model: nn.Module, batch: dict[str, Any]) ->
         own: dict[str, Tensor] = {}
         for piece in micro_batches(batch, rank, 2, scenario.accumulate):
             for name, g in gradients(model, piece, True, scale / scenario.accumulate).items():
-                own[name] = own.get(name, 0.0) + g
-        total = {name: total.get(name, 0.0) + g / 2 for name, g in own.items()}
+                assert g is not None
+                own[name] = own[name] + g if name in own else g
+        total = {name: total[name] + g / 2 if name in total else g / 2 for name, g in own.items()}
     return {name: g.double() / scale for name, g in total.items()}
 
 

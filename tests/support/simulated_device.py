@@ -64,9 +64,9 @@ _NOTED = Device()
 def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = getattr(func, "__name__", str(func))
     with torch._C.DisableTorchFunctionSubclass():
-        if func == Tensor.device.__get__ and isinstance(args[0], OnDevice):  # type: ignore[attr-defined]
+        if func == Tensor.device.__get__ and isinstance(args[0], OnDevice):
             return DEVICE
-        if func in (Tensor.grad.__set__, Tensor.grad.__get__, Tensor.data.__set__):  # type: ignore[attr-defined]
+        if func in (Tensor.grad.__set__, Tensor.grad.__get__, Tensor.data.__set__):  # type: ignore[attr-defined, union-attr]
             return func(*args)
         tensors = list(_tensors((args, kwargs)))
         asked = _asked_for(name, args, kwargs)

@@ -91,8 +91,8 @@ def make_model(kind: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(30)
         if kind == "gpt2":
-            still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-            shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
+            still: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            shape: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
             model: nn.Module = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **shape, **still))
         else:
             config = LlamaConfig(
@@ -104,7 +104,7 @@ def make_model(kind: str) -> nn.Module:
         with torch.no_grad():
             for p in model.parameters():
                 if p.ndim == 1:
-                    p += 0.3 * torch.randn_like(p)
+                    p.add_(0.3 * torch.randn_like(p))
     return model
 
 

@@ -42,10 +42,15 @@ def train(argument: tuple[str, str, Training]) -> dict[str, Any]:
             losses.append(mean(loss))
             if step + 1 == training.save_at:
                 save_and_load(accelerator, folder)
-        result = {"losses": losses, "wrapper": type(model).__name__, "parameters": whole(unwrapped(model))}
+        result: dict[str, Any] = {
+            "losses": losses,
+            "wrapper": type(model).__name__,
+            "parameters": whole(unwrapped(model)),
+        }
         result |= {"traffic": inner.comm_stats(), "metrics": inner.metrics()}
-        if hasattr(model, "destroy"):
-            model.destroy()
+        engine: Any = model
+        if hasattr(engine, "destroy"):
+            engine.destroy()
         return result
 
 
@@ -92,7 +97,7 @@ def accelerator_for(framework: str, training: Training, change: dict[str, Any] |
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU  # accelerate shards nothing on CPUs
     PartialState._shared_state["device"] = torch.device("cpu")
-    flat = {"use_orig_params": not framework.endswith("flat"), "sync_module_states": False}
+    flat: dict[str, Any] = {"use_orig_params": not framework.endswith("flat"), "sync_module_states": False}
     return Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=int(framework[4]), **flat))
 
 
@@ -116,6 +121,7 @@ def save_and_load(accelerator: Accelerator, folder: Path) -> None:
     accelerator.load_state(str(folder / "state"))
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> nn.Module:
     """Return the inner model, because DDP and DeepSpeed change the names of parameters."""
-    return model.module if type(model).__name__ in ("DistributedDataParallel", "DeepSpeedEngine") else model
+    inner: nn.Module = model.module if type(model).__name__ in ("DistributedDataParallel", "DeepSpeedEngine") else model
+    return inner

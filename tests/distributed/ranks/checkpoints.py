@@ -70,7 +70,8 @@ class OfAUser(Trainer):
     """A user's Trainer, with its own loss."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        return 2.0 * super().compute_loss(*args, **kwargs)
+        loss: Any = super().compute_loss(*args, **kwargs)
+        return 2.0 * loss
 
 
 class DyingMixed(Dies, ShampooTrainerMixin, OfAUser):

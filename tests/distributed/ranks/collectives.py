@@ -46,7 +46,7 @@ def shared_errors(_: None) -> dict[str, Any]:
     seen["both"] = both_fail()
     seen["decided"] = decide_on_first_rank(dist.get_rank(), sum, job_group())
     try:
-        decide_on_first_rank(None, lambda _: {}["nothing"], job_group())
+        decide_on_first_rank(None, lambda _: dict[str, int]()["nothing"], job_group())
     except LookupError as caught:
         seen["undecided"] = str(caught)
     seen["gathered"] = all_gather_objects(dist.get_rank(), job_group())

@@ -29,8 +29,9 @@ def holdings(optimizer: Shampoo) -> dict[str, Any]:
     """Return the trained parameters in the optimizer's order, bytes of state by kind, and bytes of the last step."""
     tensors: list[tuple[str, int]] = []
     for unit in optimizer.units:
-        for part in (*unit.stacks, unit.elementwise):
-            tensors += [(name, tensor.nbytes) for name, tensor in part.tensors.items()]
+        for stack in unit.stacks:
+            tensors += [(name, tensor.nbytes) for name, tensor in stack.tensors.items()]
+        tensors += [(name, tensor.nbytes) for name, tensor in unit.elementwise.tensors.items()]
         for kind, buffers in unit.buffers.items():
             tensors += [(kind, buffer.nbytes) for buffer in buffers.values()]
     entries = [(entry.parameter, entry.reference()) for entry in optimizer.entries]

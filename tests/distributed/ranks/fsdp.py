@@ -45,18 +45,19 @@ def sharded(run: Run) -> tuple[nn.Module, DeviceMesh]:
         return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True), mesh
     if run.fsdp1:
         return fsdp1(model, run), mesh
-    options: dict[str, Any] = {
+    of_layout: dict[str, dict[str, Any]] = {
         "columns": {"shard_placement_fn": by_columns},
         "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
         "bf16": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
-    }.get(run.layout, {})
+    }
+    options = of_layout.get(run.layout, {})
     for child in (m for m in model.children() if run.layout == "nested" and any(True for _ in m.parameters())):
         fully_shard(child, mesh=mesh)
     fully_shard(model, mesh=mesh, **options)
     return model, mesh
 
 
-def over_two_dims(model: nn.Module, layout: str, mesh: DeviceMesh) -> DeviceMesh:
+def over_two_dims(model: Any, layout: str, mesh: DeviceMesh) -> DeviceMesh:
     """Shard over both dims of a mesh, and return the mesh of the batches."""
     if layout == "hsdp":
         fully_shard(model, mesh=mesh)
@@ -81,7 +82,7 @@ def fsdp1(model: nn.Module, run: Run) -> nn.Module:
     mesh = None
     if strategy == "hybrid_shard":
         mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
-    units = {m for m in model.children() if isinstance(m, (nn.LayerNorm, nn.Conv1d))}
+    units: set[nn.Module] = {m for m in model.children() if isinstance(m, (nn.LayerNorm, nn.Conv1d))}
     if form != "fsdp1":
         units |= {m for m in model.children() if not any(p.requires_grad for p in m.parameters())}
     if form == "units":
@@ -125,7 +126,7 @@ def waited(run: Run) -> tuple[dict[str, Tensor], list[bool]]:
             over.append(transit.work.is_completed())
         return transit
 
-    Exchange._start = watched  # type: ignore[method-assign]
+    Exchange._start = watched  # type: ignore[assignment, method-assign]
     try:
         return final_parameters(run), over
     finally:
@@ -201,6 +202,7 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor]:
         if handle is None or not handle.flat_param.requires_grad:
             continue
         flat = handle.flat_param
+        assert flat.grad is not None
         parts = [torch.empty_like(flat.grad) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, flat.grad)
         pieces = iter(zip(flat._fqns, flat._shapes, strict=True))
@@ -248,7 +250,8 @@ def keys(run: Run) -> tuple[list[str], list[str]]:
     alone = built(plain, run)
     plain(**cast(make_batch(run.model, 0), run.torch_dtype)).backward()
     alone.step()
-    return tuple(sorted(o.state_dict()["shampoo"]["steps"]) for o in (optimizer, alone))
+    sharded_keys, plain_keys = (sorted(o.state_dict()["shampoo"]["steps"]) for o in (optimizer, alone))
+    return sharded_keys, plain_keys
 
 
 def full(parameter: Any) -> Tensor:
@@ -261,7 +264,7 @@ def refused(case: str) -> str:
     """Return the error of the first step if the optimizer knows too little about FSDP1 parameters."""
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (2, world // 2)) if case == "hybrid" else None
-    plain = make_model("wide")
+    plain: Any = make_model("wide")
     if case == "tensor_parallel":
         both = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
         parallelize_module(plain, both["inner"], {"up": ColwiseParallel(), "down": RowwiseParallel()})

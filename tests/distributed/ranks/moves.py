@@ -71,7 +71,7 @@ def framework(move: Move, weights: dict[str, Tensor] | None) -> Iterator[Trainin
         with zero(move, model) as training:
             yield training
         return
-    wrapped = model
+    wrapped: Any = model
     if move.target.startswith("ddp"):
         wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     elif move.target.startswith("fsdp1"):

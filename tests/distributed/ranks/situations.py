@@ -146,7 +146,7 @@ def gathered(mine: Any) -> list[Any]:
     return everyones
 
 
-def plain_collectives(_: None) -> dict[str, int]:
+def plain_collectives(nothing: None) -> dict[str, int]:
     """Count the collectives in a process group of one rank during a few steps of a plain model."""
     count = {"calls": 0}
     originals = {name: getattr(dist, name) for name in ("all_reduce", "all_to_all_single", "all_gather_object")}

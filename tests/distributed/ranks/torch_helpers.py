@@ -46,7 +46,9 @@ def helpers(argument: tuple[str, bool, bool]) -> list[dict[str, Tensor]]:
     with shared_folder() as folder:
         model, optimizer = sharded(layout)
         steps(model, optimizer, range(SAVED), layout)
-        next(model.parameters()).grad.fill_(float("nan"))
+        gradient = next(model.parameters()).grad
+        assert gradient is not None
+        gradient.fill_(float("nan"))
         optimizer.step()
         weights = {n.removeprefix("module."): full(p) for n, p in model.named_parameters()}
         if layout == "ddp":

@@ -35,7 +35,7 @@ class Watch(TrainerCallback):
         self.seen: dict[str, Any] = {"rates": [], "losses": [], "norms": []}
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        engine = self.trainer.model_wrapped
+        engine: Any = self.trainer.model_wrapped
         optimizer = engine.basic_optimizer
         inner = engine.optimizer
         while not isinstance(inner, torch.optim.Optimizer):
@@ -50,8 +50,8 @@ class Watch(TrainerCallback):
         }
         optimizer.register_step_pre_hook(lambda o, *_: self.seen["rates"].append(o.param_groups[0]["lr"]))
 
-    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        if "loss" in logs:
+    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+        if logs is not None and "loss" in logs:
             self.seen["losses"].append(logs["loss"])
             self.seen["norms"].append(logs.get("grad_norm"))
 
@@ -81,7 +81,7 @@ def refused(training: Training) -> dict[str, str]:
 def train_once(training: Training, folder: Path, resume: bool = False) -> dict[str, Any]:
     with clean_process(), trainer_of(training, folder) as (trainer, watch):
         trainer.train(resume_from_checkpoint=resume)
-        return watch.seen | {"parameters": full_parameters(trainer.model)}
+        return watch.seen | {"parameters": full_parameters(model_of(trainer))}
 
 
 @contextmanager
@@ -99,11 +99,16 @@ def clean_process() -> Iterator[None]:
         os.environ.update(environment)
 
 
+def model_of(trainer: Trainer) -> nn.Module:
+    assert trainer.model is not None
+    return trainer.model
+
+
 @contextmanager
 def trainer_of(training: Training, folder: Path) -> Iterator[tuple[Trainer, Watch]]:
     """Return a stock Trainer, whose engine is destroyed afterwards."""
     config: Any = training.deepspeed_config()
-    model = make_model(training.model)
+    model: Any = make_model(training.model)
     if training.loaded:
         model.save_pretrained(folder / "start")  # only on the first rank
         dist.barrier()
@@ -118,8 +123,9 @@ def trainer_of(training: Training, folder: Path) -> Iterator[tuple[Trainer, Watc
     try:
         yield trainer, watch
     finally:
-        if hasattr(trainer.model_wrapped, "destroy"):
-            trainer.model_wrapped.destroy()
+        engine: Any = trainer.model_wrapped
+        if hasattr(engine, "destroy"):
+            engine.destroy()
 
 
 def full_parameters(model: nn.Module) -> dict[str, Tensor]:

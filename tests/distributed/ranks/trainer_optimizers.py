@@ -72,8 +72,9 @@ def train_once(route: str, framework: str, training: Training, folder: Path, res
         seen = Losses()
         trainer = make_trainer(route, framework, training, folder, [seen])
         trainer.train(resume_from_checkpoint=resume)
-        wrapped = trainer.model_wrapped
-        result = {"losses": seen.losses, "rates": seen.rates, "wrapper": type(wrapped).__name__}
+        wrapped: Any = trainer.model_wrapped
+        assert trainer.model is not None
+        result: dict[str, Any] = {"losses": seen.losses, "rates": seen.rates, "wrapper": type(wrapped).__name__}
         result |= {"parameters": whole(trainer.model), "traffic": inner_optimizer(trainer.optimizer).comm_stats()}
         result |= {"history": seen.history, "logs": trainer.state.log_history, "phases": phases_of(trainer.optimizer)}
         if hasattr(wrapped, "destroy"):
@@ -155,7 +156,7 @@ def pretend_to_have_accelerators(arguments: TrainingArguments) -> None:
     assert arguments.device.type == "cpu"
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
     PartialState._shared_state["device"] = torch.device("cpu")
-    FlatParamHandle.to_cpu = as_it_is  # type: ignore[method-assign]
+    FlatParamHandle.to_cpu = as_it_is  # type: ignore[assignment, method-assign]
 
 
 @contextmanager

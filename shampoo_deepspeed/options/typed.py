@@ -1,0 +1,73 @@
+"""The options as types, so that editors complete their names and type checkers check their values.
+
+``tests/options/test_typed.py`` compares them with ``ShampooConfig``, which alone says what is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+
+class _Options(TypedDict, total=False):
+    """All options but those that `Options` and `DeferredOptions` add, and but for ``lr``."""
+
+    factor_beta: float | None
+    beta3: float | None
+    decoupled_weight_decay: bool
+    weight_decay_type: str | None
+    peak_lr: float | None
+    no_decay: Sequence[str]
+    epsilon: float
+    relative_epsilon: float
+    early_relative_epsilon: float
+    preconditioner: str
+    max_preconditioner_dim: int
+    merge_small_dims: bool
+    large_dim: str
+    one_sided: str | None
+    batch_dims: int
+    split: Sequence[int]
+    statistics_frequency: int
+    precondition_frequency: int
+    refresh_growth: float
+    refresh_tolerance: float | None
+    refresh: str
+    start_preconditioning_step: int
+    grafting: str | None
+    grafting_beta2: float | None
+    elementwise: str | None
+    momentum: float
+    dampening: float
+    nesterov: bool
+    use_bias_correction: bool
+    exponent_override: float | Sequence[float | None] | None
+    rank_deficient: str
+    solver: str
+    exclude: Sequence[str]
+    rules: Sequence[Mapping[str, Any]]
+    factor_dtype: str
+    root_dtype: str
+    master_weights: bool
+    stochastic_rounding: bool
+    apply_dtype: str | None
+    communication_dtype: str | None
+    bucket_mb: float | None
+    overlap: bool
+    failure_limit: int
+
+
+class Options(_Options, total=False):
+    """The keyword arguments of ``Shampoo``."""
+
+    betas: Sequence[float]
+    eps: float
+    weight_decay: float
+
+
+class DeferredOptions(_Options, total=False):
+    """Those of ``deferred``, where ``"auto"`` takes the value of TrainingArguments."""
+
+    betas: Sequence[float] | Literal["auto"]
+    eps: float | Literal["auto"]
+    weight_decay: float | Literal["auto"]
