@@ -1,7 +1,7 @@
 """Gives the optimizer's state to the helpers in torch.distributed.checkpoint.state_dict, in a form that they handle.
 
-``get_optimizer_state_dict`` and ``set_optimizer_state_dict`` call ``optimizer.state_dict()`` like any caller, but on
-all ranks, and accept only tensors that they can gather or shard. torch has no hook that tells an optimizer of them.
+``get_optimizer_state_dict`` and ``set_optimizer_state_dict`` call ``optimizer.state_dict()`` on all ranks. They accept
+only tensors that they can gather or shard. torch has no hook by which an optimizer could recognise them.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ BOUND = {"strict": 1e-5, "default": 2e-3}
 GLOBAL_BATCH = 8
 LENGTH = 12
 VOCABULARY = 128
-# At 1e-2 a step is half as long as these models' weights (0.02 an element) and float32 rounding alone, in one
-# process, makes a difference of 2e-3 at the default settings.
+# At 1e-2, updates would be half as large as these models' weights (0.02 per element). Float32 rounding alone, in one
+# process, would then make a difference of 2e-3 at the default settings.
 RATE, DECAY, BETAS = 3e-3, 0.1, (0.85, 0.98)
 
 
