@@ -163,7 +163,7 @@ def test_failures_are_counted_and_logged_when_installed(
         assert caplog.records == [] and unit.stacks[0].failures == [0]
         drive(optimizer, [p], [1])
     what = "eigenbasis" if preconditioner == "soap" else "inverse root"
-    assert [r.getMessage().split(":")[0] for r in caplog.records] == [f"no {what} of block w/0"]
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == [f"no new {what} for block w/0"]
     assert (unit.stacks[0].failures, unit.stacks[0].refreshed) == ([1], [False])
     drive(optimizer, [p], [2])
     assert (unit.stacks[0].failures, unit.stacks[0].refreshed) == ([0], [True])

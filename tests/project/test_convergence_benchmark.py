@@ -27,7 +27,7 @@ def result(contestant: str, lr: float, loss: float | None, budget: float = 1.0, 
     experiment = Experiment(contestant, steps=100, **more)
     run = experiment.run("llama-4m", seed, budget, lr, "text")
     seconds = 0.0 if contestant.startswith("adamw") else 2.0
-    record = {
+    record: dict[str, Any] = {
         "held_out": loss,
         "losses": [],
         "model_seconds": 100 * budget,
@@ -46,7 +46,8 @@ def test_a_share_is_interpolated_over_the_logarithm_of_the_budget() -> None:
 
 
 def test_a_share_on_a_point_is_that_point() -> None:
-    assert share([(0.25, 4.0), (0.5, 3.0)], 3.0) == Share(pytest.approx(0.5))
+    found = share([(0.25, 4.0), (0.5, 3.0)], 3.0)
+    assert found is not None and found.bound == "" and found.value == pytest.approx(0.5)
     assert share([(0.25, 4.0), (0.5, 3.0)], 4.0) == Share(0.25)
 
 
@@ -104,8 +105,10 @@ def test_best_takes_the_rate_of_the_nearest_budget_of_any_seed() -> None:
 
 def test_other_options_texts_and_versions_are_other_runs() -> None:
     done = [result("kl", 3e-3, 2.0)]
-    for change in ({"options": {"eps": 1e-9}}, {"version": "2"}, {"length": 256}, {"steps": 200}):
-        experiment = Experiment("kl", **{"steps": 100, "rates": (3e-3,), "walk": False} | change)
+    changes: list[dict[str, Any]] = [{"options": {"eps": 1e-9}}, {"version": "2"}, {"length": 256}, {"steps": 200}]
+    for change in changes:
+        given: dict[str, Any] = {"steps": 100, "rates": (3e-3,), "walk": False}
+        experiment = Experiment("kl", **given | change)
         assert len(list(experiment.wanted(done, "text"))) == 1
     same = Experiment("kl", steps=100, rates=(3e-3,), walk=False, name="another name")
     assert not list(same.wanted(done, "text")) and len(list(same.wanted(done, "another text"))) == 1
