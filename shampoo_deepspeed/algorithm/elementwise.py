@@ -100,7 +100,9 @@ class Elementwise:
             second = []
             if "second_moment" in self.needs[group, method]:
                 second = [self.views["second_moment"][n] for n in numbers]
-            made, factor = self._updates(numbers, own, second, method, step, configs[group], found_inf, squared_norms)
+            config = configs[group].for_elementwise
+            made, factor = self._updates(numbers, own, second, method, step, config, found_inf, squared_norms)
+            factor *= config.elementwise_lr
             torch._foreach_copy_([targets[n] for n in numbers], made)
             if factor != 1.0:
                 torch._foreach_mul_([targets[n] for n in numbers], factor)
@@ -133,5 +135,5 @@ class Elementwise:
 
 def moments_of(config: ShampooConfig, method: str) -> set[str]:
     """The moments that an element-wise parameter has under these options."""
-    needs = {"exp_avg"} if config.betas[0] else set()
+    needs = {"exp_avg"} if config.for_elementwise.betas[0] else set()
     return needs | {"second_moment"} if grafting.has_second_moment(method) else needs

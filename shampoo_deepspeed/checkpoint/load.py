@@ -278,7 +278,7 @@ def _take_over(group: dict[str, Any], config: ShampooConfig, saved: Mapping[str,
 
 def _restorable(saved: Sequence[ShampooConfig], config: ShampooConfig) -> tuple[list[str], list[str]]:
     """Which options a group restores from the saved groups of its parameters, and in which these differ."""
-    fixed = set(config.shape_of_state()) - {"betas"}
+    fixed = set(config.shape_of_state()) - {"betas", "elementwise_betas"}
     equal = {name for name in OPTION_NAMES if all(getattr(s, name) == getattr(saved[0], name) for s in saved)}
     differing = [name for name in OPTION_NAMES if name not in equal | fixed and name != "weight_decay"]
     taken = equal - fixed - {"weight_decay"}

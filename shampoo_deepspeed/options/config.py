@@ -205,6 +205,10 @@ class ShampooConfig:
     elementwise: str | None = _option(
         None, _optional_method, "method of element-wise parameters; null: as grafting, or adam if that is none"
     )
+    elementwise_lr: float = _option(1.0, non_negative, "factor on the updates of element-wise parameters")
+    elementwise_betas: tuple[float, float] | None = _option(
+        None, nullable(beta_pair), "betas of element-wise parameters; null: betas and grafting_beta2", SCHEDULED
+    )
     momentum: float = _option(0.0, fraction, "momentum on the finished update", GROUP_ONLY | SCHEDULED)
     dampening: float = _option(0.0, fraction, "dampening of momentum", GROUP_ONLY)
     nesterov: bool = _option(False, flag, "Nesterov momentum", GROUP_ONLY)
@@ -384,6 +388,15 @@ class ShampooConfig:
             return self.elementwise
         return "adam" if self.grafting_method == "none" else self.grafting_method
 
+    @cached_property
+    def for_elementwise(self) -> ShampooConfig:
+        """These options with the betas that element-wise parameters have."""
+        if self.elementwise_betas is None:
+            return self
+        beta3 = self.beta3 if self.elementwise_betas[0] else None
+        own = {"betas": self.elementwise_betas, "elementwise_betas": None, "grafting_beta2": None, "beta3": beta3}
+        return dataclasses.replace(self, **own)
+
     def shape_of_state(self) -> dict[str, Any]:
         """The values that may not change once there is state, by option."""
         plain = ("none", "sgd")  # no second moment
@@ -392,6 +405,7 @@ class ShampooConfig:
             fixed["precondition_frequency"] = self.precondition_frequency
         kinds = {"grafting": self.warm_method in plain, "elementwise": self.elementwise_method in plain}
         kinds["refresh_tolerance"] = self.keeps_basis
+        kinds["elementwise_betas"] = self.for_elementwise.betas[0] == 0.0
         return {**fixed, "betas": self.betas[0] == 0.0, **kinds}
 
     @cached_property

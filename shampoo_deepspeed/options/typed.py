@@ -37,6 +37,8 @@ class _Options(TypedDict, total=False):
     grafting: str | None
     grafting_beta2: float | None
     elementwise: str | None
+    elementwise_lr: float
+    elementwise_betas: Sequence[float] | None
     momentum: float
     dampening: float
     nesterov: bool

@@ -349,6 +349,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "grafting": st.none() | methods,
     "grafting_beta2": st.none() | st.floats(0, 1, exclude_min=True, exclude_max=True),
     "elementwise": st.none() | methods,
+    "elementwise_lr": numbers,
+    "elementwise_betas": st.none() | st.tuples(fractions, st.floats(0, 1, exclude_min=True)),
     "momentum": st.floats(0, 1, exclude_min=True, exclude_max=True),
     "dampening": fractions,
     "nesterov": st.booleans(),

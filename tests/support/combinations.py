@@ -15,7 +15,12 @@ VALUES: dict[str, list[dict[str, Any]]] = {
     "statistics": [{}, {"statistics_frequency": 2}],
     "grafting": [{}, *({"grafting": g} for g in ("adam", "none", "sgd", "adagrad", "rmsprop", "normalized_adam"))],
     "grafting_beta2": [{}, {"grafting_beta2": 0.8}],
-    "elementwise": [{}, {"elementwise": "sgd"}, {"elementwise": "rmsprop"}],
+    "elementwise": [
+        {},
+        {"elementwise": "sgd", "elementwise_lr": 0.5},
+        {"elementwise": "rmsprop", "elementwise_betas": (0.0, 0.9)},
+        {"elementwise_lr": 3.0, "elementwise_betas": (0.8, 0.9)},
+    ],
     "decay": [{"weight_decay_type": kind} for kind in ("decoupled", "l2", "corrected", "independent")],
     "momentum": [{}, {"momentum": 0.8, "dampening": 0.3}, {"momentum": 0.9, "nesterov": True}],
     "bias": [{}, {"use_bias_correction": False}],

@@ -53,6 +53,8 @@ class Options:
     factor_beta: float | None = None
     early_relative_epsilon: float = 0.0
     refresh_growth: float = 0.0
+    elementwise_lr: float = 1.0
+    elementwise_betas: tuple[float, float] | None = None
 
     @property
     def start(self) -> int:
@@ -64,6 +66,13 @@ class Options:
     def beta(self) -> float:
         """Return the decay of the factor matrices."""
         return self.betas[1] if self.factor_beta is None else self.factor_beta
+
+    @property
+    def for_elementwise(self) -> Options:
+        if self.elementwise_betas is None:
+            return self
+        beta3 = self.beta3 if self.elementwise_betas[0] else None
+        return replace(self, betas=self.elementwise_betas, grafting_beta2=None, beta3=beta3)
 
     def ridge(self, t: int) -> float:
         return max(self.relative_epsilon, self.early_relative_epsilon / t)
@@ -296,7 +305,9 @@ class Reference:
         update = torch.zeros(p.merged, dtype=g.dtype)
         for block in p.blocks:
             bg = g.reshape(p.merged)[block.box]
-            update[block.box] = self.step_block(block, bg, p.t, o)
+            elementwise = block.box == (...,)
+            update[block.box] = self.step_block(block, bg, p.t, o.for_elementwise if elementwise else o)
+            update[block.box] *= o.elementwise_lr if elementwise else 1.0
         update = update.view(g.shape)
         if decay != "l2":
             peak = p.peak_lr if o.peak_lr is None else o.peak_lr
