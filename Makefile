@@ -31,7 +31,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
-# All that needs no other process and no minute.
+# The tests that start no other process and take less than a minute.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow" --ignore=tests/distributed
 
@@ -62,8 +62,8 @@ docs: $(DOCS_STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
-# torch comes first: DeepSpeed's source build looks for it, and the constraint picks its version.
-# pip repeats nothing that is already there, so a stale stamp costs seconds.
+# torch comes first: DeepSpeed's source build needs it, and the constraint picks its version.
+# pip installs nothing twice, so a stale stamp costs only seconds.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) torch

@@ -1,1 +1,1 @@
-"""Benchmarks: each prints ratios, most of them to torch's AdamW, of things measured in the same run."""
+"""Benchmarks: each prints ratios of measurements from the same run, most of them relative to torch's AdamW."""

@@ -1,8 +1,8 @@
 """`python -m benchmarks`: short forms of all benchmarks of speed, memory and training, in five minutes.
 
-Run it on a machine that does nothing else. Longer forms and options: `python -m benchmarks.step_time --help`, and
-likewise end_to_end, slow_link, memory, scaling and convergence, and for a GPU accelerator, which is included if there
-is one. benchmarks.exactness, which measures how exact runs are, takes longer and is not included.
+Run it on an otherwise idle machine. For longer forms and options, see `python -m benchmarks.step_time --help`, and
+likewise end_to_end, slow_link, memory, scaling and convergence. benchmarks.accelerator is for GPUs and is included if
+there is one. benchmarks.exactness, which measures how exact runs are, takes longer and is not included.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks import convergence, end_to_end, memory, scaling, slow_link, step_time
+from benchmarks import end_to_end, memory, scaling, slow_link, step_time
+from benchmarks.convergence import command as convergence
 
 
 def main() -> None:
     """Run them one after another, because each needs the machine for itself; standard error shows which one runs."""
+    tiny = ["--cells", "llama-tiny", "gpt2-tiny", "--seeds", "0", "--budgets", "1", "--steps", "100"]
+    tiny += ["--contestants", "adamw", "muon", "default", "soap", "kl", "--rates", "3e-3", "--no-walk"]
+    tiny += ["--output", "bench_output/convergence/short.jsonl"]
     plans = ["--plan-ranks", "8", "64", "1024", "--models", "llama-3-8b"]
     runs: list[tuple[Callable[[list[str]], object], list[str]]] = [
         (step_time.main, ["--rounds", "2"]),
@@ -25,7 +29,7 @@ def main() -> None:
         (slow_link.main, ["--buckets", "1", "8", "--steps", "15"]),
         (memory.main, ["--preconditioner", "shampoo", "soap"]),
         (scaling.main, ["--ranks", "1", "2", "--rounds", "1", *plans]),
-        (convergence.main, ["--steps", "100", "--layers", "2", "--hidden", "128", "--rates", "2e-3"]),
+        (convergence.main, tiny),
     ]
     if torch.cuda.is_available():
         from benchmarks import accelerator  # needs Transformers

@@ -4,10 +4,10 @@
 
 Contestants are built, timed and freed one after the other, because two of them may not fit into memory together. Each
 starts from the same seeds, and all learning rates are 0. So all get the same gradients: those of random tokens in the
-model as it was initialised. The forward pass is under autocast to bfloat16, weights and states are in float32. Times
-are between two synchronisations, windows are those of benchmarks.step_time, and the pass of all rows is that of fused
-AdamW's run. With --profile DIR, torch's profiler writes what one step took, with a refresh and without, for each of
-ours.
+freshly initialised model. The forward pass runs under autocast to bfloat16; weights and states are in float32. Times
+are taken between two synchronisations, and windows are defined in benchmarks.step_time. All rows use the pass that was
+timed in fused AdamW's run. With --profile DIR, torch's profiler writes two tables for each of ours: the times of a step
+with a refresh, and of one without.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SIZES: dict[str, dict[str, int]] = {
     "350m": {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "layers": 24, "heads": 16},
     "1b": {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "layers": 18, "heads": 16},
 }
-NEVER = 10**9  # a step that no run reaches
+NEVER = 10**9  # a step number that no run reaches
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Measured:
 
 
 def config(size: str, length: int) -> LlamaConfig:
-    """A Llama of one of ``SIZES``, for sequences of ``length`` tokens."""
+    """Return the configuration of a Llama of one of ``SIZES``, for sequences of ``length`` tokens."""
     known: dict[str, Any] = dict(SIZES[size])
     layers, heads = known.pop("layers"), known.pop("heads")
     known["attn_implementation"] = "sdpa"
@@ -80,7 +80,7 @@ def config(size: str, length: int) -> LlamaConfig:
 
 
 def build(setting: Setting) -> LlamaForCausalLM:
-    """The model in float32 with seeded weights, built on its device."""
+    """Build the model in float32 with seeded weights, on its device."""
     torch.manual_seed(0)
     with setting.device:
         model = LlamaForCausalLM(config(setting.size, setting.length)).train()
@@ -91,21 +91,21 @@ def build(setting: Setting) -> LlamaForCausalLM:
 
 
 def batch(setting: Setting, number: int) -> Tensor:
-    """Random tokens [tokens / length, length]."""
+    """Return random tokens [tokens / length, length]."""
     generator = torch.Generator().manual_seed(number)
     shape = (setting.tokens // setting.length, setting.length)
     return torch.randint(SIZES[setting.size]["vocab_size"], shape, generator=generator).to(setting.device)
 
 
 def one_pass(model: nn.Module, tokens: Tensor) -> None:
-    """Forward and backward; autocast ends before the backward pass, and long before the optimizer's step."""
+    """Run forward and backward; autocast ends before the backward pass, and long before the optimizer's step."""
     with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
         loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """The matrices that Shampoo preconditions by default, and the rest: norms, embedding and head."""
+    """Return two groups: the matrices that Shampoo preconditions by default, and norms, embedding and head."""
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name]
     known = {id(p) for p in matrices}
@@ -120,7 +120,7 @@ def plain_loop(block: int, frequency: int) -> Contestant:
 
 
 def contestants(blocks: Sequence[int], solvers: Sequence[str], frequency: int) -> tuple[list[Contestant], set[str]]:
-    """All contestants, the baseline first, and the names of ours."""
+    """Return all contestants, the baseline first, and the names of ours."""
     mine = [
         replace(ours("shampoo", "staggered", b, frequency, solver=s), name=f"shampoo, {s}, block {b}")
         for b in blocks
@@ -135,7 +135,7 @@ def measure(contestant: Contestant, setting: Setting, profiled: bool = False) ->
     model, found = build(setting), Measured()
     memory = torch.get_device_module(setting.device)
     reports_peak = hasattr(memory, "max_memory_allocated")  # the CPU does not
-    if reports_peak:  # after `build`, which has initialised the device
+    if reports_peak:  # only after `build`, which initialises the device
         memory.reset_peak_memory_stats(setting.device)
     optimizers = contestant.build(model)
     for optimizer in optimizers:
@@ -149,7 +149,7 @@ def measure(contestant: Contestant, setting: Setting, profiled: bool = False) ->
         for optimizer in optimizers:
             optimizer.step()
         end = clock(setting.device)
-        if step >= 2 * setting.frequency:  # by then all blocks were refreshed once
+        if step >= 2 * setting.frequency:  # by then every block has been refreshed once
             found.passes.append(middle - begin)
             found.steps.append(end - middle)
         model.zero_grad()
@@ -161,9 +161,10 @@ def measure(contestant: Contestant, setting: Setting, profiled: bool = False) ->
 
 
 def write_profiles(name: str, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], setting: Setting) -> None:
-    """Tables of a step in which some blocks refresh, and of one in which none does.
+    """Write the profiler's tables of a step in which some blocks refresh, and of one in which none does.
 
-    With staggered refreshes no step is without one, so the start is postponed for it; existing roots stay in use.
+    With staggered refreshes every step has one. So for the second table the start step is postponed; existing roots
+    stay in use.
     """
     assert setting.profile is not None
     setting.profile.mkdir(parents=True, exist_ok=True)
@@ -179,7 +180,7 @@ def write_profiles(name: str, model: nn.Module, optimizers: Sequence[torch.optim
 
 
 def profiled_step(optimizers: Sequence[torch.optim.Optimizer], device: torch.device) -> str:
-    """The profiler's table of one step, by time on the device."""
+    """Return the profiler's table of one step, sorted by time on the device."""
     kinds = ProfilerActivity.__members__
     activities = [kinds[name] for name in {"CPU", device.type.upper()} if name in kinds]
     clock(device)
@@ -192,14 +193,14 @@ def profiled_step(optimizers: Sequence[torch.optim.Optimizer], device: torch.dev
 
 
 def free(device: torch.device) -> None:
-    """Free what the last contestant used, so that the next one finds an empty device."""
+    """Free what the last contestant used, so that the next one starts with an empty device."""
     gc.collect()
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
 
 
 def run(blocks: Sequence[int], solvers: Sequence[str], setting: Setting) -> dict[str, Measured]:
-    """Measurements by contestant; one that does not fit into the device's memory is named and left out.
+    """Return measurements by contestant; one that does not fit into the device's memory is named and left out.
 
     Raises:
         torch.OutOfMemoryError: if the baseline itself does not fit.
@@ -218,7 +219,7 @@ def run(blocks: Sequence[int], solvers: Sequence[str], setting: Setting) -> dict
 
 
 def rows(found: dict[str, Measured], setting: Setting) -> list[list[object]]:
-    """Rows of step_time, with the total over the baseline's, and the peak if there is one."""
+    """Return the rows of step_time, with the total over the baseline's, and the peak if it is known."""
     seconds, base = {name: m.steps for name, m in found.items()}, next(iter(found))
     whole = end_to_end.rows(setting.tokens, statistics.median(found[base].passes), seconds, setting.frequency)
     more = {base: "+0.0%"} | {str(line[0]): line[-1] for line in whole}
@@ -241,20 +242,20 @@ def show(found: dict[str, Measured], setting: Setting) -> None:
 
 
 def on_meta(setting: Setting) -> LlamaForCausalLM:
-    """The model on the meta device, for its shapes."""
+    """Build the model on the meta device, for its shapes."""
     return build(replace(setting, device=torch.device("meta"), recompute=False))
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--size", nargs="+", default=["350m", "1b"], choices=SIZES)
-    made.add_argument("--block", type=int, nargs="+", default=[1024, 2048], help="SOAP and the loop take the first")
+    made.add_argument("--block", type=int, nargs="+", default=[1024, 2048], help="SOAP and the loop use the first")
     made.add_argument("--solver", nargs="+", default=["eigh", "coupled_newton", "newton_db"], choices=SOLVERS)
-    made.add_argument("--tokens", type=int, default=16384, help="a step; a multiple of --sequence-length")
+    made.add_argument("--tokens", type=int, default=16384, help="per step; a multiple of --sequence-length")
     made.add_argument("--sequence-length", type=int, default=1024)
     made.add_argument("--recompute", action="store_true", help="activation checkpointing, if memory is short")
     made.add_argument("--frequency", type=int, default=10)
-    made.add_argument("--rounds", type=int, default=2, help="windows that are counted")
+    made.add_argument("--rounds", type=int, default=2, help="number of windows to measure")
     made.add_argument("--profile", type=Path, help="folder for the profiler's tables")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return made
@@ -265,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made = parser()
     args = made.parse_args(arguments)
     if args.tokens < 1 or args.tokens % args.sequence_length:
-        made.error(f"--tokens {args.tokens} is no multiple of --sequence-length {args.sequence_length}")
+        made.error(f"--tokens {args.tokens} is not a multiple of --sequence-length {args.sequence_length}")
     device = torch.device(args.device)
     if device.type != "cpu" and device.index is not None:
         torch.accelerator.set_device_index(device.index)  # clock() waits for the current device

@@ -1,11 +1,11 @@
-"""Do two versions of this package train to the same bits, and in the same CPU time?
+"""Checks that two versions of this package train to the same bits, and compares their CPU times.
 
     python benchmarks/compare_commits.py BEFORE AFTER
 
 BEFORE and AFTER are the Python interpreters of two virtual environments, in each of which one version is installed.
 Every framework (a single process, DDP, FSDP2, ZeRO 1, 2 and 3 on two ranks) trains with every preconditioner and every
-refresh mode. The script uses the public interface alone, so it runs with both versions; it prints one line per run and
-the ratio of the CPU times of a step, and ends with status 1 if any parameter of any run differs in any bit.
+refresh mode. The script uses only the public interface, so it runs with both versions. It prints one line per run with
+the ratio of the CPU times of a step. It ends with status 1 if any parameter of any run differs in any bit.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class Model(nn.Module):
 
 
 def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """A rank's input tokens in a step, and the target tokens that follow them."""
+    """Return a rank's input tokens in a step, and the target tokens that follow them."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     text = torch.randint(31, (MICRO_BATCH, 9), generator=generator)
     return text[:, :-1], text[:, 1:]
 
 
 def trained(framework: str, preconditioner: str, refresh: str, rank: int) -> tuple[dict[str, Tensor], float]:
-    """The parameters after a training, and the CPU seconds that the optimizer's later steps took."""
+    """Train, and return the final parameters and the CPU seconds of the optimizer's later steps."""
     import shampoo_deepspeed  # registers the optimizer
 
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def trained(framework: str, preconditioner: str, refresh: str, rank: int) -> tup
 
 
 def with_deepspeed(model: nn.Module, stage: str, options: dict[str, Any], rank: int) -> tuple[dict[str, Tensor], float]:
-    """The same with a DeepSpeed engine and a JSON."""
+    """Do the same with a DeepSpeed engine and a JSON."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # DeepSpeed would compile it for a minute
@@ -111,7 +111,7 @@ def with_deepspeed(model: nn.Module, stage: str, options: dict[str, Any], rank: 
     with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
         found = {name: p.detach().clone() for name, p in named.items()}
     engine.destroy()
-    nn.functional.linear = linear  # ZeRO-3 replaces it
+    nn.functional.linear = linear  # undo ZeRO-3's replacement
     return found, seconds
 
 
@@ -131,7 +131,7 @@ def work(framework: str, rank: int, out: str) -> None:
 
 
 def run(python: str, framework: str, folder: Path) -> dict[tuple[str, str], tuple[dict[str, Tensor], float]]:
-    """The results of all trainings under one framework, with the version that an interpreter has."""
+    """Return the results of all trainings under one framework, with the version of an interpreter."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -151,7 +151,7 @@ def run(python: str, framework: str, folder: Path) -> dict[tuple[str, str], tupl
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("interpreters", nargs="*", metavar="PYTHON", help="of the versions before and after")
+    parser.add_argument("interpreters", nargs="*", metavar="PYTHON", help="of the version before, and of that after")
     parser.add_argument("--frameworks", nargs="+", choices=RANKS, default=list(RANKS))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
@@ -161,7 +161,7 @@ def main() -> int:
         work(given.worker, given.rank, given.out)
         return 0
     if len(given.interpreters) != 2:
-        parser.error("give two interpreters")
+        parser.error("two interpreters are needed")
     different = compared = 0
     with tempfile.TemporaryDirectory() as folder:
         for framework in given.frameworks:

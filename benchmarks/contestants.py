@@ -1,7 +1,7 @@
-"""The optimizers that are compared, as one list: torch's, ours, and those of two packages if they are installed.
+"""The optimizers that are compared: torch's, ours, and those of two other packages if they are installed.
 
-All precondition the same matrices. torch's AdamW updates what a peer does not take (embeddings, norms), and its step
-counts with the peer's. Ours takes all parameters itself.
+All precondition the same matrices. torch's AdamW updates what a peer does not handle (embeddings, norms), and its time
+is added to the peer's. Ours updates all parameters itself.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def with_adamw(name: str, make: Callable[[list[nn.Parameter]], torch.optim.Optim
 
 
 def peers(block: int, frequency: int) -> list[Contestant]:
-    """torch's Muon, and SOAP and Shampoo of the packages that are installed."""
+    """Return torch's Muon, and SOAP and Shampoo of the packages that are installed."""
     found = [with_adamw("torch Muon", lambda own: torch.optim.Muon(own, lr=1e-3))]
     if find_spec("heavyball"):
         import heavyball
 
-        heavyball.utils.compile_mode = None  # like all others here
+        heavyball.utils.compile_mode = None  # nothing here is compiled
         soap: dict[str, Any] = {"precondition_frequency": frequency, "use_precond_schedule": False}
         soap |= {"compile_step": False, "lr": 1e-3}
         found.append(
@@ -95,5 +95,5 @@ def peers(block: int, frequency: int) -> list[Contestant]:
 
 
 def missing_peers() -> list[str]:
-    """Names of the packages that are not installed, as `pip install` knows them."""
+    """Return the packages that are not installed, by the names that `pip install` takes."""
     return [name for module, name in PEERS.items() if not find_spec(module)]

@@ -1,10 +1,10 @@
-"""How much more training costs than with torch AdamW: forward, backward and step of the small GPT, by tokens a step.
+"""Compares the time of whole training with torch AdamW's: forward, backward and step of the small GPT.
 
     python -m benchmarks.end_to_end [--tokens 512 2048 8192]
 
-One forward and backward pass, then each optimizer steps on its gradients. The ratio is the pass (median) with our mean
-step over the pass with AdamW's mean step. The same pass is used for both, because its noise would hide the difference:
-it is far longer than the step. On a CPU, times are CPU times.
+After each forward and backward pass, every optimizer steps on its gradients. The ratio is pass (median) plus our mean
+step, over pass plus AdamW's mean step. Both use the same pass. It is far longer than the step, so with two passes,
+noise would hide the difference. On a CPU, times are CPU times.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def measure(
     rounds: int,
     device: torch.device,
 ) -> tuple[float, dict[str, list[float]]]:
-    """Seconds of a forward and backward pass, and of each counted step by optimizer."""
+    """Return the seconds of a forward and backward pass, and of each counted step by optimizer."""
     model = build(size, device)
     runners = [Runner(c, model) for c in (adamw(), *(ours(rule, refresh, block, frequency) for rule in rules))]
     trainer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
     passes = []
     for step in range((2 + rounds) * frequency):
-        counted = step >= 2 * frequency  # the preconditioners have all started
+        counted = step >= 2 * frequency  # by then all preconditioners have started
         tokens_now = batch(size, tokens if counted else min(tokens, WARM), step, device)
         model.zero_grad()
         begin = clock(device)
@@ -54,7 +54,7 @@ def measure(
 
 
 def rows(tokens: int, one_pass: float, steps: dict[str, list[float]], frequency: int) -> list[list[object]]:
-    """A line for each optimizer: tokens, pass, mean step, and the whole over AdamW's."""
+    """Return a line for each optimizer: tokens, pass, mean step, and the whole over AdamW's."""
     (_, base), *others = steps.items()
     whole = one_pass + mean(base, frequency)
     out: list[list[object]] = []
@@ -68,13 +68,13 @@ def rows(tokens: int, one_pass: float, steps: dict[str, list[float]], frequency:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="a step; multiples of 64")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="per step; multiples of 64")
     parser.add_argument("--preconditioner", nargs="+", default=["shampoo", "soap"], choices=RULES)
     parser.add_argument("--refresh", default="staggered")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--block", type=int, default=256)
     parser.add_argument("--frequency", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=2, help="windows that are counted")
+    parser.add_argument("--rounds", type=int, default=2, help="number of windows to measure")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)

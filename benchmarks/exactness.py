@@ -1,11 +1,11 @@
-"""How far runs under each framework end from the dense single-process reference, as a Markdown table.
+"""Prints how far runs under each framework end from the dense single-process reference, as a Markdown table.
 
     python -m benchmarks.exactness [--ranks 1 2 4]
 
 The checks are those of tests/distributed (8 or 9 steps with several refreshes, odd shapes included). A number is the
 largest |W - W_ref| / |W_ref| of any parameter in any of a row's runs. W_ref is the float64 run of
-tests/support/reference.py, which shares no code with the package. In the Trainer's rows it is the package's own Shampoo
-in one process, in a plain loop with float64 weights and the Trainer's own param groups.
+tests/support/reference.py, which shares no code with the package. In the Trainer's rows W_ref is from the package's own
+Shampoo in one process: a plain loop with float64 weights and the Trainer's own param groups.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Key = tuple[str, int]  # framework and ranks
 
 
 def checks() -> list[Check]:
-    """All runs that start from the same weights under every framework, without those that set options of their own."""
+    """Return all runs that start from the same weights under every framework, except those with their own options."""
     alone = [fsdp_checks.final("alone", replace(run, layout="replicas"), 1) for run in fsdp_checks.SETTINGS]
     plain = [c for c in fsdp_checks.checks() if not c.argument.extra]
     trainer = [c for c in trainer_checks.MEASURED if not c.argument.options]
@@ -81,7 +81,7 @@ def wanted(check: Check) -> Mapping[str, Tensor]:
 
 
 def deviation(check: Check, result: CheckResult) -> float:
-    """The largest of all parameters on all ranks; a run that failed ends the benchmark."""
+    """Return the largest deviation of all parameters on all ranks; a run that failed ends the benchmark."""
     if result.failure is not None:
         raise RuntimeError(f"{check.name}: {result.failure}")
     expected = wanted(check)
@@ -97,7 +97,7 @@ def measured(found: Iterable[tuple[Check, float]]) -> dict[Key, dict[str, list[f
 
 
 def markdown(table: Mapping[Key, Mapping[str, list[float]]]) -> str:
-    """A row for each framework and number of ranks; a dash where a framework has no such run."""
+    """Return the table, with a row for each framework and number of ranks; a dash means that there is no such run."""
     lines = [f"| framework | ranks | runs | {' | '.join(SETTINGS)} |", "|---|---|---|---|---|---|"]
     frameworks = list(dict.fromkeys(name for name, _ in table))
     for (name, ranks), row in sorted(table.items(), key=lambda item: (frameworks.index(item[0][0]), item[0][1])):

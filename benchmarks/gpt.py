@@ -11,7 +11,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of the GPT; ``length`` is tokens of one sequence."""
+    """Sizes of the GPT; ``length`` is the number of tokens in a sequence."""
 
     layers: int = 4
     width: int = 256
@@ -64,13 +64,13 @@ class GPT(nn.Module):
 
 
 def build(size: Size, device: torch.device | str = "cpu") -> GPT:
-    """The model with seeded weights."""
+    """Build the model with seeded weights."""
     torch.manual_seed(0)
     return GPT(size).to(device)
 
 
 def batch(size: Size, tokens: int, number: int, device: torch.device | str = "cpu") -> Tensor:
-    """Token rows [tokens / length, length]: a seeded walk, so that there is something to learn."""
+    """Return token rows [tokens / length, length]: a seeded walk, so that there is something to learn."""
     generator = torch.Generator().manual_seed(number)
     rows = tokens // size.length
     starts = torch.randint(size.vocab, (rows, 1), generator=generator)
@@ -79,5 +79,5 @@ def batch(size: Size, tokens: int, number: int, device: torch.device | str = "cp
 
 
 def matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The matrices that Shampoo preconditions: weights of the layers, neither embeddings nor norms."""
+    """Return the matrices that Shampoo preconditions: weights of the layers, neither embeddings nor norms."""
     return [(name, p) for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith("w")]

@@ -1,10 +1,10 @@
-"""Peak memory of a step against the plan: weights, gradients, state (the planner's bytes), updates and buckets.
+"""Compares peak memory with the plan: weights, gradients, state (the planner's bytes), updates and buckets.
 
     python -m benchmarks.memory [--width 512] [--block 256] [--bucket-mb 2]
 
-torch's profiler reports each allocation and release of a step. The state must be the planner's to the byte. The plan
-of a step on one rank is one update for each element, and gradients and updates of one bucket in flight. Memory at the
-peak beyond that is listed by the operator that allocated it.
+torch's profiler reports each allocation and release of a step. The bytes of the state must equal the planner's. The
+plan of a step on one rank is one update for each element, and gradients and updates of one bucket in flight. Memory at
+the peak beyond that is listed by the operator that allocated it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shampoo_deepspeed.options.config import ShampooConfig
 
 
 class Peak(NamedTuple):
-    """Bytes at the peak of a step above those at its start, and how many of them each operator allocated."""
+    """Bytes at the peak of a step, in excess of those at its start, and how many of them each operator allocated."""
 
     nbytes: int
     operators: Counter[str]
@@ -44,7 +44,7 @@ class Allocation(NamedTuple):
 
 
 def allocations(events: Sequence[Any], operator: str = "python") -> Iterator[Allocation]:
-    """All allocations (positive) and releases (negative) below these events of the profiler's tree."""
+    """Yield all allocations (positive) and releases (negative) below these events of the profiler's tree."""
     for event in events:
         if event.tag == _EventType.Allocation:
             fields = event.extra_fields
@@ -76,7 +76,7 @@ def peak_of(step: Any) -> Peak:
 
 
 def held_bytes(optimizer: Shampoo) -> int:
-    """Bytes of the state that the step units hold."""
+    """Return the bytes of the state that the step units hold."""
     tensors = [t for unit in optimizer.units for stack in unit.stacks for t in stack.tensors.values()]
     tensors += [t for unit in optimizer.units for t in unit.elementwise.tensors.values()]
     return sum(t.nbytes for t in tensors)
@@ -91,7 +91,7 @@ def planned_state(model: nn.Module, options: dict[str, Any]) -> int:
 
 
 def measure(rule: str, refresh: str, width: int, block: int, bucket_mb: float, frequency: int) -> dict[str, Any]:
-    """Planned and measured bytes of the largest step in a window of refreshes."""
+    """Return planned and measured bytes of the largest step in a window of refreshes."""
     size = Size(width=width)
     model = build(size)
     options: dict[str, Any] = {"preconditioner": rule, "refresh": refresh, "bucket_mb": bucket_mb}

@@ -1,6 +1,6 @@
 """Shampoo without batching: an optimizer that loops over blocks one by one, and refreshes all of them in one step.
 
-It stands for implementations that loop over their blocks, as the reference Distributed Shampoo does. It computes what
+It represents implementations that loop over their blocks, as the reference Distributed Shampoo does. It computes what
 `shampoo_deepspeed.Shampoo` computes with `refresh="sync"`, `solver="eigh"` and Adam's grafting; a test checks this. It
 reads nothing back to the CPU and makes no copy that the algorithm does not need.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass
 class Block:
-    """State of one block of a parameter; if it has no factors, it is element-wise."""
+    """State of one block of a parameter; a block without factors is element-wise."""
 
     box: tuple[Any, ...]  # slices, or (...,) for the whole parameter
     first: Tensor
@@ -27,15 +27,15 @@ class Block:
 
 
 class PlainLoop(torch.optim.Optimizer):
-    """One block after another: factors, an eigendecomposition of each every ``frequency`` steps, Adam's norm.
+    """Shampoo, one block after another: eigendecompositions every ``frequency`` steps, and updates of Adam's norm.
 
     Param groups with ``elementwise=True``, and parameters that are not matrices, get Adam's update.
 
     Args:
-        weight_decay: decoupled.
+        weight_decay: decoupled weight decay.
         epsilon, relative_epsilon: absolute and relative ridge of the factor matrices.
         block: largest side of a block.
-        frequency: steps between refreshes; the first is at this step.
+        frequency: steps between refreshes; the first refresh is at this step.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class PlainLoop(torch.optim.Optimizer):
 
 
 def boxes(p: Tensor, group: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """Boxes of a matrix of at most ``block`` along each side, as slices; for other tensors the whole."""
+    """Return boxes of a matrix, at most ``block`` along each side, as slices; for other tensors one box for all."""
     if group["elementwise"] or p.ndim != 2:
         return [(...,)]
     size = group["block"]
@@ -100,7 +100,7 @@ def new_block(p: Tensor, box: tuple[Any, ...]) -> Block:
 
 
 def update(block: Block, g: Tensor, t: int, group: dict[str, Any]) -> Tensor:
-    """A new tensor: Adam's update, or after the first refresh Shampoo's with the norm of Adam's."""
+    """Return the update as a new tensor: Adam's or, after the first refresh, Shampoo's with the norm of Adam's."""
     (beta1, beta2), (lack1, lack2) = group["betas"], (1.0 - beta**t for beta in group["betas"])
     for mode, a in enumerate(block.factors):
         x = g if mode == 0 else g.mT
@@ -121,7 +121,7 @@ def update(block: Block, g: Tensor, t: int, group: dict[str, Any]) -> Tensor:
 
 
 def inverse_fourth_root(a: Tensor, epsilon: float, relative_epsilon: float) -> Tensor:
-    """A^(-1/4) with eigenvalues ``l - min(l_min, 0) + max(epsilon, relative_epsilon * l_max)``; a zero gets root 0."""
+    """A^(-1/4) with eigenvalues ``l - min(l_min, 0) + max(epsilon, relative_epsilon * l_max)``; for 0 the root is 0."""
     values, vectors = torch.linalg.eigh(a)
     values = values - values[0].clamp_max(0.0) + (relative_epsilon * values[-1]).clamp_min(epsilon)
     powers = torch.where(values > 0, values.clamp_min(torch.finfo(values.dtype).tiny).pow(-0.25), 0.0)

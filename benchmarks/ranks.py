@@ -1,4 +1,4 @@
-"""Starts ranks on this machine with gloo and returns what a function returned on each."""
+"""Runs a function on several ranks of this machine, joined by gloo, and returns their results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 
 def run_on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``function(*arguments)`` in a process group of ``count`` processes of one thread each; results in rank order.
+    """Run ``function(*arguments)`` on ``count`` ranks with one thread each, and return the results in rank order.
 
     Raises:
         RuntimeError: if a rank failed; its own error is on stderr.

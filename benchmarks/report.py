@@ -1,4 +1,4 @@
-"""What all benchmarks print: a description of the machine, statistics, tables and plots."""
+"""Output that the benchmarks share: a description of the machine, statistics, tables and plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def machine() -> str:
-    """CPU or accelerator, cores, threads, torch and date, in one line."""
+    """Return CPU or accelerator, cores, threads, torch's version and the date, in one line."""
     name = _cpu()
     if torch.cuda.is_available():
         name += f", {torch.cuda.get_device_name()}"
@@ -31,7 +31,7 @@ def _cpu() -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; numbers to three figures."""
+    """Return a Markdown table; numbers have three significant digits."""
     texts = [[_text(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(heads, *texts, strict=True)]
 
@@ -52,28 +52,28 @@ def _text(cell: Any) -> str:
 
 
 def windows(values: Sequence[float], length: int) -> list[Sequence[float]]:
-    """Whole windows of consecutive steps, each with every phase of a refresh once."""
+    """Return whole windows of consecutive steps; each contains every phase of a refresh once."""
     return [values[n : n + length] for n in range(0, len(values) - length + 1, length)]
 
 
 def ratio_of_means(values: Sequence[float], base: Sequence[float], length: int) -> float:
-    """Median over windows of the mean step over the base's mean step in the same window."""
+    """Return the median over windows of this ratio: the mean step over the base's mean step in the same window."""
     pairs = zip(windows(values, length), windows(base, length), strict=True)
     return statistics.median(statistics.fmean(v) / statistics.fmean(b) for v, b in pairs)
 
 
 def mean(values: Sequence[float], length: int) -> float:
-    """Median over windows of the mean step."""
+    """Return the median over windows of the mean step."""
     return statistics.median(statistics.fmean(w) for w in windows(values, length))
 
 
 def slowest(values: Sequence[float], length: int) -> float:
-    """Median over windows of the slowest step."""
+    """Return the median over windows of the slowest step."""
     return statistics.median(max(w) for w in windows(values, length))
 
 
 def figure(path: Path, columns: int = 1, height: float = 3.6) -> tuple[Any, Any]:
-    """A matplotlib figure and its panels, in the style of the project's plots."""
+    """Return a matplotlib figure and its panels, in the style of the project's plots."""
     from matplotlib.figure import Figure
 
     path.parent.mkdir(parents=True, exist_ok=True)

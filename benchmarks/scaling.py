@@ -1,10 +1,10 @@
-"""CPU time of a step on 1, 2 and 4 ranks of this machine, and time and balance of the plan on 8 to 1,024 ranks.
+"""Measures CPU time of a step on 1, 2 and 4 ranks, and time and balance of the plan on 8 to 1,024 ranks.
 
     python -m benchmarks.scaling [--ranks 1 2 4] [--frameworks fsdp2 ddp] [--plot docs/plan_time.png]
 
 Steps are those of the small GPT with staggered refreshes. A rank's number is the CPU time of its step, without the time
 that it waits. Bytes moved are compared with the plan's. Plans are the planner's, for Llama-3 shapes under FSDP2. The
-planner works out every rank's part; the optimizer itself needs only its own.
+planner computes every rank's part; in a run, each rank computes only its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FREQUENCY = 10
 
 
 class Rank(NamedTuple):
-    """One rank's CPU seconds of each step, its load in the plan, and bytes of a step as moved and as planned."""
+    """One rank's CPU seconds of each step, its load in the plan, and moved and planned bytes of a step."""
 
     seconds: list[float]
     load: float
@@ -98,7 +98,7 @@ def step_rows(
 
 
 def plan_rows(models: Sequence[str], counts: Sequence[int]) -> list[list[object]]:
-    """Model, ranks, CPU seconds of the plan, and the slowest rank's load over the mean with both refreshes."""
+    """Return model, ranks and, for both refresh modes, CPU seconds of the plan and the slowest load over the mean."""
     out: list[list[object]] = []
     for model in models:
         parameters = parameters_of(model)
@@ -113,7 +113,7 @@ def plan_rows(models: Sequence[str], counts: Sequence[int]) -> list[list[object]
 
 
 def draw(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    """Draw seconds of a plan against ranks."""
+    """Plot seconds of a plan against ranks."""
     made, (panel,) = figure(path)
     for model in dict.fromkeys(row[0] for row in rows):
         own = [row for row in rows if row[0] == model]
@@ -130,11 +130,11 @@ def draw(path: Path, rows: Sequence[Sequence[Any]]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print both tables and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4], help="of the measured steps")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4], help="rank counts of the measured steps")
     parser.add_argument("--frameworks", nargs="+", default=list(FRAMEWORKS), choices=FRAMEWORKS)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--block", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=2, help="windows of steps that are counted")
+    parser.add_argument("--rounds", type=int, default=2, help="number of windows of steps to measure")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--plan-ranks", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024])
     parser.add_argument("--plot", type=Path)

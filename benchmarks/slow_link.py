@@ -1,12 +1,12 @@
-"""How much of the exchange over a slow link is hidden behind computation: several buckets in flight against one.
+"""Measures how much of the exchange over a slow link is hidden behind computation, with one or more buckets in flight.
 
     python -m benchmarks.slow_link [--buckets 8] [--plot docs/slow_link.png]
 
-Two ranks train the attention projections of sixteen layers under FSDP2, so that every block lies on both. Their link
-is slowed down. `all_to_all_single` really moves the bytes between the ranks, on its own thread, one call after another.
-The link is busy from when both ranks have called it, for a delay plus bytes divided by the rate. The rate is chosen so
-that the link is busy as long as the step computes. Exposed is the link's busy time during which the step waits for it;
-the rest is hidden. Time that a rank waits because the other one is late is not the link's and counts as neither.
+Two ranks train the attention projections of sixteen layers under FSDP2, so that every block is spread over both. Their
+link is slowed down. `all_to_all_single` really moves the bytes, on its own thread, one call after another. The link is
+busy from the moment when both ranks have called it, for a delay plus bytes divided by the rate. The rate is chosen so
+that the link is busy as long as the step computes. "Exposed" is the link's busy time during which the step waits for
+it; the rest is "hidden". If a rank waits because the other one is late, that time counts as neither.
 
 ``--buckets`` is the number of equal buckets that a rank's blocks would make. From four on, the first and the last
 buckets are smaller, which adds three.
@@ -44,7 +44,7 @@ Spans: TypeAlias = list[tuple[float, float]]
 
 @dataclass
 class Timeline:
-    """Spans of one step in wall seconds: link busy, link waiting for the other rank, step waiting, computing."""
+    """Time spans of one step, in wall seconds: link busy, link waiting for the other rank, step waiting, computing."""
 
     link: Spans = field(default_factory=list)
     late: Spans = field(default_factory=list)
@@ -54,11 +54,11 @@ class Timeline:
     nbytes: int = 0
 
     def exposed(self) -> float:
-        """Seconds of the link's busy time during which the step waits."""
+        """Return the seconds of the link's busy time during which the step waits."""
         return overlap(self.link, self.waiting)
 
     def hidden_share(self) -> float:
-        """Share of the link's busy time that the step does not wait for."""
+        """Return the share of the link's busy time that the step does not wait for."""
         return 1.0 - self.exposed() / total(self.link)
 
 
@@ -67,7 +67,7 @@ def total(spans: Spans) -> float:
 
 
 def overlap(left: Spans, right: Spans) -> float:
-    """Seconds that are in a span of both lists; spans of one list do not overlap."""
+    """Return the seconds that are in a span of both lists; spans of one list do not overlap."""
     pairs = ((max(a, c), min(b, d)) for a, b in left for c, d in right)
     return sum(stop - start for start, stop in pairs if stop > start)
 
@@ -113,7 +113,7 @@ class SlowLink:
     ) -> Handle:
         assert async_op
         timeline = self.timeline
-        nbytes = max(output.nbytes, tensor.nbytes)  # both directions at once
+        nbytes = max(output.nbytes, tensor.nbytes)  # both directions run at once
         timeline.nbytes += nbytes
 
         def move() -> None:
@@ -203,9 +203,9 @@ def random_gradients(model: nn.Module, step: int) -> None:
 
 
 def tune(link: SlowLink, measured: Sequence[Timeline], setting: Setting) -> None:
-    """Set the link's delay, and its rate so that it is busy as long as the setting says.
+    """Set the link's delay, and its rate so that it is busy for as long as the setting says.
 
-    It is called repeatedly, because the machine's speed changes, and uses measured times, because no sleep is exact.
+    It is called repeatedly, because the machine's speed changes. It uses measured times, because no sleep is exact.
     """
     spans = [t.computing for t in measured], [t.link for t in measured]
     sums = torch.tensor([statistics.median(map(total, kind)) for kind in spans])
@@ -213,7 +213,7 @@ def tune(link: SlowLink, measured: Sequence[Timeline], setting: Setting) -> None
     computing, busy = (sums / dist.get_world_size()).tolist()
     wanted, nbytes = computing * setting.link_over_compute, measured[-1].nbytes
     if link.seconds_per_byte:
-        # In small steps, because a measurement may have been disturbed.
+        # Change the rate in small steps, because a measurement may have been disturbed.
         rate = link.seconds_per_byte * min(1.25, max(0.8, wanted / busy))
     else:
         rate = max(0.0, wanted - len(measured[-1].link) * setting.delay) / nbytes
@@ -221,7 +221,7 @@ def tune(link: SlowLink, measured: Sequence[Timeline], setting: Setting) -> None
 
 
 def medians(ranks: Sequence[Sequence[Timeline]]) -> dict[str, float]:
-    """Medians over steps and ranks, times in milliseconds."""
+    """Return medians over steps and ranks, times in milliseconds."""
     steps = [timeline for timelines in ranks for timeline in timelines]
 
     def median(values: list[float]) -> float:
@@ -256,14 +256,14 @@ def draw(path: Path, named: dict[str, Timeline]) -> None:
 
 
 def middling(timelines: Sequence[Timeline]) -> Timeline:
-    """The step with the median hidden share."""
+    """Return the step with the median hidden share."""
     return sorted(timelines, key=lambda t: t.hidden_share())[len(timelines) // 2]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--buckets", type=int, nargs="+", default=[1, 4, 8], help="of each rank")
+    parser.add_argument("--buckets", type=int, nargs="+", default=[1, 4, 8], help="buckets of each rank")
     parser.add_argument("--preconditioner", default="shampoo", choices=RULES)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--delay", type=float, default=1.0, help="milliseconds of each collective")

@@ -1,4 +1,4 @@
-"""Time of one optimizer step on the small GPT: mean, median and slowest, as ratios to torch AdamW's in the same run.
+"""Measures the time of an optimizer step on the small GPT: mean, median and slowest, and the ratio to torch AdamW's.
 
     python -m benchmarks.step_time [--preconditioner shampoo soap kl_shampoo] [--refresh sync staggered]
 
@@ -24,11 +24,11 @@ from benchmarks.contestants import REFRESHES, RULES, Contestant, adamw, missing_
 from benchmarks.gpt import Size, batch, build
 from benchmarks.report import machine, mean, ratio_of_means, slowest, table
 
-TOKENS = 512  # a step, for the gradients
+TOKENS = 512  # per step, to compute the gradients
 
 
 def clock(device: torch.device) -> float:
-    """Seconds of CPU time of this process, or of wall time after the device has finished."""
+    """Return seconds: CPU time of this process or, for an accelerator, wall time after the device has finished."""
     if device.type == "cpu":
         return time.process_time()
     torch.accelerator.synchronize()
@@ -45,7 +45,7 @@ class Runner:
         self.seconds: list[float] = []
 
     def step(self, source: nn.Module, counted: bool) -> None:
-        """Take the source's gradients and step; some optimizers change them, so these are copies."""
+        """Step with copies of the source's gradients, because some optimizers change them."""
         for mine, theirs in zip(self.model.parameters(), source.parameters(), strict=True):
             assert theirs.grad is not None
             mine.grad = theirs.grad.clone()
@@ -60,7 +60,7 @@ class Runner:
 def run(
     contestants: Sequence[Contestant], size: Size, frequency: int, rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each counted step by contestant.
+    """Return the seconds of each counted step by contestant.
 
     The first two windows are not counted, because the preconditioners start in them.
     """
@@ -72,14 +72,14 @@ def run(
         model(batch(size, TOKENS, step, device)).backward()
         first = step % len(runners)
         for runner in runners[first:] + runners[:first]:
-            # Preconditioned from step `frequency`; the counting begins after step 2 * frequency.
+            # Preconditioning starts at step `frequency`, counting after step 2 * frequency.
             runner.step(model, counted=step >= 2 * frequency)
         trainer.step()
     return {runner.name: runner.seconds for runner in runners}
 
 
 def rows(seconds: dict[str, list[float]], base: str, frequency: int) -> list[list[object]]:
-    """Name, mean / median / slowest in milliseconds, mean over the base's, slowest over the own median."""
+    """Return name, mean / median / slowest in milliseconds, mean over the base's, and slowest over its own median."""
     out: list[list[object]] = []
     for name, steps in seconds.items():
         median, worst = statistics.median(steps), slowest(steps, frequency)
@@ -96,9 +96,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--width", type=int, default=256)
     made.add_argument("--block", type=int, default=256)
     made.add_argument("--frequency", type=int, default=10)
-    made.add_argument("--rounds", type=int, default=5, help="windows that are counted")
+    made.add_argument("--rounds", type=int, default=5, help="number of windows to measure")
     made.add_argument("--threads", type=int, default=1)
-    made.add_argument("--no-peers", action="store_true", help="torch's AdamW and ours only")
+    made.add_argument("--no-peers", action="store_true", help="only torch's AdamW and ours")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return made
 

@@ -36,7 +36,7 @@ from text_data import find_text_files, load_documents, pack_tokens, split_held_o
 
 HERE = Path(__file__).resolve().parent
 
-# What differs from the Trainer's own defaults; the command line overrides each.
+# Differences from the Trainer's own defaults; the command line overrides each.
 DEFAULTS: dict[str, Any] = {
     "deepspeed": str(HERE / "ds_zero2_shampoo.json"),
     "learning_rate": 3e-3,
@@ -60,7 +60,7 @@ class ExampleArguments(LanguageModelArguments):
 
 
 class LossInProgressBar(ProgressCallback):
-    """Shows the loss in the bar and keeps it with the time since training began."""
+    """Shows the loss in the progress bar, and keeps it with the time since training began."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class LossInProgressBar(ProgressCallback):
 def prepare_data(
     example: ExampleArguments, training: TrainingArguments
 ) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset]:
-    """The tokenizer and the sequences: one rank per machine writes them to files, all ranks read these."""
+    """Return the tokenizer and the sequences: one rank per machine writes them to files, all ranks read the files."""
     files = find_text_files(example.text_dir)
     folder = Path(training.output_dir) / "data"
     tokenizer_at, rows_at = folder / "tokenizer", folder / "sequences"
@@ -126,7 +126,7 @@ def main() -> None:
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(progress)
-    # Under ZeRO-3 the tensors themselves are empty by now.
+    # Under ZeRO-3 the tensors themselves are already empty here.
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     if trainer.is_world_process_zero():
         print(f"{parameters / 1e6:.1f} M parameters, {len(train)} sequences of {example.sequence_length} tokens")

@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/ddp_loop.py           # two CPU ranks
     torchrun --nproc_per_node 8 examples/ddp_loop.py --model HuggingFaceTB/SmolLM2-135M --text_dir my_texts/ --bf16
 
-Shampoo is given the wrapped model. It finds DDP's process group there and divides the blocks among its ranks, so each
-rank keeps the state, and computes the roots, of its share only. Without `model=` every rank would do all of the work.
+Shampoo is given the wrapped model. It finds DDP's process group there and divides the blocks among its ranks. So each
+rank keeps state and computes roots only for its share. Without `model=` every rank would do all of the work.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a script starts DeepSpeed: through a launcher, on accelerators or, if asked to, on the CPU."""
+"""Starts DeepSpeed in a script that a launcher has started, on accelerators or, on request, on the CPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ HAS_ACCELERATOR = torch.accelerator.is_available() and os.environ.get("DS_ACCELE
 
 
 def prepare_deepspeed(use_cpu: bool) -> None:
-    """Make this process one of DeepSpeed's ranks; call it before a model is built."""
+    """Make this process one of DeepSpeed's ranks; call this before a model is built."""
     if "RANK" not in os.environ:
-        raise SystemExit("DeepSpeed needs a launcher, on one device too: start with deepspeed or torchrun")
+        raise SystemExit("DeepSpeed needs a launcher, even on one device: start with deepspeed or torchrun")
     if not use_cpu:
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -23,7 +23,7 @@ def prepare_deepspeed(use_cpu: bool) -> None:
 
     # Saves a minute of C++ build: this extension only speeds up inference on CPUs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # On GPUs the Trainer does this; without it ZeRO-3 would build the model as if there were one rank.
+    # On GPUs the Trainer does this; without it, ZeRO-3 would build the model as if there were only one rank.
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     # Without this delay, a gloo thread that waits for the interpreter may abort the process at its exit (torch 2.13).
     # Shampoo adds the delay by itself; AdamW, which the demo also trains, does not.

@@ -1,4 +1,4 @@
-"""Compares the loss logs of several training runs: one picture and one table."""
+"""Compares the loss logs of several training runs, in one picture and one table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WINDOW = 25
 
 @dataclass(frozen=True)
 class Background:
-    """Colours that can be read on a background; the background itself stays transparent, or is white."""
+    """Colours that are readable on a light or dark background; the picture's own is transparent or white."""
 
     runs: tuple[str, ...]
     text: str
@@ -24,7 +24,7 @@ class Background:
     transparent: bool = True
 
     def settings(self) -> dict[Any, Any]:
-        """For matplotlib; the same numbers give the same file, byte for byte."""
+        """Return settings for matplotlib with which the same numbers give the same file, byte for byte."""
         lines = dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor"), self.text)
         return lines | {"text.color": self.text, "grid.color": self.muted, "svg.hashsalt": "demo"}
 
@@ -61,7 +61,7 @@ class Run:
         )
 
     def first_at_most(self, loss: float) -> int | None:
-        """Index of the first smoothed loss that is no higher than `loss`, past the partly filled window."""
+        """Return the index of the first smoothed loss that is at most `loss`, after the first full window, or None."""
         return next((i for i, x in enumerate(self.loss) if i + 1 >= WINDOW and x <= loss), None)
 
 
@@ -71,7 +71,7 @@ def trailing_mean(values: list[float], window: int) -> list[float]:
 
 
 def draw(runs: list[Run], title: str, path: Path, background: Background = WHITE) -> None:
-    """Draw loss against steps and against seconds; the last run's final loss is the line to beat."""
+    """Plot loss against steps and against seconds; a line shows the last run's final loss."""
     with rc_context(background.settings()):
         figure = Figure(figsize=(10, 3.5), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
@@ -106,7 +106,7 @@ def draw(runs: list[Run], title: str, path: Path, background: Background = WHITE
 
 
 def table(runs: list[Run]) -> str:
-    """One line per run; the others are timed until they reach the last run's final loss."""
+    """Return a table with one line per run; it says when each run reaches the last run's final loss."""
     target = runs[-1]
     header = ("optimizer", "lr", "train loss", "held-out loss", "steps", "seconds", "ms/step", "reaches*")
     lines = [header]

@@ -29,7 +29,7 @@ from language_model import (
 )
 from shampoo_deepspeed.integrations.trainer import ShampooTrainer, deferred
 
-# What differs from the Trainer's own defaults; the command line overrides each.
+# Differences from the Trainer's own defaults; the command line overrides each.
 DEFAULTS: dict[str, Any] = {
     **TRAINER_DEFAULTS,
     "learning_rate": 3e-3,

@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/fully_shard_loop.py   # two CPU ranks
     torchrun --nproc_per_node 8 examples/fully_shard_loop.py --model HuggingFaceTB/SmolLM2-135M --text_dir my_texts/
 
-Shampoo is given the sharded parameters like any optimizer. At the first step it reads from them what each rank holds.
+Shampoo is given the sharded parameters like any optimizer. At the first step they show it what each rank holds.
 With --bf16 the layers compute in bfloat16 from float32 shards, and gradients are summed in float32.
 """
 
@@ -22,7 +22,7 @@ from torch_loop import Ranks, load_batches, parse, process_group, train
 
 
 def shard(model: PreTrainedModel, ranks: Ranks, bf16: bool) -> None:
-    """Shard each decoder layer, which is then gathered by itself when it computes, and the rest with the root."""
+    """Shard each decoder layer, so that it is gathered separately when it computes, and the rest with the root."""
     mesh = init_device_mesh(ranks.device.type, (ranks.number,))
     policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]

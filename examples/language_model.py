@@ -1,4 +1,4 @@
-"""What the examples share: their arguments, a causal language model, and token sequences in memory."""
+"""Code that the examples share: their arguments, a causal language model, and token sequences in memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from transformers import (
 
 from text_data import find_text_files, first_characters, read_documents, token_rows, train_tokenizer
 
-TOKENIZER_CHARACTERS = 2_000_000  # what a new tokenizer is trained on
+TOKENIZER_CHARACTERS = 2_000_000  # length of the text that a new tokenizer is trained on
 NOWHERE = str(Path(tempfile.gettempdir()) / "shampoo_example")  # the Trainer wants a folder even if nothing is saved
 
 # Differences from the Trainer's own defaults in examples that print each loss and keep nothing.
@@ -33,14 +33,14 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "save_strategy": "no",
     "max_steps": 100,
     "logging_steps": 1,
-    "logging_nan_inf_filter": False,  # with it a diverged run would show its last finite loss
+    "logging_nan_inf_filter": False,  # with the filter, a diverged run would show its last finite loss
     "report_to": "none",
 }
 
 
 @dataclass
 class LanguageModelArguments:
-    """Which model, on which text."""
+    """The model and the text."""
 
     model: str | None = field(default=None, metadata={"help": "Hub id or folder; default: a small new Llama"})
     text_dir: str | None = field(
@@ -54,7 +54,7 @@ class LanguageModelArguments:
 
 @dataclass
 class ShampooArguments:
-    """The options of Shampoo that matter most; all of them are in the README."""
+    """The options of Shampoo that matter most; docs/options.md lists all."""
 
     precondition_frequency: int = field(default=10, metadata={"help": "Steps between two refreshes of the roots"})
     max_preconditioner_dim: int = field(default=256, metadata={"help": "Block size; 1024 on GPUs"})
@@ -66,7 +66,7 @@ class ShampooArguments:
 
 @dataclass
 class LoopArguments:
-    """A plain training loop; the Trainer has these names too."""
+    """Arguments of a plain training loop, with the Trainer's names."""
 
     max_steps: int = field(default=100, metadata={"help": "Optimizer steps"})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Sequences per rank and step"})
@@ -74,17 +74,17 @@ class LoopArguments:
     weight_decay: float = field(default=0.1)
     max_grad_norm: float = field(default=1.0)
     seed: int = field(default=42)
-    use_cpu: bool = field(default=False, metadata={"help": "Even if there are accelerators"})
+    use_cpu: bool = field(default=False, metadata={"help": "Use the CPU even if there are accelerators"})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16; weights stay float32"})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the model; default: it is not saved"})
 
     def options(self) -> dict[str, Any]:
-        """Shampoo's options among these; norms and biases do not decay, as with the Trainer."""
+        """Return Shampoo's options among these; norms and biases do not decay, as with the Trainer."""
         return {"lr": self.learning_rate, "weight_decay": self.weight_decay, "no_decay": ["*norm*", "*bias*"]}
 
 
 class PrintLoss(TrainerCallback):
-    """One line per logged loss, on the first rank."""
+    """Prints one line per logged loss, on the first rank."""
 
     def on_log(
         self,
@@ -101,7 +101,7 @@ class PrintLoss(TrainerCallback):
 def make_tokenizer(
     arguments: LanguageModelArguments, texts: Iterable[str] | Iterable[list[str]]
 ) -> PreTrainedTokenizerBase:
-    """The given model's tokenizer, or for a new model one that is trained on the texts."""
+    """Return the given model's tokenizer or, for a new model, one that is trained on the texts."""
     if arguments.model is not None:
         return AutoTokenizer.from_pretrained(arguments.model)
     return train_tokenizer(texts, arguments.vocab_size)
@@ -110,14 +110,14 @@ def make_tokenizer(
 def load_trainer_text(
     arguments: LanguageModelArguments, training: TrainingArguments
 ) -> tuple[PreTrainedTokenizerBase, list[dict[str, Tensor]]]:
-    """The tokenizer, and as many sequences as a Trainer takes; every token but the first is a target."""
+    """Return the tokenizer, and as many sequences as a Trainer takes; every token but the first is a target."""
     rows = training.max_steps * training.train_batch_size * training.world_size * training.gradient_accumulation_steps
     tokenizer, sequences = load_text(arguments, rows, training.seed)
     return tokenizer, [{"input_ids": row, "labels": row} for row in sequences]
 
 
 def load_text(arguments: LanguageModelArguments, rows: int, seed: int) -> tuple[PreTrainedTokenizerBase, Tensor]:
-    """The tokenizer, and int64 [rows, sequence_length] in random order, the same on every rank. Writes nothing."""
+    """Return the tokenizer, and int64 [rows, sequence_length] in random order, the same on every rank."""
     files = find_text_files(arguments.text_dir)
     tokenizer = make_tokenizer(arguments, first_characters(read_documents(files, seed), TOKENIZER_CHARACTERS))
     sequences = token_rows(read_documents(files, seed), tokenizer, rows, arguments.sequence_length)
@@ -125,7 +125,7 @@ def load_text(arguments: LanguageModelArguments, rows: int, seed: int) -> tuple[
 
 
 def build_model(arguments: LanguageModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The given model, or a new small Llama, with float32 weights, which frameworks cast under --bf16."""
+    """Build the given model, or a new small Llama, with float32 weights, which frameworks cast under --bf16."""
     if arguments.model is not None:
         return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     config = LlamaConfig(

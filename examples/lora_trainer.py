@@ -40,7 +40,7 @@ from language_model import (
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
 from shampoo_deepspeed.integrations.trainer import ShampooTrainer, deferred
 
-# What differs from the Trainer's own defaults; the command line overrides each.
+# Differences from the Trainer's own defaults; the command line overrides each.
 DEFAULTS: dict[str, Any] = {
     **TRAINER_DEFAULTS,
     "learning_rate": 1e-3,
@@ -63,7 +63,7 @@ class LoraArguments:
 
 
 def preconditioning(lora: LoraArguments) -> dict[str, Any]:
-    """Shampoo's options for matrices with one short side. Nothing else here is special to LoRA."""
+    """Return Shampoo's options for matrices with one short side. Nothing else here is special to LoRA."""
     return {
         "max_preconditioner_dim": lora.max_preconditioner_dim or 4 * lora.lora_rank,
         "precondition_frequency": lora.precondition_frequency,
@@ -71,7 +71,7 @@ def preconditioning(lora: LoraArguments) -> dict[str, Any]:
 
 
 def numbers_in_factors(model: nn.Module, block: int) -> int:
-    """How many numbers the factor matrices of the trained matrices have, at a block size."""
+    """Return how many numbers the factor matrices of the trained matrices have, at a block size."""
     matrices = [tuple(p.shape) for p in model.parameters() if p.requires_grad and p.ndim == 2]
     return sum(n * n for shape in matrices for box in cut_into_blocks(shape, block) for n in box.lengths)
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-# Test data of the standard library holds files in deliberately broken encodings.
+# Test data of the standard library includes files in deliberately broken encodings.
 NOT_LIBRARY_SOURCE = {"site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3"}
 
 
 def find_text_files(text: str | None) -> list[str]:
-    """Files to train on: `text` itself, all text files below it, or the sources of Python's library."""
+    """Return the files to train on: `text` itself, all text files in it, or the sources of Python's library."""
     if text is None:
         root = Path(sysconfig.get_path("stdlib"))
         files = [p for p in root.rglob("*.py") if NOT_LIBRARY_SOURCE.isdisjoint(p.relative_to(root).parts)]
@@ -31,7 +31,7 @@ def find_text_files(text: str | None) -> list[str]:
     else:
         raise FileNotFoundError(f"--text_dir {text}: no such file or folder")
     if not files:
-        raise ValueError(f"no text files below {text or root}")
+        raise ValueError(f"no text files in {text or root}")
     return sorted(str(p) for p in files)
 
 
@@ -44,7 +44,7 @@ def _is_visible_text(path: Path, root: Path) -> bool:
 
 
 def load_documents(files: list[str], cache_dir: Path) -> Dataset:
-    """One row per file. Everything is read from the disk; no hub is contacted."""
+    """Load one row per file. Everything is read from disk; no hub is contacted."""
     # Its progress bar would say "Downloading" for local files.
     disable_progress_bars()
     documents = load_dataset(
@@ -60,13 +60,13 @@ def load_documents(files: list[str], cache_dir: Path) -> Dataset:
 
 
 def read_documents(files: list[str], seed: int) -> Iterator[str]:
-    """The files' texts in random order, the same on every rank. Files are read only as they are needed."""
+    """Yield the files' texts in random order, the same on every rank. Files are read only when they are needed."""
     for file in random.Random(seed).sample(files, len(files)):
         yield Path(file).read_text(encoding="utf-8", errors="replace")
 
 
 def first_characters(documents: Iterable[str], characters: int) -> Iterator[str]:
-    """Documents until they have that many characters in total."""
+    """Yield documents until they have that many characters in total."""
     for document in documents:
         yield document
         characters -= len(document)
@@ -75,7 +75,7 @@ def first_characters(documents: Iterable[str], characters: int) -> Iterator[str]
 
 
 def train_tokenizer(texts: Iterable[str] | Iterable[list[str]], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, which can encode any text."""
+    """Train a byte-level BPE, which can encode any text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -90,14 +90,14 @@ def train_tokenizer(texts: Iterable[str] | Iterable[list[str]], vocab_size: int)
 
 
 def token_lists(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens of each text, with the one that ends it."""
+    """Return the tokens of each text, including the one that ends it."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
     return [ids + end for ids in encoded]
 
 
 def pack_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
-    """Joins the tokens of the documents and cuts them into rows of `length` tokens, without padding."""
+    """Join the tokens of the documents and cut them into rows of `length` tokens, without padding."""
 
     def pack(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         tokens = list(chain.from_iterable(token_lists(batch["text"], tokenizer)))
@@ -109,7 +109,7 @@ def pack_tokens(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: 
 
 
 def token_rows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> Tensor:
-    """The first `rows` sequences of `length` tokens, as int64 [rows, length], in memory.
+    """Return the first `rows` sequences of `length` tokens, as int64 [rows, length], in memory.
 
     Raises:
         ValueError: if the text is shorter.
@@ -119,13 +119,13 @@ def token_rows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, row
         tokens += token_lists([document], tokenizer)[0]
         if len(tokens) >= rows * length:
             return torch.tensor(tokens[: rows * length]).view(rows, length)
-    raise ValueError(f"the text has {len(tokens)} tokens, and {rows} sequences of {length} need {rows * length}")
+    raise ValueError(f"the text has {len(tokens)} tokens, but {rows} sequences of {length} need {rows * length}")
 
 
 def split_held_out(rows: Dataset, fraction: float, at_most: int) -> tuple[Dataset, Dataset]:
-    """Training rows and held-out rows, the last ones; with documents in random order these are never trained on."""
+    """Return the training rows, and the last rows, which are held out. Documents must be in random order."""
     held_out = min(at_most, int(len(rows) * fraction))
     if held_out < 1:
-        raise ValueError(f"the text gives {len(rows)} sequences, too few to train on and to hold some out")
+        raise ValueError(f"the text gives {len(rows)} sequences, which is too few to train on and to hold some out")
     first = len(rows) - held_out
     return rows.select(range(first)), rows.select(range(first, len(rows)))

@@ -24,7 +24,7 @@ class Ranks(NamedTuple):
 
 
 def parse() -> tuple[LanguageModelArguments, ShampooArguments, LoopArguments]:
-    """The command line."""
+    """Parse the command line."""
     parser = HfArgumentParser((LanguageModelArguments, ShampooArguments, LoopArguments))
     example, shampoo, loop = parser.parse_args_into_dataclasses()
     return example, shampoo, loop
@@ -32,9 +32,9 @@ def parse() -> tuple[LanguageModelArguments, ShampooArguments, LoopArguments]:
 
 @contextmanager
 def process_group(use_cpu: bool) -> Iterator[Ranks]:
-    """Join the process group, for as long as the context lasts."""
+    """Join the process group while the context lasts."""
     if "RANK" not in os.environ:
-        raise SystemExit("start with a launcher, on one device too: torchrun --nproc_per_node 1 ...")
+        raise SystemExit("start with a launcher, even on one device: torchrun --nproc_per_node 1 ...")
     device = torch.device("cpu")
     accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
@@ -50,7 +50,7 @@ def process_group(use_cpu: bool) -> Iterator[Ranks]:
 def load_batches(
     example: LanguageModelArguments, loop: LoopArguments, ranks: Ranks
 ) -> tuple[PreTrainedTokenizerBase, list[Tensor]]:
-    """The tokenizer, and this rank's part of each global batch: the same rows per step on any number of ranks."""
+    """Return the tokenizer, and this rank's part of each global batch, which is the same on any number of ranks."""
     count = loop.max_steps * loop.per_device_train_batch_size * ranks.number
     tokenizer, rows = load_text(example, count, loop.seed)
     return tokenizer, [batch.chunk(ranks.number)[ranks.rank] for batch in rows.to(ranks.device).chunk(loop.max_steps)]

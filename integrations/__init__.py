@@ -1,1 +1,1 @@
-"""Adapters: one file per framework, each imports the core and (lazily) its framework only."""
+"""Adapters, one file or folder per framework; each imports only the core and, as late as possible, its framework."""

@@ -1,8 +1,8 @@
-"""Plain accelerate loops: ``prepare`` around ``Accelerator.prepare``, and what the Trainer's adapter shares with it.
+"""Plain accelerate loops: ``prepare`` wraps ``Accelerator.prepare``. Its checks also serve the Trainer's adapter.
 
 ``accelerator.prepare(model, Shampoo(...))`` alone trains the same parameters in a single process and under DDP, FSDP1,
-FSDP2 and DeepSpeed. It does not divide the work among DDP's replicas, nor save and load Shampoo's state with
-``save_state``, nor notice if another optimizer trains.
+FSDP2 and DeepSpeed. But it does not divide the work among DDP's replicas, and ``save_state`` then does not include
+Shampoo's state. Nor does it notice if another optimizer trains.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ __all__ = ["prepare"]
 
 
 def prepare(accelerator: Accelerator, *objects: Any) -> Any:
-    """``model, optimizer, loader = prepare(accelerator, model, Shampoo(model.named_parameters(), ...), loader)``.
+    """Prepare a model and its Shampoo, as ``accelerator.prepare(*objects)`` does, and return what that returns.
 
-    Returns what ``accelerator.prepare(*objects)`` returns, and does more: under DDP the work is divided among the
-    replicas, ``accelerator.save_state`` and ``load_state`` carry the state, and it is an error if another optimizer
-    would train silently. FSDP1 with ``use_orig_params=False`` needs two steps: first
-    ``model = accelerator.prepare(model)``, then Shampoo is built with ``model=model`` and prepared.
+    ``model, optimizer, loader = prepare(accelerator, model, Shampoo(model.named_parameters(), ...), loader)``
+
+    In addition, the work is divided among the replicas under DDP, and ``accelerator.save_state`` and ``load_state``
+    include Shampoo's state. It is an error if another optimizer would silently train. FSDP1 with
+    ``use_orig_params=False`` needs two steps: first ``model = accelerator.prepare(model)``, then Shampoo is built with
+    ``model=model`` and prepared.
 
     Raises:
-        TypeError: if not exactly one Shampoo is among the objects, or more than one model.
+        TypeError: if the objects do not hold exactly one Shampoo, or hold more than one model.
         ValueError: if accelerate would replace the optimizer, or has replaced the parameters that it was built from.
-        RuntimeError: if it is not Shampoo that trains afterwards.
+        RuntimeError: if another optimizer than Shampoo trains afterwards.
     """
     optimizers = [place for place, given in enumerate(objects) if isinstance(given, Shampoo)]
     models = [place for place, given in enumerate(objects) if isinstance(given, nn.Module)]
     if len(optimizers) != 1 or len(models) > 1:
-        raise TypeError(f"give one Shampoo and its model; here are {len(optimizers)} of Shampoo, {len(models)} models")
+        raise TypeError(f"pass one Shampoo and its model; got {len(optimizers)} Shampoo, {len(models)} models")
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
         refuse_offload(plugin.hf_ds_config.config)
@@ -45,7 +47,7 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
     everything = prepared if isinstance(prepared, (tuple, list)) else [prepared]
     optimizer = everything[optimizers[0]]
     check_inner_optimizer(
-        optimizer, 'give prepare() a Shampoo, and leave "optimizer" out of the DeepSpeed configuration'
+        optimizer, 'pass a Shampoo to prepare(), and leave "optimizer" out of the DeepSpeed configuration'
     )
     if models and plugin is None:
         model, inner = everything[models[0]], inner_optimizer(optimizer)
@@ -61,7 +63,7 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
 
 
 def refuse_foreign_parameters(model: nn.Module, optimizer: Shampoo, remedy: str) -> None:
-    """Raise if an optimizer would train another model's parameters.
+    """Raise an error if an optimizer would train another model's parameters.
 
     Raises:
         ValueError: with the remedy.
@@ -77,10 +79,10 @@ def refuse_foreign_parameters(model: nn.Module, optimizer: Shampoo, remedy: str)
 
 
 def check_inner_optimizer(optimizer: object, remedy: str) -> Shampoo:
-    """The Shampoo that trains.
+    """Return the Shampoo that trains.
 
     Raises:
-        RuntimeError: if it is another optimizer.
+        RuntimeError: if another optimizer trains; the message ends with the remedy.
     """
     inner = inner_optimizer(optimizer)
     if not isinstance(inner, Shampoo):
@@ -90,7 +92,7 @@ def check_inner_optimizer(optimizer: object, remedy: str) -> Shampoo:
 
 
 def refuse_offload(config: Mapping[str, Any]) -> None:
-    """Raise for a DeepSpeed configuration with which accelerate replaces the optimizer.
+    """Raise an error for a DeepSpeed configuration with which accelerate replaces the optimizer.
 
     Raises:
         ValueError: with the line to write.

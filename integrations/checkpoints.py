@@ -1,8 +1,8 @@
-"""Checkpoints of the Hugging Face Trainer and of accelerate: Shampoo's state in a folder of theirs.
+"""Checkpoints of the Hugging Face Trainer and of accelerate, with Shampoo's state in a subfolder.
 
-Their own optimizer files are written by one rank, or by tools that know tensors in the shape of parameters only. So
-every rank writes the blocks that it owns by ``save_shampoo``, and their files hold the options and a note of where the
-state is. DeepSpeed's engine does this by itself.
+Their own optimizer files are written by one rank, or by tools that only handle tensors in the shape of parameters. So
+every rank writes the blocks that it owns by ``save_shampoo``, and those files hold only the options and a note of where
+the state is. DeepSpeed needs nothing from this file (see ``deepspeed/checkpoints.py``).
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class TrainerCheckpoints(_BeforeATrainer):
     """Part of ``ShampooTrainerMixin``: ``checkpoint-N/shampoo`` is written first, ``trainer_state.json`` last."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As the Trainer's, but ``True`` means the newest checkpoint that is complete.
+        """Train as the Trainer does, but resume from the newest complete checkpoint if ``True`` is given.
 
         Raises:
-            ValueError: if there are checkpoints, and none is complete.
+            ValueError: if there are checkpoints but none is complete.
         """
         if resume_from_checkpoint is True:
             assert self.args.output_dir is not None  # TrainingArguments fill it in
@@ -54,7 +54,7 @@ class TrainerCheckpoints(_BeforeATrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
-        """Writes into a folder that is there already make it incomplete until they are through."""
+        """Save a checkpoint; if its folder exists already, mark it as incomplete until everything is written."""
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (folder / TRAINER_STATE).unlink(missing_ok=True)
@@ -79,10 +79,11 @@ class TrainerCheckpoints(_BeforeATrainer):
 
 
 def add_to_save_state(accelerator: Accelerator, optimizer: object) -> None:
-    """Let ``accelerator.save_state`` and ``load_state`` carry Shampoo's state, in the folder ``shampoo`` in theirs.
+    """Make ``accelerator.save_state`` and ``load_state`` include Shampoo's state, in a subfolder ``shampoo``.
 
-    Call it after ``accelerator.prepare``; ``prepare`` of this package does. Both must then be called on all ranks, as
-    they are anyway. A second Shampoo's folder is ``shampoo_1``, and so on, in the order of these calls.
+    Call this function after ``accelerator.prepare``; ``prepare`` of this package does so. As always with accelerate,
+    call ``save_state`` and ``load_state`` on all ranks. A second Shampoo's folder is ``shampoo_1``, and so on, in the
+    order of these calls.
 
     Raises:
         TypeError: if the optimizer is not Shampoo.
@@ -114,7 +115,7 @@ def add_to_save_state(accelerator: Accelerator, optimizer: object) -> None:
         with inner.with_external_state({"folder": name}):
             load_state(*args, **kwargs)
         folder = loaded_from[-1] / name
-        if folder.is_dir() or not inner.has_state:  # one process may have saved without us
+        if folder.is_dir() or not inner.has_state:  # a single process may have saved without this hook
             load_shampoo(inner, folder)
 
     accelerator.register_save_state_pre_hook(write)
@@ -125,10 +126,10 @@ def add_to_save_state(accelerator: Accelerator, optimizer: object) -> None:
 
 
 def check_resumed(optimizer: Shampoo, state: TrainerState, required: bool = True) -> None:
-    """Raise or warn if the weights and steps are those of a checkpoint, but the optimizer is new.
+    """Raise an error or warn if training resumes with a fresh optimizer.
 
     Args:
-        required: False warns only, and the optimizer starts with new state.
+        required: if False, only warn, and let the optimizer start with new state.
 
     Raises:
         CheckpointError: if the Trainer has resumed and the optimizer has not.
@@ -136,24 +137,26 @@ def check_resumed(optimizer: Shampoo, state: TrainerState, required: bool = True
     if not state.global_step or optimizer.has_state:
         return
     what = (
-        f"the Trainer goes on from step {state.global_step}, but its checkpoint gave no state to Shampoo: it was saved "
-        "with save_only_model=True, or has lost files, or it was written by ShampooTrainer (then it has a folder "
+        f"the Trainer resumes from step {state.global_step}, but its checkpoint has no Shampoo state: it was saved "
+        "with save_only_model=True, or files are missing, or it was written by ShampooTrainer (then it has a folder "
         f"{FOLDER!r}) and is read by another Trainer"
     )
     if required:
         raise CheckpointError(
-            f"{what}. Resume by ShampooTrainer, or let the optimizer start with new state by a ShampooCallback whose "
-            "require_state is False"
+            f"{what}. Resume with ShampooTrainer, or let the optimizer start with new state: set require_state to "
+            "False on a ShampooCallback"
         )
     logger.warning("%s; the optimizer starts with new state", what)
     optimizer.take_state(SavedState())
 
 
 def newest_complete(output_dir: str | os.PathLike[str]) -> str | None:
-    """The newest complete ``checkpoint-N`` in a folder of the Trainer; a warning names newer ones. None without any.
+    """Return the newest complete ``checkpoint-N`` in a Trainer's folder, or None if there are no checkpoints.
+
+    A warning names each newer, incomplete checkpoint.
 
     Raises:
-        ValueError: if there are checkpoints, and none is complete.
+        ValueError: if there are checkpoints but none is complete.
     """
     found = {}
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -173,17 +176,17 @@ def newest_complete(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def what_is_missing(checkpoint: Path) -> str | None:
-    """Why training cannot go on from a folder of the Trainer, or None. Contents are checked when they are loaded."""
+    """Return why training cannot resume from a Trainer's checkpoint, or None. Its contents are not checked here."""
     try:
         json.loads((checkpoint / TRAINER_STATE).read_bytes())
     except (OSError, ValueError) as error:
-        return f"its saving was interrupted ({TRAINER_STATE}: {error})"
-    latest = checkpoint / "latest"  # DeepSpeed's name of the folder that its engine has written
+        return f"its save was interrupted ({TRAINER_STATE}: {error})"
+    latest = checkpoint / "latest"  # a file of DeepSpeed's that names the folder that its engine has written
     folder = checkpoint / latest.read_text().strip() if latest.is_file() else checkpoint
     if (folder / FOLDER).is_dir():
         return _cut_short(folder / FOLDER)
     if not latest.is_file() and not any(checkpoint.glob("optimizer*")):
-        return "it holds no state of the optimizer, as with save_only_model=True"
+        return "it holds no optimizer state, as with save_only_model=True"
     return None if folder.is_dir() else f"{folder} is missing"
 
 

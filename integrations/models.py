@@ -1,4 +1,4 @@
-"""The parameters of any Transformers model, from its configuration alone: built on the meta device, no weights."""
+"""Finds the parameters of any Transformers model from its configuration: built on the meta device, without weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 
 
 def transformers_parameters(model: str) -> list[Parameter] | None:
-    """Parameters of the causal language model of a Hugging Face id, a folder or a config.json.
+    """Return the parameters of the causal language model of a Hugging Face id, a folder or a config.json.
 
-    None if Transformers is not installed or finds no such configuration; then its reason is logged.
+    Returns None if Transformers is not installed, or if it finds no such configuration; its reason is then logged.
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,7 +1,7 @@
-"""torch.distributed.checkpoint.state_dict: what its helpers get as the state of an optimizer.
+"""Gives the optimizer's state to the helpers in torch.distributed.checkpoint.state_dict, in a form that they handle.
 
-``get_optimizer_state_dict`` and ``set_optimizer_state_dict`` call ``optimizer.state_dict()`` as anybody does, but on
-all ranks, and take only tensors that they can gather or shard. torch has no hook by which an optimizer could know them.
+``get_optimizer_state_dict`` and ``set_optimizer_state_dict`` call ``optimizer.state_dict()`` on all ranks. They accept
+only tensors that they can gather or shard. torch has no hook by which an optimizer could recognise them.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ HELPERS = "torch.distributed.checkpoint.state_dict"
 
 
 def helpers_ask() -> bool:
-    """Whether torch's helpers are asking for a state dict right now."""
+    """Whether one of torch's helpers is calling."""
     return frame_in_module(HELPERS) is not None
 
 
 class TorchCheckpointAdapter(Adapter):
-    """The adapter of torch's helpers, which shard nothing themselves."""
+    """The adapter for torch's helpers, which shard nothing themselves."""
 
     def layouts(self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[NewTensor]) -> None:
-        """None: DTensors are those of FSDP2's adapter, other tensors are whole."""
+        """Return None: FSDP2's adapter describes DTensors, and other tensors are unsharded."""
 
     def state_entries(self, optimizer: BlockOptimizer) -> dict[int, dict[str, Tensor]] | None:
-        """The state in the form that the helpers can carry, or a note that it is external. A collective."""
+        """Return the state in a form that the helpers handle, or a note that it is external. This is a collective."""
         if not helpers_ask():
             return None
         if optimizer.state_is_external:

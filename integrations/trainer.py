@@ -1,9 +1,9 @@
-"""The Hugging Face Trainer: ``optimizers=`` under every framework, a factory for the stock Trainer, a check.
+"""The Hugging Face Trainer: ``optimizers=`` under every framework, a factory for the stock Trainer, and a callback.
 
-The stock Trainer takes a finished optimizer in a single process and under DDP only: under FSDP it raises, under
-DeepSpeed it silently trains with AdamW. Its ``optimizer_cls_and_kwargs=`` works everywhere, so all ways here use it. It
-calls what it is given without arguments, and the result with the model. ``optim="shampoo"`` is one more name for the
-same factory.
+The stock Trainer takes a finished optimizer only in a single process and under DDP: under FSDP it raises an error,
+under DeepSpeed it silently trains with AdamW. Its ``optimizer_cls_and_kwargs=`` works everywhere, so all ways here use
+it. The Trainer calls that factory without arguments, and its result with the model. ``optim="shampoo"`` is another name
+for the same factory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("shampoo_deepspeed")
 
-# Names of weight-decayed parameters, as Trainer.get_decay_parameter_names gives them for a model.
+# From a model to the names of its weight-decayed parameters, like Trainer.get_decay_parameter_names.
 DecayRule = Callable[[nn.Module], list[str]]
 
 PREFIX = "shampoo/"
@@ -58,24 +58,26 @@ __all__ = [
 
 
 def register_with_transformers() -> None:
-    """Makes ``TrainingArguments(optim="shampoo", optim_args="precondition_frequency=5,betas=0.9;0.95")`` known.
+    """Make ``TrainingArguments(optim="shampoo", optim_args="precondition_frequency=5,betas=0.9;0.95")`` work.
 
-    Call it before TrainingArguments are made or read from ``training_args.bin``, as often as you like. The learning
-    rate, weight decay, betas and eps are those of TrainingArguments unless ``optim_args`` gives them; lists are
+    Call it before TrainingArguments are built or read from ``training_args.bin``; further calls change nothing. The
+    learning rate, weight decay, betas and eps come from TrainingArguments unless ``optim_args`` gives them. Lists are
     written with semicolons.
 
     Raises:
-        RuntimeError: if this version of Transformers keeps its names in another way.
+        RuntimeError: if this version of Transformers keeps its names of optimizers in another way.
     """
     add_name(lambda arguments: _named(arguments).filled(arguments), ShampooFactory)
 
 
 class ShampooFactory:
-    """``Trainer(..., optimizer_cls_and_kwargs=(ShampooFactory, {"lr": 1e-3, "weight_decay": 0.1}))``.
+    """Builds Shampoo for the stock Trainer.
 
-    Builds Shampoo from the model, with the Trainer's two groups: norms and biases have no weight decay. With
-    ``no_decay`` among the options these patterns hold instead. Frozen parameters are left out. The learning rate
-    and weight decay of TrainingArguments are not known here, so they must be given.
+    ``Trainer(..., optimizer_cls_and_kwargs=(ShampooFactory, {"lr": 1e-3, "weight_decay": 0.1}))``
+
+    Shampoo gets the Trainer's two groups: norms and biases have no weight decay. If ``no_decay`` is among the options,
+    its patterns apply instead. Frozen parameters are left out. The factory does not see TrainingArguments, so give it
+    the learning rate and weight decay.
 
     Raises:
         ValueError: if the framework would replace the optimizer.
@@ -89,12 +91,12 @@ class ShampooFactory:
 
 @dataclass(frozen=True)
 class Deferred:
-    """Shampoo to be built from the model once the Trainer has one; made by ``deferred``."""
+    """Options of a Shampoo that is built when the Trainer has a model; returned by ``deferred``."""
 
     options: Mapping[str, Any]
 
     def filled(self, arguments: TrainingArguments) -> dict[str, Any]:
-        """The options, with the values of TrainingArguments in place of ``"auto"``, as in DeepSpeed's JSON."""
+        """Return the options, with ``"auto"`` replaced by the values of TrainingArguments, as in DeepSpeed's JSON."""
         known = {
             "lr": arguments.learning_rate,
             "betas": (arguments.adam_beta1, arguments.adam_beta2),
@@ -105,12 +107,14 @@ class Deferred:
 
 
 def deferred(lr: float | str = "auto", **options: Unpack[DeferredOptions]) -> Deferred:
-    """``ShampooTrainer(..., optimizers=(deferred(lr=1e-3, weight_decay=0.1), None))``: no parameters needed yet.
+    """Return a Shampoo for ``optimizers=`` that is built later, when the Trainer has a model.
+
+    ``ShampooTrainer(..., optimizers=(deferred(lr=1e-3, weight_decay=0.1), None))``
 
     Args:
         lr: learning rate; ``"auto"`` takes that of TrainingArguments. ``betas``, ``eps`` and ``weight_decay`` may be
-            ``"auto"`` too; not given they are Shampoo's own.
-        **options: as those of ``ShampooFactory``.
+            ``"auto"`` too; if they are not given, Shampoo's defaults are used.
+        **options: other options, as for ``ShampooFactory``.
     """
     return Deferred({"lr": lr, **options})
 
@@ -120,15 +124,16 @@ deferred.__signature__ = signature_with_options(deferred)  # type: ignore[attr-d
 
 # The Trainer's annotations are narrower than what it takes: LambdaLR for a scheduler, a class for a factory.
 class ShampooTrainerMixin(TrainerCheckpoints):
-    """Before any Trainer class: ``class MyTrainer(ShampooTrainerMixin, SFTTrainer)``.
+    """Adds Shampoo to any Trainer class: ``class MyTrainer(ShampooTrainerMixin, SFTTrainer)``.
 
     ``optimizers=(Shampoo(...) or deferred(...), scheduler or None)`` then works in a single process and under DDP,
-    FSDP and DeepSpeed (without "optimizer" in its JSON). Other optimizers go to the Trainer as they are. Under DDP a
-    deferred one divides its work over the replicas; a finished one does if it was given a ``process_group``.
-    ``optim="shampoo"`` is a deferred one. The Trainer's training logs get ``Shampoo.metrics()`` of the rank that logs.
+    FSDP and DeepSpeed (without "optimizer" in its JSON). Other optimizers are passed on to the Trainer. Under DDP, a
+    deferred Shampoo divides its work among the replicas; a finished one does if it was given a ``process_group``.
+    ``optim="shampoo"`` counts as deferred. The Trainer's training logs include ``Shampoo.metrics()`` of the rank that
+    logs.
 
     Raises:
-        ValueError: if the optimizer or its scheduler would not be the one that trains.
+        ValueError: if another optimizer or scheduler than the given one would train.
     """
 
     _given_scheduler: LRScheduler | None = None
@@ -140,7 +145,7 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         **kwargs: Any,
     ) -> None:
         if any(isinstance(value, tuple) and value and _is_ours(value[0]) for value in args):
-            raise TypeError("give optimizers=(...) by keyword")
+            raise TypeError("pass optimizers=(...) by keyword")
         optimizer, scheduler = optimizers
         if not _is_ours(optimizer):
             super().__init__(*args, optimizers=optimizers, **kwargs)  # type: ignore[arg-type, misc]
@@ -153,7 +158,7 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         self._take(optimizer, scheduler)
 
     def _take_name(self, optimizer: torch.optim.Optimizer | Deferred | None, scheduler: LRScheduler | None) -> None:
-        """``optim="shampoo"``, if nothing else is given."""
+        """Use ``optim="shampoo"`` if no optimizer is given in another way."""
         if optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim == NAME:
             named = _named(self.args)
             _check_scheduler(named, scheduler)
@@ -170,7 +175,7 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         else:
 
             def factory() -> Callable[..., Shampoo]:
-                # Now, and not before: a search for hyperparameters changes the arguments of the same Trainer.
+                # Read the arguments only now: a hyperparameter search changes those of the same Trainer.
                 options = (_named(self.args) if by_name else optimizer).filled(self.args)
                 if self.accelerator.distributed_type.value.startswith("MULTI_"):  # DDP
                     options.setdefault("process_group", dist.group.WORLD)
@@ -188,14 +193,14 @@ class ShampooTrainerMixin(TrainerCheckpoints):
             self.add_callback(ShampooCallback)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Training logs get the optimizer's metrics since the last one, for all that reads logs."""
+        """Add the optimizer's metrics since the last training log to each training log."""
         optimizer = inner_optimizer(self.optimizer)
         if "loss" in logs and isinstance(optimizer, Shampoo):
             logs = logs | _prefixed(optimizer.metrics())
         super().log(logs, *args, **kwargs)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> LRScheduler:
-        """The scheduler that was given, also under DeepSpeed, for which the Trainer has dropped it by now."""
+        """Return the given scheduler, also under DeepSpeed, where the Trainer has dropped it."""
         if self.lr_scheduler is None and self._given_scheduler is not None:
             self.lr_scheduler = self._given_scheduler  # type: ignore[assignment]
         return super().create_scheduler(*args, **kwargs)
@@ -206,19 +211,19 @@ class ShampooTrainer(ShampooTrainerMixin, Trainer):
 
 
 class ShampooCallback(TrainerCallback):
-    """Raises at the start of training if another optimizer trains: some frameworks replace one silently.
+    """Raises an error at the start of training if another optimizer trains: some frameworks silently replace Shampoo.
 
-    Also if the Trainer goes on from a checkpoint that gave no state to Shampoo, unless ``require_state`` is False;
-    then it starts with new state.
+    It also raises an error if the Trainer resumes from a checkpoint without Shampoo state. If ``require_state`` is
+    False, the optimizer then starts with new state instead.
 
     Args:
-        start_from: the folder with the ``manifest.json`` of an optimizer state that this training begins with, written
-            under any framework on any number of ranks (for one, a DeepSpeed checkpoint's ``global_stepN/shampoo``).
-            It brings no weights, and options are those of this run. If the Trainer resumes from a checkpoint of its
-            own, the state is from there.
+        start_from: a folder with the ``manifest.json`` of an optimizer state, with which this training begins. It may
+            be written under any framework on any number of ranks, for example a DeepSpeed checkpoint's
+            ``global_stepN/shampoo``. Weights are not loaded from it, and options are those of this run. If the Trainer
+            resumes from a checkpoint of its own, the state comes from there.
 
-    ``history`` holds ``Shampoo.metrics()`` of each training log, with its ``"step"``. The stock
-    Trainer's own logs are written before a callback sees them; for metrics in them take ``ShampooTrainerMixin``.
+    ``history`` holds ``Shampoo.metrics()`` of each training log, with its ``"step"``. The stock Trainer's own logs are
+    written before a callback sees them; to have metrics in the logs, use ``ShampooTrainerMixin``.
     """
 
     require_state = True
@@ -232,11 +237,11 @@ class ShampooCallback(TrainerCallback):
     ) -> None:
         inner = check_inner_optimizer(
             optimizer,
-            'give it by optim="shampoo", by ShampooTrainer(optimizers=...), by '
-            "Trainer(optimizer_cls_and_kwargs=(ShampooFactory, {...})), or, under DeepSpeed, as "
+            'select it by optim="shampoo", by ShampooTrainer(optimizers=...), by '
+            "Trainer(optimizer_cls_and_kwargs=(ShampooFactory, {...})), or, under DeepSpeed, by "
             '"optimizer": {"type": "Shampoo"} in its JSON',
         )
-        # A second train() of the same Trainer begins at step 0 too, and goes on with what the optimizer has.
+        # A second train() of the same Trainer begins at step 0 too, and continues with the optimizer's present state.
         if self.start_from is not None and state.global_step == 0 and not inner.has_state:
             load_shampoo(inner, self.start_from, options=False)
         if not (args.deepspeed and inner.external_state):  # the adapter loads it at the next step, or raises
@@ -253,15 +258,15 @@ class ShampooCallback(TrainerCallback):
     ) -> None:
         inner = inner_optimizer(optimizer)
         if logs is not None and "loss" in logs and isinstance(inner, Shampoo):
-            logged = {key: value for key, value in logs.items() if key.startswith(PREFIX)}  # by the mixin
+            logged = {key: value for key, value in logs.items() if key.startswith(PREFIX)}  # from the mixin
             self.history.append({"step": state.global_step, **(logged or _prefixed(inner.metrics()))})
 
 
 def build(model: nn.Module, options: Mapping[str, Any], rule: DecayRule) -> Shampoo:
-    """Shampoo for a model's trainable parameters, without weight decay for those that the rule leaves out."""
+    """Return Shampoo for a model's trainable parameters, without weight decay for those that the rule leaves out."""
     # FSDP1 leaves its own part out of some names.
     named = [(clean_name(n), p) for n, p in model.named_parameters() if p.requires_grad]
-    if any(is_flat(p) for _, p in named):  # many parameters each: the rule sees none of them
+    if any(is_flat(p) for _, p in named):  # the rule does not see the parameters inside a flat tensor
         options = {"no_decay": TRAINER_NO_DECAY, **options}
     decayed = {clean_name(n) for n in (dict(named) if "no_decay" in options else rule(model))}
     groups: list[dict[str, Any]] = [
@@ -287,23 +292,23 @@ class _Prebuilt:
             "model_init= makes a new model; use optimizers=(deferred(lr=...), None)",
         )
         for adapter in adapters():
-            adapter.attach_model(model)  # under FSDP1 it is wrapped by now
+            adapter.attach_model(model)  # under FSDP1 the model is wrapped by now
         return self.optimizer
 
 
 def _trainer_rule(model: nn.Module) -> list[str]:
-    """The Trainer's own rule, which looks at the model only."""
+    """Apply the Trainer's own rule, which looks only at the model."""
     return Trainer.get_decay_parameter_names(object.__new__(Trainer), model)
 
 
 def _named(arguments: TrainingArguments) -> Deferred:
-    """What ``optim_args`` asks for; the rest is to come from TrainingArguments."""
+    """Return the options in ``optim_args``; the Trainer's own options are "auto" unless they are given there."""
     given = options_from_text(arguments.optim_args or "")
     return Deferred(dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto") | given)
 
 
 def _json_names_shampoo(arguments: TrainingArguments) -> bool:
-    """Whether DeepSpeed's JSON asks for Shampoo, which accelerate may ignore (ACCELERATE_USE_CPU)."""
+    """Whether DeepSpeed's JSON asks for Shampoo; accelerate may ignore the JSON (ACCELERATE_USE_CPU)."""
     json = getattr(arguments, "hf_deepspeed_config", None)
     optimizer = json.config.get("optimizer", {}) if json is not None else {}
     return str(optimizer.get("type", "")).lower() == NAME
@@ -322,23 +327,23 @@ def _check_scheduler(optimizer: Shampoo | Deferred, scheduler: LRScheduler | Non
         return
     raise ValueError(
         "the scheduler in optimizers= was built for another optimizer and would not set this one's learning rate; "
-        "leave it out for the one of TrainingArguments, or give Shampoo(...) with a scheduler built for it"
+        "leave it out to use that of TrainingArguments, or pass Shampoo(...) with a scheduler built for it"
     )
 
 
 def _refuse_deepspeed(plugin: DeepSpeedPlugin | None, scheduler: LRScheduler | None) -> None:
-    """Raise for what would silently replace ``optimizers=`` in DeepSpeed's JSON."""
+    """Raise an error for entries of DeepSpeed's JSON that would silently replace ``optimizers=``."""
     if plugin is None:
         return
     config: Mapping[str, Any] = plugin.hf_ds_config.config
     if "optimizer" in config:
         raise ValueError(
-            'the DeepSpeed JSON has an "optimizer" section, and the Trainer would take that one and drop optimizers= '
+            'the DeepSpeed JSON has an "optimizer" section, and the Trainer would use that and drop optimizers= '
             "or optim=; leave out one of them"
         )
     if scheduler is not None and "scheduler" in config:
         raise ValueError(
-            'the DeepSpeed JSON has a "scheduler" section, and the Trainer would take that one and drop the scheduler '
+            'the DeepSpeed JSON has a "scheduler" section, and the Trainer would use that and drop the scheduler '
             "in optimizers=; leave out one of them"
         )
     refuse_offload(config)

@@ -1,4 +1,4 @@
-"""``TrainingArguments(optim="shampoo", optim_args="...")``: the name, and options as text."""
+"""``TrainingArguments(optim="shampoo", optim_args="...")``: registers the name and parses the options."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _DEFAULTS = {field.name: field.default for field in fields(ShampooConfig)}
 
 
 def options_from_text(text: str) -> dict[str, Any]:
-    """Options of the right types from the Trainer's ``optim_args``, ``"precondition_frequency=5,betas=0.9;0.95"``.
+    """Parse the Trainer's ``optim_args``, for example ``"precondition_frequency=5,betas=0.9;0.95"``.
 
-    Lists are written with semicolons, as commas part options; ``exclude=`` is the empty list. Otherwise values are
+    Lists are written with semicolons, as commas separate options; ``exclude=`` is the empty list. Other values are
     written as in JSON: ``true``, ``false``, ``null``, numbers, and strings without quotes.
 
     Raises:
-        OptionError: for an unknown option, and for text that has not this form.
+        OptionError: for an unknown option, and for text that does not have this form.
     """
     options: dict[str, Any] = {}
     for part in filter(None, text.replace(" ", "").split(",")):
@@ -44,7 +44,7 @@ def options_from_text(text: str) -> dict[str, Any]:
 
 
 def _value(default: object, text: str) -> Any:
-    """Text as the type that an option's default has; what it cannot be is left to the option's own check."""
+    """Convert text to the type of an option's default; the option's own check finds wrong values."""
     if ";" in text and all(not isinstance(_plain(part), str) for part in text.split(";")):
         return [_plain(part) for part in text.split(";")]
     if isinstance(default, tuple):
@@ -68,14 +68,14 @@ def _plain(text: str) -> Any:
 
 
 def add_name(options_of: Callable[[TrainingArguments], dict[str, Any]], factory: type) -> None:
-    """Make ``"shampoo"`` one of Transformers' ``OptimizerNames``; a second call changes nothing.
+    """Add ``"shampoo"`` to Transformers' ``OptimizerNames``; a second call changes nothing.
 
     Args:
-        options_of: from TrainingArguments to the factory's options.
-        factory: what the Trainer calls without arguments, and the result with the model and these options.
+        options_of: returns the factory's options for given TrainingArguments.
+        factory: the Trainer calls it without arguments, and its result with the model and these options.
 
     Raises:
-        RuntimeError: if this version of Transformers keeps its names in another way.
+        RuntimeError: if this version of Transformers keeps its names of optimizers in another way.
     """
     names, handlers = _tables()
     if NAME not in names._value2member_map_:
@@ -87,7 +87,7 @@ def add_name(options_of: Callable[[TrainingArguments], dict[str, Any]], factory:
 
 
 def _tables() -> tuple[type[OptimizerNames], dict[str, Callable[..., tuple[type, dict[str, Any]]]]]:
-    """The enum of names, and what makes an optimizer of each; neither is public, so both are looked at closely."""
+    """Return Transformers' enum of names and its table of handlers; both are private, so their form is checked."""
     try:
         names = importlib.import_module("transformers.training_args").OptimizerNames
         handlers = importlib.import_module("transformers.trainer_optimizer")._OPTIMIZER_HANDLERS
@@ -97,8 +97,8 @@ def _tables() -> tuple[type[OptimizerNames], dict[str, Callable[..., tuple[type,
         fits = False
     if not fits:
         raise RuntimeError(
-            f'transformers {transformers.__version__} has no place for optim="shampoo" that is known here '
-            '(it is known for 5.2 to 5.23); use ShampooTrainer(optimizers=(deferred(lr="auto"), None)) or '
+            f'optim="shampoo" does not work with transformers {transformers.__version__} (it works with 5.2 to 5.23); '
+            'use ShampooTrainer(optimizers=(deferred(lr="auto"), None)) or '
             "Trainer(optimizer_cls_and_kwargs=(ShampooFactory, {...}))"
         )
     return names, handlers

@@ -56,5 +56,5 @@ def __getattr__(name: str) -> Any:
     return getattr(home, name)
 
 
-# torch's hook imports this package to find its function: what switches the hook off must hold here too.
+# torch's hook imports this package to find its function, so the variable that switches it off must apply here too.
 autoload()

@@ -2,8 +2,8 @@
 
 torch loads every entry point of the group ``torch.backends`` when it is imported. DeepSpeed looks the optimizer's
 JSON type up on ``torch.optim``, so this is all that an unmodified script needs. Nothing is imported until the name
-is asked for. ``SHAMPOO_DEEPSPEED_AUTOLOAD=0`` switches the hook off, ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` all of them;
-``shampoo_deepspeed.register()`` works all the same.
+is used. ``SHAMPOO_DEEPSPEED_AUTOLOAD=0`` switches this hook off, ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` all hooks.
+``shampoo_deepspeed.register()`` works in any case.
 """
 
 import os
@@ -13,13 +13,13 @@ _NAMES = ("Shampoo", "shampoo")
 
 
 def autoload() -> None:
-    """The entry point. any exception here becomes a failed `import torch`, so it does next to nothing."""
+    """The entry point. Any exception here makes `import torch` fail, so it does as little as possible."""
     if os.environ.get("SHAMPOO_DEEPSPEED_AUTOLOAD", "1") != "0":
         register()
 
 
 def register() -> None:
-    """Make ``torch.optim.Shampoo`` (and ``shampoo``) give our class; does nothing a second time."""
+    """Make ``torch.optim.Shampoo`` (and ``shampoo``) resolve to our class; later calls do nothing."""
     import torch.optim  # noqa: F401  (a script may import us before torch)
 
     optim = sys.modules["torch.optim"]

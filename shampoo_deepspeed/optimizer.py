@@ -1,4 +1,4 @@
-"""class Shampoo: a torch optimizer that preconditions blocks wherever their shards lie. Read `step` first."""
+"""class Shampoo: a torch optimizer that preconditions blocks under any sharding. Read `step` first."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("shampoo_deepspeed")
 
-# Buckets under way at a time, each way. A bucket with a refresh computes for several times as long as the others, and
-# the link would have nothing to do meanwhile if only the next one were known.
+# Buckets in flight at a time, each way. A bucket with a refresh computes for several times as long as the others. The
+# link would be unused meanwhile if only one bucket were sent ahead.
 IN_FLIGHT = 8
 
 
@@ -54,11 +54,11 @@ class Shampoo(BlockOptimizer):
         params: parameters, ``(name, parameter)`` pairs, or parameter groups. Names let ``exclude`` and ``no_decay``
             work and become the keys of the state.
         lr: learning rate.
-        model: the model that holds the parameters, for names and module types where ``params`` has none. It is not
-            kept.
-        process_group: ranks that hold replicas of unsharded parameters and get equal gradients, among which the work is
-            then divided. A ``model`` wrapped in DistributedDataParallel brings its own. Without it every rank does all
-            of the work, which is as exact. Sharded parameters know their ranks themselves.
+        model: the model that holds the parameters, for names and module types if ``params`` has none. The optimizer
+            does not keep it.
+        process_group: ranks that hold replicas of unsharded parameters and get equal gradients; they divide the work.
+            A ``model`` wrapped in DistributedDataParallel brings its own. Without a group every rank does all of the
+            work, with the same result. Sharded parameters do not need it.
         **options: the fields of ``ShampooConfig``; groups may have their own.
 
     Raises:
@@ -77,19 +77,19 @@ class Shampoo(BlockOptimizer):
         super().__init__(params, model, process_group, {"lr": lr, **options})
 
     @torch.no_grad()
-    @torch.compiler.disable  # what is compiled around a step leaves it as it is: blocks are batched already
+    @torch.compiler.disable  # torch.compile must leave the step as it is: blocks are batched already
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of all tensors in ``param_groups`` that have a gradient.
+        """Take one step of all tensors in ``param_groups`` that have a gradient.
 
         Raises:
-            LayoutError: at the first step, where the framework's shards are not what they should be.
-            RuntimeError: where ``failure_limit`` steps in a row were rejected or roots of a block failed.
+            LayoutError: at the first step, if the framework's shards are inconsistent or not supported.
+            RuntimeError: if ``failure_limit`` steps in a row were rejected or roots of a block failed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        units = self._units_now()  # the first time: boxes of shards, owners of blocks, what travels where
+        units = self._units_now()  # the first time: describes shards, assigns owners, plans transfers
         configs = self.configs()
         rates = {group["shampoo_group"]: group["lr"] for group in self.param_groups}
         self._finish_step(units)
@@ -99,9 +99,9 @@ class Shampoo(BlockOptimizer):
         for unit, (_, gradients, active) in work:
             if not any(unit.steps) and unit.layout.may_probe and not agreed.any_gradient():
                 self._show_step(unit)
-                continue  # a tool's hidden first call, which only wants the state to exist
+                continue  # a tool's hidden first call, which is only to create state
             with full_precision(unit.device.type):
-                found_inf = agreed.found_inf(unit)  # None if nothing can be wrong any more
+                found_inf = agreed.found_inf(unit)  # None if the step is known to be accepted
                 updates = [torch.empty(n, dtype=unit.dtype, device=unit.device) for n in unit.sizes]
                 steps = agreed.count_step(unit, active)
                 _precondition(unit, gradients, updates, steps, configs, found_inf)
@@ -126,7 +126,7 @@ class Shampoo(BlockOptimizer):
         return list(units.values()) or self._units_in_step()
 
     def configs(self) -> Mapping[int, ShampooConfig]:
-        """Options by number as the groups say now, checked again only if one has changed; ``lr`` may be live."""
+        """Options by number as in the groups now, checked again only if one has changed; ``lr`` may be live."""
         for group in self.param_groups:
             known = self.registry.checked.get(group["shampoo_group"])
             if known is None or known[0] != tuple([group[name] for name in CHECKED_OPTIONS]):
@@ -144,7 +144,7 @@ class Shampoo(BlockOptimizer):
             logger.warning("a step was rejected: a gradient was not finite (%d so far)", self.rejected_steps)
 
     def _show_step(self, unit: StepUnit) -> None:
-        """Torch's tools take an empty ``state`` for that of an optimizer before its first step."""
+        """Give every tensor a ``step`` entry: torch's tools treat an empty ``state`` as that before the first step."""
         for tensor in unit.tensors:
             self.state[tensor]["step"] = unit.step_tensor
 
@@ -157,8 +157,10 @@ def _precondition(
     configs: Mapping[int, ShampooConfig],
     found_inf: FoundInf | None,
 ) -> None:
-    """Gradients to owners, one step of their stacks, updates back: while a bucket is computed, the next ones arrive
-    and the last ones leave."""
+    """Send gradients to the owners of blocks, step their stacks, and send updates back.
+
+    While a bucket is computed, gradients of the next ones arrive and updates of the last ones leave.
+    """
     exchange = unit.exchange
     buckets = exchange.buckets
     exchange.begin_step(waits=not all(config.overlap for config in configs.values()))

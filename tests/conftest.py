@@ -1,5 +1,7 @@
-"""Settings of all tests: one thread, property tests without deadlines (machines are shared) and reproducible; which of
-them start processes, and which must run in one worker where several run."""
+"""Settings of all tests: one thread, and reproducible property tests without deadlines, because machines are shared.
+
+Also marks the tests that start processes as slow, and keeps tests that share a launch of ranks in one worker.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,11 @@ settings.load_profile("suite")
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported by now is no business of the garbage collector: the Trainer, which starts a full
-    collection in each training, would go through half a million objects of torch, transformers and deepspeed."""
+    """Exempt all objects of imported modules from garbage collection.
+
+    The Trainer starts a full collection in each training, which would otherwise visit half a million objects of torch,
+    transformers and deepspeed.
+    """
     gc.collect()
     gc.freeze()
 
@@ -33,7 +38,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With pytest-xdist one worker runs all tests that share launches of ranks; others are kept together by file."""
+    """With pytest-xdist, give all tests that share launches of ranks to one worker, and others to workers by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByLaunch(LoadScopeScheduling):

@@ -1,8 +1,8 @@
-"""Turns the repository's own pages into the site: mkdocs calls the functions whose names begin with `on_`.
+"""Turns the repository's own pages into the site; mkdocs calls the functions whose names begin with `on_`.
 
 The README, CONTRIBUTING.md and CHANGELOG.md become pages. A link to a file outside docs/ leads to a page that shows
 this file; if the link's text is the name of a function or class in it, it leads to the line of its definition. A link
-that leads nowhere is an error. Nothing here needs mkdocs until a function that it calls is called.
+that leads nowhere is an error. mkdocs is imported only inside the functions that it calls.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LinkError(ValueError):
 
 
 def page_of(path: str) -> str:
-    """The site's page for a file of the repository, both as paths with slashes."""
+    """Return the site's page for a file of the repository, both as paths with slashes."""
     if path in ROOT_PAGES:
         return ROOT_PAGES[path]
     if path.startswith("docs/"):
@@ -48,7 +48,7 @@ def page_of(path: str) -> str:
 
 
 def target_of(link: str, path: str) -> tuple[str, str]:
-    """The file that a link on the page `path` leads to, and the anchor in it; a folder stands for its README."""
+    """Return the file that a link on the page `path` leads to, and the anchor in it; for a folder, its README."""
     file, _, anchor = link.partition("#")
     found = posixpath.normpath(posixpath.join(posixpath.dirname(path), file)) if file else path
     if (ROOT / found).is_dir():
@@ -59,7 +59,7 @@ def target_of(link: str, path: str) -> tuple[str, str]:
 
 
 def links(text: str) -> Iterator[re.Match[str]]:
-    """Links within the repository, outside of code blocks."""
+    """Yield the links within the repository, outside code blocks."""
     code = [match.span() for pattern in (FENCE, QUOTED) for match in pattern.finditer(text)]
     for match in LINK.finditer(text):
         inside = any(start <= match.start() < stop for start, stop in code)
@@ -68,7 +68,7 @@ def links(text: str) -> Iterator[re.Match[str]]:
 
 
 def line_of(name: str, file: str) -> int:
-    """The line at which a Python file defines `name`, `Class.name`, or the only `name` of any class."""
+    """Return the line at which a Python file defines `name`, `Class.name`, or the only `name` of any class."""
 
     def definitions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, int]]:
         for node in body:
@@ -86,7 +86,7 @@ def line_of(name: str, file: str) -> int:
 
 
 def rewritten(text: str, path: str) -> str:
-    """A page's text with links as mkdocs needs them."""
+    """Return a page's text with links as mkdocs needs them."""
     here = posixpath.dirname(page_of(path))
 
     def relative(link: str) -> str:
@@ -110,7 +110,7 @@ def rewritten(text: str, path: str) -> str:
         pieces += [text[done : match.start("target")], new]
         done = match.end("target")
     text = "".join([*pieces, text[done:]])
-    # The site's own switch decides between light and dark, not the browser's alone.
+    # The site's own switch chooses between light and dark, not only the browser's setting.
     return PICTURE.sub(
         lambda m: f"![{m['alt']}]({relative(m['light'])}#only-light)\n![{m['alt']}]({relative(m['dark'])}#only-dark)",
         text,
@@ -118,12 +118,12 @@ def rewritten(text: str, path: str) -> str:
 
 
 def pages() -> list[str]:
-    """The site's pages as files of the repository, without those that only show a file."""
+    """Return the site's pages as files of the repository, without those that only show a file."""
     return [*ROOT_PAGES, *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
 
 
 def shown_files() -> list[str]:
-    """Files that are shown because a page links to them; Markdown files among them are pages with links too."""
+    """Return the files that are shown because a page links to them; Markdown files among them have links too."""
     known = set(pages())
     waiting, shown = list(known), set()
     while waiting:
@@ -138,7 +138,7 @@ def shown_files() -> list[str]:
 
 
 def listing(path: str) -> str:
-    """A page that shows a source file, with numbered lines."""
+    """Return a page that shows a source file, with numbered lines."""
     code = (ROOT / path).read_text(encoding="utf-8")
     language = LANGUAGES.get(Path(path).suffix, "text")
     front = f"---\ntitle: {Path(path).name}\nhide: [navigation, toc]\nsearch:\n  exclude: true\n---\n"
@@ -146,7 +146,7 @@ def listing(path: str) -> str:
 
 
 def titles(navigation: list[Any]) -> Iterator[tuple[str, str]]:
-    """Pages and their titles."""
+    """Yield pages and their titles."""
     for item in navigation:
         for title, target in item.items():
             yield from titles(target) if isinstance(target, list) else [(target, title)]
@@ -160,7 +160,7 @@ def on_startup(**_: Any) -> None:
 
 
 def on_config(config: Any) -> None:
-    """Note the titles of pages."""
+    """Store the titles of pages."""
     TITLES.update(titles(config.nav))
 
 

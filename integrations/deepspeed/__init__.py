@@ -1,9 +1,9 @@
-"""DeepSpeed: the engine that an optimizer works for, and the engine settings under which it cannot work.
+"""DeepSpeed: finds the engine that an optimizer belongs to, and refuses engine settings that cannot work.
 
 DeepSpeed builds the optimizer from the model's parameters and then replaces these in ``param_groups`` by flat
 float32 partitions (see ``layouts.py``). All wrappers call ``step()`` on the inner optimizer after averaging,
 overflow check and clipping, so the step needs no patch of DeepSpeed. File names below are DeepSpeed's (0.19.8).
-It never imports DeepSpeed: if DeepSpeed is in use, it is in ``sys.modules``.
+This folder never imports DeepSpeed: if DeepSpeed is in use, it is in ``sys.modules``.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger("shampoo_deepspeed")
 
 BUILDS = "_configure_basic_optimizer"  # the engine's method that builds an optimizer from the JSON
-STEPS = ("_take_model_step", "_configure_fp16_optimizer")  # those that call step()
+STEPS = ("_take_model_step", "_configure_fp16_optimizer")  # the engine's methods that call step()
 LOADS = "load_checkpoint"
 
 
 class DeepSpeedAdapter(Adapter):
-    """The adapter; one instance serves all optimizers of a process.
+    """The adapter for DeepSpeed; one instance serves all optimizers of a process.
 
-    No tensor joins without a gradient: averaging is a collective, after which all ranks have a gradient (of a partition
-    always) or none. At stage 0 the engine fills in zeros on ranks that have not used a parameter
-    (``_get_gradients_for_reduction``).
+    It does not override ``joining``: no tensor is stepped without a gradient. Averaging is a collective, after which
+    either all ranks have a gradient or none has; partitions always have one. At stage 0 the engine fills in zeros on
+    ranks that have not used a parameter (``_get_gradients_for_reduction``).
     """
 
     def __init__(self) -> None:
         self._engines: list[weakref.ref[Engine]] = []
 
     def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
-        """The model of the engine that is building an optimizer from its JSON right now, if one is.
+        """Return the model of the engine that is building an optimizer from its JSON right now, or None.
 
         DeepSpeed passes one list of all parameters, so weight decay would also apply to norms and biases. Unless
-        ``no_decay`` is given they are left out, as by the Trainer's own two groups.
+        ``no_decay`` is given, it is set here to exempt them, as the Trainer's own two groups do.
 
         Raises:
             LayoutError: for engine settings under which no optimizer but DeepSpeed's own can work.
@@ -73,28 +73,28 @@ class DeepSpeedAdapter(Adapter):
         return engine.module
 
     def admit(self, optimizer_class: type) -> None:
-        """Put the class on DeepSpeed's list of optimizers that may run under ZeRO (runtime/zero/utils.py)."""
+        """Add the class to DeepSpeed's list of optimizers that may run under ZeRO (runtime/zero/utils.py)."""
         zero = sys.modules.get("deepspeed.runtime.zero.utils")
         supported = getattr(zero, "ZERO_SUPPORTED_OPTIMIZERS", None)
         if supported is not None and optimizer_class not in supported:
             supported.append(optimizer_class)
 
     def global_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
-        """The full shape of a parameter that ZeRO-3 or zero.Init has emptied."""
+        """Return the full shape of a parameter that ZeRO-3 or zero.Init has emptied."""
         shape = getattr(parameter, "ds_shape", None)
         return tuple(shape) if shape is not None else None
 
     def layouts(
         self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[NewTensor]
     ) -> list[Layout] | None:
-        """One layout per flat partition; one per set of replicas of an unsharded (stage 0) engine.
+        """Return one layout per flat partition, or at stage 0 (unsharded) one per set of replicas.
 
         Raises:
             LayoutError: for engine settings under which no optimizer but DeepSpeed's own can work; for tensors that
                 are neither partitions nor the model's own; and for DeepSpeed's tensors without an engine.
         """
         if "deepspeed" not in sys.modules or any(hasattr(item.tensor, "placements") for item in fresh):
-            return None  # DTensors have the shapes of what they replace, but are no copies of it
+            return None  # DTensors have the shapes of the parameters that they replace, but are not copies of them
         engine = self._engine_of(optimizer)
         pairs = None if engine is not None and engine.zero_optimization_stage() > 0 else paired(entries, fresh)
         if pairs is not None:
@@ -107,13 +107,14 @@ class DeepSpeedAdapter(Adapter):
         _known(engine)
         if len(partitions) != len(fresh):
             shapes = [tuple(item.tensor.shape) for item in fresh if item not in partitions]
-            raise LayoutError(f"DeepSpeed has put tensors into param_groups that are no ZeRO partitions: {shapes}")
+            raise LayoutError(f"DeepSpeed has put tensors into param_groups that are not ZeRO partitions: {shapes}")
         return [partition_layout(item, entries) for item in partitions]
 
     def note_load(self, optimizer: BlockOptimizer) -> None:
-        """Called within ``engine.load_checkpoint``; if that is ours, it resumes by itself.
+        """Note the folder that ``engine.load_checkpoint`` is loading from, if our wrapper of it is not at work.
 
-        An engine that was given a finished optimizer may not be known before its first step; then the folder is noted.
+        The wrapper itself resumes. But an engine that was given a finished optimizer may not be known before its first
+        step, and is then not wrapped.
         """
         frame = _frame_of_engine(LOADS) if not is_loading(optimizer) else None
         folder = None
@@ -123,14 +124,14 @@ class DeepSpeedAdapter(Adapter):
         note_folder(optimizer, folder)
 
     def resume(self, optimizer: BlockOptimizer) -> None:
-        """Load external state that is still missing: no engine was known that could do it after ``load_checkpoint``."""
+        """Load external state that is still missing, because no engine was known when ``load_checkpoint`` ran."""
         resume(optimizer)
 
     def _engine_of(self, optimizer: torch.optim.Optimizer) -> Engine | None:
-        """The engine whose inner optimizer this is: one that was seen before, or the one that is calling us now.
+        """Return the engine whose inner optimizer this is: one seen before, or the one that is calling us now.
 
         Raises:
-            LayoutError: if the engine has built the optimizer from its JSON without our noticing.
+            LayoutError: if the engine has built the optimizer from its JSON in a way that this adapter did not see.
         """
         frame = _frame_of_engine(*STEPS)
         engine: Engine | None = frame.f_locals["self"] if frame is not None else None
@@ -144,9 +145,9 @@ class DeepSpeedAdapter(Adapter):
         """Adopt an engine that was given a finished optimizer."""
         if not self._knows(engine) and engine.client_optimizer is None:
             raise LayoutError(
-                f"DeepSpeed has built Shampoo from its JSON by another way than {BUILDS}(), so the names of the "
-                "parameters are unknown, and weight decay and other options would apply to other parameters. This "
-                "package knows DeepSpeed 0.19.8; with another version build the optimizer yourself: "
+                f"DeepSpeed has built Shampoo from its JSON without calling {BUILDS}(), so the names of the "
+                "parameters are unknown, and weight decay and other options would apply to the wrong parameters. This "
+                "package supports DeepSpeed 0.19.8; with another version, build the optimizer yourself: "
                 "deepspeed.initialize(model=model, optimizer=Shampoo(model.named_parameters(), ...), config=...)"
             )
         self._adopt(engine)
@@ -164,24 +165,24 @@ class DeepSpeedAdapter(Adapter):
 
 
 def _known(engine: Engine | None) -> Engine:
-    """The engine of tensors that are DeepSpeed's.
+    """Return the engine of tensors that are DeepSpeed's.
 
     Raises:
-        LayoutError: if there is none; its settings may not fit, and its checkpoints would lose the state.
+        LayoutError: if there is none: its settings could not be checked, and its checkpoints would lose the state.
     """
     if engine is None:
         raise LayoutError(
-            "DeepSpeed has replaced this optimizer's parameters, but the DeepSpeedEngine that it works for was not "
-            "found: train by engine.step(), not by step() of an optimizer. If you do, this version of DeepSpeed calls "
-            "optimizers in a way that this package does not know; it knows 0.19.8"
+            "DeepSpeed has replaced this optimizer's parameters, but the DeepSpeedEngine that it belongs to was not "
+            "found: call engine.step(), not step() of an optimizer. If you do so already, this version of DeepSpeed "
+            "calls optimizers in a way that this package does not support; it supports 0.19.8"
         )
     return engine
 
 
 def _frame_of_engine(*methods: str) -> FrameType | None:
-    """The frame of a DeepSpeedEngine's method that is calling us, or None.
+    """Return the calling frame that runs one of these methods of a DeepSpeedEngine, or None.
 
-    DeepSpeed gives an optimizer neither the model nor its configuration; the calling frame has both.
+    DeepSpeed gives an optimizer neither the model nor its configuration; the engine's frame has both.
     """
     return calling_frame(
         lambda frame: frame.f_code.co_name in methods and hasattr(frame.f_locals.get("self"), "zero_optimization_stage")
@@ -222,7 +223,7 @@ def _refuse_unsupported(engine: Engine) -> None:
 
 
 def _is_one_list(given: Sequence[Any]) -> bool:
-    """Whether the user gave no groups: one flat list, perhaps split off from experts by DeepSpeed (moe/utils.py)."""
+    """Whether the user gave one flat list instead of groups. DeepSpeed may have split experts off (moe/utils.py)."""
     groups = [g for g in given if isinstance(g, dict)]
     if not groups:
         return True

@@ -1,8 +1,9 @@
-"""DeepSpeed's own checkpoints: Shampoo's state is saved with their files, in ``<dir>/<tag>/shampoo``.
+"""DeepSpeed's own checkpoints: Shampoo's state is saved next to their files, in ``<dir>/<tag>/shampoo``.
 
-DeepSpeed's files then hold the options and the id and place of that state. When it converts a checkpoint for another
-number of ranks (``ds_to_universal``), only flat moments and ``param_groups`` get through, so these carry placeholders
-and the id, by which the state is found again. File names below are DeepSpeed's (0.19.8).
+DeepSpeed's files then hold the options, and the id and path of that state. When DeepSpeed converts a checkpoint for
+another number of ranks (``ds_to_universal``), it keeps only flat moments and ``param_groups``. So the moments are
+placeholders, and ``param_groups`` hold the id by which the state is found again. File names below are DeepSpeed's
+(0.19.8).
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ logger = logging.getLogger("shampoo_deepspeed")
 
 FOLDER = "shampoo"
 PLACE = "SHAMPOO_CHECKPOINT"  # an environment variable: the state's folder, if it was moved away from DeepSpeed's files
-MARKER = "shampoo_checkpoint"  # in param_groups
+MARKER = "shampoo_checkpoint"  # key in param_groups
 PLACEHOLDERS = ("exp_avg", "exp_avg_sq")
-SAVED_BY = "DeepSpeed"  # in the note of where the state is; notes of other frameworks have other keys
+SAVED_BY = "DeepSpeed"  # in the note that says where the state is; notes of other frameworks have other keys
 
 _LOADING: list[BlockOptimizer] = []
 
 
 def wrap_checkpointing(engine: Engine) -> None:
-    """Let an engine's ``save_checkpoint`` and ``load_checkpoint`` carry the state of its optimizer."""
+    """Make an engine's ``save_checkpoint`` and ``load_checkpoint`` include the state of its optimizer."""
     reference = weakref.ref(engine)
     save, load = type(engine).save_checkpoint, type(engine).load_checkpoint
 
@@ -54,7 +55,7 @@ def wrap_checkpointing(engine: Engine) -> None:
         if not save_dir:
             return save(itself, save_dir, tag, *args, **kwargs)
         tag = f"global_step{itself.global_steps}" if tag is None else str(tag)
-        # Ours first: DeepSpeed then writes its files and, last of all, `latest`.
+        # Shampoo's state comes first: DeepSpeed then writes its files and, last of all, `latest`.
         where = _saved(itself.basic_optimizer, Path(save_dir) / tag)
         with itself.basic_optimizer.with_external_state(where), _convertible(itself, where):
             return save(itself, save_dir, tag, *args, **kwargs)
@@ -92,17 +93,17 @@ def _loading(optimizer: BlockOptimizer) -> Iterator[None]:
 
 
 def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = False) -> None:
-    """Load the state that DeepSpeed's loaded files name, if they name any; call it on all ranks.
+    """Load the state to which DeepSpeed's loaded files refer, if they do; call it on all ranks.
 
     Args:
-        folder: that of the loaded files, if it is known.
-        again: also if the optimizer has met tensors since they were loaded.
+        folder: the folder of the loaded files, if it is known.
+        again: load even if the optimizer has built step units since the files were loaded.
 
     Raises:
-        CheckpointError: if the state is missing and `START_ANEW` is not set; any step would raise it again.
+        CheckpointError: if the state is missing and `START_ANEW` is not set; each later step raises it again.
     """
     marks = _taken_marks(optimizer)
-    where = marks[0] if marks else optimizer.external_state  # a load that failed may have left the latter
+    where = marks[0] if marks else optimizer.external_state  # external_state may be left from a failed load
     if where is None or not _is_ours(where):
         _refuse_moments(optimizer)
         return
@@ -124,19 +125,19 @@ def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = 
     else:
         raise CheckpointError(
             f"{missing}. Put the checkpoint's folder {FOLDER!r} back, give its path in the environment variable "
-            f"{PLACE}, load with load_optimizer_states=False, or set {START_ANEW}=1 to go on with new state"
+            f"{PLACE}, load with load_optimizer_states=False, or set {START_ANEW}=1 to continue with new state"
         )
 
 
 def note_folder(optimizer: BlockOptimizer, folder: Path | None) -> None:
-    """Called while DeepSpeed loads a state dict: remember the folder, for `resume`."""
+    """Remember the folder for `resume`; called while DeepSpeed loads a state dict."""
     _taken_marks(optimizer)
     if folder is not None and optimizer.external_state is not None and _is_ours(optimizer.external_state):
         optimizer.external_state = {**optimizer.external_state, "folder": str(folder)}
 
 
 def _saved(optimizer: BlockOptimizer, folder: Path) -> dict[str, str]:
-    """Write the state; gives its id and place."""
+    """Write the state, and return a note with its id and path."""
     resume(optimizer)
     path = folder.absolute() / FOLDER
     save_shampoo(optimizer, path)
@@ -151,13 +152,13 @@ def _is_ours(where: Mapping[str, Any] | None) -> bool:
 
 @contextmanager
 def _convertible(engine: Engine, where: Mapping[str, str]) -> Iterator[None]:
-    """While DeepSpeed saves: what its converter insists on, and what it lets through.
+    """While DeepSpeed saves, provide what its converter demands, and the marks that it keeps.
 
-    That is, for stages 1 to 3, flat moments and a step of every partition, and a note in the model's file
-    (ds_to_universal.py); the placeholders take one byte on disk.
+    At stages 1 to 3 it demands flat moments and a step of every partition, and a note in the model's file
+    (ds_to_universal.py). The moments are placeholders that take one byte on disk.
     """
     optimizer, stage = engine.basic_optimizer, int(engine.zero_optimization_stage())
-    if stage == 0:  # saved whole: any number of ranks loads it
+    if stage == 0:  # saved unsharded, so any number of ranks can load it
         yield
         return
     before: dict[Tensor, dict[str, Any]] = {}
@@ -181,7 +182,7 @@ def _convertible(engine: Engine, where: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _convertible_model(module: nn.Module, round_robin: bool) -> Iterator[None]:
-    """The note that ``ds_to_universal --inject_missing_state`` would make, or one that makes it refuse."""
+    """Add the note of ``ds_to_universal --inject_missing_state``, or one that makes the converter refuse."""
     names = sys.modules["deepspeed.checkpoint.constants"]
     key = names.UNIVERSAL_CHECKPOINT_INFO
     if getattr(module, key, None) is not None:
@@ -199,7 +200,7 @@ def _convertible_model(module: nn.Module, round_robin: bool) -> Iterator[None]:
 
 
 def _partitions(engine: Engine, stage: int) -> Sequence[Tensor]:
-    """The flat tensors whose state DeepSpeed saves; ZeRO-3 puts them into ``param_groups`` for that moment only."""
+    """Return the flat tensors whose state DeepSpeed saves; ZeRO-3 has them in ``param_groups`` only while it saves."""
     if stage == 3:
         return engine.optimizer.fp32_partitioned_groups_flat
     return [tensor for group in engine.basic_optimizer.param_groups for tensor in group["params"]]
@@ -210,7 +211,7 @@ def _taken_marks(optimizer: BlockOptimizer) -> list[dict[str, str]]:
 
 
 def _set_groups_apart(optimizer: BlockOptimizer) -> bool:
-    """Whether ZeRO-3 gave all groups the options of the first one (stage3.py), which is undone."""
+    """Undo that ZeRO-3 gives all groups the options of the first one (stage3.py); return whether it had."""
     numbers = sorted({entry.parameter.group for entry in optimizer.entries})
     now = [group["shampoo_group"] for group in optimizer.param_groups]
     if len(now) != len(numbers) or now == numbers:
@@ -220,12 +221,18 @@ def _set_groups_apart(optimizer: BlockOptimizer) -> bool:
 
 
 def _refuse_moments(optimizer: BlockOptimizer) -> None:
-    """Moments without a note of ours are of another optimizer, whose universal checkpoint DeepSpeed has loaded."""
+    """Raise an error or warn if DeepSpeed has loaded another optimizer's universal checkpoint.
+
+    That is the case if there are moments without a note of ours.
+
+    Raises:
+        CheckpointError: if `START_ANEW` is not set.
+    """
     if not any(name in state for state in optimizer.state.values() for name in PLACEHOLDERS):
         return
     if os.environ.get(START_ANEW) != "1":
         raise CheckpointError(
-            "the universal checkpoint was not saved by Shampoo. To go on with Shampoo from a run of another optimizer "
+            "the universal checkpoint was not saved by Shampoo. To continue another optimizer's run with Shampoo, "
             f"load with load_optimizer_states=False, or set the environment variable {START_ANEW}=1"
         )
     logger.warning(
@@ -237,7 +244,7 @@ def _refuse_moments(optimizer: BlockOptimizer) -> None:
 
 
 def _drop_placeholders(optimizer: BlockOptimizer) -> None:
-    """DeepSpeed has made dense tensors of them, and fragments of these for each parameter (tensor_fragment.py)."""
+    """Remove loaded placeholders; DeepSpeed has made dense tensors and fragments of them (tensor_fragment.py)."""
     for state in optimizer.state.values():
         for name in PLACEHOLDERS:
             state.pop(name, None)
@@ -248,10 +255,12 @@ def _drop_placeholders(optimizer: BlockOptimizer) -> None:
 
 
 def _leave_out(optimizer: BlockOptimizer, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Without optimizer states what is here stays; of universal checkpoints DeepSpeed has loaded them all the same.
+    """Keep the present state after a load without optimizer states.
+
+    DeepSpeed loads those of a universal checkpoint nevertheless, so they are removed.
 
     Args:
-        groups: what the groups were before, of a universal checkpoint.
+        groups: the param groups before a universal checkpoint was loaded; empty for other checkpoints.
     """
     optimizer.external_state = None
     if groups:
@@ -263,7 +272,7 @@ def _leave_out(optimizer: BlockOptimizer, groups: Sequence[Mapping[str, Any]]) -
 
 
 def _found(where: Mapping[str, Any], folder: str | Path | None) -> tuple[Path | None, str]:
-    """The folder that holds the state with this id, or None and what was looked at."""
+    """Return the folder that holds the state with this id, or None and where it was searched."""
     candidates = []
     if os.environ.get(PLACE):
         candidates += [Path(os.environ[PLACE]), Path(os.environ[PLACE]) / FOLDER]

@@ -1,4 +1,4 @@
-"""What ZeRO 0-3 and the half-precision wrappers leave on each rank, as boxes of the model's parameters.
+"""Describes what ZeRO 0-3 and the half-precision wrappers leave on each rank, as boxes of the model's parameters.
 
 DeepSpeed replaces the model's parameters in ``param_groups`` by flat float32 partitions, or by float32 copies; this
 file works out which flat range belongs to which parameter. File names below are DeepSpeed's (0.19.8).
@@ -24,7 +24,10 @@ _ExpertPart = tuple[int | None, int]
 
 
 def paired(entries: Sequence[Entry], fresh: Sequence[NewTensor]) -> list[tuple[Entry, NewTensor]] | None:
-    """Each fresh tensor with its entry: itself, or the float32 copy, at first by its place in the group."""
+    """Pair each new tensor, a parameter or its float32 copy, with its entry, or return None if they do not match.
+
+    A copy seen for the first time is matched by its position in the group.
+    """
     own = {id(entry.reference()): entry for entry in entries}
     own |= {id(entry.stand_in()): entry for entry in entries if entry.stand_in is not None}
     if all(id(item.tensor) in own for item in fresh):
@@ -41,7 +44,10 @@ def paired(entries: Sequence[Entry], fresh: Sequence[NewTensor]) -> list[tuple[E
 
 
 def replicated(engine: Engine | None, pairs: Sequence[tuple[Entry, NewTensor]]) -> list[Layout]:
-    """Stage 0: whole tensors (FP16_UnfusedOptimizer: float32 copies), the same on all data-parallel ranks."""
+    """Return the layouts of stage 0: whole tensors, the same on all data-parallel ranks.
+
+    With FP16_UnfusedOptimizer they are float32 copies.
+    """
     by_group: dict[tuple[int, _ExpertPart], tuple[dist.ProcessGroup | None, list[tuple[Entry, NewTensor]]]] = {}
     for entry, item in pairs:
         group = _replica_group(engine, entry.reference()) if engine is not None else None
@@ -71,14 +77,14 @@ def is_partition(item: NewTensor, entries: Sequence[Entry]) -> bool:
 
 
 def partition_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
-    """The layout of a flat partition: which ranges of which parameters lie in it, on this rank."""
+    """Return the layout of a flat partition: the ranges of parameters that it holds on this rank."""
     if isinstance(getattr(item.tensor, "ds_id", None), str):
         return _stage3_layout(item, entries)
     return _stage12_layout(item, entries)
 
 
 def _originals(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, Tensor]]:
-    """The trainable, non-empty parameters of a group, in order: those that DeepSpeed optimizes (runtime/utils.py)."""
+    """Return the parameters of a group that DeepSpeed optimizes, in order: trainable, not empty (runtime/utils.py)."""
     found = []
     for entry in entries:
         tensor = entry.reference()
@@ -93,10 +99,10 @@ def _originals(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, Te
 
 
 def _flat_members(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, FlatZeroParameter]]:
-    """The parameters of a group that lie in its flat buffer: all that were trainable when DeepSpeed built it.
+    """Return the parameters of a group that are in its flat buffer: all that were trainable when DeepSpeed built it.
 
-    They carry ``_dp_group``. So may leftovers of an earlier engine, which lie in another buffer. Whether they are
-    trainable now does not count: layers may be frozen for a while.
+    They have the attribute ``_dp_group``. Parameters of an earlier engine may have it too, but are in another buffer.
+    It does not matter whether they are trainable now: layers may be frozen for a while.
     """
     tensors = [(e.parameter, e.reference()) for e in entries if e.parameter.group == group]
     marked = [
@@ -110,10 +116,11 @@ def _flat_members(entries: Sequence[Entry], group: int) -> list[tuple[Parameter,
 
 
 def _stage12_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
-    """ZeRO-1/2 and BF16_Optimizer: equal contiguous partitions of one flat buffer.
+    """Return the layout of ZeRO-1/2 and BF16_Optimizer: equal contiguous partitions of one flat buffer.
 
-    The model's parameters are views of that buffer, so their storage offsets are the layout of all ranks, also with
-    reordered (``round_robin_gradients``) or aligned parameters, for which DeepSpeed's own ``_hp_mapping`` may be wrong.
+    The model's parameters are views of that buffer, so their storage offsets give the layout of all ranks. This holds
+    for reordered (``round_robin_gradients``) and aligned parameters too. DeepSpeed's own ``_hp_mapping`` may be wrong
+    for these.
     """
     members = _flat_members(entries, item.group)
     flat, group = item.tensor, members[0][1]._dp_group
@@ -137,9 +144,9 @@ def _stage12_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
 
 
 def _stage3_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
-    """ZeRO-3: every parameter is cut evenly over its ranks; a sub-group's partitions are concatenated.
+    """Return the layout of ZeRO-3, which cuts every parameter evenly over its ranks and concatenates the partitions.
 
-    Padding behind a partition is uninitialised memory and is never read or written.
+    Padding after a partition is uninitialised memory and is never read or written.
     """
     known = {id(entry.reference()): entry.parameter for entry in entries}
     owners = (getattr(entry.reference(), "_z3_optimizer", None) for entry in entries)
@@ -166,33 +173,35 @@ def _stage3_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
 
 
 def _place(layout: Layout, number: int, elements: FlatRange, offset: int) -> None:
-    """Add a flat range of a parameter, which lies at ``offset`` of the layout's one tensor."""
+    """Add a flat range of a parameter that begins at ``offset`` of the layout's only tensor."""
     for box in range_to_boxes(layout.parameters[number].shape, elements):
         layout.shards.append(Shard(number, box, 0, offset))
         offset += box.numel
 
 
 def _check_master(layout: Layout, parameter: Parameter, master: Tensor, low: Tensor) -> None:
-    """The master copy must be this very part of the parameter; ZenFlow's transposed layout would fail here."""
+    """Set the layout's problem if a float32 master does not equal its parameter, as under ZenFlow (transposed)."""
     cast = master.detach().to(low.dtype).to(low.device)
     if low.numel() == cast.numel() and bool(((cast == low) | (cast.isnan() & low.isnan())).all()):
         return
     layout.problem = layout.problem or (
-        f"the float32 master does not hold what the model's parameter {parameter.key} holds: the model's weights were "
-        "changed after deepspeed.initialize, or DeepSpeed has laid it out in a way that this version does not know"
+        f"the float32 master does not equal the model's parameter {parameter.key}: the model's weights were changed "
+        "after deepspeed.initialize, or DeepSpeed's layout is one that this version does not support"
     )
 
 
 def _replica_group(engine: Engine, parameter: Tensor | None) -> dist.ProcessGroup | None:
-    """The ranks that hold the same copy of a parameter: all data-parallel ones, for an expert those of its group."""
+    """Return the ranks that hold the same parameter: all data-parallel ones, or for an expert those of its group."""
     if getattr(parameter, "allreduce", True) is False:
         return _or_none(engine.expert_data_parallel_group[cast("ExpertParameter", parameter).group_name])
     return _or_none(engine.seq_data_parallel_group)
 
 
 def _expert_part(parameter: object) -> _ExpertPart:
-    """Which of its equally named experts an expert parameter is, this rank's place among the expert-parallel ranks, and
-    how many there are."""
+    """Return this rank's place among the expert-parallel ranks and their number; ``(None, 1)`` for other parameters.
+
+    The place distinguishes experts that have the same name on different ranks.
+    """
     if getattr(parameter, "allreduce", True):
         return None, 1
     group = sys.modules["deepspeed.utils.groups"]._get_expert_parallel_group(
@@ -203,7 +212,7 @@ def _expert_part(parameter: object) -> _ExpertPart:
 
 
 def _or_none(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The group, or None if it has one rank only: then nothing needs to be communicated."""
+    """Return the group, or None if it has only one rank, so that nothing needs to be communicated."""
     if dist.get_world_size(group) == 1:
         return None
     return dist.group.WORLD if group is None else group

@@ -1,4 +1,4 @@
-"""FSDP2, HSDP and tensor parallelism: DTensors as boxes of the model's parameters. FSDP1 is in ``fsdp1/``.
+"""FSDP2, HSDP and tensor parallelism: describes DTensors as boxes of the model's parameters. FSDP1 is in ``fsdp1/``.
 
 The placements of a DTensor show which boxes of the global tensor its local one holds; replicas hold equal boxes.
 """
@@ -35,39 +35,39 @@ if TYPE_CHECKING:
 
 
 class DTensorAdapter(Adapter):
-    """The adapter. FSDP2 builds no optimizers and takes every one; a DTensor shows all that there is to know of it.
+    """The adapter for DTensors. FSDP2 accepts every optimizer, and a DTensor shows everything about its sharding.
 
-    No tensor joins without a gradient: all ranks of a mesh have one or none has, also if the local part is empty. FSDP2
-    sets it after a reduce-scatter, of all or of none of a module's ranks; if ranks use different parameters,
-    ``set_reduce_scatter_unused_params`` gives zeros to those that have not. Tensor parallelism runs the same
+    It does not override ``joining``: either all ranks of a mesh have a gradient or none has, even if the local part is
+    empty. FSDP2 sets gradients after a reduce-scatter over all ranks of a module. If ranks use different parameters,
+    ``set_reduce_scatter_unused_params`` gives zeros to those that have none. Tensor parallelism runs the same
     operations on all ranks.
     """
 
     def layouts(
         self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[NewTensor]
     ) -> list[Layout] | None:
-        """One layout for each mesh and dtype; None if no tensor is a DTensor.
+        """Return one layout for each mesh and dtype, or None if no tensor is a DTensor.
 
         Raises:
-            LayoutError: for DTensors among plain tensors, and for tensors that are not the optimizer's parameters.
+            LayoutError: for DTensors mixed with plain tensors, and for tensors that are not the optimizer's parameters.
         """
         sharded = [item for item in fresh if is_dtensor(item.tensor)]
         if not sharded:
             return None
         if len(sharded) != len(fresh):
             raise LayoutError(
-                f"{len(fresh) - len(sharded)} of {len(fresh)} parameters with a gradient are not sharded though the "
+                f"{len(fresh) - len(sharded)} of {len(fresh)} parameters with a gradient are not sharded, although the "
                 "others are DTensors; call fully_shard on the root module too"
             )
         units: dict[tuple[DeviceMesh, torch.dtype], list[NewTensor]] = {}
-        # A rank outside of a mesh holds nothing and takes no part.
+        # A rank outside a mesh holds nothing and takes no part.
         for item in (item for item in sharded if _dtensor(item.tensor).device_mesh.get_coordinate() is not None):
             units.setdefault((_dtensor(item.tensor).device_mesh, compute_dtype(item.tensor)), []).append(item)
         return [_layout(mesh, items, entries) for (mesh, _), items in units.items()]
 
 
 def _layout(mesh: DeviceMesh, items: Sequence[NewTensor], entries: Sequence[Entry]) -> Layout:
-    """One step unit of these tensors."""
+    """Return the layout of one step unit with these tensors."""
     parameters = [_parameter_of(item, entries) for item in items]
     tensors = [item.tensor for item in items]
     layout = Layout(
@@ -89,7 +89,7 @@ def _layout(mesh: DeviceMesh, items: Sequence[NewTensor], entries: Sequence[Entr
 
 
 def _group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
-    """The process group of all ranks of a mesh; None for a single rank."""
+    """Return the process group of all ranks of a mesh, or None for a single rank."""
     ranks = mesh.mesh.flatten().tolist()
     if len(ranks) == 1:
         return None
@@ -101,7 +101,7 @@ def _group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
 
 
 def _dtensor(tensor: Tensor) -> DTensor:
-    """A DTensor, which the caller knows it to be, for the type checker; none is imported."""
+    """Return the tensor itself, which is a DTensor, for the type checker; none is imported."""
     return cast("DTensor", tensor)
 
 
@@ -110,7 +110,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _local_gradient(tensor: Tensor) -> Tensor | None:
-    """The gradient in the parameter's own placements; tensor parallelism may leave it as a sum still to be made."""
+    """Return the gradient in the parameter's own placements; tensor parallelism may leave it as partial sums."""
     if tensor.grad is None:
         return None
     gradient, placements = _dtensor(tensor.grad), _dtensor(tensor).placements
@@ -120,7 +120,7 @@ def _local_gradient(tensor: Tensor) -> Tensor | None:
 
 
 def _boxes(tensor: Tensor) -> list[tuple[Box, int]]:
-    """Boxes of the global tensor that the local one holds, and their offsets there."""
+    """Return the boxes of the global tensor that the local one holds, with their offsets in it."""
     mesh, placements = _dtensor(tensor).device_mesh, _dtensor(tensor).placements
     coordinate = mesh.get_coordinate()
     assert coordinate is not None  # a rank outside of the mesh has no layout
@@ -128,7 +128,7 @@ def _boxes(tensor: Tensor) -> list[tuple[Box, int]]:
 
 
 def _parameter_of(item: NewTensor, entries: Sequence[Entry]) -> Parameter:
-    """The parameter that a DTensor is: the very one, or (fully_shard after the optimizer was built) by its place."""
+    """Return a DTensor's parameter: by identity, or by position if fully_shard ran after the optimizer was built."""
     for entry in entries:
         if entry.reference() is item.tensor:
             return entry.parameter
@@ -137,8 +137,8 @@ def _parameter_of(item: NewTensor, entries: Sequence[Entry]) -> Parameter:
         group[item.place].stand_in = weakref.ref(item.tensor)
         return group[item.place].parameter
     raise LayoutError(
-        f"the DTensor of shape {tuple(item.tensor.shape)} at place {item.place} of group {item.group} is none of the "
-        "parameters that the optimizer was built with"
+        f"the DTensor of shape {tuple(item.tensor.shape)} at position {item.place} of group {item.group} is not one of "
+        "the parameters that the optimizer was built with"
     )
 
 

@@ -1,8 +1,8 @@
-"""Placements of a DTensor: which boxes of the global tensor lie on this rank, and where in its local tensor.
+"""Placements of a DTensor: which boxes of the global tensor are on this rank, and where in its local tensor.
 
 Each mesh dim cuts as torch.chunk does, from left to right. FSDP2 over tensor parallelism cuts what tensor parallelism
 has left, so from right to left; ``_StridedShard(dim, split_factor)`` on FSDP2's mesh dim shows that (torch's
-placement_types.py). Other strided shards leave a rank several ranges of rows.
+placement_types.py). With other strided shards, a rank may hold several ranges of rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class MeshSplit(NamedTuple):
-    """A mesh dim that divides a tensor's dim: into how many, which of these is here, and its split factor (1: none)."""
+    """How a mesh dim divides a tensor's dim: number of parts, which part is here, and split factor (1: none)."""
 
     parts: int
     here: int
@@ -34,17 +34,17 @@ def local_boxes(
     coordinate: Sequence[int],
     held: Sequence[int],
 ) -> list[tuple[Box, int]]:
-    """Boxes of the global tensor on a rank, in memory order, each with its offset in the flattened local tensor.
+    """Return a rank's boxes of the global tensor, in memory order, each with its offset in the flattened local tensor.
 
     Args:
-        shape: of the global tensor.
+        shape: shape of the global tensor.
         placements: one for each mesh dim.
-        sizes: of the mesh dims.
-        coordinate: of this rank in the mesh.
+        sizes: sizes of the mesh dims.
+        coordinate: coordinate of this rank in the mesh.
         held: shape of the local tensor.
 
     Raises:
-        LayoutError: if the local tensor does not fit the placements, or is not a row of boxes.
+        LayoutError: if the local tensor does not fit the placements, or is not a sequence of contiguous boxes.
     """
     splits = _splits(len(shape), placements, sizes, coordinate)
     ranges = [_ranges(numel, own, wanted) for numel, own, wanted in zip(shape, splits, held, strict=True)]
@@ -52,10 +52,10 @@ def local_boxes(
     if 0 in lengths and 0 in held:
         return []
     if lengths != tuple(held):
-        raise LayoutError(f"it holds {tuple(held)} where its placements {tuple(placements)} give {lengths}")
+        raise LayoutError(f"its local shape is {tuple(held)}, but its placements {tuple(placements)} give {lengths}")
     broken = [dim for dim, along in enumerate(ranges) if len(along) > 1]
     if len(broken) > 1 or broken and math.prod(lengths[: broken[0]]) > 1:
-        raise LayoutError(f"with placements {tuple(placements)} it is no row of contiguous boxes")
+        raise LayoutError(f"with placements {tuple(placements)} it is not a sequence of contiguous boxes")
     found, offset = [], 0
     for combination in itertools.product(*ranges):
         box = Box(tuple(along.start for along in combination), tuple(along.size for along in combination))
@@ -67,7 +67,7 @@ def local_boxes(
 def _splits(
     dims: int, placements: Sequence[Placement], sizes: Sequence[int], coordinate: Sequence[int]
 ) -> list[list[MeshSplit]]:
-    """The mesh dims that divide each dim of a tensor."""
+    """Return, for each dim of a tensor, how mesh dims divide it."""
     splits: list[list[MeshSplit]] = [[] for _ in range(dims)]
     for placement, parts, here in zip(placements, sizes, coordinate, strict=True):
         if placement.is_replicate():
@@ -80,10 +80,10 @@ def _splits(
 
 
 def _ranges(numel: int, splits: Sequence[MeshSplit], held: int) -> list[FlatRange]:
-    """The indices of a dim that lie here.
+    """Return the indices of a dim that are on this rank.
 
-    Where rows do not divide evenly, FSDP2 holds what it has cut itself, and that may be another number of rows than
-    its placements give by the rules of a DTensor.
+    If rows do not divide evenly, FSDP2 holds what it has cut itself. That may be another number of rows than its
+    placements give by the rules of a DTensor.
     """
     later = [math.prod(s.parts for s in splits[n + 1 :] if s.split_factor == 1) for n in range(len(splits))]
     if all(split.split_factor in (1, rest) for split, rest in zip(splits, later, strict=True)):
@@ -94,7 +94,7 @@ def _ranges(numel: int, splits: Sequence[MeshSplit], held: int) -> list[FlatRang
 
 
 def _divided(numel: int, splits: Sequence[MeshSplit], strided: bool) -> list[FlatRange]:
-    """What is left after one division after the other; a strided one takes its part of ``split_factor`` chunks each."""
+    """Apply the divisions one after another; a strided one takes its part of each of ``split_factor`` chunks."""
     ranges = [FlatRange(0, numel)] if numel else []
     for split in splits:
         chunks = [ranges]
@@ -105,7 +105,7 @@ def _divided(numel: int, splits: Sequence[MeshSplit], strided: bool) -> list[Fla
 
 
 def _chunk(ranges: Sequence[FlatRange], parts: int, index: int) -> list[FlatRange]:
-    """What torch.chunk gives for the concatenated ranges."""
+    """Return what torch.chunk gives for the concatenated ranges."""
     wanted = chunk(_total(ranges), parts, index)
     found, position = [], 0
     for elements in ranges:
@@ -117,7 +117,7 @@ def _chunk(ranges: Sequence[FlatRange], parts: int, index: int) -> list[FlatRang
 
 
 def _joined(ranges: Sequence[FlatRange]) -> list[FlatRange]:
-    """Neighbours as one."""
+    """Merge adjacent ranges."""
     found: list[FlatRange] = []
     for elements in ranges:
         if found and found[-1].stop == elements.start:

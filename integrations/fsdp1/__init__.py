@@ -1,6 +1,6 @@
-"""FSDP1: flat ranges of the model's parameters, of which tensors show nothing; the wrapped model explains them.
+"""FSDP1: describes flat ranges of the model's parameters. Tensors do not show which these are; the wrapped model does.
 
-torch and Transformers have deprecated FSDP1. All that is for it alone is in this folder, to be removed with it.
+torch and Transformers have deprecated FSDP1. All code that only FSDP1 needs is in this folder, to be removed with it.
 
 With ``use_orig_params=True`` an optimizer is given 1-D shards of the original parameters, with ``False`` one flat
 tensor for each wrapped module. File names below are torch's (torch/distributed/fsdp, 2.13).
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
 FLAT_NAME = "_flat_param"
-MOST_OF_A_MODULE = 1 << 20  # parameters of a wrapped module
+MOST_OF_A_MODULE = 1 << 20  # more parameters than any wrapped module has
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,10 @@ class _FlatShard:
 
 @dataclass(frozen=True)
 class _Known:
-    """What a tensor in ``param_groups`` is made of: shards, and for a flat tensor (else None) what they are shards of.
+    """What is known about a tensor in ``param_groups``: its shards and, if it is flat, the original parameters.
 
-    ``group`` holds all shards of these parameters, and their replicas; None if the tensor was seen without its model.
+    The ranks of ``group`` hold all shards of these parameters, and their replicas. It is None if the tensor was seen
+    without its model.
     """
 
     tensor: weakref.ref[Tensor]
@@ -70,15 +71,16 @@ class _Known:
 
 
 class FSDP1Adapter(Adapter):
-    """The adapter. Hybrid sharding is over the world: replicas of a shard group hold equal ranges."""
+    """The adapter for FSDP1. Under hybrid sharding the group is the world, where replicas hold equal ranges."""
 
     def __init__(self) -> None:
-        self._known: dict[int, _Known] = {}  # by the ids of tensors, for as long as these live
+        self._known: dict[int, _Known] = {}  # by the ids of tensors, while these exist
 
     def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
-        """The wrapped model in ``accelerator.prepare(model, optimizer)``; only the calling frame has both.
+        """Return the wrapped model in ``accelerator.prepare(model, optimizer)``; only the calling frame has both.
 
-        FSDP1 builds no optimizers, but right after wrapping the model accelerate loads an empty state into one.
+        FSDP1 builds no optimizers. But right after wrapping the model, accelerate loads an empty state into one, and
+        this is called.
         """
         module = sys.modules.get("torch.distributed.fsdp")
         frame = calling_frame(lambda frame: frame.f_code.co_name == "prepare_optimizer")
@@ -90,7 +92,7 @@ class FSDP1Adapter(Adapter):
         return next((m for m in wrapped if any(id(p) in own for p in m.parameters())), None)
 
     def attach_model(self, model: nn.Module) -> None:
-        """Learn names and ranges of a wrapped model's parameters (_flat_param.py)."""
+        """Read names and ranges of a wrapped model's parameters (_flat_param.py)."""
         module = sys.modules.get("torch.distributed.fsdp")
         if module is None:
             return
@@ -109,19 +111,19 @@ class FSDP1Adapter(Adapter):
                 self._remember(flat, _shards(flat), _members(flat, name, heads, kinds, places), group)
                 continue
             for parameter, shard in zip(flat._params, _shards(flat), strict=True):
-                # What stands in the model is the shard alone.
+                # The model holds the shard alone, not the flat tensor.
                 self._remember(parameter, (replace(shard, offset=0),), None, group)
 
     def global_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
-        """The shape of an original parameter before flattening."""
+        """Return the shape of an original parameter before flattening."""
         known = self._find(parameter)
         return known.shards[0].shape if known is not None else None
 
     def flat_members(self, tensor: Tensor, name: str | None) -> Sequence[FlatMember] | None:
-        """The original parameters in a flat tensor.
+        """Return the original parameters in a flat tensor.
 
         Their names come from the model, or from the flat tensor's own name in ``model.named_parameters()``. Without
-        either they have none.
+        either, they have no names.
         """
         known = self._find(tensor)
         if is_flat(tensor) and (known is None or known.group is None):
@@ -130,9 +132,10 @@ class FSDP1Adapter(Adapter):
         return known.members if known is not None else None
 
     def joining(self, waiting: Sequence[NewTensor]) -> list[NewTensor]:
-        """Shards that are trained on any rank: a rank that holds nothing of a parameter never has a gradient of it.
+        """Return shards without a gradient here whose parameters are trained on some rank.
 
-        A flat tensor is never empty, and reduce-scatter is a collective: all ranks have its gradient or none has.
+        A rank that holds nothing of a parameter never has a gradient of it. A flat tensor is never empty, and
+        reduce-scatter is a collective, so either all ranks have its gradient or none has.
         """
         by_group: dict[int, tuple[dist.ProcessGroup | None, list[NewTensor]]] = {}
         for item in waiting:
@@ -151,7 +154,7 @@ class FSDP1Adapter(Adapter):
     def layouts(
         self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[NewTensor]
     ) -> list[Layout] | None:
-        """One layout for each process group and dtype of wrapped parameters; None if there is none.
+        """Return one layout for each process group and dtype of wrapped parameters, or None if there are none.
 
         Raises:
             LayoutError: if there are other parameters too, or if only the model could show the process group.
@@ -172,16 +175,16 @@ class FSDP1Adapter(Adapter):
         return [_layout(group, tensors, entries) for group, tensors in units.values()]
 
     def why_not_whole(self, tensor: Tensor) -> str | None:
-        """FSDP1's tensors that were seen without their model."""
+        """Return the reason for FSDP1's tensors that were seen without their model."""
         if not is_fsdp1(tensor):
             return None
         return (
             "these are FSDP1 parameters, which do not show what they are shards of: build the optimizer after wrapping "
-            "and give it the wrapped model, Shampoo(model.named_parameters(), model=model, ...)"
+            "and pass it the wrapped model, Shampoo(model.named_parameters(), model=model, ...)"
         )
 
     def state_entries(self, optimizer: BlockOptimizer) -> dict[int, dict[str, Tensor]] | None:
-        """A note that the state is saved in another place; FSDP1's own state dict has room for no more.
+        """Return a note that the state is saved in another place; FSDP1's own state dict cannot hold the state itself.
 
         Raises:
             RuntimeError: if there is state that is not saved in another place.
@@ -197,7 +200,7 @@ class FSDP1Adapter(Adapter):
         return optimizer.external_entries(external, lambda tensor: () if is_fsdp1(tensor) else (1,))
 
     def note_load(self, optimizer: BlockOptimizer) -> None:
-        """Called within ``load_fsdp_optimizer``, which runs on all ranks together."""
+        """Load the state; called within ``load_fsdp_optimizer``, which runs on all ranks together."""
         if _holds_fsdp1(optimizer):
             load_from_folder(optimizer)
 
@@ -222,7 +225,11 @@ def _holds_fsdp1(optimizer: BlockOptimizer) -> bool:
 
 
 def _saved(optimizer: BlockOptimizer) -> bool:
-    """True once the state is in accelerate's folder, if it is accelerate that asks."""
+    """Save the state into accelerate's folder and return True.
+
+    Raises:
+        RuntimeError: if another tool than accelerate asks for the state dict.
+    """
     if not save_to_folder(optimizer):
         raise RuntimeError(
             "FSDP1's own optimizer state dict cannot carry Shampoo's state; use save_shampoo(optimizer, path) "
@@ -232,15 +239,15 @@ def _saved(optimizer: BlockOptimizer) -> bool:
 
 
 def _flat(tensor: Tensor) -> FlatParameter:
-    """A FlatParameter, which the caller knows it to be, for the type checker; none is imported."""
+    """Return the tensor itself, which is a FlatParameter, for the type checker; none is imported."""
     return cast("FlatParameter", tensor)
 
 
 def _shards(flat: FlatParameter) -> tuple[_FlatShard, ...]:
     if any(extension is not None for extension in flat._param_extensions):
         raise LayoutError(
-            f"FSDP1 over tensor parallelism flattens shards of {', '.join(flat._fqns)} and does not show which; use "
-            "FSDP2 (fully_shard)"
+            f"FSDP1 over tensor parallelism flattens shards of {', '.join(flat._fqns)} and does not show which shards; "
+            "use FSDP2 (fully_shard)"
         )
     shards = []
     for shape, info in zip(flat._shapes, flat._shard_param_infos, strict=True):
@@ -259,13 +266,15 @@ def _members(
     of_module: Mapping[int, frozenset[str]],
     places: Mapping[int, int] | None = None,
 ) -> tuple[FlatMember, ...]:
-    """Names and kinds in a flat tensor, as an unwrapped model would have them (see ``parameter_names.py``).
+    """Return the original parameters in a flat tensor, with the names and kinds that the unwrapped model has.
+
+    See ``parameter_names.py`` for names and kinds.
 
     Args:
         prefix: name of the wrapped module, None if it is not known.
-        heads: ids of the output head's modules; None without a model, from which kinds come.
+        heads: ids of the output head's modules; None without a model, and then there are no kinds.
         of_module: kinds of modules' own parameters, by the modules' ids.
-        places: of modules in the model, by their ids; without a model the order is that of the flat tensor.
+        places: positions of modules in the model, by their ids; without a model the flat tensor's order is used.
     """
     members = []
     for number, (path, shape, info) in enumerate(zip(flat._fqns, flat._shapes, flat._param_infos, strict=True)):
@@ -279,7 +288,7 @@ def _members(
 def _kinds(
     flat: FlatParameter, info: ParamInfo, heads: set[int], of_module: Mapping[int, frozenset[str]]
 ) -> frozenset[str]:
-    """The kinds of all modules that hold a parameter; the first is in ``_param_infos``, others that are tied to it."""
+    """Return the kinds of all modules that hold a parameter: its module in ``_param_infos``, and those tied to it."""
     own = (info.module, info.param_name)
     holders: list[ParamInfo | SharedParamInfo] = [info]
     holders += [s for s in flat._shared_param_infos if (s.prim_module, s.prim_param_name) == own]
@@ -290,7 +299,11 @@ def _kinds(
 
 
 def _group_of(flat: FlatParameter) -> dist.ProcessGroup | None:
-    """The ranks of a flat tensor that was seen without its model: all, or none that must be asked (NO_SHARD)."""
+    """Return the group of a flat tensor that was seen without its model: the world, or None with NO_SHARD.
+
+    Raises:
+        LayoutError: if it is sharded over a part of the ranks.
+    """
     padded = getattr(flat, "_padded_unsharded_size", None)
     if padded is None:
         return None
@@ -298,7 +311,7 @@ def _group_of(flat: FlatParameter) -> dist.ProcessGroup | None:
     if ranks != dist.get_world_size():
         raise LayoutError(
             f"an FSDP1 parameter is sharded over {ranks} of {dist.get_world_size()} ranks, and only the model shows "
-            "which: give the optimizer the wrapped model, Shampoo(model.named_parameters(), model=model, ...)"
+            "which ranks: pass the wrapped model, Shampoo(model.named_parameters(), model=model, ...)"
         )
     return dist.group.WORLD
 
@@ -306,7 +319,7 @@ def _group_of(flat: FlatParameter) -> dist.ProcessGroup | None:
 def _layout(
     group: dist.ProcessGroup | None, tensors: Sequence[tuple[Tensor, _Known]], entries: Sequence[Entry]
 ) -> Layout:
-    """One step unit of these tensors."""
+    """Return the layout of one step unit with these tensors."""
     of_tensor: dict[int, list[Entry]] = {}
     for entry in entries:
         of_tensor.setdefault(id(entry.reference()), []).append(entry)
@@ -316,7 +329,7 @@ def _layout(
         own = of_tensor[id(tensor)]
         layout.tensors.append(tensor)
         layout.groups.append(own[0].parameter.group)
-        # An empty shard has no gradient though the parameter may have one on other ranks.
+        # An empty shard has no gradient, although the parameter may have one on other ranks.
         layout.agrees |= known.members is None
         for entry, shard in zip(own, known.shards, strict=True):
             offset = shard.offset

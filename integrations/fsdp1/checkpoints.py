@@ -1,9 +1,9 @@
-"""accelerate's FSDP1 checkpoints (its ``save_state`` and the stock Trainer's): Shampoo's state in a folder of theirs.
+"""accelerate's FSDP1 checkpoints (its ``save_state`` and the stock Trainer's), with Shampoo's state in a subfolder.
 
-FSDP1's own optimizer state dict has room for tensors in the shape of parameters only (_optim_utils.py), and nothing
-else is called on all ranks between the weights and the file that makes a Trainer's checkpoint complete. But
-accelerate's ``save_fsdp_optimizer`` and ``load_fsdp_optimizer`` (utils/fsdp_utils.py, 1.15) ask on all ranks, and their
-frames know the folder. So the state is written and read there, and FSDP1's dict carries a note of it.
+FSDP1's own optimizer state dict can only hold tensors in the shape of parameters (_optim_utils.py). Nothing else is
+called on all ranks between the weights and the file that makes a Trainer's checkpoint complete. But accelerate's
+``save_fsdp_optimizer`` and ``load_fsdp_optimizer`` (utils/fsdp_utils.py, 1.15) ask for that dict on all ranks, and
+their frames hold the folder. So the state is written and read there, and FSDP1's dict only says where it is.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ ACCELERATE = "accelerate.utils.fsdp_utils"
 
 
 def save_to_folder(optimizer: BlockOptimizer) -> bool:
-    """Write the state into accelerate's folder if it is saving; call it on all ranks.
+    """Write the state into accelerate's folder if accelerate is saving; call it on all ranks.
 
-    While accelerate loads it asks for a state dict too, as a template, and what is here will be replaced.
+    accelerate also asks for a state dict when it loads, as a template. Nothing is written then, because the present
+    state will be replaced.
 
     Returns:
-        Whether accelerate asks.
+        Whether accelerate asks for the state dict.
 
     Raises:
         CheckpointError: on all ranks, if one of them cannot write.
@@ -40,7 +41,7 @@ def save_to_folder(optimizer: BlockOptimizer) -> bool:
 
 
 def load_from_folder(optimizer: BlockOptimizer) -> None:
-    """Load the state from accelerate's folder if it is loading; call it on all ranks.
+    """Load the state from accelerate's folder if accelerate is loading; call it on all ranks.
 
     If the folder is missing, the optimizer's next step raises an error.
 
@@ -53,7 +54,7 @@ def load_from_folder(optimizer: BlockOptimizer) -> None:
 
 
 def _folder(function: str, argument: str) -> Path | None:
-    """Where a function of accelerate that is calling us keeps Shampoo's state."""
+    """Return Shampoo's folder in that of this function of accelerate, or None if the function is not calling."""
     frame = frame_in_module(ACCELERATE, function)
     if frame is None:
         return None

@@ -1,4 +1,4 @@
-"""What FSDP1's tensors look like, and where it cannot take an optimizer."""
+"""Recognises FSDP1's tensors, and refuses the case in which FSDP1 cannot use a finished optimizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_fsdp1(tensor: Tensor) -> bool:
 
 
 def refuse_flat(plugin: FullyShardedDataParallelPlugin | None) -> None:
-    """Raise if a finished optimizer would silently train nothing; a deferred one sees the flat vectors.
+    """Raise an error if a finished optimizer would silently train nothing; a deferred one sees the flat vectors.
 
     Args:
         plugin: accelerate's FSDP plugin, or None.

@@ -1,7 +1,7 @@
 """One background thread, which computes refreshes while the next forward and backward run.
 
-On an accelerator it runs on its own stream. Nothing that it computes depends on when it does so: its inputs do
-not change before it is done, and it reads no process-wide precision switch (see ``precision.independent_of_switches``).
+On an accelerator it runs on its own stream. Its results do not depend on timing: its inputs do not change before
+it is done, and it reads no process-wide precision switch (see ``precision.independent_of_switches``).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from shampoo_deepspeed.runtime.metrics import RefreshMeter
 
 
 class Refresh:
-    """A refresh of neighbouring rows of a stack that is under way on the thread.
+    """A refresh of neighbouring rows of a stack, running on the thread.
 
     Args:
-        compute: what to do there, given a list for condition numbers. The tensors that it reads must not change before
-            ``result`` has returned.
-        first: the stack's row that its row 0 is.
-        device: of these tensors; on an accelerator what its current stream has to do so far is done first.
+        compute: the function to run there, given a list for condition numbers. The tensors that it reads must not
+            change before ``result`` has returned.
+        first: the row of the stack that is its row 0.
+        device: device of these tensors; on an accelerator the work queued on the current stream is done first.
     """
 
     def __init__(self, compute: Callable[[list[Tensor]], RefreshResult], first: int, device: torch.device) -> None:
@@ -41,10 +41,10 @@ class Refresh:
         self._future = _executor().submit(_run, compute, self.meter, device, ready, torch.get_num_threads())
 
     def result(self) -> RefreshResult:
-        """Waits until it is done; every call raises what the thread has raised."""
+        """Wait until it is done and return the result; every call raises what the thread has raised."""
         result = self._future.result()
         if self._device.type != "cpu":
-            for tensor in result.tensors.values():  # whose memory belongs to the other stream
+            for tensor in result.tensors.values():  # their memory belongs to the other stream
                 tensor.record_stream(torch.accelerator.current_stream(self._device))
         return result
 
@@ -62,7 +62,7 @@ def _run(
         if ready is None:
             with meter.refreshing(device) as conditions:
                 return compute(conditions)
-        # A new thread is on the first device. Leaving a stream's context goes back there, which on CUDA takes memory.
+        # A new thread starts on the first device. Leaving a stream's context returns to it, which takes memory on CUDA.
         torch.accelerator.set_device_index(device)
         stream = _stream(device)
         with stream:
@@ -86,7 +86,7 @@ def _stream(device: torch.device) -> torch.Stream:
 
 @cache
 def _load_linear_algebra(device: torch.device) -> None:
-    """Torch loads its solvers at their first use, and not if two threads come first at once."""
+    """Load torch's solvers, which otherwise happens at first use and fails if two threads use them at once."""
     torch.linalg.eigh(torch.eye(2, device=device, dtype=torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""A rank's blocks of one shape and group as stacked tensors, and their step: gradient in, update out."""
+"""A rank's blocks of one shape and the same options as stacked tensors, and their step: gradient in, update out."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from shampoo_deepspeed.runtime.metrics import RefreshMeter
 
 logger = logging.getLogger(__name__)
 
-# A step makes half a dozen passes over its blocks and as many temporaries. On the CPU these are page faults and cache
-# misses unless few blocks at a time go through all of it; kernels gain nothing there from longer stacks.
+# A step makes half a dozen passes over its blocks and as many temporaries. On the CPU these cause page faults and cache
+# misses unless few blocks at a time go through all of them; longer stacks do not make kernels faster there.
 CACHED_BYTES = 2 << 20
-# A refresh holds a dozen temporaries of this size: on the CPU, where decompositions come one after another anyway, and
-# on accelerators, where larger batches than this fill a device no better, and cuSOLVER takes 32,767 matrices at most.
+# A refresh holds a dozen temporaries of this size. On the CPU, decompositions run one after another anyway. On
+# accelerators, larger batches do not fill a device better, and cuSOLVER takes 32,767 matrices at most.
 REFRESHED_BYTES = 512 << 10
 REFRESHED_ON_ACCELERATORS = 256 << 20
 MOST_REFRESHED = 8192
@@ -37,9 +37,9 @@ class BlockStack:
     Args:
         keys: block keys, ``"parameter/index"``, in row order.
         shape: the blocks' shape.
-        config: options at the time of building; those that do not shape state may change, ``step`` gets them.
+        config: the options when it is built; those that do not shape state may change later, in ``step``.
         dtype: dtype of moments and updates, float32 or float64.
-        phases: each row's refresh phase, in rising order; None if all rows refresh together.
+        phases: each row's refresh phase, in ascending order; None if all rows refresh together.
         options: the number of the blocks' options (``Policy.options``).
     """
 
@@ -83,7 +83,7 @@ class BlockStack:
         return tensors
 
     def release(self) -> None:
-        """Let go of the state's memory; `renew` must follow before the next step."""
+        """Free the state's memory; `renew` must follow before the next step."""
         self._reset_counts()
         self.tensors = {}
 
@@ -92,20 +92,20 @@ class BlockStack:
         self.tensors = self._new_tensors()
 
     def _use(self, config: ShampooConfig) -> None:
-        """Take these options from now on."""
+        """Use these options from now on."""
         self._config, self._preconditioner = config, build(config)
         self._second_moment = _second_moment(self._preconditioner, config)
 
     def step(
         self, first: int, gradients: Tensor, steps: Sequence[int], config: ShampooConfig, found_inf: FoundInf | None
     ) -> Tensor:
-        """Updates of the rows from ``first`` on, given their gradients [n, *shape], which are used up.
+        """Updates of the rows from ``first`` on, given their gradients [n, *shape], which are overwritten.
 
-        They may be state: copy them and leave them as they are.
+        The updates may share memory with the state: copy them, and do not change them.
 
         Args:
-            steps: the number of each row's step, counted from 1; rows with 0 take no part: they get update 0 and
-                keep their state.
+            steps: each row's step number, counted from 1; rows with 0 take no part: they get update 0 and keep
+                their state.
         """
         if config is not self._config:
             self._use(config)
@@ -118,7 +118,7 @@ class BlockStack:
         return gradients
 
     def _stepped_together(self, steps: Sequence[int], gradients: Tensor) -> Iterator[tuple[slice, int]]:
-        """Neighbouring rows with the same step, and that step; on the CPU so few that they stay in its cache."""
+        """Slices of neighbouring rows with the same step, and that step; on the CPU, short enough for its cache."""
         block = gradients[0].numel() * gradients.element_size()
         most = max(1, CACHED_BYTES // max(1, block)) if gradients.device.type == "cpu" else len(steps)
         begin = 0
@@ -147,7 +147,7 @@ class BlockStack:
     def _alike(
         self, rows: range, installed: Sequence[tuple[slice, RefreshResult]]
     ) -> Iterator[tuple[slice, RefreshResult | None]]:
-        """Neighbours among these rows that are preconditioned or not so far, and what was just installed for them."""
+        """Neighbouring rows that have all been refreshed or all not, and what was just installed for them."""
         number_of = {n: number for number, (here, _) in enumerate(installed) for n in range(here.start, here.stop)}
 
         def kind(place: int) -> tuple[bool, int | None]:
@@ -174,7 +174,7 @@ class BlockStack:
         """Steps 5 to 7 for rows that are all preconditioned, or all not yet.
 
         Args:
-            result: of the refresh that was just installed for them, if one was.
+            result: the refresh that was just installed for them, if any.
         """
         config, preconditioner, method = self._config, self._preconditioner, self._config.warm_method
         ready, name = self.refreshed[rows[0]], self._second_moment
@@ -188,7 +188,7 @@ class BlockStack:
                 grafting.accumulate(method, second, [own], config.second_moment_beta, found_inf)
             return self._updates_in_basis(state, kept, second, gradients, result, step, found_inf)
         grafted = grafting.advance(method, kept, second, [gradients], [own], step, config, found_inf)
-        # What a moment or an update lacks is one number, multiplied in last, as each pass over a block costs.
+        # Bias corrections are one factor, which is multiplied in last, because each pass over a block costs time.
         if not ready:
             return grafted.updates[0] if grafted.factor == 1.0 else grafted.updates[0] * grafted.factor
         update = preconditioner.apply(state, gradients, grafted.moments[0], found_inf)
@@ -204,7 +204,7 @@ class BlockStack:
         step: int,
         found_inf: FoundInf | None,
     ) -> Tensor:
-        """The same if first moments are kept in coordinates of the preconditioner's own, or no length is grafted."""
+        """``_updates`` if first moments are in the preconditioner's own coordinates, or no length is grafted."""
         config, preconditioner = self._config, self._preconditioner
         seen = preconditioner.project(state, gradients)
         beta1, corrected = config.betas[0], config.use_bias_correction
@@ -225,11 +225,11 @@ class BlockStack:
         """Step 3 of the rule: install what was computed in the background, and refresh what is due.
 
         Returns:
-            What was installed, and for which of the rows, if the preconditioner's moments have to follow.
+            What was installed for which of the rows, if the preconditioner's moments have to follow the bases.
         """
         waiting = list(self._waiting(rows)) if self.pending else []
         due = self._due(rows, step)
-        # A refresh waits for the device anyway, so here the CPU may as well read the flag.
+        # A refresh waits for the device anyway, so the CPU may read the flag here.
         if (not waiting and not due) or (found_inf is not None and found_inf.rejected):
             return []
         installed = [self._install(rows, state, here, refresh) for here, refresh in waiting]
@@ -243,7 +243,7 @@ class BlockStack:
     def _install(
         self, rows: range, state: dict[str, Tensor], here: slice, refresh: Refresh | None
     ) -> tuple[slice, RefreshResult]:
-        """Install what the background has computed for some of the rows."""
+        """Install what the background thread has computed for some of the rows."""
         assert refresh is not None
         result = refresh.result().rows(rows[here][0] - refresh.first, rows[here][-1] + 1 - refresh.first)
         self.meter.take(refresh.meter)
@@ -278,7 +278,7 @@ class BlockStack:
             yield slice(begin, min(begin + most, here.stop))
 
     def _begin(self, rows: range, state: dict[str, Tensor], step: int) -> None:
-        """Compute in the background; the state stays as it is until these rows' next step, which waits for it."""
+        """Start a refresh in the background; the state stays as it is until these rows' next step, which waits."""
         preconditioner = self._preconditioner
 
         def compute(conditions: list[Tensor]) -> RefreshResult:
@@ -290,9 +290,10 @@ class BlockStack:
         self.pending.update(dict.fromkeys(rows, refresh))
 
     def _await_background(self, rows: range, state: dict[str, Tensor], step: int) -> None:
-        """Let the background be done with these rows before their factors change.
+        """Wait for the background refreshes of these rows before their factor matrices change.
 
-        What was pending when they were saved begins here: it depends on nothing but state that has not changed since.
+        A refresh that was pending when they were saved begins here: it depends only on state that has not changed
+        since.
         """
         for here, refresh in list(self._waiting(rows)):
             if refresh is None:
@@ -311,10 +312,10 @@ class BlockStack:
             yield slice(found[0], found[-1] + 1), refresh
 
     def _due(self, rows: range, step: int) -> list[slice]:
-        """Which of these rows refresh at this step: neighbours, as rows lie in the order of their phases.
+        """The rows among these that refresh at this step: one slice at most, as rows are in the order of their phases.
 
-        With refreshes spread over windows, a row is refreshed once in each, at its phase; windows at the start are
-        shorter with ``refresh_growth``, and a place in them is that of several phases.
+        If refreshes are spread over windows, each row refreshes once per window, at its phase. With
+        ``refresh_growth`` the first windows are shorter, and each step in them stands for several phases.
         """
         config = self._config
         if self.phases is None:
@@ -338,7 +339,7 @@ class BlockStack:
                 continue
             self.failures[row] += 1
             logger.warning(
-                "no %s of block %s: its decomposition failed %d times in a row, last good one kept",
+                "no new %s for block %s: its decomposition failed %d times in a row; the last good one is kept",
                 what,
                 self.keys[row],
                 self.failures[row],
@@ -346,8 +347,10 @@ class BlockStack:
 
 
 def _second_moment(preconditioner: Preconditioner, config: ShampooConfig) -> str | None:
-    """The name of the second moment of the grafting or first updates, if they have one. What is needed until the
-    first refresh only lies where the preconditioner keeps something that begins then."""
+    """The name of the second moment of grafting or of the updates before the first refresh; None if they have none.
+
+    If it is not needed after the first refresh, it shares the tensor that the refresh fills.
+    """
     if not grafting.has_second_moment(config.warm_method):
         return None
     ends = config.grafting_method == "none" and preconditioner.filled_by_refresh is not None
@@ -364,6 +367,6 @@ def block_norms(stack: Tensor) -> Tensor:
 
 
 def _with_length_of(other: Tensor, factor: float, update: Tensor) -> Tensor:
-    """Blocks of ``update``, in place, each with the length of its block of ``other`` times the factor."""
+    """Scale each block of ``update`` in place to the length of its block of ``other`` times the factor."""
     lengths, own = block_norms(other) * factor, block_norms(update)
     return update.mul_(torch.where(own > 0, lengths / own, 0.0))

@@ -1,4 +1,4 @@
-"""Parameters that have no factor matrices, updated where their shards lie by a grafting method."""
+"""Element-wise parameters, which have no factor matrices: updated on their shards by a grafting method."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from shampoo_deepspeed.options.config import ShampooConfig
 class ElementwiseShard:
     """A flat range of a parameter on this rank, and how it is updated.
 
-    ``elements`` counts in the flattened global parameter, ``local`` in the flattened local tensor; ``share`` is one
-    over the number of ranks that hold the same range, ``method`` the grafting method that gives its update.
+    ``elements`` is its range in the flattened global parameter, ``local`` in the flattened local tensor. ``share`` is
+    one over the number of ranks that hold the same range, ``method`` the grafting method that computes its update.
     """
 
     parameter: int
@@ -56,7 +56,7 @@ class Elementwise:
         return {name: list(torch.split(t, self.sizes)) if self.sizes else [] for name, t in self.tensors.items()}
 
     def release(self) -> None:
-        """Let go of the state's memory; `renew` must follow before the next step."""
+        """Free the state's memory; `renew` must follow before the next step."""
         self.tensors = {name: tensor.to("meta") for name, tensor in self.tensors.items()}
         self.views = {}
 
@@ -86,7 +86,7 @@ class Elementwise:
         """Write the shards' updates, given flat gradients and flat update buffers of the unit's tensors.
 
         Args:
-            steps: the number of each parameter's step, counted from 1; those with 0 take no part.
+            steps: each parameter's step number, counted from 1; parameters with 0 take no part.
         """
         cohorts: dict[tuple[int, str, int], list[int]] = defaultdict(list)
         for number, shard in enumerate(self.shards):

@@ -1,8 +1,8 @@
-"""A non-finite gradient was found: the step must change nothing.
+"""Masks a step in which a gradient is not finite, so that it changes nothing.
 
-The flag is agreed among all ranks. On the CPU it is read at once, and a step that is accepted gets no ``FoundInf`` at
-all. On an accelerator a read would wait for the device, so the flag masks the step where it is computed: gradients
-become zero and decays become one, so that accumulators keep their values to the bit.
+All ranks agree on the flag. On the CPU it is read at once, and a step that is accepted gets no ``FoundInf`` at all. On
+an accelerator a read would wait for the device, so the flag masks the step on the device. Gradients become zero and
+decays become one, so accumulators keep their values to the bit.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class FoundInf:
 
     Args:
         flag: 0-d bool tensor; True if the step is rejected.
-        dtype: dtype of the scalars that `keep` and `scale` give.
-        read: gives the flag on the CPU, if it waits for less than a copy of ``flag`` would: a copy made now waits for
-            all that the device has queued.
+        dtype: dtype of the scalars that `keep` and `scale` return.
+        read: returns the flag on the CPU, if that waits for less than a copy of ``flag``, which waits for all that
+            the device has queued.
     """
 
     def __init__(self, flag: Tensor, dtype: torch.dtype, read: Callable[[], bool] | None = None) -> None:

@@ -17,8 +17,8 @@ from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.linalg.precision import whole_registers
 from shampoo_deepspeed.options.config import ShampooConfig
 
-NORMALIZED = "normalized_"  # how the names of methods begin whose second moment is that of G / ||G||
-# Where torch has one kernel for all of an optimizer's step, which reads and writes everything once.
+NORMALIZED = "normalized_"  # prefix of the methods whose second moment is that of G / ||G||
+# Devices on which torch has one kernel for an optimizer's whole step, which reads and writes everything once.
 FUSED_DEVICES = ("cpu", "cuda")
 
 
@@ -56,11 +56,11 @@ def update(
     Args:
         moments: first moments M, shapes as ``second``.
         step: t >= 1.
-        eps: added to the square root; with 0, elements without any gradient so far get 0.
+        eps: added to the square root; if 0, elements that have had no gradient yet get 0.
 
     Returns:
-        Tensors, and a number that they are to be multiplied by: callers have other numbers to multiply by too, and
-        each pass over a block costs.
+        Tensors, and the factor to multiply them by. Callers combine it with their own factors, because each pass over
+        a block costs time.
     """
     if not has_second_moment(method):
         return list(moments), 1.0
@@ -86,13 +86,13 @@ def first_moment(
     found_inf: FoundInf | None,
     beta3: float | None = None,
 ) -> tuple[list[Tensor], float]:
-    """Update m = b1 * m + (1 - b1) G in place and return M, that is m corrected for its zero start if asked.
+    """Update m = b1 * m + (1 - b1) G in place and return M, which is m, corrected for its zero start if asked.
 
     With beta1 = 0 there is no moment, and M is G. With ``beta3``, M is b3 * m + (1 - b3) G of the old m instead, as in
-    Lion and NAdam: a smaller b3 than b1 looks ahead, b3 = 0 takes G alone.
+    Lion and NAdam. b3 < b1 looks ahead, and b3 = 0 uses G alone.
 
     Returns:
-        Tensors and the number to multiply them by for M. They may be state, or the gradients.
+        Tensors, and the factor to multiply them by for M. They may be the state or the gradients themselves.
     """
     if beta1 == 0.0:
         return list(gradients), 1.0
@@ -107,9 +107,9 @@ def first_moment(
 
 
 class ElementwiseStep(NamedTuple):
-    """First moments and updates of an element-wise step, each to be multiplied by its factor.
+    """First moments and updates of an element-wise step, to be multiplied by ``lacking`` and ``factor``.
 
-    Callers have other numbers to multiply by too, and each pass over a block costs. Tensors may be state.
+    Callers combine these with their own factors, because each pass over a block costs time. Tensors may be state.
     """
 
     moments: list[Tensor]
@@ -128,10 +128,10 @@ def advance(
     config: ShampooConfig,
     found_inf: FoundInf | None,
 ) -> ElementwiseStep:
-    """Update first and second moments in place and give what they make.
+    """Update first and second moments in place; return the moments and updates.
 
     Args:
-        scaled: what second moments see, the normalized gradients for normalized methods.
+        scaled: the gradients that second moments take, which are normalized for normalized methods.
     """
     if _fuses(method, first, second, gradients, config):
         return _adam(first, second, gradients, step, config, found_inf)
@@ -149,7 +149,7 @@ def _fuses(
     gradients: Sequence[Tensor],
     config: ShampooConfig,
 ) -> bool:
-    """Whether torch's kernel does the same: not without a first moment, nor with eps = 0, where it divides by 0."""
+    """Whether torch's fused kernel can be used: not without a first moment, nor with eps = 0 (it divides by 0)."""
     if method != "adam" or not first or config.beta3 not in (None, config.betas[0]):
         return False
     if config.eps <= 0.0 or config.second_moment_beta >= 1.0 or gradients[0].device.type not in FUSED_DEVICES:
@@ -165,7 +165,7 @@ def _adam(
     config: ShampooConfig,
     found_inf: FoundInf | None,
 ) -> ElementwiseStep:
-    """Adam's part in one pass: a step with rate -1 from weights of zero is the update itself."""
+    """Adam in one pass: a step of torch's kernel with rate -1 from weights of zero is the update itself."""
     beta1, corrected = config.betas[0], config.use_bias_correction
     updates = [torch.zeros_like(g) for g in gradients]
     taken = torch.full((), step, dtype=torch.float32, device=gradients[0].device)  # the kernel reads it as float32

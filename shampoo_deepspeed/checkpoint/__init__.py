@@ -1,7 +1,7 @@
-"""save_shampoo and load_shampoo: sharded factor state that any world size and any framework can go on from.
+"""save_shampoo and load_shampoo: sharded state from which any world size and any framework can resume.
 
-A checkpoint is a folder with ``manifest.json`` and one ``data-<id>`` folder. Tensors are written first; the manifest,
-put in place by one rename, makes the save complete; only then is the data of an earlier save removed.
+A checkpoint is a folder with ``manifest.json`` and one ``data-<id>`` folder. Tensors are written first. The manifest,
+put in place by one rename, completes the save. Only then is the data of an earlier save removed.
 """
 
 from shampoo_deepspeed.checkpoint.async_writer import wait_for_saves

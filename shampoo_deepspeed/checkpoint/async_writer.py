@@ -1,4 +1,4 @@
-"""The thread that writes asynchronous saves, and who gets to know of their failures."""
+"""The thread that writes asynchronous saves, and the calls that raise their failures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AsyncWriter:
 
     Args:
         thread: the thread.
-        unfinished: saves that may be under way, or whose failure nobody has raised yet.
+        unfinished: saves that may still be running, or whose failure no call has raised yet.
         last: each optimizer's last save.
     """
 
@@ -44,7 +44,7 @@ class AsyncWriter:
         return future
 
     def wait(self, optimizer: BlockOptimizer) -> None:
-        """Wait until nothing is being written: another optimizer's save may be into the same folder.
+        """Wait until nothing is being written, because another optimizer may save into the same folder.
 
         Raises:
             CheckpointError: if the last save of this optimizer has failed; those of others raise theirs.
@@ -59,7 +59,7 @@ class AsyncWriter:
         """Wait until nothing is being written.
 
         Raises:
-            CheckpointError: the first failure that nobody has raised yet.
+            CheckpointError: the first failure that no call has raised yet.
         """
         wait(self.unfinished)
         failed = [future for future in self.unfinished if _failed(future)]
@@ -68,7 +68,7 @@ class AsyncWriter:
             failed[0].result()
 
     def forget(self) -> None:
-        """Forget all saves, and with their failures what those hold on to."""
+        """Forget all saves and their failures, which keep other objects alive."""
         self.unfinished.clear()
         self.last.clear()
 
@@ -78,7 +78,7 @@ def wait_for_saves() -> None:
 
     Raises:
         CheckpointError: the first failure of a save, of any optimizer, that no other call has raised yet; it names the
-            save's path. The log names those of further ones.
+            save's path. The log names further failures.
     """
     WRITER.wait_for_all()
 
@@ -104,4 +104,4 @@ def _write(path: Path, write: Callable[[], None], group: dist.ProcessGroup | Non
 
 
 WRITER = AsyncWriter()
-atexit.register(WRITER.forget)  # the thread was joined before; a failure holds on to the process group
+atexit.register(WRITER.forget)  # the thread has been joined then; a failure keeps the process group alive

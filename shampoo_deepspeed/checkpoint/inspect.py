@@ -26,7 +26,7 @@ def describe(path: Path) -> str:
     lines = [
         f"Shampoo checkpoint {path}",
         f"saved by {ranks} with {_versions(manifest.versions)}",
-        f"{len(manifest.files)} files, {_megabytes(size)}, all checksums right",
+        f"{len(manifest.files)} files, {_megabytes(size)}, all checksums match",
         f"steps: {_range(steps)}; rejected: {manifest.rejected_steps}",
     ]
     lines += [f"group {number}: {_changed(options)}" for number, options in sorted(manifest.groups.items())]

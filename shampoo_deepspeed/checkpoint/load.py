@@ -1,4 +1,4 @@
-"""load_shampoo: check a checkpoint on all ranks together, see what fits, and leave the reading to the next step."""
+"""load_shampoo: check a checkpoint on all ranks together, find what fits, and let the next step read it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from shampoo_deepspeed.state.unwrap import unwrap
 
 logger = logging.getLogger("shampoo_deepspeed")
 
-# What is checked together, so that some of it alone may be a combination that is not allowed.
+# Options that are checked together: restoring only some of them may give a combination that is not allowed.
 _TOGETHER = (
     ("momentum", "dampening", "nesterov"),
     ("weight_decay_type", "decoupled_weight_decay", "peak_lr"),
@@ -35,22 +35,22 @@ _TOGETHER = (
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_shampoo` has found: keys of parameters that go on, and why others start with new state."""
+    """What `load_shampoo` has found: keys of parameters that resume, and why others start with new state."""
 
     loaded: tuple[str, ...]
     left_out: Mapping[str, str]
 
 
 def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = True, options: bool = True) -> LoadReport:
-    """Go on from a checkpoint, from the next step on; call it on all ranks. World size and framework may have changed.
+    """Resume from a checkpoint at the next step; call it on all ranks. World size and framework may have changed.
 
-    The files are checked now and read when the next step finds out what each rank owns; they must stay until then.
+    The files are checked now. The next step reads them, when it is known what each rank owns; keep them until then.
 
     Args:
         optimizer: as for ``save_shampoo``.
-        strict: raise if anything does not fit. Otherwise parameters that fit go on, the others start with new state,
+        strict: raise if anything does not fit. Otherwise parameters that fit resume, the others start with new state,
             and the report and a warning name them.
-        options: take over lr and the other options that a group may change at any time, as torch's
+        options: restore lr and the other options that a group may change at any time, as torch's
             ``load_state_dict`` does; those that shape the state must be equal already.
 
     Raises:
@@ -60,7 +60,7 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
     optimizer = optimizer if isinstance(optimizer, BlockOptimizer) else unwrap(optimizer)
     if WRITER.unfinished:
         WRITER.wait(optimizer)
-    # It is read later, when a loop may have changed its directory, or a link to its newest checkpoint.
+    # The files are read later, when the script may have changed directory, or a link to its newest checkpoint.
     folder, group = Path(path).resolve(), job_group()
     with on_all_ranks(group):
         manifest = _checked_manifest(folder, group)
@@ -71,7 +71,7 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
     seen = _Seen(manifest.directory, {parameter.key for parameter in known}, unfit)
     unfit, here = decide_on_first_rank(seen, partial(_joined, folder), group)
     unused = {
-        key: "it is in the checkpoint, and no parameter here has this name" for key in sorted(set(records) - here)
+        key: "it is in the checkpoint, but no parameter here has this name" for key in sorted(set(records) - here)
     }
     left_out = {**unfit, **unused}
     if strict and left_out:
@@ -88,7 +88,7 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
 
 @dataclass
 class _Seen:
-    """What one rank finds: the save, the keys of all parameters, and why some of them cannot go on from it."""
+    """What one rank finds: the save, the keys of all parameters, and why some of them cannot resume from it."""
 
     directory: str
     keys: set[str]
@@ -133,17 +133,19 @@ def _incompatibilities(
     records: Mapping[str, Mapping[str, Any]],
     manifest: Manifest,
 ) -> dict[str, str]:
-    """Why parameters of this rank cannot go on from a checkpoint, by key."""
+    """Why parameters of this rank cannot resume from a checkpoint, by key."""
     pairs = {(str(records[p.key]["group"]), p.group) for p in known if p.key in records}
     other_options = {(saved, own): _other_options(manifest.groups[saved], configs[own]) for saved, own in sorted(pairs)}
     out = {}
     for parameter in known:
         record = records.get(parameter.key)
         if record is None:
-            out[parameter.key] = "the checkpoint has no parameter of this name; build the optimizer with the names then"
+            out[parameter.key] = (
+                "the checkpoint has no parameter of this name; build the optimizer with the names used then"
+            )
             continue
         if tuple(record["shape"]) != parameter.shape:
-            out[parameter.key] = f"it was saved with shape {tuple(record['shape'])}, and has {parameter.shape} here"
+            out[parameter.key] = f"it was saved with shape {tuple(record['shape'])}, but has {parameter.shape} here"
             continue
         group = str(record["group"])
         problem = other_options[group, parameter.group] or _other_blocks(policies[parameter.key], record, manifest)
@@ -153,7 +155,7 @@ def _incompatibilities(
 
 
 def _other_options(record: Mapping[str, Any], config: ShampooConfig) -> str | None:
-    """Why blocks that were saved under a group's options cannot go on under those of today, or None."""
+    """Why blocks that were saved under a group's options cannot resume under the current ones, or None."""
     if record == options_record(config, record["lr"]):
         return None
     try:
@@ -164,19 +166,19 @@ def _other_options(record: Mapping[str, Any], config: ShampooConfig) -> str | No
     for name, value in after.items():
         if name not in options_with(NOT_STORED) and value != before[name]:
             was, is_ = getattr(saved, name), getattr(config, name)
-            return f"it was saved with {name} = {was!r}, and here it is {is_!r}; set it to {was!r}"
+            return f"it was saved with {name} = {was!r}, but here it is {is_!r}; set it to {was!r}"
     return None
 
 
 def _other_blocks(policy: Policy, record: Mapping[str, Any], manifest: Manifest) -> str | None:
-    """Why a parameter cannot go on from blocks or element-wise state as it was saved, or None."""
+    """Why a parameter cannot resume from the blocks or element-wise state that were saved, or None."""
     blocks = [list(along) for along in policy.cuts] if policy.reason is None else None
     if (blocks is None) != (record["cuts"] is None):
         was, is_ = ("preconditioned", "element-wise") if blocks is None else ("element-wise", "preconditioned")
         exclude = list(ShampooConfig.from_options(manifest.groups[str(record["group"])]).exclude)
-        return f"it was saved as {was}, and here it is {is_}; give the same exclude ({exclude}) and names"
+        return f"it was saved as {was}, but here it is {is_}; give the same exclude ({exclude}) and names"
     if blocks != record["cuts"]:
-        return "it was saved in other blocks; give the same rules and the same names, or model="
+        return "it was saved with other blocks; give the same rules and the same names, or model="
     return None
 
 
@@ -187,7 +189,7 @@ def _what_does_not_fit(path: Path, problems: Mapping[str, str]) -> str:
         f"the checkpoint {path} does not fit {len(problems)} parameters:\n"
         + "\n".join(lines)
         + more
-        + "\nstrict=False goes on with those that fit and starts these with new state"
+        + "\nstrict=False resumes those that fit and starts these with new state"
     )
 
 
@@ -198,10 +200,10 @@ def _restore_options(
     records: Mapping[str, Mapping[str, Any]],
     manifest: Manifest,
 ) -> None:
-    """Options of saved groups for today's groups that go on from them.
+    """Restore the options of saved groups in the current groups that resume from them.
 
-    A group keeps, with a warning, what the saved groups of its parameters do not share. Weight decay goes by what it
-    did to each parameter: one framework has two groups where another has one and ``no_decay``.
+    If the saved groups of a group's parameters differ in an option, the group keeps its own, with a warning. Weight
+    decay is compared by its effect on each parameter: one framework has two groups, another one and ``no_decay``.
     """
     for group in optimizer.param_groups:
         members = [parameter for parameter in going_on if parameter.group == group["shampoo_group"]]
@@ -217,7 +219,7 @@ def _as_saved(
     records: Mapping[str, Mapping[str, Any]],
     manifest: Manifest,
 ) -> bool:
-    """Whether a group has the options already with which all of its parameters were saved."""
+    """Whether a group already has the options with which all of its parameters were saved."""
     if any(records[p.key].get("decays") != policies[p.key].decays for p in members):
         return False
     own = options_record(configs[group["shampoo_group"]], group["lr"])
@@ -231,7 +233,7 @@ def _restore_group(
     records: Mapping[str, Mapping[str, Any]],
     manifest: Manifest,
 ) -> None:
-    """Options for one group; ``members`` are its parameters that go on, ``config`` its options of today."""
+    """Restore one group's options; ``members`` are its parameters that resume, ``config`` its current options."""
     origin = {parameter.key: str(records[parameter.key]["group"]) for parameter in members}
     saved = {number: ShampooConfig.from_options(manifest.groups[number]) for number in sorted(set(origin.values()))}
     _take_over(group, config, saved)
@@ -245,12 +247,12 @@ def _restore_group(
 
 
 def _take_over(group: dict[str, Any], config: ShampooConfig, saved: Mapping[str, ShampooConfig]) -> None:
-    """The options, but for weight decay, that the saved groups of a group's parameters share."""
+    """Restore the options, except weight decay, in which the saved groups of a group's parameters agree."""
     number, first = group["shampoo_group"], next(iter(saved.values()))
     shared, differing = _restorable(list(saved.values()), config)
     if differing:
         logger.warning(
-            "group %s keeps its own %s: its parameters were in the groups %s of the checkpoint, which differ there",
+            "group %s keeps its own %s: its parameters were in the groups %s of the checkpoint, which differ in them",
             number,
             ", ".join(differing),
             ", ".join(saved),
@@ -260,13 +262,13 @@ def _take_over(group: dict[str, Any], config: ShampooConfig, saved: Mapping[str,
         ShampooConfig(**{**own, **{name: getattr(first, name) for name in shared}})
     except OptionError as error:
         logger.warning(
-            "group %s keeps its own options but lr, as the checkpoint's do not go with them: %s", number, error
+            "group %s keeps its own options except lr, as the checkpoint's do not fit them: %s", number, error
         )
         shared = [name for name in shared if name == "lr"]
     changed = [n for n in shared if n not in options_with(SCHEDULED) and own[n] != getattr(first, n)]
     if changed:
         logger.warning(
-            "group %s goes on with the checkpoint's %s",
+            "group %s now uses the checkpoint's %s",
             number,
             ", ".join(f"{name} = {getattr(first, name)!r} (given here: {own[name]!r})" for name in changed),
         )
@@ -275,7 +277,7 @@ def _take_over(group: dict[str, Any], config: ShampooConfig, saved: Mapping[str,
 
 
 def _restorable(saved: Sequence[ShampooConfig], config: ShampooConfig) -> tuple[list[str], list[str]]:
-    """Which options a group takes over from the saved groups of its parameters, and in which these differ."""
+    """Which options a group restores from the saved groups of its parameters, and in which these differ."""
     fixed = set(config.shape_of_state()) - {"betas"}
     equal = {name for name in OPTION_NAMES if all(getattr(s, name) == getattr(saved[0], name) for s in saved)}
     differing = [name for name in OPTION_NAMES if name not in equal | fixed and name != "weight_decay"]
@@ -297,10 +299,10 @@ def _put(group: dict[str, Any], name: str, value: Any) -> None:
 def _restore_decay(
     group: dict[str, Any], members: Sequence[Parameter], config: ShampooConfig, was: Mapping[str, float]
 ) -> None:
-    """The weight decay that the group's decaying parameters had, and a warning about those that had another.
+    """Restore the weight decay of the group's decaying parameters, and warn about those that had another.
 
     Args:
-        members: the group's parameters that go on and are trained.
+        members: the group's parameters that resume and are trained.
         was: the weight decay in force for each of them when it was saved, by key.
     """
     decaying = {p.key for p in members if decays_under(p, config)}
@@ -311,8 +313,8 @@ def _restore_decay(
     others = [key for key in now if now[key] != was[key]]
     if others:
         logger.warning(
-            "%d parameters have another weight decay than in the checkpoint's run, such as %s: %g there, %g here; give "
-            "the same no_decay patterns or parameter groups as then (a DeepSpeed JSON leaves out norms and biases "
+            "%d parameters have a different weight decay than in the checkpoint's run, such as %s: %g there, %g here; "
+            "give the same no_decay patterns or parameter groups as then (a DeepSpeed JSON leaves out norms and biases "
             "unless it says otherwise), or options=False to keep all of today's options",
             len(others),
             others[0],

@@ -1,4 +1,4 @@
-"""What a checkpoint is: one JSON file next to the tensors, whose appearance makes a save complete."""
+"""The manifest of a checkpoint: one JSON file next to the tensors, which completes a save when it appears."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Manifest:
         directory: name of the folder next to this file that holds the tensors.
         world_size: number of ranks that saved.
         groups: options of each parameter group, by its number.
-        parameters: by stored name ``shape``, ``group``, ``options`` (the group's number, or that of a rule within it,
-            and what distinguishes blocks of another dtype or of an earlier save under the same options), ``steps``,
-            and (None if element-wise) ``merged``, the shape that is cut into blocks, and ``cuts``, their lengths along
-            each dim. With expert parallelism also ``parts``, the number of ranks that hold different ones.
+        parameters: for each stored name ``shape``, ``group``, ``steps``, and ``options``: the number of the group or of
+            a rule in it, with a suffix for blocks of another dtype or of an earlier save. Also ``merged``, the shape
+            that is cut into blocks, and ``cuts``, their lengths along each dim (both None if element-wise). With
+            expert parallelism also ``parts``, the number of ranks that hold different ones.
         layouts: a block's bytes, by ``"options:shape"`` as ``layout_key`` gives it.
         files: ``bytes`` and ``crc32`` of each file in the folder.
         versions: of this package and torch, when it was written; for people.
@@ -110,7 +110,7 @@ class Manifest:
 
 
 def _completed(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of before there were rules: blocks had one size, ``max_dim``, and options were those of the group."""
+    """Complete a record from before rules existed: blocks had one size, ``max_dim``, and the group's options."""
     if "cuts" in record:
         return record
     cuts = [list(along) for along in even_cuts(record["merged"], record["max_dim"])] if record["merged"] else None
@@ -120,7 +120,7 @@ def _completed(record: dict[str, Any]) -> dict[str, Any]:
 def stored_name(key: str, part: int | None) -> str:
     """A parameter's key in checkpoints: with expert parallelism, ranks hold different ones under the same name.
 
-    A key that looks like that of a part gets an "@" of its own.
+    A key that looks like that of a part gets an "@" at its end.
     """
     if part is None:
         return f"{key}@" if _NUMBERED.fullmatch(key) else key

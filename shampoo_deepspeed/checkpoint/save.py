@@ -59,19 +59,20 @@ def save_shampoo(
 ) -> Future[None]:
     """Write the optimizer's state into the folder ``path``; call it on all ranks of the job.
 
-    Every rank writes the blocks that it owns, so the folder must be one that all ranks see. An earlier checkpoint in
+    Every rank writes the blocks that it owns, so all ranks must see the folder. An earlier checkpoint in
     it stays until the new one is complete.
 
     Args:
-        optimizer: a Shampoo, or what holds one: a wrapper of a framework, a DeepSpeed engine, a Trainer that trains.
+        optimizer: a Shampoo optimizer, or an object with one inside: a framework's wrapper, a DeepSpeed engine, or a
+            Trainer that has begun to train.
         asynchronous: return once the state has been copied to CPU memory; a thread writes it, together with those of
             the other ranks. The next save waits for it, as does the interpreter's exit. Before
             ``dist.destroy_process_group()`` call ``result()`` of the future or `wait_for_saves`: without its process
             group a save cannot be completed.
-        moments_dtype: dtype of moments on disk, e.g. torch.bfloat16, half the bytes and no longer bit-exact; None keeps
+        moments_dtype: dtype of moments on disk, e.g. torch.bfloat16: half the bytes, but not bit-exact. None keeps
             theirs. Factor matrices, roots and master weights always keep theirs.
-        packed_factors: write the lower triangles of factor matrices only, from which everything is computed: up to a
-            sixth less on disk, and a run that resumes is the same to the bit. Packing takes a pass over the matrices.
+        packed_factors: write only the lower triangles of factor matrices; the rest is never read. This saves up to a
+            sixth on disk, and a resumed run is still bit-exact. Packing takes a pass over the matrices.
 
     Returns:
         A future, which is done already unless ``asynchronous``.
@@ -81,7 +82,7 @@ def save_shampoo(
             loaded state dict waits for ``load_shampoo``.
         TypeError: if there is no Shampoo in ``optimizer``.
         ValueError: for an empty path, and for another ``moments_dtype`` than bfloat16, float32 or float64. In float16
-            second moments of small gradients would be 0, and the next steps without bound.
+            second moments of small gradients would be 0, and the next steps unbounded.
     """
     optimizer = optimizer if isinstance(optimizer, BlockOptimizer) else unwrap(optimizer)
     if moments_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
@@ -97,15 +98,15 @@ def save_shampoo(
     optimizer.finish_step()
     if not os.fspath(path):
         raise ValueError("path is empty: give the folder of the checkpoint")
-    folder = Path(path).absolute()  # a loop may change its directory while a thread writes
-    # All ranks together raise what goes wrong here, in `write_checkpoint`.
+    folder = Path(path).absolute()  # the script may change directory while a thread writes
+    # An error here is raised on all ranks together, in `write_checkpoint`.
     share = _attempt(lambda: share_of(optimizer, Form(moments_dtype, packed_factors), asynchronous))
     group = job_group(in_a_thread=asynchronous)
     job = partial(write_checkpoint, folder, share, group)
     future = WRITER.submit(optimizer, folder, job, group) if asynchronous else _attempt(job)
     if not asynchronous:
         future.result()
-    # The files in which state waits may be those that this save replaces, and the next step may read them.
+    # Loaded state may still be in files that this save has replaced, and the next step may read it.
     waiting = keeper.waiting
     if isinstance(waiting, StoredState) and waiting.has_left and future.exception() is None:
         keeper.waiting = StoredState(folder, Manifest.read(folder), waiting.keys)
@@ -114,9 +115,9 @@ def save_shampoo(
 
 @dataclass
 class Share:
-    """What one rank gives to a checkpoint: tensors, and in builtins its entries of the manifest.
+    """One rank's part of a checkpoint: tensors, and its entries of the manifest in builtins.
 
-    What several ranks know of a parameter comes from the first rank of its unit.
+    If several ranks share a parameter, its entry comes from the first rank of its unit.
     """
 
     groups: dict[str, dict[str, Any]]
@@ -131,10 +132,10 @@ def share_of(optimizer: BlockOptimizer, form: Form, copies: bool = False) -> Sha
 
     Args:
         form: of the state on disk.
-        copies: of the tensors, on the CPU: the next step changes the live ones.
+        copies: copy the tensors to the CPU, because the next step changes the live ones.
     """
     live = {group["shampoo_group"]: group["lr"] for group in optimizer.param_groups}
-    # A framework may have taken out groups that have no parameters.
+    # A framework may have removed groups that have no parameters.
     configs = {number: config for number, config in optimizer.configs().items() if number < STRIDE}
     groups = {str(n): options_record(config, live.get(n, config.lr)) for n, config in configs.items()}
     share = Share(groups, optimizer.rejected_steps)
@@ -150,7 +151,7 @@ def _add_unit(share: Share, unit: StepUnit, policies: Mapping[str, Policy], form
     """Add a unit's state and, on its first rank, the records of its parameters."""
     state, part = SavedState.of_units([unit], share.rejected_steps), unit.layout.part
     names = {p.key: stored_name(p.key, part) for p in unit.parameters}
-    # The bytes of blocks of another dtype are others.
+    # Blocks of another dtype have other bytes.
     suffix = "" if unit.dtype == torch.float32 else f" in {dtype_name(unit.dtype)}"
     options = {
         p.key: f"{policies[p.key].options}{suffix}" if suffix else policies[p.key].options for p in unit.parameters
@@ -165,7 +166,7 @@ def _add_unit(share: Share, unit: StepUnit, policies: Mapping[str, Policy], form
 
 
 def _add_waiting(share: Share, optimizer: BlockOptimizer, form: Form) -> None:
-    """Add what is known of parameters without a unit: nothing, or loaded state, which is written again."""
+    """Add the parameters without a unit, and their loaded state, if any, which is written again."""
     waiting = optimizer.state_keeper.waiting
     in_units = {p.key for unit in optimizer.units for p in unit.parameters}
     known = {e.parameter.key: e.parameter for e in optimizer.entries if e.parameter.key not in in_units}
@@ -183,7 +184,7 @@ def _add_waiting(share: Share, optimizer: BlockOptimizer, form: Form) -> None:
 
 
 def _add_stored(share: Share, waiting: StoredState, known: Mapping[str, Parameter]) -> None:
-    """Add what is written again as it was stored, whatever the groups and dtypes of today's save are."""
+    """Add stored state to be written again unchanged, independent of this save's groups and dtypes."""
     directory = waiting.manifest.directory
     used = set()
     for name, record in waiting.manifest.parameters.items():
@@ -201,7 +202,7 @@ def _add_stored(share: Share, waiting: StoredState, known: Mapping[str, Paramete
 
 
 def _of_save(options: int | str, directory: str) -> str:
-    """The number of options in layout keys, for blocks that an earlier save has written."""
+    """The options number in layout keys for blocks that an earlier save has written."""
     return str(options) if " of " in str(options) else f"{options} of {directory}"
 
 
@@ -231,7 +232,7 @@ def _layouts(state: SavedState, options: Mapping[str, int | str], form: Form) ->
 def _items(
     state: SavedState, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], form: Form
 ) -> Iterable[Item]:
-    """What a state gives to write; `stored_state` says under which keys.
+    """The tensors of a state to write; `stored_state` describes their keys.
 
     Args:
         names: stored names, by parameter key.
@@ -302,7 +303,7 @@ def _rank(group: dist.ProcessGroup | None) -> int:
 
 
 def _new_folder(path: Path) -> str:
-    folder = f"data-{uuid.uuid4().hex[:12]}"  # as _OURS knows it
+    folder = f"data-{uuid.uuid4().hex[:12]}"  # must match _OURS
     (path / folder).mkdir(parents=True)
     return folder
 
@@ -335,7 +336,7 @@ def _joined(shares: Sequence[Share], directory: str) -> Manifest:
         for name, record in share.parameters.items():
             if name not in parameters or record["steps"] > parameters[name]["steps"]:
                 parameters[name] = record
-    # A rank that has not met a parameter yet knows nothing of its parts.
+    # A rank that has not stepped a parameter yet does not know its expert-parallel part.
     whole = {base_key(name) for name in parameters if "@" in name and base_key(name) != name and name[-1] != "@"}
     return Manifest(
         directory=directory,
@@ -349,7 +350,7 @@ def _joined(shares: Sequence[Share], directory: str) -> Manifest:
 
 
 def _not_in_use(path: Path, directory: Path) -> bool:
-    """Whether the manifest in place is that of another save; if nobody can say, what is there stays."""
+    """Whether the manifest in place is that of another save; False if it cannot be read, so that files stay."""
     try:
         if not (path / MANIFEST).exists():
             return True
@@ -358,16 +359,16 @@ def _not_in_use(path: Path, directory: Path) -> bool:
         return False
 
 
-# What a save makes in a checkpoint's folder, apart from the manifest; anything else there belongs to others.
+# What a save creates in a checkpoint's folder, apart from the manifest; other files there are left alone.
 _OURS = re.compile(r"(manifest\.json\.)?data-[0-9a-f]{12}")
 
 
 def _remove_replaced(path: Path, directory: str) -> None:
-    """Remove what earlier saves have left. The new one is complete, so what cannot be removed is no failure."""
+    """Remove files of earlier saves. The new save is complete, so a failure to do so is only logged."""
     try:
         replaced = [found for found in path.iterdir() if _OURS.fullmatch(found.name) and found.name != directory]
     except OSError as error:
-        logger.warning("what earlier saves have left in %s could not be removed: %s", path, error)
+        logger.warning("the files of earlier saves in %s could not be removed: %s", path, error)
         return
     for old in replaced:
         try:
@@ -376,4 +377,4 @@ def _remove_replaced(path: Path, directory: str) -> None:
             else:
                 old.unlink()
         except OSError as error:
-            logger.warning("%s is of an earlier save and could not be removed: %s", old, error)
+            logger.warning("%s is from an earlier save and could not be removed: %s", old, error)

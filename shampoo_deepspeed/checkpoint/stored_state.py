@@ -1,4 +1,4 @@
-"""A checkpoint on disk as the source of today's units.
+"""A checkpoint on disk as the source of the units' state.
 
 Keys of the stored tensors:
 ``blocks/<parameter>/<index>`` a block's state as bytes, in the order of its layout (uint8, 1-D);
@@ -30,11 +30,11 @@ from shampoo_deepspeed.state.state_dict import BufferState, ElementwiseState, Sa
 
 @dataclass(frozen=True)
 class StoredState:
-    """A checkpoint as a `StateSource`: each unit reads what it owns today, when it is built.
+    """A checkpoint as a `StateSource`: each unit reads what it owns when it is built.
 
     Args:
         path: the checkpoint.
-        keys: parameters whose state is still to be handed out.
+        keys: parameters whose state no unit has read yet.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class StoredState:
 
     @property
     def external(self) -> None:
-        """The state is here."""
+        """None: this is the state itself, not a note."""
 
     @property
     def rejected_steps(self) -> int:
@@ -66,12 +66,12 @@ class StoredState:
 
     @property
     def has_left(self) -> bool:
-        """Whether any state is still to be handed out; if not, the files are no longer needed."""
+        """Whether any state has not been read yet; if not, the files are no longer needed."""
         records = self.manifest.parameters.items()
         return any(record["steps"] for name, record in records if base_key(name) in self.keys)
 
     def without(self, keys: set[str]) -> StoredState:
-        """The same checkpoint with fewer parameters to hand out."""
+        """The same checkpoint for all parameters except ``keys``."""
         return replace(self, keys=self.keys - keys)
 
     def restore_into(self, unit: StepUnit) -> None:
@@ -93,15 +93,15 @@ class StoredState:
         """How many steps a parameter had taken.
 
         Raises:
-            StorageError: if it is not here, or if equal names are other experts than in a unit with these ``parts``.
+            StorageError: if it is missing, or if its name stands for other experts than in a unit with these ``parts``.
         """
         record = self.manifest.parameters.get(name)
         if record is None:
             raise StorageError(f"it was saved with another number of expert-parallel ranks: {name!r} is not in it")
         if record.get("parts", parts) != parts:
             raise StorageError(
-                f"it was saved with {record['parts']} expert-parallel ranks, and here are {parts}: "
-                f"{name!r} is of other experts"
+                f"it was saved with {record['parts']} expert-parallel ranks, but here are {parts}: "
+                f"{name!r} belongs to other experts"
             )
         return int(record["steps"])
 
@@ -109,7 +109,7 @@ class StoredState:
         """What this rank reads for a unit.
 
         Args:
-            names: stored names of the parameters that are still to be handed out, by key.
+            names: stored names, by key, of the parameters whose state no unit has read yet.
             stepped: keys of those that have taken steps.
         """
         for stack in unit.stacks:
@@ -140,7 +140,7 @@ class StoredState:
         for shard in unit.layout.shards:
             name = names.get(unit.parameters[shard.parameter].key)
             for kind in unit.buffers if name is not None else ():
-                # If the framework keeps float32 weights itself there is nothing to do with a master.
+                # If the framework keeps float32 weights itself, a stored master is not needed.
                 if f"shards/{name}/{kind}" in stored and (kind != "master" or narrow[shard.tensor]):
                     target = view_of(unit.buffer(kind, shard.tensor), shard.placed)
                     yield Wanted(f"shards/{name}/{kind}", shard.box, target.copy_)
@@ -153,23 +153,23 @@ class StoredState:
         """
         layout = self.manifest.layouts.get(layout_key(options, stack.shape))
         if layout is None:
-            raise StorageError(f"it holds no blocks of shape {stack.shape}, as {key} has here")
+            raise StorageError(f"it holds no blocks of shape {stack.shape}, which {key} has here")
         saved = {name: shape for name, _, shape in layout[:-1]}
         here = {name: tuple(tensor.shape[1:]) for name, tensor in stack.tensors.items()}
         if saved != here:
             raise StorageError(
-                f"block {key} was saved with {sorted(saved.items())}, and here it has {sorted(here.items())}"
+                f"block {key} was saved with {sorted(saved.items())}, but here it has {sorted(here.items())}"
             )
         return layout
 
     def everything(self) -> SavedState:
-        """Read all that is still to be handed out; of expert-parallel parts there may be none."""
+        """Read all state that no unit has read yet, which must not have expert-parallel parts."""
         stacks: dict[str, _Rows] = {}
         elementwise: dict[str, ElementwiseState] = {}
         buffers = []
         for name, (shape, _, _) in sorted(self._left().items()):
             kind, stored, last = _split(name)
-            key = stored.removesuffix("@")  # that of keys which look like those of parts
+            key = stored.removesuffix("@")  # for keys that look like those of parts
             tensor = self.store.read_one(name, Box((0,) * len(shape), shape))
             if kind == "blocks":
                 self._add_block(stacks, stored, f"{key}/{last}", tensor)
@@ -198,7 +198,7 @@ class StoredState:
         rows.tensors.append(tensors)
 
     def items(self) -> Iterable[Item]:
-        """What is still to be handed out, to be written again as it is; all ranks offer the same."""
+        """All state that no unit has read yet, to be written again unchanged; the same on all ranks."""
         for name, (shape, dtype, boxes) in self._left().items():
             for box in boxes:
                 yield Item(name, shape, box, dtype, partial(self.store.read_one, name, box))

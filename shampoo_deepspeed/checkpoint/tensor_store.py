@@ -1,7 +1,7 @@
 """A directory of tensors that all ranks write together, each tensor in boxes, through torch.distributed.checkpoint.
 
-Writers and readers may cut a tensor differently. Contents are made when they are written and taken when they are
-read, one at a time, so that neither side holds a second copy of everything.
+Writers and readers may cut a tensor differently. Contents are created when they are written and consumed when they
+are read, one at a time, so that neither side holds a second copy of everything.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def write(items: Sequence[Item], directory: Path, group: dist.ProcessGroup | Non
     Raises:
         StorageError: on all ranks, if one of them fails or the boxes do not make up whole tensors.
     """
-    # The contents are on the CPU: nothing is to be copied ahead, for which torch would look at the first device.
+    # The contents are on the CPU. Copying ahead is not needed, and torch would use the first device for it.
     writer = dcp.FileSystemWriter(directory, sync_files=True, per_thread_copy_ahead=0)
     try:
         total = sum(item.bytes for item in items)
@@ -95,7 +95,7 @@ def write(items: Sequence[Item], directory: Path, group: dist.ProcessGroup | Non
 
 
 class Store:
-    """What a directory holds, read without the other ranks.
+    """Reads the tensors of a directory, without the other ranks.
 
     Raises:
         StorageError: if the directory has no readable index.
@@ -126,7 +126,7 @@ class Store:
         """Read boxes; each goes to its ``take`` as soon as it is complete.
 
         Raises:
-            StorageError: if a tensor or a part of it is not here, or a file cannot be read.
+            StorageError: if a tensor or a part of it is missing, or a file cannot be read.
         """
         planner = _Reader(wanted, self._index)
         with progress("loading", planner.bytes(), mebibytes) as planner.advance:
@@ -241,7 +241,7 @@ class _Reader(LoadPlanner):
         raise NotImplementedError
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        raise StorageError(f"{read_item.dest_index.fqn!r} is no tensor")
+        raise StorageError(f"{read_item.dest_index.fqn!r} is not a tensor")
 
 
 def _place(read_item: ReadItem) -> tuple[str, tuple[int, ...]]:

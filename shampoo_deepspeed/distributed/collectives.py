@@ -1,6 +1,6 @@
 """Collectives of Python objects and of errors: what one rank raises, all of them raise.
 
-A group of None is this process alone: then nothing is sent, and errors stay as they are.
+If the group is None, this process is alone: nothing is sent, and errors stay as they are.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def all_gather_objects(mine: T, group: dist.ProcessGroup | None, device: torch.d
 
 @contextmanager
 def on_all_ranks(group: dist.ProcessGroup | None, device: torch.device = CPU) -> Iterator[None]:
-    """Let all ranks leave the block alike: raise on all of them what the first failing one raises. A collective.
+    """Raise on all ranks the error of the first rank that fails within the context. A collective.
 
-    Ranks must not wait for each other within the block. The error is of the same type if its message is all that is
-    needed to build it, else of the nearest base class for which that is true. On a rank that has failed itself, its own
-    error is the cause. What is no ``Exception``, such as KeyboardInterrupt, passes through at once.
+    Ranks must not wait for each other within the context. The error has the same type if it can be built from its
+    message alone, else the nearest base class that can. On a rank that has failed itself, its own error is the cause.
+    Anything that is not an ``Exception``, such as KeyboardInterrupt, is raised at once.
 
     Args:
         group: the ranks.
@@ -76,7 +76,7 @@ def on_all_ranks(group: dist.ProcessGroup | None, device: torch.device = CPU) ->
 
 
 def decide_on_first_rank(mine: T, decide: Callable[[Sequence[T]], Answer], group: dist.ProcessGroup | None) -> Answer:
-    """What the first rank makes of all ranks' objects; only it ever holds these. A collective.
+    """What the first rank decides from the objects of all ranks, which only it receives. A collective.
 
     Args:
         mine: this rank's object.
@@ -104,7 +104,7 @@ def decide_on_first_rank(mine: T, decide: Callable[[Sequence[T]], Answer], group
 def gather_on_first_rank(mine: T, group: dist.ProcessGroup | None) -> list[T] | None:
     """The objects of all ranks of a group, in the order of ranks, on the first one; None on the others. A collective.
 
-    They may be large: an accelerator's group does not move them, a CPU group of the same ranks does.
+    They may be large, so a CPU group of the same ranks moves them, not an accelerator's group.
     """
     if group is None:
         return [mine]
@@ -122,7 +122,7 @@ def _raise_first(errors: Sequence[SentError | None], own: Exception | None) -> N
 
 
 def _sent(error: Exception | None) -> SentError | None:
-    """An error as it goes to other ranks."""
+    """An error in the form that is sent to other ranks."""
     if error is None:
         return None
     message = str(error) or repr(error)
@@ -131,7 +131,7 @@ def _sent(error: Exception | None) -> SentError | None:
 
 
 def _built(kind: type[Exception], message: str) -> bool:
-    """Whether another rank can build such an error from its message alone, which then says the same."""
+    """Whether another rank can build such an error from its message alone, with the same text."""
     try:
         return str(pickle.loads(pickle.dumps(kind))(message)) == message
     except Exception:

@@ -1,6 +1,6 @@
-"""Executes a plan: packs boxes of gradients, moves them to the owners in buckets, and updates back.
+"""Executes a plan: moves gradients to the owners of blocks in buckets, and updates back.
 
-Everything that moves is described once, at the first step, as placed boxes of base tensors; a step only makes views,
+Everything that moves is described once, at the first step, as placed boxes of base tensors. A step only makes views,
 packs them in one call, and runs `all_to_all_single` with uneven splits on the group that spans the shards.
 """
 
@@ -21,7 +21,7 @@ from shampoo_deepspeed.runtime.devices import communication_device
 from shampoo_deepspeed.runtime.metrics import ExchangeMeter
 
 TransfersByPeer: TypeAlias = dict[int, list[Transfer]]
-# The number of a flat base tensor, and a box that lies in it.
+# The number of a flat base tensor, and a box in it.
 BaseBox: TypeAlias = tuple[int, PlacedBox]
 Resolver: TypeAlias = Callable[[Transfer], BaseBox]
 
@@ -86,9 +86,9 @@ class Exchange:
         plan: the unit's plan.
         rank: this rank's number within the group.
         shards: this rank's shards, in the order given to the plan.
-        group: process group that spans the shards; None where there is one rank only.
-        dtype: what travels.
-        device: where the base tensors and the stacks lie, also where this rank has none.
+        group: process group that spans the shards; None if there is only one rank.
+        dtype: dtype of what is sent.
+        device: device of the base tensors and the stacks, even if this rank has none.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Exchange:
         self.stacks: list[list[int]] = []
         self._lay_out_stacks()
         self.buckets = [self._resolve(n, t) for n, t in enumerate(plan.transfers(rank))]
-        self.waits = False  # for each collective where it is started, to debug
+        self.waits = False  # whether to wait for each collective as soon as it is started, to debug
         self.stats = CommStats()
         self.meter = ExchangeMeter()
 
@@ -162,7 +162,7 @@ class Exchange:
         """Count a step.
 
         Args:
-            waits: for each collective as soon as it is started, to debug.
+            waits: wait for each collective as soon as it is started, to debug.
         """
         self.stats = CommStats()
         self.meter.steps += 1
@@ -221,14 +221,14 @@ class Exchange:
         _copy(views(bases, route.receive), _cut(transit.incoming.to(self.device), route.receive))
 
     def _rounded(self, staying: list[Tensor]) -> list[Tensor]:
-        """Tensors that stay are rounded like those that travel: else replicas and owners would drift apart."""
+        """Tensors that stay here, rounded like those that are sent: else replicas and owners would drift apart."""
         if self.plan.world_size == 1:
             return staying
         return [t.to(self.dtype) if t.dtype.itemsize > self.dtype.itemsize else t for t in staying]
 
 
 class Transit(NamedTuple):
-    """A bucket under way: the collective's handle and the buffers that it still uses."""
+    """A bucket in flight: the collective's handle and the buffers that it still uses."""
 
     work: dist.Work | None
     outgoing: Tensor | None

@@ -1,7 +1,7 @@
 """What an adapter for a framework (DeepSpeed, FSDP, ...) describes: which boxes of which parameter this rank holds.
 
 An adapter does no mathematics. It is asked at the first step of new tensors, because frameworks swap parameters after
-the optimizer is built. If no adapter claims the tensors, they are whole (`plain_layouts`).
+the optimizer is built. If no adapter claims the tensors, they are treated as unsharded (`plain_layouts`).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ ENTRY_POINTS = "shampoo_deepspeed.frameworks"
 
 
 class LayoutError(RuntimeError):
-    """The framework's shards cannot be what they should be, or cannot be used; the message explains it."""
+    """The framework's shards are inconsistent or not supported; the message explains why."""
 
 
 @dataclass(frozen=True)
 class Parameter:
     """A model parameter by its global shape; the same on all ranks.
 
-    ``group`` is the optimizer's number of its parameter group, ``name`` is None where no names are known; ``frozen`` is
-    whether it took no gradients when the optimizer was given it; ``position`` sorts the parameters of a group.
+    ``group`` is the number of its parameter group. ``name`` is None if no names are known. ``frozen`` says whether it
+    required no gradient when it was given to the optimizer. ``position`` sorts the parameters of a group.
     """
 
     key: str
@@ -50,7 +50,7 @@ class Parameter:
 class FlatMember:
     """One of the parameters that a flat tensor given to an optimizer is made of; ``path`` distinguishes it.
 
-    ``position`` sorts as the unwrapped model's parameters do, where that is known.
+    ``position`` is its place in the order of the unwrapped model's parameters, if known.
     """
 
     path: str
@@ -80,20 +80,20 @@ class Shard:
 
 @dataclass
 class Layout:
-    """A step unit: tensors that are stepped together, and what lies in them on this rank.
+    """A step unit: tensors that are stepped together, and this rank's shards in them.
 
     Args:
-        parameters: all of the unit, also those of which this rank holds nothing; the same list on all ranks.
-        tensors: what stands in ``param_groups``; their local parts are all on one device.
+        parameters: all of the unit, including those of which this rank holds nothing; the same list on all ranks.
+        tensors: the tensors in ``param_groups``; their local parts are all on one device.
         groups: parameter group number of each tensor.
-        shards: what lies where in the tensors.
+        shards: this rank's shards, and their places in the tensors.
         process_group: the ranks whose shards make up the parameters; None if this rank holds all of them alone.
-        may_probe: whether a framework or tool may make a first call with zero gradients that must do nothing.
+        may_probe: whether a framework or tool may first call ``step()`` with zero gradients, which must do nothing.
         one_rank_saves: whether the framework stores only one rank's state dict, though ranks own different blocks.
-        agrees: whether ranks must ask each other which parameters take part, because a gradient is None also where a
-            rank holds nothing; costs a small all-reduce and a read on the CPU per step.
-        homes: the number of the tensor that each parameter lies in, also where this rank's part of it is empty; None
-            where there is one tensor only. Parameters of one tensor take part in a step together.
+        agrees: whether ranks must ask each other which parameters take part, because a gradient is also None on ranks
+            that hold nothing; costs a small all-reduce and a read on the CPU per step.
+        homes: the number of the tensor that contains each parameter, even if this rank's part of it is empty; None
+            if there is only one tensor. Parameters of one tensor take part in a step together.
         part: which of several equally named sets of parameters this is: with expert parallelism ranks hold different
             experts under the same names.
         parts: how many such sets there are.
@@ -122,7 +122,7 @@ class Layout:
 class Entry:
     """A parameter as the optimizer was given it; the reference is weak, so nothing unsharded is kept alive.
 
-    ``stand_in`` is a framework's copy of it in ``param_groups``, once a framework has found that out.
+    ``stand_in`` is a framework's copy of it in ``param_groups``, once an adapter has found it.
     """
 
     parameter: Parameter
@@ -140,9 +140,9 @@ class NewTensor:
 
 
 class Adapter(ABC):
-    """What the engine asks of a framework; only `layouts` must be written. All ranks call the methods alike.
+    """The interface of adapters; only `layouts` must be implemented. All ranks call the methods alike.
 
-    Where one answer is wanted, the first adapter that gives one is taken, by the names of the entry points.
+    If one answer is needed, the first adapter that gives one is used, in the order of the entry points' names.
     """
 
     @abstractmethod
@@ -174,7 +174,7 @@ class Adapter(ABC):
         return None
 
     def joining(self, waiting: Sequence[NewTensor]) -> list[NewTensor]:
-        """Those of the tensors without a unit and without a gradient here that join, as other ranks have a gradient.
+        """The tensors among these, without a gradient here, that join because other ranks have a gradient.
 
         Called at each step with all trainable tensors that have no unit. Most frameworks give all ranks a gradient or
         none, and need not ask the other ranks.
@@ -182,7 +182,7 @@ class Adapter(ABC):
         return []
 
     def why_not_whole(self, tensor: Tensor) -> str | None:
-        """Why a tensor that no adapter has a layout for cannot be taken for a whole parameter; None if it can."""
+        """Why a tensor without a layout of any adapter cannot be treated as unsharded; None if it can."""
         return None
 
     def state_entries(self, optimizer: Any) -> dict[int, dict[str, Tensor]] | None:
@@ -197,7 +197,7 @@ class Adapter(ABC):
         """Called when a loaded state dict says that the state is kept in another place.
 
         ``optimizer.external_state`` is what ``BlockOptimizer.with_external_state`` was given when it was saved. May run
-        on one rank after the other.
+        on the ranks one after another.
         """
 
     def resume(self, optimizer: Any) -> None:  # noqa: B027 (most frameworks keep no state of their own)
@@ -209,12 +209,12 @@ class Adapter(ABC):
 
 @cache
 def adapters() -> tuple[Adapter, ...]:
-    """All adapters that are installed: the entry points ``shampoo_deepspeed.frameworks``, ours and others'.
+    """All installed adapters, ours and others': the entry points ``shampoo_deepspeed.frameworks``.
 
-    Entry points keep the core free of imports of what stands above it.
+    With entry points, the core finds adapters without importing them.
 
     Raises:
-        TypeError: if an entry point is no adapter.
+        TypeError: if an entry point is not an adapter.
     """
     points = sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
     found = tuple(point.load() for point in points)
@@ -227,10 +227,10 @@ def adapters() -> tuple[Adapter, ...]:
 def plain_layouts(
     entries: Sequence[Entry], fresh: Sequence[NewTensor], replicas: dist.ProcessGroup | None
 ) -> list[Layout]:
-    """Whole parameters on this rank: a single process, or replicas, which divide the work if their group is known.
+    """Layouts of unsharded parameters: of one process, or of replicas, which divide the work if their group is known.
 
-    Replicas must all have a gradient or none, which DistributedDataParallel sees to: it asks all ranks which parameters
-    were used (``find_unused_parameters``), and one that was used anywhere gets its gradient everywhere.
+    Either all replicas have a gradient or none has. DistributedDataParallel ensures this: it asks all ranks which
+    parameters were used (``find_unused_parameters``), and one that was used anywhere gets its gradient everywhere.
 
     Raises:
         LayoutError: for tensors that some wrapper has sharded.
@@ -263,13 +263,13 @@ def whole_tensors(parameters: list[Parameter], items: Sequence[NewTensor]) -> La
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """Moments and updates are kept in float32 at least."""
+    """The dtype of moments and updates: float32 or wider."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _refuse_sharded(tensor: Tensor) -> None:
     if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
-        raise LayoutError("these parameters are DTensors, and no installed adapter has taken them")
+        raise LayoutError("these parameters are DTensors, and no installed adapter supports them")
     for reason in (adapter.why_not_whole(tensor) for adapter in adapters()):
         if reason is not None:
             raise LayoutError(reason)

@@ -1,4 +1,4 @@
-"""Process groups on the CPU, made next to those of a job: for large objects, and for the thread that writes."""
+"""Process groups in addition to a job's own: for large objects, for the thread that writes, and of given ranks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ EXIT_SECONDS = 0.1
 
 @dataclass
 class JobState:
-    """What is made once in a job, between ``init_process_group`` and ``destroy_process_group``.
+    """The groups that are made once in a job, between ``init_process_group`` and ``destroy_process_group``.
 
     Args:
-        world: the job's default group. Another one means another job, with which this state is dropped.
-        cpu_groups: by the group whose ranks they have.
-        thread_group: that of the thread that writes.
-        groups_of_ranks: by their ranks.
+        world: the job's default group. If it changes, another job has begun, and this state is dropped.
+        cpu_groups: CPU groups, by the group with the same ranks.
+        thread_group: the group of the thread that writes.
+        groups_of_ranks: groups by their ranks.
     """
 
     world: dist.ProcessGroup
@@ -32,7 +32,7 @@ class JobState:
     groups_of_ranks: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
 
 
-_jobs: list[JobState] = []  # the present one, or the last one, or none so far
+_jobs: list[JobState] = []  # at most one: that of the present job, or of the last one
 
 
 def job_state() -> JobState:
@@ -45,7 +45,7 @@ def job_state() -> JobState:
 
 
 def exists(group: dist.ProcessGroup) -> bool:
-    """Whether a group has not been destroyed since it was made."""
+    """Whether a group has not been destroyed."""
     try:
         dist.get_process_group_ranks(group)
     except KeyError:
@@ -54,14 +54,14 @@ def exists(group: dist.ProcessGroup) -> bool:
 
 
 def cpu_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of the same ranks for large objects: an accelerator's group would move them through its memory."""
+    """A CPU group of the same ranks, for large objects: an accelerator's group would move them through its memory."""
     if "cpu" in dist.get_backend_config(group):
         return group
     known = job_state().cpu_groups
     if group not in known:
         ranks = dist.get_process_group_ranks(group)
-        # If all ranks take part they count alike. Else torch names the group by how many groups a rank is in, and
-        # ranks that are in different numbers of others would wait for one another for ever.
+        # If all ranks take part, they count groups alike. Otherwise torch must not name the group by the number of
+        # groups that a rank is in: ranks with different numbers would wait for one another forever.
         some = len(ranks) < dist.get_world_size()
         made = dist.new_group(ranks, backend="gloo", use_local_synchronization=some)
         assert made is not None
@@ -91,10 +91,10 @@ def group_of_ranks(ranks: Sequence[int]) -> dist.ProcessGroup:
 
 @contextmanager
 def _without_splitting() -> Iterator[None]:
-    """Within it torch makes a group of its own ranks alone.
+    """Let torch make a group with its own ranks alone, without ncclCommSplit.
 
     If the job's NCCL group is bound to a device (``init_process_group(device_id=...)``), torch makes other groups by
-    splitting it, and all ranks of the job must take part, also those that have no such group.
+    splitting it. Then all ranks of the job must take part, even those outside of the new group.
     """
     world: Any = dist.group.WORLD
     bound = world.bound_device_id
@@ -109,12 +109,12 @@ def _without_splitting() -> Iterator[None]:
 def delay_exit_for_gloo() -> None:
     """Sleep briefly when the interpreter exits, so that the threads of gloo groups can finish.
 
-    They take the interpreter's lock to let go of a finished collective's tensors. One that still waits for it when the
-    interpreter ends aborts the process ("terminate called without an active exception"), however well all went; and
-    ``destroy_process_group()`` ends no thread of a group that a model or a device mesh still holds (torch 2.13).
+    They take the interpreter's lock to release a finished collective's tensors. A thread that still waits for it when
+    the interpreter ends aborts the process ("terminate called without an active exception"), even after a successful
+    run. ``destroy_process_group()`` ends no thread of a group that a model or a device mesh still holds (torch 2.13).
     """
     atexit.register(time.sleep, EXIT_SECONDS)
 
 
-# A gloo group has threads, which must not outlive the interpreter. The thread that writes was joined before.
+# A gloo group has threads, which must not outlive the interpreter. The thread that writes has been joined then.
 atexit.register(_jobs.clear)

@@ -1,8 +1,8 @@
-"""What all ranks must agree on: is a step accepted, does any gradient exist, norms, failing roots; and the step counts.
+"""What all ranks agree on before a step: whether it is accepted, whether a gradient is not zero, norms, failing roots.
 
-A step goes through three stages here. ``agree`` runs one small all-reduce before anything is changed. ``count_step``
-counts the step of the parameters that take part. ``rejections`` reads the agreed flags on the CPU at the start of the
-next step, by which time the copy has completed, and undoes the counts of a step that was rejected.
+It also counts steps. A step goes through three stages here. ``agree`` runs one small all-reduce before anything is
+changed. ``count_step`` counts the step of the parameters that take part. ``rejections`` reads the agreed flags on the
+CPU at the start of the next step, by which time the copy has completed. It undoes the counts of a rejected step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shampoo_deepspeed.linalg.inverse_root import extremes
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.runtime.devices import communication_device
 
-# What a unit's flags are; its squared norms follow them.
+# The positions of a unit's flags; its squared norms follow them.
 _BAD, _NONZERO, _FAILING = range(3)
 _FLAGS = 3
 
@@ -30,7 +30,7 @@ class StepFlags:
     """Flags on their way to the CPU, to be read at the next step.
 
     Args:
-        flags: 1-D tensor; on an accelerator it is copied at once and nothing waits before ``read``.
+        flags: 1-D tensor; on an accelerator it is copied at once, and nothing waits until ``read``.
     """
 
     def __init__(self, flags: Tensor) -> None:
@@ -62,7 +62,7 @@ class Agreement:
     """What the ranks have agreed on for one `step()` call.
 
     Args:
-        flags: [bad, nonzero, failing], each 0 if there is none on any rank of any unit of the call.
+        flags: [bad, nonzero, failing], each 0 if no rank of any unit of the call has one.
         norms: for each unit that needs it, ||G||^2 of its parameters.
     """
 
@@ -79,7 +79,7 @@ class Agreement:
         return FoundInf(flag, unit.dtype, lambda: self.flags.read()[_BAD] > 0)
 
     def any_gradient(self) -> bool:
-        """Whether any element of any gradient is not zero; read on the CPU, so only asked at first steps."""
+        """Whether any element of any gradient is not zero; it is read on the CPU, so call this at first steps only."""
         return bool(self._flags[_NONZERO] > 0)
 
     def squared_norms(self, unit: StepUnit) -> Tensor | None:
@@ -87,9 +87,9 @@ class Agreement:
         return self._norms.get(id(unit))
 
     def count_step(self, unit: StepUnit, active: Sequence[bool]) -> list[int]:
-        """Count a step of the parameters that take part; gives each one's step number, 0 for the others.
+        """Count a step of the parameters that take part; returns each one's step number, 0 for the others.
 
-        All ranks count alike, without a read of the device; ``rejections`` corrects the counts if need be.
+        All ranks count alike, without a read of the device; ``rejections`` corrects the counts if necessary.
         """
         unit.unread = Unread(self.flags, list(active))
         unit.steps = [step + part for step, part in zip(unit.steps, active, strict=True)]
@@ -131,7 +131,7 @@ def _raise_at_limit(rejected_in_a_row: int, roots_fail: bool, failure_limit: int
     if rejected_in_a_row >= failure_limit:
         raise RuntimeError(
             f"{rejected_in_a_row} steps in a row were rejected because a gradient was not finite "
-            f"(failure_limit = {failure_limit})"
+            f"(failure_limit = {failure_limit}); lower the learning rate, or find out why the loss is not finite"
         )
     if roots_fail:
         raise RuntimeError(
@@ -151,7 +151,7 @@ def agree(work: Sequence[tuple[StepUnit, ShardGradients]], configs: Mapping[int,
     norms: dict[int, Tensor] = {}
     for unit, gradients in work:
         flags += _flags(unit, gradients, configs).to(home)
-    # Small groups first: what an expert's ranks know then reaches all ranks through the larger group around them.
+    # Small groups first: the flags of an expert's ranks then reach all ranks through the larger group around them.
     for unit, gradients in sorted(work, key=lambda item: item[0].world_size):
         squares = torch.empty(0, dtype=unit.dtype, device=unit.device)
         if unit.needs_norms:
@@ -175,7 +175,7 @@ def _flags(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, Sham
 
 
 def _peaks(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude in each tensor, NaN if it holds one: float32 [len(tensors)]."""
+    """The largest magnitude in each tensor, NaN if it contains NaN: float32 [len(tensors)]."""
     if tensors[0].device.type == "cpu":
         low, high = extremes(tensors)
         return torch.maximum(-low, high).float()

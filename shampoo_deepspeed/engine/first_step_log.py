@@ -1,4 +1,4 @@
-"""What the first step logs: a table of what is preconditioned, what is not and why, and what may not be meant so."""
+"""What the first step logs: a table of what is preconditioned, what is not and why, and likely mistakes."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def nameless_matrices(
 
 
 def _own_patterns(configs: Iterable[ShampooConfig]) -> Iterable[tuple[str, str]]:
-    """(option, pattern) of all patterns that are not there by default."""
+    """(option, pattern) of all patterns that are not defaults."""
     usual = {*DEFAULT_EXCLUDE, *TRAINER_NO_DECAY, *(pattern for rule in DEFAULT_RULES for pattern in rule["match"])}
     found: dict[tuple[str, str], None] = {}
     for config in configs:

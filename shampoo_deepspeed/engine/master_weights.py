@@ -1,7 +1,7 @@
-"""Weights narrower than the step's arithmetic: a float32 copy with the shard, or stochastic rounding.
+"""Weights narrower than the step's arithmetic: a float32 copy of each shard, or stochastic rounding.
 
-Random bits are a pure function of the element's place in the global parameter, the parameter's key and its step, so
-that results do not depend on how the parameter is sharded.
+Random bits are a pure function of the element's place in the global parameter, the parameter's key and its step. So
+results do not depend on how the parameter is sharded.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from shampoo_deepspeed.options.config import ShampooConfig
 
 
 def wide_weights(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> list[Tensor]:
-    """The unit's local weights as they are to be updated, each in the unit's dtype: the tensor itself where it has
-    that dtype, else a flat master that is kept, or a flat copy.
+    """The unit's local weights to be updated, in the unit's dtype.
 
-    A master follows its tensor where someone else has changed that (loaded weights, say).
+    A tensor of that dtype is returned itself. For others it is a flat master that is kept, or a flat copy. If something
+    else has changed a tensor (such as loading weights), its master takes the new values.
     """
     out = []
     for number, value in enumerate(unit.local_tensors()):

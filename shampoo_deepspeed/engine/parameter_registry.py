@@ -30,7 +30,7 @@ from shampoo_deepspeed.options.rules import expanded
 
 logger = logging.getLogger("shampoo_deepspeed")
 
-# What a group may change at any time is checked when it has changed; lr is read at every step and may be a tensor.
+# Options that are checked again when a group has changed one; lr is read at every step and may be a tensor.
 CHECKED_OPTIONS = tuple(name for name in OPTION_NAMES if name != "lr")
 
 # The warning about parameters without names: once in a process, which may build an optimizer for each layer.
@@ -40,12 +40,13 @@ WARNED: list[str] = []
 class ParameterRegistry:
     """Part of an optimizer: keeps its parameters, decides their policies, and builds their step units.
 
-    Holds weak references to parameters only: frameworks replace them by shards, and nothing unsharded may stay alive.
+    It holds only weak references to parameters: frameworks replace them by shards, and nothing unsharded may stay
+    alive.
 
     Attributes:
         entries: all parameters, in the order in which they were given.
         policies: how each parameter is treated, by its key.
-        checked: by the number of each param group the option values that were checked last, and what they make.
+        checked: the option values of each param group that were checked last and their config, by the group's number.
         configs: options by the numbers of groups and of rules.
         replicas: the ranks that hold replicas of unsharded parameters.
     """
@@ -92,7 +93,7 @@ class ParameterRegistry:
             units: those that have been built.
 
         Raises:
-            OptionError: for a value that is not allowed, or that was another one at the first step and must stay.
+            OptionError: for a value that is not allowed, or that may not change after the first step.
         """
         number, values = group["shampoo_group"], tuple(group[name] for name in CHECKED_OPTIONS)
         known = self.checked.get(number)
@@ -117,7 +118,7 @@ class ParameterRegistry:
         """Build units of tensors that have none, one after the other.
 
         Args:
-            loads: by the ``id`` of each process group the loads of its ranks by all units so far, the last one too.
+            loads: the loads of each process group's ranks by all units, including the last one; by the group's ``id``.
         """
         candidates = (adapter.layouts(optimizer, self.entries, fresh) for adapter in adapters())
         layouts = next((found for found in candidates if found is not None), None)
@@ -150,7 +151,7 @@ class ParameterRegistry:
         entries = []
         for index, (tensor, given) in enumerate(zip(group["params"], names, strict=True)):
             if tensor.is_complex():
-                raise OptionError(f"parameter {given or index} is complex; Shampoo takes real parameters only")
+                raise OptionError(f"parameter {given or index} is complex; Shampoo supports real parameters only")
             known, kinds = self._known.get(id(tensor), (None, frozenset()))
             name = clean_name(given) if given is not None else known
             for member in _members(tensor, name, kinds):
@@ -158,7 +159,7 @@ class ParameterRegistry:
                 key = member.name if member.name is not None else unnamed
                 if key in taken:
                     raise OptionError(
-                        f"two parameters have the name {key!r}; names must differ, they are keys of the state"
+                        f"two parameters have the name {key!r}; names must differ, as they are the keys of the state"
                     )
                 taken.add(key)
                 frozen = not tensor.requires_grad
@@ -169,7 +170,7 @@ class ParameterRegistry:
 
 
 def _members(tensor: Tensor, name: str | None, kinds: frozenset[str]) -> Sequence[FlatMember]:
-    """The parameters that a tensor is made of, if an adapter knows it as a flat one; else the single one that it is."""
+    """The parameters in a tensor: those that an adapter knows in a flat tensor, else a single one."""
     for adapter in adapters():
         members = adapter.flat_members(tensor, name)
         if members is not None:
@@ -180,13 +181,13 @@ def _members(tensor: Tensor, name: str | None, kinds: frozenset[str]) -> Sequenc
 
 
 def _refuse_reshaping(before: ShampooConfig, after: ShampooConfig) -> None:
-    """All ranks raise this before they exchange anything."""
+    """Raise OptionError if an option that shapes state has changed; all ranks do, before they exchange anything."""
     shape = before.shape_of_state()
     for name, value in after.shape_of_state().items():
         if value != shape[name]:
             raise OptionError(
                 f"Shampoo option {name!r} = {getattr(after, name)!r} is not allowed: it was {getattr(before, name)!r} "
-                "at the first step, and blocks and state have that shape; load a state dict to start with other options"
+                "at the first step, and blocks and state depend on it; load a state dict to start with other options"
             )
 
 

@@ -19,11 +19,11 @@ class Policy:
     """How a parameter is treated: its merged shape if it is preconditioned, else why it is element-wise and how.
 
     Args:
-        options: number of its options: those of its param group, or of a rule of the group.
+        options: the number of its options: those of its param group, or of a rule of the group.
         cuts: lengths of its blocks along each dim.
         sides: what each dim of a block has.
-        method: of its update if it is element-wise.
-        rule: pattern of the rule that it is under, if any.
+        method: the method of its update if it is element-wise.
+        rule: the pattern of the rule that it is under, if any.
     """
 
     merged: tuple[int, ...]
@@ -45,10 +45,10 @@ def policy_of(parameter: Parameter, config: ShampooConfig) -> Policy:
     """Decide by shape, name and kind alone whether and how a parameter is preconditioned and whether it decays.
 
     Args:
-        config: the options of its group; a rule that it matches counts.
+        config: the options of its group; a rule that it matches applies.
 
     Raises:
-        OptionError: where ``split`` does not fit the shape.
+        OptionError: if ``split`` does not fit the shape.
     """
     decays = decays_under(parameter, config)
     rule, pattern = rule_of(parameter.name, parameter.kinds, parameter.shape, config), None
@@ -71,7 +71,7 @@ def policy_of(parameter: Parameter, config: ShampooConfig) -> Policy:
 
 
 def decays_under(parameter: Parameter, config: ShampooConfig) -> bool:
-    """Whether a parameter has the weight decay of its group: by ``no_decay``, and by shape where nothing has a name."""
+    """Whether a parameter has the weight decay of its group: by ``no_decay``, or by shape if it has no name."""
     if parameter.name is None and not parameter.kinds and config.no_decay:
         return sum(n > 1 for n in parameter.shape) > 1  # the usual rule of thumb
     return matching(config.no_decay, parameter.name, parameter.kinds, parameter.shape) is None

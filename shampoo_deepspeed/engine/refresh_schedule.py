@@ -1,8 +1,8 @@
 """When each block's basis or inverse roots are refreshed: the phase of every block of a model. Pure functions.
 
-With ``precondition_frequency`` f, a window is f steps. Spread over it (``refresh="staggered"``), each step does about
-1/f of the work. In the background blocks are due as when spread; what is computed then is installed in the block's next
-accepted step. Phases follow from what the optimizer was given alone, so all ranks know the same ones.
+With ``precondition_frequency`` f, a window is f steps. If refreshes are spread over it (``refresh="staggered"``), each
+step does about 1/f of the work. In the background the same blocks are due; the result is installed in the block's next
+accepted step. Phases are computed only from the optimizer's arguments, so they are the same on all ranks.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from shampoo_deepspeed.options.config import ShampooConfig
 def refresh_phases(
     parameters: Iterable[Parameter], policies: Mapping[str, Policy], configs: Mapping[int, ShampooConfig]
 ) -> dict[str, tuple[int, ...]]:
-    """By key the phases of the blocks of each parameter whose group spreads its refreshes.
+    """The phases of each parameter's blocks, by its key; only of groups that spread their refreshes.
 
     Args:
-        parameters: all that the optimizer was given, which are taken by group and in the order of each group,
-            independent of shards and step units. Groups of one frequency share a window. Frozen
-            ones come after all others, so that it makes no difference whether they are given too.
+        parameters: all parameters of the optimizer. They are taken by group and in the order of each group,
+            independent of shards and step units. Groups of one frequency share a window. Frozen parameters come
+            last, so that it makes no difference whether the optimizer has them.
         policies: by parameter key.
-        configs: options by group number, and of rules by theirs.
+        configs: options by the numbers of groups and rules.
     """
     phases: dict[str, tuple[int, ...]] = {}
     windows: dict[int, list[float]] = defaultdict(list)
@@ -50,12 +50,12 @@ def refresh_phases(
 
 
 def staggered_phases(costs: Sequence[float], frequency: int, earlier: Sequence[float] = ()) -> list[int]:
-    """The phase of each block, in [0, frequency): each goes to the phase with the least refresh cost so far.
+    """The phase of each block, in [0, frequency): each goes to the phase with the least refresh cost until then.
 
-    Blocks are taken in the given order, which must be the global one (parameters as the optimizer was given them,
-    blocks row-major): then phases depend neither on ranks nor on the framework, and what joins later leaves those
-    before it as they are. Equal blocks get one phase after the other.
-    No phase costs more than another by more than the most expensive block.
+    Blocks are taken in the given order, which must be the global one (parameters in the optimizer's order, blocks
+    row-major). Then phases depend neither on ranks nor on the framework, and blocks that join later do not change
+    those before them. Equal blocks get one phase after the other. No phase costs more than another by more than the
+    most expensive block.
 
     Args:
         costs: refresh cost of each block, any unit.
@@ -63,7 +63,7 @@ def staggered_phases(costs: Sequence[float], frequency: int, earlier: Sequence[f
         earlier: cost of each phase by blocks that were placed before; empty for none.
 
     Raises:
-        ValueError: where ``earlier`` is not one number for each phase.
+        ValueError: if ``earlier`` is not one number for each phase.
     """
     if earlier and len(earlier) != frequency:
         raise ValueError(f"earlier holds {len(earlier)} phases; with frequency {frequency} there are {frequency}")

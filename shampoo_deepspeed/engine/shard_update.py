@@ -26,7 +26,7 @@ class ShardGradients(NamedTuple):
 
 
 def shard_gradients(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> ShardGradients:
-    """Collect the gradients, and add weight decay where it is coupled (step 1 of docs/how-a-step-works.md).
+    """Collect the gradients, and add weight decay if it is coupled (step 1 of docs/how-a-step-works.md).
 
     Raises:
         RuntimeError: for a sparse gradient.
@@ -39,7 +39,7 @@ def shard_gradients(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> Sha
             flat.append(torch.zeros(size, dtype=unit.dtype, device=unit.device))
             continue
         if gradient.layout is not torch.strided:
-            raise RuntimeError("Shampoo takes no sparse gradients; build the embedding with sparse=False")
+            raise RuntimeError("Shampoo does not support sparse gradients; build the embedding with sparse=False")
         flat.append(gradient.detach().reshape(-1).contiguous())  # strides of 0 or 2 survive a reshape
     coupled = [g for g, c in configs.items() if c.weight_decay and c.decay_type == "l2"]
     if not coupled:
@@ -57,7 +57,7 @@ def shard_gradients(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> Sha
 def _taking_part(unit: StepUnit, gradients: Sequence[Tensor | None]) -> list[bool]:
     """Which parameters step; a parameter steps with its tensor, on all ranks alike.
 
-    Where a framework's layout does not ask to agree, its ranks have a gradient of a tensor all together or not at all.
+    If the framework's layout does not ask ranks to agree, all of them have a gradient of a tensor or none has.
     """
     mine = [gradient is not None for gradient in gradients]
     stepping = unit.any_rank(mine) if unit.layout.agrees else mine
@@ -74,7 +74,7 @@ def apply_updates(
 ) -> None:
     """Step 8 of the rule on the shards: decoupled decay, momentum, and W <- W - lr * update.
 
-    ``updates`` are used up: their content is undefined afterwards.
+    ``updates`` are overwritten: their content is undefined afterwards.
     """
     values = [unit.layout.local(tensor) for tensor in unit.tensors]
     narrow = any(value.dtype != unit.dtype for value in values)
@@ -83,7 +83,7 @@ def apply_updates(
     for group, ranges in _ranges_by_group(unit, active).items():
         config, rate = configs[group], rates[group]
         if isinstance(rate, Tensor) and rate.device.type == "cpu":
-            rate = float(rate)  # a copy from there would wait for the device
+            rate = float(rate)  # copying it to the device would wait
         weights = [_elements(values[r.tensor], r.elements) for r in ranges]
         steps = [updates[r.tensor][slice(*r.elements)].view_as(w) for r, w in zip(ranges, weights, strict=True)]
         fused = [_fuses(w, s, config, rate) for w, s in zip(weights, steps, strict=True)]
@@ -101,8 +101,10 @@ def apply_updates(
 
 
 def _fuses(weight: Tensor, step: Tensor, config: ShampooConfig, rate: float | Tensor) -> bool:
-    """Whether torch's kernel for SGD does the same; its momentum is another, it knows nothing of strides, and of a rate
-    on the device it takes float32 only."""
+    """Whether torch's fused kernel for SGD can be used.
+
+    Its momentum is different, it ignores strides, and it takes a rate on the device in float32 only.
+    """
     if config.momentum or isinstance(rate, Tensor):
         return False
     return weight.device.type in FUSED_DEVICES and weight.is_contiguous() and weight.dtype == step.dtype
@@ -146,7 +148,7 @@ def _in_many_passes(
     if found_inf is not None:
         torch._foreach_mul_(steps, found_inf.scale(rate))
         rate = 1.0
-    elif isinstance(rate, Tensor):  # on a device that is not that of the weights
+    elif isinstance(rate, Tensor):  # on another device than the weights
         rate = float(rate)
     torch._foreach_add_(weights, steps, alpha=-rate)
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # it imports this file
 class UpdateRange:
     """Elements of a flattened local tensor that are updated alike; all take part in a step or none does.
 
-    ``parameter`` is the first of those that lie there.
+    ``parameter`` is the first parameter in the range.
     """
 
     tensor: int
@@ -50,14 +50,14 @@ class StepUnit:
     """Everything that one step of these tensors needs.
 
     Args:
-        layout: what the adapter describes of this rank.
+        layout: the adapter's description of this rank's tensors.
         policies: by parameter key.
-        configs: options by parameter group number, and of rules by theirs; the same on all ranks.
+        configs: options by the numbers of parameter groups and rules; the same on all ranks.
         prior_loads: each rank's load from units built before.
-        phases: by parameter key the refresh phase of each block, where refreshes are staggered.
+        phases: the refresh phases of each parameter's blocks by its key, if refreshes are staggered.
 
     Raises:
-        LayoutError: on all ranks alike, where ranks disagree or the shards do not tile the parameters.
+        LayoutError: on all ranks alike, if ranks disagree or the shards do not tile the parameters.
     """
 
     def __init__(
@@ -90,14 +90,14 @@ class StepUnit:
     def _reset_counts(self) -> None:
         # Steps taken by each parameter. All ranks count alike, without a read of the device.
         self.steps = [0] * len(self.parameters)
-        self.step_tensor = as_count(0)  # the largest of them, as torch's tools know it
+        self.step_tensor = as_count(0)  # the largest of them, in the form that torch's tools expect
         self.unread: Unread | None = None
         self.rejected_in_a_row = 0
-        # Flat buffers that lie with the shard, by kind ("momentum", "master") and local tensor.
+        # Flat buffers on the ranks that hold the shards, by kind ("momentum", "master") and local tensor.
         self.buffers: dict[str, dict[int, Tensor]] = {"momentum": {}, "master": {}}
 
     def release_state(self) -> None:
-        """Let go of the memory of the state; `new_state` must follow before the unit is used."""
+        """Free the memory of the state; `new_state` must follow before the unit is used."""
         self._reset_counts()
         for stack in self.stacks:
             stack.release()
@@ -110,7 +110,7 @@ class StepUnit:
         self.elementwise.renew()
 
     def has_its_tensors(self) -> bool:
-        """Whether the local tensors are still of the sizes and dtypes, and on the devices, that it was built for."""
+        """Whether the local tensors still have the sizes, dtypes and devices that the unit was built for."""
         return [_kind(tensor) for tensor in self.local_tensors()] == self._locals
 
     def _build(self, configs: Mapping[int, ShampooConfig], prior_loads: Sequence[float]) -> None:
@@ -129,7 +129,7 @@ class StepUnit:
         self.exchange = Exchange(self.plan, self.rank, own, self.group, wire, self.device)
         self.block_parameters = list(number_of)
         self.stacks = [self._stack(blocks, configs) for blocks in self.exchange.stacks]
-        # For each row of a stack its parameter.
+        # The parameter of each row of each stack.
         self.parameters_of_rows = [
             [self.block_parameters[self.plan.blocks[block].parameter] for block in blocks]
             for blocks in self.exchange.stacks
@@ -153,14 +153,14 @@ class StepUnit:
     def _gather(
         self, places: Sequence[tuple[int, int, PlacedBox]], configs: Mapping[int, ShampooConfig]
     ) -> list[list[tuple[int, Box]]]:
-        """All ranks' shards; raises on all of them where any two see other parameters or options."""
+        """All ranks' shards; raises on all of them if any two see different parameters or options."""
         mine = [(p, place.box) for p, _, place in places]
         if self.world_size == 1:
             if self.layout.problem:
                 raise LayoutError(self.layout.problem)
             return [mine]
         options = {g: str(sorted(configs[g].to_json().items())) for g in {p.group for p in self.parameters}}
-        phases = {key: hash(found) for key, found in self._phases.items()}  # those of all blocks would be megabytes
+        phases = {key: hash(found) for key, found in self._phases.items()}  # all blocks' phases would be megabytes
         signature = [(p.key, p.shape, p.group, options[p.group], phases.get(p.key)) for p in self.parameters]
         plain = [(p, box.offsets, box.lengths) for p, box in mine]
         own = (signature, str(self.dtype), plain, self.layout.problem)
@@ -226,7 +226,7 @@ class StepUnit:
         return Elementwise(shards_here, configs, self.device, self.dtype)
 
     def _joined_ranges(self) -> list[UpdateRange]:
-        """What the shards cover of the local tensors; neighbours that decay alike are joined, padding is left out."""
+        """The ranges of local tensors that shards cover; neighbours that decay alike are joined, without padding."""
         joined: list[UpdateRange] = []
         for shard in sorted(self.layout.shards, key=lambda s: (s.tensor, s.offset)):
             decays = self.policies[shard.parameter].decays
@@ -243,7 +243,7 @@ class StepUnit:
         return [self.layout.local(tensor) for tensor in self.tensors]
 
     def any_rank(self, flags: Sequence[bool]) -> list[bool]:
-        """For each flag whether it is set on any rank of the unit; read on the CPU."""
+        """For each flag, whether it is set on any rank of the unit; read on the CPU."""
         if self.group is None:
             return list(flags)
         values = torch.tensor(flags, dtype=torch.float32, device=communication_device(self.group, self.device))
@@ -251,7 +251,7 @@ class StepUnit:
         return [value > 0 for value in values.tolist()]
 
     def buffer(self, kind: str, tensor: int) -> Tensor:
-        """The flat buffer of a kind for a local tensor, zeros at first; it lies with the shard."""
+        """The flat buffer of a kind for a local tensor, of the same size; zeros at first."""
         buffers = self.buffers[kind]
         if tensor not in buffers:
             buffers[tensor] = torch.zeros(self.sizes[tensor], dtype=self.dtype, device=self.device)
@@ -263,12 +263,12 @@ class StepUnit:
         return not any(self.steps)
 
     def measured(self) -> Measured:
-        """What is measured of this unit's steps on this rank."""
+        """The meters of this unit's steps on this rank."""
         return Measured(self.exchange.meter, [stack.meter for stack in self.stacks], len(self.plan.owned[self.rank]))
 
 
 def as_count(number: int) -> Tensor:
-    """A count as torch's optimizers hold it, whatever the default dtype and device: in 16 bits 1,001 would be 1,000."""
+    """A count as torch's optimizers hold it, always float32 on the CPU: in 16 bits 1,001 would be 1,000."""
     return torch.tensor(float(number), dtype=torch.float32, device="cpu")
 
 

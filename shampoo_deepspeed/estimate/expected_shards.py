@@ -1,7 +1,7 @@
-"""What each framework will leave on each rank, from shapes alone, before anything runs. Pure integers, no tensors.
+"""What each framework will put on each rank, from shapes alone, before anything runs. Pure integers, no tensors.
 
-The same boxes as the adapters find at the first step; `tests/estimate/test_planner.py` and the distributed checks
-compare.
+These are the boxes that the adapters find at the first step; `tests/estimate/test_planner.py` and the distributed
+checks compare them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def layouts(
         sub_group_size: under ``zero3``, elements of one rank at which DeepSpeed closes a sub-group.
 
     Raises:
-        ValueError: for a framework that is not known, and for ranks that do not divide evenly.
+        ValueError: for an unknown framework, and for ranks that do not divide evenly.
     """
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework {framework!r} is not allowed: one of {', '.join(FRAMEWORKS)}")
@@ -109,7 +109,7 @@ def _per_parameter(
     ranks: int,
     part: Callable[[tuple[int, ...], int, int], tuple[Sequence[Box], int]],
 ) -> UnitLayout:
-    """Every parameter is cut over all ranks; ``part`` tells boxes and local elements, once for each shape."""
+    """Every parameter is cut over all ranks; ``part`` returns boxes and local elements, once for each shape."""
 
     @cache
     def parts(shape: tuple[int, ...]) -> list[tuple[Sequence[Box], int]]:

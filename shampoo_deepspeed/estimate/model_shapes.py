@@ -54,9 +54,9 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "vocab_size": 152064,
     },
 }
-# Architectures whose parameters are those of Llama, but for biases and norms of q, k and v.
+# Architectures whose parameters are those of Llama, except for biases and norms of q, k and v.
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
-# What the entry points of this group give takes a model's name or path and gives its parameters, or None.
+# Entry points of this group are functions of a model's name or path; they return its parameters, or None.
 ENTRY_POINTS = "shampoo_deepspeed.models"
 
 
@@ -65,10 +65,10 @@ class ModelError(ValueError):
 
 
 def parameters_of(model: str) -> list[Parameter]:
-    """Parameters of a built-in model, of a config.json (or the folder that holds it), or of what an adapter knows.
+    """Parameters of a built-in model, of a config.json (or the folder that holds it), or of one that an adapter knows.
 
     Raises:
-        ModelError: for a name that nobody knows and a config that nobody can read.
+        ModelError: for an unknown name, and for a config that cannot be read.
     """
     if model.lower() in BUILT_IN:
         return _named(llama_shapes(BUILT_IN[model.lower()], model))
@@ -82,7 +82,7 @@ def parameters_of(model: str) -> list[Parameter]:
         if found is not None:
             return found
     close = difflib.get_close_matches(model.lower(), BUILT_IN, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else "."
     raise ModelError(
         f"--model {model!r} is not known{hint} Built in: {', '.join(BUILT_IN)}; or a config.json with model_type "
         f"{', '.join(LLAMA_LIKE)}; other models need transformers, or --shapes with a JSON file of names and shapes"
@@ -93,7 +93,7 @@ def parameters_of_file(path: str) -> list[Parameter]:
     """Parameters of a JSON file ``{"name": [dims], ...}``, in its order.
 
     Raises:
-        ModelError: where it is anything else.
+        ModelError: if it is anything else.
     """
     found = _read(Path(path))
     if not isinstance(found, dict) or not found:
@@ -126,7 +126,7 @@ def llama_shapes(config: Mapping[str, Any], source: str) -> Shapes:
     """Names and shapes as in Transformers' Llama, Mistral, Qwen2 and Qwen3 for causal language modelling.
 
     Raises:
-        ModelError: for a key that is missing or no positive integer.
+        ModelError: for a key that is missing or not a positive integer.
     """
     width, inner = _dim(config, "hidden_size", source), _dim(config, "intermediate_size", source)
     layers, heads = _dim(config, "num_hidden_layers", source), _dim(config, "num_attention_heads", source)

@@ -1,6 +1,7 @@
 """Memory, bytes, FLOPs and balance of a run before it starts: the plan of every rank, from shapes alone.
 
-Geometry is the optimizer's own (`plan`, `boxes`), and so is state: stacks are built on the meta device and measured.
+The geometry is the optimizer's own (`plan`, `boxes`), and so is the state: stacks are built on the meta device and
+measured.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ META = torch.device("meta")
 
 
 class Step(NamedTuple):
-    """FLOPs of a step: of the slowest rank, the part of it that is refresh, and the mean of the ranks.
+    """FLOPs of a step: of the slowest rank, of its refreshes, and the mean of the ranks.
 
     Ranks wait for one another in each step unit, so the slowest ranks of all units add up.
     """
@@ -49,15 +50,15 @@ class Estimate:
 
     Args:
         world_size: number of ranks.
-        elements: of all parameters.
-        preconditioned: elements of the parameters with factor matrices.
-        blocks: how many.
-        units: how many step units.
+        elements: number of elements of all parameters.
+        preconditioned: number of elements of the parameters with factor matrices.
+        blocks: number of blocks.
+        units: number of step units.
         state: bytes on each rank by kind of state ("factor", "root", "exp_avg", "second_moment", ...).
         adamw: bytes of AdamW's two float32 moments on each rank under the same framework.
         sent: bytes that each rank sends in a step.
         received: bytes that each rank receives in a step.
-        collectives: all-to-all calls a step.
+        collectives: all-to-all calls per step.
         loads: FLOPs on each rank per step, with the refreshes' share; all units together.
         window: each step of a refresh window.
     """
@@ -82,7 +83,7 @@ class Estimate:
 
     @property
     def imbalance(self) -> float:
-        """Slowest rank's load over the mean, 1.0 is perfect."""
+        """The slowest rank's load divided by the mean; 1.0 is perfect."""
         mean = sum(self.loads) / self.world_size
         return max(self.loads) / mean if mean else 1.0
 
@@ -106,7 +107,7 @@ class Estimate:
         self.state.setdefault(kind, [0] * self.world_size)[rank] += nbytes
 
     def to_json(self) -> dict[str, object]:
-        """Numbers over ranks as mean and largest."""
+        """The numbers as JSON types; those of ranks as mean and largest."""
         return {
             "world_size": self.world_size,
             "elements": self.elements,
@@ -144,7 +145,7 @@ def estimate(
     sub_group_size: int = SUB_GROUP_SIZE,
     weights_dtype: str = "float32",
 ) -> Estimate:
-    """Plan a run of these parameters as one parameter group, and count.
+    """Plan a run of these parameters as one parameter group, and count what it needs.
 
     Args:
         parameters: in the order in which the optimizer will be given them, all with group 0.
@@ -152,7 +153,7 @@ def estimate(
         shard_ranks: under ``hsdp``, ranks that each parameter is sharded over.
         sub_group_size: under ``zero3``, DeepSpeed's option.
         weights_dtype: dtype of what the optimizer updates: "float32" under ZeRO, which keeps masters; narrower ones
-            get a float32 master from the optimizer where ``master_weights`` is on.
+            get a float32 master from the optimizer if ``master_weights`` is on.
 
     Raises:
         ValueError: for a framework, a number of ranks or a dtype that is not allowed.
@@ -178,7 +179,10 @@ def estimate(
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """A thousand ranks' shards are a million small tuples without a cycle; walking them would take half of the time."""
+    """Pause the garbage collector.
+
+    A thousand ranks' shards are a million small tuples without a cycle; walking them would take half of the time.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -297,7 +301,7 @@ def block_bytes(shape: tuple[int, ...], config: ShampooConfig, dtype: torch.dtyp
 
 
 def _bytes_by_kind(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Bytes by name; what differs in a trailing number only (the dims' factor matrices) counts together."""
+    """Bytes by name; names that differ only in a trailing number (factor matrices of each dim) are added up."""
     kinds: dict[str, int] = defaultdict(int)
     for name, tensor in tensors.items():
         kinds[re.sub(r"_\d+$", "", name)] += tensor.nbytes

@@ -1,6 +1,6 @@
 """Which block size and refresh frequency fit a memory budget and a share of the step's time. Plain arithmetic.
 
-Candidates are judged by totals over ranks and not by a full plan each, so an answer takes no longer than the estimate.
+Candidates are compared by totals over ranks, not by full plans, so an answer takes no longer than the estimate.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shampoo_deepspeed.geometry.owners import LOCALITY_TOLERANCE
 from shampoo_deepspeed.geometry.plan import refresh_cost, step_cost
 from shampoo_deepspeed.options.config import ShampooConfig
 
-# Beyond these nobody trains: eigendecompositions of larger blocks take seconds each, roots older than that are stale.
+# Larger values are not practical: eigendecompositions of larger blocks take seconds each, and older roots are stale.
 BLOCK_SIZES = (128, 256, 512, 1024, 2048)
 FREQUENCIES = (1, 2, 5, 10, 20, 50, 100)
 
@@ -28,9 +28,9 @@ class Speed:
 
     Args:
         tokens: tokens of a step on all ranks together.
-        tflops: what one rank reaches in the model's forward and backward.
-        optimizer_tflops: what it reaches in the optimizer's float32 products.
-        refresh_tflops: what it reaches in refreshes, with ``plan.REFRESH_CUBES`` d^3 for a factor matrix.
+        tflops: TFLOP/s that one rank reaches in the model's forward and backward.
+        optimizer_tflops: TFLOP/s that it reaches in the optimizer's float32 products.
+        refresh_tflops: TFLOP/s that it reaches in refreshes, with ``plan.REFRESH_CUBES`` d^3 for a factor matrix.
         bandwidth: GB/s that a rank sends (and at once receives) between ranks; None: exchange costs nothing.
     """
 
@@ -45,7 +45,7 @@ class Speed:
         return 6.0 * elements * self.tokens / (world_size * self.tflops * 1e12)
 
     def overhead(self, products: float, refreshes: float, nbytes: float, elements: int, world_size: int) -> float:
-        """The optimizer's time over the model's, nothing of it hidden; products and refreshes in FLOPs."""
+        """The optimizer's time divided by the model's, with none of it hidden; products and refreshes in FLOPs."""
         seconds = products / (self.optimizer_tflops * 1e12) + refreshes / (self.refresh_tflops * 1e12)
         if self.bandwidth is not None:
             seconds += nbytes / (self.bandwidth * 1e9)
@@ -62,7 +62,7 @@ class Overhead:
 
 
 def expected_overhead(made: Estimate, speed: Speed) -> Overhead:
-    """What the estimate means at this speed. AdamW's own time, which is bound by memory, is not taken off."""
+    """The overhead of the estimate at this speed. AdamW's own time, which is bound by memory, is not subtracted."""
     nbytes = max((max(pair) for pair in zip(made.sent, made.received, strict=True)), default=0)
     shares = [
         speed.overhead(step.slowest - step.refresh, step.refresh, nbytes, made.elements, made.world_size)
@@ -77,7 +77,7 @@ def expected_overhead(made: Estimate, speed: Speed) -> Overhead:
 class Recommendation:
     """A block size with the state that it needs on the fullest rank, and the frequency that its time allows.
 
-    ``frequency`` is None where no speed is given, or where no frequency in the list is rare enough.
+    ``frequency`` is None if no speed is given, or if no frequency in the list is rare enough.
     """
 
     max_preconditioner_dim: int
@@ -93,16 +93,16 @@ def recommend(
     speed: Speed | None = None,
     overhead: float = 0.05,
 ) -> Recommendation | None:
-    """The largest block size whose state fits into ``budget`` bytes a rank, and the most frequent refresh then.
+    """The largest block size whose state fits into ``budget`` bytes per rank, and the most frequent refresh for it.
 
-    Where a speed is given, a block size that no frequency makes fast enough is passed over while a smaller one is not.
+    If a speed is given, a block size that no frequency makes fast enough is skipped if a smaller one is fast enough.
 
     Args:
-        made: the estimate under ``config``; what lies with the shards is taken from it.
-        overhead: the share of forward and backward that the optimizer may take on average, of 1.
+        made: the estimate under ``config``; the state that is kept with the shards is taken from it.
+        overhead: the optimizer's mean time as a fraction of forward and backward, at most.
 
     Returns:
-        None where no block size fits.
+        None if no block size fits.
     """
     with_shards = max(made.state_bytes) - _owned_bytes(_blocks(parameters, config), config, made.world_size)
     fitting = None
@@ -137,7 +137,7 @@ def _blocks(parameters: Sequence[Parameter], config: ShampooConfig) -> Mapping[t
 
 
 def _owned_bytes(blocks: Mapping[tuple[int, ...], int], config: ShampooConfig, ranks: int) -> float:
-    """Bytes of blocks on the fullest rank: the mean with the planner's tolerance, or whole blocks where few."""
+    """Bytes of blocks on the fullest rank: the mean with the planner's tolerance, or whole blocks if there are few."""
     sizes = {shape: sum(block_bytes(shape, config).values()) for shape in blocks}
     total = sum(sizes[shape] * many for shape, many in blocks.items())
     whole_blocks = math.ceil(sum(blocks.values()) / ranks) * max(sizes.values(), default=0)

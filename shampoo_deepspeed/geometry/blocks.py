@@ -1,7 +1,7 @@
-"""Merging of small dims and cutting into blocks: what Shampoo preconditions, by the global shape alone.
+"""Merges small dims and cuts parameters into blocks, by the global shape alone.
 
-Pure integers, no tensors. Blocks never depend on how a framework shards a parameter, which is why the trajectory is
-the same on any number of ranks.
+Pure integers, no tensors. Blocks never depend on how a framework shards a parameter. That is why training is the same
+on any number of ranks.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from shampoo_deepspeed.geometry.boxes import Box
 
 # What a dim of a block has: a factor matrix, a vector of its diagonal, or nothing.
 Side: TypeAlias = Literal["matrix", "diagonal", "none"]
-# How a shape is cut: at most so long along every dim, or these lengths of blocks along each dim.
+# How a shape is cut: into blocks of at most this length along every dim, or of these lengths along each dim.
 Cuts: TypeAlias = int | Sequence[Sequence[int]]
 
 
 def merge_small_dims(
     shape: Sequence[int], max_dim: int, batch_dims: int = 0, merge: bool = True
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Merge neighbouring dims while the product stays at most ``max_dim`` and at least a matrix remains.
+    """Merge neighbouring dims while the product stays at most ``max_dim`` and at least two dims remain.
 
-    Dims of size 1 are dropped; the walk goes from the last dim to the first, so a conv (out, in, kh, kw) becomes
-    (out, in * kh * kw) where that fits. Unlike the Distributed Shampoo README's rule (arXiv 2309.06497, section
-    "merging"), a matrix is never merged to a vector: a 32x32 weight has two 32x32 factor matrices and not one of
+    Dims of size 1 are dropped. Merging starts at the last dim, so a conv weight (out, in, kh, kw) becomes
+    (out, in * kh * kw) if that fits. Unlike the Distributed Shampoo README's rule (arXiv 2309.06497, section
+    "merging"), a matrix is never merged into a vector: a 32x32 weight has two 32x32 factor matrices, not one of
     1024x1024.
 
     Args:
-        batch_dims: so many first dims are left as they are.
-        merge: False: only dims of size 1 are dropped.
+        batch_dims: number of leading dims that are left as they are.
+        merge: if False, only dims of size 1 are dropped.
 
     Returns:
         The merged shape, and for each merged dim the original dims that it joins, in order.
@@ -56,14 +56,16 @@ def merge_small_dims(
 def sides_of(
     shape: Sequence[int], max_dim: int, large_dim: str = "block", one_sided: str | None = None, batch_dims: int = 0
 ) -> tuple[Side, ...]:
-    """What each dim of a merged shape has; the same for the shape of any of its blocks that ``cut_lengths`` gives.
+    """What each dim of a merged shape has: a factor matrix, a diagonal or nothing.
+
+    The answer is the same for the shape of any block that ``cut_lengths`` makes of it.
 
     Args:
         large_dim: what a dim above ``max_dim`` has: a matrix ("block"), a diagonal ("diagonal") or nothing
             ("identity").
-        one_sided: the one dim that has anything: "left" (first), "right" (last) or "smaller" (the first of the
+        one_sided: the only dim that has a factor: "left" (first), "right" (last) or "smaller" (the first of the
             smallest ones).
-        batch_dims: so many first dims have nothing and do not count.
+        batch_dims: number of leading dims that have nothing; ``one_sided`` ignores them.
     """
     own = range(batch_dims, len(shape))
     chosen = set(own)
@@ -81,13 +83,13 @@ def sides_of(
 def cut_lengths(
     shape: Sequence[int], max_dim: int, sides: Sequence[Side], batch_dims: int = 0, split: Sequence[int] = ()
 ) -> tuple[tuple[int, ...], ...]:
-    """Lengths of blocks along each dim of a merged shape.
+    """Lengths of the blocks along each dim of a merged shape.
 
-    A dim with a factor matrix is cut to at most ``max_dim``, one without is not cut (cutting would gain nothing), and
-    batch dims are cut to single matrices. ``split`` first cuts the first dim whose length is its sum.
+    A dim with a factor matrix is cut into lengths of at most ``max_dim``. A dim without one is not cut, as that would
+    gain nothing. Batch dims are cut into single matrices. ``split`` first cuts the first dim whose length is its sum.
 
     Raises:
-        ValueError: where no dim has the length that ``split`` adds up to.
+        ValueError: if no dim has the length that ``split`` adds up to.
     """
     first = next((dim for dim in range(batch_dims, len(shape)) if shape[dim] == sum(split)), None)
     if split and first is None:
@@ -116,7 +118,7 @@ def _starts(shape: Sequence[int], cuts: Cuts) -> list[list[int]]:
 
 
 def cut_into_blocks(shape: Sequence[int], cuts: Cuts) -> list[Box]:
-    """The blocks of a merged shape in row-major order; where only their size is given, the last may be shorter."""
+    """The blocks of a merged shape in row-major order; if only their size is given, the last may be shorter."""
     per_dim = [list(itertools.pairwise(starts)) for starts in _starts(shape, cuts)]
     return [
         Box(tuple(start for start, _ in parts), tuple(stop - start for start, stop in parts))

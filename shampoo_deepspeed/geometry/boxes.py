@@ -1,7 +1,7 @@
 """The three kinds of ranges: boxes of a tensor's shape, flat ranges, and boxes that are placed in flat memory.
 
-Pure integers, no tensors. Every sharding that frameworks use is a set of boxes: FSDP2 gives one per parameter,
-a flat range (ZeRO, FSDP1) is at most 2k-1 boxes of an order-k tensor.
+Pure integers, no tensors. Every sharding that frameworks use is a set of boxes. FSDP2 gives one per parameter;
+a flat range (ZeRO, FSDP1) consists of at most 2k-1 boxes of an order-k tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, order=True, slots=True)
 class Box:
-    """Offsets and lengths along each dim, in elements."""
+    """An n-dimensional range: offsets and lengths along each dim, in elements."""
 
     offsets: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -29,20 +29,21 @@ class Box:
         return tuple(o + n for o, n in zip(self.offsets, self.lengths, strict=True))
 
     def intersect(self, other: Box) -> Box | None:
-        """The common box, or None where the two share no element."""
+        """The common box, or None if the two share no element."""
         low = tuple(map(max, self.offsets, other.offsets))
         lengths = tuple(end - start for start, end in zip(low, map(min, self.ends, other.ends), strict=True))
         return Box(low, lengths) if all(n > 0 for n in lengths) else None
 
     def within(self, outer: Box) -> tuple[int, ...]:
-        """This box's offsets counted from the corner of ``outer``."""
+        """This box's offsets relative to the corner of ``outer``."""
         return tuple(o - corner for o, corner in zip(self.offsets, outer.offsets, strict=True))
 
 
 class FlatRange(NamedTuple):
-    """Consecutive elements, from ``start`` up to but not including ``stop``, of what is counted in one dim.
+    """Consecutive elements from ``start`` up to but not including ``stop``, counted in one dim.
 
-    That is a flattened tensor, the rows of a stack, one dim of a tensor, or bytes. ``slice(*elements)`` selects them.
+    They are elements of a flattened tensor, rows of a stack, positions in one dim of a tensor, or bytes.
+    ``slice(*elements)`` selects them.
     """
 
     start: int
@@ -58,13 +59,13 @@ class FlatRange(NamedTuple):
         return FlatRange(start, stop) if start < stop else None
 
     def shift(self, by: int) -> FlatRange:
-        """The same number of elements, ``by`` further on."""
+        """A range of the same size that starts ``by`` elements later."""
         return FlatRange(self.start + by, self.stop + by)
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedBox:
-    """A box and where it lies in a flat buffer: element i is at ``offset + sum(i * strides)``."""
+    """A box and its place in a flat buffer: element i is at ``offset + sum(i * strides)``."""
 
     box: Box
     offset: int
@@ -72,7 +73,7 @@ class PlacedBox:
 
     @classmethod
     def contiguous(cls, box: Box, offset: int) -> PlacedBox:
-        """A box whose elements lie one after the other (row-major) from ``offset`` on."""
+        """A box whose elements are contiguous (row-major) from ``offset`` on."""
         return cls(box, offset, row_major(box.lengths))
 
     def part(self, box: Box) -> PlacedBox:
@@ -153,7 +154,7 @@ def merged_places(box: Box, shape: Sequence[int], groups: Sequence[Sequence[int]
 def _along_merged_dim(
     box: Box, shape: Sequence[int], strides: Sequence[int], dims: Sequence[int]
 ) -> Iterator[PlacedBox]:
-    """What a box, held with these strides, covers of one merged dim, as placed boxes of that dim alone."""
+    """The parts of one merged dim that a box with these strides covers, as placed boxes of that dim alone."""
     cut = len(dims) - 1
     while cut > 0 and box.lengths[dims[cut]] == shape[dims[cut]]:
         cut -= 1

@@ -1,7 +1,7 @@
 """Which ranks hold which boxes of a matrix's blocks. Pure integers, no tensors.
 
-Layers of one shape are mostly sharded alike, so this is worked out once for each shape and sharding and shared: a plan
-for a thousand ranks has millions of boxes but a few distinct answers.
+Layers of one shape are usually sharded alike, so this is computed once for each shape and sharding. A plan for a
+thousand ranks has millions of boxes but only a few distinct answers.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import NamedTuple
 from shampoo_deepspeed.geometry.blocks import Cuts, blocks_touching, cut_into_blocks
 from shampoo_deepspeed.geometry.boxes import Box
 
-# A rank that holds less of a block than this share of it is no better an owner than any other.
+# A rank that holds less than one part in this many of a block is no better an owner than any other.
 SHARE_THAT_COUNTS = 8
 
 
 class HeldBox(NamedTuple):
-    """A box within a block and the ranks that hold it, more than one where there are replicas."""
+    """A box within a block and the ranks that hold it, more than one if there are replicas."""
 
     box: Box
     ranks: tuple[int, ...]
 
 
 class BlockHolders:
-    """Who holds one block.
+    """The ranks that hold one block, or parts of it.
 
     Args:
         box: the block.
-        held_boxes: what it is cut into, each with its ranks; sorted by box here.
+        held_boxes: the boxes that it is divided into, each with its ranks, in any order.
     """
 
     def __init__(self, box: Box, held_boxes: Sequence[HeldBox]) -> None:
@@ -44,7 +44,7 @@ class BlockHolders:
 
     @cached_property
     def held(self) -> dict[int, int]:
-        """Elements of the block that each rank holds, where that is any."""
+        """The number of the block's elements on each rank that holds any."""
         held: dict[int, int] = defaultdict(int)
         for box, ranks in self.held_boxes:
             numel = box.numel
@@ -54,12 +54,12 @@ class BlockHolders:
 
     @cached_property
     def copies(self) -> int:
-        """Elements held by all ranks together; more than the block has where there are replicas."""
+        """The number of elements on all ranks together; more than the block has if there are replicas."""
         return sum(self.held.values())
 
     @cached_property
     def candidates(self) -> list[tuple[int, tuple[int, ...]]]:
-        """(elements, ranks) of ranks that hold so much that owning the block there saves traffic; most first."""
+        """(elements, ranks) of the ranks that hold enough of the block to save traffic as its owner; most first."""
         elements: dict[tuple[int, ...], int] = defaultdict(int)
         for box, ranks in self.held_boxes:
             elements[ranks] += box.numel
@@ -72,7 +72,7 @@ class BlockHolders:
 
 
 def holders_of_blocks(shape: Sequence[int], cuts: Cuts, held: Sequence[tuple[int, Box]]) -> list[BlockHolders]:
-    """For each block of a matrix, in the order of ``cut_into_blocks``, who holds it.
+    """The holders of each block of a matrix, in the order of ``cut_into_blocks``.
 
     Args:
         held: (rank, box) of every shard; equal boxes are replicas.
@@ -96,7 +96,7 @@ def holders_of_blocks(shape: Sequence[int], cuts: Cuts, held: Sequence[tuple[int
 def holders_of_matrices(
     matrices: Sequence[tuple[tuple[int, ...], Cuts]], shards: Sequence[Sequence[tuple[int, Box]]]
 ) -> list[list[BlockHolders]]:
-    """``holders_of_blocks`` of each matrix; matrices that are sharded alike get the very same objects.
+    """``holders_of_blocks`` of each matrix; matrices that are sharded alike share the same objects.
 
     Args:
         matrices: (shape, cuts) of each; cuts must be hashable.

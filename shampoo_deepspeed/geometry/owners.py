@@ -1,6 +1,6 @@
-"""Gives each block one owner: equal work on all ranks in every step, and blocks stay where they lie where they may.
+"""Assigns each block one owner: balances the work of every step, and prefers ranks that already hold the block's data.
 
-Pure integers and floats, no tensors; the same on all ranks.
+Pure integers and floats, no tensors; all ranks compute the same owners.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LOCALITY_TOLERANCE = 0.04
 
 
 class Work(Protocol):
-    """What a block costs: FLOPs a step with the refresh's share, FLOPs of a refresh, and when it is refreshed."""
+    """What a block costs: FLOPs per step with the refresh's share, FLOPs of a refresh, and its refresh phase."""
 
     @property
     def cost(self) -> float: ...
@@ -30,17 +30,16 @@ class Work(Protocol):
 def assign(
     blocks: Sequence[Work], holders: Sequence[BlockHolders], world_size: int, prior_loads: Sequence[float]
 ) -> tuple[list[int], list[float]]:
-    """Owners of the blocks, and each rank's load (FLOPs a step).
+    """Owners of the blocks, and each rank's load (FLOPs per step).
 
-    Largest block first, each to the rank that holds most of it while that keeps balance, else to the least loaded:
-    longest-processing-time scheduling with a preference for locality. No rank's load exceeds the larger of
-    (1 + tolerance) times the mean and the mean plus one block. Where refreshes are staggered this is so in
-    each phase (by refresh cost; of ranks that are equal in it the least loaded one is taken), because a step takes
-    as long as its slowest rank.
+    The largest block comes first. Each goes to the rank that holds most of it while that keeps balance, else to the
+    least loaded rank: longest-processing-time scheduling with a preference for locality. No rank's load exceeds the
+    larger of (1 + tolerance) times the mean and the mean plus one block. If refreshes are staggered, this holds in
+    each phase (by refresh cost; the total load breaks ties), because a step takes as long as its slowest rank.
 
     Args:
         holders: who holds each block.
-        prior_loads: loads of earlier units, which decide between ranks that are equal in this one.
+        prior_loads: loads of earlier units, which break ties between ranks in this one.
     """
     ledger = _Ledger(world_size, prior_loads)
     owners = [0] * len(blocks)
@@ -59,7 +58,7 @@ def assign(
 
 
 def _by_phase(blocks: Sequence[Work]) -> dict[int, list[int]]:
-    """Numbers of the blocks by phase; -1: those that are refreshed together."""
+    """Numbers of the blocks by phase; -1 for those that refresh together."""
     phases: dict[int, list[int]] = {}
     for number, block in enumerate(blocks):
         phases.setdefault(-1 if block.phase is None else block.phase, []).append(number)
@@ -67,9 +66,10 @@ def _by_phase(blocks: Sequence[Work]) -> dict[int, list[int]]:
 
 
 def best_possible(costs: Sequence[float], world_size: int) -> float:
-    """A load that the slowest of these ranks cannot stay below, however blocks are assigned.
+    """A lower bound of the slowest rank's load, however blocks are assigned.
 
-    The mean; and since of k * ranks + 1 blocks some rank has k + 1, that many times the least of them.
+    The load is at least the mean. Of the k * ranks + 1 largest blocks some rank has k + 1, so its load is at least
+    k + 1 times the smallest of them.
     """
     falling = sorted(costs, reverse=True)
     whole_blocks = (share * cost for share, cost in enumerate(falling[::world_size], 1))
@@ -77,7 +77,7 @@ def best_possible(costs: Sequence[float], world_size: int) -> float:
 
 
 def _limit(costs: Sequence[float], world_size: int) -> float:
-    """Up to this load a block may stay where it lies."""
+    """The load up to which a rank may get blocks because it holds their data."""
     return max((1.0 + LOCALITY_TOLERANCE) * sum(costs) / world_size, best_possible(costs, world_size))
 
 
@@ -89,7 +89,7 @@ class _Ledger:
         self._carried = prior_loads
 
     def open_phase(self, limit: float, phase_limit: float | None) -> None:
-        """Begin with the blocks of the next phase; limits of what may stay local: all in all, and in this phase."""
+        """Begin the next phase; up to these limits, in total and in this phase, blocks may stay local."""
         self._limit, self._phase_limit = limit, phase_limit
         self._phase_loads = [0.0] * len(self.loads)
         self._queues: dict[Iterable[int], _Queue] = {}
@@ -108,7 +108,7 @@ class _Ledger:
         return self._queues[ranks].least()
 
     def local(self, holders: BlockHolders, block: Work) -> int | None:
-        """Of the ranks that hold most of the block the least loaded one that has room for it."""
+        """The least loaded rank with room for the block among those that hold most of it, or None."""
         if len(holders.held_boxes) == 1 and len(holders.held_boxes[0].ranks) == len(self.loads):
             return None  # replicated on all ranks: locality does not matter
         best = None
@@ -128,7 +128,7 @@ class _Ledger:
 
 
 class _Queue:
-    """Finds the least of some ranks by a key that only grows."""
+    """Finds the rank with the smallest key; keys only grow."""
 
     def __init__(self, ranks: Iterable[int], key: Callable[[int], tuple[float, float, float, int]]) -> None:
         self._key = key

@@ -1,7 +1,7 @@
 """Who owns which block, and what travels between ranks each step. Pure integers, no tensors.
 
-The plan of a step unit is a pure function of the parameters' shapes, the options and the shards of all ranks, so
-every rank computes the same one. Transfers are worked out for one rank at a time: those of all would be millions.
+The plan of a step unit is a pure function of the parameters' shapes, the options and the shards of all ranks. So
+every rank computes the same one. Transfers are computed for one rank at a time: all ranks together have millions.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from shampoo_deepspeed.geometry.boxes import Box
 from shampoo_deepspeed.geometry.holders import BlockHolders, holders_of_matrices
 from shampoo_deepspeed.geometry.owners import assign, best_possible
 
-# A batched eigendecomposition with the rebuild of the root costs about as many FLOPs as this many d^3.
+# FLOPs of a batched eigendecomposition and of computing the root from it, in units of d^3.
 REFRESH_CUBES = 25.0
 
-# With n equal buckets all of the exchange but one n-th each way can be hidden, and on a CPU a bucket stays in the cache
-# from arrival to departure. More than eight hid no more, and less than half a million elements cost more in calls than
-# they hide (benchmarks.slow_link); above four million a link gains nothing and memory is lost.
+# With n equal buckets all of the exchange except one n-th each way can be hidden. On a CPU a bucket stays in the cache
+# while it is processed. More than eight hid no more. Buckets of less than half a million elements cost more in
+# calls than they hide; above four million a link gains nothing and memory is wasted (benchmarks.slow_link).
 BUCKETS, FEWEST_IN_BUCKET, MOST_IN_BUCKET = 8, 1 << 19, 1 << 22
-# Sizes of the first buckets, and of the last in reverse, where there are so many and a block is no larger than the
-# least of them.
+# Relative sizes of the first buckets, and in reverse of the last ones. They apply if there are at least this many
+# buckets and no block is larger than the smallest of them.
 TAPER, FEWEST_TAPERED = (0.25, 0.5), 4
 
 
@@ -35,9 +35,9 @@ TAPER, FEWEST_TAPERED = (0.25, 0.5), 4
 class Matrix:
     """A preconditioned parameter: its merged shape, how it is cut into blocks, stack key (group) and refresh frequency.
 
-    ``phases`` holds each block's refresh phase where refreshes are staggered; None where all happen together.
-    ``sides`` is what each dim has where that is not a factor matrix for all, ``products`` how many products with a
-    factor's size there are for each dim and step, ``decompositions`` how long one takes, of one in float32.
+    ``phases`` holds each block's refresh phase, or is None if all refresh together. ``sides`` is what each dim has;
+    None means a factor matrix for all. ``products`` is the number of products of a factor's size for each dim and
+    step. ``decompositions`` is the time of a decomposition relative to one in float32.
     """
 
     shape: tuple[int, ...]
@@ -54,8 +54,8 @@ class Matrix:
 class Block:
     """One block: its parameter (index into the matrices), its index there, its box, and its group.
 
-    ``step`` is FLOPs of a step without refresh, ``refresh`` those of a refresh, ``cost`` a step with the refresh's
-    share, and ``phase`` when that is.
+    ``step`` is the FLOPs of a step without refresh, ``refresh`` those of a refresh, and ``cost`` those of a step with
+    the refresh's share. ``phase`` is the block's refresh phase.
     """
 
     parameter: int
@@ -69,13 +69,13 @@ class Block:
 
     @property
     def stack(self) -> tuple[int, tuple[int, ...]]:
-        """Blocks of one rank with this same key are computed as one stack."""
+        """The key of the block's stack: blocks of one rank with the same key are computed together."""
         return self.group, self.box.lengths
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A box of a block on its way: the block, the box, and (at the holder) which shard it lies in."""
+    """A box of a block that moves between ranks: the block, the box, and (at the holder) the shard that contains it."""
 
     block: int
     box: Box
@@ -94,10 +94,10 @@ class Transfers:
 
 
 def step_cost(lengths: Sequence[int], sides: Sequence[Side] | None = None, products: float = 2.0) -> float:
-    """FLOPs of a block in a step without refresh: so many products with its factors' size for each dim.
+    """FLOPs of a block in a step without refresh: ``products`` products of the factor's size for each dim.
 
-    A dim with a diagonal costs four operations for each element and one with nothing costs nothing. The element-wise
-    part of a step counts too, so that no block is free.
+    A dim with a diagonal costs four operations for each element, and a dim with nothing costs nothing. The
+    element-wise part of a step counts too, so that no block is free.
     """
     numel = math.prod(lengths)
     total = 4.0 * numel
@@ -113,15 +113,15 @@ def refresh_cost(lengths: Sequence[int], sides: Sequence[Side] | None = None) ->
 
 
 def bucket_elements(megabytes: float | None, itemsize: int) -> int | None:
-    """Elements of this many bytes in a bucket; None leaves the choice to the plan."""
+    """The number of elements in a bucket of this size; None lets the plan choose."""
     return None if megabytes is None else max(1, int(megabytes * 2**20 / itemsize))
 
 
 def tapered_ends(count: int) -> list[float]:
-    """Where buckets end, as shares of what an owner has: three more than ``count``, none larger than that part of it.
+    """The ends of ``count`` + 3 buckets as shares of an owner's blocks; no bucket is larger than 1 / ``count``.
 
-    The first one's gradients and the last one's updates are all that nothing can hide, so these are small, and what
-    lies next to them half as large as the others: then a bucket arrives while the one before it is computed.
+    Nothing can hide the gradients of the first bucket and the updates of the last one, so these are small. Their
+    neighbours are half as large as the others, so that each bucket arrives while the one before it is computed.
     """
     sizes = [*TAPER, *[1.0] * (count - 1), *reversed(TAPER)]
     whole = sum(sizes)
@@ -135,9 +135,9 @@ class Plan:
         matrices: the preconditioned parameters, the same list on all ranks.
         shards: for each rank the boxes it holds, as (index of the matrix, box in its merged shape).
             Together they must cover every matrix exactly once; replicas of one box count once.
-        bucket_elements: elements of an owner's blocks in a bucket at most, but for one larger block. None: one of
-            ``BUCKETS`` parts of what the fullest rank owns, within bounds.
-        prior_loads: loads of earlier units, which decide between ranks that are equal in this one.
+        bucket_elements: maximum number of elements of an owner's blocks in a bucket; a larger block gets a bucket of
+            its own. None: one of ``BUCKETS`` equal parts of what the fullest rank owns, within bounds.
+        prior_loads: loads of earlier units, which break ties between ranks in this one.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Plan:
                 self.blocks.append(Block(number, index, held.box, matrix.group, cost, step, refresh, phase))
 
     def _owned_in_stack_order(self) -> list[list[int]]:
-        """Each rank's blocks by stack, and within it by phase: a staggered refresh then works on a slice."""
+        """Each rank's blocks, by stack and within a stack by phase, so that a staggered refresh works on a slice."""
         owned: list[list[int]] = [[] for _ in range(self.world_size)]
         keys = [(block.stack, -1 if block.phase is None else block.phase) for block in self.blocks]
         for block in sorted(range(len(self.blocks)), key=keys.__getitem__):
@@ -193,10 +193,10 @@ class Plan:
         return owned
 
     def _bucket_blocks(self, bucket_elements: int | None) -> list[int]:
-        """Bucket of each block: along each owner's stacks, so that a bucket is a slice of each stack.
+        """The bucket of each block, in the order of each owner's stacks, so that a bucket is a slice of each stack.
 
-        Where the ends are small, all owners have the same share of their blocks in a bucket; else each fills bucket
-        after bucket.
+        If the first and last buckets are small, all owners have the same share of their blocks in a bucket.
+        Otherwise each owner fills one bucket after another.
         """
         totals = [sum(self.blocks[block].box.numel for block in owned) for owned in self.owned]
         if bucket_elements is None:
@@ -223,8 +223,8 @@ class Plan:
     def transfers(self, rank: int) -> list[Transfers]:
         """What this rank sends, receives and keeps, bucket by bucket.
 
-        Gradients of a box come from the block's owner if that holds it, else from one of its holders; updates go to
-        every holder.
+        A box's gradients come from the block's owner if it holds the box, else from another holder. Updates go to every
+        holder.
         """
         out = [Transfers() for _ in range(self.bucket_count)]
         for transfer in self._held_here(rank):
@@ -249,7 +249,7 @@ class Plan:
         return out
 
     def _held_here(self, rank: int) -> Iterator[Transfer]:
-        """All that a rank holds of blocks, in the order of the blocks and their boxes."""
+        """The boxes of blocks that a rank holds, in the order of the blocks and their boxes."""
         held = []
         for shard, (number, box) in enumerate(self._shards[rank]):
             matrix, first = self.matrices[number], self._first[number]
@@ -270,8 +270,8 @@ class Plan:
     def traffic(self) -> list[tuple[int, int]]:
         """Elements that each rank (sends, receives) per step, gradients and updates together.
 
-        Sums, not lists: updates come for all that a rank holds but what it owns itself, and where no other rank has
-        a copy it sends the gradients of just that.
+        These are computed as sums, without listing transfers. A rank receives updates for all that it holds except
+        what it owns itself. If no other rank has a copy, it sends the gradients of just these elements.
         """
         sent, received = [0] * self.world_size, [0] * self.world_size
         copied = [False] * len(self.matrices)
@@ -299,7 +299,7 @@ class Plan:
 
     @property
     def imbalance(self) -> float:
-        """Slowest rank's load over the best possible bound, 1.0 is perfect."""
+        """The slowest rank's load divided by the best possible one; 1.0 is perfect."""
         best = best_possible([b.cost for b in self.blocks], self.world_size)
         return max(self.loads) / best if best else 1.0
 

@@ -1,6 +1,7 @@
 """Eigenbases of stacks of symmetric positive semi-definite matrices: computed, advanced, judged. Pure functions.
 
-Bases are [B, d, d] with an eigenvector in each column. A basis of zeros stands for one that is not known so far.
+Bases are [B, d, d] with an eigenvector in each column. A basis of zeros has not been
+computed yet.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from shampoo_deepspeed.linalg.precision import power, product
 
 
 def eigenbasis(matrices: Tensor, in_float64: bool = False) -> tuple[Tensor, Tensor, list[int]]:
-    """Eigenvalues and eigenvectors in falling order.
+    """Eigenvalues and eigenvectors in descending order.
 
     A matrix whose eigendecomposition fails or is not finite is tried again in float64.
 
     Args:
         matrices: [B, d, d], symmetric, float32 or float64.
-        in_float64: decompose in float64 at once, one matrix after another.
+        in_float64: decompose in float64 right away, one matrix after another.
 
     Returns:
         Eigenvalues [B, d], bases [B, d, d], and the rows that failed even in float64 (their content is undefined).
@@ -40,12 +41,12 @@ def eigenbasis(matrices: Tensor, in_float64: bool = False) -> tuple[Tensor, Tens
 def power_step(matrices: Tensor, bases: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
     """One step of orthogonal iteration from known bases (arXiv 2409.11321, algorithm 4).
 
-    Columns are put in falling order of their eigenvalue estimates q'Aq first: Gram-Schmidt leaves to later columns
-    what earlier ones do not span, so that dominant directions must come first.
+    Columns are first sorted by their eigenvalue estimates q'Aq, in descending order. Gram-Schmidt leaves to later
+    columns only what earlier ones do not span, so dominant directions must come first.
 
     Args:
         ridge: relative to the largest estimate. Columns with eigenvalues far below it stay as they are; without it
-            the product makes rounding noise of them, another one in each step.
+            the product turns them into rounding noise, different in each step.
 
     Returns:
         The bases Q of (A + ridge max(l) I) Q_ordered = QR, orthonormal for singular A too, and the order [B, d]:
@@ -60,7 +61,7 @@ def power_step(matrices: Tensor, bases: Tensor, ridge: float = 0.0) -> tuple[Ten
 
 
 def orthonormalised(matrices: Tensor) -> Tensor:
-    """Q of each matrix's QR decomposition [B, d, d]; it depends on the matrix's values alone (see ``reproducible``)."""
+    """Q of each matrix's QR decomposition [B, d, d]; it depends on the matrix's values alone (see ``precision``)."""
     if matrices.device.type != "cpu":
         return torch.linalg.qr(matrices)[0]
     out = torch.empty_like(matrices)
@@ -70,7 +71,7 @@ def orthonormalised(matrices: Tensor) -> Tensor:
 
 
 def known(bases: Tensor) -> Tensor:
-    """[B] bool: which bases have been computed so far."""
+    """[B] bool: which bases have been computed."""
     return bases.flatten(1).any(1)
 
 
@@ -82,8 +83,8 @@ def in_basis(matrices: Tensor, bases: Tensor) -> Tensor:
 def good_enough(matrices: Tensor, bases: Tensor, tolerance: float, inside: Tensor | None = None) -> Tensor:
     """[B] bool: known bases with ||offdiag(Q'AQ)||_F <= tolerance ||A||_F (arXiv 2506.03595, section 4.2).
 
-    Each row depends on its own matrix alone, so that whoever owns a block decides as any other owner would. ``inside``
-    is Q'AQ where the caller has it already.
+    Each row depends on its own matrix alone, so the decision does not depend on which rank owns a block. ``inside`` is
+    Q'AQ if the caller has computed it already.
     """
     inside = in_basis(matrices, bases) if inside is None else inside
     off = torch.linalg.matrix_norm(inside - torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1)))
@@ -94,7 +95,7 @@ def good_enough(matrices: Tensor, bases: Tensor, tolerance: float, inside: Tenso
 def kept_or_new(
     matrices: Tensor, bases: Tensor, tolerance: float, in_float64: bool = False
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Eigenvalues and bases: bases that are good enough stay and give diag(Q'AQ), the others are computed.
+    """Eigenvalues and bases: bases that are good enough are kept and give diag(Q'AQ); the others are computed.
 
     Returns:
         Eigenvalues [B, d] in the order of the columns, bases [B, d, d], and the rows that failed.
@@ -113,7 +114,7 @@ def kept_or_new(
 def root_from_basis(
     values: Tensor, bases: Tensor, root: float, epsilon: float, relative_epsilon: float
 ) -> tuple[Tensor, list[int]]:
-    """Q diag(l)^(-1/root) Q' with the one regularisation of all solvers, and the rows that are not finite."""
+    """Q diag(l)^(-1/root) Q' with the regularisation of all solvers, and the rows that are not finite."""
     order = values.argsort(dim=-1)
     rising = regularised(values.gather(-1, order), epsilon, relative_epsilon)
     scales = torch.where(rising <= 0, 0.0, power(rising.clamp_min(torch.finfo(rising.dtype).tiny), -1.0 / root))

@@ -12,10 +12,10 @@ from torch import Tensor
 from shampoo_deepspeed.linalg.newton import DB_ROOTS, coupled_newton, newton_db
 from shampoo_deepspeed.linalg.precision import full_precision, no_switch_counts, power, product
 
-# Elements of a row from which on the CPU finds its extremes faster by a call of its own.
+# From this many elements on, the CPU finds the extremes of a row faster by a separate call.
 LONG = 1 << 12
-# Devices whose eigenvectors are taken as they are; from others none of V'V - I may be as large as this. Rounding leaves
-# less than a tenth of it in float32.
+# Devices whose eigenvectors are not checked. On others every element of V'V - I must be smaller than ORTHONORMAL;
+# float32 rounding stays below a tenth of it.
 TRUSTED = ("cpu",)
 ORTHONORMAL = 1e-2
 
@@ -39,20 +39,21 @@ def inverse_root(
     """A^(-1/root) of each matrix of a stack (arXiv 2309.06497, section 4.1).
 
     Eigenvalues are regularised by ``l - min(l_min, 0) + max(epsilon, relative_epsilon * l_max)``; one that is still
-    zero gets root 0. The iterative solvers do so with a bound of l_max (``newton.upper_bound``) and leave a matrix that
-    does not converge to the eigendecomposition; one for which that fails or is not finite is tried again in float64.
+    zero gets root 0. The iterative solvers use an upper bound of l_max (``newton.upper_bound``). A matrix that does not
+    converge goes to the eigendecomposition; if that fails or is not finite, it is repeated in float64.
 
     Args:
-        matrices: [B, d, d], of which the lower triangles count, float32 or wider (narrower ones are widened to
-            float32).
+        matrices: [B, d, d], of which only the lower triangles are read; dtypes narrower than float32 are widened to
+            it.
         root: p > 0.
         epsilon, relative_epsilon: absolute and relative regularisation, >= 0.
         dtype: dtype of the result.
-        solver: ``"auto" | "eigh" | "coupled_newton" | "newton_db"``; what ``chosen_solver`` makes of it is used.
-        pseudo_inverse: nothing is shifted; eigenvalues up to ``max(epsilon, relative_epsilon * l_max)`` get root 0.
-        in_float64: eigendecompositions in float64 of float32 matrices too; about twice the time, and the root is
-            right to rounding where the ridge is near the rounding of the largest eigenvalue.
-        conditions: gets the largest condition number of the regularised matrices, 0-d, from solvers that know it.
+        solver: ``"auto" | "eigh" | "coupled_newton" | "newton_db"``; ``chosen_solver`` may replace it.
+        pseudo_inverse: shift nothing; eigenvalues up to ``max(epsilon, relative_epsilon * l_max)`` get root 0.
+        in_float64: decompose float32 matrices in float64 too. This takes about twice the time. The root is then
+            accurate to rounding even if the ridge is near the rounding error of the largest eigenvalue.
+        conditions: a list to which solvers that know it append the largest condition number of the regularised
+            matrices, 0-d.
 
     Returns:
         The roots [B, d, d], and the rows that failed even in float64 (their content is undefined).
@@ -76,14 +77,14 @@ def inverse_root(
 
 
 def chosen_solver(solver: str, work: Tensor, root: float, relative_epsilon: float, pseudo_inverse: bool) -> str:
-    """The solver for a stack: what was asked for where it can do it, else the eigendecomposition.
+    """The solver for a stack: the requested one if it can compute this root, else the eigendecomposition.
 
     ``"auto"`` is the eigendecomposition on the CPU, where it costs as much as 5 to 8 products. On other devices it is
-    coupled Newton if the ridge is above the rounding of the largest eigenvalue, so that it converges. See
+    coupled Newton if the ridge exceeds the rounding error of the largest eigenvalue, so that it converges. See
     docs/solvers.md.
     """
     if pseudo_inverse:
-        return "eigh"  # to cut eigenvalues off one must know them
+        return "eigh"  # to cut off eigenvalues, they must be known
     newton = root == int(root)
     if solver == "auto":
         covered = relative_epsilon >= 4.0 * torch.finfo(work.dtype).eps
@@ -93,7 +94,7 @@ def chosen_solver(solver: str, work: Tensor, root: float, relative_epsilon: floa
 
 
 class _RootOfEigenvalues(NamedTuple):
-    """How the root of eigenvalues is taken: ``inverse_root`` explains the arguments."""
+    """Computes roots of eigenvalues; ``inverse_root`` explains the fields."""
 
     root: float
     epsilon: float
@@ -102,17 +103,17 @@ class _RootOfEigenvalues(NamedTuple):
     conditions: list[Tensor] | None
 
     def of(self, values: Tensor) -> Tensor:
-        """l^(-1/root) of eigenvalues [B, d], regularised or cut off; 0 where nothing is left to take a root of."""
+        """l^(-1/root) of eigenvalues [B, d], regularised or cut off; 0 for those that are 0 then."""
         if self.pseudo_inverse:
             cut = (self.relative_epsilon * values.amax(dim=-1, keepdim=True)).clamp_min(self.epsilon)
             kept = values > cut
             smallest = torch.where(kept, values, torch.inf).amin(dim=-1)
-            values = torch.where(kept, values, 0.0 * values)  # a NaN stays one, and is found
+            values = torch.where(kept, values, 0.0 * values)  # NaN stays NaN, to be detected
         else:
             values = regularised(values, self.epsilon, self.relative_epsilon)
             smallest = values.amin(dim=-1)
         if self.conditions is not None and values.numel():
-            # A matrix that has none (all zero, or not finite) does not count.
+            # A matrix without a condition number (all zero, or not finite) does not count.
             self.conditions.append((values.amax(dim=-1) / smallest).nan_to_num(nan=0.0, posinf=torch.inf).amax())
         powers = power(values.clamp_min(torch.finfo(values.dtype).tiny), -1.0 / self.root)
         return torch.where(values == 0, 0.0, powers)
@@ -125,8 +126,8 @@ def _by_eigh(work: Tensor, rule: _RootOfEigenvalues, in_float64: bool) -> tuple[
         roots = _stack_root(work, rule)
     failed = []
     for row in range(len(work)) if in_float64 else non_finite(roots):
-        # One at a time, as float64 copies of a whole stack would be most of the memory that a step needs.
-        narrow = _stack_root(work[row : row + 1].double(), rule).to(roots.dtype)  # which may overflow
+        # One at a time: float64 copies of a whole stack would be most of the memory that a step needs.
+        narrow = _stack_root(work[row : row + 1].double(), rule).to(roots.dtype)  # this may overflow
         if non_finite(narrow):
             failed.append(row)
         else:
@@ -151,16 +152,16 @@ def diagonal_root(
 
 
 def decomposed(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors in rising order; each matrix's depend on its values alone (see ``precision``).
+    """Eigenvalues and eigenvectors in ascending order; each matrix's depend on its values alone (see ``precision``).
 
-    NaN for a matrix that did not converge, as LAPACK or cuSOLVER report, and where an accelerator's vectors are not
-    orthonormal.
+    NaN for a matrix for which LAPACK or cuSOLVER reports no convergence, or whose eigenvectors from an accelerator
+    are not orthonormal.
     """
     if matrices.device.type in TRUSTED:
         return _one_by_one(matrices)
     try:
         values, vectors = torch.linalg.eigh(matrices)
-    except RuntimeError as error:  # LinAlgError is one
+    except RuntimeError as error:  # LinAlgError is a subclass
         if not _did_not_converge(error):
             raise
         values, vectors = _one_by_one(matrices)
@@ -168,7 +169,7 @@ def decomposed(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _one_by_one(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.empty_like(matrices[..., 0]), torch.empty_like(matrices).mT  # columns lie contiguously
+    values, vectors = torch.empty_like(matrices[..., 0]), torch.empty_like(matrices).mT  # columns are contiguous
     for row, matrix in enumerate(matrices):
         try:
             values[row], vectors[row] = torch.linalg.eigh(matrix)
@@ -180,15 +181,15 @@ def _one_by_one(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _did_not_converge(error: RuntimeError) -> bool:
-    """Whether an error reports that; some cuSOLVER versions raise another one than LinAlgError."""
+    """Whether an error reports a failure to converge; some cuSOLVER versions raise another one than LinAlgError."""
     return isinstance(error, torch.linalg.LinAlgError) or "cusolver" in str(error).lower()
 
 
 def checked(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [B, d] and eigenvectors [B, d, d], NaN for matrices whose vectors are not orthonormal.
 
-    Batched kernels of cuSOLVER have given such vectors without an error (pytorch issue 192483). One product, where the
-    decomposition costs many; no read on the CPU.
+    Batched kernels of cuSOLVER have returned such vectors without an error (pytorch issue 192483). The check costs one
+    product, the decomposition many, and nothing is read on the CPU.
     """
     gram = product(vectors.mT, vectors)
     gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
@@ -197,13 +198,13 @@ def checked(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stack_root(matrices: Tensor, rule: _RootOfEigenvalues) -> Tensor:
-    """The roots, NaN where the decomposition failed."""
+    """The roots; NaN for matrices whose decomposition failed."""
     values, vectors = decomposed(matrices)
     return product(vectors * rule.of(values).unsqueeze(-2), vectors.mT)
 
 
 def regularised(values: Tensor, epsilon: float, relative_epsilon: float) -> Tensor:
-    """The one regularisation of all solvers, on eigenvalues [B, d] in any order."""
+    """Regularised eigenvalues [B, d], in any order; all solvers use this formula."""
     lowest, highest = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
     return values - lowest.clamp_max(0.0) + (relative_epsilon * highest).clamp_min(epsilon)
 
@@ -218,9 +219,9 @@ def non_finite(stack: Tensor) -> list[int]:
 
 
 def extremes(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The least and the largest element of each tensor, both NaN where it holds one: [len(tensors)] each.
+    """The smallest and the largest element of each tensor, both NaN if it contains NaN: [len(tensors)] each.
 
-    For the CPU, whose kernel takes fifteen times as long along a dim, and twenty times as long for a maximum norm.
+    Written for the CPU, whose kernel takes fifteen times as long along a dim and twenty times for a maximum norm.
     """
     found = [torch.aminmax(tensor) for tensor in tensors]
     return torch.stack([pair.min for pair in found]), torch.stack([pair.max for pair in found])

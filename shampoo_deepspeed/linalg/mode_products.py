@@ -9,13 +9,13 @@ from torch import Tensor
 
 from shampoo_deepspeed.linalg.precision import aligned, aligned_rows, bmm
 
-# Rows of a strip of a symmetric product on the CPU, and strips at most: measured best from 128 to 1024 rows. Strips of
-# lower triangles alone have 3/4 of the multiplications with two strips, 9/16 with eight.
+# A symmetric product on the CPU is computed in strips: the least rows of a strip, and the most strips, measured best
+# from 128 to 1024 rows. Without the upper triangle two strips have 3/4 of the multiplications, and eight 9/16.
 STRIP, STRIPS = 64, 8
-# Strips begin at multiples of so many rows, and so at aligned addresses (see ``precision``), whatever a row's length.
+# Strips begin at multiples of this many rows, so that any row length gives aligned addresses (see ``precision``).
 ROWS = 16
-# Elements of a block from which on its products with two matrices are done one block after the other on the CPU: a
-# fifth less time at 256 x 256, where torch's calls are far shorter than the products.
+# From this many elements in a block on, the CPU multiplies one block after the other by its two matrices. At 256 x 256
+# this takes a fifth less time, and torch's calls are short compared with the products.
 CHAINED = 128 * 128
 
 
@@ -46,7 +46,7 @@ def multiply(stack: Tensor, matrices: Tensor, mode: int) -> Tensor:
 
 
 def multiply_modes(stack: Tensor, matrices: Mapping[int, Tensor]) -> Tensor:
-    """``multiply`` along several modes, each by its own matrices, as a new tensor where there is any."""
+    """``multiply`` along several modes, each by its own matrices; a new tensor if there are any."""
     square = stack.ndim == 3 and sorted(matrices) == [0, 1] and all(m.ndim == 3 for m in matrices.values())
     if square and stack.device.type == "cpu" and _worth_chaining(stack):
         return _chained(*(aligned(each.to(stack.dtype)) for each in (stack, matrices[0], matrices[1])))
@@ -61,7 +61,7 @@ def _worth_chaining(stack: Tensor) -> bool:
 
 
 def _chained(stack: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """L X R' of each block: what lies between the two products never leaves the cache, which a stack's would."""
+    """L X R' of each block; one block's intermediate product stays in the cache, a whole stack's would not."""
     made, between = torch.empty_like(stack), torch.empty_like(stack[0])
     for block, a, b, out in zip(stack, left, right, made, strict=True):
         torch.mm(torch.mm(a, block, out=between), b.mT, out=out)
@@ -71,8 +71,8 @@ def _chained(stack: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def add_gram_(factors: Tensor, stack: Tensor, mode: int, decay: float, weight: float) -> None:
     """A <- decay * A + weight * XX' in place, for the mode unfoldings X [B, d, n] of a stack [B, *shape].
 
-    Of A [B, d, d] only the lower triangles are defined; what lies above them may be old (see
-    ``inverse_root.symmetric``). Factors [B, d] hold the diagonals alone.
+    Only the lower triangles of A [B, d, d] are defined; the elements above them may be stale (see
+    ``inverse_root.symmetric``). Factors [B, d] hold only the diagonals.
     """
     unfolded = unfold(stack, mode)
     unfolded = unfolded.to(torch.promote_types(factors.dtype, unfolded.dtype))

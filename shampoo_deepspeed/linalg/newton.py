@@ -1,8 +1,8 @@
 """Inverse p-th roots by matrix products alone: coupled Newton and Newton-DB iterations on stacks. Pure functions.
 
-For devices on which an eigendecomposition is slow and products are fast. Both iterations drive a matrix M, whose
-start has eigenvalues in (0, (p + 1) / 2], to the identity by ``E = I - (M - I) / p``; each matrix of a stack stops by
-itself, and one that does not converge is left to the caller.
+For devices on which an eigendecomposition is slow and products are fast. Both iterations start from a matrix M with
+eigenvalues in (0, (p + 1) / 2] and drive it to the identity by ``E = I - (M - I) / p``. Each matrix of a stack stops
+independently; one that does not converge is left to the caller.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from shampoo_deepspeed.linalg.precision import bmm, elementwise, power
 
 MAX_ITERATIONS = 100
-DB_ROOTS = (1, 2, 4, 8)  # that newton_db can take: what repeated square roots give
+DB_ROOTS = (1, 2, 4, 8)  # those that newton_db can compute, by repeated square roots
 _SQUARINGS = 6
 _STALL_BELOW = 1e-2
 State: TypeAlias = tuple[Tensor, Tensor]
@@ -54,7 +54,7 @@ def newton_db(matrices: Tensor, root: int, epsilon: float, relative_epsilon: flo
     Matrices, equation 6.35).
 
     Args:
-        root: 1, 2, 4 or 8; the others and what is returned as for ``coupled_newton``.
+        root: 1, 2, 4 or 8. The other arguments and the result are as for ``coupled_newton``.
     """
     regular, bound = with_ridge(matrices, epsilon, relative_epsilon)
     square, failed = regular / bound, set()
@@ -76,8 +76,8 @@ def newton_db(matrices: Tensor, root: int, epsilon: float, relative_epsilon: flo
 def with_ridge(matrices: Tensor, epsilon: float, relative_epsilon: float) -> tuple[Tensor, Tensor]:
     """A + max(epsilon, relative_epsilon * s) I, and a bound [B, 1, 1] of its largest eigenvalue, s as ``upper_bound``.
 
-    That is the one regularisation of all solvers for a matrix without negative eigenvalues, but for s in the place of
-    l_max. Negative eigenvalues that the ridge does not cover keep an iteration from converging.
+    For a matrix without negative eigenvalues this is the regularisation of all solvers, with s in the place of l_max.
+    Negative eigenvalues that the ridge does not cover prevent an iteration from converging.
     """
     bound = upper_bound(matrices)
     ridge = (relative_epsilon * bound).clamp_min(epsilon)
@@ -87,10 +87,10 @@ def with_ridge(matrices: Tensor, epsilon: float, relative_epsilon: float) -> tup
 def upper_bound(matrices: Tensor) -> Tensor:
     """s = ||A^64||_F^(1/64) of symmetric matrices [B, d, d], as [B, 1, 1]: l_max <= s <= d^(1/128) l_max.
 
-    Both hold for every spectrum, up to rounding (|l| in the place of l where some are negative): at most 1.06 l_max for
-    d = 1,024, where the Frobenius norm alone may be 32 l_max. Zero for a zero matrix.
+    Both inequalities hold for every spectrum, up to rounding (with |l| in the place of l if some are negative). For
+    d = 1,024, s is at most 1.06 l_max, while the Frobenius norm may be 32 l_max. Zero for a zero matrix.
     """
-    size = matrices.abs().amax(dim=(-2, -1), keepdim=True)  # its squares may leave the range of the dtype
+    size = matrices.abs().amax(dim=(-2, -1), keepdim=True)  # its square may be out of the dtype's range
     logarithm, power = elementwise(torch.log, size.double()), matrices / size
     for k in range(_SQUARINGS + 1):
         power = bmm(power, power) if k else power
@@ -103,11 +103,11 @@ def upper_bound(matrices: Tensor) -> Tensor:
 def _iterate(
     state: State, root: int, product: Callable[[State], Tensor], advance: Callable[[State, Tensor], State]
 ) -> tuple[State, list[int]]:
-    """Advance each matrix until its M is the identity; gives the state and the rows that did not get there.
+    """Advance each matrix until its M is the identity; return the state and the rows that did not converge.
 
-    With e = ||M - I||_F the next step's is O(e^2). So a matrix whose e is near the root of the rounding unit takes one
-    more step and is done, and so does one whose e is small but was not even halved, as only rounding keeps it there.
-    Matrices that are done leave the working stack, so that none stalls the others.
+    With e = ||M - I||_F, the next step's error is O(e^2). So a matrix whose e is near the root of the rounding unit
+    takes one more step and is done. So does one whose e is small but was not even halved: only rounding keeps it there.
+    Converged matrices are removed from the batch.
     """
     d, dtype = state[0].shape[-1], state[0].dtype
     tolerance = max(torch.finfo(dtype).eps ** 0.5, 4.0 * d * torch.finfo(dtype).eps)

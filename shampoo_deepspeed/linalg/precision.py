@@ -1,13 +1,12 @@
-"""Arithmetic that depends on values alone: neither on a script's precision switches nor on what lies where in memory.
+"""Arithmetic that depends on values alone: neither on a script's precision switches nor on places in memory.
 
-*Switches.* Float32 products are made in float32, independent of the global TF32 and autocast switches.
+*Switches.* Float32 products are computed in float32, independent of the global TF32 and autocast switches.
 
-*Places.* Libraries do not promise that a result is the same everywhere in memory. LAPACK kernels, and on AMD's CPUs
-MKL's products, take other paths for a matrix that is not aligned, as matrices of odd size inside a batch are not.
-Torch's vectorised loops compute the last elements of a tensor, which fill no vector register, by another formula
-(``pow``, the fused Adam). So on the CPU matrices are decomposed one by one, each in memory of its own
-(``inverse_root.decomposed``), products are made of aligned matrices (``bmm``), and elements at the end of a tensor are
-computed in a padded copy.
+*Places.* Libraries do not promise that a result is the same everywhere in memory. LAPACK kernels, and MKL's products
+on AMD's CPUs, take other paths for unaligned matrices, such as matrices of odd size inside a batch. Torch's vectorised
+loops compute the last elements of a tensor, which fill no vector register, by another formula (``pow``, the fused
+Adam). So on the CPU, matrices are decomposed one by one, each in memory of its own (``inverse_root.decomposed``).
+Products use aligned matrices (``bmm``), and elements at the end of a tensor are computed in a padded copy.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A multiple of the elements that torch's loops take at a time, on any CPU: two vector registers of 16 float32 with
+# A multiple of the elements that torch's loops process at a time, on any CPU: two vector registers of 16 float32 with
 # AVX-512, of 64 with the widest SVE.
 LANES = 128
-# Torch divides tensors from 32,768 elements on among threads, and not at multiples of vector registers.
+# Torch splits tensors of 32,768 elements or more among threads, and not at multiples of vector registers.
 UNDIVIDED = 1 << 14
-# Bytes. Products of one size and dtype are the same to the bit when all their matrices begin at multiples of this.
+# Products of one size and dtype are bitwise equal if all their matrices begin at multiples of this many bytes.
 ALIGNMENT = 64
 
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Float32 products in float32, independent of the global TF32 and autocast switches; restored on exit.
+    """Compute float32 products in float32, independent of the global TF32 and autocast switches; restored on exit.
 
-    Inverse roots amplify rounding: with TF32 products Newton iterations diverge and eigenvalues below 1e-3 of the
-    largest are noise, and a switch that the framework flips for its own matmuls must not change the optimizer.
+    Inverse roots amplify rounding: with TF32 products Newton iterations diverge, and eigenvalues below 1e-3 of the
+    largest are noise. A switch that the framework flips for its own matmuls must not change the optimizer.
     """
     with _ieee_products(), torch.autocast(device_type=device_type, enabled=False):
         yield
@@ -42,7 +41,7 @@ def full_precision(device_type: str) -> Iterator[None]:
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8 has the one older switch only
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8 has only the older switch
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
@@ -58,7 +57,7 @@ def _ieee_products() -> Iterator[None]:
         yield
     finally:
         for backend, precision in zip(matmuls, saved, strict=True):
-            backend.fp32_precision = "none"  # reads as what it inherits now: torch.backends.fp32_precision
+            backend.fp32_precision = "none"  # it now reads as the inherited torch.backends.fp32_precision
             if backend.fp32_precision != precision:
                 backend.fp32_precision = precision
 
@@ -68,11 +67,11 @@ _independent: ContextVar[bool] = ContextVar("independent", default=False)
 
 @contextmanager
 def independent_of_switches() -> Iterator[None]:
-    """For a thread whose products must not depend on the switches of ``full_precision`` nor change them.
+    """Make this thread's products independent of the switches of ``full_precision``, without changing them.
 
-    They belong to the whole process, so that the forward of another thread would see a change, and a change by that
-    thread would be seen here. No switch reaches float64: what is otherwise a product in float32 is one in float64 here
-    (``product``, and the iterations). Decompositions read no switch, and autocast belongs to the thread.
+    The switches belong to the whole process: a change here would affect another thread's forward, and the other way
+    round. They do not affect float64, so products that are otherwise in float32 are in float64 here (``product``, and
+    the Newton iterations). Decompositions read no switch, and autocast belongs to the thread.
     """
     token = _independent.set(True)
     try:
@@ -92,10 +91,10 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def bmm(left: Tensor, right: Tensor) -> Tensor:
-    """Products [B, m, n] of stacks [B, m, k] and [B, k, n], where each depends on the values of its two matrices alone.
+    """Products [B, m, n] of stacks [B, m, k] and [B, k, n], each of which depends on its two matrices alone.
 
-    On the CPU matrices that are not aligned in their stack are multiplied in padded copies, and vectors as matrices of
-    two columns, since the product of a matrix and a vector is another routine for one pair than for a batch.
+    On the CPU, matrices that are not aligned in their stack are multiplied in padded copies. Vectors are multiplied as
+    matrices of two columns, because one matrix-vector product uses another routine than a batch of them.
     """
     if left.device.type != "cpu":
         return torch.bmm(left, right)
@@ -111,14 +110,14 @@ def bmm(left: Tensor, right: Tensor) -> Tensor:
 
 
 def aligned_rows(numel: int, dtype: torch.dtype) -> bool:
-    """Whether matrices of so many elements, one after the other, are all aligned when the first is."""
+    """Whether consecutive matrices of ``numel`` elements are all aligned if the first one is."""
     return numel * dtype.itemsize % ALIGNMENT == 0
 
 
 def aligned(stack: Tensor) -> Tensor:
-    """The stacked matrices, or a copy, such that each begins at a multiple of ``ALIGNMENT`` bytes.
+    """The stack, or a copy of it, in which each matrix begins at a multiple of ``ALIGNMENT`` bytes.
 
-    Matrices that lie transposed do so in the copy too.
+    Matrices that are stored transposed stay so in the copy.
     """
     stride = stack.stride(0) * stack.element_size() if len(stack) > 1 else 0
     if (stack.data_ptr() | stride) % ALIGNMENT == 0:
@@ -136,7 +135,7 @@ def _padded(like: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def elementwise(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """``function(values)``, where each element of the result depends on its own element of ``values`` alone.
+    """``function(values)``, such that each element of the result depends on its own element of ``values`` alone.
 
     Args:
         function: an element-wise function of tensors that keeps shape and dtype.
@@ -156,16 +155,16 @@ def power(values: Tensor, exponent: float) -> Tensor:
 
 
 def whole_registers(*lists: Sequence[Tensor]) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
-    """Lists of tensors for a kernel that changes them in place, such that each element's result depends on it alone.
+    """Prepare tensors for a kernel that works in place, such that each element's result depends on that element alone.
 
-    On the CPU these are flat views: of each tensor the elements that fill vector registers, and padded copies of the
-    others, which are to be copied back.
+    On the CPU, each tensor becomes a flat view of the elements that fill vector registers, and a padded copy of the
+    others. The caller copies the latter back.
 
     Args:
-        lists: of contiguous tensors; those at the same place of each list have one size.
+        lists: lists of contiguous tensors; those at the same place of each list have one size.
 
     Returns:
-        As many lists, for the kernel, and (target, copy) pairs.
+        As many lists for the kernel, and the (target, copy) pairs to copy back.
     """
     if not lists[0] or lists[0][0].device.type != "cpu":
         return [list(tensors) for tensors in lists], []

@@ -1,4 +1,4 @@
-"""Checks of single values: each takes an option's name and value and gives the value as it is kept, or raises."""
+"""Checks of single values: each takes an option's name and value, and returns the value to keep or raises."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ LONGEST = 500  # characters of a value in an error
 
 
 class OptionError(ValueError):
-    """An option has an unknown name or a value that is not allowed; the message names key, value and what is."""
+    """An option has an unknown name or a value that is not allowed; the message names key, value and what is
+    allowed."""
 
     allowed = ""
 
@@ -24,7 +25,7 @@ def short(value: object) -> str:
 
 
 def bad(key: str, value: object, allowed: str) -> OptionError:
-    """The error of a value, with what is allowed."""
+    """The error for a value that is not allowed; ``allowed`` says what is."""
     error = OptionError(f"Shampoo option {key!r} = {short(value)} is not allowed: {allowed}.")
     error.allowed = allowed
     return error
@@ -53,7 +54,7 @@ def positive(key: str, value: object) -> float:
 
 def learning_rate(key: str, value: object) -> float | Tensor:
     if isinstance(value, Tensor):
-        known = value.numel() == 1 and value.device.type == "cpu"  # on a device a look would wait
+        known = value.numel() == 1 and value.device.type == "cpu"  # reading it on a device would wait
         if value.numel() != 1 or (known and not 0.0 <= float(value.detach()) <= 1e300):
             raise bad(key, value, "a number >= 0 or a Tensor with one such element")
         return value
@@ -68,7 +69,7 @@ def positive_int(key: str, value: object) -> int:
 
 def start_step(key: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
-        raise bad(key, value, "an integer >= 1, or -1 for precondition_frequency, or 2 with refresh_growth")
+        raise bad(key, value, "an integer >= 1, or -1 (precondition_frequency, or 2 with refresh_growth)")
     return value
 
 
@@ -110,7 +111,7 @@ def optional_factor_beta(key: str, value: object) -> float | None:
 
 
 def growth(key: str, value: object) -> float:
-    """Smaller ones than a hundredth would refresh at every step for hundreds of steps."""
+    """0 or a number in [0.01, 1]; smaller ones would refresh at every step for hundreds of steps."""
     allowed = "0, or a number in [0.01, 1]"
     found = number(key, value, 0.0, 1.0, allowed)
     if 0.0 < found < 0.01:
@@ -139,7 +140,7 @@ def optional_root(key: str, value: object) -> float | tuple[float | None, ...] |
 
 def small_int(key: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value not in (0, 1):
-        raise bad(key, value, "0, or 1 where the first dim counts matrices of their own")
+        raise bad(key, value, "0, or 1 if the first dim counts separate matrices")
     return value
 
 
@@ -150,7 +151,7 @@ def lengths(key: str, value: object) -> tuple[int, ...]:
 
 
 def one_of(*allowed: str) -> Check:
-    """One of these, in capital letters too."""
+    """One of these, in lower or upper case."""
 
     def check(key: str, value: object) -> str:
         if not isinstance(value, str) or value.lower() not in allowed:
@@ -161,7 +162,7 @@ def one_of(*allowed: str) -> Check:
 
 
 def exactly(*allowed: str) -> Check:
-    """One of these, as it is written here."""
+    """One of these, spelled exactly so."""
 
     def check(key: str, value: object) -> str:
         if value not in allowed:
@@ -186,7 +187,7 @@ def nullable(inner: Check) -> Check:
 
 
 def dtype_name(*allowed: str) -> Check:
-    """The name of a dtype, which may be given as one."""
+    """One of these dtype names; the torch dtype itself is accepted too."""
 
     def check(key: str, value: object) -> str:
         name = str(value).removeprefix("torch.")
@@ -205,7 +206,7 @@ def patterns_with(kinds: Sequence[str]) -> Check:
             raise bad(key, value, 'a list of name patterns such as "*embed*" or kinds such as "kind:embedding"')
         strange = [v for v in value if v.startswith("kind:") and v.removeprefix("kind:") not in kinds]
         if strange:
-            raise bad(key, value, f"{strange[0]!r} is no kind; kinds are {', '.join(kinds)}")
+            raise bad(key, value, f"{strange[0]!r} is not a kind; kinds are {', '.join(kinds)}")
         return tuple(value)
 
     return check

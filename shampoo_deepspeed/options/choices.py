@@ -1,4 +1,4 @@
-"""What options may be: the names that they allow, and the patterns and rules that hold by default."""
+"""Allowed values of options, and the default patterns and rules."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SIDES = ("smaller", "left", "right")
 SOLVERS = ("auto", "eigh", "coupled_newton", "newton_db")
 PRECONDITIONERS = ("shampoo", "soap", "kl_shampoo")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-WIDE_DTYPES = ("float32", "float64")  # in 16 bits a slow average neither decays nor takes small terms
+WIDE_DTYPES = ("float32", "float64")  # in 16 bits a slow average neither decays nor registers small terms
 
-# Embeddings and output heads have one row per token: their factor matrices would be huge and their gradients
-# are sparse in rows, so every production system trains them element-wise. Routers see few and sparse gradients too, and
-# norms and biases with more than one dim (of heads, of experts) are still lists of vectors.
+# Embeddings and output heads have one row per token. Their factor matrices would be huge, and their gradients are
+# sparse in rows, so every production system trains them element-wise. Routers get few and sparse gradients too. Norms
+# and biases with more than one dim (of heads, of experts) are still lists of vectors.
 DEFAULT_EXCLUDE = (
     "kind:embedding",
     "kind:lm_head",
@@ -41,9 +41,9 @@ DEFAULT_EXCLUDE = (
     "kind:norm",
     "*bias",
 )
-# What names_and_kinds and shapes can tell.
+# Kinds that names_and_kinds and shapes can distinguish.
 KINDS = ("embedding", "lm_head", "layernorm", "norm", "router", "experts", "0d", "1d", "2d", "3d", "4d", "5d")
-# Stacked experts [experts, out, in] are matrices of their own.
+# Stacked experts [experts, out, in] are separate matrices.
 DEFAULT_RULES: tuple[dict[str, Any], ...] = ({"match": ("kind:experts",), "batch_dims": 1},)
 
 # The Hugging Face Trainer's own rule (Trainer.get_decay_parameter_names), as name patterns.

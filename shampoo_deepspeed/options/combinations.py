@@ -1,4 +1,4 @@
-"""Which values of options do not go together."""
+"""Checks which values of options can be combined."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check_together(config: ShampooConfig) -> None:
-    """Raise where two options do not go together.
+    """Raise an error if two options cannot be combined.
 
     Raises:
         OptionError: naming one of them, its value, and what is allowed with the other.
@@ -22,7 +22,7 @@ def check_together(config: ShampooConfig) -> None:
     if config.stochastic_rounding and config.master_weights:
         raise bad("stochastic_rounding", config.stochastic_rounding, "true only together with master_weights = false")
     if config.preconditioner == "kl_shampoo" and config.exponent_override is not None:
-        allowed = "null with preconditioner kl_shampoo, whose statistics are made of inverse square roots"
+        allowed = "null with preconditioner kl_shampoo, whose statistics use inverse square roots"
         raise bad("exponent_override", config.exponent_override, allowed)
     _check_preconditioner(config)
     _check_solver(config)
@@ -31,7 +31,7 @@ def check_together(config: ShampooConfig) -> None:
 
 
 def _check_preconditioner(config: ShampooConfig) -> None:
-    """What Shampoo alone can do, and what a kept basis cannot."""
+    """Options that only Shampoo has, and those that rule out kept eigenbases."""
     defaults = {"one_sided": (None,), "large_dim": ("block", "adagrad"), "rank_deficient": ("shift",)}
     for name, values in defaults.items():
         value = getattr(config, name)
@@ -54,24 +54,24 @@ def _check_solver(config: ShampooConfig) -> None:
     for root in given if isinstance(given, tuple) else (given,):
         allowed = None
         if config.solver == "coupled_newton" and root is not None and root != int(root):
-            allowed = f"not coupled_newton for exponent_override = {root}, which it needs to be an integer"
+            allowed = f"auto or eigh with exponent_override = {root}; coupled_newton needs an integer"
         if config.solver == "newton_db" and root is not None and root not in DB_ROOTS:
-            allowed = f"not newton_db for exponent_override = {root}, which it needs to be 1, 2, 4 or 8"
+            allowed = f"auto or eigh with exponent_override = {root}; newton_db needs 1, 2, 4 or 8"
         if allowed:
             raise bad("solver", config.solver, allowed)
     if config.rank_deficient == "pseudo_inverse" and config.solver not in ("auto", "eigh"):
-        raise bad("solver", config.solver, "auto or eigh where rank_deficient is pseudo_inverse")
+        raise bad("solver", config.solver, "auto or eigh if rank_deficient is pseudo_inverse")
 
 
 def _check_decay(config: ShampooConfig) -> None:
     if not config.decoupled_weight_decay and config.weight_decay_type not in (None, "l2"):
-        raise bad("weight_decay_type", config.weight_decay_type, "l2 or null where decoupled_weight_decay is false")
+        raise bad("weight_decay_type", config.weight_decay_type, "l2 or null if decoupled_weight_decay is false")
     if config.beta3 is not None and config.betas[0] == 0.0:
-        raise bad("beta3", config.beta3, "null where betas[0] is 0, as there is no first moment")
+        raise bad("beta3", config.beta3, "null if betas[0] is 0, as there is no first moment")
 
 
 def _check_blocks(config: ShampooConfig) -> None:
-    # Parts may be of any size, and what a dim has must follow from the size of a block.
+    # The parts may have any size, but what a dim has must follow from the size of a block.
     if config.split and config.large_dim not in ("block", "adagrad"):
         raise bad("large_dim", config.large_dim, "block or adagrad together with split")
     if config.split and config.one_sided == "smaller":

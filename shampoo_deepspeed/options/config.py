@@ -1,4 +1,4 @@
-"""The one list of options: names, defaults and meaning of everything that a user can set."""
+"""The one list of options: name, default, check and meaning of everything that a user can set."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class Property(Flag):
     FIXED = auto()  # it shapes blocks and state, so it may not change once there is state
     GROUP_ONLY = auto()  # the step of a whole parameter group uses it, so rules for single parameters cannot change it
     SHARED = auto()  # it shapes what ranks exchange, so all groups of an optimizer have one value
-    NOT_STORED = auto()  # it does not change what state looks like, only how ranks work or which parameters are meant
-    SCHEDULED = auto()  # schedules change it, so that it differs at most resumptions
+    NOT_STORED = auto()  # it does not shape the state; it says how ranks work or which parameters are meant
+    SCHEDULED = auto()  # schedules change it, so it usually differs when a run resumes
 
 
 FIXED, GROUP_ONLY, SHARED, NOT_STORED, SCHEDULED = Property
@@ -108,10 +108,10 @@ class ShampooConfig:
 
     ``eps``, ``epsilon`` and ``relative_epsilon`` are three different things. ``eps`` is AdamW's: it is added to
     the square root in the grafting (and element-wise) update. ``epsilon`` and ``relative_epsilon`` regularise
-    factor matrices, by the one formula of all solvers: with eigenvalues l, the root is taken of
-    ``l - min(l_min, 0) + max(epsilon, relative_epsilon * l_max)``. The relative part is what guards float32:
-    a float32 factor matrix carries eigenvalues down to about 1e-7 of its largest, below that is rounding noise,
-    and gradients have no fixed scale that an absolute number could fit.
+    factor matrices, by the same formula in all solvers: with eigenvalues l, the root is taken of
+    ``l - min(l_min, 0) + max(epsilon, relative_epsilon * l_max)``. The relative part guards float32:
+    a float32 factor matrix represents eigenvalues down to about 1e-7 of its largest; anything below is rounding noise.
+    Gradients have no fixed scale that an absolute number could fit.
 
     Raises:
         OptionError: an unknown option, a wrong type, or a value out of range.
@@ -121,7 +121,7 @@ class ShampooConfig:
         1e-3, learning_rate, "learning rate, read every step; AdamW's scale when grafted", GROUP_ONLY | SCHEDULED
     )
     betas: tuple[float, float] = _option(
-        (0.9, 0.999), beta_pair, "decay of the first moment, of second moments and factor matrices", SCHEDULED
+        (0.9, 0.999), beta_pair, "decay of the first moment; decay of second moments and factor matrices", SCHEDULED
     )
     factor_beta: float | None = _option(
         None, optional_factor_beta, "decay of the factor matrices; null: betas[1]", SCHEDULED
@@ -139,7 +139,7 @@ class ShampooConfig:
     peak_lr: float | None = _option(
         None,
         nullable(positive),
-        "what scales corrected and independent decay; null: lr at the start",
+        "learning rate that scales corrected and independent decay; null: lr at the start",
         GROUP_ONLY | SCHEDULED,
     )
     no_decay: tuple[str, ...] = _option(
@@ -150,30 +150,30 @@ class ShampooConfig:
     early_relative_epsilon: float = _option(
         0.0,
         fraction,
-        "relative_epsilon of step t is at least this over t: few gradients say little; 0: off",
+        "relative_epsilon at step t is at least this divided by t, while statistics rest on few gradients; 0: off",
     )
     preconditioner: str = _option("shampoo", one_of(*PRECONDITIONERS), "shampoo, soap or kl_shampoo", FIXED)
     max_preconditioner_dim: int = _option(
         1024, positive_int, "block size: larger dims are cut, small ones merged", FIXED
     )
-    merge_small_dims: bool = _option(True, flag, "merge small neighbouring dims; false: only dims of size 1 go", FIXED)
+    merge_small_dims: bool = _option(
+        True, flag, "merge small neighbouring dims; false: only drop dims of size 1", FIXED
+    )
     large_dim: str = _option(
         "block",
         one_of(*LARGE_DIMS),
-        "dims above the block size: cut, a diagonal, nothing, or AdaGrad for all of it",
+        "dims above the block size: cut into blocks, a diagonal, nothing, or AdaGrad for the whole parameter",
         FIXED,
     )
     one_sided: str | None = _option(None, nullable(one_of(*SIDES)), "the only dim with a factor; null: all dims", FIXED)
-    batch_dims: int = _option(
-        0, small_int, "1: the first dim counts matrices of their own, as of stacked experts", FIXED
-    )
+    batch_dims: int = _option(0, small_int, "1: the first dim counts separate matrices, such as stacked experts", FIXED)
     split: tuple[int, ...] = _option(
         (), lengths, "lengths of the parts of a fused matrix, each with its own blocks", FIXED
     )
     statistics_frequency: int = _option(
         1,
         positive_int,
-        "one gradient in so many steps enters the factor matrices, with the weight of that many",
+        "the factor matrices take one gradient in this many steps, with the weight of that many",
     )
     precondition_frequency: int = _option(
         10, positive_int, "steps between two refreshes of roots or eigenbases", NOT_STORED
@@ -181,10 +181,12 @@ class ShampooConfig:
     refresh_growth: float = _option(
         0.0,
         growth,
-        "until they are the frequency apart, the next refresh comes after this share of the steps so far; 0: off",
+        "early refreshes: the next one comes after this share of the steps taken, until that is the frequency; 0: off",
         NOT_STORED,
     )
-    refresh_tolerance: float | None = _option(None, nullable(fraction), "off-diagonal mass that a kept basis may have")
+    refresh_tolerance: float | None = _option(
+        None, nullable(fraction), "relative off-diagonal norm up to which a refresh keeps a basis; null: keep none"
+    )
     refresh: str = _option(
         "staggered",
         exactly(*REFRESHES),
@@ -198,20 +200,24 @@ class ShampooConfig:
         None, _optional_method, "method that gives a block's update its length; null: adam, or none for soap"
     )
     grafting_beta2: float | None = _option(
-        None, optional_beta2, "decay of second moments; null: betas[1], or 0.999 where that is 1"
+        None, optional_beta2, "decay of second moments; null: betas[1], or 0.999 if that is 1"
     )
     elementwise: str | None = _option(
-        None, _optional_method, "method of unpreconditioned parameters; null: as grafting, or adam where that is none"
+        None, _optional_method, "method of element-wise parameters; null: as grafting, or adam if that is none"
     )
     momentum: float = _option(0.0, fraction, "momentum on the finished update", GROUP_ONLY | SCHEDULED)
     dampening: float = _option(0.0, fraction, "dampening of momentum", GROUP_ONLY)
     nesterov: bool = _option(False, flag, "Nesterov momentum", GROUP_ONLY)
     use_bias_correction: bool = _option(True, flag, "correct first moment and factor matrices for their zero start")
     exponent_override: float | tuple[float | None, ...] | None = _option(
-        None, optional_root, "the p of A^(-1/p), or a list by number of preconditioned dims; null: twice it, soap 2"
+        None,
+        optional_root,
+        "the p of A^(-1/p), or a list by number of preconditioned dims; null: twice that number, for soap 2",
     )
     rank_deficient: str = _option(
-        "shift", one_of("shift", "pseudo_inverse"), "small eigenvalues: regularised, or their root is 0"
+        "shift",
+        one_of("shift", "pseudo_inverse"),
+        "shift: regularise small eigenvalues; pseudo_inverse: their root is 0",
     )
     solver: str = _option("auto", one_of(*SOLVERS), "how inverse roots are computed; auto: by device and root")
     exclude: tuple[str, ...] = _option(
@@ -220,19 +226,22 @@ class ShampooConfig:
     rules: tuple[dict[str, Any], ...] = _option(
         DEFAULT_RULES,
         _rules,
-        "options of the parameters that match a pattern; the first rule that matches counts",
+        "options of the parameters that match a pattern; the first rule that matches applies",
         FIXED | GROUP_ONLY,
     )
     factor_dtype: str = _option("float32", dtype_name(*WIDE_DTYPES), "dtype of factor matrices", FIXED)
     root_dtype: str = _option("float32", dtype_name(*DTYPES), "dtype of inverse roots and eigenbases", FIXED)
     master_weights: bool = _option(
-        True, flag, "keep a float32 copy of 16-bit parameters that the framework keeps none of", GROUP_ONLY
+        True, flag, "keep a float32 copy of 16-bit parameters if the framework keeps none", GROUP_ONLY
     )
     stochastic_rounding: bool = _option(
         False, flag, "without master_weights: round bfloat16 parameters at random", GROUP_ONLY
     )
     apply_dtype: str | None = _option(
-        None, _optional_dtype, "dtype of products with roots or bases; null: the wider", NOT_STORED
+        None,
+        _optional_dtype,
+        "dtype of products with roots or bases; null: the wider of root_dtype and the moments'",
+        NOT_STORED,
     )
     communication_dtype: str | None = _option(
         None,
@@ -243,13 +252,13 @@ class ShampooConfig:
     bucket_mb: float | None = _option(
         None,
         nullable(non_negative),
-        "megabytes in a bucket, eight under way at once; null: an eighth of a rank's blocks, 2 to 16",
+        "megabytes in a bucket, eight in flight at once; null: an eighth of a rank's blocks, 2 to 16",
         FIXED | GROUP_ONLY | SHARED | NOT_STORED,
     )
     overlap: bool = _option(
         True,
         flag,
-        "exchange while blocks are computed; false waits each time, to debug",
+        "exchange while blocks are computed; false: wait for each transfer, to debug",
         GROUP_ONLY | SHARED | NOT_STORED,
     )
     failure_limit: int = _option(
@@ -268,7 +277,7 @@ class ShampooConfig:
                 raise OptionError(f"in the rule for {list(rule['match'])}: {error}") from None
 
     def under_rule(self, number: int) -> ShampooConfig:
-        """These options as they are for parameters that match a rule."""
+        """The options of parameters that match a rule."""
         changed = {name: value for name, value in self.rules[number].items() if name != "match"}
         return dataclasses.replace(self, rules=(), **changed)
 
@@ -283,7 +292,7 @@ class ShampooConfig:
         return self.weight_decay_type or ("decoupled" if self.decoupled_weight_decay else "l2")
 
     def decay(self, rate: float | Tensor) -> float | Tensor:
-        """What the weights are multiplied by before they join the update, given the learning rate of the step.
+        """The factor with which weights are added to the update, given the learning rate of the step.
 
         ``corrected`` (arXiv 2506.02285) scales by lr / peak lr, ``independent`` by 1 / peak lr, so that the step's own
         factor lr makes it ``weight_decay * lr / peak_lr``; 0 for ``l2``.
@@ -294,12 +303,12 @@ class ShampooConfig:
         return self.weight_decay * (rate if self.decay_type == "corrected" else 1.0) / self.peak_lr
 
     def with_peak(self) -> ShampooConfig:
-        """These options with the learning rate of now as the peak, where one is needed and none is given."""
+        """These options, with the current learning rate as the peak if one is needed and none is given."""
         if self.peak_lr is not None or self.decay_type not in ("corrected", "independent"):
             return self
         peak = float(self.lr)
         if peak == 0.0:
-            raise bad("peak_lr", None, f"a number > 0 where lr starts at 0 and weight decay is {self.decay_type}")
+            raise bad("peak_lr", None, f"a number > 0 if lr starts at 0 and weight decay is {self.decay_type}")
         return dataclasses.replace(self, peak_lr=peak)
 
     def sides(self, shape: tuple[int, ...]) -> tuple[Side, ...]:
@@ -330,19 +339,19 @@ class ShampooConfig:
         return self.betas[1] if self.factor_beta is None else self.factor_beta
 
     def relative_ridge(self, step: int) -> float:
-        """``relative_epsilon`` as it counts at this step."""
+        """The ``relative_epsilon`` in force at this step."""
         return max(self.relative_epsilon, self.early_relative_epsilon / step)
 
     @cached_property
     def _early_windows(self) -> tuple[int, ...]:
-        """The first steps of the windows that are shorter than the frequency, and of the first that is not."""
+        """The first steps of the windows that are shorter than the frequency, and of the first full window."""
         begins = [self.start]
         while self.refresh_growth and (length := int(self.refresh_growth * begins[-1])) < self.precondition_frequency:
             begins.append(begins[-1] + max(1, length))
         return tuple(begins)
 
     def refresh_window(self, step: int) -> tuple[int, int]:
-        """(first step, length) of the window that holds a step >= ``start``: in each, every block refreshes once."""
+        """(first step, length) of the window around a step >= ``start``; every block refreshes once per window."""
         begins = self._early_windows
         if step >= begins[-1]:
             return step - (step - begins[-1]) % self.precondition_frequency, self.precondition_frequency
@@ -351,35 +360,35 @@ class ShampooConfig:
 
     @cached_property
     def grafting_method(self) -> str:
-        """The grafting in force: as given, else the preconditioner's own. SOAP has Adam's step length already."""
+        """The grafting method in force: as given, else the preconditioner's. SOAP already has Adam's step length."""
         if self.grafting is not None:
             return self.grafting
         return "none" if self.preconditioner == "soap" else "adam"
 
     @cached_property
     def warm_method(self) -> str:
-        """The method of a block's updates before its first refresh, and of their length after it where grafted."""
+        """The method of a block's updates before its first refresh, and of their length after it if grafted."""
         return self.elementwise_method if self.grafting_method == "none" else self.grafting_method
 
     @cached_property
     def second_moment_beta(self) -> float:
-        """Decay of second moments: that of grafting, and SOAP's of the rotated gradient."""
+        """Decay of second moments: of grafting, and of SOAP's rotated gradient."""
         if self.grafting_beta2 is not None:
             return self.grafting_beta2
         return self.betas[1] if self.betas[1] < 1.0 else 0.999
 
     @cached_property
     def elementwise_method(self) -> str:
-        """The method of parameters (and of blocks before their first refresh) that have no inverse root."""
+        """The method of element-wise parameters; without grafting, also of blocks before their first refresh."""
         if self.elementwise is not None:
             return self.elementwise
         return "adam" if self.grafting_method == "none" else self.grafting_method
 
     def shape_of_state(self) -> dict[str, Any]:
-        """What may not change once there is state, by option."""
+        """The values that may not change once there is state, by option."""
         plain = ("none", "sgd")  # no second moment
         fixed = {name: getattr(self, name) for name in options_with(FIXED)}
-        if self.staggers:  # whose phases are those of this frequency
+        if self.staggers:  # phases depend on this frequency
             fixed["precondition_frequency"] = self.precondition_frequency
         kinds = {"grafting": self.warm_method in plain, "elementwise": self.elementwise_method in plain}
         kinds["refresh_tolerance"] = self.keeps_basis
@@ -387,7 +396,7 @@ class ShampooConfig:
 
     @cached_property
     def keeps_basis(self) -> bool:
-        """Whether inverse roots are made from eigenbases that are kept, so that a refresh can find one good enough."""
+        """Whether eigenbases are kept next to inverse roots, so that a refresh can reuse one that is good enough."""
         return self.refresh_tolerance is not None and self.preconditioner != "soap"
 
     @cached_property
@@ -397,11 +406,11 @@ class ShampooConfig:
 
     @cached_property
     def decompositions(self) -> float:
-        """How long one takes, of one in float32: KL-Shampoo's are in float64."""
+        """The time of a decomposition relative to one in float32; KL-Shampoo's are in float64."""
         return 2.0 if self.preconditioner == "kl_shampoo" else 1.0
 
     def products(self, order: int) -> float:
-        """For each dim of a block of this order and step: products with a matrix of the size of its factor."""
+        """Products with a matrix of the factor's size, for each step and dim of a block of this order."""
         statistics = float(order) if self.preconditioner == "kl_shampoo" else 1.0
         return statistics / self.statistics_frequency + (2.0 if self.preconditioner == "soap" else 1.0)
 

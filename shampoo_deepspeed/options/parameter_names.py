@@ -1,4 +1,4 @@
-"""What a parameter is called and what kind it is, and the patterns of `exclude`, `no_decay` and `rules` on both."""
+"""Names and kinds of parameters, and how the patterns of `exclude`, `no_decay` and `rules` match them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-# Wrappers put these into parameter names; the same parameter must have the same key with and without them. No adapter
-# is asked for them: names also come from users and checkpoints, where the wrapper is not in use.
+# Wrappers insert these parts into parameter names, but a parameter must have the same key with and without them.
+# Adapters do not provide them, because names also come from users and checkpoints without the wrapper.
 _WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def clean_name(name: str) -> str:
-    """The name without the parts that torch.compile, DDP, FSDP and activation checkpointing put in."""
+    """The name without the parts that torch.compile, DDP, FSDP and activation checkpointing insert."""
     parts = [part for part in name.split(".") if part not in _WRAPPER_PARTS]
     while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
@@ -25,10 +25,14 @@ def clean_name(name: str) -> str:
 def names_and_kinds(model: nn.Module) -> dict[int, tuple[str, frozenset[str]]]:
     """For each parameter of a model, by ``id``: its clean name and its kinds.
 
-    Kinds are ``embedding`` (in an nn.Embedding), ``lm_head`` (the output embeddings of a Transformers model),
-    ``layernorm`` (in an nn.LayerNorm), ``norm`` (in any module whose class is called so), ``router`` (what sends tokens
-    to experts) and ``experts`` (in a module that stacks the weights of many experts). A tied weight has the kinds of
-    all modules that hold it.
+    - ``embedding``: in an nn.Embedding
+    - ``lm_head``: the output embeddings of a Transformers model
+    - ``layernorm``: in an nn.LayerNorm
+    - ``norm``: in any module whose class name ends in it
+    - ``router``: in a module that sends tokens to experts
+    - ``experts``: in a module that stacks the weights of many experts
+
+    A tied weight has the kinds of all modules that hold it.
     """
     kinds: dict[int, set[str]] = defaultdict(set)
     by_module = kinds_by_module(model)
@@ -49,7 +53,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def kinds_by_module(model: nn.Module) -> dict[int, frozenset[str]]:
-    """For each module of a model, by ``id``: the kinds of its own parameters, but for ``lm_head``."""
+    """For each module of a model, by ``id``: the kinds of its own parameters, except ``lm_head``."""
     routers = {id(part) for module in model.modules() for gate in _gates(module) for part in gate.modules()}
     return {id(m): frozenset(_kinds_of(m) | ({"router"} if id(m) in routers else set())) for m in model.modules()}
 
@@ -70,7 +74,7 @@ def _kinds_of(module: nn.Module) -> set[str]:
 
 
 def _gates(module: nn.Module) -> list[nn.Module]:
-    """What a layer with experts calls its gate; a gate of other modules is an ordinary weight."""
+    """The gates of a layer with experts; in other modules a child of that name is an ordinary weight."""
     children = dict(module.named_children())
     return [children[name] for name in ("gate", "router") if name in children and "experts" in children]
 

@@ -1,7 +1,7 @@
 """Rules: options of single parameters by name, kind or shape. Each rule's options get a number like a group's own.
 
-Parameter groups belong to the framework, which maps them to flat tensors and reads learning rates there; so parameters
-under a rule stay in their group, and only what blocks and element-wise parts do is looked up by the rule's number.
+Parameter groups belong to the framework, which maps them to flat tensors and reads their learning rates. So parameters
+under a rule stay in their group; only the options of blocks and element-wise parts are found by the rule's number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def rule_of(name: str | None, kinds: frozenset[str], shape: tuple[int, ...], con
 
 
 def number_under(group: int, rule: int | None) -> int:
-    """The number of the options of a group's parameters under a rule."""
+    """The options number of a group's parameters that are under a rule (None: under no rule)."""
     return group if rule is None else group + (rule + 1) * STRIDE
 
 

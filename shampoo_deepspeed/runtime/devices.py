@@ -11,8 +11,11 @@ import torch.distributed as dist
 
 @contextmanager
 def current_device(device: torch.device) -> Iterator[None]:
-    """Within it this device is the thread's current one, through which torch moves objects between an accelerator's
-    ranks: in a job that never calls ``set_device`` that would be the first one for all of them."""
+    """Make this device the thread's current one.
+
+    Torch moves objects between an accelerator's ranks through the current device. In a job that never calls
+    ``set_device`` this would be the first device for all ranks.
+    """
     if device.type == "cpu":
         yield
         return
@@ -25,7 +28,7 @@ def current_device(device: torch.device) -> Iterator[None]:
 
 
 def communication_device(group: dist.ProcessGroup | None, home: torch.device) -> torch.device:
-    """Where this group can move tensors that live on ``home``: an accelerator's group moves CPU tensors through it."""
+    """The device for moving tensors of ``home`` in this group: an accelerator's group moves CPU tensors through it."""
     accelerator = torch.accelerator.current_accelerator()
     if home.type != "cpu" or accelerator is None or "cpu" in dist.get_backend_config(group):
         return home

@@ -1,7 +1,7 @@
-"""What the steps of one rank took: time, bytes, refreshed blocks and condition numbers, between two readings.
+"""Measures the steps of one rank between two readings: time, bytes, refreshed blocks and condition numbers.
 
-Measured without a collective and without waiting for the device: times of an accelerator are those of its queue, by
-events that are read once they have passed.
+Measuring runs no collective and never waits for the device. An accelerator's times are those of its queue: they come
+from events that are read once they have passed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Stopwatch:
 
     @contextmanager
     def span(self, device: torch.device) -> Iterator[None]:
-        """Measures what is done inside; on an accelerator, what is queued inside."""
+        """Measure the work done within the context; on an accelerator, the work queued within it."""
         if device.type == "cpu":
             begin = time.perf_counter()
             yield
@@ -36,7 +36,7 @@ class Stopwatch:
         yield
         end.record(torch.accelerator.current_stream(device))
         self._running.append((start, end))
-        self._add_finished()  # so that their number stays that of the spans in the device's queue
+        self._add_finished()  # keeps only the spans that are still in the device's queue
 
     def _add_finished(self) -> None:
         while self._running and self._running[0][1].query():
@@ -48,14 +48,14 @@ class Stopwatch:
         self._milliseconds += milliseconds
 
     def read(self) -> float:
-        """Milliseconds since the last reading; a span that the device has not finished counts at a later one."""
+        """Milliseconds since the last reading; a span that the device has not finished counts in a later one."""
         self._add_finished()
         total, self._milliseconds = self._milliseconds, 0.0
         return total
 
 
 class ExchangeMeter:
-    """Steps of a unit, and what it moved between ranks meanwhile."""
+    """Counts a unit's steps and the bytes that it moved between ranks, and measures the time."""
 
     def __init__(self) -> None:
         self.watch = Stopwatch()
@@ -64,7 +64,7 @@ class ExchangeMeter:
 
 
 class RefreshMeter:
-    """Refreshes of a stack of blocks."""
+    """Measures the refreshes of a stack of blocks."""
 
     def __init__(self) -> None:
         self.watch = Stopwatch()
@@ -74,11 +74,11 @@ class RefreshMeter:
 
     @contextmanager
     def refreshing(self, device: torch.device) -> Iterator[list[Tensor]]:
-        """Around a refresh: measures its time. Gives a list for the condition numbers, 0-d, of what is refreshed."""
+        """Measure the time of a refresh; yields a list to which its condition numbers, 0-d, are appended."""
         conditions: list[Tensor] = []
         with self.watch.span(device):
             yield conditions
-        if conditions:  # the refresh has waited for the device, so that these are there
+        if conditions:  # the refresh has waited for the device, so these are available
             self._note(torch.stack([condition.double() for condition in conditions]).amax().item())
 
     def _note(self, condition: float) -> None:
@@ -86,14 +86,14 @@ class RefreshMeter:
         self._read = False
 
     def take(self, other: RefreshMeter) -> None:
-        """Add what another meter, of a refresh on another thread, has measured since it was taken last."""
+        """Add what the meter of a refresh on another thread has measured since the last call."""
         self.watch.add(other.watch.read())
         condition, other._worst = other._worst, None
         if condition is not None:
             self._note(condition)
 
     def read_condition(self) -> float | None:
-        """The largest condition number of the refreshes since the last reading, or else what was found then."""
+        """The largest condition number of the refreshes since the last reading; without any, the previous value."""
         self._read = True
         return self._worst
 

@@ -1,4 +1,4 @@
-"""A block's state in bytes: its tensors, one after the other, each in the form in which it is stored."""
+"""Converts a block's state to bytes and back: its tensors, one after the other, each in its stored form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOMENTS = ("exp_avg", "rotated_exp_avg", "second_moment", "rotated_second_moment
 # Not a tensor of the stack: 1 if the block was refreshed plus 2 if a refresh is pending, and how often its roots failed
 # in a row.
 STATUS = ("status", "int64", (2,))
-# After the dtype of a square matrix of which only this is stored, row by row.
+# Follows the dtype of a square matrix of which only this triangle is stored, row by row.
 TRIANGLE = " lower triangle"
 
 
@@ -29,7 +29,7 @@ class Form:
 
     Args:
         moments: dtype of moments, None for their own.
-        packed_factors: of factor matrices only the lower triangles are stored; nothing else of them is ever read (see
+        packed_factors: store only the lower triangles of factor matrices; nothing else of them is ever read (see
             ``linalg.inverse_root.symmetric``).
     """
 
@@ -62,7 +62,7 @@ def block_size(layout: BlockLayout) -> int:
 def packed(stack: StackState, row: int, layout: BlockLayout) -> Tensor:
     """A block's state, a row of a stack, as bytes on the CPU."""
     flags = [int(stack.refreshed[row]) + 2 * int(stack.pending[row]), stack.failures[row]]
-    status = torch.tensor(flags, dtype=torch.int64, device="cpu")  # whatever the default device
+    status = torch.tensor(flags, dtype=torch.int64, device="cpu")  # under any default device
     parts = []
     for name, kind, _ in layout:
         tensor = status if name == "status" else stack.tensors[name][row]
@@ -75,7 +75,7 @@ def packed(stack: StackState, row: int, layout: BlockLayout) -> Tensor:
 def cut(blob: Tensor, layout: BlockLayout) -> list[Tensor]:
     """The tensors of a stored block."""
     pieces = torch.split(blob, [_bytes(part) for part in layout])
-    # A view as a wider dtype must begin where that dtype may begin.
+    # A view as a wider dtype must be aligned for that dtype.
     flat = [piece.clone().view(_dtype(kind)) for piece, (_, kind, _) in zip(pieces, layout, strict=True)]
     return [
         _mirrored(piece, shape) if kind.endswith(TRIANGLE) else piece.view(tuple(shape))
@@ -84,7 +84,7 @@ def cut(blob: Tensor, layout: BlockLayout) -> list[Tensor]:
 
 
 def unpack(stack: BlockStack, row: int, layout: BlockLayout, blob: Tensor) -> None:
-    """Put a block's bytes into a row without state of a live stack."""
+    """Load a block's bytes into a row, still without state, of a live stack."""
     for (name, _, _), tensor in zip(layout, cut(blob, layout), strict=True):
         if name == "status":
             stack.refreshed[row], stack.failures[row], pending = read_status(tensor.tolist())

@@ -1,9 +1,9 @@
 """State as torch.distributed.checkpoint.state_dict carries it: tensors of each parameter under ``state``.
 
-These helpers keep nothing else of a state dict but the options. They gather DTensors or cut whole tensors as today's
-ranks need them, after a template that must have the same keys on all ranks. So a parameter's entry is
-``shampoo_blocks`` the bytes of its blocks in the order of their index (uint8, 1-D), cut over the parameter's mesh;
-``exp_avg`` and ``second_moment`` where it is element-wise, ``momentum``, ``master``: sharded as the parameter is;
+Of a state dict these helpers keep only this and the options. They gather DTensors or cut whole tensors as the current
+ranks need them, by a template that must have the same keys on all ranks. So the entry of a parameter has:
+``shampoo_blocks``, the bytes of its blocks in the order of their index (uint8, 1-D), cut over the parameter's mesh;
+``exp_avg`` and ``second_moment`` if it is element-wise, ``momentum``, ``master``: sharded as the parameter is;
 ``step``, ``shampoo_format`` and ``shampoo_rejected`` (the optimizer's count of rejected steps), 0-d.
 """
 
@@ -41,7 +41,7 @@ def external_entry(tensor: Tensor, step: Tensor, external: bool, shape: tuple[in
     """An entry that notes that the state is kept in another place, or that there is none yet.
 
     Args:
-        shape: of the note. torch's helpers want at least one tensor that has dims.
+        shape: of the note. torch's helpers need at least one tensor that has dims.
     """
     note = torch.full(shape, 0.0 if external else NO_STATE, device=tensor.device)
     return {"step": step, MARK: as_count(FORMAT), EXTERNAL: note}
@@ -50,13 +50,13 @@ def external_entry(tensor: Tensor, step: Tensor, external: bool, shape: tuple[in
 def unit_entries(
     unit: StepUnit, configs: Mapping[int, ShampooConfig], consolidated: SavedState | None, rejected_steps: int
 ) -> list[Entry]:
-    """The entries of a unit's tensors, copies. A collective where they are DTensors.
+    """The entries of a unit's tensors, as copies. A collective if they are DTensors.
 
     Args:
-        consolidated: of replicas, the state of all of them, on the first one.
+        consolidated: for replicas, the state of all of them, on the first one.
 
     Raises:
-        RuntimeError: where torch's helpers cannot carry the state.
+        RuntimeError: if torch's helpers cannot carry the state.
     """
     blocks = BlockBytes(unit)
     rows = consolidated.rows() if consolidated is not None else blocks.own_rows()
@@ -73,17 +73,17 @@ def unit_entries(
 
 
 def is_torch_state(state_dict: Mapping[str, Any]) -> bool:
-    """Whether a state dict is one that `unit_entries` or `external_entry` went into."""
+    """Whether a state dict has entries of `unit_entries` or `external_entry`."""
     return any(isinstance(entry, Mapping) and MARK in entry for entry in state_dict.get("state", {}).values())
 
 
 def robust_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group that torch's helpers do not take apart so far that `completed_group` cannot tell."""
+    """A parameter group that `completed_group` can restore after torch's helpers have taken it apart."""
     return {**group, "rules": json.dumps(group["rules"])}
 
 
 def completed_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group as it was before torch's helpers, which make lists of tuples and drop empty ones."""
+    """A parameter group as it was before torch's helpers, which turn tuples into lists and drop empty ones."""
     defaults = group_options(ShampooConfig())
     if isinstance(group.get("rules"), str):
         group = {**group, "rules": json.loads(group["rules"])}
@@ -101,7 +101,7 @@ class TorchState:
 
     @classmethod
     def parse(cls, state_dict: Mapping[str, Any], keys: Iterable[Sequence[str]]) -> TorchState:
-        """Take a state dict apart.
+        """Parse a state dict.
 
         Args:
             keys: of the parameters in each parameter group.
@@ -115,7 +115,9 @@ class TorchState:
         entries: dict[str, Mapping[str, Tensor]] = {}
         for group, names in zip(state_dict["param_groups"], keys, strict=True):
             if len(group["params"]) != len(names):
-                raise ValueError(f"a saved parameter group has {len(group['params'])} parameters, here {len(names)}")
+                raise ValueError(
+                    f"a saved parameter group has {len(group['params'])} parameters, but here it has {len(names)}"
+                )
             found = {n: state_dict["state"].get(p) for n, p in zip(names, group["params"], strict=True)}
             entries |= {name: entry for name, entry in found.items() if entry}
         wrong = {int(entry[MARK]) if MARK in entry else None for entry in entries.values()} - {FORMAT}
@@ -129,20 +131,20 @@ class TorchState:
         return {key: int(entry["step"]) for key, entry in self.entries.items()}
 
     def without(self, keys: set[str]) -> TorchState:
-        """What is left when the parameters ``keys`` are taken out."""
+        """The state of all parameters except ``keys``."""
         return replace(self, entries={key: entry for key, entry in self.entries.items() if key not in keys})
 
     def everything(self) -> SavedState:
-        """Not to be had without the other ranks."""
+        """An empty state, or an error: this state cannot be gathered without the other ranks."""
         if not self.entries:
             return SavedState()
         raise RuntimeError(
-            "the optimizer's state was loaded by torch's checkpoint helpers and its blocks find their owners at the "
-            "next step; save it after that"
+            "the optimizer's state was loaded by torch's checkpoint helpers, and its blocks go to their owners at the "
+            "next step; save it after that step"
         )
 
     def restore_into(self, unit: StepUnit) -> None:
-        """Give a unit its state; bytes of blocks travel to their owners of today.
+        """Restore a unit's state; the bytes of blocks are sent to their current owners.
 
         Raises:
             ValueError: on all ranks alike, if the entries do not fit.
@@ -179,7 +181,7 @@ class TorchState:
                 raise ValueError(f"the saved {name} of {key!r} has {numel} elements here, not {unit.sizes[number]}")
         if policy.preconditioned and entry[BLOCKS].numel() != blocks.total(number):
             raise ValueError(
-                f"the saved blocks of {key!r} have {entry[BLOCKS].numel()} bytes, and here they have "
+                f"the saved blocks of {key!r} have {entry[BLOCKS].numel()} bytes, but here they have "
                 f"{blocks.total(number)}; its shape, max_preconditioner_dim, betas or grafting differ"
             )
 

@@ -1,6 +1,6 @@
-"""The bytes of a parameter's blocks one after the other, cut evenly over the ranks of its mesh, and back to owners.
+"""Spreads the bytes of a parameter's blocks evenly over the ranks of its mesh, and sends them back to owners.
 
-That is a form which DTensors can describe, so that torch's own tools gather and cut it as any other tensor.
+DTensors can describe this form, so torch's own tools gather and cut it like any other tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BytesOfBlocks = dict[int, FlatRange]
 
 
 class BlockBytes:
-    """Which bytes of its parameters are those of a unit's blocks. Building it is a collective."""
+    """The byte ranges of a unit's blocks in the bytes of its parameters. Building it is a collective."""
 
     def __init__(self, unit: StepUnit) -> None:
         self.unit = unit
@@ -54,7 +54,7 @@ class BlockBytes:
         return {key: (stack, row) for stack in stacks for row, key in enumerate(stack.keys)}
 
     def collected(self, number: int, rows: Rows) -> Tensor | None:
-        """The bytes of a parameter's blocks: a DTensor if the parameter is one (a collective then), else all of them.
+        """The bytes of a parameter's blocks: a DTensor if the parameter is one (then a collective), else all of them.
 
         None on replicas that have only a part; zeros if no step has been taken.
 
@@ -88,8 +88,8 @@ class BlockBytes:
         """Put a parameter's bytes into the stacks of their owners. A collective unless every rank has all of them.
 
         Args:
-            local: what of them is on this rank.
-            held: which bytes each rank has.
+            local: the bytes on this rank.
+            held: the range of bytes on each rank.
         """
         unit, everything = self.unit, FlatRange(0, self.total(number))
         own = {b: whole for b, whole in self._of_blocks[number].items() if unit.plan.owners[b] == unit.rank}
@@ -112,7 +112,7 @@ class BlockBytes:
                     unpack(stack, row, block_layout(stack), blobs[b])
 
     def _common(self, number: int, owner: int, held: FlatRange) -> BytesOfBlocks:
-        """What is held of an owner's blocks."""
+        """The bytes of an owner's blocks within ``held``."""
         found = {}
         for b, whole in self._of_blocks[number].items():
             common = whole.intersect(held)
@@ -123,7 +123,7 @@ class BlockBytes:
     def _exchanged(
         self, leaving: Sequence[Sequence[Tensor]], arriving: Sequence[BytesOfBlocks]
     ) -> list[tuple[int, FlatRange, Tensor]]:
-        """Send bytes to each rank of the unit; returns block, range and content of what came. A collective."""
+        """Send bytes to each rank of the unit; returns block, range and content of those received. A collective."""
         unit, group = self.unit, self.unit.group
         device = communication_device(group, unit.device) if group is not None else unit.device
         empty = torch.empty(0, dtype=torch.uint8, device=device)
@@ -138,7 +138,7 @@ class BlockBytes:
         return [(b, common, content) for (b, common), content in zip(flat, contents, strict=True)]
 
     def _held_by_ranks(self, tensor: Tensor, total: int) -> list[FlatRange]:
-        """What each rank of the unit has of a parameter's bytes."""
+        """The range of a parameter's bytes on each rank of the unit."""
         mesh, group = _dtensor(tensor).device_mesh, self.unit.group
         if group is None:
             return [_cut(total, mesh, mesh.get_coordinate())]
@@ -147,7 +147,7 @@ class BlockBytes:
 
 
 def bytes_here(value: Tensor | None) -> FlatRange:
-    """Which bytes of such a tensor this rank has."""
+    """The range of such a tensor's bytes on this rank."""
     if value is None or not is_dtensor(value):
         return FlatRange(0, 0 if value is None else value.numel())
     mesh = _dtensor(value).device_mesh
@@ -155,7 +155,7 @@ def bytes_here(value: Tensor | None) -> FlatRange:
 
 
 def local_part(value: Tensor) -> Tensor:
-    """What of a DTensor is on this rank; any other tensor as it is."""
+    """This rank's part of a DTensor; any other tensor as it is."""
     part: Tensor = _dtensor(value).to_local() if is_dtensor(value) else value
     return part
 
@@ -178,13 +178,13 @@ def as_sharded(like: Tensor, flat: Tensor) -> Tensor:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether this is a DTensor; if nobody has imported DTensor there is none."""
+    """Whether this is a DTensor; if DTensor was never imported, there is none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _dtensor(tensor: Tensor) -> Any:
-    """A DTensor in the eyes of the type checker, which is not to import it."""
+    """The same DTensor, typed as Any so that the class need not be imported."""
     return tensor
 
 

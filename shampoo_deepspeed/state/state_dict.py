@@ -1,4 +1,4 @@
-"""The state of step units as one object: taken from live units, kept in state dicts, restored into today's owners."""
+"""The state of step units as one object: taken from live units, kept in state dicts, restored into units."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.boxes import Box, FlatRange, PlacedBox
 
 FORMAT = 1
-# An environment variable: "1" lets a run go on from a checkpoint that has no state of Shampoo's.
+# An environment variable: "1" lets a run continue from a checkpoint that has no Shampoo state.
 START_ANEW = "SHAMPOO_START_ANEW"
 
 
 class StateSource(Protocol):
-    """Loaded state that is applied when units are built, or taken up again, at the next step."""
+    """Loaded state that is applied when units are built, or used again, at the next step."""
 
     @property
     def steps(self) -> Mapping[str, int]:
@@ -38,11 +38,11 @@ class StateSource(Protocol):
 
     @property
     def external(self) -> Mapping[str, Any] | None:
-        """If this is no state, but a note of where the state is kept: that note."""
+        """The note of where the state is kept, if this is only such a note; else None."""
         ...
 
     def restore_into(self, unit: StepUnit) -> None:
-        """Give a unit its state, on all ranks of its group together.
+        """Restore a unit's state, on all ranks of its group together.
 
         Raises:
             ValueError: on all ranks alike, if the state does not fit the parameters or the options.
@@ -50,11 +50,11 @@ class StateSource(Protocol):
         ...
 
     def without(self, keys: set[str]) -> StateSource:
-        """What is left when the parameters ``keys`` are taken out."""
+        """The state of all parameters except ``keys``."""
         ...
 
     def everything(self) -> SavedState:
-        """What is left, in memory."""
+        """All of the state, in memory."""
         ...
 
 
@@ -85,11 +85,11 @@ class StackState:
 
     @classmethod
     def parse(cls, saved: Mapping[str, Any]) -> StackState:
-        """Read what ``vars`` gave; in early state dicts nothing was pending."""
+        """Parse a stack as ``vars`` gave it; early state dicts have no ``pending``."""
         return cls(**{"pending": [False] * len(saved["keys"]), **saved})
 
     def rows(self, wanted: Callable[[str], bool]) -> StackState:
-        """The wanted blocks only; nothing is copied if they are all of them."""
+        """Only the wanted blocks; nothing is copied if all are wanted."""
         kept = [row for row, key in enumerate(self.keys) if wanted(key)]
         if len(kept) == len(self.keys):
             return self
@@ -116,7 +116,7 @@ class StackState:
             )
 
     def load_into(self, stack: BlockStack, row: int, own_row: int) -> None:
-        """Put the block of ``own_row`` into a row without state of a live stack, which it must fit."""
+        """Copy the block of ``own_row`` into a row, still without state, of a live stack, which it must fit."""
         for name, tensor in stack.tensors.items():
             tensor[row].copy_(self.tensors[name][own_row])
         stack.refreshed[row], stack.failures[row] = bool(self.refreshed[own_row]), int(self.failures[own_row])
@@ -143,7 +143,7 @@ class ElementwiseState:
         return cls(segments, dict(part.tensors))
 
     def without(self, keys: set[str]) -> ElementwiseState:
-        """What is left without the parameters ``keys``; nothing is copied if they are not here."""
+        """The ranges of all parameters except ``keys``; nothing is copied if they are not here."""
         kept = [number for number, segment in enumerate(self.segments) if segment[0] not in keys]
         if len(kept) == len(self.segments):
             return self
@@ -221,7 +221,7 @@ class SavedState:
 
     @classmethod
     def parse(cls, state_dict: Mapping[str, Any]) -> SavedState:
-        """Take a state dict apart.
+        """Parse a state dict.
 
         Raises:
             ValueError: if it has no Shampoo state, or one of another format.
@@ -229,9 +229,9 @@ class SavedState:
         found = state_dict.get("shampoo")
         if not isinstance(found, Mapping):
             raise ValueError(
-                "this state dict has no 'shampoo' entry: it was not saved by Shampoo. To go on with Shampoo from a run "
-                "of another optimizer load the model alone (engine.load_checkpoint(..., load_optimizer_states=False)), "
-                f"or set the environment variable {START_ANEW}=1"
+                "this state dict has no 'shampoo' entry: it was not saved by Shampoo. To continue a run of another "
+                "optimizer with Shampoo, load the model alone (engine.load_checkpoint(..., "
+                f"load_optimizer_states=False)), or set the environment variable {START_ANEW}=1"
             )
         if found.get("format") != FORMAT:
             raise ValueError(
@@ -261,7 +261,7 @@ class SavedState:
         }
 
     def joined(self, others: Sequence[SavedState]) -> SavedState:
-        """This state and those of other ranks, or of parameters without a step, as one; copies count once."""
+        """This state joined with those of other ranks, or of parameters without a step; copies count once."""
         states = [self, *others]
         return SavedState(
             {key: n for s in states for key, n in s.steps.items()},
@@ -272,7 +272,7 @@ class SavedState:
         )
 
     def without(self, keys: set[str]) -> SavedState:
-        """What is left when the parameters ``keys`` are taken out; what they do not touch is not copied."""
+        """The state of all parameters except ``keys``; unaffected tensors are not copied."""
         stacks = [stack.rows(lambda key: parameter_of(key) not in keys) for stack in self.stacks]
         parts = [part.without(keys) for part in self.elementwise]
         buffers = [replace(b, shards=[shard for shard in b.shards if shard[0] not in keys]) for b in self.buffers]
@@ -294,7 +294,7 @@ class SavedState:
         )
 
     def everything(self) -> SavedState:
-        """All of it is in memory."""
+        """This state itself, which is in memory."""
         return self
 
     def rows(self) -> dict[str, tuple[StackState, int]]:
@@ -308,7 +308,7 @@ class SavedState:
         return [key for key in keys if key not in rows and self.steps.get(parameter_of(key))]
 
     def restore_into(self, unit: StepUnit) -> None:
-        """Give a unit what is saved of it; blocks travel to their owners of today."""
+        """Restore a unit's state; blocks are sent to their current owners."""
         group, device = unit.group, unit.device
         with on_all_ranks(group, device):
             self.check_fits(unit)
@@ -329,7 +329,7 @@ class SavedState:
         complete.load_into(unit)
 
     def check_fits(self, unit: StepUnit) -> None:
-        """Check that this rank can give a unit its state; blocks that are missing here may be on other ranks.
+        """Check that this rank's state fits a unit; blocks that are missing here may be on other ranks.
 
         Raises:
             ValueError: naming the first parameter or block that does not fit.
@@ -344,7 +344,7 @@ class SavedState:
             self._check_buffers(unit, kind)
 
     def load_into(self, unit: StepUnit) -> None:
-        """Give a unit its state, which must fit. Parameters that the state does not know at all start with none."""
+        """Load a unit's state, which must fit. Parameters that are not in this state start without any."""
         rows = self.rows()
         unit.steps = [int(self.steps.get(p.key, 0)) for p in unit.parameters]
         for stack in unit.stacks:
@@ -360,7 +360,7 @@ class SavedState:
                     target.copy_(view_of(buffer, place))
 
     def _check_shapes(self, unit: StepUnit) -> None:
-        """That blocks and element-wise parts are of parameters that have the same shapes and are treated alike."""
+        """Check that blocks and element-wise parts belong to parameters of the same shapes and policies."""
         shapes = {unit.block_key(n): block.box.lengths for n, block in enumerate(unit.plan.blocks)}
         own = {p.key: p.shape for p in unit.parameters}
         flat = {p.key for p, t in zip(unit.parameters, unit.policies, strict=True) if not t.preconditioned}
@@ -378,7 +378,7 @@ class SavedState:
                 )
 
     def _check_elements(self, part: Elementwise) -> None:
-        """That the moments of this rank's shards are here, for each element of parameters that have taken steps."""
+        """Check that moments are here for each element of this rank's shards of parameters that have taken steps."""
         overlaps = self._overlaps(part)
         for number, shard in enumerate(part.shards):
             filled, needed = 0, part.needs[shard.group, shard.method]
@@ -393,7 +393,7 @@ class SavedState:
             if filled != shard.elements.size and self.steps.get(shard.key):
                 raise ValueError(
                     f"the saved state holds {filled} of the {shard.elements.size} elements of {shard.key} that this "
-                    "rank needs; its shape is another, or it was saved with another sharding"
+                    "rank needs; its shape or the sharding of that run differs"
                 )
 
     def _load_elements(self, part: Elementwise) -> None:
@@ -405,9 +405,9 @@ class SavedState:
                     target.copy_(saved.tensors[name][slice(*place)])
 
     def _overlaps(self, part: Elementwise) -> dict[int, list[tuple[FlatRange, FlatRange, ElementwiseState]]]:
-        """What is here of each shard of a live part, by its number.
+        """The saved overlaps with each shard of a live part, by its number.
 
-        Each overlap has its elements of the flattened parameter, where they are in the tensors, and what holds these.
+        Each overlap has its elements of the flattened parameter, their place in the tensors, and the saved state.
         """
         saved: dict[str, list[tuple[FlatRange, FlatRange, ElementwiseState]]] = defaultdict(list)
         for state in self.elementwise:
@@ -422,7 +422,7 @@ class SavedState:
         return found
 
     def _check_buffers(self, unit: StepUnit, kind: str) -> None:
-        """That buffers of a kind cover all of this rank's shards of the parameters that they know."""
+        """Check that buffers of a kind cover all of this rank's shards of the parameters in them."""
         known = {shard[0] for b in self.buffers if b.kind == kind for shard in b.shards}
         for shard, found in self._found_in_buffers(unit, kind):
             key, filled = unit.parameters[shard.parameter].key, sum(place.box.numel for place, _ in found)
@@ -432,7 +432,7 @@ class SavedState:
                 )
 
     def _found_in_buffers(self, unit: StepUnit, kind: str) -> Iterable[tuple[Shard, list[tuple[PlacedBox, Tensor]]]]:
-        """For each shard of a unit what it has in common with the buffers of a kind, as boxes that lie in these."""
+        """For each shard of a unit its overlaps with the saved buffers of a kind, as boxes placed in these."""
         saved: dict[str, list[tuple[PlacedBox, Tensor]]] = defaultdict(list)
         for state in (b for b in self.buffers if b.kind == kind):
             for key, place in state.places():
@@ -452,7 +452,7 @@ def lacking(block_key: str) -> str:
 
 
 def consolidated(unit: StepUnit, own: SavedState) -> SavedState:
-    """A unit's state of all ranks, on the first rank of its group; on the others their own. A collective."""
+    """A unit's state from all ranks on the first rank of its group, and on others only their own. A collective."""
     own = own.on_cpu()
     parts = gather_on_first_rank(own, unit.group)
     return own if parts is None else parts[0].joined(parts[1:])

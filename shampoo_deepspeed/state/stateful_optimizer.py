@@ -1,4 +1,4 @@
-"""State of a blockwise optimizer that comes and goes: state dicts, copies, and loaded state until units take it."""
+"""Saving and loading the state of a blockwise optimizer: state dicts, copies, and loaded state until units take it."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ logger = logging.getLogger("shampoo_deepspeed")
 class StateKeeper:
     """Part of an optimizer: keeps the state that its units do not have, and decides what state dicts hold.
 
-    Without loaded state ``waiting`` and ``external`` are None: all state is in the units, and parameters without a unit
-    have none. Loading makes the units give up theirs; each parameter gets its state from ``waiting`` when it steps
-    again. If ``external`` is set, the state must first be loaded from there: no unit may be built and nothing saved.
+    Without loaded state, ``waiting`` and ``external`` are None: all state is in the units, and parameters without a
+    unit have none. Loading frees the units' state; each parameter gets its state from ``waiting`` when it steps again.
+    If ``external`` is set, the state must first be loaded from there: no unit may be built and nothing saved.
 
     Args:
-        waiting: loaded state, of parameters that have not stepped since.
+        waiting: loaded state of parameters that have not stepped since.
         external: where a loaded state dict says that the state is kept.
         saved_as: what state dicts hold in place of the state, within ``with_external_state``.
         consolidated: a copy of the state of all ranks, for the next state dict; the next step drops it.
-        released: units of before the last load. They take loaded state again unless options have changed.
+        released: units from before the last load. They are reused with loaded state unless options have changed.
     """
 
     waiting: StateSource | None = None
@@ -70,13 +70,13 @@ class StateKeeper:
         self.waiting, self.external, self.consolidated = source, source.external, None
 
     def restore_into(self, unit: StepUnit) -> None:
-        """Give a unit without steps what was loaded for it. A collective of its ranks."""
+        """Restore what was loaded for a unit without steps. A collective of its ranks."""
         if self.waiting is not None:
             self.waiting.restore_into(unit)
             self.waiting = self.waiting.without({p.key for p in unit.parameters})
 
     def joined(self, own: SavedState) -> SavedState:
-        """The state of units together with what waits."""
+        """The state of units joined with loaded state that no unit has taken."""
         return own if self.waiting is None else own.joined([self.waiting.everything()])
 
     def state_of(self, units: Sequence[StepUnit], rejected_steps: int) -> SavedState:
@@ -100,7 +100,7 @@ class StateKeeper:
         self.consolidated = self.joined(SavedState(rejected_steps=rejected_steps).joined(parts))
 
     def refuse_one_rank(self, units: Sequence[StepUnit]) -> None:
-        """Raise RuntimeError if one rank's state dict is stored for all, and does not hold the state of all."""
+        """Raise RuntimeError if one rank's state dict is stored for all but does not hold the state of all."""
         one_rank_saves = any(unit.layout.one_rank_saves and unit.world_size > 1 for unit in units)
         if self.consolidated is None and one_rank_saves:
             raise RuntimeError(
@@ -111,7 +111,7 @@ class StateKeeper:
     def take_apart(
         self, state_dict: Mapping[str, Any], optimizer: BlockOptimizer
     ) -> tuple[SavedState | TorchState, dict[str, Any]]:
-        """Our part of a loaded state dict, once it is known to fit the optimizer, and the rest, which is torch's.
+        """Split a loaded state dict into Shampoo's part, after checking that it fits the optimizer, and torch's part.
 
         Raises:
             ValueError: if this is not a Shampoo state dict, or does not fit.
@@ -125,7 +125,9 @@ class StateKeeper:
             groups = [completed_group(group) for group in state_dict["param_groups"]]
             return torch_state, {**state_dict, "state": {}, "param_groups": groups}
         if "shampoo" not in state_dict and os.environ.get(START_ANEW) == "1":
-            logger.warning("the loaded state dict is not Shampoo's (%s = 1): state and options start new", START_ANEW)
+            logger.warning(
+                "the loaded state dict is not Shampoo's: starting with new state and options (%s = 1)", START_ANEW
+            )
             own = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
             return SavedState(), {"state": {}, "param_groups": own}
         saved = SavedState.parse(state_dict)
@@ -143,12 +145,12 @@ class StateKeeper:
         """Raise RuntimeError if the state must be loaded from another place first."""
         if self.external is not None:
             raise RuntimeError(
-                f"the loaded state dict says where the optimizer's state is saved ({dict(self.external)}); "
+                f"the loaded state dict only says where the optimizer's state is saved ({dict(self.external)}); "
                 "call load_shampoo(optimizer, path) on all ranks before the first step"
             )
 
     def release(self, units: Sequence[StepUnit]) -> None:
-        """Let units give up their state, for loaded state that takes its place.
+        """Free the state of units, because loaded state takes its place.
 
         Units that have not stepped are dropped: a tool may have asked for them, with tensors that have no gradients.
         """
@@ -158,7 +160,7 @@ class StateKeeper:
         self.released += stepped
 
     def taken_again(self, present: set[int], configs: Mapping[int, ShampooConfig]) -> list[StepUnit]:
-        """Released units of these tensors, with new state; those that would be built otherwise today are dropped.
+        """Released units of these tensors, with new state; those that would be built differently now are dropped.
 
         A collective of the units' ranks, which decide alike.
 
@@ -175,12 +177,12 @@ class StateKeeper:
 
 
 class BlockOptimizer(torch.optim.Optimizer):
-    """What a blockwise optimizer is besides its step: torch's interface over two parts.
+    """A blockwise optimizer apart from its step: torch's interface over two parts.
 
     Attributes:
         registry: the parameters and their options; its ``entries`` and ``policies`` are the optimizer's too.
         state_keeper: state that no unit has.
-        units: the step units so far, and ``unit_of`` the unit of each tensor, by its ``id``.
+        units: the step units that have been built; ``unit_of`` is the unit of each tensor, by its ``id``.
         rejected_steps: how many steps were rejected because a gradient was not finite; the last one is not known yet.
     """
 
@@ -201,9 +203,9 @@ class BlockOptimizer(torch.optim.Optimizer):
         self.entries, self.policies = self.registry.entries, self.registry.policies
         self.units: list[StepUnit] = []
         self.unit_of: dict[int, StepUnit] = {}
-        self._loads: dict[int, list[float]] = {}  # of each process group's ranks, by all units so far
+        self._loads: dict[int, list[float]] = {}  # of each process group's ranks, by all units
         self.rejected_steps = 0
-        self._warned = False  # that a step did nothing
+        self._warned = False  # whether a warning that a step did nothing was logged
         if model is not None:
             self.attach_model(model)
         self.registry.know_names(model)
@@ -240,13 +242,13 @@ class BlockOptimizer(torch.optim.Optimizer):
         return any(not unit.fresh for unit in self.units) or (waiting is not None and any(waiting.steps.values()))
 
     def attach_model(self, model: nn.Module) -> None:
-        """Attach the wrapped model of parameters that were given earlier, as ``model=`` does; before the first step.
+        """Attach the wrapped model of the optimizer's parameters, as ``model=`` does; call it before the first step.
 
         Raises:
             RuntimeError: after the first step, when ranks have divided the work.
         """
         if self.units:
-            raise RuntimeError("call attach_model() before the first step: ranks have divided the work now")
+            raise RuntimeError("call attach_model() before the first step: the ranks have already divided the work")
         self.registry.attach_model(model)
         self.state_keeper.released.clear()  # their ranks may change
 
@@ -276,7 +278,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def groups_apart(self, numbers: Sequence[int]) -> None:
-        """Give groups that a framework has overwritten their numbers, and the options last seen of each."""
+        """Restore the numbers and the last seen options of groups that a framework has overwritten."""
         for group, number in zip(self.param_groups, numbers, strict=True):
             config = self.registry.checked[number][1]
             group.update({name: getattr(config, name) for name in OPTION_NAMES}, shampoo_group=number)
@@ -308,13 +310,13 @@ class BlockOptimizer(torch.optim.Optimizer):
         """What this rank's steps took since the last call; cheap, without a collective or a wait for the device.
 
         Returns:
-            ``refresh_ms``, ``exchange_ms`` and ``bytes_moved`` (sent and received): the mean over these steps of the
-            milliseconds of refreshes (those in the background too), of those spent packing, awaiting and unpacking what
-            moves between ranks, and of its bytes. ``refreshed_share``: of this rank's blocks, how many were refreshed
-            in these steps.
-            ``largest_condition_number``: of any factor matrix, regularised, at its latest refresh; not there before
-            the first one, nor from solvers without eigenvalues. ``rejected_steps``: all so far; the very last step
-            is not known yet.
+            ``refresh_ms``: milliseconds per step in refreshes, including those in the background. ``exchange_ms``:
+            milliseconds per step of packing, waiting for and unpacking what moves between ranks. ``bytes_moved``:
+            bytes sent and received per step. These three are means over the steps since the last call.
+            ``refreshed_share``: share of this rank's blocks that were refreshed in these steps.
+            ``largest_condition_number``: of any factor matrix, regularised, at its latest refresh; missing before the
+            first refresh, and with solvers that compute no eigenvalues. ``rejected_steps``: all since the start; a
+            rejection of the very last step is not known yet.
         """
         return read([unit.measured() for unit in self.units], self.rejected_steps)
 
@@ -346,7 +348,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         return units, waiting
 
     def _new_units(self, fresh: Sequence[NewTensor]) -> list[StepUnit]:
-        """Units of tensors that have none, with what was loaded for them."""
+        """Build units of tensors that have none, with the state that was loaded for them."""
         self.state_keeper.refuse_external()
         self.state_keeper.released.clear()  # a framework has replaced their tensors
         self.configs()
@@ -360,7 +362,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         return made
 
     def _take_released(self) -> None:
-        """Use units of before the last load again, with the state that was loaded."""
+        """Reuse units from before the last load, with the loaded state."""
         keeper = self.state_keeper
         if keeper.released and keeper.external is None:
             present = {id(tensor) for group in self.param_groups for tensor in group["params"]}
@@ -368,14 +370,14 @@ class BlockOptimizer(torch.optim.Optimizer):
                 self._join(unit)
 
     def _join(self, unit: StepUnit) -> None:
-        """Step this unit from now on, with what was loaded for it."""
+        """Step this unit from now on, with the state that was loaded for it."""
         self.state_keeper.restore_into(unit)
         self._loads[id(unit.group)] = unit.loads_so_far
         self.units.append(unit)
         self.unit_of.update((id(tensor), unit) for tensor in unit.tensors)
 
     def _warn_if_nothing_steps(self, units: Mapping[int, StepUnit]) -> None:
-        """A wrapper that replaces the model's parameters without the optimizer's knowledge gives no warning itself."""
+        """Warn once if no parameter steps: a wrapper may have replaced the parameters unknown to the optimizer."""
         if not units and not self._warned and any(group["params"] for group in self.param_groups):
             self._warned = True
             logger.warning(
@@ -388,13 +390,13 @@ class BlockOptimizer(torch.optim.Optimizer):
 
         Runs no collective and holds tensors and builtins only. Tensors are the live ones.
 
-        Torch's own checkpoint tools ask on all ranks; they get copies under ``"state"`` (see ``dcp_state``), for which
-        ranks exchange parts of blocks.
+        Torch's own checkpoint tools call it on all ranks. They get copies under ``"state"`` (see ``dcp_state``), for
+        which ranks exchange parts of blocks.
 
         Raises:
             RuntimeError: if ranks own different blocks, the framework stores one rank's dict only (replicas), and
-                ``consolidate_state_dict`` was not called since the last step; or if a tool asks that cannot carry this
-                state.
+                ``consolidate_state_dict`` was not called since the last step; or if a tool calls it that cannot carry
+                this state.
         """
         self.finish_step()
         entries = self._entries_for_a_tool()
@@ -406,14 +408,14 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def with_external_state(self, where: Mapping[str, Any]) -> Iterator[None]:
-        """Within it ``state_dict()`` holds the options, the steps, and ``where`` (builtins) in place of the state.
+        """Let ``state_dict()`` hold the options, the steps, and ``where`` (builtins) in place of the state.
 
         For frameworks whose own checkpoint keeps the state dict, while ``save_shampoo`` has written the state. A state
-        dict from which a framework has stripped all but the options can be loaded within it too; ``load_shampoo`` must
-        follow.
+        dict from which a framework has stripped all but the options can be loaded within this context too; then call
+        ``load_shampoo``.
         """
         before, self.state_keeper.saved_as = self.state_keeper.saved_as, where
-        # Tools of torch take an empty state for that of an optimizer before its first step, and would make one.
+        # Torch's tools treat an empty state as that of an optimizer before its first step, and would create one.
         empty = [t for group in self.param_groups for t in group["params"] if t.requires_grad] if not self.state else []
         self.state.update((tensor, {"step": as_count(0)}) for tensor in empty)
         try:
@@ -433,13 +435,13 @@ class BlockOptimizer(torch.optim.Optimizer):
         self.state_keeper.consolidate(self.units, self.rejected_steps)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take options and state; blocks go to their owners at the next step.
+        """Load options and state; blocks go to their owners at the next step.
 
         Parameters that had no gradient when the state was saved start with new state.
 
         Raises:
-            ValueError: if this is not a Shampoo state dict, or (for parameters that have not stepped yet: at the next
-                step) does not fit the parameters.
+            ValueError: if this is not a Shampoo state dict, or does not fit the parameters. For parameters that have
+                not stepped yet, the next step raises it.
         """
         numbers = [group["shampoo_group"] for group in self.param_groups]
         loaded = self._torch_load_state_dict(state_dict)
@@ -458,7 +460,7 @@ class BlockOptimizer(torch.optim.Optimizer):
                 adapter.note_load(self)
 
     def take_state(self, source: StateSource) -> None:
-        """Go on from this state, from the next step on; call it on all ranks. What was there is dropped."""
+        """Continue from this state at the next step, and drop the present one; call it on all ranks."""
         self._release_units()
         self.state_keeper.take(source)
         self.rejected_steps = source.rejected_steps
@@ -468,18 +470,18 @@ class BlockOptimizer(torch.optim.Optimizer):
             self.state[tensor]["step"] = as_count(max(steps.values()))
 
     def _release_units(self) -> None:
-        """Units take state again at the next step, on all ranks together: handing it out needs communication."""
+        """Free all units; they take state at the next step, on all ranks together, because that needs communication."""
         self.state_keeper.release(self.units)
         self.units, self.unit_of, self._loads = [], {}, {}
 
     def _entries_for_a_tool(self) -> dict[int, dict[str, Tensor]] | None:
-        """What goes under ``state`` if a framework's checkpoint tool is asking for the state dict."""
+        """The entries under ``state`` if a framework's checkpoint tool is asking for the state dict, else None."""
         answers = (adapter.state_entries(self) for adapter in adapters())
         return next((entries for entries in answers if entries is not None), None)
 
     @property
     def state_is_external(self) -> bool:
-        """Whether ``state_dict()`` holds a note of where the state is, and not the state."""
+        """Whether ``state_dict()`` holds a note of where the state is instead of the state."""
         return self.state_keeper.note is not None
 
     def external_entries(
@@ -498,7 +500,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         return entries
 
     def gathered_entries(self) -> dict[int, dict[str, Tensor]]:
-        """Entries for `Adapter.state_entries` that hold the state. A collective where parameters are sharded.
+        """Entries for `Adapter.state_entries` that hold the state. A collective if parameters are sharded.
 
         Raises:
             RuntimeError: for parameters whose state torch's helpers cannot carry.
@@ -518,21 +520,21 @@ class BlockOptimizer(torch.optim.Optimizer):
             made = unit_entries(unit, configs, self.state_keeper.consolidated, self.rejected_steps)
             for tensor, entry in zip(unit.tensors, made, strict=True):
                 entries[id(tensor)] = entry
-                for name in entry:  # torch takes what it finds here for the names of what it has to load
+                for name in entry:  # torch loads entries with the names that it finds here
                     self.state[tensor].setdefault(name, unit.step_tensor)
         return entries
 
     def _could_have_state(self) -> list[tuple[Tensor, dict[str, Any], int]]:
-        """All trainable tensors, each with its group and place: a save and the template of one have the same names."""
+        """All trainable tensors, each with group and place, so that a save and its template have the same names."""
         return [(t, g, n) for g in self.param_groups for n, t in enumerate(g["params"]) if t.requires_grad]
 
     def _numbered(self, entries: Mapping[int, Any]) -> dict[int, Any]:
-        """By number of the tensors, as torch writes state dicts."""
+        """Entries by number of the tensors, as in torch's state dicts."""
         tensors = (tensor for group in self.param_groups for tensor in group["params"])
         return {number: entries[id(tensor)] for number, tensor in enumerate(tensors) if id(tensor) in entries}
 
     def _torch_state_dict(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        # First of the hooks, so that those of the user see the whole state dict.
+        # This hook runs first, so that those of the user see the whole state dict.
         handle = self.register_state_dict_post_hook(
             lambda _, state: state.update({"state": _without_names(state["state"]), **own}), prepend=True
         )
@@ -542,7 +544,7 @@ class BlockOptimizer(torch.optim.Optimizer):
             handle.remove()
 
     def _torch_load_state_dict(self, state_dict: Mapping[str, Any]) -> SavedState | TorchState:
-        """Let torch load what is its own; returns the rest, which is the state."""
+        """Let torch load its own part; returns the rest, which is the state."""
         loaded: list[SavedState | TorchState] = []
 
         def take_apart(_: torch.optim.Optimizer, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -550,7 +552,7 @@ class BlockOptimizer(torch.optim.Optimizer):
             loaded.append(state)
             return of_torch
 
-        # Last of the hooks, so that those of the user see the whole state dict and may replace it.
+        # This hook runs last, so that those of the user see the whole state dict and may replace it.
         handle = self.register_load_state_dict_pre_hook(take_apart)
         try:
             super().load_state_dict(state_dict)  # type: ignore[arg-type]
@@ -569,7 +571,7 @@ class BlockOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved, parameters = state.pop("shampoo", None), state.pop("entries", None)
         super().__setstate__(state)
-        for group in (self.defaults, *self.param_groups):  # may be from before an option existed
+        for group in (self.defaults, *self.param_groups):  # which may be older than an option
             for name, value in group_options(ShampooConfig()).items():
                 group.setdefault(name, value)
         if parameters is None:
@@ -591,19 +593,19 @@ class BlockOptimizer(torch.optim.Optimizer):
 
 
 def _check_parameters(saved: SavedState, entries: Sequence[Entry]) -> None:
-    """Raise ValueError if a saved state knows parameters that the optimizer does not have."""
+    """Raise ValueError if a saved state has parameters that the optimizer does not have."""
     strange = set(saved.steps) - {entry.parameter.key for entry in entries}
     if strange:
         raise ValueError(
-            f"the saved state is that of other parameters: {', '.join(sorted(strange)[:5])}"
+            f"the saved state belongs to other parameters: {', '.join(sorted(strange)[:5])}"
             f"{', ...' if len(strange) > 5 else ''} are not here; build the optimizer with the same names"
         )
 
 
 def _check_units(saved: SavedState, optimizer: BlockOptimizer, configs: Sequence[ShampooConfig]) -> None:
-    """Raise ValueError early if a unit stays as it is under these options and no other rank is needed.
+    """Raise ValueError early for units that these options do not change and that need no other rank.
 
-    Else the next step finds out, on all ranks together.
+    For the others, the next step checks on all ranks together.
     """
     after = {group["shampoo_group"]: config for group, config in zip(optimizer.param_groups, configs, strict=True)}
     before = {number: config for number, (_, config) in optimizer.registry.checked.items()}
@@ -616,12 +618,12 @@ def _check_units(saved: SavedState, optimizer: BlockOptimizer, configs: Sequence
             raise ValueError(lacking(missing[0]))
 
 
-# Options that every step reads from the groups; no unit is built by them.
+# Options that every step reads from the groups; units do not depend on them.
 _READ_AT_EACH_STEP = ("lr", "peak_lr", "weight_decay")
 
 
 def _has_changed(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> bool:
-    """Whether a unit that was built now would be another: by its tensors, or by the options."""
+    """Whether a unit would be built differently now, because its tensors or options have changed."""
     other_options = (_other_options(config, configs.get(number)) for number, config in unit.configs.items())
     return not unit.has_its_tensors() or any(other_options)
 
@@ -632,14 +634,14 @@ def _other_options(before: ShampooConfig, now: ShampooConfig | None) -> bool:
 
 
 def _reshaped(parameter: Parameter, before: ShampooConfig, after: ShampooConfig) -> bool:
-    """Whether a parameter's blocks or state would be others under other options."""
-    patterns = {"exclude": None, "no_decay": None, "rules": None}  # these count by their effect
+    """Whether a parameter's blocks or state differ between two sets of options."""
+    patterns = {"exclude": None, "no_decay": None, "rules": None}  # only their effect counts
     same = {**before.shape_of_state(), **patterns} == {**after.shape_of_state(), **patterns}
     return not same or policy_of(parameter, before) != policy_of(parameter, after)
 
 
 def _without_names(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
-    """torch's ``"state"`` without what is only there for its name."""
+    """torch's ``"state"`` without entries that are only there for their names."""
     return {
         number: {name: value for name, value in entry.items() if name == "step" or value is not entry.get("step")}
         for number, entry in state.items()

@@ -1,4 +1,4 @@
-"""The optimizer inside what frameworks wrap around it."""
+"""Finds the optimizer inside the wrappers of frameworks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def inner_optimizer(optimizer: Any) -> Any:
 
 
 def unwrap(wrapped: Any) -> BlockOptimizer:
-    """The Shampoo in what ``deepspeed.initialize`` and ``accelerator.prepare`` give back, and in a Trainer.
+    """The Shampoo optimizer in what ``deepspeed.initialize`` and ``accelerator.prepare`` return, and in a Trainer.
 
     Args:
         wrapped: an optimizer with any wrappers around it, a DeepSpeed engine, or a Trainer that has begun to train.
 
     Raises:
-        TypeError: where there is no Shampoo inside.
+        TypeError: if there is no Shampoo inside.
     """
     inner = inner_optimizer(wrapped)
     if isinstance(inner, BlockOptimizer):
@@ -32,4 +32,4 @@ def unwrap(wrapped: Any) -> BlockOptimizer:
     what = f"{type(wrapped).__module__}.{type(wrapped).__qualname__}"
     if inner is not wrapped:
         what += f" with {type(inner).__module__}.{type(inner).__qualname__} inside"
-    raise TypeError(f"a Shampoo is needed, or a wrapper, DeepSpeed engine or Trainer that holds one; here it is {what}")
+    raise TypeError(f"a Shampoo optimizer is needed, or a wrapper, engine or Trainer that holds one; this is {what}")

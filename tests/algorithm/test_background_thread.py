@@ -1,4 +1,4 @@
-"""The thread of background refreshes: touches nothing shared, follows torch's thread count, ends with its process."""
+"""The thread of background refreshes: changes no shared state, follows torch's thread count, ends with its process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAIN = threading.current_thread()
 
 
 class Products(TorchDispatchMode):
-    """Notes the dtypes of all matrix products on this thread."""
+    """Records the dtypes of all matrix products on this thread."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", list(FORMS))
 def test_no_product_of_the_thread_can_see_a_precision_switch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The switches belong to the process: it neither touches them nor has a float32 product that reads them."""
+    """The switches belong to the process; the thread neither sets them nor has float32 products, which read them."""
     seen, switching = Products(), []
     original = precision._ieee_products
 
@@ -65,7 +65,7 @@ def test_no_product_of_the_thread_can_see_a_precision_switch(name: str, monkeypa
 
 @pytest.mark.parametrize("name", list(FORMS))
 def test_float32_results_are_those_of_a_refresh_in_the_step(name: str) -> None:
-    """To rounding: the same decompositions, with products in float64."""
+    """They are equal up to rounding: decompositions are the same, and products are in float64."""
     _, optimizer = trained(FREQUENCY + 2, **({"relative_epsilon": 1e-3} | FORMS[name]))
     compared = 0
     for stack in (stack for unit in optimizer.units for stack in unit.stacks):
@@ -92,7 +92,7 @@ def other_thread_count() -> Iterator[int]:
 def test_the_thread_uses_as_many_cores_as_torch_was_told_to(
     other_thread_count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if it is set after the thread was there."""
+    """This holds even if the count is set after the thread was started."""
     counts: list[int] = []
 
     def counting(compute: Compute) -> Compute:
@@ -114,7 +114,7 @@ def test_the_thread_uses_as_many_cores_as_torch_was_told_to(
 
 
 class FakeQueue:
-    """Stands for streams and events of an accelerator, and notes in one list what is asked of them."""
+    """Stands in for streams and events of an accelerator, and records all calls in one list."""
 
     log: list[str] = []
 
@@ -137,7 +137,7 @@ class FakeQueue:
 def test_on_an_accelerator_a_stream_of_its_own_begins_after_the_factors_and_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By stand-ins for the device's queue: the order of what is asked of it."""
+    """Stand-ins for the device's queue record the order of calls."""
 
     class Result:
         def record_stream(self, stream: FakeQueue) -> None:
@@ -195,7 +195,7 @@ def test_an_error_ends_the_interpreter_while_a_refresh_is_under_way() -> None:
 
 @pytest.mark.slow
 def test_a_forked_process_gets_a_thread_of_its_own() -> None:
-    """Threads do not survive a fork; an optimizer made in the child must not wait for one. Ends amid a refresh."""
+    """Threads do not survive a fork, so the child's optimizer must not wait for one. The child exits in a refresh."""
     end = """
 step()
 if os.fork() == 0:

@@ -1,4 +1,4 @@
-"""Grafting methods: plain formulas, torch's own optimizers, and the step length that each block takes from them."""
+"""Grafting methods equal plain formulas and torch's own optimizers, and each block's update gets their norm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def gradients(steps: int = 5) -> list[Tensor]:
 
 
 def plain_second_moment(method: str, history: list[Tensor]) -> Tensor:
-    """The second moment as a sum over all gradients, with no recurrence."""
+    """Return the second moment as a sum over all gradients, without recurrence."""
     terms = [(g / g.norm() if method.startswith("normalized_") else g).square() for g in history]
     if method.endswith("adagrad"):
         return torch.stack(terms).sum(0)
@@ -70,8 +70,8 @@ def test_first_moments_are_those_of_the_plain_formula(beta1: float, corrected: b
 
 @pytest.mark.parametrize("corrected", [True, False])
 @pytest.mark.parametrize("method", ["sgd", "adam"])
-def test_what_follows_the_update_does_not_reach_the_first_moment(method: str, corrected: bool) -> None:
-    """Without correction SGD's update is the stored moment itself; decay, momentum and lr are applied in place."""
+def test_operations_after_the_update_do_not_change_the_first_moment(method: str, corrected: bool) -> None:
+    """Without bias correction SGD's update is the stored moment itself, and decay, momentum and lr work in place."""
     p, bias = parameter(6, 5, dtype=F64), parameter(5, dtype=F64)
     optimizer = shampoo([p, bias], grafting=method, use_bias_correction=corrected, momentum=0.9, nesterov=True)
     drive(optimizer, [p, bias], range(5))
@@ -83,7 +83,7 @@ def test_what_follows_the_update_does_not_reach_the_first_moment(method: str, co
 
 @pytest.mark.parametrize("method", WITH_MOMENT)
 def test_with_an_epsilon_of_zero_elements_without_any_gradient_get_zero(method: str) -> None:
-    """0 / 0 must not become NaN; the other elements are as always."""
+    """0 / 0 must not become NaN, and other elements are as usual."""
     moment, second = torch.tensor([0.0, 5.0, 2.0]), torch.tensor([0.0, 0.0, 4.0])
     (found,), factor = grafting.update(method, [moment], [second], 1, 0.75, 0.0)
     scale = 0.5 if method.endswith("adam") else 1.0
@@ -146,7 +146,7 @@ def test_before_the_start_step_and_element_wise_it_is_torchs_own_optimizer(name:
     options = {"lr": 0.1, "eps": EPS, "weight_decay": 0.0, "exclude": exclude, "start_preconditioning_step": 100}
     drive(shampoo([("w", p)], **(options | ours)), [p], range(8))
     drive(make([twin], **torchs), [twin], range(8))
-    # Nesterov: torch starts its buffer with the first gradient, as ours does without dampening.
+    # With Nesterov momentum, torch starts its buffer with the first gradient; ours does so without dampening.
     assert relative_error(p.detach(), twin.detach()) < 1e-13
 
 
@@ -154,8 +154,8 @@ GRAFTED = [method for method in GRAFTING_METHODS if method != "none"]
 
 
 @pytest.mark.parametrize("method", GRAFTED)
-def test_each_block_takes_the_step_length_of_its_grafting_method(method: str) -> None:
-    """Same moments, one step preconditioned and one not: other updates, equal lengths, block by block."""
+def test_each_block_s_update_has_the_norm_of_its_grafting_method(method: str) -> None:
+    """With the same moments, a preconditioned and an unpreconditioned update differ, but their norms are equal."""
     p, warm = parameter(12, 10), parameter(12, 10)
     grafted = shampoo([p], grafting=method, weight_decay=0.0)
     other = shampoo([warm], grafting=method, weight_decay=0.0, start_preconditioning_step=100)
@@ -175,7 +175,7 @@ def test_each_block_takes_the_step_length_of_its_grafting_method(method: str) ->
 
 @pytest.mark.parametrize("method", GRAFTED)
 def test_a_block_whose_gradient_is_always_zero_stays_where_it_is(method: str) -> None:
-    """Rows of an unused expert: no length to take, nothing to divide by, no decay here."""
+    """Rows of an unused expert have no norm to take and nothing to divide by; there is no decay here."""
     p = parameter(16, 8)
     optimizer = shampoo([p], grafting=method, weight_decay=0.0, eps=0.0)
     before = snapshot([p])[0]
@@ -188,7 +188,7 @@ def test_a_block_whose_gradient_is_always_zero_stays_where_it_is(method: str) ->
 
 
 class Counted:
-    """A kernel of torch's that counts its calls."""
+    """A torch kernel that counts its calls."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel, self.calls = kernel, 0
@@ -224,8 +224,10 @@ FUSING: list[tuple[dict[str, Any], bool, bool]] = [
 def test_torchs_fused_kernels_do_what_the_plain_passes_do(
     options: dict[str, Any], moments: bool, weights: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """State and weights of blocks, of a vector and of a weight with strides that no kernel takes. They are used where
-    they can be and nowhere else. A step is rejected in between."""
+    """State and weights are equal for blocks, a vector, and a weight with strides that no kernel accepts.
+
+    Kernels are used whenever possible. A step is rejected in between.
+    """
 
     def trained() -> tuple[list[Tensor], int, int]:
         turned = nn.Parameter(parameter(10, 12, seed=1, dtype=F64).detach().mT)
@@ -257,7 +259,7 @@ def test_torchs_fused_kernels_do_what_the_plain_passes_do(
 
 
 def test_the_fused_kernel_gets_its_step_in_float32_whatever_torchs_default_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU it reads these bytes as float32 without asking."""
+    """On a GPU, the kernel reads these bytes as float32 without a check."""
     seen: list[torch.dtype] = []
     kernel = torch._fused_adam_
 

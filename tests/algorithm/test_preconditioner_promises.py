@@ -1,4 +1,4 @@
-"""What Shampoo, SOAP and KL-Shampoo promise beyond their formulas: invariances, calm first steps, robustness."""
+"""Promises of Shampoo, SOAP and KL-Shampoo beyond their formulas: invariances, moderate first steps, robustness."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXT = Path(__file__).parents[2] / "README.md"
 
 
 def moves(gradients: list[Tensor], **options: Any) -> list[Tensor]:
-    """The updates of one parameter's steps."""
+    """Return the updates of one parameter's steps."""
     p = torch.nn.Parameter(torch.zeros_like(gradients[0]))
     optimizer = Shampoo([p], lr=1.0, **({} if p.dtype == torch.float32 else FLOAT64), **options)
     found = []
@@ -47,7 +47,7 @@ def orthogonal(d: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("options", [{}, {"exponent_override": 4.0}, {"eps": 0.1, "relative_epsilon": 0.1}], ids=str)
-def test_signs_and_order_of_eigenvectors_mean_nothing_between_soaps_refreshes(options: dict[str, Any]) -> None:
+def test_signs_and_order_of_eigenvectors_do_not_matter_between_soaps_refreshes(options: dict[str, Any]) -> None:
     preconditioner = build(ShampooConfig(preconditioner="soap", **FLOAT64, **options))
     shape = (3, 5, 4)
     state = preconditioner.new_state(2, shape, torch.device("cpu"), F64)
@@ -87,8 +87,8 @@ def test_an_orthogonal_change_of_basis_changes_the_update_by_the_same(
         assert relative_error(found, left @ expected @ right) < 1e-9
 
 
-def test_soap_in_a_turned_basis_turns_alike() -> None:
-    """From the first refresh on: the element-wise update before it is tied to the coordinates."""
+def test_soap_updates_rotate_with_the_gradients() -> None:
+    """This holds from the first refresh on; the element-wise update before it depends on the coordinates."""
     left, right, gradients = orthogonal(6, 1), orthogonal(4, 2), drawn(6, 4)
     options = {"precondition_frequency": 2, "preconditioner": "soap", "elementwise": "sgd"}
     turned = moves([left @ g @ right for g in gradients], **options)
@@ -99,7 +99,7 @@ def test_soap_in_a_turned_basis_turns_alike() -> None:
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
 @pytest.mark.parametrize("grafting", [None, "adam"])
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-def test_without_absolute_epsilons_the_scale_of_gradients_means_nothing(
+def test_without_absolute_epsilons_the_scale_of_gradients_does_not_matter(
     preconditioner: str, grafting: str | None, scale: float
 ) -> None:
     options = {"preconditioner": preconditioner, "precondition_frequency": 3, "epsilon": 0.0, "eps": 0.0}
@@ -111,7 +111,7 @@ def test_without_absolute_epsilons_the_scale_of_gradients_means_nothing(
 
 
 def test_ungrafted_kl_shampoo_has_the_scale_of_its_own_whitened_gradient() -> None:
-    """Its S^(-1/2) cancels the gradient's scale, unlike Shampoo's exponents on a bad fit."""
+    """Its S^(-1/2) cancels the gradient's scale, which Shampoo's exponents need not do."""
     options = {"preconditioner": "kl_shampoo", "precondition_frequency": 3, "epsilon": 0.0, "grafting": "none"}
     gradients = drawn(6, 4, steps=13)
     scaled = moves([1e4 * g for g in gradients], elementwise="adam", eps=0.0, **options)
@@ -120,7 +120,7 @@ def test_ungrafted_kl_shampoo_has_the_scale_of_its_own_whitened_gradient() -> No
 
 
 def test_kl_shampoo_finds_the_covariance_of_kronecker_gradients() -> None:
-    """G = A^(1/2) Z B^(1/2) has E[gg'] = A (x) B; S_a (x) S_b must come to it, scale included, Shampoo's does not."""
+    """G = A^(1/2) Z B^(1/2) has E[gg'] = A (x) B. S_a (x) S_b converges to it, including scale; Shampoo's does not."""
     config = ShampooConfig(preconditioner="kl_shampoo", betas=(0.0, 0.99), relative_epsilon=0.0, **FLOAT64)
     preconditioner = build(config)
     left, right = orthogonal(5, 3), orthogonal(3, 4)
@@ -148,7 +148,7 @@ def gradients_of(kind: str, dtype: torch.dtype) -> list[Tensor]:
         found = [g[:, :1] @ g[:1] for g in random]
     elif kind == "one_rank_one":
         found = [random[0][:, :1] @ random[0][:1]] * 12
-    else:  # an exactly null direction of the left factor, as for what writes into a LayerNorm
+    else:  # an exact null direction of the left factor, as in layers whose output goes into a LayerNorm
         found = [g - g.mean(0, keepdim=True) for g in random]
     return [g.to(dtype) for g in found]
 
@@ -174,7 +174,7 @@ def test_degenerate_gradients_give_finite_steps_and_with_the_default_epsilons_ca
 
 
 def test_soap_leaves_an_exactly_null_update_alone() -> None:
-    """In float32 there is rounding noise only, which the relative part of eps keeps from becoming a step."""
+    """In float32 there is only rounding noise, and the relative part of eps prevents a step from it."""
     gradients = [1e3 * g for g in gradients_of("null_update", torch.float32)]
     for step in moves(gradients, preconditioner="soap", precondition_frequency=3)[2:]:
         assert step.mean(0).abs().max() < 0.15 * step.square().mean().sqrt()
@@ -193,7 +193,7 @@ PACES = [*((f, "staggered") for f in (1, 2, 5, 20)), (10, "sync"), (10, "backgro
 @pytest.mark.slow
 @pytest.mark.parametrize(("frequency", "refresh"), PACES)
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-def test_the_first_steps_are_calm(preconditioner: str, frequency: int, refresh: str) -> None:
+def test_the_first_steps_are_moderate(preconditioner: str, frequency: int, refresh: str) -> None:
     """No parameter of a small Llama on real text moves by more than 3 lr RMS in any of the first 50 steps."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -230,7 +230,7 @@ def test_the_first_steps_are_calm(preconditioner: str, frequency: int, refresh: 
 def test_a_block_whose_refresh_fails_keeps_all_that_is_applied(
     preconditioner: str, options: dict[str, Any], spoiled: float
 ) -> None:
-    """The other block of the stack is refreshed; a failure before the first refresh leaves nothing behind."""
+    """The other block of the stack is refreshed. A failure before the first refresh leaves no state."""
     made = build(ShampooConfig(preconditioner=preconditioner, **options))
     state = made.new_state(2, (4, 3), torch.device("cpu"), torch.float32)
     found_inf = None
@@ -263,7 +263,7 @@ def test_failed_refreshes_are_reported_and_training_goes_on(
     with caplog.at_level(logging.WARNING, logger="shampoo_deepspeed"):
         drive(optimizer, [p], range(2))
     what = "eigenbasis" if preconditioner == "soap" else "inverse root"
-    assert [r.getMessage().split(":")[0] for r in caplog.records] == [f"no {what} of block w/0"]
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == [f"no new {what} for block w/0"]
     monkeypatch.undo()
     drive(optimizer, [p], range(2, 6))
     (stack,) = optimizer.state_dict()["shampoo"]["stacks"]
@@ -272,10 +272,10 @@ def test_failed_refreshes_are_reported_and_training_goes_on(
 
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-def test_a_tolerance_spares_decompositions_and_each_block_decides_by_its_own_factors(
+def test_a_tolerance_saves_decompositions_and_each_block_decides_by_its_own_factors(
     preconditioner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gradients of one parameter keep their eigenbasis, those of the other rotate; both lie in one stack."""
+    """One parameter's gradients keep their eigenbasis, the other's rotate; both are in one stack."""
     spent: list[int] = []
     for name in ("eigh", "qr"):
         original = getattr(torch.linalg, name)

@@ -1,4 +1,4 @@
-"""SOAP, KL-Shampoo and kept eigenbases take the very steps of the float64 reference: state and updates."""
+"""SOAP, KL-Shampoo and kept eigenbases have exactly the state and updates of the float64 reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.zoo import gradients, make_batch, make_model, relative_error
 BOUND = 1e-9
 ACCEPTED = None
 FLOAT64: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64"}
-# A basis of a factor with several null directions is not unique, so preconditioning starts when there are none left.
+# The basis of a factor with several null directions is not unique, so preconditioning starts when there are none left.
 BASE: dict[str, Any] = {"precondition_frequency": 3, "start_preconditioning_step": 8}
 EVERY_SECOND: dict[str, Any] = {"statistics_frequency": 2, "start_preconditioning_step": 12}
 EVERY_THIRD: dict[str, Any] = {"statistics_frequency": 3, "start_preconditioning_step": 17}
@@ -65,7 +65,7 @@ CASES = [
 
 @cache  # many cases share them
 def draw(shape: tuple[int, ...], step: int, salt: int) -> Tensor:
-    """Gradients with a falling spectrum along each dim, that slowly rotates and changes places."""
+    """Return a gradient with a falling spectrum along each dim, which slowly rotates and changes its order."""
     generator = torch.Generator().manual_seed(97 * step + salt)
     g = torch.randn(shape, generator=generator, dtype=torch.float64)
     for dim, d in enumerate(shape):
@@ -98,7 +98,7 @@ def test_blocks_of_every_order_have_the_references_state_and_updates(
 @pytest.mark.parametrize("limit", [4, 12, 1024], ids=lambda n: f"blocks_of_{n}")
 @pytest.mark.parametrize("preconditioner", ["soap", "kl_shampoo"])
 def test_block_sizes_below_equal_and_above_the_dims(preconditioner: str, limit: int) -> None:
-    """Over whole parameters, with what is cut, merged or left element-wise, and all that follows the update."""
+    """Whole parameters are compared: cut, merged or element-wise ones, and everything after the update."""
     options: dict[str, Any] = {
         "preconditioner": preconditioner,
         "lr": 1e-2,
@@ -124,7 +124,7 @@ def test_block_sizes_below_equal_and_above_the_dims(preconditioner: str, limit: 
 @pytest.mark.parametrize("kind", ["odd", "wide"])
 @pytest.mark.parametrize("preconditioner", ["soap", "kl_shampoo"])
 def test_a_models_trajectory_is_that_of_the_reference(preconditioner: str, kind: str) -> None:
-    """Groups may differ: the other half of the parameters stays with Shampoo."""
+    """Groups may differ: the other half of the parameters uses Shampoo."""
     options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "precondition_frequency": 3}
     options |= {"max_preconditioner_dim": 8 if kind == "odd" else 16, "start_preconditioning_step": 17}
     model = make_model(kind, torch.float64)

@@ -1,7 +1,7 @@
-"""A real training run at the default settings: what float32 does to updates, seen against float64 at every step.
+"""A real training run at the default settings: compares float32 updates with float64 ones at every step.
 
-A twin in float64 gets the gradients and the parameters of the float32 run. It has a state of its own all the time, or
-takes the float32 run's state before each step, so that one step alone is compared.
+A float64 twin gets the gradients and the parameters of the float32 run. It either keeps its own state, or takes the
+float32 run's state before each step, so that single steps are compared.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shampoo_deepspeed.options.choices import PRECONDITIONERS
 pytestmark = pytest.mark.slow
 
 WIDTH, HEADS, LAYERS, LENGTH, BATCH = 48, 4, 2, 48, 12
-STEPS = 100
+STEPS = 60
 
 
 class RMSNorm(nn.Module):
@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """As in Llama, but for rotary positions."""
+    """A layer as in Llama, but without rotary positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Layer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Bytes in, logits of the next byte out."""
+    """A language model of bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def made_model() -> LanguageModel:
 
 
 def batches() -> list[Tensor]:
-    """Windows of a real text that every Python has."""
+    """Return windows of a real text that every Python installation has."""
     text = torch.tensor(list(Path(argparse.__file__).read_bytes()))
     generator = torch.Generator().manual_seed(3)
     starts = torch.randint(len(text) - LENGTH - 1, (STEPS, BATCH), generator=generator)
@@ -93,8 +93,10 @@ def cosine(left: Tensor, right: Tensor) -> float:
 
 
 class Twins:
-    """The float32 run and its float64 twin. Only the model's own embedding is excluded, so that an ill-conditioned
-    head is among the matrices."""
+    """The float32 run and its float64 twin.
+
+    Only the model's embedding is excluded, so that an ill-conditioned head is among the matrices.
+    """
 
     def __init__(self, **options: Any) -> None:
         self.model = made_model()
@@ -107,7 +109,7 @@ class Twins:
         self.losses: list[float] = []
 
     def step(self, row: Tensor) -> dict[str, float]:
-        """One step of both; the cosine of each parameter's two steps."""
+        """Do one step of both, and return the cosine of each parameter's two steps."""
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.model(row[:, :-1]).flatten(0, 1), row[:, 1:].flatten())
         loss.backward()
@@ -125,7 +127,7 @@ class Twins:
         }
 
     def share_state(self) -> None:
-        """The twin's blocks take the state of the float32 run's; those are tensors of the optimizers themselves."""
+        """Copy the float32 run's state into the twin's blocks; both are the optimizers' own tensors."""
         own, exact = (optimizer.state_dict()["shampoo"]["stacks"] for optimizer in (self.optimizer, self.reference))
         for stack, twin in zip(own, exact, strict=True):
             assert (stack["keys"], stack["refreshed"]) == (twin["keys"], twin["refreshed"])
@@ -133,12 +135,12 @@ class Twins:
                 tensor.copy_(stack["tensors"][name])
 
     def refreshed(self) -> int:
-        """How many blocks have been refreshed so far at all."""
+        """Return how many blocks have been refreshed at least once."""
         return sum(sum(stack["refreshed"]) for stack in self.optimizer.state_dict()["shampoo"]["stacks"])
 
 
 def assert_aligned(twins: Twins, shared: bool) -> None:
-    """In each step of the run, so at every refresh and after it."""
+    """Check each step of the run, so before, at and after every refresh."""
     worst = {}
     for step, row in enumerate(batches(), start=1):
         if shared:
@@ -162,14 +164,15 @@ FREE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", [pytest.param(options, id=name) for name, options in FREE.items()])
 def test_float32_updates_are_those_of_a_float64_run_at_the_default_settings(options: dict[str, Any]) -> None:
-    """Two runs apart from the first step on; deviations may add up over all the refreshes.
+    """The two runs are separate from the first step on, so deviations may add up over all refreshes.
 
-    Of float32 factor matrices SOAP's smallest directions are rounding (docs/solvers.md), so here it has wider ones.
+    With float32 factor matrices, SOAP's smallest directions are only rounding (docs/solvers.md), so here SOAP has
+    float64 ones.
     """
     assert_aligned(Twins(**options), shared=False)
 
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 def test_float32_updates_are_those_of_float64_from_the_same_state(preconditioner: str) -> None:
-    """At the default settings, before, at and after each refresh: what one step in float32 loses."""
+    """Single float32 steps are compared at the default settings: before, at and after each refresh."""
     assert_aligned(Twins(preconditioner=preconditioner), shared=True)

@@ -1,4 +1,4 @@
-"""Sides switched off, diagonals and parts: what a block keeps, what it applies, and what the table says."""
+"""Dims without a factor, diagonal factors and split matrices: what a block keeps and applies, and the logged table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDE: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64"}
 
 
 def kept(optimizer: Shampoo) -> dict[str, tuple[int, ...]]:
-    """Shapes of what one stack keeps of its blocks' factors."""
+    """Return the shapes of the factors that one stack keeps."""
     (stack,) = optimizer.state_dict()["shampoo"]["stacks"]
     return {name: tuple(t.shape) for name, t in stack["tensors"].items() if not name.startswith(("exp", "second"))}
 
@@ -32,7 +32,7 @@ def stepped(shape: tuple[int, ...], steps: int = 4, **options: Any) -> Shampoo:
 
 
 def test_a_side_that_is_switched_off_has_no_factor_no_root_and_no_cut() -> None:
-    """A LoRA matrix r x d: one small factor for all of it."""
+    """A LoRA matrix r x d has one small factor."""
     assert kept(stepped((4, 60), one_sided="smaller")) == {"factor_0": (1, 4, 4), "root_0": (1, 4, 4)}
     assert kept(stepped((60, 4), one_sided="smaller")) == {"factor_1": (1, 4, 4), "root_1": (1, 4, 4)}
     assert kept(stepped((4, 60), large_dim="identity")) == {"factor_0": (1, 4, 4), "root_0": (1, 4, 4)}
@@ -44,7 +44,7 @@ def test_a_large_dim_keeps_a_vector_of_its_own_length() -> None:
 
 
 def test_one_sided_shampoo_on_one_gradient_is_its_polar_factor() -> None:
-    """(G G^T)^(-1/2) G: the root of a single side is 1/2, so that it does alone what two sides do together."""
+    """(G G^T)^(-1/2) G: with a single side the power is -1/2, so it does alone what two sides do together."""
     p = parameter(5, 9, dtype=F64)
     g = torch.randn(5, 9, dtype=F64, generator=torch.Generator().manual_seed(5))
     options: dict[str, Any] = {"one_sided": "left", "grafting": "none", "betas": (0.0, 1.0), "weight_decay": 0.0}
@@ -64,7 +64,7 @@ def test_all_large_dims_without_anything_or_with_adagrad_are_element_wise() -> N
 
 
 def test_the_pseudo_inverse_leaves_a_null_direction_alone() -> None:
-    """The shift divides what little a null direction gets by a small number, the pseudo-inverse gives it nothing."""
+    """The shift divides a null direction's tiny gradient by a small number; the pseudo-inverse gives it no update."""
     moved = {}
     for rule in ("shift", "pseudo_inverse"):
         p = parameter(6, 8, dtype=F64)
@@ -73,7 +73,7 @@ def test_the_pseudo_inverse_leaves_a_null_direction_alone() -> None:
         before = snapshot([p])[0]
         for step in range(4):
             p.grad = torch.randn(6, 8, dtype=F64, generator=torch.Generator().manual_seed(step))
-            p.grad[0] = 1e-5 if step == 3 else 0.0  # far below the cut of the factor, but there
+            p.grad[0] = 1e-5 if step == 3 else 0.0  # far below the threshold of the factor, but not zero
             optimizer.step()
         moved[rule] = (p.detach() - before)[0].norm().item()
         assert (p.detach() - before)[1:].norm() > 0.01
@@ -129,7 +129,7 @@ def test_the_table_says_what_dims_have(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_state_of_another_side_is_refused() -> None:
-    """A vector must never be spread over a matrix."""
+    """A vector must never be broadcast to a matrix."""
     saved = stepped((4, 60), large_dim="diagonal").state_dict()
     for change in ({"large_dim": "block"}, {"one_sided": "smaller"}):
         p = parameter(4, 60)
@@ -151,7 +151,7 @@ def test_a_learning_rate_on_the_device_scales_decay_as_a_number_does(decay: str)
 
 @pytest.mark.parametrize("decay", ["corrected", "independent"])
 def test_scaled_decay_is_that_of_adamw_at_the_peak_and_its_own_below(decay: str) -> None:
-    """With a zero gradient only decay moves: at half the peak a quarter, or half, of what AdamW's does at the peak."""
+    """With a zero gradient only decay acts: at half the peak rate, a quarter or half of AdamW's decay at the peak."""
     p = parameter(6, 5)
     optimizer = shampoo([p], weight_decay_type=decay, lr=0.1, weight_decay=0.5 if decay == "corrected" else 0.05)
     drive(optimizer, [p], [0])
@@ -160,7 +160,7 @@ def test_scaled_decay_is_that_of_adamw_at_the_peak_and_its_own_below(decay: str)
     before, state = snapshot([p])[0], optimizer.state_dict()
     fresh = shampoo([p], weight_decay_type=decay, lr=0.1, weight_decay=0.5 if decay == "corrected" else 0.05)
     fresh.load_state_dict(state)
-    assert fresh.param_groups[0]["peak_lr"] == 0.1  # a resumed run does not take the rate of the day for the peak
+    assert fresh.param_groups[0]["peak_lr"] == 0.1  # a resumed run does not use the current rate as the peak
     free = parameter(6, 5)
     free.data.copy_(before)
     other = shampoo([free], weight_decay=0.0, lr=0.1)

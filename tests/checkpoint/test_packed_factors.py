@@ -1,4 +1,4 @@
-"""save_shampoo(..., packed_factors=True): lower triangles on disk, and the same training to the bit."""
+"""save_shampoo(..., packed_factors=True) writes only lower triangles, and training stays equal to the bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALONE = {name: options for name, options in RUNS.items() if options.get("refresh
 
 
 def made(like: list[nn.Parameter] | None = None, **options: Any) -> tuple[list[nn.Parameter], Shampoo]:
-    """Factor matrices large enough to be computed in strips, whose upper triangles are then not what the lower are."""
+    """Return factor matrices large enough to be computed in strips, so that their upper triangles are not valid."""
     values = like or [parameter(160, 136), parameter(24, 6, seed=1), parameter(5)]
     params = [nn.Parameter(p.detach().clone()) for p in values]
     names = ["mix.weight", "down.weight", "b"]
@@ -33,7 +33,7 @@ def made(like: list[nn.Parameter] | None = None, **options: Any) -> tuple[list[n
 
 
 def factors(optimizer: Shampoo) -> list[torch.Tensor]:
-    """The live factor matrices."""
+    """Return the optimizer's own factor matrices."""
     stacks = [stack for unit in optimizer.units for stack in unit.stacks]
     return [t for s in stacks for name, t in s.tensors.items() if name.startswith("factor_") and t.ndim == 3]
 
@@ -51,7 +51,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(options: dict[str, An
     assert same_bits(snapshot(params), snapshot(again))
 
 
-# A thread reads factor matrices while this test would write to them.
+# Not in the background, because a thread would read factor matrices while this test writes to them.
 @pytest.mark.parametrize("options", ALONE.values(), ids=ALONE)
 def test_upper_triangles_are_never_read(options: dict[str, Any]) -> None:
     params, optimizer = made(**options)
@@ -77,7 +77,7 @@ def test_a_sixth_less_is_written(preconditioner: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("forms", [(True, False), (False, True)], ids=str)
-def test_what_waits_is_written_again_as_it_was_stored(forms: tuple[bool, bool], tmp_path: Path) -> None:
+def test_pending_state_is_written_again_as_it_was_stored(forms: tuple[bool, bool], tmp_path: Path) -> None:
     params, optimizer = made()
     drive(optimizer, params, range(SAVED))
     save_shampoo(optimizer, tmp_path / "0", packed_factors=forms[0])
@@ -86,7 +86,7 @@ def test_what_waits_is_written_again_as_it_was_stored(forms: tuple[bool, bool], 
     save_shampoo(other, tmp_path / "1", packed_factors=forms[1])
     last, third = made(params)
     load_shampoo(third, tmp_path / "1")
-    in_memory = third.state_dict()  # reads all that waits
+    in_memory = third.state_dict()  # reads all pending state
     fourth_params, fourth = made(params)
     fourth.load_state_dict(in_memory)
     save_shampoo(fourth, tmp_path / "2", packed_factors=True)

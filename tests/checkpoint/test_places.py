@@ -1,4 +1,4 @@
-"""Where saves and loads look and whom they tell: other optimizers, other directories, other experts, full disks."""
+"""Saves and loads with several optimizers, other directories, other experts and full disks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def trained(steps: int = 3, **options: Any) -> tuple[list[nn.Parameter], Shampoo
     return params, optimizer
 
 
-def test_a_failed_asynchronous_save_is_told_to_its_own_optimizer(
+def test_a_failed_asynchronous_save_raises_only_for_its_own_optimizer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (_, failing), (_, other) = trained(), trained()
@@ -55,7 +55,7 @@ def test_saves_of_two_optimizers_into_one_folder_come_one_after_the_other(tmp_pa
 
 
 def test_a_relative_path_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever directory a loop is in when a thread writes, or when the first step reads."""
+    """The working directory may have changed when a thread writes, or when the first step reads."""
     (tmp_path / "another").mkdir()
     params, optimizer = trained()
     monkeypatch.chdir(tmp_path)
@@ -88,7 +88,7 @@ def test_a_link_is_followed_when_it_is_given(tmp_path: Path) -> None:
 
 
 def as_experts(monkeypatch: pytest.MonkeyPatch, part: int | None, parts: int) -> None:
-    """Parameters are from now on those of one of several expert-parallel ranks."""
+    """From now on, treat parameters as those of one of several expert-parallel ranks."""
 
     def layouts(*arguments: Any) -> list[Layout]:
         found = plain_layouts(*arguments)
@@ -102,11 +102,11 @@ def as_experts(monkeypatch: pytest.MonkeyPatch, part: int | None, parts: int) ->
 def test_experts_do_not_take_the_state_of_others_with_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With half as many expert-parallel ranks the first of the second rank is another expert."""
+    """With half as many expert-parallel ranks, the second rank's first expert is another one."""
     as_experts(monkeypatch, 1, 4)
     _, optimizer = trained()
     save_shampoo(optimizer, tmp_path)
-    wrong = {(1, 2): "saved with 4 expert-parallel ranks, and here are 2: 'w@1'", (None, 1): "'w' is not in it"}
+    wrong = {(1, 2): "saved with 4 expert-parallel ranks, but here are 2: 'w@1'", (None, 1): "'w' is not in it"}
     for (part, parts), message in wrong.items():
         as_experts(monkeypatch, part, parts)
         own, again = trained(0)
@@ -134,7 +134,7 @@ def test_no_expert_of_an_earlier_save_stays_in_a_folder(tmp_path: Path, monkeypa
 def test_a_save_that_cannot_be_prepared_fails_as_any_other(
     error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the error is: other ranks wait for this one's answer."""
+    """This holds for any error, because other ranks wait for this one's answer."""
 
     def wrong(*_: Any) -> None:
         raise error("the state is not as it should be")
@@ -149,7 +149,7 @@ def test_a_save_that_cannot_be_prepared_fails_as_any_other(
 def test_a_folder_that_fails_while_a_failure_is_cleared_away_is_no_other_failure(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where nobody can say which save is in place, both stay."""
+    """If it is unknown which save is in place, both stay."""
 
     def broken(*_: Any) -> None:
         raise OSError(number, "no answer")
@@ -182,7 +182,7 @@ def test_a_folder_that_cannot_be_listed_is_no_failure_of_a_save(
 
 
 def test_a_full_disk_leaves_the_last_save_and_nothing_else(tmp_path: Path) -> None:
-    """The kernel itself refuses to write."""
+    """The operating system itself refuses to write."""
     params, optimizer = trained()
     save_shampoo(optimizer, tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -224,7 +224,7 @@ def test_a_manifest_that_cannot_be_written_is_not_left_half(
 def test_a_save_that_is_complete_but_not_yet_durable_keeps_its_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rename has happened; only what makes it survive a loss of power has failed."""
+    """The rename has happened; only the fsync that makes it survive a loss of power has failed."""
     params, optimizer = trained()
     calls = []
 
@@ -262,7 +262,7 @@ def test_zero_sized_parameters_and_strange_names(tmp_path: Path) -> None:
     assert same_bits([p.detach() for p in params], [p.detach() for p in own])
 
 
-def test_waiting_for_all_saves_tells_the_first_failure_once(tmp_path: Path) -> None:
+def test_waiting_for_all_saves_raises_the_first_failure_once(tmp_path: Path) -> None:
     (_, first), (_, second), (_, good) = trained(), trained(), trained()
     (tmp_path / "file").write_text("no folder")
     bad = [tmp_path / "file" / name for name in "ab"]
@@ -275,7 +275,7 @@ def test_waiting_for_all_saves_tells_the_first_failure_once(tmp_path: Path) -> N
     save_shampoo(first, tmp_path / "again")
 
 
-def test_waiting_for_all_saves_tells_what_another_optimizer_s_save_has_passed_over(tmp_path: Path) -> None:
+def test_waiting_for_all_saves_raises_a_failure_after_another_optimizer_s_save(tmp_path: Path) -> None:
     (_, failing), (_, other) = trained(), trained()
     (tmp_path / "file").write_text("no folder")
     bad = tmp_path / "file" / "below"

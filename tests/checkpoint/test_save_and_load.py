@@ -1,4 +1,4 @@
-"""save_shampoo and load_shampoo in one process: exact, safe, and clear about what does not fit."""
+"""save_shampoo and load_shampoo in one process are exact and safe, and name what does not fit."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from tests.support.zoo import make_model, relative_error
 
 
 def made(**options: Any) -> tuple[nn.Module, Shampoo]:
-    """The odd model of the zoo and its optimizer."""
+    """Return the odd model of the zoo and its optimizer."""
     model = make_model("odd")
     return model, shampoo(model.named_parameters(), **options)
 
 
 def resumed(model: nn.Module, path: Path, **options: Any) -> tuple[nn.Module, Shampoo]:
-    """A new model with the same weights, and a new optimizer with a checkpoint's state."""
+    """Return a new model with the same weights, and a new optimizer with a checkpoint's state."""
     other, optimizer = made(**options)
     other.load_state_dict(model.state_dict())
     load_shampoo(optimizer, path)
@@ -61,7 +61,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(options: dict[str, An
     assert same_bits(snapshot(model.parameters()), snapshot(other.parameters()))
 
 
-def test_what_no_step_has_claimed_is_saved_again(tmp_path: Path) -> None:
+def test_state_that_no_step_has_used_is_saved_again(tmp_path: Path) -> None:
     model, optimizer = made()
     train(model, optimizer, range(5))
     save_shampoo(optimizer, tmp_path / "a")
@@ -94,32 +94,34 @@ def test_another_block_size_is_named(tmp_path: Path) -> None:
     model, optimizer = made()
     train(model, optimizer, range(4))
     save_shampoo(optimizer, tmp_path)
-    with pytest.raises(CheckpointError, match="max_preconditioner_dim = 8, and here it is 4; set it to 8"):
+    with pytest.raises(CheckpointError, match="max_preconditioner_dim = 8, but here it is 4; set it to 8"):
         resumed(model, tmp_path, max_preconditioner_dim=4)
 
 
-def test_another_name_or_shape_or_treatment_is_named(tmp_path: Path) -> None:
+def test_another_name_or_shape_or_policy_is_named(tmp_path: Path) -> None:
     (w, v), gone = (parameter(8, 6), parameter(6)), parameter(4, 4)
     optimizer = shampoo([("w", w), ("v", v), ("gone", gone)])
     drive(optimizer, [w, v, gone], range(4))
     save_shampoo(optimizer, tmp_path)
     wrong: dict[str, tuple[list[Any], dict[str, Any]]] = {
         "has no parameter of this name": ([("w", w), ("v", v), ("gone", gone), ("new", parameter(3, 3))], {}),
-        "gone: it is in the checkpoint, and no parameter here": ([("w", w), ("v", v)], {}),
-        r"saved with shape \(8, 6\), and has \(6, 8\) here": ([("w", parameter(6, 8)), ("v", v), ("gone", gone)], {}),
-        "saved as preconditioned, and here it is element-wise": (
+        "gone: it is in the checkpoint, but no parameter here": ([("w", w), ("v", v)], {}),
+        r"saved with shape \(8, 6\), but has \(6, 8\) here": ([("w", parameter(6, 8)), ("v", v), ("gone", gone)], {}),
+        "saved as preconditioned, but here it is element-wise": (
             [("w", w), ("v", v), ("gone", gone)],
             {"exclude": ["w"]},
         ),
         "factor_dtype = 'float32'": ([("w", w), ("v", v), ("gone", gone)], {"factor_dtype": "float64"}),
-        "grafting = None, and here it is 'sgd'": ([("w", w), ("v", v), ("gone", gone)], {"grafting": "sgd"}),
+        "grafting = None, but here it is 'sgd'": ([("w", w), ("v", v), ("gone", gone)], {"grafting": "sgd"}),
     }
     for texts, (params, options) in wrong.items():
         with pytest.raises(CheckpointError, match=texts):
             load_shampoo(shampoo(params, **options), tmp_path)
 
 
-def test_what_fits_goes_on_and_the_rest_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_strict_what_fits_is_loaded_and_the_rest_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     w, other = parameter(8, 6), parameter(5, 4, seed=1)
     optimizer = shampoo([("w", w), ("other", other)])
     drive(optimizer, [w, other], range(4))
@@ -136,7 +138,7 @@ def test_what_fits_goes_on_and_the_rest_is_reported(tmp_path: Path, caplog: pyte
     assert state_of(resumed_)["steps"] == {"w": 8, "other": 4}
 
 
-def test_options_come_along_unless_told_otherwise(tmp_path: Path) -> None:
+def test_options_are_loaded_unless_options_is_false(tmp_path: Path) -> None:
     w = parameter(8, 6)
     optimizer = shampoo([("w", w)])
     drive(optimizer, [w], range(2))
@@ -179,7 +181,7 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path, monkeypatch: pyte
 
 
 def saved_once(path: Path) -> None:
-    """A small checkpoint."""
+    """Save a small checkpoint."""
     params = [parameter(8, 6), parameter(6)]
     optimizer = shampoo([("w", params[0]), ("b", params[1])], momentum=0.9)
     drive(optimizer, params, range(4))
@@ -187,14 +189,14 @@ def saved_once(path: Path) -> None:
 
 
 def loaded(path: Path) -> None:
-    """Load what `saved_once` has saved, and use it."""
+    """Load what `saved_once` has saved, and take a step with it."""
     params = [parameter(8, 6), parameter(6)]
     optimizer = shampoo([("w", params[0]), ("b", params[1])], momentum=0.9)
     load_shampoo(optimizer, path)
     drive(optimizer, params, range(4, 6))
 
 
-def test_damage_anywhere_names_the_file(tmp_path: Path) -> None:
+def test_corruption_anywhere_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     saved_once(tmp_path)
     loaded(tmp_path)
     files = [file for file in sorted(tmp_path.rglob("*")) if file.is_file()]
@@ -210,7 +212,7 @@ def test_damage_anywhere_names_the_file(tmp_path: Path) -> None:
         for damaged in [*flips, content[: len(content) // 2], b"", content + b" "]:
             file.write_bytes(damaged)
             if json_equal(content, damaged):
-                continue  # a bit in the white space between JSON's tokens means nothing
+                continue  # a changed bit in the white space of JSON has no effect
             with pytest.raises(CheckpointError, match=str(file)):
                 loaded(tmp_path)
         file.write_bytes(content)
@@ -224,14 +226,14 @@ def test_damage_anywhere_names_the_file(tmp_path: Path) -> None:
 
 
 def json_equal(content: bytes, damaged: bytes) -> bool:
-    """Whether both are JSON of the same meaning."""
+    """Whether both are JSON with the same content."""
     try:
         return bool(json.loads(content) == json.loads(damaged))
     except ValueError:
         return False
 
 
-def test_no_checkpoint_and_another_format_are_told(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_and_another_format_are_errors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no complete Shampoo checkpoint"):
         loaded(tmp_path / "nowhere")
     (tmp_path / "data-1").mkdir()
@@ -245,7 +247,7 @@ def test_no_checkpoint_and_another_format_are_told(tmp_path: Path) -> None:
 
 
 def test_nothing_of_ours_is_pickled(tmp_path: Path) -> None:
-    """torch pickles its own index; the tensors are read with weights_only."""
+    """torch pickles only its own index; tensors are read with weights_only."""
     saved_once(tmp_path)
     (index,) = tmp_path.rglob(".metadata")
     texts = [str(argument) for _, argument, _ in pickletools.genops(index.read_bytes()) if argument is not None]
@@ -254,7 +256,7 @@ def test_nothing_of_ours_is_pickled(tmp_path: Path) -> None:
 
 
 def kill_after(path: Path, saves: int, seconds: float, first: int) -> None:
-    """A child saves after every step until it is killed, some time after as many saves."""
+    """Start a child that saves after every step, and kill it some time after this many saves."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def endless() -> None:
@@ -319,7 +321,7 @@ def test_an_asynchronous_save_holds_the_moment_of_the_call(tmp_path: Path) -> No
     assert same_bits(snapshot(model.parameters()), snapshot(other.parameters()))
 
 
-def test_an_asynchronous_save_that_fails_is_told_at_the_latest_by_the_next(tmp_path: Path) -> None:
+def test_a_failed_asynchronous_save_is_raised_by_the_next_save_at_the_latest(tmp_path: Path) -> None:
     model, optimizer = made()
     train(model, optimizer, range(1))
     (tmp_path / "file").write_text("no folder")
@@ -340,7 +342,7 @@ def test_sixteen_bit_moments_take_half_their_bytes(tmp_path: Path) -> None:
         save_shampoo(optimizer, tmp_path / name, moments_dtype=dtype)
         manifest = Manifest.read(tmp_path / name)
         sizes[name] = sum(facts["bytes"] for facts in manifest.files.values())
-    assert state < sizes["full"] < 1.05 * state  # the record of each tensor weighs little
+    assert state < sizes["full"] < 1.05 * state  # each tensor's metadata is small
     assert sizes["full"] - sizes["half"] == pytest.approx(w.nbytes + b.nbytes, rel=0.02)
     again = shampoo([("w", w), ("b", b)], max_preconditioner_dim=128)
     load_shampoo(again, tmp_path / "half")
@@ -361,7 +363,7 @@ def test_a_large_state_costs_less_than_one_percent_more_on_disk(tmp_path: Path) 
     assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 1.01 * state
 
 
-def test_masters_of_sixteen_bit_parameters_come_along(tmp_path: Path) -> None:
+def test_masters_of_sixteen_bit_parameters_are_saved_and_loaded(tmp_path: Path) -> None:
     p = parameter(8, 6, dtype=torch.bfloat16)
     optimizer = shampoo([("w", p)], lr=1e-5)
     drive(optimizer, [p], range(4))
@@ -374,13 +376,13 @@ def test_masters_of_sixteen_bit_parameters_come_along(tmp_path: Path) -> None:
     assert same_bits(state_of(optimizer), state_of(resumed_))
 
 
-def test_inspect_tells_what_a_checkpoint_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_what_a_checkpoint_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved_once(tmp_path)
     assert command(["inspect", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert (
         f"saved by 1 rank with shampoo_deepspeed {shampoo_deepspeed.__version__}, torch" in text
-        and "all checksums right" in text
+        and "all checksums match" in text
     )
     assert "momentum = 0.9" in text
     assert re.search(r"w +8x6 +0 +4 +1 block, largest 8x6", text)
@@ -399,7 +401,7 @@ def test_the_kept_checkpoint_of_format_1_loads_for_ever(tmp_path: Path) -> None:
     assert set(report.loaded) == set(params)
     drive(optimizer, list(params.values()), range(kept.SAVED_AT, kept.STEPS))
     for name, value in torch.load(kept.FOLDER / "expected.pt", weights_only=True).items():
-        bound = 1e-5 if value.dtype == torch.float32 else 2e-3  # other machines may round other elements up
+        bound = 1e-5 if value.dtype == torch.float32 else 2e-3  # other machines may round elements differently
         assert relative_error(params[name].detach(), value) < bound, name
     assert "cube" in describe(kept.FOLDER / "shampoo")
 

@@ -1,4 +1,4 @@
-"""Saves of optimizers that wait for a part of an earlier checkpoint, and what saves must not harm."""
+"""Saves of optimizers with state that is still to be read from an earlier checkpoint, and what saves must keep."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tests.support.stepping import drive, parameter, same_bits, shampoo, state_o
 
 
 def two(seed: int = 0) -> list[nn.Parameter]:
-    """Two parameters with one block of the same shape each."""
+    """Return two parameters with one block of the same shape each."""
     return [parameter(8, 6, seed=seed), parameter(8, 6, seed=seed + 1)]
 
 
 def optimizer_of(params: list[nn.Parameter], **options: Any) -> Shampoo:
-    """Named "a", "b", ..."""
+    """Return an optimizer of these parameters, which are named "a", "b", ..."""
     return shampoo(list(zip("abc", params, strict=False)), **options)
 
 
 def half_resumed(path: Path, first: list[nn.Parameter], **options: Any) -> tuple[list[nn.Parameter], Shampoo]:
-    """Parameters as these are; only the first has met a gradient since the optimizer went on from a checkpoint."""
+    """Resume with copies of these parameters; only the first one has had a gradient since."""
     params = [nn.Parameter(p.detach().clone()) for p in first]
     optimizer = optimizer_of(params, **options)
     load_shampoo(optimizer, path)
@@ -38,7 +38,7 @@ def half_resumed(path: Path, first: list[nn.Parameter], **options: Any) -> tuple
 
 
 def goes_on(optimizer: Shampoo, params: list[nn.Parameter], path: Path) -> bool:
-    """Whether a checkpoint of the optimizer takes all of its parameters where it takes them itself."""
+    """Whether the optimizer's checkpoint takes all parameters to the same values as the optimizer itself."""
     again = [nn.Parameter(p.detach().clone()) for p in params]
     other = optimizer_of(again)
     load_shampoo(other, path)
@@ -63,7 +63,7 @@ def test_a_checkpoint_that_is_used_up_may_go(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("into", ["old", "new"])
-def test_what_waits_goes_on_from_the_newest_save(into: str, asynchronous: bool, tmp_path: Path) -> None:
+def test_pending_state_is_read_from_the_newest_save(into: str, asynchronous: bool, tmp_path: Path) -> None:
     params = two()
     optimizer = optimizer_of(params)
     drive(optimizer, params, range(4))
@@ -76,7 +76,7 @@ def test_what_waits_goes_on_from_the_newest_save(into: str, asynchronous: bool, 
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, None), (None, torch.bfloat16)], ids=str)
-def test_what_waits_keeps_the_dtype_that_it_was_saved_with(dtypes: Any, tmp_path: Path) -> None:
+def test_pending_state_keeps_its_saved_dtype(dtypes: Any, tmp_path: Path) -> None:
     params = two()
     optimizer = optimizer_of(params)
     drive(optimizer, params, range(4))
@@ -90,7 +90,7 @@ def test_what_waits_keeps_the_dtype_that_it_was_saved_with(dtypes: Any, tmp_path
     assert same_bits(waiting[0], waiting[1])
 
 
-def test_what_waits_may_lie_in_other_groups_than_it_was_saved_in(tmp_path: Path) -> None:
+def test_pending_state_may_be_in_other_groups_than_when_saved(tmp_path: Path) -> None:
     params = two()
     groups = [{"params": [("b", params[1])], "grafting": "sgd"}, {"params": [("a", params[0])]}]
     optimizer = Shampoo(groups)
@@ -180,7 +180,7 @@ def test_moments_of_soap_are_moments(tmp_path: Path) -> None:
     assert {name for name, dtype, _ in layout if dtype == "bfloat16"} >= {"rotated_exp_avg", "rotated_second_moment"}
 
 
-def test_the_frequency_comes_along_where_it_may_change(tmp_path: Path) -> None:
+def test_the_frequency_is_loaded_if_it_may_change(tmp_path: Path) -> None:
     params = two()
     optimizer = optimizer_of(params, refresh="sync", precondition_frequency=7)
     drive(optimizer, params, range(1))
@@ -196,7 +196,7 @@ def test_state_without_some_parameters_has_none_of_their_shards() -> None:
     assert left.shards == [["b", [0], [2], 3]]
 
 
-def test_unreadable_files_are_told_as_any_other_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_reported_like_corruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = two()
     optimizer = optimizer_of(params)
     drive(optimizer, params, range(1))
@@ -217,7 +217,7 @@ def test_unreadable_files_are_told_as_any_other_damage(tmp_path: Path, monkeypat
                 load_shampoo(optimizer, tmp_path)
 
 
-def test_what_cannot_be_read_when_it_is_needed_is_told_to_all_ranks(
+def test_state_that_cannot_be_read_when_needed_is_an_error_on_all_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = two()

@@ -1,4 +1,4 @@
-"""Which options come from a checkpoint: what groups share, decay by its effect, combinations that are allowed."""
+"""Options from a checkpoint: those that groups share, weight decay by its effect, and allowed combinations."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from tests.support.stepping import drive, parameter, same_bits, shampoo
 Groups = tuple[dict[str, Any], ...]
 
 
-def test_groups_that_were_several_are_told_to_keep_their_options(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_group_merged_from_several_keeps_its_own_options(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     w, b = parameter(8, 6), parameter(6)
     optimizer = Shampoo([{"params": [("w", w)], "lr": 0.25}, {"params": [("b", b)], "lr": 0.5}])
     drive(optimizer, [w, b], range(1))
@@ -34,10 +32,10 @@ BY_GROUP = ({"params": NAMES[:1], "weight_decay": 0.25}, {"params": NAMES[1:], "
 
 
 @pytest.mark.parametrize("before, after", [(BY_PATTERN, BY_GROUP), (BY_GROUP, BY_PATTERN)])
-def test_no_decay_and_groups_without_decay_are_one_another_s_continuation(
+def test_no_decay_and_groups_without_decay_continue_each_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, before: Groups, after: Groups
 ) -> None:
-    """A DeepSpeed JSON says by patterns, the Trainer otherwise by two groups, which parameters have no weight decay."""
+    """Patterns in a DeepSpeed JSON, and otherwise the Trainer's two groups, say which parameters do not decay."""
     params = [parameter(8, 6), parameter(6)]
     optimizer = in_groups(params, before, lr=0.125)
     drive(optimizer, params, range(2))
@@ -55,7 +53,7 @@ def test_no_decay_and_groups_without_decay_are_one_another_s_continuation(
     assert same_bits([p.detach() for p in params], [p.detach() for p in own])
 
 
-def test_another_weight_decay_than_before_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_changed_weight_decay_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     params = [parameter(8, 6), parameter(6)]
     optimizer = in_groups(params, BY_PATTERN)
     drive(optimizer, params, range(1))
@@ -65,25 +63,25 @@ def test_another_weight_decay_than_before_is_told(tmp_path: Path, caplog: pytest
     again = in_groups(params, ({"params": NAMES, "weight_decay": 0.5},))
     load_shampoo(again, tmp_path)
     assert again.param_groups[0]["weight_decay"] == 0.5
-    assert "2 parameters have another weight decay than in the" in caplog.text
+    assert "2 parameters have a different weight decay than in the" in caplog.text
     assert "such as weight: 0.25 there, 0.5 here" in caplog.text
 
 
-def test_options_that_a_checkpoint_has_otherwise_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_options_that_differ_in_the_checkpoint_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     params = [parameter(8, 6), parameter(6)]
     named = list(zip("wb", params, strict=True))
     drive(optimizer := shampoo(named, lr=0.5, refresh="sync", precondition_frequency=2), params, range(3))
     save_shampoo(optimizer, tmp_path)
     load_shampoo(shampoo(named, lr=0.25, refresh="sync", precondition_frequency=2), tmp_path)
-    assert "goes on with" not in caplog.text  # a schedule's rate differs at most resumptions
+    assert "now uses" not in caplog.text  # a schedule's rate differs at most resumptions
     again = shampoo(named, refresh="sync", precondition_frequency=5)
     load_shampoo(again, tmp_path)
-    assert "goes on with the checkpoint's precondition_frequency = 2 (given here: 5)" in caplog.text
+    assert "now uses the checkpoint's precondition_frequency = 2 (given here: 5)" in caplog.text
     assert again.param_groups[0]["precondition_frequency"] == 2
 
 
 class Normed(nn.Module):
-    """A norm that nothing in its name gives away, as in GPT-2."""
+    """A model with a norm whose name does not show it, as in GPT-2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +115,7 @@ def test_a_group_of_parameters_that_decayed_differently_keeps_its_own(
     load_shampoo(again, tmp_path)
     assert again.param_groups[0]["weight_decay"] == 0.0
     assert "such as weight: 0.25 there, 0 here" in caplog.text
-    params[1].requires_grad_(False)  # whose decay means nothing
+    params[1].requires_grad_(False)  # the decay of frozen parameters has no effect
     caplog.clear()
     again = in_groups(params, ({"params": NAMES, "weight_decay": 0.0},))
     load_shampoo(again, tmp_path)
@@ -138,16 +136,16 @@ OPTIONS_THAT_CLASH: list[tuple[Groups, dict[str, Any], str]] = [
     (
         apart({"solver": "newton_db", "exponent_override": 8}, {"solver": "newton_db", "exponent_override": 4}),
         {"exponent_override": 3},
-        "group 0 keeps its own options but lr, as the checkpoint's do not go with them: Shampoo option 'solver'",
+        "group 0 keeps its own options except lr, as the checkpoint's do not fit them: Shampoo option 'solver'",
     ),
 ]
 
 
 @pytest.mark.parametrize("before, today, warning", OPTIONS_THAT_CLASH)
-def test_options_come_only_in_combinations_that_are_allowed(
+def test_options_are_loaded_only_in_allowed_combinations(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, before: Groups, today: dict[str, Any], warning: str
 ) -> None:
-    """And the next step does not find out."""
+    """The next step finds no forbidden combination."""
     params = [parameter(8, 6), parameter(6)]
     drive(optimizer := in_groups(params, before, lr=0.125), params, range(1))
     save_shampoo(optimizer, tmp_path)

@@ -1,4 +1,4 @@
-"""The fixture that gives a test the result of its check; all selected checks of a rank count share one launch."""
+"""The fixture that returns the result of a test's check; all selected checks of a rank count share one launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.launch import Ask, Check, CheckResult, run_checks
 
 @pytest.fixture(scope="session")
 def ask(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ask:
-    """`ask(check)` gives the values of all ranks; the check must be a parameter of a selected test."""
+    """Return `ask(check)`, which returns the values of all ranks; the check must be a parameter of a selected test."""
     done: dict[int, dict[str, CheckResult]] = {}
 
     def values(check: Check) -> list[Any]:
@@ -27,7 +27,7 @@ def ask(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def selected(session: pytest.Session, ranks: int) -> dict[str, Check]:
-    """The checks among the parameters of the tests that will run."""
+    """Return the checks among the parameters of the tests that will run."""
     found: dict[str, Check] = {}
     for item in session.items:
         for value in getattr(getattr(item, "callspec", None), "params", {}).values():

@@ -1,4 +1,4 @@
-"""A plain accelerate loop is the training of one process under DDP, FSDP1, FSDP2, ZeRO-1 and ZeRO-3."""
+"""A plain accelerate loop under DDP, FSDP1, FSDP2, ZeRO-1 and ZeRO-3 trains exactly as one process does."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("check", OWN_LINE + PREPARED + AFTER + RESUMED, ids=named)
 def test_the_loop_is_the_training_of_one_process(check: Check, ask: Ask, record_property: Any) -> None:
-    """RESUMED: it has saved and loaded in between."""
+    """The runs in RESUMED save and load in between."""
     _, framework, training = check.argument
     wanted, bound = expected(training), BOUND[training.settings]
     for seen in ask(check):

@@ -1,4 +1,4 @@
-"""Asynchronous saves of several ranks: complete once waited for, and what is raised if nobody waits."""
+"""Asynchronous saves of several ranks are complete after waiting for them; without that, an error says what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.launch import Check, run_checks
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
-    """A launch of its own, as the check ends the launch's process group. Gives the folder and what the ranks saw."""
+    """Run the check in its own launch, because it ends the process group; return the folder and the ranks' results."""
     folder = tmp_path_factory.mktemp("jobs")
     check = Check("jobs", 2, "asynchronous_saves:jobs", folder)
     result = run_checks([check], tmp_path_factory.mktemp("launches"))["jobs"]

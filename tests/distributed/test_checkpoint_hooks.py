@@ -1,4 +1,4 @@
-"""Checkpoints through the Trainer, accelerate and torch's own helpers: a resumed run is the uninterrupted one."""
+"""Checkpoints through the Trainer, accelerate and torch's own helpers: a resumed run equals the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.zoo import relative_error
 FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
 SHARDINGS = [(framework, form) for framework in ("fsdp1", "fsdp2") for form in (FULL, SHARDED)]
 RUNS = [Run("ours", "ddp"), *(Run("ours", *sharding) for sharding in SHARDINGS)]
-# Of a trainer, a framework and a form every two in some run.
+# Every pair of a trainer, a framework and a form of state dict is in some run.
 OWN = [Run("ours", "ddp"), Run("ours", "fsdp1", SHARDED), Run("ours", "fsdp2", FULL)]
 STOCK = [Run("stock", "ddp"), Run("stock", "fsdp1", FULL), Run("stock", "fsdp2", SHARDED)]
 FLAT = [Run("ours", "fsdp1_flat", SHARDED), Run("stock", "fsdp1_flat", FULL)]
@@ -32,7 +32,7 @@ IN_THE_FOLDER = [check for check in TRAINED if check.argument.framework.startswi
 ROBBED = check("robbed", Run("stock", "fsdp1", SHARDED))
 OURS = [check for check in TRAINED if check.argument.trainer != "stock"]
 BETWEEN = [check for check in TRAINED if dies_in(check.argument) == "step"]
-# DDP's replicas divide nothing and FSDP2 needs a hand where accelerate alone saves; FSDP1 needs none.
+# If accelerate alone saves, DDP's replicas divide nothing and FSDP2 needs our hook; FSDP1 needs none.
 LOOPS = [check("accelerated", run) for run in (*RUNS, Run("stock", "fsdp1", FULL), Run("stock", "fsdp1", SHARDED))]
 HELPERS = [
     Check(f"helpers_{layout}_{gathered}_{flat}_{ranks}ranks", ranks, "torch_helpers:helpers", (layout, gathered, flat))
@@ -62,7 +62,7 @@ def test_the_half_written_newest_checkpoint_is_skipped_and_old_ones_are_removed(
         assert seen["left"] == [f"checkpoint-{n}" for n in (2, SAVED, STOP)]  # it died before the oldest went
         assert "shampoo" in seen["parts"] or check.argument in ZERO
         (warning,) = [message for message in seen["messages"] if message.startswith("not resumed from")]
-        assert f"checkpoint-{STOP}: its saving was interrupted" in warning
+        assert f"checkpoint-{STOP}: its save was interrupted" in warning
         assert seen["finally"] == [f"checkpoint-{n}" for n in (STOP, TRAINING.steps)]
 
 
@@ -82,8 +82,8 @@ def test_under_fsdp1_any_trainer_s_checkpoint_has_a_folder_of_ours(check: Check,
 
 
 @pytest.mark.parametrize("check", [ROBBED], ids=named)
-def test_a_stock_trainer_under_fsdp1_does_not_lose_a_missing_part(check: Check, ask: Ask) -> None:
-    assert all("from step 4, but its checkpoint gave no state to Shampoo" in error for error in ask(check))
+def test_a_stock_trainer_under_fsdp1_raises_if_the_state_is_missing(check: Check, ask: Ask) -> None:
+    assert all("from step 4, but its checkpoint has no Shampoo state" in error for error in ask(check))
 
 
 @pytest.mark.parametrize("check", LOOPS, ids=named)
@@ -94,8 +94,8 @@ def test_a_loaded_accelerate_loop_is_the_uninterrupted_one_to_the_bit(check: Che
 
 
 @pytest.mark.parametrize("check", HELPERS, ids=named)
-def test_torchs_helpers_let_a_run_go_on(check: Check, ask: Ask) -> None:
-    """To the bit where it is sharded as before; unsharded within rounding."""
+def test_a_run_resumes_through_torchs_helpers(check: Check, ask: Ask) -> None:
+    """The result is equal to the bit if sharded as before, and up to rounding if unsharded."""
     for uninterrupted, resumed, *whole in ask(check):
         assert same(resumed, uninterrupted)
         for parameters in whole:

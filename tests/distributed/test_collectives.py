@@ -1,4 +1,4 @@
-"""What one rank raises, all ranks raise; what the first rank decides, all ranks get."""
+"""An error on one rank is raised on all ranks, and a decision of the first rank reaches all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the planner says before a run is what the run then holds and moves, to the byte, on every rank."""
+"""The planner predicts to the byte what every rank of a run holds and moves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every example, started as its docstring says, trains a tiny model on CPU ranks; all ways agree, none leaves files."""
+"""Every example, started as its docstring says, trains a tiny model on CPU ranks; results agree, no files are left."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def arguments(folder: Path, ranks: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def ddp(folder: Path) -> tuple[list[float], Path]:
-    """The losses of two replicas, and the folder of the trained model."""
+    """Train two replicas, and return the losses and the folder of the trained model."""
     saved = folder / "ddp"
     given = [*arguments(folder, 2), *NEW_MODEL, "--precondition_frequency", "2", "--output_dir", str(saved)]
     return losses(start([*torchrun(2), EXAMPLES / "ddp_loop.py", *given], folder)), saved
@@ -47,7 +47,7 @@ def ddp(folder: Path) -> tuple[list[float], Path]:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> list[float]:
-    """The same loop on one rank, without a launcher."""
+    """Run the same loop on one rank, without a launcher, and return its losses."""
     given = [*arguments(folder, 1), *NEW_MODEL, "--precondition_frequency", "2"]
     group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     command: list[str | Path] = [sys.executable, EXAMPLES / "ddp_loop.py", *given]
@@ -55,7 +55,7 @@ def alone(folder: Path) -> list[float]:
 
 
 def start(command: Sequence[str | Path], folder: Path, **environment: str) -> str:
-    """What the example prints; it leaves nothing where it was started."""
+    """Run an example and return what it prints; check that it leaves no files in the folder where it was started."""
     printed = run(command, folder / "work", **environment)
     assert not any((folder / "work").iterdir())
     return printed
@@ -72,7 +72,7 @@ def test_ddp_is_the_training_of_one_process(ddp: tuple[list[float], Path], alone
 
 
 def test_fully_shard_is_the_training_of_ddp(ddp: tuple[list[float], Path], folder: Path) -> None:
-    """The saved models too."""
+    """The saved models are equal too."""
     from safetensors.torch import load_file
 
     saved = folder / "fsdp2"
@@ -88,12 +88,12 @@ def test_fsdp2_trainer_under_accelerate_launch(folder: Path) -> None:
     script = [ROOT / "tests" / "support" / "fsdp_on_cpu.py", EXAMPLES / "fsdp2_trainer.py"]
     given = [*arguments(folder, 2), *NEW_MODEL, "--precondition_frequency", "2"]
     printed = start([*accelerate_launch(EXAMPLES / "fsdp2.yaml"), *script, *given], folder)
-    assert printed.count("sharded: LlamaDecoderLayer") == 2  # on each rank, and the whole model after its layers
+    assert printed.count("sharded: LlamaDecoderLayer") == 2  # once per rank; the whole model comes after its layers
     assert_falling(losses(printed))
 
 
 def test_lora_is_the_same_plain_and_under_zero2(ddp: tuple[list[float], Path], folder: Path) -> None:
-    """The adapters of a model that an example has saved; four steps with a refresh at each second one."""
+    """Train adapters of a model that another example has saved, for four steps with a refresh in every second one."""
     own = ["--model", str(ddp[1]), "--lora_rank", "4", "--learning_rate", "1e-2", "--precondition_frequency", "2"]
     script = EXAMPLES / "lora_trainer.py"
     plain = start([sys.executable, script, *arguments(folder, 1), *own], folder)
@@ -114,7 +114,7 @@ def test_causal_lm_deepspeed(folder: Path) -> None:
 
 
 def test_the_table_of_block_sizes_in_the_lora_example_is_true() -> None:
-    """Numbers in the factor matrices of a 16 x 4096 matrix."""
+    """It shows how many numbers the factor matrices of a 16 x 4096 matrix have."""
     rows = re.findall(r"^    (\d+)\S* .*?(\d+\.\d+) million", (EXAMPLES / "lora_trainer.py").read_text(), re.MULTILINE)
     assert [int(block) for block, _ in rows] == [4096, 1024, 64, 16]
     for block, millions in rows:

@@ -1,4 +1,4 @@
-"""A process that has trained among other ranks ends with success, whatever torch's threads still have to do."""
+"""A process that has trained with other ranks exits with success, even if torch's threads are still busy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.support.launch import ROOT
 
-# Gloo's thread drops the last reference to the tensor while this one keeps the interpreter to itself until its end.
+# gloo's thread drops the last reference to the tensor while this thread holds the interpreter lock until its end.
 BUSY_TO_THE_END = """
 import sys, time
 import torch
@@ -30,7 +30,7 @@ while time.monotonic() < end:
 
 
 def test_a_gloo_thread_that_waits_for_the_interpreter_aborts_no_exit(tmp_path: Path) -> None:
-    """Without the wait most such processes end by SIGABRT."""
+    """Without the wait, most such processes end with SIGABRT."""
     command = [sys.executable, "-c", BUSY_TO_THE_END, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

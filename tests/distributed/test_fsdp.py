@@ -16,7 +16,7 @@ from tests.support.zoo import relative_error
 
 
 def single_features() -> list[Check]:
-    """In float64, where any mistake shows."""
+    """Return runs of single features, in float64, where any mistake shows."""
     exact = Run(settings="default", dtype="float64")
     flat = replace(exact, layout="units_full_shard", unused=2)
     spared = {"no_decay": ("*bias", "norm*"), "weight_decay": 0.3}
@@ -82,7 +82,7 @@ def test_the_trajectory_is_that_of_the_reference(check: Check, ask: Ask) -> None
 
 @pytest.mark.parametrize("waiting, overlapped", [IN_ORDER], ids=["tiny_buckets"])
 def test_without_overlap_every_bit_is_the_same(waiting: Check, overlapped: Check, ask: Ask) -> None:
-    """The switch for debugging: each collective is waited for, and nothing else changes."""
+    """`overlap=False`, for debugging, waits for each collective, and nothing else changes."""
     ((one, over), *_), (other, *_) = ask(waiting), ask(overlapped)
     assert len(over) > 100 and all(over)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -90,7 +90,7 @@ def test_without_overlap_every_bit_is_the_same(waiting: Check, overlapped: Check
 
 @pytest.mark.parametrize("check", [ALIGNED], ids=named)
 def test_shards_that_line_up_with_blocks_move_nothing(check: Check, ask: Ask) -> None:
-    """All matrices have 12, 20 or 36 rows a rank, multiples of the block size, but for the readout's 13."""
+    """Every matrix has 12, 20 or 36 rows per rank, a multiple of the block size; only the readout has 13."""
     for stats in ask(check):
         assert stats["bytes_sent"] == stats["planned_bytes_sent"]
         assert stats["bytes_sent"] + stats["bytes_received"] <= 4 * 2 * 4 * 24
@@ -98,7 +98,7 @@ def test_shards_that_line_up_with_blocks_move_nothing(check: Check, ask: Ask) ->
 
 @pytest.mark.parametrize("check", DIVIDED, ids=named)
 def test_replicas_divide_the_work_and_exchange_updates_only(check: Check, ask: Ask) -> None:
-    """A rank receives the updates of the others' blocks, each once: together N - 1 times all of them."""
+    """Each rank receives the updates of the others' blocks once; together, N - 1 times all updates are received."""
     stats, run = ask(check), check.argument
     matrices = sum(w.numel() for n, w in expected(run).items() if w.squeeze().ndim > 1 and n != "embed.weight")
     assert sum(s["bytes_received"] for s in stats) == (check.ranks - 1) * matrices * 4
@@ -108,7 +108,7 @@ def test_replicas_divide_the_work_and_exchange_updates_only(check: Check, ask: A
 
 @pytest.mark.parametrize("check", LOW + APART, ids=named)
 def test_the_step_is_exact_for_the_gradients_that_were_seen(check: Check, ask: Ask) -> None:
-    """Computed in bfloat16, or on ranks that use different layers: the shards stay in float32."""
+    """Gradients come from bfloat16, or from ranks that use different layers; the shards are in float32."""
     found = ask(check)
     assert_ranks_agree([values for values, _ in found])
     values, seen = found[0]
@@ -124,6 +124,8 @@ def test_flat_tensors_have_the_state_keys_of_the_plain_model(check: Check, ask: 
 
 
 @pytest.mark.parametrize("check, message", REFUSED, ids=[check.name for check, _ in REFUSED])
-def test_unexplained_fsdp1_parameters_are_never_trained_as_vectors(check: Check, message: str, ask: Ask) -> None:
+def test_fsdp1_parameters_without_their_model_are_never_trained_as_vectors(
+    check: Check, message: str, ask: Ask
+) -> None:
     for found in ask(check):
         assert message in found

@@ -1,4 +1,4 @@
-"""Under DeepSpeed in bf16 and fp16 all ZeRO stages take one trajectory of float32 masters."""
+"""Under DeepSpeed in bf16 and fp16, the float32 masters take the same trajectory at all ZeRO stages."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.support.launch import Ask, Check, named
 from tests.support.scenarios import BOUND, BadStep, Scenario, reference_run
 from tests.support.zero_checks import OFFLOADED, OFFLOADED_ALL, SMALL_PIECES
 
-# Stage 0 does not scale the loss, but divides gradients by the scale; so only without a scale it trains as the others.
+# Stage 0 divides gradients by the loss scale without scaling the loss, so it equals the others only without a scale.
 UNSCALED: dict[str, Any] = {"fp16": {"enabled": True, "loss_scale": 1.0}}
 SCALED: dict[str, Any] = {"fp16": {"enabled": True, "loss_scale": 1024.0}}
 FLOAT32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}  # at stage 1: BF16_Optimizer
-# By which all blocks have been refreshed: the first ones at step 3, the last ones two steps later.
+# The step by which all blocks have been refreshed: the first ones at step 3, the last ones two steps later.
 ALL_REFRESHED = 5
 
 Pair = tuple[Check, Check]
@@ -38,7 +38,7 @@ def family(name: str, first: Scenario, others: dict[str, Scenario]) -> list[Pair
 
 
 def pairs() -> list[Pair]:
-    """Each way of ZeRO on one of the two models, and partitions of parameters on both."""
+    """Return pairs of runs: each ZeRO setting on one of the two models, and partitioned parameters on both."""
     odd, wide = (Scenario(model=model, half="bf16", stage=1) for model in ("odd", "wide"))
     found = family(
         "bf16_odd",
@@ -68,7 +68,7 @@ def pairs() -> list[Pair]:
         "fp16_odd", scaled, {"_gradients": at_stage(scaled, 2), "_offload": at_stage(scaled, 2, **OFFLOADED)}
     )
     found += family("fp16_wide", large, {"_parameters": at_stage(large, 3)})
-    # Sums of micro-batches are rounded before the ranks' mean in stages 0 and 1, after it in 2 and 3.
+    # Stages 0 and 1 round sums of micro-batches before the mean over ranks, stages 2 and 3 after it.
     early = Scenario(half="bf16", stage=1, accumulate=2, clip=0.5)
     found += family(
         "bf16_accumulate", early, {"_plain": at_stage(early, 0), "_float32_sums": replace(early, config=FLOAT32_SUMS)}
@@ -98,7 +98,7 @@ BAD = [
 
 @pytest.mark.parametrize("check, baseline", PAIRS, ids=named)
 def test_all_stages_take_one_trajectory(check: Check, baseline: Check, ask: Ask) -> None:
-    """Up to the first step after which two masters that differ in the eighth digit round to different weights."""
+    """This holds until two masters that differ in the eighth digit round to different weights."""
     values, wanted = ask(check), ask(baseline)[0]
     assert_ranks_agree([run[-1]["masters"] for run in values])
     worst, agreed = 0.0, 0
@@ -113,10 +113,10 @@ def test_all_stages_take_one_trajectory(check: Check, baseline: Check, ask: Ask)
 
 @pytest.mark.parametrize("check", SIMPLE.values(), ids=named)
 def test_the_trajectory_is_that_of_the_reference(check: Check, ask: Ask) -> None:
-    """The reference keeps float64 masters and takes its gradients at the run's own 16-bit weights.
+    """The reference keeps float64 masters and computes its gradients at the run's own 16-bit weights.
 
-    With weights of its own it would leave the run by up to 5e-4 wherever one of them rounds to its other neighbour: by
-    as much as the reference itself moves when its masters are perturbed in the eighth digit.
+    With its own weights it would deviate from the run by up to 5e-4 once a weight rounds the other way. The reference
+    itself moves as much if its masters are perturbed in the eighth digit.
     """
     run = ask(check)[0]
     for step in run:

@@ -1,4 +1,4 @@
-"""The launcher: a check that fails, hangs or dies is blamed alone, and all others still give their results."""
+"""The launcher: if a check fails, hangs or dies, only this check fails, and all others still return their results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.launch import Check, run_checks
 
-BAD = {  # what the failure must tell
+BAD = {  # what the failure must mention
     "fail_everywhere": ["rank 0 failed", "rank 1 failed", "wrong on every rank"],
     "fail_on_rank_one": ["rank 1 failed", "wrong on rank one", "all_reduce"],
     "fail_late_on_rank_one": ["rank 1 failed", "wrong on rank one, and no one waits", "the ranks failed differently"],
@@ -32,6 +32,6 @@ def test_only_bad_checks_fail_and_none_hangs(tmp_path: Path) -> None:
 def test_ranks_that_can_not_start_fail_every_check_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
-    results = run_checks([Check(n, 2, "selftest:add_up", 1) for n in "abc"], tmp_path / "run")
+    results = run_checks([Check(n, 2, "selftest:add_up", 1) for n in "abc"], tmp_path / "run", fork=False)
     assert not (tmp_path / "run" / "launch2").exists()
     assert all("no torch here" in (results[n].failure or "") for n in "abc")

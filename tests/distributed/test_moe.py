@@ -1,4 +1,4 @@
-"""Under DeepSpeed's expert parallelism the experts and the rest take the trajectory of a dense unsharded mixture."""
+"""Under DeepSpeed's expert parallelism, all parameters take the trajectory of a dense, unsharded mixture of experts."""
 
 from __future__ import annotations
 

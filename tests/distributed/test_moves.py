@@ -1,4 +1,4 @@
-"""A run saved under one framework and world size goes on under every other as if nothing had happened."""
+"""A run saved under one framework and world size continues under every other as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.moves import RANKS, Move, unbroken
 from tests.support.zoo import relative_error
 
 BOUND = {"strict": 1e-5, "default": 2e-3}
-# Every second pair, so that each framework goes on from itself and from half of the others, and the other way round.
+# Every second pair, so that each framework continues its own run and those of half of the others.
 PAIRS = [(s, t) for i, s in enumerate(RANKS) for j, t in enumerate(RANKS) if (i + j) % 2 == 0]
 RING = list(zip(RANKS, [*list(RANKS)[1:], "single"], strict=True))
 FIRST, SECOND = ["first_half"], ["second_half"]
@@ -27,9 +27,10 @@ Parameters = Callable[[Move], list[dict[str, Tensor]]]
 
 @pytest.fixture(scope="module")
 def parameters(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Parameters:
-    """Final parameters of each selected move on all ranks.
+    """Return the final parameters of each selected move on all ranks.
 
-    All first halves run before any second half, so four ranks do both in one launch between two of two ranks.
+    All first halves run before any second half. So the four ranks do both in one launch, between two launches of two
+    ranks.
     """
     selected = [getattr(item, "callspec", None) for item in request.session.items]
     moves = [spec.params["move"] for spec in selected if spec is not None and "move" in spec.params]

@@ -1,4 +1,4 @@
-"""A run that is saved and resumed under the same framework is the unbroken one, to the last bit."""
+"""A run that is saved and resumed under the same framework equals the uninterrupted one, to the last bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EVERY = [
 
 
 def features(item: tuple[Run, int]) -> set[object]:
-    """Every preconditioner with every schedule, and every framework with roots and with bases."""
+    """Return a run's features: preconditioner with refresh mode, and framework with roots or bases."""
     layout, (p, schedule) = item[0].layout, item[0].extra.values()
     return {(p, schedule), (layout, p == "shampoo")}
 

@@ -58,7 +58,7 @@ def test_an_optimizer_that_the_user_built_takes_the_same_trajectory(check: Check
 
 @pytest.mark.parametrize("check", OTHER_PLACES, ids=named)
 def test_blocks_find_their_owners_again(check: Check, ask: Ask) -> None:
-    """A later version may place blocks differently: state that lies with another rank travels, and is not lost."""
+    """A later version may choose other owners: state on another rank is then sent to the owner and not lost."""
     assert_on_trajectory(check, ask)
 
 
@@ -71,7 +71,7 @@ def test_a_lost_block_is_an_error_on_all_ranks(check: Check, ask: Ask) -> None:
 
 @pytest.mark.parametrize("check", FROZEN, ids=named)
 def test_a_layer_frozen_for_a_while_trains_again(check: Check, ask: Ask) -> None:
-    """While it is frozen ZeRO hands over zeros for it, as for any parameter without a gradient."""
+    """While it is frozen, ZeRO gives it zeros, as any parameter without a gradient."""
     scenario, name = check.argument
     values = ask(check)
     assert_ranks_agree(values)
@@ -81,8 +81,8 @@ def test_a_layer_frozen_for_a_while_trains_again(check: Check, ask: Ask) -> None
 
 
 @pytest.mark.parametrize("check", [IN_TURN], ids=named)
-def test_engines_of_other_stages_train_one_model_in_turn(check: Check, ask: Ask) -> None:
-    """What an engine leaves on the parameters must not mislead the optimizer of the next one."""
+def test_engines_of_other_stages_train_one_model_one_after_another(check: Check, ask: Ask) -> None:
+    """Attributes that an engine leaves on the parameters must not mislead the next engine's optimizer."""
     values = ask(check)
     for attempt in range(3):
         assert_ranks_agree([v[attempt] for v in values])
@@ -91,8 +91,8 @@ def test_engines_of_other_stages_train_one_model_in_turn(check: Check, ask: Ask)
 
 
 @pytest.mark.parametrize("check", NARROW, ids=named)
-def test_a_narrow_wire_keeps_replicas_together(check: Check, ask: Ask) -> None:
-    """Where a block's owner sits must not matter, or replicas drift apart: what stays is rounded as what travels."""
+def test_a_narrow_communication_dtype_keeps_replicas_equal(check: Check, ask: Ask) -> None:
+    """An owner's own updates must be rounded like those that it sends, or replicas drift apart."""
     values = ask(check)
     assert_ranks_agree(values)
     wide = reference_run(replace(check.argument, options={}))
@@ -108,7 +108,7 @@ def test_a_checkpoint_of_mixed_groups_goes_on_to_the_bit(check: Check, ask: Ask)
 
 @pytest.mark.parametrize("check", AFTERWARDS, ids=named)
 def test_a_finished_engine_does_not_capture_a_plain_optimizer(check: Check, ask: Ask) -> None:
-    """Only one rank steps it, which would hang if it were taken for the engine's."""
+    """Only one rank steps it, which would hang if the optimizer were treated as the engine's."""
     stepped, untouched = ask(check)
     assert all(not torch.equal(stepped[n], untouched[n]) for n in ("up.weight", "down.weight", "norm.weight"))
 

@@ -1,4 +1,4 @@
-"""What the README and the docs tell users to write is what runs: every marked block is executed on two ranks."""
+"""The code in the README and the docs works: every marked block is executed on two ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.launch import Ask, Check, named
 from tests.support.snippets import PAGES, Snippet, blocks
 
 CHECKS = [Check(f"snippet_{s.page}_{s.name}", 2, "snippets:execute", s) for s in blocks() if s.name]
-# What must have trained, and whether ranks divide the blocks among themselves: by the end of the snippet's name.
+# By the end of a snippet's name: what must have trained, and whether ranks divide the blocks among themselves.
 WRAPPERS = {
     "json": "DeepSpeedEngine",
     "initialize": "DeepSpeedEngine",

@@ -1,4 +1,4 @@
-"""With staggered or background refreshes every framework takes the unsharded reference's path."""
+"""With staggered or background refreshes, every framework takes the unsharded reference's trajectory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def checks() -> list[Check]:
 
 
 def in_the_background() -> list[Check]:
-    """In one of these a new optimizer takes over while refreshes are pending."""
+    """Return background runs; in one of them a new optimizer continues while refreshes are pending."""
     runs = {
         "rows": replace(RUN, layout="rows", resumed_at=4, extra=BACKGROUND),
         "replicas": replace(RUN, layout="replicas", extra=BACKGROUND),

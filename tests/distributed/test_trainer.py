@@ -30,7 +30,7 @@ def worst(values: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[f
 
 @pytest.mark.parametrize("check", EXACT, ids=named)
 def test_parameters_and_losses_are_those_of_one_process(check: Check, ask: Ask, record_property: Any) -> None:
-    """Also the weight decay rule: one process has the Trainer's own two groups; the JSON route gets one list."""
+    """This includes weight decay: one process has the Trainer's own two groups, the JSON's optimizer gets one list."""
     training: Training = check.argument
     wanted = expected(training)
     for seen in ask(check):
@@ -59,7 +59,7 @@ def test_the_schedule_sets_the_rate_of_every_step(check: Check, ask: Ask) -> Non
 
 @pytest.mark.parametrize("check", [c for c in EXACT if c.argument.stage > 0], ids=named)
 def test_gradients_are_clipped(check: Check, ask: Ask) -> None:
-    """DeepSpeed gives the Trainer no norm at stage 0; there the parameters alone show it."""
+    """At stage 0, DeepSpeed gives the Trainer no norm, so only the parameters show it."""
     wanted = expected(check.argument)
     assert all(norm > check.argument.clip for norm in wanted.norms)
     for seen in ask(check):
@@ -73,7 +73,7 @@ def test_the_options_are_those_of_the_arguments_and_the_json(check: Check, ask: 
     own = {k: tuple(v) if isinstance(v, list) else v for k, v in training.own_options().items()}
     for seen in ask(check):
         assert seen["class"] == "shampoo_deepspeed.optimizer.Shampoo" and seen["inner_optimizer"]
-        assert not seen["untested"]  # nobody had to set zero_allow_untested_optimizer
+        assert not seen["untested"]  # zero_allow_untested_optimizer was not needed
         assert arguments.items() <= seen["options"].items() and own.items() <= seen["options"].items()
 
 
@@ -109,7 +109,7 @@ def test_an_empty_no_decay_decays_everything(check: Check, ask: Ask) -> None:
 
 @pytest.mark.parametrize("check", RESUMED, ids=named)
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one(check: Check, ask: Ask) -> None:
-    """The checkpoint lies between two refreshes: without its inverse roots and moments the next step would differ."""
+    """The checkpoint is between two refreshes: without its inverse roots and moments the next step would differ."""
     training: Training = check.argument
     for seen in ask(check):
         whole = seen["whole"]
@@ -123,7 +123,7 @@ STRAY = Check("trainer_stray_key", 2, "trainer:refused", Training(options={"prec
 
 
 @pytest.mark.parametrize("check", [STRAY], ids=named)
-def test_a_stray_key_reaches_the_trainer_s_user_by_name(check: Check, ask: Ask) -> None:
+def test_an_unknown_key_in_the_json_is_named_to_the_user(check: Check, ask: Ask) -> None:
     for value in ask(check):
         assert value["kind"] == "OptionError"
         assert "'precondition_frequncy' = 3; did you mean 'precondition_frequency'" in value["message"]

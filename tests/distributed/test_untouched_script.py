@@ -1,4 +1,4 @@
-"""Another project's script needs no line of code for DeepSpeed, where the name in its JSON is enough, else one line."""
+"""Another project's script needs no change under DeepSpeed, where the name in its JSON is enough, and else one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STANDIN = Path(__file__).resolve().parent / "standin"
 SCRIPT, CONFIG = STANDIN / "run_clm.py", STANDIN / "ds_config_zero2.json"
 ONE_LINE_SCRIPT = STANDIN / "finetune_lm.py"
 STEPS = 12
-# DeepSpeed would compile, for a minute, a kernel that only speeds up inference; the script itself stays untouched.
+# Otherwise DeepSpeed would spend a minute compiling a kernel that only speeds up inference. The script stays untouched.
 SITE = """
 import os
 if "RANK" in os.environ:
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Path:
-    """The output folder of one run of the script, with torchrun on two ranks."""
+    """Run the script with torchrun on two ranks, and return its output folder."""
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(SITE)
     arguments = {
@@ -59,7 +59,7 @@ def trained(folder: Path) -> Path:
 
 
 def prepare(folder: Path) -> None:
-    """A text, a tokenizer of its words and the configuration of a tiny model."""
+    """Write a text, a tokenizer of its words and the configuration of a tiny model."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -83,7 +83,7 @@ def test_the_script_and_its_json_know_nothing_of_this_package() -> None:
 
 
 def test_it_trains_with_shampoo(trained: Path) -> None:
-    """The state that DeepSpeed saved is Shampoo's: blocks of the model's matrices, by name."""
+    """The saved state is Shampoo's: it has blocks of the model's matrices, by name."""
     history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
     assert_learned([entry["loss"] for entry in history if "loss" in entry])
     manifest = Manifest.read(trained / f"checkpoint-{STEPS}" / f"global_step{STEPS}" / "shampoo")
@@ -110,7 +110,7 @@ def assert_learned(losses: list[float]) -> None:
 
 
 def texts(value: Any) -> set[str]:
-    """All strings in nested lists and dicts, keys too."""
+    """Return all strings in nested lists and dicts, including keys."""
     if isinstance(value, dict):
         return {key for key in value if isinstance(key, str)} | texts(list(value.values()))
     if isinstance(value, (list, tuple, set)):

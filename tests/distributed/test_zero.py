@@ -1,4 +1,4 @@
-"""Under DeepSpeed, its configuration unmodified, every ZeRO stage takes the trajectory of the unsharded reference."""
+"""Under DeepSpeed with its usual configuration, every ZeRO stage takes the trajectory of the unsharded reference."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from tests.support.zero_checks import EVERYTHING, NORMALIZED, OFFLOADED, coverin
 
 
 def options() -> list[Check]:
-    """Options that change what a rank keeps or exchanges; at stages 2 and 3 test_combinations.py has those of the rule
-    once more, each value in some run."""
+    """Return runs with options that change what a rank keeps or exchanges.
+
+    test_combinations.py has runs with all options of the rule at stages 2 and 3.
+    """
     variants: dict[str, dict[str, Any]] = {
         "momentum": EVERYTHING,
         "coupled_decay": {"weight_decay": 0.3, "decoupled_weight_decay": False},
@@ -76,7 +78,7 @@ def test_the_trajectory_is_that_of_the_reference(check: Check, ask: Ask) -> None
 
 @pytest.mark.parametrize("check", BAD, ids=named)
 def test_a_non_finite_gradient_on_one_rank_rejects_the_step_on_all(check: Check, ask: Ask) -> None:
-    """Nothing has changed: not the parameters, and, as the rest of the run shows, no state and no counter."""
+    """Parameters have not changed, nor, as the rest of the run shows, have state and counters."""
     values = ask(check)
     assert all(v["unchanged"] for v in values)
     assert_ranks_agree([v["final"] for v in values])
@@ -92,5 +94,5 @@ def test_the_bytes_that_move_are_those_of_the_plan(check: Check, ask: Ask) -> No
     assert sum(v["bytes_sent"] for v in values) == sum(v["bytes_received"] for v in values)
     scenario: Scenario = check.argument
     matrices = sum(w.numel() for w in expected(scenario).values() if w.ndim > 1)
-    copies = scenario.ranks - 1 if scenario.stage == 0 else 2  # updates to all others; or gradient in, update out
+    copies = scenario.ranks - 1 if scenario.stage == 0 else 2  # updates to all others, or gradient in and update out
     assert 0 < sum(v["bytes_received"] for v in values) <= 4 * copies * matrices

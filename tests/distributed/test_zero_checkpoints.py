@@ -1,4 +1,4 @@
-"""DeepSpeed's own save_checkpoint, load_checkpoint and universal checkpoints carry the optimizer's state."""
+"""DeepSpeed's own save_checkpoint, load_checkpoint and universal checkpoints include the optimizer's state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SCENARIOS = {
     "bf16_zero2": replace(BASE, half="bf16", stage=2),
     "bf16_optimizer": replace(BASE, half="bf16", stage=1, config=WIDE_SUMS),
 }
-# Each stage with each other preconditioner, and the schedules one after the other; saved in the middle of a window.
+# Each stage with each other preconditioner, and the refresh modes in turn; saved in the middle of a window.
 REFRESHES = ("sync", "staggered", "background")
 FAMILY = {
     f"{p}_{REFRESHES[(stage + n) % 3]}_zero{stage}": replace(
@@ -51,7 +51,7 @@ def check(name: str, function: str, argument: Any) -> Check:
     return Check(f"checkpoint_{name}", 2, f"zero_checkpoints:{function}", argument)
 
 
-# What two ranks have saved and converted, another launch with one rank goes on from.
+# Another launch, with one rank, resumes from what two ranks have saved and converted.
 FOLDERS = tempfile.TemporaryDirectory(prefix="checkpoints")
 WAYS = [check(name, "all_ways", (scenario, Path(FOLDERS.name) / name)) for name, scenario in SCENARIOS.items()]
 RESUMED = [check(f"resumed_{name}", "same_way", scenario) for name, scenario in FAMILY.items()]
@@ -88,7 +88,7 @@ def test_each_preconditioner_and_each_schedule_resumes_to_the_bit(check: Check, 
 
 @pytest.mark.parametrize("check", WAYS, ids=named)
 def test_the_state_is_stored_once(check: Check, ask: Ask) -> None:
-    """DeepSpeed's files hold its place, a step per partition, and placeholders of one byte."""
+    """DeepSpeed's files hold only its path, a step per partition, and placeholders of one byte."""
     for seen in ask(check):
         inner = seen["inner"]
         assert inner["shampoo"] == ["external", "format"]
@@ -99,8 +99,8 @@ def test_the_state_is_stored_once(check: Check, ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("check", CONVERTED, ids=named)
-def test_a_converted_checkpoint_goes_on_to_the_bit_on_as_many_ranks(check: Check, ask: Ask) -> None:
-    """With the options that each group had: DeepSpeed gives all of them those of the first one under ZeRO-3."""
+def test_a_converted_checkpoint_resumes_to_the_bit_on_the_same_number_of_ranks(check: Check, ask: Ask) -> None:
+    """Each group has its own options again, although under ZeRO-3 DeepSpeed gives all groups those of the first one."""
     for seen in ask(check):
         converted = seen["converted"]
         assert all(torch.equal(seen["whole"][n], converted["parameters"][n]) for n in seen["whole"])
@@ -110,7 +110,7 @@ def test_a_converted_checkpoint_goes_on_to_the_bit_on_as_many_ranks(check: Check
 
 @pytest.fixture(scope="module")
 def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ask: Ask) -> dict[str, Any]:
-    """What one rank makes of the selected checkpoints."""
+    """Return the results of resuming the selected checkpoints on one rank."""
     own = [item for item in request.session.items if item.path == request.path and "alone" in item.fixturenames]  # type: ignore[attr-defined]
     selected = [item.callspec.params["check"] for item in own]  # type: ignore[attr-defined]
     later = []
@@ -129,8 +129,8 @@ def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("check", FEWER, ids=named)
-def test_a_checkpoint_goes_on_on_fewer_ranks(check: Check, ask: Ask, alone: dict[str, Any]) -> None:
-    """Converted first, as DeepSpeed wants it, but at stage 0."""
+def test_a_checkpoint_resumes_on_fewer_ranks(check: Check, ask: Ask, alone: dict[str, Any]) -> None:
+    """Except at stage 0, it is converted first, as DeepSpeed demands."""
     whole, seen = ask(check)[0], alone[check.name]
     found = {n: relative_error(seen["parameters"][n], whole["whole"][n]) for n in whole["whole"]}
     print(f"worst: {max(found.values()):.1e}")  # shown by pytest -rP
@@ -168,7 +168,7 @@ def test_a_checkpoint_without_its_state_is_refused(check: Check, ask: Ask) -> No
 
 
 @pytest.mark.parametrize("check", ADAMW, ids=named)
-def test_a_run_begun_with_adamw_goes_on_with_shampoo(check: Check, ask: Ask) -> None:
+def test_a_run_begun_with_adamw_continues_with_shampoo(check: Check, ask: Ask) -> None:
     for seen in ask(check):
         assert len(seen["refused"]) == (1 if check.argument.stage == 0 else 3)
         for message in seen["refused"]:

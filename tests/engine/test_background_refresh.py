@@ -1,4 +1,4 @@
-"""Refreshes in the background: never a matter of timing, due as in the staggered mode, errors raised by later steps."""
+"""Background refreshes do not depend on timing, are due as in the staggered mode, and raise errors in later steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAIN = threading.current_thread()
 
 @pytest.mark.parametrize("name", list(FORMS))
 def test_a_slow_thread_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether it is done long before its results are due, in the next step only, or at any time between."""
+    """It may finish long before its results are due, only in the next step, or at any time in between."""
     quick_params = some_parameters()
     quick = background(quick_params, **FORMS[name])
     for step in range(14):
@@ -56,7 +56,7 @@ def test_a_slow_thread_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_step_does_not_wait_and_the_next_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All on one thread, which is not the training loop's."""
+    """All refreshes are on one thread, which is not the training loop's."""
     allowed, threads = threading.Event(), []
 
     def held(compute: Compute) -> Compute:
@@ -70,7 +70,7 @@ def test_the_step_does_not_wait_and_the_next_one_does(monkeypatch: pytest.Monkey
     wrap_compute(monkeypatch, held)
     params = some_parameters()
     optimizer = background(params)
-    drive(optimizer, params, range(FREQUENCY))  # returns, while the refreshes of its last step are held
+    drive(optimizer, params, range(FREQUENCY))  # returns, although the last step's refreshes are blocked
     assert pending(optimizer) and not allowed.is_set()
     before = snapshot(params)
     later = threading.Timer(0.2, allowed.set)
@@ -98,7 +98,7 @@ def test_what_is_due_is_what_is_due_when_staggered_and_it_counts_one_step_later(
 
 
 def test_rejected_steps_install_nothing_and_begin_nothing() -> None:
-    """Nor does a parameter without a gradient take what it waits for."""
+    """Nor does a parameter without a gradient install its pending refresh."""
     params, twins = some_parameters(), some_parameters()
     optimizer, twin = background(params), background(twins)
     for step in range(11):
@@ -125,7 +125,7 @@ def test_rejected_steps_install_nothing_and_begin_nothing() -> None:
 
 
 def test_an_error_on_the_thread_is_raised_by_the_step_that_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By every step that does, and no state has changed meanwhile."""
+    """Every step that needs it raises the error, and no state changes."""
     params, optimizer = trained(FREQUENCY - 1)
 
     def broken(*_: Any) -> RefreshResult:
@@ -134,7 +134,7 @@ def test_an_error_on_the_thread_is_raised_by_the_step_that_needs_it(monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(ShampooPreconditioner, "compute", broken)
         drive(optimizer, params, [FREQUENCY - 1])
-        with pytest.raises(ZeroDivisionError):  # the thread must have been there before the patch ends
+        with pytest.raises(ZeroDivisionError):  # waits for the thread before the patch ends
             finish(optimizer)
     for _ in range(2):
         values = snapshot(params)
@@ -163,7 +163,7 @@ def test_failures_are_counted_and_logged_when_installed(
         assert caplog.records == [] and unit.stacks[0].failures == [0]
         drive(optimizer, [p], [1])
     what = "eigenbasis" if preconditioner == "soap" else "inverse root"
-    assert [r.getMessage().split(":")[0] for r in caplog.records] == [f"no {what} of block w/0"]
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == [f"no new {what} for block w/0"]
     assert (unit.stacks[0].failures, unit.stacks[0].refreshed) == ([1], [False])
     drive(optimizer, [p], [2])
     assert (unit.stacks[0].failures, unit.stacks[0].refreshed) == ([0], [True])

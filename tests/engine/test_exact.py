@@ -1,4 +1,4 @@
-"""In one process, in float64, every option takes the very trajectory of the plain reference."""
+"""In one process, in float64, runs with every option take exactly the trajectory of the plain reference."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name, kind", [("defaults", "wide"), *zip(OPTIONS, cycle(["odd", "wide"]), strict=False)])
 def test_the_trajectory_is_that_of_the_reference(name: str, kind: str) -> None:
-    """One layer of the odd model has no gradient (None) on every third step.
+    """One layer of the odd model has no gradient (None) in every third step.
 
-    Each option on one of the models; on blocks of every order and size they are tried in test_combinations.py.
+    Each option is tested on one of the models; test_combinations.py has blocks of every size and number of dims.
     """
     base: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "precondition_frequency": 3}
     base["max_preconditioner_dim"] = 8 if kind == "odd" else 16
@@ -73,7 +73,7 @@ def test_the_trajectory_is_that_of_the_reference(name: str, kind: str) -> None:
     reference = Reference(trained, exclude=("embed.weight",), **options)
     optimizer = Shampoo(trained.items(), factor_dtype="float64", root_dtype="float64", **options)
     for step in range(10):
-        rate = options["lr"] * (1.0 - 0.05 * step)  # a schedule, which the scaled decays see
+        rate = options["lr"] * (1.0 - 0.05 * step)  # a schedule, which scales corrected and independent decay
         for group in optimizer.param_groups:
             group["lr"] = rate
         for p in reference.params.values():

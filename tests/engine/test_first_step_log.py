@@ -1,4 +1,4 @@
-"""The first step warns of what a user will not have meant: patterns that match nothing, matrices without names."""
+"""The first step warns of likely mistakes: patterns that match nothing, and matrices without names."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_pattern_that_matches_nothing_is_named(caplog: pytest.LogCaptureFixtur
 
 
 def test_a_pattern_of_one_group_may_match_in_another(caplog: pytest.LogCaptureFixture) -> None:
-    """Options are mostly given once for all groups, as under the Trainer."""
+    """Options are usually given once for all groups, as under the Trainer."""
     w, b = parameter(8, 6), parameter(6)
     groups = [{"params": [("w", w)]}, {"params": [("b", b)]}]
     assert not warnings_of(caplog, groups, [w, b], exclude=["b"], no_decay=["kind:1d"], rules=[])
@@ -55,9 +55,7 @@ def test_matrices_without_names_are_warned_of_once_in_a_process(caplog: pytest.L
 
 
 @pytest.mark.parametrize("options", [{"exclude": []}, {"max_preconditioner_dim": 1, "large_dim": "identity"}])
-def test_where_names_would_change_nothing_they_are_not_asked_for(
-    caplog: pytest.LogCaptureFixture, options: dict[str, Any]
-) -> None:
+def test_no_warning_if_names_would_change_nothing(caplog: pytest.LogCaptureFixture, options: dict[str, Any]) -> None:
     w, b = parameter(8, 6), parameter(6)
     assert not warnings_of(caplog, [w, b], [w, b], **options)
 

@@ -31,24 +31,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "background_soap": {"refresh": "background", "preconditioner": "soap"},
     "background_kl_shampoo": {"refresh": "background", "preconditioner": "kl_shampoo"},
 }
-# A refresh comes at steps 3 and 6: the first step of all, one between refreshes, one at a refresh.
+# Refreshes are at steps 3 and 6. The bad steps are the very first one, one between refreshes, and one at a refresh.
 WHEN = {"first_step": 0, "at_a_refresh": 5, "at_the_first_refresh": 2, "between_refreshes": 4}
 
 
 def three() -> list[nn.Parameter]:
-    """A matrix of several blocks, one of another shape, and a vector."""
+    """Return a matrix of several blocks, one of another shape, and a vector."""
     return [parameter(12, 10), parameter(4, 6), parameter(5)]
 
 
 def spoil(params: list[nn.Parameter], step: int, where: int, value: float) -> None:
-    """Gradients of which a single element is not finite."""
+    """Set gradients of which a single element is not finite."""
     for number, p in enumerate(params):
         p.grad = made_up(p, step, number)
         if number == where:
             p.grad.view(-1)[p.numel() // 2] = value
 
 
-# Each variant at a refresh and where none comes; those whose refreshes are of another kind at every moment.
+# Each variant at a refresh and at a step without one; variants with other kinds of refreshes at all these steps.
 MOMENTS = [
     (name, when)
     for number, name in enumerate(VARIANTS)
@@ -59,7 +59,7 @@ MOMENTS = [
 
 @pytest.mark.parametrize("name, when", MOMENTS)
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(name: str, when: str) -> None:
-    """Not a bit of any parameter, state tensor or counter; the steps after it are as if it had not been."""
+    """No bit of any parameter, state tensor or counter changes, and later steps are as if the step had not happened."""
     options, at = VARIANTS[name], WHEN[when]
     params, twins = three(), three()
     optimizer, twin = shampoo(params, **options), shampoo(twins, **options)
@@ -136,7 +136,7 @@ def test_rejections_in_a_row_become_an_error_and_single_ones_do_not() -> None:
 
 
 def test_a_hidden_first_call_with_zero_gradients_does_nothing() -> None:
-    """Frameworks make one to have state created; twice is no different, and a decaying optimizer is not either."""
+    """Frameworks make such a call to create the state. A second call, and weight decay, make no difference."""
     params, twins = three(), three()
     optimizer, twin = shampoo(params, momentum=0.9, weight_decay=0.5), shampoo(twins, momentum=0.9, weight_decay=0.5)
     values = snapshot(params)
@@ -191,7 +191,7 @@ def scaled_training(params: list[nn.Parameter], scaler: torch.amp.GradScaler, ba
 
 
 def test_a_gradient_scaler_changes_nothing_and_its_skips_are_no_steps() -> None:
-    """Powers of two scale exactly; a skipped step is unseen, as under any torch optimizer."""
+    """Powers of two scale exactly. As with any torch optimizer, a skipped step does not reach it."""
     plain, scaled = three(), three()
     expected = shampoo(plain)
     drive(expected, plain, [0, 1, 3, 4, 6])
@@ -212,7 +212,7 @@ def test_a_disabled_gradient_scaler_leaves_rejection_to_the_optimizer() -> None:
 
 
 def test_torchs_checkpoint_helper_takes_no_hidden_step_of_a_trained_optimizer() -> None:
-    """It makes one with zero gradients where it finds no state; the state of a trained optimizer must stay."""
+    """If it finds no state, it makes one with zero gradients; the state of a trained optimizer must stay."""
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
     optimizer = shampoo(model.named_parameters(), momentum=0.9)
     drive(optimizer, list(model.parameters()), range(4))
@@ -225,7 +225,7 @@ def test_torchs_checkpoint_helper_takes_no_hidden_step_of_a_trained_optimizer() 
 
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_the_hidden_first_call_does_nothing_with_any_weight_decay(decoupled: bool) -> None:
-    """L2 decay makes the decayed gradient non-zero; the framework's own is what counts."""
+    """L2 decay makes the decayed gradient non-zero, but only the framework's own gradient is checked."""
     p = parameter(12, 10)
     optimizer = shampoo([p], weight_decay=0.3, decoupled_weight_decay=decoupled)
     before = p.detach().clone()

@@ -1,4 +1,4 @@
-"""Parameters in 16 bits: a float32 master of our own, or stochastic rounding that no sharding changes."""
+"""16-bit parameters: our own float32 masters, or stochastic rounding, which does not depend on the sharding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What scripts expect of any torch.optim optimizer while it steps: groups, rates, schedulers, closures, hooks."""
+"""What scripts expect of any torch.optim optimizer when it steps: groups, rates, schedulers, closures, hooks."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_a_closure_runs_with_gradients_on_and_its_loss_is_given_back() -> None:
 
 
 def test_a_step_leaves_gradients_as_they_are() -> None:
-    """Also with coupled decay and with momentum, whose terms are added in another place."""
+    """This holds with coupled decay and momentum too, whose terms are added to other tensors."""
     p, bias = parameter(12, 10), parameter(5)
     optimizer = shampoo([p, bias], decoupled_weight_decay=False, momentum=0.9)
     drive(optimizer, [p, bias], range(4))
@@ -210,7 +210,7 @@ def test_step_hooks_run_around_every_step() -> None:
 
 
 @pytest.mark.parametrize("name", ["foreach", "fused"])
-def test_what_hosts_pass_for_speed_is_taken_and_logged(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_fused_and_foreach_are_accepted_and_logged(name: str, caplog: pytest.LogCaptureFixture) -> None:
     p, twin = parameter(6, 5), parameter(6, 5)
     with caplog.at_level(logging.INFO, logger="shampoo_deepspeed"):
         optimizer = shampoo([p], **{name: True})
@@ -221,7 +221,7 @@ def test_what_hosts_pass_for_speed_is_taken_and_logged(name: str, caplog: pytest
 
 
 @pytest.mark.parametrize("name", ["maximize", "differentiable", "capturable"])
-def test_a_mode_that_is_not_there_is_refused_and_never_ignored(name: str) -> None:
+def test_an_unsupported_mode_is_refused(name: str) -> None:
     options: dict[str, Any] = {name: False}
     Shampoo([parameter(3)], **options)
     with pytest.raises(OptionError, match=f"{name!r} = True is not allowed: false"):
@@ -232,7 +232,7 @@ def test_a_mode_that_is_not_there_is_refused_and_never_ignored(name: str) -> Non
 
 
 def test_the_first_step_logs_once_what_is_preconditioned(caplog: pytest.LogCaptureFixture) -> None:
-    """All that trains, also the layer that batch 2 leaves out and that joins with the second step."""
+    """The log has all trained parameters, including the layer that has its first gradient in the second step."""
     model = make_model("odd")
     optimizer = shampoo(model.named_parameters())
     with caplog.at_level(logging.INFO, logger="shampoo_deepspeed"):
@@ -276,12 +276,12 @@ def test_the_printed_form_fits_on_a_screen() -> None:
 
 
 def steps_of(optimizer: Shampoo, key: str) -> int:
-    """How many steps a parameter has taken, by the saved state."""
+    """Return how many steps a parameter has taken, according to the saved state."""
     return int(optimizer.state_dict()["shampoo"]["steps"][key])
 
 
 def test_a_compiled_training_step_leaves_the_optimizer_s_as_it_is() -> None:
-    """Torch's compiler cannot trace it, and does not try."""
+    """torch's compiler cannot trace it, and does not try to."""
     found = []
     for compiled in (False, True):
         model = nn.Linear(6, 5)

@@ -1,4 +1,4 @@
-"""Every kind of parameter that a model may hold: names, dtypes, shapes, strides, missing and odd gradients."""
+"""Every kind of parameter that a model may have: names, dtypes, shapes, strides, missing and odd gradients."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.support.zoo import make_model, relative_error
 
 
 def keys_of(optimizer: Shampoo) -> set[str]:
-    """Keys of all parameters that have state."""
+    """Return the keys of all parameters that have state."""
     own = optimizer.state_dict()["shampoo"]
     blocks = {key.rsplit("/", 1)[0] for stack in own["stacks"] for key in stack["keys"]}
     return blocks | elementwise_keys(optimizer)
 
 
 def elementwise_keys(optimizer: Shampoo) -> set[str]:
-    """Keys of the element-wise parameters that have state."""
+    """Return the keys of the element-wise parameters that have state."""
     return {segment[0] for part in state_of(optimizer)["elementwise"] for segment in part["segments"]}
 
 
@@ -39,7 +39,7 @@ def test_names_come_from_pairs_or_from_the_model_and_state_is_the_same() -> None
 
 
 def test_the_model_tells_kinds_that_names_do_not() -> None:
-    """An embedding by another name is excluded only where the module is known."""
+    """An embedding with another name is excluded only if the module is known."""
     model = nn.Sequential(nn.Embedding(12, 10), nn.Linear(10, 12))
     known, unknown = shampoo(model.parameters(), model=model), shampoo(model.named_parameters())
     for optimizer in (known, unknown):
@@ -69,7 +69,7 @@ def test_a_compiled_model_has_the_names_of_the_plain_one(how: str) -> None:
 
 
 def test_a_tied_weight_is_one_parameter() -> None:
-    """The zoo's embedding is its output head too; both modules' gradients add up before the one step."""
+    """The zoo's embedding is also its output head; both modules' gradients add up before the single step."""
     model = make_model("odd")
     optimizer = shampoo(model.named_parameters())
     train(model, optimizer, range(4))
@@ -82,7 +82,7 @@ def test_a_tied_weight_is_one_parameter() -> None:
     for step in range(4):
         train(twin, rest, [step])
         adamw.step()
-    # Excluded embeddings take AdamW's own steps; a second step or a lost half of the gradient would show.
+    # Excluded embeddings take AdamW's own steps, so a second step or a lost half of the gradient would show.
     assert relative_error(model.get_parameter("embed.weight").detach(), only[0].detach()) < 1e-5
 
 
@@ -92,7 +92,7 @@ def test_two_parameters_of_one_name_are_refused() -> None:
 
 
 def test_a_complex_parameter_is_refused_at_once() -> None:
-    with pytest.raises(OptionError, match="parameter w is complex; Shampoo takes real parameters only"):
+    with pytest.raises(OptionError, match="parameter w is complex; Shampoo supports real parameters only"):
         Shampoo([("v", parameter(3)), ("w", nn.Parameter(torch.zeros(3, dtype=torch.complex64)))])
 
 
@@ -106,14 +106,14 @@ def test_a_sparse_gradient_is_a_clear_error() -> None:
     optimizer = shampoo(embedding.parameters())
     embedding(torch.tensor([1, 2])).sum().backward()
     before = snapshot(embedding.parameters())
-    with pytest.raises(RuntimeError, match="no sparse gradients.*sparse=False"):
+    with pytest.raises(RuntimeError, match="sparse gradients.*sparse=False"):
         optimizer.step()
     assert same_bits(snapshot(embedding.parameters()), before)
 
 
 @pytest.mark.parametrize("name", ["p", "bias"])
 def test_a_parameter_without_a_gradient_is_left_alone_and_does_not_count_the_step(name: str) -> None:
-    """No decay, no momentum, and its later steps are those it would have taken without the pause."""
+    """It gets no decay and no momentum, and its later steps are those that it would have taken without the pause."""
     own = {"p": parameter(12, 10), "bias": parameter(5), "other": parameter(12, 10)}
     twin = {"p": parameter(12, 10), "bias": parameter(5)}[name]
     optimizer, alone = shampoo(own.items(), momentum=0.9), shampoo([(name, twin)], momentum=0.9)
@@ -186,14 +186,14 @@ def channels_last(value: Tensor) -> Tensor:
 
 
 def every_other(value: Tensor) -> Tensor:
-    """A view into a larger tensor, with an offset and gaps."""
+    """Return a view into a larger tensor, with an offset and gaps."""
     big = torch.zeros(*value.shape[:-1], 2 * value.shape[-1] + 1)
     big[..., 1::2] = value
     return big[..., 1::2]
 
 
 def every_second(value: Tensor) -> Tensor:
-    """Even gaps: flattening this gives a view, and that has the gaps too."""
+    """Return a tensor with even gaps; flattening it gives a view that has the gaps too."""
     big = torch.full((*value.shape[:-1], 2 * value.shape[-1]), 7.0)
     big[..., ::2] = value
     return big[..., ::2]
@@ -243,7 +243,7 @@ def test_a_gradient_of_repeated_memory_is_read_right(shape: tuple[int, ...]) -> 
 
 
 def test_every_element_of_a_reshaped_conv_gets_its_own_update() -> None:
-    """Weights of a conv and of the linear layer that does the same, patches unfolded, take the same steps."""
+    """Weights of a conv, and of the equivalent linear layer on unfolded patches, take the same steps."""
     conv = parameter(6, 4, 3, 3)
     linear = nn.Parameter(conv.detach().reshape(6, 36).clone())
     first, second = shampoo([conv], max_preconditioner_dim=64), shampoo([linear], max_preconditioner_dim=64)
@@ -257,7 +257,7 @@ def test_every_element_of_a_reshaped_conv_gets_its_own_update() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_parameters_have_float32_state_and_move(dtype: torch.dtype) -> None:
-    """The first step is that of float32 masters with the same numbers, rounded once."""
+    """The first step equals that of float32 masters with the same numbers, rounded once."""
     p, bias = parameter(12, 10, dtype=dtype), parameter(5, dtype=dtype)
     wide, wide_bias = nn.Parameter(p.detach().float()), nn.Parameter(bias.detach().float())
     optimizer, other = shampoo([p, bias], momentum=0.9), shampoo([wide, wide_bias], momentum=0.9)
@@ -298,7 +298,7 @@ def test_parameters_of_several_dtypes_share_one_optimizer() -> None:
 
 
 def test_nothing_keeps_parameters_alive_before_the_first_step() -> None:
-    """Frameworks put flat shards in their place; whole parameters that stayed would cost the memory of the model."""
+    """Frameworks replace them by flat shards; keeping the whole parameters would cost the memory of the model."""
     model = nn.Sequential(nn.Linear(10, 12), nn.LayerNorm(12))
     optimizer = shampoo(model.parameters(), model=model)
     references = [weakref.ref(p) for p in model.parameters()] + [weakref.ref(m) for m in model]
@@ -310,12 +310,12 @@ def test_nothing_keeps_parameters_alive_before_the_first_step() -> None:
 
 
 def test_steps_without_any_gradient_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    """As after a wrapper has replaced the model's parameters: nothing else would tell."""
+    """This happens if a wrapper has replaced the model's parameters; nothing else would show it."""
     optimizer = shampoo([("w", parameter(4, 6))])
     for _ in range(2):
         optimizer.step()
     assert [m for m in caplog.messages if "found no gradient" in m] == caplog.messages[:1]
     drive(optimizer, [p for group in optimizer.param_groups for p in group["params"]], range(1))
     optimizer.zero_grad()
-    optimizer.step()  # a step without gradients later is an ordinary one
+    optimizer.step()  # a later step without gradients is an ordinary one
     assert len(caplog.messages) == 1

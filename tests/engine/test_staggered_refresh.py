@@ -1,4 +1,4 @@
-"""Staggered refresh: equal work in every step, blocks in their own phase, and state that goes on where it stood."""
+"""Staggered refresh: equal work in every step, each block in its phase, and state that resumes in the same phase."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ OPTIONS: dict[str, Any] = {"refresh": "staggered", "precondition_frequency": FRE
 
 
 def some_parameters() -> list[nn.Parameter]:
-    """15 blocks of five shapes; with 4 steps in a window none has all of a kind."""
+    """Return 15 blocks of five shapes; with 4 steps in a window, no step has all blocks of a shape."""
     return [parameter(*shape, seed=n) for n, shape in enumerate([(16, 24), (20, 8), (8,), (12, 16), (5, 7), (8, 8)])]
 
 
 def refreshed_in(optimizer: Shampoo, params: Sequence[nn.Parameter], steps: int) -> list[list[str]]:
-    """The keys of the blocks that each of these steps refreshes."""
+    """Return the keys of the blocks that each of these steps refreshes."""
     log: list[list[str]] = []
     original = BlockStack._note_refresh
 
@@ -45,7 +45,7 @@ def refreshed_in(optimizer: Shampoo, params: Sequence[nn.Parameter], steps: int)
 def test_each_block_refreshes_once_in_a_window_and_every_step_does_its_share() -> None:
     params = some_parameters()
     log = refreshed_in(shampoo(params, **OPTIONS), params, 3 * FREQUENCY)
-    start = FREQUENCY - 1  # of the log, which counts from 0
+    start = FREQUENCY - 1  # in the log, which counts from 0
     assert log[:start] == [[]] * start
     window = log[start : start + FREQUENCY]
     every = sorted(key for keys in window for key in keys)
@@ -62,7 +62,7 @@ def test_sync_refreshes_all_blocks_in_one_step() -> None:
 
 @pytest.mark.parametrize("after", [2, 5, 9], ids=["before", "within", "after"])
 def test_a_run_resumed_around_its_first_window_goes_on_bit_for_bit(after: int) -> None:
-    """Within it some blocks have roots and others have not."""
+    """Within this window, some blocks have roots and others do not."""
     params = some_parameters()
     optimizer = shampoo(params, **OPTIONS)
     drive(optimizer, params, range(after))
@@ -104,8 +104,8 @@ def test_the_order_of_the_given_parameters_decides_and_nothing_else() -> None:
     assert refresh_phases(given, policies, {0: config, 1: sync}).keys() == {"p0", "p2", "p4"}
 
 
-def test_frozen_parameters_take_no_turn_before_others() -> None:
-    """Some frameworks are given them and some are not; the trajectory is the same."""
+def test_frozen_parameters_get_their_phases_last() -> None:
+    """Some frameworks pass them and some do not; the trajectory is the same."""
     trained, frozen = [parameter(12, 8, seed=n) for n in range(4)], parameter(16, 16)
     frozen.requires_grad_(False)
     alike = [nn.Parameter(p) for p in snapshot(trained)]
@@ -132,7 +132,7 @@ def test_schedule_options_are_fixed_while_staggered() -> None:
 
 
 def test_state_of_a_sync_run_is_taken_over() -> None:
-    """Roots are there already; from then on each block refreshes in its phase."""
+    """Roots exist already; from then on each block refreshes in its phase."""
     params = some_parameters()
     optimizer = shampoo(params, **OPTIONS | {"refresh": "sync"})
     drive(optimizer, params, range(6))

@@ -37,7 +37,7 @@ def test_blocks_that_join_later_leave_the_others_in_their_phase(
     assert before + joined == staggered_phases(first + later, frequency)
 
 
-def test_equal_blocks_take_turns() -> None:
+def test_equal_blocks_are_spread_evenly_over_the_phases() -> None:
     assert staggered_phases([7.0] * 8, 3) == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
@@ -47,7 +47,7 @@ def test_phases_of_another_frequency_are_refused() -> None:
 
 
 def refreshed(start: int, frequency: int, steps: range) -> list[list[int]]:
-    """For each step the phases that are refreshed then, of blocks one in each phase."""
+    """Return the phases that each step refreshes, with one block in each phase."""
     config = ShampooConfig(start_preconditioning_step=start, precondition_frequency=frequency)
     phases = range(frequency)
     stack = BlockStack([f"p/{n}" for n in phases], (2, 2), config, torch.device("meta"), torch.float32, phases)
@@ -66,7 +66,7 @@ def test_a_staggered_block_refreshes_first_within_the_window_and_then_once_in_ea
 
 @given(st.integers(1, 200), st.integers(0, 30), frequencies)
 def test_each_step_refreshes_one_phase_and_none_before_the_start(step: int, wait: int, frequency: int) -> None:
-    """Of the phases whose first refresh is not still to come."""
+    """Phases whose first refresh is still to come are not counted."""
     start = frequency + wait
     (due,) = refreshed(start, frequency, range(step, step + 1))
     assert due == ([] if step < start else [(step - start) % frequency])

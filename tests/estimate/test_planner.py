@@ -1,4 +1,4 @@
-"""The planner: exact for a real optimizer, balanced, quick for a thousand ranks, and clear about what it is given."""
+"""The planner is exact for a real optimizer, balanced, quick for a thousand ranks, and names wrong arguments."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_state_is_that_of_an_optimizer_in_one_process(options: dict[str, Any], d
 def test_every_layout_covers_every_parameter_once(
     of: Sequence[tuple[int, ...]], ranks: int, framework: str, sub_group_size: int
 ) -> None:
-    """Replicas hold equal boxes; local tensors are as long as what lies in them, and padding."""
+    """Replicas hold equal boxes; local tensors are as long as their boxes and padding."""
     sharded = next(n for n in (3, 2, 1) if ranks % n == 0)
     units = layouts(framework, of, ranks, sharded, sub_group_size)
     assert [n for unit in units for n in unit.parameters] == list(range(len(of)))
@@ -113,7 +113,7 @@ def test_the_slowest_rank_of_llama_3_8b_is_within_five_percent(framework: str, r
 @pytest.mark.parametrize("framework", ["zero2", "zero3", "fsdp2", "hsdp"])
 @pytest.mark.parametrize("ranks", [8, 64])
 def test_every_step_of_a_staggered_window_is_balanced_and_as_long_as_any_other(framework: str, ranks: int) -> None:
-    """Of equal blocks a rank has 104 at 64 ranks, 10.4 for each step of the window."""
+    """At 64 ranks, a rank has 104 equal blocks, 10.4 for each step of the window."""
     made = estimate(parameters_of("llama-3-8b"), ranks, framework, config(refresh="staggered"), shard_ranks=8)
     assert made.imbalance <= 1.05
     assert all(step.slowest <= 1.05 * step.mean for step in made.window)
@@ -123,7 +123,7 @@ def test_every_step_of_a_staggered_window_is_balanced_and_as_long_as_any_other(f
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", ["zero2", "fsdp2"])
 def test_llama_3_70b_on_1024_ranks_takes_seconds(framework: str) -> None:
-    """Three of the processor's; a search over all ranks for every block would take hours."""
+    """It takes about three seconds of CPU time; a search over all ranks for every block would take hours."""
     begun = time.process_time()
     made = estimate(parameters_of("llama-3-70b"), 1024, framework, config(), shard_ranks=8)
     assert time.process_time() - begun < 10.0
@@ -140,7 +140,7 @@ def test_memory_of_square_blocks_is_four_floats_an_element_and_the_moments_two()
 
 
 def test_work_is_spread_over_the_window_as_the_refreshes_are() -> None:
-    """At the first step of a window all roots are recomputed, then none."""
+    """With a single block, one step of a window recomputes all roots, and the others none."""
     made = estimate(matrices((64, 64)), 1, "ddp", config(max_preconditioner_dim=64, precondition_frequency=4))
     slowest = [step.slowest for step in made.window]
     assert [step.refresh for step in made.window] == [slowest[0] - slowest[1], 0.0, 0.0, 0.0]
@@ -161,7 +161,7 @@ def test_work_is_spread_over_the_window_as_the_refreshes_are() -> None:
         ({"weights_dtype": "float8"}, "weights_dtype 'float8' is not allowed"),
     ],
 )
-def test_what_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"world_size": 4, "framework": "ddp"} | arguments
     with pytest.raises(ValueError, match=message):
         estimate(matrices((8, 8)), given.pop("world_size"), given.pop("framework"), config(), **given)
@@ -186,7 +186,7 @@ def test_llama_3_has_its_published_size() -> None:
     ],
 )
 def test_names_and_shapes_are_those_that_transformers_builds(kind: str, extra: dict[str, Any], tmp_path: Path) -> None:
-    """In order, so that blocks and flat buffers are those of the run; a config.json is read as it is saved."""
+    """They are in order, so that blocks and flat buffers are those of the run; a config.json is read as it is saved."""
     made = transformers.AutoConfig.for_model(**{**SMALL, **extra, "model_type": kind})
     made.save_pretrained(tmp_path)
     with torch.device("meta"):
@@ -320,7 +320,7 @@ def test_the_table_and_the_json_say_the_same(capsys: pytest.CaptureFixture[str])
     assert f"max_preconditioner_dim {out['recommendation']['max_preconditioner_dim']}" in table
 
 
-def test_a_deepspeed_json_gives_host_and_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_deepspeed_json_sets_framework_and_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     params = {"lr": "auto", "max_preconditioner_dim": 512, "precondition_frequency": 20}
     zero = {"stage": 3, "sub_group_size": 10_000_000}
@@ -411,7 +411,7 @@ def test_a_bad_deepspeed_json_is_named(
 
 
 def test_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither weights nor state: tensors on the meta device only."""
+    """Neither weights nor state are allocated: all tensors are on the meta device."""
 
     def refuse(*_: Any, **kwargs: Any) -> Any:
         assert torch.device(kwargs["device"]).type == "meta", kwargs

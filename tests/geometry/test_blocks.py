@@ -1,4 +1,4 @@
-"""Blocks: merging keeps matrices, cutting tiles the shape."""
+"""Blocks: merging dims keeps matrices, and cutting tiles the shape."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.strategies import shapes
 @pytest.mark.parametrize(
     ("shape", "max_dim", "merged"),
     [
-        ((32, 32), 1024, (32, 32)),  # never a vector, small as it is
+        ((32, 32), 1024, (32, 32)),  # small, but never merged into a vector
         ((64, 3, 3, 3), 1024, (64, 27)),
         ((512, 512, 3, 3), 1024, (512, 512, 9)),
         ((2, 3, 4, 5), 60, (2, 60)),
@@ -103,7 +103,7 @@ side_options = st.fixed_dictionaries(
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=4).map(tuple), st.integers(1, 12), side_options)
 def test_blocks_have_the_sides_of_their_parameter(shape: tuple[int, ...], max_dim: int, options: Any) -> None:
-    """The mathematics sees blocks only and must come to the same decision as the geometry did for the parameter."""
+    """The mathematics sees only blocks, and must decide for them as the geometry did for the parameter."""
     sides = sides_of(shape, max_dim, **options)
     boxes = cut_into_blocks(shape, cut_lengths(shape, max_dim, sides, options["batch_dims"]))
     assert tiling_error(shape, boxes) is None

@@ -1,4 +1,4 @@
-"""Boxes: any cut of any shape tiles it exactly, and every box is where memory says it is."""
+"""Boxes: any cut of any shape tiles it exactly, and every box has the right offset in memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def boxes_of(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
 def test_a_box_keeps_its_elements_when_small_dims_are_merged(
     data: st.DataObject, shape: tuple[int, ...], max_dim: int
 ) -> None:
-    """A shard is a contiguous copy of a box; its placed parts must show the right elements of the merged tensor."""
+    """A shard is a contiguous copy of a box; its placed boxes must contain the right elements of the merged tensor."""
     merged, groups = merge_small_dims(shape, max_dim)
     box = data.draw(boxes_of(shape))
     tensor = torch.arange(math.prod(shape))

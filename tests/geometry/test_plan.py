@@ -40,7 +40,7 @@ def plans(draw: st.DrawFn) -> tuple[Plan, list[list[tuple[int, Box]]]]:
 
 
 def staggered(matrices: list[Matrix], frequency: int) -> list[Matrix]:
-    """The same matrices with their blocks' refreshes spread over the window."""
+    """Return the same matrices with their blocks' refreshes spread over the window."""
     cut = [cut_into_blocks(m.shape, m.cuts) for m in matrices]
     phases = iter(staggered_phases([refresh_cost(box.lengths) for boxes in cut for box in boxes], frequency))
     return [
@@ -74,7 +74,7 @@ def test_what_is_sent_is_what_is_received(made: tuple[Plan, list[list[tuple[int,
 def test_what_one_rank_works_out_is_what_a_search_over_all_ranks_finds(
     made: tuple[Plan, list[list[tuple[int, Box]]]],
 ) -> None:
-    """Owners, transfers in their order, and bytes."""
+    """Owners, transfers in their order, and bytes are compared."""
     plan, shards = made
     assert plan.owners == plan_oracle.owners(plan, shards, [0.0] * plan.world_size)
     for rank, expected in enumerate(plan_oracle.transfers(plan, shards)):
@@ -149,9 +149,9 @@ def test_buckets_are_slices_of_stacks_and_phases_are_too(made: tuple[Plan, list[
 @settings(max_examples=100)
 @given(plans())
 def test_the_slowest_rank_is_within_the_bound(made: tuple[Plan, list[list[tuple[int, Box]]]]) -> None:
-    """Within 4 % of the mean, or, where single blocks are too large for that, of the mean and one block.
+    """The bound is 4 % above the mean or, if single blocks are too large for that, the mean plus one block.
 
-    Where refreshes are staggered, so is the refresh work of every step.
+    If refreshes are staggered, it also holds for the refresh work of every step.
     """
     plan, _ = made
     costs = [b.cost for b in plan.blocks]
@@ -188,7 +188,7 @@ def test_the_loads_of_a_window_are_those_of_its_blocks(made: tuple[Plan, list[li
 @settings(max_examples=50)
 @given(st.integers(2, 8), st.integers(0, 3), st.data())
 def test_many_small_blocks_balance_to_a_tenth(ranks: int, skew: int, data: st.DataObject) -> None:
-    """With blocks of at most a twentieth of a rank's share, whatever the sharding, nobody exceeds the mean by 10 %."""
+    """If blocks are at most a twentieth of a rank's share, no rank exceeds the mean by 10 % under any sharding."""
     rows = [20 * ranks * (1 + (n * skew) % 3) for n in range(3)]
     matrices = [Matrix((n, 4), 4, 0, 10) for n in rows]
     held: list[list[tuple[int, Box]]] = [[] for _ in range(ranks)]
@@ -219,8 +219,8 @@ def test_replicas_share_the_work_and_each_gets_the_others_updates() -> None:
     assert all(not t.gradients_out and not t.gradients_in for rank in (0, 1) for t in plan.transfers(rank))
 
 
-def test_ranks_that_are_equal_in_a_unit_take_turns_over_units() -> None:
-    """Else all blocks of small units (ZeRO-3 sub-groups) would lie on the first rank."""
+def test_equally_loaded_ranks_alternate_over_units() -> None:
+    """Otherwise the first rank would own all blocks of small units (ZeRO-3 sub-groups)."""
     owners, prior_loads = [], [0.0] * 4
     for _ in range(8):
         held = [[(0, box)] for box in (Box((2 * rank, 0), (2, 8)) for rank in range(4))]
@@ -241,7 +241,7 @@ def test_a_side_that_is_switched_off_costs_nothing() -> None:
 
 
 def filled_buckets(plan: Plan) -> list[list[int]]:
-    """Elements of each rank's blocks in each bucket."""
+    """Return the elements of each rank's blocks in each bucket."""
     filled = [[0] * plan.bucket_count for _ in range(plan.world_size)]
     for block, owner, bucket in zip(plan.blocks, plan.owners, plan.buckets, strict=True):
         filled[owner][bucket] += block.box.numel
@@ -250,7 +250,7 @@ def filled_buckets(plan: Plan) -> list[list[int]]:
 
 @pytest.mark.parametrize("size, equal", [(64, 1), (2048, 4), (4096, 8), (16384, 32)])
 def test_a_plan_that_may_choose_makes_eight_buckets_within_bounds(size: int, equal: int) -> None:
-    """Of half a million to four million elements, whoever owns how much; and up to three more as the ends are small."""
+    """Buckets have half a million to four million elements for any owners; small ends add up to three buckets."""
     cuts = tuple((min(size, 256),) * (size // min(size, 256)) for _ in range(2))
     shards = [[(0, Box((row, 0), (size // 2, size)))] for row in (0, size // 2)]
     plan = Plan([Matrix((size, size), cuts, 0, 10)], shards, None)
@@ -272,7 +272,7 @@ def test_tapered_buckets_end_where_all_blocks_do_and_none_is_larger_than_an_equa
 
 
 def test_one_rank_has_equal_buckets_and_all_ranks_have_equal_shares() -> None:
-    """What moves nowhere has no ends to hide; and a rank with less has as many buckets, so that none waits for it."""
+    """On one rank there is no exchange to hide. A rank with fewer blocks has as many buckets, so no rank waits."""
     cuts = ((8,) * 32, (8,) * 32)
     alone = Plan([Matrix((256, 256), cuts, 0, 10)], [[(0, Box((0, 0), (256, 256)))]], 65536 // 8)
     assert filled_buckets(alone) == [[65536 // 8] * 8]
@@ -285,7 +285,7 @@ def test_one_rank_has_equal_buckets_and_all_ranks_have_equal_shares() -> None:
 
 @pytest.mark.parametrize("elements", [1, 32 * 32, 3 * 32 * 32])
 def test_blocks_as_large_as_buckets_make_no_more_buckets_than_the_fullest_rank_needs(elements: int) -> None:
-    """Each is one collective for all ranks; 33 blocks of 4 ranks."""
+    """Each bucket is one collective of all ranks. Here 4 ranks have 33 blocks."""
     cuts = ((32,) * 33, (32,))
     shards = [[(0, Box((264 * rank, 0), (264, 32)))] for rank in range(4)]
     plan = Plan([Matrix((1056, 32), cuts, 0, 10)], shards, elements)
@@ -294,7 +294,7 @@ def test_blocks_as_large_as_buckets_make_no_more_buckets_than_the_fullest_rank_n
 
 
 def test_a_bucket_of_every_block_is_planned_at_once() -> None:
-    """`bucket_mb` may be 0; 16,384 blocks."""
+    """`bucket_mb` may be 0, which gives one bucket per block: here 16,384."""
     cuts = ((8,) * 128, (8,) * 128)
     plan = Plan([Matrix((1024, 1024), cuts, 0, 10)], [[(0, Box((0, 0), (1024, 1024)))]], 1)
     assert plan.bucket_count == 128 * 128

@@ -1,4 +1,4 @@
-"""`prepare` in a single process: everything comes back in its place, and what it cannot take is refused."""
+"""`prepare` in a single process returns all objects in their order, and refuses what cannot work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def accelerator() -> Iterator[Accelerator]:
     GradientState._reset_state()
 
 
-def test_all_objects_come_back_in_their_places_and_train(accelerator: Accelerator) -> None:
+def test_all_objects_are_returned_in_order_and_train(accelerator: Accelerator) -> None:
     model = nn.Linear(6, 4)
     before = model.weight.detach().clone()
     shampoo = Shampoo(model.named_parameters(), lr=0.1)
@@ -43,7 +43,7 @@ def test_one_shampoo_and_one_model_are_taken(accelerator: Accelerator) -> None:
     model = nn.Linear(6, 4)
     shampoo = Shampoo(model.parameters())
     for wrong in ((model,), (model, shampoo, shampoo), (model, nn.Linear(2, 2), shampoo)):
-        with pytest.raises(TypeError, match="give one Shampoo and its model; here are"):
+        with pytest.raises(TypeError, match="pass one Shampoo and its model; got"):
             prepare(accelerator, *wrong)
     assert inner_optimizer(prepare(accelerator, shampoo)) is shampoo
 
@@ -53,7 +53,7 @@ def test_the_model_must_hold_the_parameters(accelerator: Accelerator) -> None:
         prepare(accelerator, nn.Linear(6, 4), Shampoo(nn.Linear(6, 4).parameters()))
 
 
-def test_the_wrapped_model_is_told_before_the_first_step(accelerator: Accelerator) -> None:
+def test_the_wrapped_model_must_be_attached_before_the_first_step(accelerator: Accelerator) -> None:
     model = nn.Linear(6, 4)
     shampoo = Shampoo(model.parameters())
     model(torch.ones(6)).sum().backward()

@@ -1,4 +1,4 @@
-"""The adapters' entry points: another package adds a framework of its own, and what is no adapter is refused."""
+"""The adapters' entry points: another package can add a framework, and an object that is not an adapter is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shampoo_deepspeed.geometry.boxes import whole
 
 
 class PackedAdapter(Adapter):
-    """Of a framework that packs parameters one after the other into a flat tensor with the attribute `shapes`."""
+    """For a framework that packs parameters one after the other into a flat tensor with the attribute `shapes`."""
 
     def flat_members(self, tensor, name):
         if not hasattr(tensor, "shapes"):
@@ -51,7 +51,7 @@ NO_ADAPTER = "no adapter"
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Installs a package whose entry point is the object of this name in `PACKAGE`."""
+    """Return a function that installs a package whose entry point is the object of a given name in `PACKAGE`."""
 
     def install(name: str) -> None:
         (tmp_path / "packed_framework.py").write_text(PACKAGE, encoding="utf-8")
@@ -92,13 +92,13 @@ def test_another_package_s_adapter_is_found_and_describes_its_framework(package:
     assert same_bits([together], [torch.cat(trained(apart, gradients))])
 
 
-def test_what_is_no_adapter_is_refused_by_name(package: Any) -> None:
+def test_an_object_that_is_not_an_adapter_is_refused_by_name(package: Any) -> None:
     package("NO_ADAPTER")
     with pytest.raises(TypeError, match="entry point 'packed' of shampoo_deepspeed.frameworks is 'no adapter', not"):
         Shampoo([nn.Parameter(torch.ones(2, 2))])
 
 
-def test_layouts_is_all_that_an_adapter_must_write() -> None:
+def test_an_adapter_needs_only_layouts() -> None:
     class Smallest(Adapter):
         def layouts(self, optimizer: Any, entries: Any, fresh: Any) -> None:
             return None
@@ -111,8 +111,8 @@ def test_layouts_is_all_that_an_adapter_must_write() -> None:
         Adapter()  # type: ignore[abstract]
 
 
-def test_ours_keep_nothing_beyond_what_they_serve() -> None:
-    """An adapter lives as long as the process; engines, tensors and process groups do not."""
+def test_our_adapters_keep_no_engines_tensors_or_groups_alive() -> None:
+    """An adapter exists as long as the process; engines, tensors and process groups do not."""
     from shampoo_deepspeed.integrations import deepspeed, fsdp1
 
     class Engine:

@@ -1,4 +1,4 @@
-"""Checkpoints of the Trainer, of accelerate and of torch's helpers in one process, and what they refuse."""
+"""Checkpoints of the Trainer, accelerate and torch's helpers in one process, and the errors that they raise."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SAVED, STOP, KILLED = 4, 6, 9
 
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
-    """Nothing of accelerate's global state is left."""
+    """Reset accelerate's global state afterwards."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -58,7 +58,7 @@ class Losses(TrainerCallback):
 
 
 class Dying(ShampooTrainer):
-    """Its process ends in the middle of a save, when the optimizer's part is written."""
+    """A Trainer whose process ends in the middle of a save, when the optimizer's part is written."""
 
     def _save_rng_state(self, output_dir: str) -> None:
         if self.state.global_step == STOP:
@@ -80,7 +80,7 @@ def trainer(
 
 
 def die(folder: str) -> None:
-    """What the process does that is to be killed."""
+    """Train in a process that dies."""
     torch.set_num_threads(1)
     trainer(Path(folder), Dying)[0].train()
 
@@ -92,7 +92,7 @@ def test_a_killed_and_resumed_training_is_the_uninterrupted_one_to_the_bit(
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert process.returncode == KILLED, process.stderr
     assert newest_complete(tmp_path / "killed") == str(tmp_path / f"killed/checkpoint-{SAVED}")
-    assert f"checkpoint-{STOP}: its saving was interrupted (trainer_state.json" in caplog.text
+    assert f"checkpoint-{STOP}: its save was interrupted (trainer_state.json" in caplog.text
     whole, uninterrupted = trainer(tmp_path / "whole")
     whole.train()
     again, resumed = trainer(tmp_path / "killed")
@@ -107,16 +107,16 @@ def test_a_killed_and_resumed_training_is_the_uninterrupted_one_to_the_bit(
     assert from_a_path.losses == uninterrupted.losses[STOP:]
 
 
-def test_a_checkpoint_without_the_optimizer_starts_it_anew_only_if_asked(
+def test_without_its_state_in_the_checkpoint_the_optimizer_starts_only_on_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer(tmp_path, save_only_model=True, max_steps=2)[0].train()
     path = str(tmp_path / "checkpoint-2")
     assert not (tmp_path / "checkpoint-2/shampoo").exists()
     for kind in (ShampooTrainer, Trainer):
-        with pytest.raises(CheckpointError, match="from step 2, but its checkpoint gave no state to Shampoo"):
+        with pytest.raises(CheckpointError, match="from step 2, but its checkpoint has no Shampoo state"):
             trainer(tmp_path, kind, ShampooCallback())[0].train(path)
-    with pytest.raises(ValueError, match="is complete .*checkpoint-2: it holds no state of the optimizer"):
+    with pytest.raises(ValueError, match="is complete .*checkpoint-2: it holds no optimizer state"):
         trainer(tmp_path)[0].train(True)
     willing = ShampooCallback()
     willing.require_state = False
@@ -127,7 +127,7 @@ def test_a_checkpoint_without_the_optimizer_starts_it_anew_only_if_asked(
 
 
 def test_a_trainer_begins_with_the_state_of_another_run(tmp_path: Path) -> None:
-    """The schedule and the other options are its own; once it resumes from its own checkpoints, so is the state."""
+    """Schedule and options are its own. When it resumes from its own checkpoints, the state is its own too."""
     before, _ = trainer(tmp_path / "before", max_steps=2)
     before.train()
     start = ShampooCallback(tmp_path / "before/checkpoint-2/shampoo")
@@ -139,7 +139,7 @@ def test_a_trainer_begins_with_the_state_of_another_run(tmp_path: Path) -> None:
     again, _ = trainer(tmp_path / "twice", ShampooTrainer, start, max_steps=2)
     again.train()
     again.train()
-    assert set(state_of(inner_optimizer(again.optimizer))["steps"].values()) == {6}  # the second goes on with the first
+    assert set(state_of(inner_optimizer(again.optimizer))["steps"].values()) == {6}  # the second continues the first
     new_run, _ = trainer(tmp_path / "new", max_steps=2)
     new_run.model.load_state_dict(plain.state_dict())
     new_run.train()
@@ -179,13 +179,13 @@ def test_a_shortened_file_makes_a_checkpoint_incomplete(tmp_path: Path, caplog: 
     assert f"{file} is missing or was cut short" in caplog.text
 
 
-def test_a_save_that_begins_anew_in_a_folder_makes_it_incomplete(tmp_path: Path) -> None:
+def test_a_new_save_into_a_folder_makes_it_incomplete_first(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=2)[0].train()
     other, _ = trainer(tmp_path, Dying, max_steps=2)
     other._save_optimizer_and_scheduler = lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         other.train()
-    with pytest.raises(ValueError, match="checkpoint-2: its saving was interrupted"):
+    with pytest.raises(ValueError, match="checkpoint-2: its save was interrupted"):
         newest_complete(tmp_path)
 
 
@@ -212,11 +212,11 @@ def test_an_accelerate_loop_goes_on_to_the_bit(tmp_path: Path) -> None:
     whole = loop(tmp_path / "a", load=False)
     assert (tmp_path / "a/shampoo/manifest.json").is_file()
     assert same_bits(snapshot(whole.parameters()), snapshot(loop(tmp_path / "a", load=True).parameters()))
-    loop(tmp_path / "b", load=False, attached=False)  # its optimizer.bin has all of the state
+    loop(tmp_path / "b", load=False, attached=False)  # without the hook, optimizer.bin has all of the state
     assert same_bits(snapshot(whole.parameters()), snapshot(loop(tmp_path / "b", load=True).parameters()))
 
 
-def test_accelerate_does_not_lose_a_missing_part(tmp_path: Path) -> None:
+def test_accelerate_raises_if_the_state_is_missing(tmp_path: Path) -> None:
     loop(tmp_path, load=False)
     with pytest.raises(RuntimeError, match="says where the optimizer.s state is saved"):
         loop(tmp_path, load=True, attached=False)
@@ -243,7 +243,7 @@ def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def pair(weights: nn.Module | None = None, **options: Any) -> tuple[nn.Module, Shampoo]:
-    """A model whose layer `sometimes` is not always used, so that steps differ."""
+    """Return a model and its optimizer; the layer `sometimes` is not always used, so that steps differ."""
     model = zoo_model("odd")
     if weights is not None:
         model.load_state_dict(weights.state_dict())
@@ -263,7 +263,7 @@ def test_torchs_helpers_carry_the_state_to_the_bit(flat: bool, before: int, refr
     again, second = pair(model, refresh=refresh)
     untouched = snapshot(again.parameters())
     template: Any = {"o": get_optimizer_state_dict(again, second, options=options)}
-    assert same_bits(snapshot(again.parameters()), untouched) and not second.has_state  # by torch's hidden step
+    assert same_bits(snapshot(again.parameters()), untouched) and not second.has_state  # after torch's hidden step
     dcp.load(template, checkpoint_id=tmp_path)
     set_optimizer_state_dict(again, second, template["o"], options=options)
     assert second.has_state == bool(before) and second.rejected_steps == optimizer.rejected_steps
@@ -284,7 +284,7 @@ def test_what_was_loaded_in_another_way_can_be_asked_for_at_once(tmp_path: Path)
 
 
 def test_options_are_those_from_before_torch_took_them_apart() -> None:
-    """Gathering a state dict makes lists of tuples and drops empty ones, also where the default is not empty."""
+    """Gathering a state dict turns tuples into lists and drops empty ones, even if the default is not empty."""
     _, optimizer = pair(betas=(0.8, 0.9), rules=[{"match": "up.*", "split": []}])
     group = dict(optimizer.param_groups[0])
     robbed = {n: list(v) if isinstance(v, tuple) else v for n, v in robust_group(group).items() if v != ()}
@@ -303,7 +303,7 @@ def test_torchs_helpers_and_another_optimizer_s_state() -> None:
 
 
 def test_torchs_helpers_and_other_blocks() -> None:
-    """The options come along as in any state dict; those of other blocks than the bytes have are an error."""
+    """Options are loaded as from any state dict; if they mean other blocks than the saved bytes, that is an error."""
     model, optimizer = pair()
     train(model, optimizer, range(SAVED))
     state: Any = get_optimizer_state_dict(model, optimizer)
@@ -311,5 +311,5 @@ def test_torchs_helpers_and_other_blocks() -> None:
         group["max_preconditioner_dim"] = 4
     again, second = pair(model)
     set_optimizer_state_dict(again, second, state)
-    with pytest.raises(ValueError, match=r"the saved blocks of 'embed\.weight' have \d+ bytes, and here they have \d+"):
+    with pytest.raises(ValueError, match=r"the saved blocks of 'embed\.weight' have \d+ bytes, but here they have \d+"):
         train(again, second, range(1))

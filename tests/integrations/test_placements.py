@@ -1,4 +1,4 @@
-"""Boxes of DTensors, against what torch itself puts on each rank of a pretended world."""
+"""Boxes of DTensors are those that torch itself puts on each rank, in a fake process group."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES = [*range(1, 28), 40, 41, 63]
 
 @contextmanager
 def world(rank: int) -> Iterator[None]:
-    """This process as one rank of eight that never talk."""
+    """Make this process one rank of eight that never communicate."""
     dist.init_process_group("fake", rank=rank, world_size=WORLD, store=FakeStore())
     try:
         yield
@@ -38,18 +38,18 @@ def world(rank: int) -> Iterator[None]:
 
 
 def numbered(*shape: int) -> Tensor:
-    """Each element is its own flat index."""
+    """Return a tensor whose elements are their own flat indices."""
     return torch.arange(float(math.prod(shape))).view(shape)
 
 
 def boxes_of(tensor: Any, mesh: Any) -> list[Any]:
-    """The mesh is given: torch keeps equal ones of earlier worlds, with another rank's coordinate."""
+    """Return a DTensor's boxes. The mesh is an argument, because torch keeps those of earlier worlds and ranks."""
     assert tensor.device_mesh.shape == mesh.shape
     return local_boxes(tensor.shape, tensor.placements, mesh.shape, mesh.get_coordinate(), tensor.to_local().shape)
 
 
 def assert_holds(tensor: Any, whole: Tensor, found: Sequence[Any]) -> None:
-    """The boxes, cut out of the whole tensor, are the local one from the first element to the last."""
+    """Check that the boxes, cut out of the whole tensor, make up the local tensor in its order."""
     flat = tensor.to_local().detach().reshape(-1)
     assert sum(box.numel for box, _ in found) == flat.numel()
     for box, offset in found:
@@ -79,7 +79,7 @@ MESHES = {
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("mesh", list(MESHES))
 def test_rows_that_fsdp2_cuts_out_of_tensor_parallel_ones_are_found(mesh: str, dim: int) -> None:
-    """Also where rows do not divide and the placements tell another number of rows than FSDP2 holds."""
+    """This holds even if rows do not divide evenly and placements give another number of rows than FSDP2 holds."""
     shape, names = MESHES[mesh]
     held: list[set[Any]] = [set() for _ in SIZES]
     for rank in range(WORLD):
@@ -118,7 +118,7 @@ PLACEMENTS: list[list[Any]] = [
 
 
 @pytest.mark.parametrize("placements", PLACEMENTS, ids=str)
-def test_other_strided_shards_are_several_boxes_or_a_clear_error(placements: list[Any]) -> None:
+def test_other_strided_shards_are_several_boxes_or_an_error(placements: list[Any]) -> None:
     if torch.__version__.startswith("2.8.") and any(isinstance(p, _StridedShard) for p in placements):
         pytest.skip("torch 2.8 contradicts itself about strided shards, unless they are FSDP2's own")
     described = 0
@@ -130,7 +130,7 @@ def test_other_strided_shards_are_several_boxes_or_a_clear_error(placements: lis
                 try:
                     found = boxes_of(tensor, mesh)
                 except LayoutError as error:
-                    assert "no row of contiguous boxes" in str(error)
+                    assert "not a sequence of contiguous boxes" in str(error)
                     continue
                 described += 1
                 assert_holds(tensor, numbered(*shape), found)
@@ -145,14 +145,14 @@ def test_a_scalar_is_replicated_whole() -> None:
 
 
 def test_a_local_tensor_that_the_placements_do_not_explain_is_refused() -> None:
-    with pytest.raises(LayoutError, match=r"it holds \(3, 4\) where its placements .* give \(2, 4\)"):
+    with pytest.raises(LayoutError, match=r"local shape is \(3, 4\), but its placements .* give \(2, 4\)"):
         local_boxes((4, 4), [Shard(0)], [2], [0], (3, 4))
     with pytest.raises(LayoutError, match="neither sharded nor replicated"):
         local_boxes((4, 4), [Partial()], [2], [0], (4, 4))
 
 
 def test_a_group_of_some_ranks_is_made_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a job that is bound to a device torch would split it, which waits for ranks that never come."""
+    """In a job that is bound to a device, torch would split the job's group, which waits for ranks that never join."""
     with world(0):
         mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2))
         job: Any = dist.group.WORLD
@@ -170,7 +170,7 @@ def test_a_group_of_some_ranks_is_made_without_the_others(monkeypatch: pytest.Mo
 
 
 def test_a_second_job_in_a_process_makes_groups_of_its_own() -> None:
-    """A mesh of two dims over part of the ranks needs a group that torch does not make, and that ends with its job."""
+    """A mesh of two dims over some of the ranks needs a group that torch does not make, and that ends with its job."""
     for _ in range(2):
         with world(0):
             group = _group(DeviceMesh("cpu", torch.arange(4).view(2, 2)))

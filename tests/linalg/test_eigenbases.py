@@ -1,4 +1,4 @@
-"""Eigenbases of stacks: right, in falling order, orthonormal where a matrix is singular, and judged row by row."""
+"""Eigenbases of stacks: correct, in descending order, orthonormal even for singular matrices, and judged row by row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ eigh = torch.linalg.eigh
 
 
 def spectra(*values: list[float], seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Matrices with these eigenvalues, and their eigenbases."""
+    """Return matrices with these eigenvalues, and their eigenbases."""
     d = len(values[0])
     generator = torch.Generator().manual_seed(seed)
     bases = torch.linalg.qr(torch.randn(len(values), d, d, generator=generator, dtype=F64))[0]
@@ -44,7 +44,7 @@ def test_eigenvalues_fall_and_columns_are_theirs() -> None:
     torch.testing.assert_close((bases.mT @ expected).abs(), torch.eye(4, dtype=F64).expand(2, 4, 4))
 
 
-def test_what_fails_in_float32_is_done_in_float64_and_what_fails_there_is_reported(
+def test_a_failure_in_float32_is_retried_in_float64_and_a_second_one_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     matrices, expected = spectra([4.0, 2.0, 1.0], [3.0, 2.0, 1.0])
@@ -79,7 +79,7 @@ def test_power_steps_converge_to_the_eigenbasis_and_report_where_columns_came_fr
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_a_power_step_of_a_singular_matrix_is_orthonormal(dtype: torch.dtype) -> None:
-    """Rank one, a null direction, and zero; columns that get nothing from the matrix complete the basis."""
+    """Rank one, a null direction, and zero; columns without a contribution from the matrix complete the basis."""
     u = torch.tensor([[1.0, 2.0, 2.0]], dtype=dtype)
     matrices = torch.stack([u.mT @ u, torch.diag(torch.tensor([1.0, 0.0, 2.0])).to(dtype), torch.zeros(3, 3).to(dtype)])
     bases, _ = power_step(matrices, torch.eye(3).to(dtype).expand(3, 3, 3))
@@ -87,8 +87,8 @@ def test_a_power_step_of_a_singular_matrix_is_orthonormal(dtype: torch.dtype) ->
     torch.testing.assert_close(bases[0, :, 0].abs(), u[0] / 3)
 
 
-def test_with_a_ridge_directions_that_the_matrix_knows_nothing_of_stay_as_they_are() -> None:
-    """Rank 4 of 16 in float32: without it the other 12 columns come out as another basis of their space each time."""
+def test_with_a_ridge_directions_outside_the_matrix_s_range_do_not_change() -> None:
+    """Rank 4 of 16 in float32: without a ridge, the other 12 columns become another basis of their space each time."""
     matrices, bases = spectra([4.0, 3.0, 2.0, 1.0, *[0.0] * 12])
     matrices, bases = matrices.float(), bases.float()
     largest = {}
@@ -101,7 +101,7 @@ def test_with_a_ridge_directions_that_the_matrix_knows_nothing_of_stay_as_they_a
 
 
 def test_a_basis_is_good_enough_by_its_own_off_diagonal_mass() -> None:
-    """A = [[1, x], [x, 1]] in the standard basis: sqrt(2) x of sqrt(2 + 2 x^2) lies off the diagonal."""
+    """A = [[1, x], [x, 1]] in the standard basis: sqrt(2) x of its norm sqrt(2 + 2 x^2) is off the diagonal."""
     matrices = torch.stack([torch.tensor([[1.0, x], [x, 1.0]]) for x in (0.0, 0.1, 0.2, 0.2)])
     bases = torch.eye(2).repeat(4, 1, 1)
     bases[3] = 0.0  # never computed
@@ -113,7 +113,7 @@ def test_a_basis_is_good_enough_by_its_own_off_diagonal_mass() -> None:
     assert good_enough(torch.full((1, 2, 2), math.nan), bases[:1], 0.5).tolist() == [False]
 
 
-def test_a_kept_basis_takes_new_eigenvalues_and_another_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kept_basis_gets_new_eigenvalues_and_a_bad_one_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices, bases = spectra([4.0, 2.0, 1.0], [4.0, 2.0, 1.0], [4.0, 2.0, 1.0])
     moved, new_bases = spectra([5.0, 0.5, 7.0], [9.0, 2.0, 1.0], [3.0, 2.0, 1.0], seed=1)
     now = torch.stack([bases[0] @ torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=F64)) @ bases[0].T, *moved[1:]])

@@ -1,4 +1,4 @@
-"""Inverse roots: the closed form, one regularisation, a retry in float64, and what happens when all fails."""
+"""Inverse roots: the closed form, the regularisation, a retry in float64, and what happens if that fails too."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ eigh = torch.linalg.eigh
 
 
 def closed_form(q: Tensor, values: Tensor, p: float, epsilon: float, relative: float) -> tuple[Tensor, float]:
-    """The root by known eigenvectors and eigenvalues, and the smallest regularised eigenvalue."""
+    """Return the root from known eigenvectors and eigenvalues, and the smallest regularised eigenvalue."""
     shifted = values - min(values.min().item(), 0.0) + max(epsilon, relative * values.max().item())
     return compose(q, shifted ** (-1.0 / p)), shifted.min().item()
 
@@ -40,8 +40,11 @@ roots = st.sampled_from([1.0, 2.0, 3.0, 4.0, 6.0, 8.0]) | st.floats(0.5, 10)
 def test_roots_are_those_of_the_closed_form(
     exponents: list[float], scale: float, p: float, relative: float, seed: int, dtype: torch.dtype
 ) -> None:
-    """Within first-order perturbation theory: an error dA in the matrix moves A^(-1/p) by at most
-    ||dA|| / (p * smallest eigenvalue) of its norm, and dA is a few roundings of ||A||."""
+    """The bound is that of first-order perturbation theory.
+
+    An error dA in the matrix moves A^(-1/p) by at most ||dA|| / (p * smallest eigenvalue) of its norm, and dA is a few
+    roundings of ||A||.
+    """
     d = len(exponents)
     q, values = basis(d, seed), 10.0**scale * 10.0 ** torch.tensor(exponents, dtype=F64)
     expected, smallest = closed_form(q, values, p, 0.0, 10.0**relative)
@@ -71,7 +74,7 @@ def test_regularisation_is_one_formula(values: list[float], epsilon: float, rela
 
 
 def test_regularisation_never_gives_a_negative_eigenvalue() -> None:
-    """Also where rounding made all eigenvalues negative, so that the relative part is negative too."""
+    """This holds even if rounding made all eigenvalues negative, so that the relative part is negative too."""
     values = torch.tensor([[-3.0, -2.0, -1e-9], [-1.0, 0.0, 4.0], [0.0, 0.0, 0.0]])
     assert (regularised(values, 0.0, 0.1) >= 0).all()
     assert (regularised(values, 1e-3, 0.1) >= 1e-3).all()
@@ -94,7 +97,7 @@ def test_negative_eigenvalues_are_shifted_and_not_cut() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_a_matrix_of_rank_one_has_its_vector_and_the_floor(dtype: torch.dtype) -> None:
-    """The gradient of one sample; the floor is far above rounding, so that float32 must get it right too."""
+    """Gradients of single samples have rank one. The floor is far above rounding, so float32 must get it right too."""
     v = torch.tensor([3.0, 0.0, 4.0, 12.0], dtype=F64)
     along = torch.outer(v, v) / 169.0
     found = inverse_root(torch.outer(v, v).to(dtype)[None], 4.0, 1e-12, 1e-3, dtype)[0][0]
@@ -102,7 +105,7 @@ def test_a_matrix_of_rank_one_has_its_vector_and_the_floor(dtype: torch.dtype) -
     assert relative_error(found, expected) < 8 * torch.finfo(dtype).eps * 1e3 / 4
 
 
-def test_matrices_of_a_stack_do_not_touch_each_other() -> None:
+def test_matrices_of_a_stack_do_not_affect_each_other() -> None:
     stack = torch.stack([compose(basis(5, n), torch.linspace(0.1, 10.0**n, 5, dtype=F64)) for n in range(3)]).float()
     together, _ = inverse_root(stack, 4.0, 0.0, 1e-6, torch.float32)
     for row in range(3):
@@ -118,7 +121,7 @@ def test_narrow_matrices_are_widened_and_roots_have_the_dtype_asked_for(
     found, _ = inverse_root(matrix, 2.0, 0.0, 0.0, dtype)
     exact, _ = inverse_root(matrix.double(), 2.0, 0.0, 0.0, F64)
     assert found.dtype == dtype
-    # Computed in float32 at least, rounded to the result's dtype once.
+    # Computed at least in float32, and rounded to the result's dtype once.
     assert relative_error(found, exact) < torch.finfo(torch.float32).eps * 20 + torch.finfo(dtype).eps
 
 
@@ -130,7 +133,7 @@ def float64_only(matrices: Tensor) -> Any:
     return eigh(matrices) if matrices.dtype == F64 else no_eigh()
 
 
-def test_what_fails_in_float32_is_done_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_float32_is_retried_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = torch.stack([compose(basis(5, n), torch.linspace(0.1, 1.0, 5, dtype=F64)) for n in range(3)])
     expected, _ = inverse_root(stack.float().double(), 4.0, 0.0, 1e-6, F64)
     monkeypatch.setattr(torch.linalg, "eigh", float64_only)
@@ -139,8 +142,8 @@ def test_what_fails_in_float32_is_done_in_float64(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(found, expected.float())
 
 
-def test_only_the_row_that_failed_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some solvers report no error but give NaN for one matrix of the stack."""
+def test_only_the_row_that_failed_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some solvers report no error, but return NaN for one matrix of the stack."""
     seen = []
 
     def spoilt(matrices: Tensor) -> Any:
@@ -159,7 +162,7 @@ def test_only_the_row_that_failed_is_done_again(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(found, expected)
 
 
-def test_what_cusolver_reports_in_its_own_words_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_cusolver_is_retried_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.linalg.eigh
 
     def failing(matrices: torch.Tensor) -> Any:
@@ -176,8 +179,8 @@ def test_what_cusolver_reports_in_its_own_words_is_done_again(monkeypatch: pytes
         inverse_root(torch.eye(3).unsqueeze(0), 2.0, 0.0, 0.0, torch.float32)
 
 
-def test_vectors_of_an_accelerator_that_are_not_orthonormal_are_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batched kernels have given such without an error; on the CPU nobody looks."""
+def test_vectors_that_are_not_orthonormal_are_recomputed_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batched kernels have returned such vectors without an error. On the CPU there is no such check."""
     real = torch.linalg.eigh
 
     def skewed(matrices: Tensor) -> Any:
@@ -199,7 +202,7 @@ def test_vectors_of_an_accelerator_that_are_not_orthonormal_are_done_again(monke
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_rounding_does_not_make_vectors_suspect(dtype: torch.dtype) -> None:
+def test_rounding_alone_causes_no_recomputation(dtype: torch.dtype) -> None:
     values = torch.logspace(-12, 0, 512, dtype=F64)
     stack = torch.stack([compose(basis(512, n), values) for n in range(2)]).to(dtype)
     found, vectors = checked(*torch.linalg.eigh(stack))
@@ -214,13 +217,13 @@ def test_rows_that_fail_for_good_are_reported_and_the_others_are_right() -> None
 
 
 def test_a_root_that_overflows_is_a_failure_and_never_applied() -> None:
-    """A floor of 1e-30 under the root p = 1/4 is 1e120, also for float64's way back to float32."""
+    """With p = 1/4, a floor of 1e-30 gives a root of 1e120, which also overflows if float64 is rounded to float32."""
     _, failed = inverse_root(torch.zeros(1, 2, 2), 0.25, 1e-30, 0.0, torch.float32)
     assert failed == [0]
 
 
 def test_a_block_of_which_one_mode_fails_keeps_all_its_roots() -> None:
-    """Roots of one block belong together; those of other blocks are result."""
+    """Roots of one block belong together; other blocks get their new roots."""
     preconditioner = ShampooPreconditioner(ShampooConfig(betas=(0.9, 1.0)))
     state = preconditioner.new_state(2, (3, 4), torch.device("cpu"), torch.float32)
     for mode, d in enumerate((3, 4)):
@@ -240,7 +243,7 @@ def stack_of(optimizer: Shampoo) -> dict[str, Any]:
 
 
 def trained(eigh_from: dict[int, Callable[..., Any]], steps: int, patch: pytest.MonkeyPatch) -> Shampoo:
-    """Steps with a refresh each; from the given steps on with another eigendecomposition."""
+    """Take steps with a refresh each; from the given steps on, eigh is replaced."""
     p = parameter(6, 6)
     optimizer = shampoo([("w", p)], precondition_frequency=1, failure_limit=3)
     for step in range(steps):
@@ -261,8 +264,8 @@ def test_a_failed_refresh_keeps_the_last_good_root_and_training_goes_on(
         assert torch.equal(stack["tensors"][f"root_{mode}"], good[f"root_{mode}"])
         assert not torch.equal(stack["tensors"][f"factor_{mode}"], good[f"factor_{mode}"])
     assert stack["failures"] == [2] and set(optimizer.state_dict()["shampoo"]["steps"].values()) == {5}
-    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["no inverse root of block w/0"] * 2
-    assert "failed 2 times in a row, last good one kept" in caplog.records[-1].getMessage()
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["no new inverse root for block w/0"] * 2
+    assert "failed 2 times in a row; the last good one is kept" in caplog.records[-1].getMessage()
 
 
 def test_a_success_ends_the_row_of_failures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +274,7 @@ def test_a_success_ends_the_row_of_failures(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_failures_in_a_row_become_an_error_agreed_one_step_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third failure is in step 6 (counted from 1), all ranks know of it in step 7, and the next call raises."""
+    """The third failure is in step 6 (counted from 1), all ranks know it in step 7, and the next call raises it."""
     optimizer = trained({3: no_eigh}, 7, monkeypatch)
     p = optimizer.param_groups[0]["params"][0]
     before = snapshot([p])

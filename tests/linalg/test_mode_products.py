@@ -1,4 +1,4 @@
-"""Products along modes, and the halves of symmetric products that the CPU computes."""
+"""Products along modes, and symmetric products, of which the CPU computes only one half."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ACCEPTED = None
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("d", [1, 7, STRIP - 1, STRIP, 2 * STRIP - 1, 2 * STRIP, 2 * STRIP + 1, 3 * STRIP + 5, 600])
 def test_lower_triangles_of_symmetric_products(d: int, transposed: bool, decay: float) -> None:
-    """What lies above them is never read."""
+    """Elements above them are never read."""
     x = made_up(torch.empty(2, 9, d, dtype=F64), 0).mT if transposed else made_up(torch.empty(2, d, 9, dtype=F64), 0)
     whole = made_up(torch.empty(2, d, d, dtype=F64), 1)
     whole = whole + whole.mT
@@ -36,7 +36,7 @@ def test_lower_triangles_of_symmetric_products(d: int, transposed: bool, decay: 
 
 
 def test_fewer_multiplications_than_of_a_whole_product() -> None:
-    """Above the diagonal strips nothing is written."""
+    """Nothing is written above the diagonal strips."""
     half = torch.zeros(1, 4 * STRIP, 4 * STRIP)
     add_gram_(half, torch.ones(1, 4 * STRIP, 3), 0, 1.0, 1.0)
     assert half[0, :-STRIP, -STRIP:].count_nonzero() == 0
@@ -53,7 +53,7 @@ def test_blocks_with_strips_take_the_references_steps(preconditioner: str, refre
     stack = BlockStack(["a/0"], shape, config, torch.device("cpu"), F64)
     block = new_block((...,), torch.zeros(shape, dtype=F64), Options(**rule))
     mixing = [made_up(torch.empty(d, d, dtype=F64), 0, d) for d in shape]
-    for step in range(1, 8):  # full rank and well apart, so that eigenvectors are defined to the last digits
+    for step in range(1, 8):  # full rank and separate eigenvalues, so that eigenvectors are well defined
         g = mixing[0] @ made_up(torch.empty(shape, dtype=F64), step) @ mixing[1]
         (found,) = stack.step(0, g[None].clone(), [step], config, ACCEPTED)
         assert relative_error(found, Reference.step_block(block, g, step, Options(**rule))) < 1e-8, step
@@ -82,7 +82,7 @@ def test_products_in_bfloat16_round_updates_and_leave_statistics_alone(precondit
 def test_few_rows_at_a_time_take_the_same_steps(
     preconditioner: str, refresh: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the CPU a stack goes through a step, and through a refresh, in pieces that stay in the cache."""
+    """On the CPU, steps and refreshes process a stack in parts that fit into the cache."""
     phases = None if refresh == "sync" else [0, 0, 1, 1, 1]
     options: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64", "refresh": refresh}
     config = ShampooConfig(preconditioner=preconditioner, precondition_frequency=2, betas=(0.9, 0.9), **options)

@@ -1,4 +1,4 @@
-"""Iterative solvers: the roots of a float64 eigendecomposition, a bound that holds, and a way out where they fail."""
+"""Iterative solvers: roots of a float64 eigendecomposition, a bound that holds, and a fallback if they fail."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def stack(dtype: torch.dtype = F64) -> Tensor:
 
 
 def exact(matrices: Tensor, p: int, ridge: Tensor) -> Tensor:
-    """Roots by an eigendecomposition in float64, with a ridge [B, 1, 1] that is given."""
+    """Return roots by an eigendecomposition in float64, with a given ridge [B, 1, 1]."""
     values, q = torch.linalg.eigh(matrices.double())
     return (q * (values.clamp_min(0.0) + ridge.flatten(1)).pow(-1.0 / p).unsqueeze(-2)) @ q.mT
 
@@ -65,7 +65,7 @@ def test_float64_roots_are_those_of_the_eigendecomposition(solve: Callable[..., 
 def test_float32_roots_are_right_within_the_rounding_of_the_matrix(
     solve: Callable[..., Any], p: int, relative: float
 ) -> None:
-    """As for eigh: dA moves the root by up to ||dA|| / (p * smallest eigenvalue), and dA is a few roundings."""
+    """As for eigh, dA moves the root by up to ||dA|| / (p * smallest eigenvalue), and dA is a few roundings."""
     matrices = stack(torch.float32)
     found, failed = solve(matrices, p, 0.0, relative)
     assert failed == []
@@ -79,7 +79,7 @@ def test_float32_roots_are_right_within_the_rounding_of_the_matrix(
 
 @pytest.mark.parametrize("solve", [coupled_newton, newton_db])
 def test_what_gradients_see_of_a_float32_root_is_right(solve: Callable[..., Any]) -> None:
-    """The error of A^(-1/4) A^(1/2): directions of small eigenvalues are also those of small gradients."""
+    """That is the error of A^(-1/4) A^(1/2), because directions of small eigenvalues are those of small gradients."""
     matrices = stack(torch.float32)
     found, _ = solve(matrices, 4, 0.0, 1e-6)
     values, q = torch.linalg.eigh(matrices.double())
@@ -123,7 +123,7 @@ BAD = {
 
 
 @named
-def test_what_cannot_converge_is_reported_and_touches_no_other_matrix(solve: Callable[..., Any], p: int) -> None:
+def test_a_matrix_that_cannot_converge_is_reported_and_changes_no_other(solve: Callable[..., Any], p: int) -> None:
     good = stack(torch.float32)
     mixed = torch.cat([torch.stack(list(BAD.values())), good])
     found, failed = solve(mixed, p, 0.0, 1e-5)
@@ -143,8 +143,8 @@ def test_rows_that_fail_fall_back_to_the_eigendecomposition(solver: str) -> None
     torch.testing.assert_close(found[3:], iterated, rtol=1e-5, atol=0.0)
 
 
-def test_matrices_that_are_done_leave_the_working_stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The identity takes a few iterations and the rank-one matrix many; the products get fewer on the way."""
+def test_converged_matrices_are_removed_from_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The identity takes few iterations and the rank-one matrix many, so later products have fewer matrices."""
     sizes: list[int] = []
     power = newton._whole_power
 

@@ -1,4 +1,4 @@
-"""Global precision switches: they change nothing in a step, and a step leaves them as they were."""
+"""Global precision switches change nothing in a step, and a step leaves them as they were."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SWITCHES |= (
 
 
 def readings() -> dict[str, Any]:
-    """All that can be read, by the new names and by the old ones; some refuse to be read when names were mixed."""
+    """Return all readable switches, by new and by old names; some refuse to be read if both names were used."""
     readers: dict[str, Callable[[], Any]] = {
         "generic": lambda: backends.fp32_precision,
         "cuda": lambda: backends.cuda.matmul.fp32_precision,
@@ -80,7 +80,7 @@ def readings() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def restored_switches() -> Iterator[None]:
-    """Back to what torch starts with, so that no other test sees these switches."""
+    """Restore torch's initial switches, so that other tests do not see these."""
     yield
     if NEW_NAMES:
         backends.fp32_precision = "none"
@@ -109,7 +109,7 @@ def test_a_step_gives_the_same_bits_under_every_switch_and_restores_it(name: str
 
 @pytest.mark.parametrize("name", list(SWITCHES))
 def test_products_of_a_step_run_in_full_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the switches as they are during the step: not every machine has the units on which they would show."""
+    """The switches themselves are checked during the step, because they have no effect on some machines."""
     SWITCHES[name]()
     seen: list[tuple[str, str]] = []
 
@@ -132,7 +132,7 @@ def test_products_of_a_step_run_in_full_precision(name: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_enclosing_autocast_changes_nothing(dtype: torch.dtype) -> None:
-    """Some training loops step inside of it; products would come out in its dtype."""
+    """Some training loops step inside autocast; products would then have its dtype."""
     expected = trained()
     with torch.autocast("cpu", dtype=dtype):
         found = trained()
@@ -150,7 +150,7 @@ def test_a_step_that_fails_restores_the_switches_too() -> None:
 
 @pytest.mark.skipif(not NEW_NAMES, reason="in torch 2.8 no switch inherits from another")
 def test_what_was_inherited_is_inherited_afterwards() -> None:
-    """A step must not pin the backends to the value that they merely inherit from the generic switch."""
+    """A step must not fix the backends' switches at the value that they inherit from the generic switch."""
     model = nn.Linear(6, 5)
     drive(shampoo(model.parameters()), list(model.parameters()), range(2))
     for value in ("tf32", "ieee"):
@@ -162,7 +162,7 @@ def test_what_was_inherited_is_inherited_afterwards() -> None:
 
 @pytest.mark.slow
 def test_the_old_names_can_be_read_after_a_step_where_only_they_were_used() -> None:
-    """In a process of its own, as torch remembers which names were used; later code of torch reads the old ones."""
+    """It needs its own process, because torch remembers which names were used; later torch code reads the old ones."""
     script = """
 import torch
 from shampoo_deepspeed import Shampoo

@@ -1,4 +1,4 @@
-"""A block's result depends on its values alone: not on its neighbours in a stack, nor on its place in memory."""
+"""A block's result depends only on its values, not on its neighbours in a stack or its place in memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "soap_grafted": {"preconditioner": "soap", "grafting": "adam", "apply_dtype": "bfloat16"},
 }
 SHAPES = [(7, 5), (17, 33), (63, 16), (3, 5, 7), (65, 65)]
-# Which sums a library takes apart depends on sizes and dtypes, not on options: each option on three of the shapes.
+# How a library splits sums depends on sizes and dtypes, not on options, so each option has three of the shapes.
 CASES = [
     (name, SHAPES[(number + n) % len(SHAPES)], DTYPES[(number + n // 2) % 2])
     for number, name in enumerate(OPTIONS)
@@ -52,14 +52,14 @@ CASES = [
 
 
 def gradients(shape: tuple[int, ...], step: int, dtype: torch.dtype) -> Tensor:
-    """[ROWS, *shape], of another scale in each row."""
+    """Return gradients [ROWS, *shape], with another scale in each row."""
     generator = torch.Generator().manual_seed(step)
     scale = torch.logspace(-3, 2, ROWS, dtype=torch.float64).view(-1, *[1] * len(shape))
     return (torch.randn(ROWS, *shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
 def stepped(rows: range, shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """All state of a stack with these rows after some steps, and its last updates."""
+    """Return all state of a stack with these rows after some steps, and its last updates."""
     config = ShampooConfig(precondition_frequency=2, **options)
     stack = BlockStack([f"a/{row}" for row in rows], shape, config, torch.device("cpu"), dtype)
     accepted, made = None, torch.empty(0)
@@ -84,7 +84,7 @@ def covariances(d: int, dtype: torch.dtype) -> Tensor:
 
 
 def one_basis(stack: Tensor) -> Tensor:
-    """The same orthonormal basis for every matrix of a stack."""
+    """Return the same orthonormal basis for every matrix of a stack."""
     d = stack.shape[-1]
     return torch.linalg.qr(covariances(d, stack.dtype)[0])[0].expand_as(stack).contiguous()
 
@@ -117,7 +117,7 @@ def test_a_matrix_in_a_batch_gives_what_it_does_alone(
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """Two stacks [ROWS, m, k] and [ROWS, k, n], each plain or transposed, at any place in memory."""
+    """Draw two stacks [ROWS, m, k] and [ROWS, k, n], each plain or transposed, at any place in memory."""
     m, k, n = draw(st.tuples(*[st.sampled_from(PRODUCT_DIMS)] * 3))
     dtype = draw(st.sampled_from(DTYPES))
     return draw(placed(m, k, dtype)), draw(placed(k, n, dtype))
@@ -143,7 +143,7 @@ def test_a_product_depends_on_its_two_matrices_alone(pair: tuple[Tensor, Tensor]
 
 
 def own_memory(stack: Tensor, row: int) -> Tensor:
-    """One matrix as a stack of its own, at the start of new memory, transposed where it was."""
+    """Return one matrix as its own stack, at the start of new memory, and transposed if it was."""
     return stack[row : row + 1].clone(memory_format=torch.preserve_format)
 
 
@@ -195,7 +195,7 @@ def test_an_element_gives_the_same_at_every_place(
 def test_an_element_of_an_unpreconditioned_parameter_steps_the_same_at_every_place(
     length: int, method: str, dtype: torch.dtype
 ) -> None:
-    """However a parameter is cut into shards."""
+    """This holds for any cut of a parameter into shards."""
     config, accepted = ShampooConfig(), None
 
     def run(cuts: list[int]) -> Tensor:

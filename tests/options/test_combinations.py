@@ -1,5 +1,4 @@
-"""Every option alone and every pair of option values, in float64: updates of each step, and state, are the plain
-reference's.
+"""Every option alone and every pair of option values, in float64: updates and state equal the plain reference's.
 
 Tensors have one to four dims, and blocks are smaller than, equal to and larger than their dims.
 """
@@ -37,14 +36,14 @@ F64 = torch.float64
 STEPS = 24
 BOUND = 1e-9
 SHAPES = {"vector": (5,), "matrix": (6, 4), "conv": (4, 6, 2), "experts": (3, 2, 3, 2)}
-# Options that change nothing of the rule, and those that other tests try.
+# Options that do not change the rule, and those with their own tests.
 NOT_OF_THE_RULE = {"bucket_mb", "overlap", "failure_limit"}
 NOT_OF_THE_RULE |= {"communication_dtype", "apply_dtype", "factor_dtype", "root_dtype"}
 TRIED_BY_OTHERS = {"exclude", "no_decay", "split", "master_weights", "stochastic_rounding", "peak_lr"}
 
 
 def state_deviations(optimizer: Shampoo, reference: Reference) -> dict[str, float]:
-    """Of all that the package keeps of its blocks, at their keys."""
+    """Return the deviations of all block state that the package keeps, by key."""
     out: dict[str, float] = {}
     for stack in optimizer.state_dict()["shampoo"]["stacks"]:
         for row, key in enumerate(stack["keys"]):
@@ -52,11 +51,11 @@ def state_deviations(optimizer: Shampoo, reference: Reference) -> dict[str, floa
             p = reference.params[name]
             block = p.blocks[int(index)]
             tensors = dict(stack["tensors"])
-            if not stack["refreshed"][row]:  # what is applied means nothing so far
+            if not stack["refreshed"][row]:  # roots and bases have no values yet
                 unused = ("root", "basis", "scale", "rotated_second", "rotated_weight")
                 warm = tensors.get("rotated_second_moment") if "second_moment" not in tensors else None
                 tensors = {n: t for n, t in tensors.items() if not n.startswith(unused)}
-                if warm is not None and block.method != "sgd":  # SOAP's element-wise one lies there until it begins
+                if warm is not None and block.method != "sgd":  # SOAP's element-wise one, until its first refresh
                     tensors["second_moment"] = warm
             found = block_deviations(tensors, row, block, p.options.preconditioner)
             out |= {f"{key}: {tensor}": value for tensor, value in found.items()}
@@ -64,7 +63,7 @@ def state_deviations(optimizer: Shampoo, reference: Reference) -> dict[str, floa
 
 
 def reference_of(params: Mapping[str, Tensor], options: dict[str, Any]) -> Reference:
-    """How a root is computed is no part of the rule, and rules are overrides by name."""
+    """Build the reference; it ignores solvers, which are not part of the rule, and takes rules as overrides by name."""
     overrides = {rule["match"]: {k: v for k, v in rule.items() if k != "match"} for rule in options.get("rules", [])}
     return Reference(params, overrides, **{k: v for k, v in options.items() if k not in ("solver", "rules")})
 
@@ -78,7 +77,7 @@ def test_the_rows_hold_every_pair_and_every_option_of_the_rule() -> None:
     assert set(options_with(GROUP_ONLY)) <= held | NOT_OF_THE_RULE | TRIED_BY_OTHERS | {"decoupled_weight_decay"}
 
 
-def test_what_does_not_combine_is_an_error_that_names_the_option_and_what_is_allowed() -> None:
+def test_options_that_do_not_combine_are_an_error_that_names_what_is_allowed() -> None:
     for pair in value_pairs():
         options = options_of(row_of(*pair))
         if pair not in REFUSED_PAIRS:

@@ -35,7 +35,7 @@ METHODS = "one of none, sgd, adagrad, rmsprop, adam"
 PATTERNS = "a list of name patterns"
 DTYPE = "one of float32, float64, bfloat16"
 
-# (key, bad value, what the message says is allowed)
+# (key, bad value, the allowed values in the message)
 BAD_VALUES: list[tuple[str, Any, str]] = [
     ("lr", -1e-3, NUMBER),
     ("lr", "0.001", NUMBER),
@@ -98,15 +98,15 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("large_dim", "cut", "one of block, diagonal, identity, adagrad"),
     ("one_sided", "both", "null or one of smaller, left, right"),
     ("one_sided", True, "null or one of smaller, left, right"),
-    ("batch_dims", 2, "0, or 1 where the first dim"),
-    ("batch_dims", True, "0, or 1 where the first dim"),
+    ("batch_dims", 2, "0, or 1 if the first dim"),
+    ("batch_dims", True, "0, or 1 if the first dim"),
     ("split", [4096], "a list of lengths >= 1"),
     ("split", [4, 0], "a list of lengths >= 1"),
     ("split", 3, "a list of lengths >= 1"),
     ("split", [2.0, 3], "a list of lengths >= 1"),
     ("exponent_override", [4, "2"], "null or a number p from 0.001 to 1000"),
     ("exponent_override", [], "null or a number p from 0.001 to 1000"),
-    ("exclude", ["kind:norms"], "'kind:norms' is no kind; kinds are embedding"),
+    ("exclude", ["kind:norms"], "'kind:norms' is not a kind; kinds are embedding"),
     ("rules", {"match": "*q*"}, "a list of rules such as"),
     ("rules", [{"match": "*q*"}], "a list of rules such as"),
     ("rules", [{"max_preconditioner_dim": 3}], "a list of rules such as"),
@@ -223,14 +223,14 @@ def test_an_error_fits_on_a_screen() -> None:
         assert len(str(error.value)) < 1_000
 
 
-def test_a_misspelt_option_of_a_group_is_an_error_and_a_hosts_own_key_is_not() -> None:
+def test_a_misspelt_option_of_a_group_is_an_error_and_a_framework_s_own_key_is_not() -> None:
     with pytest.raises(OptionError, match="did you mean 'weight_decay'"):
         Shampoo([{"params": [parameter(3)], "weight_decy": 0.1}])
     optimizer = Shampoo([{"params": [parameter(3)], "name": "experts", "moe": True, "initial_lr": 0.1}])
     assert (optimizer.param_groups[0]["name"], optimizer.param_groups[0]["moe"]) == ("experts", True)
 
 
-def test_a_key_of_a_group_that_nobody_is_known_to_read_stays_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_key_of_a_group_stays_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     optimizer = Shampoo([{"params": [parameter(3)], "name": "experts", "initial_lr": 0.1}])
     assert not caplog.text
     optimizer.add_param_group({"params": [parameter(4)], "wd": 0.1})
@@ -245,7 +245,7 @@ def test_a_list_of_parameters_that_is_a_module_is_taken() -> None:
     assert len(Shampoo(nn.ParameterList([parameter(3), parameter(4)])).param_groups[0]["params"]) == 2
 
 
-def test_what_deepspeed_s_json_for_adamw_says_of_its_kernel_means_nothing_here() -> None:
+def test_adamw_s_kernel_options_in_deepspeed_s_json_are_ignored() -> None:
     assert ShampooConfig.from_options({"torch_adam": True, "fused": True}) == ShampooConfig()
 
 
@@ -373,7 +373,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 @given(st.fixed_dictionaries(VALUES))
 def test_options_survive_json(options: dict[str, Any]) -> None:
     assert VALUES.keys() == set(OPTION_NAMES)
-    if options["preconditioner"] != "shampoo":  # what the others cannot do
+    if options["preconditioner"] != "shampoo":  # options that the others do not allow
         options = {**options, "exponent_override": None, "one_sided": None, "rank_deficient": "shift"}
     if options["refresh_tolerance"] is not None:
         options = {**options, "rank_deficient": "shift"}
@@ -450,7 +450,7 @@ def test_elementwise_parameters_follow_the_grafting_method_unless_told_otherwise
 
 
 IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
-    ({"beta3": 0.5, "betas": (0.0, 0.9)}, "'beta3' = 0.5.*null where betas"),
+    ({"beta3": 0.5, "betas": (0.0, 0.9)}, "'beta3' = 0.5.*null if betas"),
     ({"weight_decay_type": "corrected", "decoupled_weight_decay": False}, "'weight_decay_type' = 'corrected'"),
     ({"split": [2, 3], "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*together with split"),
     ({"split": [2, 3], "one_sided": "smaller"}, "'one_sided' = 'smaller'.*together with split"),
@@ -481,7 +481,7 @@ def test_the_peak_of_a_scaled_decay_is_the_learning_rate_that_a_group_starts_wit
     optimizer = Shampoo([group, {"params": [parameter(3)]}], lr=0.25, weight_decay_type="corrected")
     assert [g["peak_lr"] for g in optimizer.param_groups] == [0.5, 0.25]
     assert Shampoo([parameter(3)], lr=0.25).param_groups[0]["peak_lr"] is None
-    with pytest.raises(OptionError, match="'peak_lr' = None is not allowed: a number > 0 where lr starts at 0"):
+    with pytest.raises(OptionError, match="'peak_lr' = None is not allowed: a number > 0 if lr starts at 0"):
         Shampoo([parameter(3)], lr=0.0, weight_decay_type="independent")
     optimizer = Shampoo([parameter(3)], lr=0.0, weight_decay_type="independent", peak_lr=0.1)
     assert optimizer.param_groups[0]["peak_lr"] == 0.1

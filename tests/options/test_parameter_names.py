@@ -39,7 +39,7 @@ def test_wrappers_leave_no_trace_in_a_name(name: str) -> None:
 
 def test_a_wrapped_model_has_the_names_of_the_plain_one() -> None:
     class Compiled(nn.Module):
-        """What torch.compile gives, as far as names go."""
+        """A wrapper that changes names as torch.compile does."""
 
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
@@ -52,7 +52,7 @@ def test_a_wrapped_model_has_the_names_of_the_plain_one() -> None:
 
 
 class Tied(nn.Module):
-    """As Transformers models: an embedding that is the output head too, and a method that tells the head."""
+    """A model as in Transformers: an embedding that is also the output head, and a method that returns the head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def test_kinds_come_from_the_modules_that_hold_a_parameter() -> None:
 
 
 class LlamaRMSNorm(nn.Module):
-    """As Transformers names them: no base class tells that it is a norm."""
+    """A norm as in Transformers, which only its class name shows; it has no common base class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,11 +88,11 @@ class LlamaRMSNorm(nn.Module):
 
 
 class NormalizedLinear(nn.Linear):
-    """Not a norm, for all its name."""
+    """Not a norm, despite its name."""
 
 
 class GatedUnit(nn.Module):
-    """A gate that routes nothing."""
+    """A module with a gate that is not a router."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,13 +113,13 @@ def test_kinds_of_a_mixture_of_experts(gate: nn.Module) -> None:
     }
 
 
-def test_every_kind_that_modules_tell_is_one_that_patterns_may_name() -> None:
+def test_every_kind_of_module_can_be_named_by_a_pattern() -> None:
     models = (Tied(), MixtureLayer(TopKRouter()))
     found = {kind for model in models for _, kinds in names_and_kinds(model).values() for kind in kinds}
     assert found <= set(KINDS) and {kind for kind in KINDS if not kind.endswith("d") or kind == "lm_head"} <= found
 
 
-def test_a_model_without_an_output_head_has_none() -> None:
+def test_a_model_without_an_output_head_has_no_lm_head() -> None:
     class Headless(Tied):
         def get_output_embeddings(self) -> nn.Module:
             return None  # type: ignore[return-value]

@@ -24,7 +24,7 @@ RULES: list[dict[str, Any]] = [
     {"match": "down.weight", "split": [4, 5], "beta3": 0.3},
     {"match": "*.weight", "exponent_override": 3.0},
 ]
-# What each parameter of the odd model is under, by the rules as they are written.
+# The rule that applies to each parameter of the odd model, by its index in RULES.
 UNDER = {
     "up.weight": 0,
     "conv.weight": 1,
@@ -88,7 +88,7 @@ def test_rules_of_a_loaded_state_are_those_that_it_was_saved_with() -> None:
 
 
 def test_the_learning_rate_and_decay_are_those_of_the_group() -> None:
-    """A rule changes what blocks do; the framework's groups stay what they are."""
+    """A rule changes only what blocks do; the framework's groups stay as they are."""
     p, twin = parameter(12, 10), parameter(12, 10)
     ruled = shampoo([("w", p)], rules=[{"match": "w", "precondition_frequency": 1}])
     plain = shampoo([("w", twin)], precondition_frequency=1)
@@ -117,7 +117,7 @@ def test_rules_have_numbers_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("name", options_with(GROUP_ONLY))
-def test_what_belongs_to_a_group_is_no_option_of_a_rule(name: str) -> None:
+def test_a_rule_cannot_set_an_option_of_a_group(name: str) -> None:
     with pytest.raises(OptionError, match=f"'{name}' belongs to a parameter group and not to a rule"):
         ShampooConfig.from_options({"rules": [{"match": "*", name: getattr(ShampooConfig(), name)}]})
     assert name in OPTION_NAMES
@@ -127,7 +127,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"match": "*q*", "max_preconditioner_dims": 8}, "Unknown Shampoo option 'max_preconditioner_dims'"),
     ({"match": "*q*", "betas": [0.9, 2.0]}, r"'betas' = \[0.9, 2.0\]"),
     ({"match": "q", "solver": "newton_db", "exponent_override": 3}, r"in the rule for \['q'\].*'solver' = 'newton_db'"),
-    ({"match": ["kind:what"], "eps": 0.1}, "'kind:what' is no kind"),
+    ({"match": ["kind:what"], "eps": 0.1}, "'kind:what' is not a kind"),
     ({"match": [], "eps": [0.1]}, "'eps' = "),
     ({"match": "*q*", "max_preconditioner_dim": 0}, r"in the rule for \['\*q\*'\].*'max_preconditioner_dim' = 0"),
     ({"match": "*q*"}, "{'match': '\\*q\\*'} lacks options other than 'match'"),

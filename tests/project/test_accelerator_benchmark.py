@@ -1,4 +1,4 @@
-"""The benchmark for GPUs, in a tiny form on the CPU, and the plain loop that it compares with."""
+"""The GPU benchmark, in a tiny form on the CPU, and the plain loop that it compares with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TINY = Setting("tiny", tokens=32, length=16, frequency=2, rounds=1, device=torch
 
 
 class Watcher(torch.optim.Optimizer):
-    """Notes what it gets at each step, and changes nothing."""
+    """Records what it gets at each step, and changes nothing."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model.parameters(), {"lr": 1.0})
@@ -89,7 +89,7 @@ def test_nothing_of_a_contestant_outlives_it_and_one_that_does_not_fit_is_left_o
 
     def noted(contestant: Contestant) -> Contestant:
         def build_noted(model: nn.Module) -> list[torch.optim.Optimizer]:
-            assert all(reference() is None for reference in built)  # those before are gone
+            assert all(reference() is None for reference in built)  # earlier ones have been freed
             built.extend(weakref.ref(p) for p in model.parameters())
             return contestant.build(model)
 
@@ -121,7 +121,7 @@ def test_models_and_gradients_are_in_float32() -> None:
 
 
 def test_the_plain_loop_is_our_rule_with_all_refreshes_at_one_step() -> None:
-    """In float64, so that nothing hides behind rounding; blocks of 16 cut 32 and 88 evenly and not."""
+    """In float64, rounding hides no mistakes; blocks of 16 divide 32 evenly and 88 unevenly."""
     ridges = {"epsilon": 1e-12, "relative_epsilon": 1e-6}
     options: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, **ridges}
     left = build(TINY).double()
@@ -153,4 +153,4 @@ def test_the_plain_loop_is_our_rule_with_all_refreshes_at_one_step() -> None:
 def test_tokens_must_fill_whole_sequences(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         accelerator.main(["--size", "tiny", "--tokens", "100", "--sequence-length", "16"])
-    assert "--tokens 100 is no multiple of --sequence-length 16" in capsys.readouterr().err
+    assert "--tokens 100 is not a multiple of --sequence-length 16" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import shampoo_deepspeed
 
 
 def run(script: str, **environment: str) -> str:
-    """What a fresh interpreter prints; it must not fail, nor warn."""
+    """Return what a fresh interpreter prints; it must neither fail nor warn."""
     env = {k: v for k, v in os.environ.items() if not k.endswith("_AUTOLOAD")} | environment
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -22,7 +22,7 @@ def run(script: str, **environment: str) -> str:
 
 @pytest.mark.slow
 def test_torch_optim_has_the_optimizer_without_any_import_of_ours() -> None:
-    """One process for all: each import of torch takes seconds. DeepSpeed asks for a lower-case name at times."""
+    """One process checks everything, because importing torch takes seconds. DeepSpeed may ask for a lower-case name."""
     script = """
 import sys
 import torch
@@ -49,7 +49,7 @@ print("done")
 
 @pytest.mark.slow
 def test_it_can_be_switched_off_and_called_by_hand() -> None:
-    """torch's hook imports the package, so an import of ours must not register either."""
+    """torch's hook imports the package, so importing the package must not register either."""
     script = """
 import torch
 print(hasattr(torch.optim, "Shampoo"))
@@ -62,7 +62,7 @@ print(torch.optim.Shampoo.__name__)
 
 
 @pytest.mark.slow
-def test_where_torch_runs_no_hooks_an_import_of_ours_registers() -> None:
+def test_if_torch_runs_no_hooks_importing_the_package_registers() -> None:
     script = """
 import torch
 print(hasattr(torch.optim, "Shampoo"))
@@ -73,8 +73,8 @@ print(torch.optim.Shampoo.__name__)
 
 
 @pytest.mark.slow
-def test_everything_works_where_no_host_is_installed() -> None:
-    """The adapters are there, but nothing that they serve can be imported. Here our import comes before torch's."""
+def test_everything_works_if_no_framework_is_installed() -> None:
+    """The adapters exist, but their frameworks cannot be imported. Here our package is imported before torch."""
     script = """
 import sys
 BLOCKED = {"deepspeed", "transformers", "accelerate", "datasets"}
@@ -98,9 +98,9 @@ print("done")
 
 
 def test_the_hook_imports_nothing_but_itself() -> None:
-    """So it takes no time that a user of torch could notice, whatever torch itself or this package may grow to.
+    """So users of torch cannot notice the time that it takes, even if torch or this package grow.
 
-    Modules stand in for torch's, so that nothing of torch's own import is counted; the hook needs no more of them.
+    Stand-ins replace torch's modules, so that torch's own imports are not counted; the hook needs no more.
     """
     script = """
 import importlib, importlib.metadata, os, sys, types, typing

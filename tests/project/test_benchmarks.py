@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, and tiny runs of those that need one process."""
+"""The benchmarks' arithmetic, and tiny runs of those that need only one process."""
 
 from collections.abc import Callable
 
@@ -12,13 +12,13 @@ from benchmarks.slow_link import Timeline, overlap
 
 
 def test_numbers_of_windows_are_medians_over_them() -> None:
-    steps = [1.0, 3.0, 1.0, 5.0, 2.0, 8.0, 100.0]  # three windows of two; the rest is no whole window
+    steps = [1.0, 3.0, 1.0, 5.0, 2.0, 8.0, 100.0]  # three windows of two; the last step is not a whole window
     assert mean(steps, 2) == 3.0
     assert slowest(steps, 2) == 5.0
     assert ratio_of_means(steps, [1.0, 1.0, 1.0, 2.0, 1.0, 1.0], 2) == 2.0
 
 
-def test_exposed_is_what_a_step_waits_for_a_busy_link() -> None:
+def test_exposed_is_the_time_that_a_step_waits_for_a_busy_link() -> None:
     timeline = Timeline(link=[(0.0, 2.0), (4.0, 6.0)], waiting=[(1.0, 3.0), (5.5, 5.75)], late=[(2.0, 4.0)])
     assert overlap(timeline.link, timeline.waiting) == 1.25
     assert timeline.exposed() == 1.25

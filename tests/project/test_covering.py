@@ -1,4 +1,4 @@
-"""The runs that stand for a full product have all that they must have."""
+"""The runs that replace a full product have all required features."""
 
 from __future__ import annotations
 

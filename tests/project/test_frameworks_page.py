@@ -11,13 +11,13 @@ PAGE = Path(__file__).parents[2] / "docs" / "frameworks.md"
 
 
 def rows() -> dict[tuple[str, int], list[str]]:
-    """The numbers of each framework and number of ranks, in the order of SETTINGS."""
+    """Return the numbers of each framework and number of ranks, in the order of SETTINGS."""
     lines = PAGE.read_text(encoding="utf-8").split("| framework |")[1].split("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {(name, int(ranks)): numbers for name, ranks, _, *numbers in cells}
 
 
-def test_every_host_has_its_numbers_within_the_bounds() -> None:
+def test_every_framework_has_its_numbers_within_the_bounds() -> None:
     run = {(framework(c), c.ranks, settings(c)) for c in checks()}
     shown = rows()
     assert {(*key, s) for key, cells in shown.items() for s, n in zip(SETTINGS, cells, strict=True) if n != "-"} == run

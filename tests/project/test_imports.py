@@ -1,4 +1,4 @@
-"""What tests share lies in tests/support: nobody imports a test module."""
+"""Code that tests share is in tests/support: no test module is imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILES = sorted(path for folder in ("tests", "benchmarks", "examples") for path i
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Dotted names of all that a file imports, anywhere in it, and of the names that it takes from there."""
+    """Yield the dotted names of all modules that a file imports, anywhere in it, and of names imported from them."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

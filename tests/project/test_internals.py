@@ -1,4 +1,4 @@
-"""docs/internals.md has a row for every private part of another package that we use, and its files and tests exist."""
+"""docs/internals.md has a row for every private API of another package that we use, and its files and tests exist."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VERSIONS = dict(re.findall(r"\b(torch|DeepSpeed|accelerate|Transformers) (\d+\.\
 
 
 def defined(tree: ast.AST) -> Iterator[str]:
-    """Names that a module of ours defines or sets."""
+    """Yield the names that a module of ours defines or sets."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name
@@ -31,7 +31,7 @@ def defined(tree: ast.AST) -> Iterator[str]:
 
 
 def used(tree: ast.AST) -> Iterator[str]:
-    """Private names that a module reads, calls or sets on other objects than its own ``self``; names in strings too."""
+    """Yield private names, also in strings, that a module reads, calls or sets on objects other than its ``self``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) != "self":
             name = node.attr

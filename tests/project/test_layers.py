@@ -1,4 +1,4 @@
-"""The package's folders: which floor each stands on, what it may import, and that nothing lies outside of them."""
+"""The package's folders: the level of each, what it may import, and that there are no modules outside them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CORE = Path(shampoo_deepspeed.__file__).parent
 ROOT = CORE.parent
 MODULES = sorted(CORE.rglob("*.py"))
 FACE = {"__init__", "__main__", "_autoload"}
-FLOORS = [  # from the ground up; each imports itself and what lies below it
+FLOORS = [  # the levels from the lowest up; each imports itself and lower ones
     {"_version"},
     {"geometry", "linalg", "runtime"},
     {"options", "distributed"},
@@ -34,7 +34,7 @@ README_LINES = 40
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Full dotted names of all that a file imports, anywhere in it; relative imports are resolved."""
+    """Yield the full dotted names of all that a file imports, anywhere in it; relative imports are resolved."""
     package = [*path.relative_to(ROOT).parent.parts]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -46,12 +46,12 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def place(path: Path) -> str:
-    """The folder of a module, or the name of one that lies in the package's root."""
+    """Return the folder of a module, or the module's name if it is in the package's root."""
     return path.relative_to(CORE).parts[0].removesuffix(".py")
 
 
 def places_imported(path: Path) -> dict[str, str]:
-    """Where in the package a module's imports lead, each with one of the names imported from there."""
+    """Return the places in the package that a module imports, each with one of the names imported from it."""
     names = (name.split(".") for name in imported(path))
     own = [(parts + ["__init__"])[1] for parts in names if parts[0] == "shampoo_deepspeed"]
     return {name if name in FLOOR else "__init__": name for name in own}
@@ -61,9 +61,9 @@ def relative(path: Path) -> str:
     return str(path.relative_to(CORE))
 
 
-def test_the_package_is_its_folders_and_a_face() -> None:
-    """A package file has its place in a folder; in the root are the public names, the hooks, the version and the
-    optimizer."""
+def test_modules_are_in_folders_except_a_few_in_the_root() -> None:
+    """Modules are in folders; only the public names, the hooks, the version and the
+    optimizer are in the root."""
     assert {path.name for path in CORE.glob("*.py")} == {f"{name}.py" for name in FACE | ALONE}
     assert {path.parent.name for path in CORE.glob("*/__init__.py")} == set(FOLDERS)
     assert (CORE / "py.typed").is_file()
@@ -76,7 +76,7 @@ def test_imports_are_found() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_a_folder_imports_only_itself_and_lower_floors(path: Path) -> None:
+def test_a_folder_imports_only_itself_and_lower_levels(path: Path) -> None:
     own = place(path)
     for other, name in places_imported(path).items():
         assert other == own or FLOOR[other] < FLOOR[own] or {own, other} <= FACE, f"{relative(path)} imports {name}"
@@ -101,7 +101,7 @@ def test_the_package_imports_no_framework_and_no_adapter(path: Path) -> None:
         assert not name.startswith("shampoo_deepspeed.integrations"), name
 
 
-def test_folders_import_each_other_in_no_circle() -> None:
+def test_folders_import_each_other_without_cycles() -> None:
     graph: dict[str, set[str]] = {}
     for path in MODULES:
         graph.setdefault(place(path), set()).update(set(places_imported(path)) - {place(path)} - FACE)
@@ -120,6 +120,6 @@ def test_what_is_installed_is_every_folder() -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_folder_says_in_short_what_is_in_it(folder: str) -> None:
+def test_every_folder_has_a_short_readme(folder: str) -> None:
     lines = (CORE / folder / "README.md").read_text(encoding="utf-8").splitlines()
     assert 0 < len(lines) <= README_LINES

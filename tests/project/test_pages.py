@@ -1,4 +1,4 @@
-"""Links within the README and the docs lead somewhere, and the code of pages that no rank runs works too."""
+"""Links within the README and the docs work, and so does the code of pages that the distributed tests do not run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def text_of(page: str) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -56,7 +56,7 @@ def test_the_page_on_checkpoints_saves_and_loads(tmp_path: Path, monkeypatch: py
 
 
 def test_the_start_page_shows_code_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its way of each framework is one that ranks run elsewhere; the lines about checkpoints run here."""
+    """Its code for frameworks equals blocks that other tests run on ranks; its lines about checkpoints run here."""
     monkeypatch.chdir(tmp_path)
     run_by_ranks = {block.text for block in blocks() if block.name}
     python = [block for language, block in FENCE.findall(text_of("start.md")) if language == "python"]

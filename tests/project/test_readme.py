@@ -1,4 +1,4 @@
-"""Tables of options are the code's: docs/options.md has every option, the README some of its rows; so are versions."""
+"""Tables of options and versions agree with the code: docs/options.md has every option, the README some of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADER = "| option | default | meaning |\n|---|---|---|\n"
 
 
 def options_table() -> list[str]:
-    """The rows of the table as the page must show them."""
+    """Return the rows of the table as the page must show them."""
     rows = []
     for option in fields(ShampooConfig):
         default = list(option.default) if isinstance(option.default, tuple) else option.default
@@ -27,7 +27,7 @@ def options_table() -> list[str]:
 
 
 def shown(page: Path) -> list[str]:
-    """The rows of a page's only table of options."""
+    """Return the rows of a page's only table of options."""
     (table,) = page.read_text(encoding="utf-8").split(HEADER)[1:]
     return table.split("\n\n")[0].splitlines()
 
@@ -36,13 +36,13 @@ def test_the_page_on_options_lists_every_option_with_its_default() -> None:
     assert shown(ROOT / "docs" / "options.md") == options_table()
 
 
-def test_the_readme_lists_a_dozen_of_them() -> None:
+def test_the_readme_lists_about_a_dozen_options() -> None:
     rows, all_rows = shown(README), options_table()
     assert 10 <= len(rows) <= 14 and [row for row in rows if row not in all_rows] == []
     assert "docs/options.md#all-options" in README.read_text(encoding="utf-8")
 
 
-def test_the_readme_is_a_door() -> None:
+def test_the_readme_is_short_and_begins_with_the_essentials() -> None:
     """It is short, and the first screen has the picture, the JSON and the two commands."""
     lines = README.read_text(encoding="utf-8").splitlines()
     assert len(lines) < 200

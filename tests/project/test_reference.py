@@ -1,4 +1,4 @@
-"""The oracle itself: a case by hand, torch's own optimizers, closed forms and invariances."""
+"""The reference itself: a case by hand, torch's own optimizers, closed forms and invariances."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.support.reference import Reference, cut, merge
 from tests.support.zoo import gradients, make_batch, make_model, relative_error
 
-NEVER = 10_000  # a start step that no test reaches: only the grafting update is taken
+NEVER = 10_000  # a start step that no test reaches, so that all updates are the grafting method's
 
 
 def run(params: dict[str, Tensor], grads: list[dict[str, Tensor]], **options: Any) -> dict[str, Tensor]:
@@ -204,7 +204,7 @@ def test_a_missing_gradient_skips_and_leading_zeros_do_nothing() -> None:
     ],
 )
 def test_the_models_tell_different_rules_apart(kind: str, change: dict[str, Any]) -> None:
-    """A wrong block size, refresh or grafting must show far above the bounds of the exactness tests."""
+    """A wrong block size, refresh or grafting must cause deviations far above the bounds of the exactness tests."""
 
     def final(**options: Any) -> dict[str, Tensor]:
         model = make_model(kind, torch.float64)

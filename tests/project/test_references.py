@@ -1,4 +1,4 @@
-"""What docstrings and comments refer to exists: modules and names of ours, files, steps of the numbered rule."""
+"""References in docstrings and comments exist: our modules and names, files, steps of the numbered rule."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MODULES = {name.rpartition(".")[2]: name for name in map(dotted_name, FILES) if 
 
 
 def prose(path: Path) -> Iterator[str]:
-    """Docstrings and comments."""
+    """Yield docstrings and comments."""
     text = path.read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
@@ -47,7 +47,7 @@ def prose(path: Path) -> Iterator[str]:
 
 
 def leads_somewhere(name: str, path: Path) -> bool:
-    """Whether a dotted name that begins with a module or a class of ours can be followed."""
+    """Whether a dotted name that begins with a module or class of ours exists."""
     first, *rest = name.removesuffix("()").split(".")
     here = importlib.import_module(dotted_name(path))
     if name in ENTRY_POINTS:
@@ -59,7 +59,7 @@ def leads_somewhere(name: str, path: Path) -> bool:
     elif first in MODULES and first not in NOT_OURS:
         found = importlib.import_module(MODULES[first])
     else:
-        return True  # of another package, or an instance
+        return True  # a name of another package, or of an instance
     for part in rest:
         if isinstance(found, ModuleType) and not hasattr(found, part):
             try:

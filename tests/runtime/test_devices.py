@@ -1,4 +1,4 @@
-"""On an accelerator (a simulated one) steps do what they do on the CPU, mix no devices, and wait for nothing."""
+"""On a (simulated) accelerator, steps do what they do on the CPU, mix no devices, and wait for nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def gradient(name: str, step: int) -> Tensor:
 def trained(
     options: dict[str, Any], device: Device | None = None, bad: int = -1
 ) -> tuple[list[Tensor], list[list[str]]]:
-    """The parameters after all steps, and what the framework has read in each; step ``bad`` has gradients of NaN."""
+    """Return the parameters after all steps, and the CPU's reads in each; gradients of step ``bad`` are NaN."""
     mark = (lambda t: t.as_subclass(OnDevice)) if device else (lambda t: t)
     params = {name: nn.Parameter(mark(gradient(name, -1))) for name in SHAPES}
     reads = []
@@ -69,12 +69,12 @@ def assert_equal_but_for_rounding(found: list[Tensor], expected: list[Tensor], b
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_without_refresh_waits_for_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_accelerators = {} if case in ALWAYS_EIGH else {"solver": "coupled_newton"}  # what "auto" is there
+    on_accelerators = {} if case in ALWAYS_EIGH else {"solver": "coupled_newton"}  # what "auto" chooses there
     expected, _ = trained(on_accelerators | CASES[case])
     device = simulate(monkeypatch)
     found, reads = trained(CASES[case], device)
     assert not device.mixed
-    # The first step looks at flags before there is state; then each third one refreshes.
+    # The first step reads flags before there is state; after it, every third step refreshes.
     quiet = [step for step in range(1, STEPS) if (step + 1) % FREQUENCY]
     assert quiet and not [reads[step] for step in quiet if reads[step]]
     assert all(reads[step] for step in range(STEPS) if step not in quiet and step)

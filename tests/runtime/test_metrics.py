@@ -1,4 +1,4 @@
-"""What `metrics()` says of the steps since it was last asked: times, bytes, refreshed blocks, condition numbers."""
+"""`metrics()` covers the steps since its last call: times, bytes, refreshed blocks, condition numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.stepping import drive, parameter, shampoo
 CPU = torch.device("cpu")
 
 
-def test_the_metrics_are_those_since_the_last_call() -> None:
+def test_metrics_cover_the_steps_since_the_last_call() -> None:
     params = [parameter(12, 10), parameter(4, 6), parameter(5)]
     optimizer = shampoo(params)  # refreshes at every third step
     assert optimizer.metrics()["refreshed_share"] == 0.0
@@ -34,7 +34,7 @@ def test_the_metrics_are_those_since_the_last_call() -> None:
 
 
 def test_a_share_of_the_blocks_is_refreshed() -> None:
-    """Two parameters whose steps differ by one: in some steps one is refreshed, in others the other."""
+    """The steps of two parameters differ by one, so some steps refresh one of them and some the other."""
     first, second = parameter(4, 6), parameter(6, 4)
     optimizer = shampoo([first, second], precondition_frequency=2)
     drive(optimizer, [first], range(1))
@@ -48,7 +48,7 @@ def test_a_share_of_the_blocks_is_refreshed() -> None:
 
 
 def test_the_condition_number_is_that_of_the_worst_factor_matrix() -> None:
-    """Regularised, and of all modes, blocks and stacks."""
+    """It is that of the regularised matrices of all modes, blocks and stacks."""
     params = [parameter(12, 10), parameter(4, 6)]
     optimizer = shampoo(params, relative_epsilon=1e-3, epsilon=0.0)
     drive(optimizer, params, range(3))
@@ -95,7 +95,7 @@ def test_means_are_over_the_steps_of_each_unit() -> None:
     assert read(units, 0)["bytes_moved"] == 0.0
 
 
-def test_a_stopwatch_adds_spans_and_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopwatch_adds_spans_and_resets(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([1.0, 1.25, 7.0, 7.5])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     watch = Stopwatch()
@@ -107,7 +107,7 @@ def test_a_stopwatch_adds_spans_and_starts_anew(monkeypatch: pytest.MonkeyPatch)
 
 
 class FakeEvent:
-    """An event of a device that has passed everything up to `FakeEvent.passed`."""
+    """An event of a device that has executed everything up to `FakeEvent.passed`."""
 
     clock, passed = 0.0, 0.0
 
@@ -127,7 +127,7 @@ class FakeEvent:
 
 
 def test_an_accelerator_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A span that the device has not passed counts at a later reading."""
+    """A time span that the device has not finished is counted by a later call."""
     monkeypatch.setattr(torch, "Event", FakeEvent)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: None)
     watch = Stopwatch()

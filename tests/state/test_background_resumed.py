@@ -1,4 +1,4 @@
-"""Runs with refreshes in the background, resumed after any step: to the bit, whatever was pending, in any mode."""
+"""Runs with background refreshes can be resumed after any step, to the bit, in any mode, with any pending refreshes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.stepping import drive, same_bits, shampoo, snapshot, state_of
 @pytest.mark.parametrize("name", list(FORMS))
 @pytest.mark.parametrize("way", ["state_dict", "save_shampoo", "asynchronous", "deepcopy", "pickle"])
 def test_a_run_resumed_after_any_step_goes_on_bit_for_bit(way: str, name: str, tmp_path: Path) -> None:
-    """What was pending is installed by the next step, as in the run that was never stopped."""
+    """Pending refreshes are installed by the next step, as in the uninterrupted run."""
     options = FORMS[name]
     params = some_parameters()
     optimizer = background(params, **options)
@@ -35,7 +35,7 @@ def test_a_run_resumed_after_any_step_goes_on_bit_for_bit(way: str, name: str, t
         for later in range(step, 12):
             values, state = states[later]
             assert same_bits(snapshot(copied), values), (step, later)
-            if later > step:  # before its first step a loaded state waits for the units
+            if later > step:  # before the first step, the loaded state is still pending
                 assert same_bits(state_of(other), state), (step, later)
             drive(other, copied, [later])
         assert same_bits(snapshot(copied), snapshot(params))
@@ -44,7 +44,7 @@ def test_a_run_resumed_after_any_step_goes_on_bit_for_bit(way: str, name: str, t
 def another(
     way: str, optimizer: Shampoo, params: list[nn.Parameter], options: dict[str, Any], folder: Path
 ) -> tuple[list[nn.Parameter], Shampoo]:
-    """The optimizer of another process that goes on, and its parameters."""
+    """Return the parameters and optimizer of another process that continues."""
     if way in ("deepcopy", "pickle"):
         copied, other = (
             copy.deepcopy((params, optimizer)) if way == "deepcopy" else pickle.loads(pickle.dumps((params, optimizer)))
@@ -61,7 +61,7 @@ def another(
 
 
 def test_blocks_pending_under_other_owners_or_resaved_stay_pending(tmp_path: Path) -> None:
-    """A loaded state that waits for its units is saved again as it is."""
+    """A loaded state whose units are not built yet is saved again as it is."""
     params, optimizer = trained(FREQUENCY + 1)
     wanted = pending(optimizer)
     save_shampoo(optimizer, tmp_path / "first")
@@ -80,7 +80,7 @@ def test_blocks_pending_under_other_owners_or_resaved_stay_pending(tmp_path: Pat
 
 
 def test_a_state_without_pending_parts_is_taken_over() -> None:
-    """As of other modes, and of versions that had no such mode."""
+    """Such states come from other modes, and from versions without this mode."""
     params = some_parameters()
     optimizer = shampoo(params, refresh="staggered", precondition_frequency=FREQUENCY)
     drive(optimizer, params, range(6))

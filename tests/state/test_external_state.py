@@ -1,4 +1,4 @@
-"""A state dict that only says where the state is: nothing goes on without it, and nothing loses its place."""
+"""A state dict that only says where the state is: no step runs without the state, and its place is never lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def made() -> tuple[nn.Module, Shampoo]:
 
 
 def saved_elsewhere(path: Path, where: dict[str, str]) -> tuple[nn.Module, Shampoo, nn.Module, Shampoo]:
-    """A training with its state in ``path``, and a new one that has loaded its state dict."""
+    """Return a training with its state in ``path``, and a new one that has loaded its state dict."""
     model, optimizer = made()
     train(model, optimizer, range(5))
     save_shampoo(optimizer, path)
@@ -47,8 +47,8 @@ def test_a_step_and_a_save_are_refused_until_it_is_loaded(tmp_path: Path) -> Non
     assert same_bits(snapshot(model.parameters()), snapshot(other.parameters()))
 
 
-def test_a_state_dict_in_between_says_the_same(tmp_path: Path) -> None:
-    """Tools pass an optimizer's state dict through itself, to move it to another device."""
+def test_a_state_dict_taken_in_between_has_the_same_note(tmp_path: Path) -> None:
+    """Some tools load an optimizer's own state dict into it, to move it to another device."""
     _, _, other, again = saved_elsewhere(tmp_path, WHERE)
     again.load_state_dict(again.state_dict())
     assert again.state_dict()["shampoo"]["external"] == WHERE
@@ -56,7 +56,7 @@ def test_a_state_dict_in_between_says_the_same(tmp_path: Path) -> None:
         train(other, again, range(5, 6))
 
 
-def test_one_process_goes_on_from_what_deepspeed_has_noted(tmp_path: Path) -> None:
+def test_one_process_resumes_from_deepspeed_s_note(tmp_path: Path) -> None:
     where = {"saved_by": "DeepSpeed", "id": "unknown yet", "path": str(tmp_path)}
     model, optimizer, other, again = saved_elsewhere(tmp_path, where)
     with pytest.raises(CheckpointError, match=r"holds another save \(data-\w+\)\. Put the checkpoint's folder"):
@@ -85,8 +85,8 @@ def test_another_optimizer_s_state_is_left_out_only_if_asked(monkeypatch: pytest
     assert {step for unit in optimizer.units for step in unit.steps} == {1}
 
 
-def test_a_note_of_an_optimizer_without_state_awaits_nothing() -> None:
-    """FSDP1's dict has the same entries before the first step, as it is the template of what is loaded."""
+def test_a_note_from_an_optimizer_without_state_requires_no_state() -> None:
+    """FSDP1's dict has the same entries before the first step, because it is a template for loading."""
     model, optimizer = made()
     state = optimizer.state_dict()
     del state["shampoo"]

@@ -1,4 +1,4 @@
-"""Saving, loading, copying: the optimizer that comes back continues to the last bit, or says clearly why it cannot."""
+"""Saving, loading, copying: the new optimizer continues to the last bit, or raises an error that says why it cannot."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONTINUED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", list(CONTINUED))
 def test_a_saved_optimizer_continues_to_the_last_bit(name: str) -> None:
-    """Saved between two refreshes (3 and 6); the steps after it cross two more."""
+    """It is saved between two refreshes (3 and 6), and the steps after it contain two more."""
     model = make_model("odd")
     optimizer = shampoo(model.named_parameters(), **CONTINUED[name])
     train(model, optimizer, range(4), sometimes=True)
@@ -51,7 +51,7 @@ def test_a_saved_optimizer_continues_to_the_last_bit(name: str) -> None:
     assert same_bits(by_key(fresh), by_key(optimizer))
 
 
-def test_a_state_saved_before_the_first_step_is_a_beginning() -> None:
+def test_a_state_saved_before_the_first_step_is_a_fresh_start() -> None:
     model = make_model("odd")
     optimizer = shampoo(model.named_parameters())
     saved, other = through_a_file(optimizer.state_dict()), copy.deepcopy(model)
@@ -76,7 +76,7 @@ def test_loading_into_an_optimizer_that_has_stepped_replaces_everything() -> Non
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_loading_an_early_state_forgets_what_came_later(steps: int) -> None:
-    """A parameter (or all of them) without any state in the loaded dict starts with new state."""
+    """Parameters without state in the loaded dict, one or all of them, start with new state."""
     early, late, early_twin, late_twin = (parameter(12, 10) for _ in range(4))
     optimizer = shampoo([early, late, bias := parameter(4)], momentum=0.9)
     twin = shampoo([early_twin, late_twin, bias_twin := parameter(4)], momentum=0.9)
@@ -93,8 +93,8 @@ def test_loading_an_early_state_forgets_what_came_later(steps: int) -> None:
     assert same_bits([early, late, bias], [early_twin, late_twin, bias_twin])
 
 
-def test_parameters_without_a_gradient_so_far_keep_their_place_over_several_saves() -> None:
-    """Each save happens while some parameters have state that the present optimizer has not needed yet."""
+def test_parameters_without_new_gradients_keep_their_state_over_several_saves() -> None:
+    """At each save, some parameters have loaded state that the present optimizer has not needed yet."""
     shapes = [(12, 10), (5,), (10, 9), (7,)]
     params, twins = ([parameter(*shape, seed=n) for n, shape in enumerate(shapes)] for _ in range(2))
     optimizer, twin = shampoo(params, momentum=0.5), shampoo(twins, momentum=0.5)
@@ -160,7 +160,7 @@ def test_a_foreign_state_dict_is_a_clear_error_and_changes_nothing() -> None:
 
 
 Shapes = dict[str, tuple[int, ...]]
-# What was saved, what is here, and what the error says.
+# Saved parameters and options, present parameters, and the error.
 MISFITS: dict[str, tuple[Shapes, dict[str, Any], Shapes, str]] = {
     "other_blocks": ({"p": (12, 10)}, {"max_preconditioner_dim": 5}, {"p": (12, 10)}, "max_preconditioner_dim"),
     "other_rows": ({"p": (11, 10)}, {}, {"p": (12, 10)}, r"block p/\d of shape .* shape \(12, 10\) does not have"),
@@ -170,21 +170,21 @@ MISFITS: dict[str, tuple[Shapes, dict[str, Any], Shapes, str]] = {
     "excluded": ({"p": (12, 10)}, {"exclude": ["p"]}, {"p": (12, 10)}, "up to element 120, but .* preconditioned"),
     "longer": ({"p": (6,)}, {}, {"p": (5,)}, r"'p' up to element 6, but .* element-wise with shape \(5,\)"),
     "shorter": ({"p": (4,)}, {}, {"p": (5,)}, "holds 4 of the 5 elements of p"),
-    "other_names": ({"q": (12, 10)}, {}, {"p": (12, 10)}, "that of other parameters: q are not here"),
-    "no_names": ({"": (12, 10)}, {}, {"p": (12, 10)}, "that of other parameters: group0.0 are not here"),
+    "other_names": ({"q": (12, 10)}, {}, {"p": (12, 10)}, "belongs to other parameters: q are not here"),
+    "no_names": ({"": (12, 10)}, {}, {"p": (12, 10)}, "belongs to other parameters: group0.0 are not here"),
 }
 
 
 @pytest.mark.parametrize("stepped", [True, False])
 @pytest.mark.parametrize("name", list(MISFITS))
 def test_a_state_that_does_not_fit_is_a_clear_error(name: str, stepped: bool) -> None:
-    """At loading where the parameters' blocks are known, else at the first step; never a silent new beginning."""
+    """The error comes at loading if the blocks are known, else at the first step; state is never silently replaced."""
     then, options, now, message = MISFITS[name]
     old = {key: parameter(*shape) for key, shape in then.items()}
     saving = shampoo(old.items() if all(old) else old.values(), **options)
     drive(saving, list(old.values()), range(4))
     saved = through_a_file(saving.state_dict())
-    # Otherwise a fresh optimizer would simply take over these options with the state.
+    # Otherwise a fresh optimizer would take these options from the state.
     saved["param_groups"][0].update(max_preconditioner_dim=8, exclude=())
     own = {key: parameter(*shape) for key, shape in now.items()}
     optimizer = shampoo(own.items())
@@ -203,7 +203,7 @@ def test_a_state_that_does_not_fit_is_a_clear_error(name: str, stepped: bool) ->
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_groups_with_other_moments_may_start_at_other_times(order: tuple[int, int]) -> None:
-    """The first save knows one group only, and with it only one kind of moment."""
+    """The first save has only one group, and so only one kind of moment."""
     params, twins = ([parameter(5), parameter(5)] for _ in range(2))
     plain, adam = {"elementwise": "sgd", "betas": (0.0, 0.9)}, {"betas": (0.9, 0.9)}
 
@@ -289,7 +289,7 @@ def test_a_copy_takes_more_groups(how: str) -> None:
 
 
 def by_key(optimizer: Shampoo) -> dict[Any, Any]:
-    """The state of each block and element-wise parameter, in whatever stacks and parts they lie."""
+    """Return the state of each block and element-wise parameter, independent of stacks."""
     own = optimizer.state_dict()["shampoo"]
     out: dict[Any, Any] = {}
     for stack in own["stacks"]:
@@ -378,8 +378,8 @@ def test_a_state_dict_may_bring_other_options_to_an_optimizer_that_has_stepped()
     assert same_bits(snapshot([own]), snapshot([saving]))
 
 
-def test_a_default_dtype_of_16_bits_rounds_no_count() -> None:
-    """1,001 is no number of bfloat16, and some set it while they build a model."""
+def test_a_16_bit_default_dtype_rounds_no_counters() -> None:
+    """bfloat16 cannot represent 1,001, and some scripts set it as default while they build a model."""
     p = parameter(8, 6)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -397,8 +397,8 @@ def test_a_default_dtype_of_16_bits_rounds_no_count() -> None:
 
 
 @pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
-def test_a_default_device_is_none_for_what_the_optimizer_keeps(preconditioner: str, tmp_path: Path) -> None:
-    """The meta device is one from which nothing comes back."""
+def test_the_optimizer_s_own_tensors_ignore_the_default_device(preconditioner: str, tmp_path: Path) -> None:
+    """The meta device holds no values."""
     p = parameter(8, 6)
     torch.set_default_device("meta")
     try:

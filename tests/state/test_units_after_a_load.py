@@ -1,4 +1,4 @@
-"""A load into an optimizer that has stepped: units stay if they would be built the same way, only their state goes."""
+"""A load into an optimizer that has stepped keeps units that would be built the same way, and replaces their state."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def made(**options: Any) -> tuple[list[nn.Parameter], Shampoo]:
 
 
 def by_file(source: Shampoo, target: Shampoo, path: Path) -> None:
-    """Through a checkpoint."""
+    """Load through a checkpoint."""
     save_shampoo(source, path)
     load_shampoo(target, path)
 
 
 def by_dict(source: Shampoo, target: Shampoo, _: Path) -> None:
-    """Through a state dict, whose tensors are the live ones."""
+    """Load through a state dict, whose tensors are the optimizer's own."""
     target.load_state_dict(copy.deepcopy(source.state_dict()))
 
 
@@ -58,7 +58,7 @@ def test_units_stay_and_hold_what_was_loaded_only(
     assert same_bits(snapshot(params), snapshot(own)) and same_bits(state_of(optimizer), state_of(used))
 
 
-def test_other_options_make_other_units(tmp_path: Path) -> None:
+def test_other_options_rebuild_the_units(tmp_path: Path) -> None:
     params, optimizer = made(precondition_frequency=7)
     drive(optimizer, params, range(2))
     save_shampoo(optimizer, tmp_path)
@@ -71,7 +71,7 @@ def test_other_options_make_other_units(tmp_path: Path) -> None:
     assert used.units != [unit] and used.units[0].steps == [3, 3, 3]
 
 
-def test_a_rate_makes_no_other_units(tmp_path: Path) -> None:
+def test_another_learning_rate_keeps_the_units(tmp_path: Path) -> None:
     params, optimizer = made()
     drive(optimizer, params, range(2))
     save_shampoo(optimizer, tmp_path)
@@ -82,7 +82,7 @@ def test_a_rate_makes_no_other_units(tmp_path: Path) -> None:
     assert optimizer.units == [unit] and optimizer.param_groups[0]["lr"] == 1e-2
 
 
-def test_replaced_tensors_make_other_units(tmp_path: Path) -> None:
+def test_replaced_tensors_rebuild_the_units(tmp_path: Path) -> None:
     params, optimizer = made()
     drive(optimizer, params, range(2))
     save_shampoo(optimizer, tmp_path)

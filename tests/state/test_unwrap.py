@@ -1,4 +1,4 @@
-"""The Shampoo inside what frameworks make of it is found, also by what saves and loads."""
+"""The Shampoo inside frameworks' wrappers is found, also by the functions that save and load."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.support.stepping import drive, parameter, shampoo
 
 
 class Holder:
-    """As a DeepSpeed engine, its ZeRO optimizer, AcceleratedOptimizer and a Trainer keep an optimizer."""
+    """Holds an optimizer as a DeepSpeed engine, its ZeRO optimizer, AcceleratedOptimizer and a Trainer do."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
 
 
-def test_saving_and_loading_take_what_holds_the_optimizer(tmp_path: Path) -> None:
+def test_saving_and_loading_accept_wrappers_of_the_optimizer(tmp_path: Path) -> None:
     params = [parameter(8, 6)]
     inner = shampoo([("w", params[0])])
     drive(inner, params, range(2))
@@ -36,7 +36,7 @@ def test_attributes_of_the_optimizer_itself_do_not_mislead() -> None:
     assert unwrap(Holder(inner)) is inner
     circle = Holder(None)
     circle.optimizer = circle
-    with pytest.raises(TypeError, match="a Shampoo is needed"):
+    with pytest.raises(TypeError, match="a Shampoo optimizer is needed"):
         unwrap(circle)
 
 
@@ -44,11 +44,11 @@ def test_attributes_of_the_optimizer_itself_do_not_mislead() -> None:
     "wrong, found",
     [
         (None, "builtins.NoneType"),
-        (Holder(None), "tests.state.test_unwrap.Holder$"),  # a Trainer that has not begun
+        (Holder(None), "tests.state.test_unwrap.Holder$"),  # like a Trainer before training
         (Holder(torch.optim.SGD([torch.ones(1)])), "Holder with torch.optim.sgd.SGD inside"),
     ],
 )
-def test_what_holds_none_is_named(wrong: Any, found: str, tmp_path: Path) -> None:
+def test_an_object_without_a_shampoo_inside_is_named(wrong: Any, found: str, tmp_path: Path) -> None:
     for use in (unwrap, lambda o: save_shampoo(o, tmp_path), lambda o: load_shampoo(o, tmp_path)):
-        with pytest.raises(TypeError, match=f"a Shampoo is needed, .*here it is .*{found}"):
+        with pytest.raises(TypeError, match=f"a Shampoo optimizer is needed, .*this is .*{found}"):
             use(wrong)

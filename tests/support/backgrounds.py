@@ -1,4 +1,4 @@
-"""Optimizers that refresh in the background, for the tests of that: with what is pending, and compute() wrapped."""
+"""Helpers for tests of background refreshes: optimizers, their pending blocks, and a wrapper around compute()."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ Compute = Callable[..., RefreshResult]
 
 
 def some_parameters() -> list[nn.Parameter]:
-    """15 blocks of five shapes, and a vector; in each step of a window some are due."""
+    """Return 15 blocks of five shapes, and a vector; in each step of a window some blocks are due."""
     return [parameter(*shape, seed=n) for n, shape in enumerate([(16, 24), (20, 8), (8,), (12, 16), (5, 7), (8, 8)])]
 
 
 def background(params: list[nn.Parameter] | list[tuple[str, nn.Parameter]], **options: Any) -> Shampoo:
-    """An optimizer that refreshes in the background, every few steps."""
+    """Return an optimizer that refreshes in the background, every few steps."""
     return shampoo(params, **({"refresh": "background", "precondition_frequency": FREQUENCY} | options))
 
 
 def trained(steps: int, **options: Any) -> tuple[list[nn.Parameter], Shampoo]:
-    """Some parameters and their optimizer, after these steps."""
+    """Return some parameters and their optimizer, after these steps."""
     params = some_parameters()
     optimizer = background(params, **options)
     drive(optimizer, params, range(steps))
@@ -49,13 +49,13 @@ def trained(steps: int, **options: Any) -> tuple[list[nn.Parameter], Shampoo]:
 
 
 def pending(optimizer: Shampoo) -> list[str]:
-    """The keys of the blocks that have a refresh under way or not yet installed."""
+    """Return the keys of the blocks whose refresh is running or not yet installed."""
     stacks = optimizer.state_dict()["shampoo"]["stacks"]
     return sorted(k for s in stacks for k, waits in zip(s["keys"], s["pending"], strict=True) if waits)
 
 
 def finish(optimizer: Shampoo) -> None:
-    """Wait for all that is under way."""
+    """Wait for all running refreshes."""
     for stack in (stack for unit in optimizer.units for stack in unit.stacks):
         for refresh in stack.pending.values():
             assert refresh is not None
@@ -63,6 +63,6 @@ def finish(optimizer: Shampoo) -> None:
 
 
 def wrap_compute(patch: pytest.MonkeyPatch, wrapper: Callable[[Compute], Compute]) -> None:
-    """Let the refreshes of all preconditioners go through the wrapper."""
+    """Wrap the refreshes of all preconditioners."""
     for kind in (ShampooPreconditioner, SOAPPreconditioner, KLShampooPreconditioner):
         patch.setattr(kind, "compute", wrapper(kind.compute))

@@ -1,4 +1,4 @@
-"""Values of all options of the rule, and few runs that hold every pair of them that combines: a covering array."""
+"""Values of all options of the rule, and a covering array: few runs that contain every allowed pair of values."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-# What stands together in one value could not be combined freely with the rest of it. An iterative solver has the ridge
-# of the reference where that is an absolute one. The first value of each option goes with all values of all others.
+# Options in one value can only be used together. Iterative solvers have the reference's ridge only if it is absolute.
+# The first value of each option combines with all values of all others.
 VALUES: dict[str, list[dict[str, Any]]] = {
     "preconditioner": [{"preconditioner": name} for name in ("shampoo", "soap", "kl_shampoo")],
     "first_moment": [{"betas0": 0.9}, {"betas0": 0.0}, {"betas0": 0.9, "beta3": 0.4}],
@@ -47,11 +47,11 @@ VALUES: dict[str, list[dict[str, Any]]] = {
 OPTIONS = list(VALUES)
 SIZES = [len(values) for values in VALUES.values()]
 Row: TypeAlias = tuple[int, ...]
-Value: TypeAlias = tuple[int, int]  # number of an option and of a value of it
+Value: TypeAlias = tuple[int, int]  # index of an option and of one of its values
 
 
 def options_of(row: Row) -> dict[str, Any]:
-    """The optimizer's options: what makes every part of the rule count, and the row's own."""
+    """Return the optimizer's options: the row's own, and common ones that give every part of the rule an effect."""
     options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-6}
     for values, number in zip(VALUES.values(), row, strict=True):
         options.update(values[number])
@@ -59,22 +59,22 @@ def options_of(row: Row) -> dict[str, Any]:
 
 
 def row_of(*values: Value) -> Row:
-    """These values, and the first one of every other option."""
+    """Return the row with these values, and the first value of every other option."""
     row = [0] * len(SIZES)
     for option, number in values:
         row[option] = number
     return tuple(row)
 
 
-# What the package refuses, by the numbers of values. With one value of an option some of another are not allowed.
+# Pairs that the package refuses, by the indices of values: with a value of one option, these of others are not allowed.
 REFUSED: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
     ("preconditioner", 1): {"root": (2,), "regularisation": (1, 2, 3), "one_sided": (1, 2, 3), "large_dim": (1, 2)},
     ("preconditioner", 2): {"root": (1, 2), "regularisation": (1,), "one_sided": (1, 2, 3), "large_dim": (1, 2)},
     ("tolerance", 1): {"regularisation": (1, 2, 3)},
     ("split", 1): {"one_sided": (3,), "large_dim": (1, 2)},
 }
-# SOAP's basis of a factor matrix with several null directions is not unique, so that there would be no one trajectory
-# to compare with: it starts when there are none.
+# SOAP's basis of a factor matrix with several null directions is not unique, so there would be no unique trajectory to
+# compare with. So SOAP starts only when there are none.
 LEFT_OUT: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {("preconditioner", 1): {"schedule": (2, 3, 5)}}
 
 
@@ -96,7 +96,7 @@ def combines(left: Value, right: Value) -> bool:
 
 
 def value_pairs() -> Iterator[tuple[Value, Value]]:
-    """All pairs of values of two options, that of the earlier option first."""
+    """Yield all pairs of values of two options, the earlier option's value first."""
     for a, b in itertools.combinations(range(len(SIZES)), 2):
         for i, j in itertools.product(range(SIZES[a]), range(SIZES[b])):
             yield (a, i), (b, j)
@@ -107,7 +107,7 @@ def pairs_of(row: Row) -> set[tuple[Value, Value]]:
 
 
 def rows_of_pairs() -> list[Row]:
-    """Rows that together hold every pair that combines; greedily, each takes as many missing ones as it can."""
+    """Return rows that together contain every allowed pair; greedily, each takes as many missing pairs as it can."""
     missing = {pair for pair in value_pairs() if combines(*pair)}
     rows = []
     while missing:
@@ -128,7 +128,7 @@ def _extended(chosen: dict[int, int], missing: set[tuple[Value, Value]]) -> Row:
 
 
 def rows_of_single_values() -> list[Row]:
-    """Every value of every option alone, with each preconditioner that takes it."""
+    """Return a row for every single value of every option, with each preconditioner that allows it."""
     rows = {row_of((0, p)) for p in range(SIZES[0])}
     for p, (option, size) in itertools.product(range(SIZES[0]), list(enumerate(SIZES))[1:]):
         rows |= {row_of((0, p), (option, n)) for n in range(1, size) if combines((0, p), (option, n))}
@@ -136,9 +136,9 @@ def rows_of_single_values() -> list[Row]:
 
 
 def rows_of_all_values() -> list[Row]:
-    """Few rows that together hold every value, with two of SOAP and two of KL-Shampoo.
+    """Return few rows that together contain every value, two of them with SOAP and two with KL-Shampoo.
 
-    What happens to large dims shows only where there are some, which is with the smallest blocks.
+    Options of large dims have an effect only if there are large dims, which needs the smallest block size.
     """
     large, block = OPTIONS.index("large_dim"), OPTIONS.index("block")
     missing = {(option, n) for option, size in enumerate(SIZES) for n in range(size)}
@@ -162,6 +162,6 @@ FEW = rows_of_all_values()
 
 
 def label(row: Row) -> str:
-    """The row as the values that are not the first."""
+    """Return the row's values that are not the first ones, as text."""
     changed = [f"{option}{n}" for option, n in zip(OPTIONS, row, strict=True) if n]
     return "-".join(changed) if len(changed) < 3 else "".join(map(str, row))

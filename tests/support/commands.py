@@ -1,4 +1,4 @@
-"""Starts a script on CPU ranks as a user does, by a command, and gives back what it printed."""
+"""Starts a script on CPU ranks by a command, as a user does, and returns its output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def accelerate_launch(config: Path) -> list[str]:
 
 
 def run(command: Sequence[str | Path], folder: Path, **environment: str) -> str:
-    """What the command prints; it runs in the folder, offline, and may write there only."""
+    """Return what the command prints; it runs in the folder, offline, and may write only there."""
     temporary = folder.parent / f"{folder.name}_temporary"
     temporary.mkdir(exist_ok=True)
     given = {
@@ -48,7 +48,7 @@ def run(command: Sequence[str | Path], folder: Path, **environment: str) -> str:
 
 
 def losses(printed: str) -> list[float]:
-    """The losses that an example prints, one line a step."""
+    """Return the losses that an example prints, one line per step."""
     found = [(int(step), float(loss)) for step, loss in re.findall(r"step (\d+) loss (\S+)", printed)]
     assert [step for step, _ in found] == list(range(1, len(found) + 1)), printed
     return [loss for _, loss in found]

@@ -1,4 +1,4 @@
-"""The state of the package's blocks against that of the plain reference's blocks."""
+"""Compares the state of the package's blocks with that of the plain reference's blocks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from tests.support.reference import Block, rotate
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:
-    """Relative, and absolute where nothing is expected."""
+    """Return the relative deviation, or the absolute one if zero is expected."""
     return ((found - expected).norm() / max(expected.norm().item(), 1e-12)).item()
 
 
 def block_deviations(tensors: Mapping[str, Tensor], row: int, block: Block, preconditioner: str) -> dict[str, float]:
-    """Of all that the package keeps of one block, by name.
+    """Return the deviations of all tensors that the package keeps for one block, by name.
 
-    Signs of a basis's columns mean nothing; their order means something under SOAP alone, whose second moment has it.
+    Signs of a basis's columns are arbitrary. Their order matters only under SOAP, because its second moment has the
+    same order.
 
     Raises:
-        KeyError: where the package keeps something that the reference does not know of.
+        KeyError: if the package keeps a tensor that the reference does not have.
     """
     expected = {"exp_avg": block.first, "second_moment": block.second, "scale": block.first.new_tensor(block.scale)}
     expected |= {"rotated_second_moment": block.rotated, "rotated_weight": block.first.new_tensor(block.weight)}
@@ -45,5 +46,5 @@ def block_deviations(tensors: Mapping[str, Tensor], row: int, block: Block, prec
 
 
 def ordered_projector(basis: Tensor) -> Tensor:
-    """What of a basis does not depend on the signs of its columns."""
+    """Return a matrix that determines a basis up to the signs of its columns."""
     return basis @ torch.diag(torch.arange(1.0, len(basis) + 1, dtype=basis.dtype)) @ basis.T

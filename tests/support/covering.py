@@ -1,4 +1,4 @@
-"""Fewer runs than a full product, where each of a list of features must be seen in some run."""
+"""Chooses fewer runs than a full product, so that every feature still occurs in some run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ Item = TypeVar("Item")
 
 
 def fewest(items: Iterable[Item], features: Callable[[Item], set[Hashable]]) -> list[Item]:
-    """Some of the items, in their order, that together have all features of all; each time the one with most that are
-    new is taken."""
+    """Return few items, in their order, that together have all features of all items.
+
+    The choice is greedy: each time, the item with the most missing features is taken.
+    """
     rest = list(items)
     missing: set[Hashable] = set().union(*map(features, rest))
     taken: list[Item] = []

@@ -1,4 +1,4 @@
-"""What every run must be: the same on all ranks, and within its bound of the unsharded reference."""
+"""Checks that a run is the same on all ranks, and within its bound of the unsharded reference."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def assert_exact(values: Mapping[str, Tensor], scenario: Scenario) -> None:
 
 
 def assert_on_trajectory(check: Check, ask: Ask) -> None:
-    """All ranks end with the same parameters, and these are the reference's."""
+    """Check that all ranks end with the same parameters, and that these are the reference's."""
     values = ask(check)
     assert_ranks_agree(values)
     assert_exact(values[0], check.argument)

@@ -1,4 +1,4 @@
-"""The runs under DDP, FSDP1, FSDP2, HSDP and tensor parallelism that start from the same numbers in every layout."""
+"""The runs under DDP, FSDP1, FSDP2, HSDP and tensor parallelism that start from the same weights in every layout."""
 
 from __future__ import annotations
 
@@ -50,9 +50,10 @@ def checks() -> list[Check]:
 
 
 def features(check: Check) -> set[object]:
-    """In float64, where any mistake shows, every run; in float32 each setting on each kind of shards.
+    """Return a run's features: in float64 the run itself; in float32 its setting and its kind of shards.
 
-    A layout decides who computes what; what float32 does to it is the same in all layouts of a kind.
+    Any mistake shows in float64. A layout decides which rank computes what; float32 rounding is the same in all layouts
+    of a kind.
     """
     run: Run = check.argument
     if run.dtype == "float64":

@@ -1,4 +1,4 @@
-"""Runs a script with accelerate's FSDP switched on, which ignores FSDP on CPUs, though FSDP2 itself works there."""
+"""Runs a script with accelerate's FSDP on CPUs. accelerate ignores FSDP there, although FSDP2 itself works."""
 
 from __future__ import annotations
 

@@ -19,19 +19,19 @@ FROZEN = ("up.weight", "up.bias")
 
 @dataclass(frozen=True)
 class Run:
-    """Model and options, and how they are sharded."""
+    """Model and options of a run, and how it is sharded."""
 
     model: str = "odd"
     settings: str = "strict"
     dtype: str = "float32"
-    steps: int = 9
+    steps: int = 7
     unused: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     layout: str = "rows"
     built_before: bool = False
-    given: str = "model"  # with named parameters; or "names" or "parameters" alone
-    apart: bool = False  # every second step one half of the ranks, then the other, leaves a layer unused
-    frozen_steps: int = 0  # for how long the layer `up` is frozen at the start
+    given: str = "model"  # passed with named parameters; or only "names" or "parameters"
+    apart: bool = False  # in every second step, alternately one half of the ranks leaves a layer unused
+    frozen_steps: int = 0  # number of steps at the start in which the layer `up` is frozen
     resumed_at: int = 0  # the step before which a new optimizer takes over the state
 
     @property
@@ -43,7 +43,7 @@ class Run:
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     def rule(self) -> dict[str, Any]:
-        """Options of the update rule."""
+        """Return the options of the update rule."""
         base = {"lr": 1e-2, "weight_decay": 0.1, "precondition_frequency": 3}
         base["max_preconditioner_dim"] = 8 if self.model == "odd" else 16
         return base | (STRICT if self.settings == "strict" else {}) | self.extra
@@ -67,7 +67,7 @@ def expected(run: Run) -> dict[str, Tensor]:
 
 
 def replayed(run: Run, steps: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The reference with the gradients that a run has seen."""
+    """Run the reference with the gradients that a run has seen, and return its parameters."""
     model = make_model(run.model, torch.float64)
     reference = make_reference(run, {n: p for n, p in model.named_parameters() if p.requires_grad})
     for seen in steps:
@@ -78,11 +78,11 @@ def replayed(run: Run, steps: Sequence[Mapping[str, Tensor]]) -> dict[str, Tenso
 def make_reference(run: Run, values: Mapping[str, Tensor]) -> Reference:
     options = run.rule()
     spared = options.pop("no_decay", ())
-    options.pop("solver", None)  # how roots are computed is no part of the rule
+    options.pop("solver", None)  # the rule does not say how roots are computed
     overrides: dict[str, dict[str, Any]] = {
         n: {"weight_decay": 0.0} for n in values if matching(spared, n, frozenset())
     }
-    for rule in options.pop("rules", []):  # those of the tests give one name each
+    for rule in options.pop("rules", []):  # each rule of these tests names one parameter
         changed = {key: value for key, value in rule.items() if key != "match"}
         overrides[rule["match"]] = overrides.get(rule["match"], {}) | changed
     return Reference(values, overrides, () if run.given == "parameters" else ("embed.weight",), **options)

@@ -1,7 +1,7 @@
-"""The checkpoint of format 1 that is kept in the tests: how it was made, and what must come of it for ever.
+"""The checkpoint of format 1 that is kept in the tests: how it was made, and what later versions must load from it.
 
-``python -m tests.support.kept_checkpoint FOLDER`` makes one; the kept one is never made again, as it stands for those
-of users.
+``python -m tests.support.kept_checkpoint FOLDER`` makes one. The kept one is never replaced, because it stands for the
+checkpoints of users.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def parameters() -> dict[str, Tensor]:
-    """Two blocks, a vector, a tensor of order 3, and one in 16 bits."""
+    """Return two blocks, a vector, a tensor with three dims, and a 16-bit one."""
     return {
         "matrix": parameter(12, 6),
         "vector": parameter(6, seed=1),

@@ -1,8 +1,9 @@
-"""Runs many named checks in one launch of ranks and gives back what every rank returned, or why it failed.
+"""Runs many named checks in one launch of ranks and returns what every rank returned, or why it failed.
 
-A launch is a set of plain Python processes in one process group. They work through a list of checks and leave
-one result file per check and rank. When a check fails on some ranks only, hangs, or kills a rank, the others may
-sit in a collective for ever; so the parent ends that launch, blames that check, and starts again with the rest.
+A launch is a set of Python processes in one process group, forked from one that has imported everything. They work
+through a list of checks and write one result file per check and rank. If a check fails only on some ranks, hangs, or
+kills a rank, the others may wait in a collective forever. So the parent then ends that launch, reports that check, and
+starts again with the rest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tests.support.rank_server import ForkedRank
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 180.0  # importing torch and deepspeed on a loaded machine
@@ -35,17 +38,17 @@ class Check:
     seconds: float = 90.0
 
 
-Ask = Callable[[Check], list[Any]]  # the fixture `ask`: the values of all ranks
+Ask = Callable[[Check], list[Any]]  # the fixture `ask`, which returns the values of all ranks
 
 
 def named(value: object) -> str | None:
-    """The id of a test that has a check among its parameters."""
+    """Return the id of a test that has a check among its parameters."""
     return value.name if isinstance(value, Check) else None
 
 
 @dataclass
 class CheckResult:
-    """What the ranks returned, in their order; `failure` tells why the check failed, if it did."""
+    """What the ranks returned, in rank order; `failure` says why the check failed, if it did."""
 
     values: list[Any] = field(default_factory=list)
     failure: str | None = None
@@ -60,17 +63,20 @@ class RankResult:
     finished: float
 
 
-def run_checks(checks: Sequence[Check], folder: Path) -> dict[str, CheckResult]:
-    """Runs the checks, all for the same number of ranks; never raises for a failing one and never hangs."""
+def run_checks(checks: Sequence[Check], folder: Path, fork: bool = True) -> dict[str, CheckResult]:
+    """Run the checks, all for the same number of ranks; a failing check neither raises an error nor hangs.
+
+    With `fork=False` each rank imports everything itself.
+    """
     results: dict[str, CheckResult] = {}
     attempt = 0
     while rest := [c for c in checks if c.name not in results]:
         attempt += 1
         launch = Launch(rest, folder / f"launch{attempt}")
         try:
-            launch.start()
+            launch.start(fork)
             results.update(launch.collect())
-            if not launch.ready():  # the same would happen again and again
+            if not launch.ready():  # a new launch would fail in the same way
                 results.update({c.name: results[rest[0].name] for c in rest})
         finally:
             launch.end()
@@ -80,11 +86,11 @@ def run_checks(checks: Sequence[Check], folder: Path) -> dict[str, CheckResult]:
 class Launch:
     def __init__(self, checks: Sequence[Check], folder: Path) -> None:
         self.checks, self.folder, self.ranks = list(checks), folder, checks[0].ranks
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes] | ForkedRank] = []
         folder.mkdir(parents=True)
         (folder / "checks.pickle").write_bytes(pickle.dumps(self.checks))
 
-    def start(self) -> None:
+    def start(self, fork: bool) -> None:
         port = free_port()
         for rank in range(self.ranks):
             env = os.environ | {
@@ -101,6 +107,9 @@ class Launch:
                 "TORCH_EXTENSIONS_DIR": str(self.folder / "extensions"),
                 "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             }
+            if fork:
+                self.processes.append(ForkedRank(self.folder, rank, env))
+                continue
             with open(self.folder / f"rank{rank}.log", "wb") as log:
                 command = [sys.executable, "-m", "tests.support.rank_main", str(self.folder)]
                 self.processes.append(
@@ -108,7 +117,7 @@ class Launch:
                 )
 
     def collect(self) -> dict[str, CheckResult]:
-        """Results up to the first check that ended the launch."""
+        """Return the results up to the first check that ended the launch."""
         results: dict[str, CheckResult] = {}
         deadline = time.monotonic() + START_SECONDS
         for index, check in enumerate(self.checks):
@@ -121,18 +130,18 @@ class Launch:
         return results
 
     def _wait(self, index: int, deadline: float) -> str | None:
-        """Waits for a check; tells why the launch can not go on, or None."""
+        """Wait for a check; return why the launch cannot continue, or None."""
         while True:
             missing = [r for r in range(self.ranks) if not self._file(index, r).exists()]
             dead = [
                 r for r, p in enumerate(self.processes) if p.poll() is not None and (r in missing or p.returncode != 0)
             ]
             if dead:
-                time.sleep(0.5)  # what the others have to say
+                time.sleep(0.5)  # so that other ranks can still report their errors
                 return f"ranks {dead} ended with codes {[self.processes[r].returncode for r in dead]}"
             failures = {self._read(index, r).failure for r in range(self.ranks) if r not in missing}
             if not missing and len(failures) == 1:
-                (self.folder / f"{index}.go").touch()  # the same everywhere: no rank waits for another
+                (self.folder / f"{index}.go").touch()  # the same failure on all ranks, so no rank waits for another
                 return None
             if not missing:
                 return "the ranks failed differently"
@@ -167,14 +176,14 @@ class Launch:
         return result
 
     def ready(self) -> bool:
-        """Whether every rank got as far as its first check."""
+        """Whether every rank has reached its first check."""
         return all((self.folder / f"ready.{r}").exists() for r in range(self.ranks))
 
     def _log(self, rank: int) -> str:
         return (self.folder / f"rank{rank}.log").read_text(errors="replace")[-4000:]
 
     def end(self) -> None:
-        """Gives ranks that are through a moment to leave the process group, then kills whatever is left."""
+        """Give finished ranks a moment to leave the process group, then kill the rest."""
         through = all(self._file(len(self.checks) - 1, r).exists() for r in range(self.ranks))
         deadline = time.monotonic() + (20.0 if through else 0.0)
         while time.monotonic() < deadline and any(p.poll() is None for p in self.processes):

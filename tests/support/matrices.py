@@ -1,4 +1,4 @@
-"""Symmetric matrices by their eigenvectors and eigenvalues."""
+"""Builds symmetric matrices from their eigenvectors and eigenvalues."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def basis(d: int, seed: int) -> Tensor:
-    """A random orthogonal matrix in float64."""
+    """Return a random orthogonal matrix in float64."""
     return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))[0]
 
 

@@ -1,4 +1,4 @@
-"""A mixture of experts as Transformers builds it: its experts stacked, its router a plain matrix."""
+"""A mixture of experts as in Transformers: stacked experts, and a router that is a plain matrix."""
 
 from __future__ import annotations
 

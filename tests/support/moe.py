@@ -1,4 +1,4 @@
-"""The dense float64 twin of a mixture of experts: every token goes to its best expert, weighted by the gate."""
+"""The dense float64 counterpart of a mixture of experts: every token goes to its best expert, weighted by the gate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPTIONS: dict[str, Any] = {
     "lr": 1e-2,
     "weight_decay": 0.1,
     "precondition_frequency": 3,
-    "refresh": "sync",  # phases are counted over the experts that a rank knows, and the twin knows all
+    "refresh": "sync",  # phases are counted over the experts that a rank holds, and the dense model holds all
     "max_preconditioner_dim": 8,
     "relative_epsilon": 1e-3,
     "eps": 1e-4,

@@ -1,4 +1,4 @@
-"""The moves of the checkpoint tests: which framework goes on from which, and the unbroken float64 run."""
+"""The moves of the checkpoint tests: which framework continues a run of which, and the uninterrupted float64 run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RULE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Move:
-    """``folder`` holds what ``source`` has left there; ``target`` is the framework that runs now."""
+    """A run that moves: ``folder`` holds what ``source`` has saved; ``target`` is the framework that runs now."""
 
     source: str
     target: str
@@ -58,7 +58,7 @@ def rule(settings: str) -> dict[str, Any]:
 
 @cache
 def unbroken(settings: str) -> dict[str, Tensor]:
-    """Parameters after all steps of one float64 run."""
+    """Return the parameters after all steps of one float64 run."""
     model = make_model("odd", torch.float64)
     values = {n: p for n, p in model.named_parameters() if p.requires_grad}
     reference = Reference(values, exclude=("embed.weight",), **rule(settings))

@@ -1,4 +1,4 @@
-"""Plans worked out in full: all transfers of all ranks at once, and owners by looking at all ranks for every block."""
+"""Plans computed by brute force: all transfers of all ranks at once, and owners by a search over all ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Held = Sequence[Sequence[tuple[int, Box]]]
 
 
 def boxes_of_blocks(plan: Plan, shards: Held) -> list[dict[Box, dict[int, int]]]:
-    """For each block its boxes, and for each box the shard number at every rank that holds it."""
+    """Return each block's boxes, and for each box the shard number at every rank that holds it."""
     held_boxes: list[dict[Box, dict[int, int]]] = []
     for block in plan.blocks:
         boxes: dict[Box, dict[int, int]] = defaultdict(dict)
@@ -27,7 +27,7 @@ def boxes_of_blocks(plan: Plan, shards: Held) -> list[dict[Box, dict[int, int]]]
 
 
 def transfers(plan: Plan, shards: Held) -> list[list[Transfers]]:
-    """For each rank what ``plan.transfers`` must say."""
+    """Return for each rank what ``plan.transfers`` must return."""
     out = [[Transfers() for _ in range(plan.bucket_count)] for _ in range(plan.world_size)]
     for block, boxes in enumerate(boxes_of_blocks(plan, shards)):
         owner, bucket = plan.owners[block], plan.buckets[block]
@@ -53,7 +53,7 @@ def elements(transfers: Sequence[Transfers]) -> tuple[int, int]:
 
 
 def owners(plan: Plan, shards: Held, prior_loads: Sequence[float]) -> list[int]:
-    """The rule of owners, by a full search over the ranks for every block."""
+    """Choose owners by the plan's rule, with a full search over the ranks for every block."""
     held_boxes = boxes_of_blocks(plan, shards)
     ranks = range(plan.world_size)
     loads = [0.0] * plan.world_size

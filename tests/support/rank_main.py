@@ -58,9 +58,11 @@ def attempt(check: Check) -> RankResult:
 
 
 def collect_garbage(modules_before: int) -> None:
-    """What modules have brought (half a million objects of torch, transformers and deepspeed, many of them imported by
-    the first step) is from then on no business of the garbage collector, which DeepSpeed and the Trainer start in each
-    training."""
+    """Collect garbage; if modules were imported meanwhile, exempt their objects from later collections.
+
+    These are half a million objects of torch, transformers and deepspeed, many imported by the first step. DeepSpeed
+    and the Trainer start a collection in each training.
+    """
     gc.collect()
     if len(sys.modules) > modules_before:
         gc.freeze()
@@ -73,7 +75,7 @@ def write(path: Path, result: RankResult) -> None:
 
 
 def wait_for(permission: Path) -> None:
-    """Others may sit in a collective; the parent sees all ranks and lets this one go on or kills it."""
+    """Wait for the parent, which lets this rank continue or kills it, as other ranks may still wait in a collective."""
     deadline = time.monotonic() + PARENT_SECONDS
     while not permission.exists():
         if time.monotonic() > deadline:

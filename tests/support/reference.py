@@ -1,7 +1,7 @@
-"""The update rule written for reading: plain, unsharded, float64 Shampoo and its family, the exactness tests' oracle.
+"""A readable version of the update rule, the exactness tests' oracle: plain, unsharded float64 Shampoo and its family.
 
-Shares no code with the package. `Reference.step` reads as the numbered steps of the rule; everything
-happens per block, one after another, and nothing is batched.
+It shares no code with the package. `Reference.step` follows the numbered steps of the rule; everything is computed
+block by block, without batching.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ class Options:
 
     @property
     def beta(self) -> float:
-        """Decay of the factor matrices."""
+        """Return the decay of the factor matrices."""
         return self.betas[1] if self.factor_beta is None else self.factor_beta
 
     def ridge(self, t: int) -> float:
         return max(self.relative_epsilon, self.early_relative_epsilon / t)
 
     def window(self, t: int) -> tuple[int, int]:
-        """Start and length of the window of refreshes that holds step t >= start."""
+        """Return start and length of the window of refreshes that contains step t >= start."""
         begin = self.start
         while True:
             longest = self.precondition_frequency
@@ -79,7 +79,7 @@ class Options:
             begin += length
 
     def seen(self, t: int) -> int:
-        """Gradients that the factors count after step t: each that is taken stands for `statistics_frequency`."""
+        """Return how many gradients the factors count after step t: each one used stands for `statistics_frequency`."""
         n = self.statistics_frequency
         return n * len(range(1, t + 1, n))
 
@@ -89,7 +89,7 @@ class Options:
 
     @property
     def warm(self) -> str:
-        """The element-wise method of a block's first updates, and of its length where grafted."""
+        """Return the element-wise method of a block's first updates: the grafting method if there is one."""
         return self.fallback if self.graft == "none" else self.graft
 
     @property
@@ -105,7 +105,7 @@ class Options:
 
 @dataclass
 class Block:
-    """One box of a (merged) parameter; no factors means that the whole parameter is element-wise."""
+    """One box of a (merged) parameter; without factors, the whole parameter is element-wise."""
 
     box: tuple[Any, ...]  # slices, or (...,) for the whole parameter
     method: str
@@ -114,12 +114,12 @@ class Block:
     first: Tensor
     roots: dict[int, Tensor] = field(default_factory=dict)
     bases: dict[int, Tensor] = field(default_factory=dict)
-    scale: float = 1.0  # KL-Shampoo: of the product of the roots
+    scale: float = 1.0  # KL-Shampoo: scale of the product of the roots
     rotated: Tensor = field(default_factory=lambda: torch.zeros(()))  # SOAP: weighted sum of (Q'G)^2
     weight: float = 0.0  # SOAP: sum of those weights
-    phase: int | None = None  # staggered: steps after the start at which it refreshes first
+    phase: int | None = None  # staggered: steps from the start step to its first refresh
     seen: tuple[int, dict[int, Tensor]] | None = None  # background: step and factors of a refresh to be installed
-    ready: bool = False  # whether there was a refresh
+    ready: bool = False  # whether it has been refreshed
 
 
 @dataclass
@@ -134,7 +134,7 @@ class Parameter:
 
 
 def merge(shape: tuple[int, ...], limit: int, batch: int = 0, on: bool = True) -> tuple[int, ...]:
-    """Merges small neighbours, last to first, but never to fewer than two dims; the first `batch` dims stay."""
+    """Merge small adjacent dims, from last to first, but never to fewer than two dims; keep the first `batch` dims."""
     dims = [d for d in shape[batch:] if d != 1]
     merged: list[int] = []
     while dims:
@@ -147,7 +147,7 @@ def merge(shape: tuple[int, ...], limit: int, batch: int = 0, on: bool = True) -
 
 
 def sides(shape: tuple[int, ...], o: Options) -> list[str]:
-    """For each dim of a parameter: "full", "diagonal" or "none"."""
+    """Return the kind of factor of each dim of a parameter: "full", "diagonal" or "none"."""
     own = shape[o.batch_dims :]
     kept = {None: range(len(own)), "left": [0], "right": [len(own) - 1], "smaller": [own.index(min(own))]}[o.one_sided]
     large = {"diagonal": "diagonal", "identity": "none"}.get(o.large_dim, "full")
@@ -156,7 +156,7 @@ def sides(shape: tuple[int, ...], o: Options) -> list[str]:
 
 
 def cut(shape: tuple[int, ...], limit: int, o: Options | None = None) -> list[tuple[slice, ...]]:
-    """All blocks; with options also batch dims, dims that are not cut, and a split of the first dim with its sum."""
+    """Return all blocks. Options add batch dims, dims that are not cut, and a split of the dim as long as its sum."""
     o = o or Options(max_preconditioner_dim=limit)
     kinds, unsplit = sides(shape, o), list(o.split)
     pieces: list[list[slice]] = []
@@ -174,7 +174,7 @@ def cut(shape: tuple[int, ...], limit: int, o: Options | None = None) -> list[tu
 
 
 def multiply(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
-    """Multiplies the matrix, or a diagonal one given as a vector, into one mode of x."""
+    """Multiply one mode of x by the matrix, or by a diagonal matrix given as a vector."""
     matrix = torch.diag(matrix) if matrix.ndim == 1 else matrix
     return torch.tensordot(matrix, x, dims=([1], [dim])).movedim(0, dim)
 
@@ -212,7 +212,7 @@ def rotate(x: Tensor, bases: dict[int, Tensor]) -> Tensor:
 
 
 def adam_in_basis(block: Block, g: Tensor, m: Tensor, o: Options) -> Tensor:
-    """SOAP's update: v is the mean square of the rotated gradient, with b2 of the second moments."""
+    """Return SOAP's update: v is the mean square of the rotated gradient, with the second moments' b2."""
     b = o.graft_beta2
     block.rotated = b * block.rotated + (1.0 - b) * rotate(g, block.bases) ** 2
     block.weight = b * block.weight + (1.0 - b)
@@ -228,7 +228,7 @@ def off_diagonal(x: Tensor) -> Tensor:
 
 
 class Reference:
-    """Shampoo on named tensors; `overrides` holds options per name, `exclude` the element-wise names."""
+    """Shampoo on named tensors; `overrides` has options by name, `exclude` the names of element-wise parameters."""
 
     def __init__(
         self,
@@ -265,7 +265,7 @@ class Reference:
         return blocks
 
     def _stagger(self) -> None:
-        """Each block of these groups, to the step of the window with the least work so far, sum of d^3."""
+        """Assign each block to the phase with the least work so far, measured as the sum of d^3."""
         work: dict[int, list[int]] = {}
         for p in self.params.values():
             if p.options.refresh in ("staggered", "background"):
@@ -279,7 +279,7 @@ class Reference:
 
     @torch.no_grad()
     def step(self, grads: Mapping[str, Tensor | None]) -> None:
-        """One step; a gradient of None skips its parameter, decay included."""
+        """Do one step; a gradient of None skips its parameter, decay included."""
         present = [g for g in grads.values() if g is not None]
         if all(p.t == 0 for p in self.params.values()) and not any(g.count_nonzero() for g in present):
             return  # torch's checkpoint helpers and DeepSpeed's stage 0 step once with zeros to create state
@@ -306,7 +306,7 @@ class Reference:
 
     @classmethod
     def step_block(cls, block: Block, g: Tensor, t: int, o: Options) -> Tensor:
-        """Steps 2 to 6 of the rule: the update of one block in its step t."""
+        """Steps 2 to 6 of the rule: return the update of one block in its step t."""
         if t in range(1, t + 1, o.statistics_frequency):
             cls._factors(block, g, o)
         cls._second_moment(block, g, o)
@@ -380,7 +380,7 @@ class Reference:
 
     @classmethod
     def _refresh_kl(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
-        """Roots of factors with a mean eigenvalue of 1; the geometric mean of the mean eigenvalues goes to scale."""
+        """Compute roots of factors scaled to a mean eigenvalue of 1; scale takes the means' geometric mean."""
         seen = 1.0 - o.beta ** o.seen(t) if o.use_bias_correction and o.beta != 1.0 else 1.0
         means = {dim: a.trace().item() / len(a) / seen for dim, a in block.factors.items()}
         means = {dim: mean if mean > 0 else 1.0 for dim, mean in means.items()}
@@ -391,9 +391,9 @@ class Reference:
 
     @staticmethod
     def _refresh_soap(block: Block, m: Tensor, t: int, o: Options) -> None:
-        """Eigenbases: eigh at first, with v from the factors; then a power step in falling order, v permuted alike.
+        """Compute eigenbases: by eigh at first, with v from the factors; later by a power step in descending order.
 
-        Wherever a basis has moved, v is at least M^2.
+        v is permuted like the columns. If a basis has moved, v is raised to at least M^2.
         """
         moved = not block.bases
         if not block.bases:

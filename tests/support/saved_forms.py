@@ -16,7 +16,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "adagrad_where_large": {"large_dim": "adagrad"},
     "rules": {
         "rules": [
-            {"match": "mix.weight", "one_sided": "left"},  # blocks as those of others in shape, and not in state
+            {"match": "mix.weight", "one_sided": "left"},  # blocks with the shape of others, but with other state
             {"match": "down.weight", "split": [4, 5], "grafting": "sgd"},
             {"match": "conv.weight", "batch_dims": 1, "merge_small_dims": False},
         ]

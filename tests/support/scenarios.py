@@ -20,8 +20,8 @@ FAMILY: dict[str, dict[str, Any]] = {
     "soap": {"preconditioner": "soap", "start_preconditioning_step": 9, "eps": 1e-3},
     "kl_shampoo": {"preconditioner": "kl_shampoo", "start_preconditioning_step": 9, "eps": 1e-3},
 }
-FROZEN_STEPS = 2  # for how long a layer is frozen where one is
-# Options of single parameters, which may lie in one flat tensor and have no whole block on any rank.
+FROZEN_STEPS = 2  # number of steps for which a layer is frozen, in runs that freeze one
+# Options of single parameters, which may be parts of one flat tensor and have no whole block on any rank.
 RULES = [
     {"match": "up.weight", "max_preconditioner_dim": 5, "one_sided": "smaller"},
     {"match": "conv.weight", "batch_dims": 1, "precondition_frequency": 2},
@@ -34,15 +34,15 @@ SECOND_GROUP = {"lr": 3e-3, "weight_decay": 0.05}
 
 @dataclass(frozen=True)
 class Scenario:
-    """One run: what changes the trajectory (first half) and how it is sharded (second half)."""
+    """One run: what changes the trajectory (first fields) and how it is sharded (the others)."""
 
     model: str = "odd"
     settings: str = "strict"
-    steps: int = 8
+    steps: int = 7
     clip: float = 0.0
     groups: bool = False  # two parameter groups, every other parameter in the second one
-    unused: int | None = None  # on this and every third step after it one layer has no gradient
-    late_first: bool = False  # that layer is the first parameter group, all others the second one
+    unused: int | None = None  # in this step and every third one after it, one layer has no gradient
+    late_first: bool = False  # that layer is the first param group, all others are the second one
     decay: float = 1.0  # the learning rates are multiplied by it after every step
     options: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "Shampoo"
@@ -88,7 +88,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step whose gradient is not finite: through the loss of one rank, or in one element there."""
+    """A step whose gradient is not finite: through the loss of one rank, or in one element on that rank."""
 
     scenario: Scenario
     value: float
@@ -99,7 +99,7 @@ _expected: dict[str, dict[str, Tensor]] = {}
 
 
 def expected(scenario: Scenario) -> dict[str, Tensor]:
-    """The final parameters of the unsharded float64 run; computed once for all ways of sharding it."""
+    """Return the final parameters of the unsharded float64 run; computed once for all ways of sharding it."""
     sharding = ("ranks", "stage", "accumulate", "zero", "config", "zero_init")
     key = json.dumps({k: v for k, v in asdict(scenario).items() if k not in sharding}, sort_keys=True)
     if key not in _expected:
@@ -112,13 +112,13 @@ def reference_run(
     without: Mapping[str, range] | None = None,
     weights: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """The final masters.
+    """Run the reference and return its final masters.
 
     Args:
         without: parameters that get zero gradients in some steps.
-        weights: after each step the 16-bit weights of a run, at which gradients are taken in place of the rounded
-            masters: these round to another 16-bit number wherever they lie so near to the middle of two that the
-            eighth digit decides, and gradients then differ in the third digit.
+        weights: a run's 16-bit weights after each step. Gradients are computed at these instead of the rounded
+            masters. A master may be so close to the middle of two 16-bit numbers that its eighth digit decides how it
+            is rounded; gradients then differ in the third digit.
     """
     model = make_model(scenario.model, scenario.dtype if scenario.half else torch.float64)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -140,12 +140,12 @@ def reference_run(
 
 
 def rounded_mean(scenario: Scenario, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor | None]:
-    """The mean of the ranks' 16-bit gradients, with the roundings of DeepSpeed: sums are of 16 bits, what follows wide.
+    """Return the mean of the ranks' 16-bit gradients, rounded as in DeepSpeed: only the sums are in 16 bits.
 
-    Only for two ranks, and with accumulation only for stages 0 and 1; others sum in another order.
+    This works only for two ranks, and with accumulation only for stages 0 and 1; others sum in another order.
     """
     assert scenario.ranks == 2 and (scenario.accumulate == 1 or scenario.stage < 2)
-    scale = scenario.config.get("fp16", {}).get("loss_scale", 1.0)  # small gradients have more digits with it
+    scale = scenario.config.get("fp16", {}).get("loss_scale", 1.0)  # it gives small gradients more digits
     total: dict[str, Tensor] = {}
     for rank in range(2):
         own: dict[str, Tensor] = {}
@@ -158,26 +158,26 @@ def rounded_mean(scenario: Scenario, model: nn.Module, batch: dict[str, Any]) ->
 
 
 def make_reference(scenario: Scenario, trained: Mapping[str, Tensor]) -> Reference:
-    """Groups decay what they say; without groups biases and norms are not decayed, as with the Trainer."""
+    """Build the reference. Groups set their own decay; without groups, biases and norms do not decay."""
     options = scenario.optimizer_options()
     if scenario.optimizer != "Shampoo":
         options |= {"start_preconditioning_step": 10_000}
     overrides: dict[str, dict[str, Any]] = {n: dict(SECOND_GROUP) for n in scenario.second_group(list(trained))}
     if not overrides and scenario.optimizer == "Shampoo":
         overrides = {n: {"weight_decay": 0.0} for n in trained if n.endswith("bias") or n.startswith("norm")}
-    for rule in options.pop("rules", []):  # those of the tests give one name each
+    for rule in options.pop("rules", []):  # each rule of these tests names one parameter
         changed = {key: value for key, value in rule.items() if key != "match"}
         overrides[rule["match"]] = overrides.get(rule["match"], {}) | changed
-    second = scenario.second_group(list(trained))  # whose blocks get their phases after those of the first
+    second = scenario.second_group(list(trained))  # its blocks get their phases after those of the first group
     trained = {n: trained[n] for n in [*(n for n in trained if n not in second), *second]}
-    for name in ("bucket_mb", "communication_dtype", "solver"):  # how things travel and are computed is no part of it
+    for name in ("bucket_mb", "communication_dtype", "solver"):  # the rule does not depend on these
         options.pop(name, None)
     exclude = ("embed.weight",) if options.pop("exclude", None) is None else ()
     return Reference(trained, overrides, exclude, **options)
 
 
 def clip(grads: dict[str, Tensor | None], limit: float) -> bool:
-    """Scales to a global norm of at most `limit`, with DeepSpeed's 1e-6; tells whether it did."""
+    """Scale to a global norm of at most `limit`, with DeepSpeed's 1e-6; return whether gradients were clipped."""
     present = [g for g in grads.values() if g is not None]
     norm = torch.stack([g.norm() for g in present]).norm()
     if limit == 0.0 or norm <= limit:

@@ -1,7 +1,7 @@
-"""A device that is not there: tensors that say `cuda:0` and compute on the CPU, and a note of each read on the CPU.
+"""A simulated device: tensors that say `cuda:0` and compute on the CPU, and a record of each read by the CPU.
 
-With it the branches for accelerators run where there is none, so that a mixture of devices or a wait for the device is
-found. It knows no streams: what runs on one does so at once.
+With it, the code for accelerators runs on machines without one, so tests can find mixtures of devices and waits for the
+device. It has no streams: work that is put on a stream runs at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shampoo_deepspeed.runtime import metrics
 
 DEVICE = torch.device("cuda", 0)
 PACKAGE = ("/shampoo_deepspeed/", "/integrations/")
-# What brings a value to the CPU, or makes it wait for a shape.
+# Functions that bring a value to the CPU, or make the CPU wait for a shape.
 READS = {
     "item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "nonzero", "masked_select",
     "unique", "equal",
@@ -33,7 +33,7 @@ TO_HOST = {"cpu", "numpy", "tolist", "item"}
 
 
 class Device:
-    """What has been done on the device: reads on the CPU, and operations on tensors of two devices."""
+    """A record of reads by the CPU, and of operations on tensors of two devices."""
 
     def __init__(self) -> None:
         self.reads: list[str] = []
@@ -41,18 +41,18 @@ class Device:
 
 
 class OnDevice(Tensor):
-    """A tensor of the device; its values lie in the memory of the CPU."""
+    """A tensor of the device; its values are in the CPU's memory."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
     def record_stream(self, stream: Any) -> None:
-        """There are no streams."""
+        """Do nothing: there are no streams."""
 
 
 class Mode(TorchFunctionMode):
-    """Within it, tensors made for the device are on it."""
+    """A context in which tensors that are created for the device are on it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -80,7 +80,7 @@ def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _asked_for(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The type of the device that a call names, if it names one."""
+    """Return the type of the device that a call names, if it names one."""
     devices = [a for a in (*args, kwargs.get("device")) if isinstance(a, (torch.device, str))]
     devices = [d for d in devices if not isinstance(d, str) or d.partition(":")[0] in ("cpu", "cuda")]
     if name == "to" and len(args) > 1 and isinstance(args[1], Tensor):
@@ -105,7 +105,7 @@ def _is_mask(index: Any) -> bool:
 
 
 def _where() -> str:
-    """The line of the package that is at work."""
+    """Return the line of the package that is running."""
     ours = [f for f in traceback.extract_stack() if any(part in f.filename for part in PACKAGE)]
     return f"{ours[-1].filename.rpartition('/')[2]}:{ours[-1].lineno}" if ours else "outside the package"
 
@@ -131,7 +131,7 @@ def _marked(out: Any) -> Any:
 
 
 class _StepFlags:
-    """As `StepFlags`, whose copy to the CPU nobody waits for in the step."""
+    """Like `StepFlags`, whose copy to the CPU does not delay the step."""
 
     def __init__(self, flags: Tensor) -> None:
         self._flags = flags.clone()
@@ -151,10 +151,10 @@ class _Stream(contextlib.AbstractContextManager["_Stream"]):
 
 
 def simulate(monkeypatch: pytest.MonkeyPatch) -> Device:
-    """From now on within `Mode()` there is the device; what it notes."""
+    """Simulate the device within `Mode()` from now on, and return its record."""
     run = worker._run
 
-    def in_mode(*arguments: Any) -> Any:  # a mode holds for one thread
+    def in_mode(*arguments: Any) -> Any:  # a mode applies to one thread only
         with Mode() if arguments[3] is not None else contextlib.nullcontext():
             return run(*arguments)
 
@@ -168,7 +168,7 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(torch, "Event", event)
     monkeypatch.setattr(torch.accelerator, "current_stream", _Stream)
     monkeypatch.setattr(torch.accelerator, "set_device_index", lambda device: None)
-    # What the device's first use does is done again where there is a real one.
+    # On a machine with a real device, its initialisation must run again afterwards.
     monkeypatch.setattr(worker, "_load_linear_algebra", worker._load_linear_algebra.__wrapped__)
     _NOTED.__init__()  # type: ignore[misc]
     return _NOTED

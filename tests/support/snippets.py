@@ -1,4 +1,4 @@
-"""The marked code blocks of the README and the docs: `<!-- snippet: name -->` stands right before each fence."""
+"""Finds the marked code blocks of the README and the docs: `<!-- snippet: name -->` is right before each fence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FENCE = re.compile(r"^(?:<!-- snippet: ([\w-]+) -->\n)?```(\w*)\n(.*?)^```$", re
 
 @dataclass(frozen=True)
 class Snippet:
-    """One block; `line` is where its text begins in the page."""
+    """One block; `line` is the line of the page where its text begins."""
 
     page: str
     line: int
@@ -24,7 +24,7 @@ class Snippet:
 
 
 def blocks() -> list[Snippet]:
-    """All fenced blocks; those without a mark have an empty name."""
+    """Return all fenced blocks; those without a marker have an empty name."""
     found = []
     for page in PAGES:
         text = (ROOT / Path(page)).read_text(encoding="utf-8")

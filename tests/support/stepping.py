@@ -14,8 +14,8 @@ from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.algorithm.preconditioners import Preconditioner
 from tests.support.zoo import gradients, make_batch
 
-# Blocks smaller than the parameters, and a refresh that a few steps cross. All blocks refresh together, so that what
-# a parameter does depends on no other one.
+# Blocks are smaller than the parameters, and a few steps contain a refresh. All blocks refresh together, so that
+# parameters do not affect each other's phases.
 OPTIONS: dict[str, Any] = {
     "lr": 1e-2,
     "weight_decay": 0.1,
@@ -26,30 +26,30 @@ OPTIONS: dict[str, Any] = {
 
 
 def shampoo(params: Iterable[Any], **options: Any) -> Shampoo:
-    """An optimizer with the options of these tests, and some others."""
+    """Return an optimizer with the common options of these tests, and the given ones."""
     return Shampoo(params, **(OPTIONS | options))
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int], sometimes: bool = False) -> None:
-    """Steps of the odd model of the zoo on its own batches."""
+    """Train the odd model of the zoo on its own batches."""
     for step in steps:
         gradients(model, make_batch("odd", step, sometimes))
         optimizer.step()
 
 
 def parameter(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    """A parameter with numbers of its own."""
+    """Return a parameter with random numbers from its own seed."""
     return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
 
 
 def made_up(like: Tensor, step: int, salt: int = 0) -> Tensor:
-    """A gradient that depends on nothing but its shape, the step and the salt."""
+    """Return a gradient that depends only on its shape, the step and the salt."""
     generator = torch.Generator().manual_seed(7919 * step + salt)
     return torch.randn(like.shape, generator=generator).to(like.dtype)
 
 
 def drive(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: Iterable[int], salt: int = 0) -> None:
-    """Steps with made-up gradients: what one parameter gets does not depend on what another one does."""
+    """Take steps with made-up gradients, which are independent of the other parameters."""
     for step in steps:
         for number, p in enumerate(params):
             p.grad = made_up(p, step, salt + number)
@@ -57,7 +57,7 @@ def drive(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: Ite
 
 
 def refresh(preconditioner: Preconditioner, state: dict[str, Tensor], step: int, moments: Tensor) -> list[int]:
-    """A whole refresh as a stack does it; gives the rows that failed."""
+    """Do a whole refresh as a stack does it, and return the rows that failed."""
     result = preconditioner.compute(state, step, [])
     failed = preconditioner.install(state, result)
     preconditioner.follow_basis(state, result, moments)
@@ -65,19 +65,19 @@ def refresh(preconditioner: Preconditioner, state: dict[str, Tensor], step: int,
 
 
 def snapshot(params: Iterable[Tensor]) -> list[Tensor]:
-    """Copies of the present values."""
+    """Return copies of the present values."""
     return [p.detach().clone() for p in params]
 
 
 def state_of(optimizer: Shampoo) -> dict[str, Any]:
-    """A copy of the optimizer's own state, all but the number of rejected steps."""
+    """Return a copy of the optimizer's own state, except the number of rejected steps."""
     own: dict[str, Any] = copy.deepcopy(optimizer.state_dict()["shampoo"])
     del own["rejected_steps"]
     return own
 
 
 def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """What torch.save and a safe torch.load make of it."""
+    """Return the state dict after torch.save and torch.load with weights_only."""
     file = io.BytesIO()
     torch.save(state_dict, file)
     file.seek(0)
@@ -86,7 +86,7 @@ def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def same_bits(left: Any, right: Any) -> bool:
-    """Equality of nested containers; tensors to the last bit, signs of zeros and NaNs included."""
+    """Whether nested containers are equal; tensors to the last bit, including signs of zeros and NaNs."""
     if isinstance(left, Tensor):
         if not isinstance(right, Tensor) or (left.shape, left.dtype) != (right.shape, right.dtype):
             return False

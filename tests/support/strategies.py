@@ -1,4 +1,4 @@
-"""Hypothesis strategies of geometry: shapes, cuts of flat ranges over ranks, replicas."""
+"""Hypothesis strategies for geometry: shapes, cuts of flat ranges over ranks, replicas."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ matrix_shapes = st.lists(st.integers(2, 8), min_size=2, max_size=3).map(tuple)
 
 @st.composite
 def flat_cuts(draw: st.DrawFn, numel: int, ranks: int) -> list[FlatRange]:
-    """Consecutive ranges of [0, numel), one a rank, some perhaps empty."""
+    """Draw consecutive ranges of [0, numel), one per rank, some perhaps empty."""
     inner = sorted(draw(st.lists(st.integers(0, numel), min_size=ranks - 1, max_size=ranks - 1)))
     bounds = [0, *inner, numel]
     return [FlatRange(start, stop) for start, stop in pairwise(bounds)]
@@ -25,9 +25,9 @@ def flat_cuts(draw: st.DrawFn, numel: int, ranks: int) -> list[FlatRange]:
 def sharded(
     draw: st.DrawFn, ranks: int, replicas: int = 1
 ) -> tuple[list[tuple[int, ...]], list[list[tuple[int, Box]]]]:
-    """Matrices, and for each rank its shards: the concatenation cut at any place (ZeRO-1/2), or each one (ZeRO-3).
+    """Draw matrices, and each rank's shards: cut from their concatenation (ZeRO-1/2), or from each matrix (ZeRO-3).
 
-    With replicas, rank r and rank r + ranks hold the same.
+    With replicas, ranks r and r + ranks hold the same.
     """
     matrices = draw(st.lists(matrix_shapes, min_size=1, max_size=3))
     held: list[list[tuple[int, Box]]] = [[] for _ in range(ranks)]

@@ -1,4 +1,4 @@
-"""The Trainer's runs in which DeepSpeed's JSON names the optimizer, at every stage."""
+"""Trainer runs in which DeepSpeed's JSON names the optimizer, at every stage."""
 
 from __future__ import annotations
 
@@ -39,4 +39,4 @@ EXACT = [
     run("no_clipping", Training(clip=0.0)),
     run("from_pretrained", Training(stage=3, loaded=True)),
 ]  # fmt: skip
-MEASURED = [*EXACT, *stages("tied_llama", TIED, 1, 2), *stages("gpt2", GPT2, 1, 3)]  # by the benchmark
+MEASURED = [*EXACT, *stages("tied_llama", TIED, 1, 2), *stages("gpt2", GPT2, 1, 3)]  # for benchmarks/exactness.py

@@ -13,14 +13,14 @@ BOUND = {"strict": 1e-5, "default": 2e-3}
 GLOBAL_BATCH = 8
 LENGTH = 12
 VOCABULARY = 128
-# At 1e-2 a step is half as long as these models' weights (0.02 an element) and float32 rounding alone, in one
-# process, makes a difference of 2e-3 at the default settings.
+# At 1e-2, updates would be half as large as these models' weights (0.02 per element). Float32 rounding alone, in one
+# process, would then make a difference of 2e-3 at the default settings.
 RATE, DECAY, BETAS = 3e-3, 0.1, (0.85, 0.98)
 
 
 @dataclass(frozen=True)
 class Training:
-    """One run: what changes the trajectory (first half) and how it is asked for and sharded (second half)."""
+    """One run: what changes the trajectory (first fields), and how it is requested and sharded (the others)."""
 
     model: str = "llama"
     settings: str = "strict"
@@ -33,9 +33,9 @@ class Training:
     stage: int = 2
     accumulate: int = 1
     type: str = "Shampoo"
-    literal: bool = False  # numbers in the JSON where others say "auto"
-    file: bool = False  # the JSON lies in a file
-    loaded: bool = False  # the model is made by `from_pretrained`, under ZeRO-3 as zero.Init shards
+    literal: bool = False  # the JSON has numbers instead of "auto"
+    file: bool = False  # the JSON is in a file
+    loaded: bool = False  # the model comes from `from_pretrained`, under ZeRO-3 as zero.Init shards
     save_at: int = 0  # saves at this step, then a second Trainer resumes from there
 
     @property
@@ -43,16 +43,16 @@ class Training:
         return 1e-4 if self.settings == "strict" else 1e-8
 
     def own_options(self) -> dict[str, Any]:
-        """Options that the Trainer knows nothing about."""
+        """Return the options that the Trainer does not have."""
         strict = {"relative_epsilon": 1e-3} if self.settings == "strict" else {}
         return {"precondition_frequency": 3, "max_preconditioner_dim": 24} | strict | self.options
 
     def trainer_options(self) -> dict[str, Any]:
-        """Options whose values must be those of TrainingArguments."""
+        """Return the options whose values must be those of TrainingArguments."""
         return {"lr": RATE, "betas": list(BETAS), "eps": self.eps, "weight_decay": DECAY}
 
     def optim_args(self) -> str:
-        """The same as text; the Trainer's own options come from TrainingArguments."""
+        """Return the options as text; the Trainer's own options come from TrainingArguments."""
         return ",".join(f"{key}={value}" for key, value in self.own_options().items())
 
     def deepspeed_config(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Training:
         }
 
     def arguments(self, ranks: int) -> dict[str, Any]:
-        """What TrainingArguments are given, but for folders and the DeepSpeed configuration."""
+        """Return the keyword arguments of TrainingArguments, except folders and the DeepSpeed configuration."""
         return {
             "learning_rate": RATE, "weight_decay": DECAY, "adam_beta1": BETAS[0], "adam_beta2": BETAS[1],
             "adam_epsilon": self.eps, "max_grad_norm": self.clip, "max_steps": self.steps,
@@ -85,7 +85,7 @@ class Training:
 
 
 def make_model(kind: str) -> nn.Module:
-    """The same float32 numbers on every rank; biases and norms away from 0 and 1, so that their deviation counts."""
+    """Build a model, equal on every rank; biases and norms are not 0 or 1, so that relative deviations make sense."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -109,17 +109,17 @@ def make_model(kind: str) -> nn.Module:
 
 
 def make_data(steps: int) -> list[dict[str, Tensor]]:
-    """Sequences in the order in which they are trained on."""
+    """Return sequences in the order in which they are trained on."""
     generator = torch.Generator().manual_seed(31)
     rows = torch.randint(VOCABULARY, (steps * GLOBAL_BATCH, LENGTH), generator=generator)
-    # The first token is no target: some Transformers models count it in the mean over tokens, others do not.
+    # The first token is not a target: some Transformers models count it in the mean over tokens, others do not.
     labels = torch.cat([torch.full_like(rows[:, :1], -100), rows[:, 1:]], dim=1)
     return [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
 
 
 @dataclass
 class Expected:
-    """What the single-process run gives."""
+    """The results of the single-process run."""
 
     losses: list[float]
     rates: list[float]
@@ -131,7 +131,7 @@ _expected: dict[str, Expected] = {}
 
 
 def expected(training: Training) -> Expected:
-    """The single-process run; computed once for all ways of asking for it and sharding it."""
+    """Return the single-process run; computed once for all ways of requesting and sharding it."""
     kept = ("model", "settings", "steps", "schedule", "warmup", "clip", "options")
     key = json.dumps({k: v for k, v in asdict(training).items() if k in kept}, sort_keys=True)
     if key not in _expected:
@@ -165,7 +165,7 @@ def single_process_run(training: Training) -> Expected:
 
 
 def trainer_groups(model: nn.Module, everything: bool = False) -> list[dict[str, Any]]:
-    """The two groups that Trainer.create_optimizer makes, as named parameters."""
+    """Return the two groups that Trainer.create_optimizer makes, as named parameters."""
     decayed = trainer_decayed(model)
     named = list(model.named_parameters())
     yes = [(n, p) for n, p in named if everything or n in decayed]

@@ -1,4 +1,4 @@
-"""The runs under DeepSpeed that start from the same numbers at every stage and in every layout."""
+"""The runs under DeepSpeed that start from the same weights at every stage and in every layout."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def final(scenario: Scenario, name: str) -> Check:
 
 
 def matrix() -> list[Check]:
-    """What every stage must do, on 2 and on 4 ranks."""
+    """Return the runs that every stage must pass, on 2 and on 4 ranks."""
     checks = []
     for ranks in (2, 4):
         for stage in range(4):
             base = Scenario(ranks=ranks, stage=stage)
             checks += [
-                # Where a layer has no gradient ZeRO-3 gives that of the step before.
+                # If a layer has no gradient, ZeRO-3 gives it that of the step before.
                 final(replace(base, unused=2 if stage < 3 else None), "odd"),
                 final(replace(base, settings="default"), "defaults"),
                 final(replace(base, model="wide", settings="default"), "wide_defaults"),
@@ -38,7 +38,7 @@ def matrix() -> list[Check]:
 
 
 def sharding() -> list[Check]:
-    """DeepSpeed's own ways to lay out and to move the same numbers."""
+    """Return runs with DeepSpeed's own ways to lay out and move the same numbers."""
     checks = []
     for stage in (1, 2, 3):
         plain = {"contiguous_gradients": False, "overlap_comm": False}
@@ -64,7 +64,7 @@ def sharding() -> list[Check]:
 
 
 def features(check: Check) -> set[object]:
-    """What each must be seen in some run: every way at every stage, and each of both on 2 and on 4 ranks."""
+    """Return a run's features: way and stage, way and number of ranks, stage and number of ranks."""
     scenario: Scenario = check.argument
     way = check.name.partition("_zero")[0]
     stage, ranks = f"stage {scenario.stage}", f"{check.ranks} ranks"
@@ -72,5 +72,5 @@ def features(check: Check) -> set[object]:
 
 
 def covering() -> list[Check]:
-    """Of all runs as many as have every pair of a way, a stage and a number of ranks."""
+    """Return few runs that cover every pair of way, stage and number of ranks."""
     return fewest([*matrix(), *sharding()], features)

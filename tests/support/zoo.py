@@ -1,4 +1,4 @@
-"""Small deterministic models and batches of the exactness tests."""
+"""Small deterministic models and batches for the exactness tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH = 24
 
 
 class OddModel(nn.Module):
-    """Every awkward parameter at once: odd shapes, a conv, a tied embedding, a frozen layer, one not always used."""
+    """Many awkward parameters: odd shapes, a conv, a tied embedding, a frozen layer, and a layer not always used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,11 +48,11 @@ class OddModel(nn.Module):
 
 
 class WideModel(nn.Module):
-    """One transformer block on continuous inputs; its dims (24, 72, 40) are no multiples of a block size of 16."""
+    """One transformer block on continuous inputs; its dims (24, 72, 40) are not multiples of the block size 16."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)  # a bias of k has no gradient but noise
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)  # the gradient of a bias of k is only noise
         self.project = nn.Linear(WIDTH, WIDTH)
         self.norm = nn.LayerNorm(WIDTH)
         self.up = nn.Linear(WIDTH, 40)
@@ -68,7 +68,7 @@ class WideModel(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """Six elements: of some shardings a rank holds none."""
+    """A model of six elements, so that under some shardings a rank holds none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,19 +101,19 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def make_model(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The same float32 numbers on every rank and in every dtype."""
+    """Build a model with the same float32 numbers on every rank and in every dtype."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20)
         model = MODELS[kind]()
         with torch.no_grad():
             for p in model.parameters():
-                if p.ndim == 1:  # away from 0 and 1, so that relative deviations of biases and norms mean something
+                if p.ndim == 1:  # not 0 or 1, so that relative deviations of biases and norms make sense
                     p.add_(torch.randn_like(p), alpha=0.3)
     return model.to(dtype)
 
 
 def make_batch(kind: str, step: int, unused: int | None = None) -> dict[str, Any]:
-    """The global batch of a step; the odd model leaves its layer `sometimes` unused on steps unused, unused + 3, ..."""
+    """Return a step's global batch; the odd model skips its layer `sometimes` in steps unused, unused + 3, ..."""
     generator = torch.Generator().manual_seed(1000 + step)
     shape = (GLOBAL_BATCH, LENGTH)
     targets = torch.randint(VOCABULARY, shape, generator=generator)
@@ -128,7 +128,7 @@ def cast(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def micro_batches(batch: dict[str, Any], rank: int, ranks: int, accumulate: int = 1) -> Iterator[dict[str, Any]]:
-    """A rank's equal slices; the mean loss over ranks and slices is exactly the mean over the global batch."""
+    """Yield a rank's equal slices; the mean loss over ranks and slices is exactly the mean over the global batch."""
     rows, rest = divmod(GLOBAL_BATCH, ranks * accumulate)
     assert rest == 0, "the global batch must divide evenly"
     for micro in range(accumulate):
@@ -139,7 +139,7 @@ def micro_batches(batch: dict[str, Any], rank: int, ranks: int, accumulate: int 
 def gradients(
     model: nn.Module, batch: dict[str, Any], zeros: bool = False, scale: float = 1.0
 ) -> dict[str, Tensor | None]:
-    """Named gradients of the mean loss times `scale`; `zeros` gives zeros where there is none, as DeepSpeed does."""
+    """Return named gradients of the mean loss times `scale`; with `zeros`, missing ones are zeros, as in DeepSpeed."""
     model.zero_grad(set_to_none=True)
     (model(**cast(batch, next(model.parameters()).dtype)) * scale).backward()
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -17,7 +17,7 @@ from shampoo_deepspeed.options.config import ShampooConfig
 
 
 class Preconditioner(Protocol):
-    """Mathematics of a stack of equal blocks. Stateless: all state is in the dict that each method gets.
+    """The mathematics of a stack of equal blocks. It is stateless: each method gets all state in a dict.
 
     ``state`` maps names to tensors with the block as first dim; methods change them in place.
 
@@ -25,7 +25,7 @@ class Preconditioner(Protocol):
         first_moment: the name under which ``state`` holds the first moments, if there are any; the step of a stack
             updates them.
         filled_by_refresh: the name of a tensor [B, *shape] that the first refresh overwrites.
-        rotates_moments: whether first moments are kept in coordinates of the preconditioner's own. If not,
+        rotates_moments: whether first moments are kept in the preconditioner's own coordinates. If not,
             ``project``, ``follow_basis`` and ``project_back`` do nothing.
     """
 
@@ -40,32 +40,34 @@ class Preconditioner(Protocol):
         ...
 
     def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf | None) -> None:
-        """Take the gradients [B, *shape] of one step into the statistics."""
+        """Add the gradients [B, *shape] of one step to the statistics."""
         ...
 
     def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
-        """The part of a refresh that takes long: reads factor matrices and bases and changes nothing."""
+        """Compute a refresh, its expensive part: reads factor matrices and bases, and changes nothing."""
         ...
 
     def install(self, state: dict[str, Tensor], result: RefreshResult) -> list[int]:
-        """The rest of it; gives the rows that failed and were left as they were."""
+        """Install a computed refresh; returns the rows that failed, which stay as they were."""
         ...
 
     def project(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
-        """Gradients as the first moment takes them in, from a block's first refresh on; until then as they are."""
+        """Gradients in the first moment's coordinates; called from a block's first refresh on."""
         ...
 
     def follow_basis(self, state: dict[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
-        """What a refresh leaves to do when the first moments [B, *shape] of its step are there, corrected."""
+        """Complete a refresh, given the corrected first moments [B, *shape] of its step."""
         ...
 
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
-        """The preconditioned update of first moments [B, *shape], linear in them, as a new tensor. ``entered`` are
-        the gradients that ``project`` gave. Called once in each step of blocks that have been refreshed."""
+        """The preconditioned update of first moments [B, *shape], linear in them, as a new tensor.
+
+        ``entered`` are the gradients from ``project``. Called once in each step of blocks that have been refreshed.
+        """
         ...
 
     def project_back(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
-        """First moments as those of the gradients themselves, undoing ``project``."""
+        """First moments in the gradients' coordinates; undoes ``project``."""
         ...
 
 

@@ -25,23 +25,25 @@ class KLShampooPreconditioner(ShampooPreconditioner):
     and the derivative by S_i^-1 vanishes at S_i = E[X_(i) X_(i)'] / n_i (for a matrix: S_a = E[G S_b^-1 G'] / d_b,
     claim 2 of the paper). The preconditioner is S^(-1/2), so every mode gets the root 2 for any order.
 
-    S fixes its factors only up to scalars whose product is 1. Here every S_j counts with its mean eigenvalue scaled
-    to 1 wherever another factor is made of it, so that all factors have the scale of the squared gradient from the
-    first step on, statistics from before and after a refresh weigh alike, and gradients of another scale give the
-    same updates. At the minimum the mean eigenvalues of all factors are then equal, and S is that mean times the
-    product of the scaled factors; while they differ, their geometric mean stands for it.
+    S determines its factors only up to scalars whose product is 1. Here every S_j is scaled to mean eigenvalue 1 when
+    another factor is computed from it. So all factors have the scale of the squared gradient from the first step on,
+    and statistics from before and after a refresh have equal weights. Gradients of another scale give the same updates.
+    At the minimum the mean eigenvalues of all factors are then equal, and S is that mean times the product of the
+    scaled factors. While they differ, their geometric mean takes its place.
 
-    Before the first refresh the other factors count as identities. After it they count as of the last refresh.
+    Before the first refresh the other factors count as identities, and after it as they were at the last refresh.
     """
 
-    # Roots -1/2 double what float32 loses of small eigenvalues, and the next statistics are made of these roots.
+    # The root -1/2 doubles float32's error of small eigenvalues, and the next statistics are computed from these roots.
     _in_float64 = True
 
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """As for Shampoo, but ``root_i`` belongs to factors scaled to mean eigenvalue 1 and begins as the identity;
-        ``scale`` [count] is what the product of the roots lacks."""
+        """As for Shampoo, but ``root_i`` is that of the factor scaled to mean eigenvalue 1, and begins as the identity.
+
+        ``scale`` [count] is the factor that the product of the roots lacks.
+        """
         state = super().new_state(count, shape, device, dtype)
         for mode in modes_of(state):
             state[f"root_{mode}"].diagonal(dim1=-2, dim2=-1).fill_(1.0)
@@ -67,7 +69,7 @@ class KLShampooPreconditioner(ShampooPreconditioner):
         for mode in modes:
             matrices = self._corrected(state, mode, step)
             mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
-            mean = torch.where(mean > 0, mean, 1.0)  # no gradient so far
+            mean = torch.where(mean > 0, mean, 1.0)  # no gradient yet
             tensors, wrong = self._refreshed(state, mode, matrices, 2.0, step, conditions)
             tensors[f"root_{mode}"] = tensors[f"root_{mode}"] * mean.sqrt().view(-1, 1, 1)
             scale *= power(mean, -0.5 / len(modes))

@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RefreshResult:
-    """What ``compute`` gives for n blocks: tensors with the block as first dim, and the rows that failed."""
+    """What ``compute`` returns for n blocks: tensors with the block as first dim, and the rows that failed."""
 
     tensors: dict[str, Tensor]
     failed: frozenset[int]
 
     @staticmethod
     def joined(parts: Sequence[RefreshResult], places: Sequence[slice]) -> RefreshResult:
-        """Those of neighbouring blocks together; ``places`` are the parts' rows."""
+        """The results of neighbouring blocks joined; ``places`` are the parts' rows."""
         if len(parts) == 1:
             return parts[0]
         tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
@@ -26,6 +26,6 @@ class RefreshResult:
         return RefreshResult(tensors, frozenset(failed))
 
     def rows(self, first: int, stop: int) -> RefreshResult:
-        """Those of some neighbouring blocks, as views."""
+        """The result for the blocks from ``first`` up to ``stop``, as views."""
         tensors = {name: tensor[first:stop] for name, tensor in self.tensors.items()}
         return RefreshResult(tensors, frozenset(row - first for row in self.failed if first <= row < stop))

@@ -20,18 +20,18 @@ from shampoo_deepspeed.options.config import ShampooConfig
 class ShampooPreconditioner:
     """Factor matrices A_i <- b A_i + (1 - b) G_(i) G_(i)^T (b: ``factor_beta``), applied as A_i^(-1/p) along mode i.
 
-    Of each factor matrix only the lower triangle is defined; what lies above it may be old. p is twice the number of
-    modes that have a factor at all. A mode may have the diagonal of its factor only, or
-    nothing (``sides``), which then is neither kept nor computed.
+    Only the lower triangle of each factor matrix is defined; elements above it may be stale. p is twice the number of
+    modes that have a factor at all. A mode may have only the diagonal of its factor, or nothing (``sides``); the rest
+    is neither kept nor computed.
 
-    With ``refresh_tolerance`` eigenbases are kept too. A refresh then computes a new one only where the factor matrix
-    has moved out of its basis, and else takes the diagonal of Q'AQ for eigenvalues (arXiv 2506.03595).
+    With ``refresh_tolerance`` eigenbases are kept too. A refresh then computes a new one only if the factor matrix has
+    moved out of its basis. Otherwise the diagonal of Q'AQ gives the eigenvalues (arXiv 2506.03595).
     """
 
     first_moment = "exp_avg"
     filled_by_refresh: str | None = None
     rotates_moments = False
-    # In float32 a root -1/4 at the default ridge is right to 2e-4; see docs/solvers.md.
+    # In float32 a root -1/4 at the default ridge is accurate to 2e-4; see docs/solvers.md.
     _in_float64 = False
 
     def __init__(self, config: ShampooConfig) -> None:
@@ -50,10 +50,10 @@ class ShampooPreconditioner:
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """``factor_i`` and ``root_i`` [count, d_i, d_i] for each dim that has them, [count, d_i] of a diagonal, and
-        ``basis_i`` where bases are kept.
+        """``factor_i`` and ``root_i`` [count, d_i, d_i] for each dim that has them, [count, d_i] for a diagonal.
 
-        Roots mean nothing before the first refresh, and a basis of zeros is not known so far.
+        Also ``basis_i`` if bases are kept. Roots are undefined before the first refresh, and a basis of zeros has not
+        been computed yet.
         """
         kinds = {"factor": self._factor_dtype, "root": self._root_dtype}
         if self._tolerance is not None:
@@ -76,7 +76,7 @@ class ShampooPreconditioner:
         self._accumulate(state, dict.fromkeys(modes_of(state), gradients), found_inf)
 
     def _accumulate(self, state: dict[str, Tensor], stacks: Mapping[int, Tensor], found_inf: FoundInf | None) -> None:
-        """A <- b A + (1 - b) XX', where X counts for n gradients and b is their decay; for sums A + n XX'.
+        """A <- b A + (1 - b) XX', with b the decay of the n gradients that X stands for; for sums A + n XX'.
 
         Args:
             stacks: for each mode the stack whose unfolding along it is X.
@@ -125,7 +125,7 @@ class ShampooPreconditioner:
     def _refreshed(
         self, state: dict[str, Tensor], mode: int, matrices: Tensor, root: float, step: int, conditions: list[Tensor]
     ) -> tuple[dict[str, Tensor], list[int]]:
-        """What a refresh changes of one mode, by name, and the rows that failed."""
+        """The tensors of one mode that a refresh replaces, by name, and the rows that failed."""
         ridge, pseudo = (
             (self._epsilon, self._config.relative_ridge(step)),
             self._config.rank_deficient == "pseudo_inverse",
@@ -148,16 +148,16 @@ class ShampooPreconditioner:
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
         update = moments.to(self._apply_dtype or torch.promote_types(moments.dtype, self._root_dtype))
         roots = {mode: state[f"root_{mode}"] for mode in modes_of(state)}
-        # They are symmetric, and the CPU's products are faster with them transposed.
+        # Roots are symmetric, and products on the CPU are faster with transposed ones.
         transposed = {mode: root if root.ndim == 2 else root.mT for mode, root in roots.items()}
         update = multiply_modes(update, transposed)
         return update.to(moments.dtype)
 
 
 def gradients_seen(step: int, frequency: int) -> int:
-    """How many gradients the factor matrices count as of this step (counted from 1).
+    """The number of gradients that the factor matrices stand for at this step (counted from 1).
 
-    One in ``frequency`` gradients is taken in, and stands for a whole window.
+    One in ``frequency`` gradients is added, and stands for a whole window.
     """
     return frequency * (1 + (step - 1) // frequency)
 
@@ -168,12 +168,12 @@ def modes_of(state: dict[str, Tensor]) -> list[int]:
 
 
 def wide(matrices: Tensor) -> Tensor:
-    """In float32 at least."""
+    """The matrices in float32 or wider."""
     return matrices.to(torch.promote_types(matrices.dtype, torch.float32))
 
 
 def write(state: dict[str, Tensor], tensors: Mapping[str, Tensor], failed: Collection[int]) -> None:
-    """Write what a refresh has computed; rows of which one mode failed keep what they had of all modes."""
+    """Write what a refresh has computed; rows for which one mode failed keep the old tensors of all modes."""
     for name, tensor in tensors.items():
         for row in failed:
             tensor[row] = state[name][row]

@@ -26,22 +26,22 @@ class SOAPPreconditioner:
     """Update Q (Q'M / (sqrt(v) + eps)), where v is the mean square of the rotated gradient Q'G.
 
     Factor matrices A_i are Shampoo's, Q_i their eigenbases, and ' multiplies along every mode. The first moment is kept
-    as Q'M, which takes the rotated gradient in at every step and is rotated when a basis moves: the paper's M in the
-    original basis, without two products for each mode and step. The rule where the paper's
-    own steps would be too long, or need what is not there yet:
+    as Q'M: every step adds the rotated gradient, and a basis that moves rotates it. That equals the paper's M in the
+    original basis and saves two products for each mode and step. If the paper's own steps would be too long, or need
+    what does not exist yet, the rule is:
 
-    - First refresh (at the start step; before it the element-wise or grafting update is taken): Q_i by
-      eigendecomposition. The factors have seen all t gradients, v none, so v starts as what they say of it: the
-      product of the factors' eigenvalues over their trace^(k-1), Adafactor's estimate in this basis (claim 1 of the
-      paper), with the weight of t gradients. From then on v <- b v + (1 - b) (Q'G)^2, and the sum of weights w
-      alike; v / w is the corrected mean.
+    - First refresh (at the start step; before it the element-wise or grafting update is used): Q_i by
+      eigendecomposition. The factors have seen all t gradients, and v none. So v starts as their estimate of it: the
+      product of the factors' eigenvalues over their trace^(k-1), with the weight of t gradients. That is Adafactor's
+      estimate in this basis (claim 1 of the paper). From then on v <- b v + (1 - b) (Q'G)^2, and the sum of weights w
+      follows alike; v / w is the corrected mean.
     - Later refreshes: one step of orthogonal iteration, columns ordered by eigenvalue estimate, and v permuted alike.
-      It iterates with A + ``relative_epsilon`` l_max I, so that directions that A knows nothing of stay as they are.
-    - A basis that moves lets M come to lie where v has seen nothing of it; M / sqrt(v) is then without bound. So at
-      each refresh that moves the basis v becomes max(v, M^2): that step has no element longer than Adam's usual 1.
-    - ``refresh_tolerance``: a mode's basis in which its factor is still diagonal to that tolerance is left alone.
-    - sqrt(v) + eps gets ``relative_epsilon`` times the block's largest sqrt(v) on top: with an exactly null direction
-      both M and v are rounding noise there, and eps as an absolute number fits no scale.
+      It iterates with A + ``relative_epsilon`` l_max I, so that null directions of A stay as they are.
+    - When a basis moves, M gets components of which v has seen nothing, and M / sqrt(v) is unbounded. So at each
+      refresh that moves the basis v becomes max(v, M^2): no element of that step exceeds Adam's usual 1.
+    - ``refresh_tolerance``: a mode's basis is kept if its factor is still diagonal in it to that tolerance.
+    - ``relative_epsilon`` times the block's largest sqrt(v) is added to sqrt(v) + eps. In an exactly null direction
+      both M and v are rounding noise, and eps as an absolute number fits no scale.
     """
 
     first_moment = "rotated_exp_avg"
@@ -64,8 +64,11 @@ class SOAPPreconditioner:
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """``factor_i`` and ``basis_i`` [count, d_i, d_i] of each dim but batch dims, ``rotated_second_moment``
-        [count, *shape], and ``rotated_weight`` [count], the sum of the weights of what that moment has seen."""
+        """``factor_i`` and ``basis_i`` [count, d_i, d_i] of each dim except batch dims, and the second moment.
+
+        That is ``rotated_second_moment`` [count, *shape], and ``rotated_weight`` [count], the sum of the weights of
+        the gradients in it.
+        """
         state = {}
         for mode, d in enumerate(shape):
             if self._factors.sides(shape)[mode] == "none":
@@ -80,7 +83,7 @@ class SOAPPreconditioner:
         self._factors.accumulate(state, gradients, found_inf)
 
     def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
-        """Bases, and of what the second moment begins with or how its columns move."""
+        """New bases, and how the second moment begins or how its columns move."""
         first = ~known(state[f"basis_{modes_of(state)[0]}"])
         moved = first
         result: dict[str, Tensor] = {}
@@ -96,7 +99,7 @@ class SOAPPreconditioner:
         return RefreshResult(result, frozenset(failed))
 
     def install(self, state: dict[str, Tensor], result: RefreshResult) -> list[int]:
-        """The second moment is that of now, which may have seen gradients since."""
+        """Install bases, and change the current second moment, which may have seen gradients since ``compute``."""
         found = result.tensors
         second = state["rotated_second_moment"].clone()
         rows = (-1, *[1] * (second.ndim - 1))
@@ -119,7 +122,7 @@ class SOAPPreconditioner:
         return sorted(result.failed)
 
     def follow_basis(self, state: dict[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
-        """The floor under the second moment, where the basis moved."""
+        """Raise the second moment to at least M^2 in blocks whose basis moved."""
         rows = (-1, *[1] * (moments.ndim - 1))
         second = state["rotated_second_moment"]
         floor = state["rotated_weight"].view(rows) * moments.square().to(second.dtype)
@@ -133,8 +136,11 @@ class SOAPPreconditioner:
         return self._rotated(state, moments, self._apply_dtype, back=True).to(moments.dtype)
 
     def _renewed_basis(self, state: dict[str, Tensor], mode: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
-        """One mode's bases, for first ones the eigenvalues over their sum, for known ones the old columns' places and
-        which [B] took a step, and the rows that failed."""
+        """One mode's bases, eigenvalues, columns, which bases [B] took a step, and the rows that failed.
+
+        Only bases computed for the first time have eigenvalues, which are divided by their sum. For known ones,
+        columns are the old places of their columns.
+        """
         matrices = symmetric(wide(state[f"factor_{mode}"]))
         bases = state[f"basis_{mode}"].to(matrices.dtype, copy=True)
         count, d = bases.shape[:2]
@@ -145,8 +151,8 @@ class SOAPPreconditioner:
         unknown, moving = (mask.nonzero().flatten() for mask in (~old, drifted))
         failed = []
         if len(unknown):
-            # All directions count alike afterwards, those of the smallest eigenvalues too, of which a decomposition in
-            # float32 keeps little. That is once per block; a power step from a given basis loses nothing like it.
+            # Afterwards all directions count alike, even those of the smallest eigenvalues, which a decomposition in
+            # float32 resolves poorly. This happens once per block; a power step from a known basis loses far less.
             found, bases[unknown], wrong = eigenbasis(matrices[unknown], in_float64=True)
             found = found.clamp_min(0.0)
             total = found.sum(-1, keepdim=True)
@@ -157,7 +163,7 @@ class SOAPPreconditioner:
         return bases.to(self._basis_dtype), values, columns, drifted, sorted({*failed, *non_finite(bases)})
 
     def _trace(self, state: dict[str, Tensor], step: int) -> Tensor:
-        """The mean of ||G||^2 in the factor matrices [B]; all modes have the same."""
+        """The mean of ||G||^2 by the factor matrices [B]; it is the same for all modes."""
         seen = gradients_seen(step, self._config.statistics_frequency)
         weight = float(seen) if self._factor_beta == 1.0 else 1.0 - self._factor_beta**seen
         return wide(state[f"factor_{modes_of(state)[0]}"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
@@ -178,7 +184,7 @@ class SOAPPreconditioner:
     def _rotated(
         self, state: dict[str, Tensor], stack: Tensor, dtype: torch.dtype | None = None, back: bool = False
     ) -> Tensor:
-        """Into the eigenbases, or back."""
+        """The stack rotated into the eigenbases, or back."""
         rotated = stack.to(dtype or torch.promote_types(stack.dtype, self._basis_dtype))
         bases = {mode: state[f"basis_{mode}"] for mode in range(stack.ndim - 1) if f"basis_{mode}" in state}
         return multiply_modes(rotated, {mode: basis if back else basis.mT for mode, basis in bases.items()})

@@ -1,4 +1,4 @@
-"""What a rank does in the accelerate checks: a plain training loop around `prepare`, or its error."""
+"""What a rank does in the accelerate checks: runs a plain training loop around `prepare`, or returns its error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.trainings import GLOBAL_BATCH, Training, make_data, make_mode
 
 
 def train(argument: tuple[str, str, Training]) -> dict[str, Any]:
-    """What is seen of a training by `accelerator.prepare` ("stock") or by `prepare`; maybe resumed in between."""
+    """Train with `accelerator.prepare` ("stock") or `prepare`, perhaps resumed in between, and return the results."""
     route, framework, training = argument
     deepspeed.init_distributed("gloo")
     with shared_folder() as folder, clean_process():
@@ -34,7 +34,7 @@ def train(argument: tuple[str, str, Training]) -> dict[str, Any]:
         for step in range(training.steps):
             loss = model(**own_part(training, step)).loss
             accelerator.backward(loss)
-            if not framework.startswith("zero"):  # the engine clips
+            if not framework.startswith("zero"):  # DeepSpeed's engine clips by itself
                 accelerator.clip_grad_norm_(model.parameters(), training.clip)
             optimizer.step()
             schedule.step()
@@ -55,7 +55,7 @@ def train(argument: tuple[str, str, Training]) -> dict[str, Any]:
 
 
 def refused(argument: tuple[str, str, dict[str, Any]]) -> str:
-    """The error of `prepare`."""
+    """Return the error of `prepare`."""
     route, framework, change = argument
     deepspeed.init_distributed("gloo")
     with clean_process():
@@ -68,12 +68,12 @@ def refused(argument: tuple[str, str, dict[str, Any]]) -> str:
 
 
 def made(route: str, accelerator: Accelerator, framework: str, training: Training) -> tuple[nn.Module, Any, Shampoo]:
-    """The prepared model and optimizer, and Shampoo itself."""
+    """Return the prepared model and optimizer, and Shampoo itself."""
     model = make_model(training.model)
     if route == "other_model":
         given = make_model(training.model)
     options = training.trainer_options() | training.own_options()
-    if route == "after":  # the model first, as accelerate asks for with FSDP1
+    if route == "after":  # the model first, as accelerate demands for FSDP1
         model = accelerator.prepare(model)
         inner = Shampoo(model.named_parameters(), model=model, no_decay=TRAINER_NO_DECAY, **options)
         return model, prepare(accelerator, inner), inner
@@ -91,7 +91,7 @@ def accelerator_for(framework: str, training: Training, change: dict[str, Any] |
             "gradient_clipping": training.clip,
             "train_micro_batch_size_per_gpu": GLOBAL_BATCH // dist.get_world_size(),
         }
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # else accelerate takes a process on CPUs for DDP
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # otherwise accelerate uses DDP on CPUs
         PartialState(cpu=True)
         return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config | (change or {})))
     PartialState(cpu=True)
@@ -102,7 +102,7 @@ def accelerator_for(framework: str, training: Training, change: dict[str, Any] |
 
 
 def own_part(training: Training, step: int) -> dict[str, Tensor]:
-    """This rank's part of a step's global batch."""
+    """Return this rank's part of a step's global batch."""
     each = GLOBAL_BATCH // dist.get_world_size()
     first = step * GLOBAL_BATCH + dist.get_rank() * each
     rows = make_data(training.steps)[first : first + each]
@@ -122,6 +122,6 @@ def save_and_load(accelerator: Accelerator, folder: Path) -> None:
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """DDP and DeepSpeed name their parameters otherwise."""
+    """Return the inner model, because DDP and DeepSpeed change the names of parameters."""
     inner: nn.Module = model.module if type(model).__name__ in ("DistributedDataParallel", "DeepSpeedEngine") else model
     return inner

@@ -1,4 +1,4 @@
-"""What a rank does in the checks of asynchronous saves: several jobs in one process, each with groups of its own."""
+"""What a rank does in the checks of asynchronous saves: runs several jobs in one process, each with its own groups."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAVED, END = 3, 6
 
 
 def jobs(folder: Path) -> dict[str, Any]:
-    """A job that saves, one that goes on from there and saves again, and one that ends while a thread writes."""
+    """Run a job that saves, one that continues from there and saves again, and one that ends while a thread writes."""
     ranks = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()  # the launch's own
     seen: dict[str, Any] = {}
@@ -46,7 +46,7 @@ def jobs(folder: Path) -> dict[str, Any]:
 
 
 def saved_meanwhile(params: list[nn.Parameter], optimizer: Shampoo, path: Path) -> bool:
-    """Save while the training goes on; whether the checkpoint is complete once all saves have been waited for."""
+    """Save while training continues; return whether the checkpoint is complete after waiting for all saves."""
     future = save_shampoo(optimizer, path, asynchronous=True)
     drive(optimizer, params, range(SAVED, END))
     wait_for_saves()
@@ -54,7 +54,7 @@ def saved_meanwhile(params: list[nn.Parameter], optimizer: Shampoo, path: Path) 
 
 
 def ended_too_early(folder: Path, ranks: tuple[int, int]) -> str:
-    """What `wait_for_saves` says where the process group is destroyed before the thread comes to write."""
+    """Return the error of `wait_for_saves` if the process group is destroyed before the thread writes."""
     may_write = threading.Event()
 
     def held(*arguments: Any) -> None:

@@ -20,7 +20,7 @@ SAVING = {
     "sync": "torch.distributed.checkpoint.filesystem.os.fsync",
     "checksum": "shampoo_deepspeed.checkpoint.save.checksum",
 }
-# Of the first rank, whose answer the others wait for.
+# Faults of the first rank, whose answer the others wait for.
 FIRST = {
     "folder": "shampoo_deepspeed.checkpoint.save.uuid.uuid4",
     "commit": "shampoo_deepspeed.checkpoint.save._complete",
@@ -30,17 +30,17 @@ LOADING = {"manifest": "pathlib.Path.read_bytes", "damage": "shampoo_deepspeed.c
 
 
 def broken(*_: Any) -> None:
-    """What a file system says."""
+    """Raise an error like those of a file system."""
     raise OSError(5, "Input/output error")
 
 
 def wrong(*_: Any) -> None:
-    """What no file system says."""
+    """Raise an error that no file system raises."""
     raise ValueError("Input/output error of another kind")
 
 
 def raised_by(call: Callable[[], Any], place: str, rank: int = 1, how: Callable[..., None] = broken) -> str:
-    """What this rank hears of a call in which a function fails on one rank."""
+    """Return the error that this rank gets from a call in which a function fails on one rank."""
     try:
         if dist.get_rank() == rank:
             with patch(place, how):
@@ -53,7 +53,7 @@ def raised_by(call: Callable[[], Any], place: str, rank: int = 1, how: Callable[
 
 
 def faults(_: None) -> dict[str, Any]:
-    """What this rank hears of each fault, and the steps in the checkpoint that is there in the end."""
+    """Return this rank's error for each fault, and the steps in the checkpoint that exists in the end."""
     params = [parameter(8, 6), parameter(8, 6, seed=1)]
     named = [("a", params[0]), ("b", params[1])]
     optimizer = shampoo(named, process_group=dist.group.WORLD)
@@ -79,7 +79,7 @@ def faults(_: None) -> dict[str, Any]:
 
 
 def in_the_background(optimizer: Shampoo, folder: Path) -> None:
-    """A save whose failure is raised by its future, and once more by what comes next."""
+    """Save in the background; the failure is raised by the future, and again by the next call."""
     future = save_shampoo(optimizer, folder, asynchronous=True)
     try:
         future.result()

@@ -1,4 +1,4 @@
-"""What a rank does in the checks of checkpoints: trains, is stopped, goes on, and gives back losses and parameters."""
+"""What a rank does in the checks of checkpoints: trains, is stopped, resumes, and returns losses and parameters."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ class Killed(Exception):
 
 
 class Dies:
-    """Before a Trainer: dies in the middle of the save of a step, when the optimizer's part is written ("save"), or in
-    a step between two saves ("step")."""
+    """A mixin for a Trainer that dies, either in the middle of a save ("save") or in a step between two saves ("step").
+
+    In the middle of a save, the optimizer's part is written already.
+    """
 
     dies = ""
 
@@ -65,7 +67,7 @@ class DyingTrainer(Dies, Trainer):
 
 
 class OfAUser(Trainer):
-    """Some Trainer: with a loss of its own."""
+    """A user's Trainer, with its own loss."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss: Any = super().compute_loss(*args, **kwargs)
@@ -78,7 +80,7 @@ class DyingMixed(Dies, ShampooTrainerMixin, OfAUser):
 
 @dataclass(frozen=True)
 class Run:
-    """A Trainer ("ours", "mixed" into a user's, or "stock"), a framework, and how FSDP is to write state dicts."""
+    """A Trainer ("ours", "mixed" into a user's, or "stock"), a framework, and how FSDP writes state dicts."""
 
     trainer: str
     framework: str
@@ -92,7 +94,7 @@ class Seen:
 
 
 def trained(run: Run) -> dict[str, Any]:
-    """What three runs saw: uninterrupted; killed in the middle of its last save, or between two; resumed after that."""
+    """Return the results of three runs: uninterrupted, killed in the last save or between two saves, and resumed."""
     dies = dies_in(run)
     with shared_folder() as folder, logged() as messages:
         uninterrupted, _ = train_once(run, folder / "a", saves=False)
@@ -109,12 +111,12 @@ def trained(run: Run) -> dict[str, Any]:
 
 
 def dies_in(run: Run) -> str:
-    """A stock Trainer does not know which checkpoint is complete: where it is to find the newest, that is whole."""
+    """Return where a run dies: a stock Trainer cannot tell whether the newest checkpoint is complete, so it must be."""
     return "step" if run.trainer == "stock" and run.framework.startswith("zero") else "save"
 
 
 def robbed(run: Run) -> str:
-    """What a Trainer says that is to go on from a checkpoint whose part of ours is gone."""
+    """Return the error of a Trainer that resumes from a checkpoint without Shampoo's folder."""
     with shared_folder() as folder:
         train_once(run, folder, dies=dies_in(run))
         dist.barrier()
@@ -161,7 +163,7 @@ def made_trainer(run: Run, folder: Path, saves: bool, callback: ShampooCallback)
     given: dict[str, Any] = {"train_dataset": make_data(TRAINING.steps), "callbacks": [callback]}
     options = TRAINING.trainer_options() | TRAINING.own_options()
     if run.trainer == "stock":
-        if not run.framework.startswith("zero"):  # whose JSON says it
+        if not run.framework.startswith("zero"):  # DeepSpeed's JSON says it
             given["optimizer_cls_and_kwargs"] = (ShampooFactory, options)
         return DyingTrainer(make_model("llama"), arguments, **given)
     kind = DyingMixed if run.trainer == "mixed" else DyingShampooTrainer
@@ -169,7 +171,7 @@ def made_trainer(run: Run, folder: Path, saves: bool, callback: ShampooCallback)
 
 
 def accelerated(run: Run) -> list[Seen]:
-    """An uninterrupted loop, and one that goes on in another accelerator from what it saved in the middle."""
+    """Return the results of an uninterrupted loop, and of one that resumes in another accelerator."""
     with shared_folder() as folder:
         return [loop(run, folder, "save"), loop(run, folder, "load")]
 
@@ -187,7 +189,7 @@ def loop(run: Run, folder: Path, what: str) -> Seen:
             pretend_to_have_accelerators(TrainingArguments(str(folder), use_cpu=True, report_to="none"))
         accelerator = Accelerator(cpu=plugin is None, fsdp_plugin=plugin)
         if what == "load":
-            torch.manual_seed(7)  # other weights than those that come
+            torch.manual_seed(7)  # other weights than those that are loaded
         model: Any = zoo.MODELS["wide"]() if what == "load" else zoo.make_model("wide")
         given = model, Shampoo(model.named_parameters(), **OPTIONS)
         model, optimizer = prepare(accelerator, *given) if run.trainer == "ours" else accelerator.prepare(*given)

@@ -1,4 +1,4 @@
-"""What a rank sees of errors and decisions that all ranks share."""
+"""What a rank does in the checks of collectives: raises errors and returns what every rank gets of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shampoo_deepspeed.distributed.collectives import (
 
 
 class NeedsTwo(ValueError):
-    """An error that its message alone cannot build."""
+    """An error that cannot be rebuilt from its message alone."""
 
     def __init__(self, what: str, why: str) -> None:
         super().__init__(f"{what}: {why}")
@@ -32,7 +32,7 @@ ERRORS = {
 
 
 def shared_errors(_: None) -> dict[str, Any]:
-    """Type, message and cause of each error that the second rank raises."""
+    """Return type, message and cause of each error that the second rank raises."""
     seen: dict[str, Any] = {}
     for name, error in ERRORS.items():
         try:
@@ -54,7 +54,7 @@ def shared_errors(_: None) -> dict[str, Any]:
 
 
 def both_fail() -> tuple[str, str]:
-    """The message that is raised where each rank has one of its own, and that of the cause."""
+    """Return the message that is raised if each rank has its own error, and the message of the cause."""
     try:
         with on_all_ranks(job_group()):
             raise RuntimeError(f"of rank {dist.get_rank()}")

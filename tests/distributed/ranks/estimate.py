@@ -1,4 +1,4 @@
-"""What a rank does in the checks of the planner: trains a few steps and tells what it holds and what it moved."""
+"""What a rank does in the checks of the planner: trains a few steps, and returns what it holds and what it moved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.scenarios import Scenario
 
 
 def sharded(run: Run) -> dict[str, Any]:
-    """Under DDP, FSDP2 or HSDP."""
+    """Train under DDP, FSDP2 or HSDP."""
     model, mesh = fsdp.sharded(run)
     optimizer = Shampoo(model.named_parameters(), model=model, **run.options())
     fsdp.trained(model, optimizer, mesh, run)
@@ -19,14 +19,14 @@ def sharded(run: Run) -> dict[str, Any]:
 
 
 def partitioned(scenario: Scenario) -> dict[str, Any]:
-    """Under ZeRO."""
+    """Train under ZeRO."""
     with zero.engine_of(scenario) as engine:
         zero.train(engine, scenario, range(scenario.steps))
         return holdings(engine.basic_optimizer)
 
 
 def holdings(optimizer: Shampoo) -> dict[str, Any]:
-    """The trained parameters in the optimizer's order, bytes of state by kind, and bytes of the last step."""
+    """Return the trained parameters in the optimizer's order, bytes of state by kind, and bytes of the last step."""
     tensors: list[tuple[str, int]] = []
     for unit in optimizer.units:
         for stack in unit.stacks:

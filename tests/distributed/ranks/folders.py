@@ -1,4 +1,4 @@
-"""A temporary folder of all ranks; apart from the checks that need Transformers, whose import takes seconds."""
+"""A temporary folder for all ranks, in its own file because importing Transformers takes other files seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 @contextmanager
 def shared_folder() -> Iterator[Path]:
-    """A temporary folder that all ranks use."""
+    """Create a temporary folder that all ranks use."""
     path = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(path)
     try:

@@ -1,4 +1,4 @@
-"""What a rank does in the FSDP and tensor-parallel checks: trains a sharded model and gives back full parameters."""
+"""What a rank does in the FSDP and tensor-parallel checks: trains a sharded model and returns full parameters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support.zoo import cast, make_batch, make_model, micro_batches
 
 
 def sharded(run: Run) -> tuple[nn.Module, DeviceMesh]:
-    """The model, and the mesh over which batches are divided."""
+    """Return the model, and the mesh over which batches are divided."""
     world = dist.get_world_size()
     model = make_model(run.model, run.torch_dtype)
     if run.layout in ("hsdp", "tensor_parallel", "uneven_tensor_parallel", "meshes"):
@@ -58,11 +58,11 @@ def sharded(run: Run) -> tuple[nn.Module, DeviceMesh]:
 
 
 def over_two_dims(model: Any, layout: str, mesh: DeviceMesh) -> DeviceMesh:
-    """Shards over both dims of a mesh; gives the mesh of the batches."""
+    """Shard over both dims of a mesh, and return the mesh of the batches."""
     if layout == "hsdp":
         fully_shard(model, mesh=mesh)
         return mesh
-    if layout == "meshes":  # ranks of one column get equal batches, so that `up` may lie on the rows alone
+    if layout == "meshes":  # ranks of one column get equal batches, so `up` may be sharded over the rows only
         fully_shard(model.up, mesh=mesh["inner"])
         fully_shard(model.down, mesh=mesh)
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -74,9 +74,9 @@ def over_two_dims(model: Any, layout: str, mesh: DeviceMesh) -> DeviceMesh:
 
 
 def fsdp1(model: nn.Module, run: Run) -> nn.Module:
-    """The strategy is the layout's end. Frozen layers are units of their own where parameters are flat.
+    """Wrap the model by FSDP1. The strategy is the end of the layout's name.
 
-    ``units``: all children but the tied ones are units too.
+    If parameters are flat, frozen layers are separate units. With ``units``, so are all children but the tied ones.
     """
     form, _, strategy = run.layout.partition("_")
     mesh = None
@@ -104,7 +104,7 @@ def fsdp1(model: nn.Module, run: Run) -> nn.Module:
 
 
 def by_columns(parameter: nn.Parameter) -> Shard | None:
-    """Cut the second dim where it divides evenly, as FSDP2 demands."""
+    """Cut the second dim if it divides evenly, as FSDP2 demands."""
     return Shard(1) if parameter.ndim == 2 and parameter.shape[1] % dist.get_world_size() == 0 else None
 
 
@@ -116,7 +116,7 @@ def final_parameters(run: Run) -> dict[str, Tensor]:
 
 
 def waited(run: Run) -> tuple[dict[str, Tensor], list[bool]]:
-    """The final parameters, and of each collective of the exchange whether it was over when it had been started."""
+    """Return the final parameters, and for each collective of the exchange whether it was done once it was started."""
     over: list[bool] = []
     start = Exchange._start
 
@@ -140,7 +140,7 @@ def built(model: nn.Module, run: Run) -> Shampoo:
 
 
 def built_before_sharding(run: Run) -> tuple[nn.Module, Shampoo, DeviceMesh]:
-    """The optimizer sees whole parameters, and its groups get the sharded ones later, as accelerate does it."""
+    """Build the optimizer with whole parameters, and put sharded ones into its groups later, as accelerate does."""
     whole = make_model(run.model, run.torch_dtype)
     optimizer = Shampoo([(n, p) for n, p in whole.named_parameters() if p.requires_grad], **run.options())
     model, mesh = sharded(run)
@@ -156,7 +156,7 @@ def trained(
     seen: list[dict[str, Tensor]] | None = None,
     first: int = 0,
 ) -> dict[str, Tensor]:
-    """Full parameters after the run; `seen` takes the full gradients of all steps."""
+    """Return full parameters after the run; the full gradients of all steps are appended to `seen`."""
     for step in range(first, run.steps):
         if run.frozen_steps:
             freeze(model, step < run.frozen_steps)
@@ -180,7 +180,7 @@ def trained(
 
 
 def mesh_rank(mesh: DeviceMesh) -> int:
-    """This rank's number among those that get different batches."""
+    """Return this rank's number among those that get different batches."""
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
     return sum(c * math.prod(mesh.shape[n + 1 :]) for n, c in enumerate(coordinate))
@@ -193,7 +193,7 @@ def freeze(model: nn.Module, frozen: bool) -> None:
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Of FSDP2 by DTensor's own means; of FSDP1 (fully sharded) from the gathered flat gradients."""
+    """Return full gradients: for FSDP2 by DTensor itself, for FSDP1 (fully sharded) from gathered flat gradients."""
     if not isinstance(model, FullyShardedDataParallel):
         return {clean_name(n): full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     found = {}
@@ -215,7 +215,7 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def recorded(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """Final parameters, and the gradients that led there, which low precision makes other ones than the reference's."""
+    """Return final parameters and the gradients of all steps, which differ from the reference's in low precision."""
     model, mesh = sharded(run)
     if run.apart and isinstance(model, FSDPModule):
         model.set_reduce_scatter_unused_params(True)
@@ -224,7 +224,7 @@ def recorded(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
 
 
 def moved(run: Run) -> dict[str, Tensor]:
-    """Trains half of the run under its layout, then goes on from a checkpoint under FSDP2."""
+    """Train half of the run under its layout, then continue from a checkpoint under FSDP2."""
     half, other = replace(run, steps=run.steps // 2), replace(run, layout="rows")
     model, mesh = sharded(half)
     optimizer = built(model, half)
@@ -241,7 +241,7 @@ def moved(run: Run) -> dict[str, Tensor]:
 
 
 def keys(run: Run) -> tuple[list[str], list[str]]:
-    """Keys of the state of a sharded model and of the plain one; an earlier optimizer without names changes nothing."""
+    """Return the state's keys for a sharded model and for the plain one, after an earlier optimizer without names."""
     model, mesh = sharded(run)
     Shampoo(model.parameters())
     optimizer = built(model, run)
@@ -255,13 +255,13 @@ def keys(run: Run) -> tuple[list[str], list[str]]:
 
 
 def full(parameter: Any) -> Tensor:
-    """The whole parameter; frozen ones are not sharded in every layout."""
+    """Return the whole parameter; frozen ones are not sharded in every layout."""
     whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
     return whole.detach().clone()
 
 
 def refused(case: str) -> str:
-    """The error of the first step of FSDP1 parameters that nobody has explained to the optimizer, or not enough."""
+    """Return the error of the first step if the optimizer knows too little about FSDP1 parameters."""
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (2, world // 2)) if case == "hybrid" else None
     plain: Any = make_model("wide")
@@ -290,7 +290,7 @@ def refused(case: str) -> str:
 
 
 def traffic(run: Run) -> dict[str, int]:
-    """What the last step moved."""
+    """Return what the last step moved."""
     model, mesh = sharded(run)
     optimizer = built(model, run)
     trained(model, optimizer, mesh, run)

@@ -1,4 +1,4 @@
-"""What a rank does in the checks of expert parallelism: DeepSpeed's MoE layer, two of four experts on each rank."""
+"""What a rank does in the checks of expert parallelism: trains DeepSpeed's MoE layer, with two of four experts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Mixture(nn.Module):
 
 
 def dense_name(name: str) -> str:
-    """The twin's name of a parameter: experts are counted over the ranks of an expert group."""
+    """Return a parameter's name in the dense model, where experts are counted over the ranks of an expert group."""
     name = name.replace("mixture.deepspeed_moe.gate.wg", "gate")
     head, found, rest = name.partition("mixture.deepspeed_moe.experts.deepspeed_experts.")
     if not found:
@@ -45,7 +45,7 @@ def dense_name(name: str) -> str:
 
 
 def train(argument: tuple[int, dict[str, Any], str]) -> dict[str, Tensor]:
-    """This rank's parameters after training (with a state that was reloaded on the way), by their twin's names."""
+    """Train, with a reload of the state in between, and return this rank's parameters by the dense model's names."""
     stage, extra, reload = argument
     engine = make_engine(stage, extra)
     train_steps(engine, range(STEPS // 2))

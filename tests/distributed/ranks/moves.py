@@ -1,4 +1,4 @@
-"""What a rank does when a run moves: the first half of a training under one framework, the second under another."""
+"""What a rank does if a run moves: trains the first half under one framework, the second half under another."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.zoo import make_batch, make_model, micro_batches
 
 @dataclass
 class Training:
-    """A model under a framework: what runs forward, what steps, and how to get whole parameters."""
+    """A model under a framework: functions for forward, for the step, and for whole parameters."""
 
     model: Any
     optimizer: Shampoo
@@ -32,7 +32,7 @@ class Training:
 
 
 def first_half(move: Move) -> None:
-    """Train from the start, then leave state and weights in the move's folder."""
+    """Train from the start, then save state and weights into the move's folder."""
     with framework(move, None) as training:
         train(training, range(HALF))
         save_shampoo(training.optimizer, Path(move.folder) / move.source)
@@ -42,7 +42,7 @@ def first_half(move: Move) -> None:
 
 
 def second_half(move: Move) -> dict[str, Tensor]:
-    """Go on from where another framework has left it."""
+    """Continue from what another framework has saved, and return the final parameters."""
     weights = torch.load(Path(move.folder) / f"{move.source}.pt", weights_only=True)
     with framework(move, weights) as training:
         load_shampoo(training.optimizer, Path(move.folder) / move.source)
@@ -103,7 +103,7 @@ def framework(move: Move, weights: dict[str, Tensor] | None) -> Iterator[Trainin
 def zero(move: Move, model: nn.Module) -> Iterator[Training]:
     import deepspeed
 
-    from tests.distributed.ranks import zero as runs  # switches off what DeepSpeed would compile
+    from tests.distributed.ranks import zero as runs  # it switches off kernels that DeepSpeed would compile
 
     optimizer = Shampoo([(n, p) for n, p in model.named_parameters() if p.requires_grad], **move.options)
     linear = F.linear

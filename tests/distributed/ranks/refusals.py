@@ -1,4 +1,4 @@
-"""What a rank does in the refusal checks: starts DeepSpeed with something that is wrong and gives back the error."""
+"""What a rank does in the refusal checks: starts DeepSpeed with a wrong setting and returns the error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.zoo import make_model
 
 
 def refused(scenario: Scenario) -> dict[str, Any]:
-    """The error of deepspeed.initialize; nothing has been computed by then."""
+    """Return the error of deepspeed.initialize, which is before any computation."""
     model = make_transformer("llama") if "tensor_parallel" in scenario.config else make_model(scenario.model)
     forwards: list[nn.Module] = []
     model.register_forward_pre_hook(lambda module, _: forwards.append(module))
@@ -35,7 +35,7 @@ def refused(scenario: Scenario) -> dict[str, Any]:
 
 
 def corrupted(scenario: Scenario) -> dict[str, Any]:
-    """The error of the first step after one element of the last rank's float32 partition was changed."""
+    """Return the error of the first step after one element of the last rank's float32 partition was changed."""
     with engine_of(scenario) as engine:
         if dist.get_rank() == dist.get_world_size() - 1:
             partition(engine)[1] += 1.0
@@ -47,7 +47,7 @@ def corrupted(scenario: Scenario) -> dict[str, Any]:
 
 
 def unseen(argument: tuple[Scenario, tuple[str, ...]]) -> dict[str, Any]:
-    """The error of the first step if DeepSpeed's methods had other names than those that the adapter looks for."""
+    """Return the error of the first step if DeepSpeed's methods had other names than the adapter searches for."""
     scenario, methods = argument
     with pytest.MonkeyPatch.context() as patch:
         for name in methods:
@@ -61,7 +61,7 @@ def unseen(argument: tuple[Scenario, tuple[str, ...]]) -> dict[str, Any]:
 
 
 def partition(engine: Any) -> torch.Tensor:
-    """The first flat float32 partition; ZeRO-3 keeps it out of `param_groups` between steps."""
+    """Return the first flat float32 partition; ZeRO-3 keeps it out of `param_groups` between steps."""
     flat: list[torch.Tensor] = (
         engine.basic_optimizer.param_groups[0]["params"] or engine.optimizer.fp32_partitioned_groups_flat
     )
@@ -74,7 +74,7 @@ def described(error: Exception) -> dict[str, Any]:
 
 @contextmanager
 def global_groups() -> Iterator[None]:
-    """Undoes what tensor-parallel and autocast engines set for the whole process."""
+    """Undo what tensor-parallel and autocast engines set for the whole process."""
     before, autocast, mode = dict(vars(groups)), dict(vars(torch_autocast)), layers.DEEPSPEED_AUTOTP_MODE
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a rank does in the resume checks: the same training unbroken, and saved and resumed on the way."""
+"""What a rank does in the resume checks: trains without interruption, and again with a save and a resume."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tests.distributed.ranks.fsdp import built, full, mesh_rank, sharded
 from tests.support.fsdp_runs import Run
 from tests.support.zoo import cast, make_batch, micro_batches
 
-RESUMED = (2, 5)  # between refreshes and, with one every third step, in the middle of a window
+RESUMED = (2, 5)  # between refreshes; with frequency 3, in the middle of a window
 
 
 def differing(run: Run) -> list[str]:
-    """Names of parameters that a resumed training leaves with other bits."""
+    """Return the names of parameters whose bits differ after a resumed training."""
     with shared_folder() as folder:
         whole, again = trained(run, None), trained(run, Path(folder))
     return [name for name in whole if not torch.equal(whole[name], again[name])]
 
 
 def trained(run: Run, folder: Path | None) -> dict[str, Tensor]:
-    """Two micro-batches to a step, a learning rate that falls, and a new optimizer with a loaded state on the way."""
+    """Train with two micro-batches per step, a falling learning rate, and new optimizers that load the state."""
     model, mesh = sharded(run)
     optimizer = built(model, run)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)

@@ -1,4 +1,4 @@
-"""Checks that go wrong in every way that the launcher must survive."""
+"""Checks that fail in every way that the launcher must survive."""
 
 from __future__ import annotations
 

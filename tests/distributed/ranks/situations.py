@@ -1,4 +1,4 @@
-"""What a rank does in checks of unusual situations: client optimizers, shuffled state, layers frozen on the way."""
+"""What a rank does in checks of unusual situations: client optimizers, shuffled state, layers frozen in between."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.zoo import gradients, make_batch
 
 
 def client_optimizer(scenario: Scenario) -> dict[str, Tensor]:
-    """An optimizer that the user has built, instead of one from the JSON."""
+    """Train with an optimizer that the user has built, instead of one from the JSON."""
     model = build(scenario)
     config = scenario.deepspeed_config()
     options = {**config.pop("optimizer")["params"], "no_decay": ["*bias", "norm*"]}
@@ -34,7 +34,7 @@ def client_optimizer(scenario: Scenario) -> dict[str, Tensor]:
 
 
 def with_state_elsewhere(scenario: Scenario) -> dict[str, Any]:
-    """Goes on from a state dict whose blocks lie with other ranks than those that own them."""
+    """Continue from a state dict whose blocks are on other ranks than those that own them."""
     with engine_of(scenario) as engine:
         train(engine, scenario, range(4))
         with whole_groups(engine):
@@ -48,7 +48,7 @@ def with_state_elsewhere(scenario: Scenario) -> dict[str, Any]:
 
 
 def with_a_lost_block(scenario: Scenario) -> str:
-    """The text of the error if one rank's state lacks a block; every rank must get it."""
+    """Return the error if one rank's state lacks a block; every rank must get it."""
     with engine_of(scenario) as engine:
         train(engine, scenario, range(4))
         with whole_groups(engine):
@@ -65,7 +65,7 @@ def with_a_lost_block(scenario: Scenario) -> str:
 
 @contextmanager
 def whole_groups(engine: Any) -> Iterator[None]:
-    """ZeRO-3 empties ``param_groups`` between steps; its own saving and loading fill them like this."""
+    """Fill ``param_groups``, which ZeRO-3 empties between steps, as its own saving and loading do."""
     stage3 = engine.zero_optimization_stage() == 3
     if stage3:
         engine.optimizer._set_fp32_optimizer_param_groups()
@@ -75,7 +75,7 @@ def whole_groups(engine: Any) -> Iterator[None]:
 
 
 def frozen_for_a_while(argument: tuple[Scenario, str]) -> dict[str, Tensor]:
-    """Freezes one parameter after the engine is built, and thaws it later."""
+    """Freeze one parameter after the engine is built, and unfreeze it later."""
     scenario, name = argument
     with engine_of(scenario) as engine:
         parameter = dict(engine.module.named_parameters())[name]
@@ -87,7 +87,7 @@ def frozen_for_a_while(argument: tuple[Scenario, str]) -> dict[str, Tensor]:
 
 
 def resumed(scenario: Scenario) -> dict[str, Any]:
-    """An uninterrupted run and one through a checkpoint of DeepSpeed's; only the second group has momentum."""
+    """Do an uninterrupted run, and one through a DeepSpeed checkpoint; only the second group has momentum."""
 
     def build_engine() -> Any:
         model = build(scenario)
@@ -112,7 +112,7 @@ def resumed(scenario: Scenario) -> dict[str, Any]:
 
 
 def plain_after_an_engine(scenario: Scenario) -> dict[str, Tensor]:
-    """A plain optimizer on the parameters of an engine that is done, but still referenced; one rank steps it."""
+    """Step a plain optimizer, on one rank, with parameters of an engine that is finished but still referenced."""
     model = build(scenario)
     with engine_of(scenario, model) as engine:
         train(engine, scenario, range(2))
@@ -130,7 +130,7 @@ def plain_after_an_engine(scenario: Scenario) -> dict[str, Tensor]:
 
 
 def engines_in_turn(scenarios: list[Scenario]) -> list[dict[str, Tensor]]:
-    """Trains one model by one engine after another."""
+    """Train one model by one engine after another."""
     model = build(scenarios[0])
     seen = []
     for scenario in scenarios:
@@ -147,7 +147,7 @@ def gathered(mine: Any) -> list[Any]:
 
 
 def plain_collectives(nothing: None) -> dict[str, int]:
-    """Collectives that a process group of one rank sees in a few steps of a plain model."""
+    """Count the collectives in a process group of one rank during a few steps of a plain model."""
     count = {"calls": 0}
     originals = {name: getattr(dist, name) for name in ("all_reduce", "all_to_all_single", "all_gather_object")}
 

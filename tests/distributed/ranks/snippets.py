@@ -1,4 +1,4 @@
-"""What a rank does with a code block of the docs: executes its text, then trains with what the text has made."""
+"""What a rank does with a code block of the docs: executes its text, then trains with the resulting objects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AUTOMATIC = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu",
 
 
 def execute(snippet: Snippet) -> dict[str, Any]:
-    """What is seen of the training; the text finds `model`, `args`, `data` and others as it would in a script."""
+    """Execute the text, which finds `model`, `args`, `data` and others as in a script, and train; return results."""
     deepspeed.init_distributed("gloo")
     with shared_folder() as folder, clean_process():
         if snippet.language == "json":
@@ -38,7 +38,7 @@ def execute(snippet: Snippet) -> dict[str, Any]:
             "device": torch.device("cpu"),
             "config": {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}},
         }
-        # Empty lines before it make line numbers in tracebacks those of the page.
+        # With these empty lines, line numbers in tracebacks are those of the page.
         exec(compile("\n" * (snippet.line - 1) + snippet.text, snippet.page, "exec"), names)
         if "trainer" in names:
             return trained_by(names["trainer"])
@@ -48,12 +48,12 @@ def execute(snippet: Snippet) -> dict[str, Any]:
 
 
 def repeated_data() -> list[dict[str, Tensor]]:
-    """One global batch again and again, so that every optimizer learns it."""
+    """Return one global batch repeatedly, so that every optimizer learns it."""
     return make_data(1) * STEPS
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """Of TrainingArguments."""
+    """Return settings for TrainingArguments."""
     return {
         "output_dir": str(folder),
         "learning_rate": RATE,
@@ -69,7 +69,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def json_trainer(folder: Path, fragment: str) -> Trainer:
-    """The stock Trainer with a DeepSpeed JSON that has the block as its "optimizer"."""
+    """Return the stock Trainer with a DeepSpeed JSON that has the block as its "optimizer"."""
     config = json.loads("{" + fragment + "}") | AUTOMATIC | {"zero_optimization": {"stage": 2}}
     arguments = TrainingArguments(**settings(folder), deepspeed=config)
     return Trainer(make_model("llama"), arguments, train_dataset=repeated_data())
@@ -83,7 +83,7 @@ def trained_by(trainer: Trainer) -> dict[str, Any]:
 
 
 def loop(model: Any, optimizer: Any, engine: Any = None) -> dict[str, Any]:
-    """A plain loop on one global batch, of which a rank has its part where something joins the ranks."""
+    """Run a plain loop on one global batch, of which each rank has a part if a framework joins the ranks."""
     joined = engine is not None or type(model).__name__ in WRAPPERS
     rows = make_data(1)[dist.get_rank() :: dist.get_world_size()] if joined else make_data(1)
     batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}

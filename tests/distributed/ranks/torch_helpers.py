@@ -1,6 +1,6 @@
-"""What a rank does in the checks of torch's own helpers of distributed checkpoints: saves, loads and goes on.
+"""What a rank does in the checks of torch's own helpers for distributed checkpoints: saves, loads and continues.
 
-Apart from the checks that need Transformers, whose import takes seconds on each rank.
+This file is separate from checks with Transformers, because importing that takes seconds on each rank.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ OPTIONS: dict[str, Any] = {
 
 
 def helpers(argument: tuple[str, bool, bool]) -> list[dict[str, Tensor]]:
-    """Parameters of an uninterrupted run, and of those that torch's helpers let go on: sharded alike, and not at all.
+    """Return parameters of an uninterrupted run, and of runs resumed by torch's helpers: sharded alike, and unsharded.
 
-    Argument: the layout; whether state dicts are gathered whole on the first rank; whether they are flattened.
+    The argument has the layout, whether the first rank gathers full state dicts, and whether they are flattened.
     """
     layout, gathered, flat = argument
     options = StateDictOptions(
@@ -87,7 +87,7 @@ def sharded(layout: str, weights: dict[str, Tensor] | None = None) -> tuple[nn.M
 
 
 def on_one_rank(weights: dict[str, Tensor], folder: Path) -> tuple[nn.Module, Shampoo]:
-    """A whole model on each rank for itself."""
+    """Return an unsharded model and optimizer on each rank."""
     model, optimizer = sharded("whole", weights)
     state: Any = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.load(state, checkpoint_id=folder, no_dist=True)

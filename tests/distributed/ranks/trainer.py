@@ -1,4 +1,4 @@
-"""What a rank does in the Trainer checks: trains with a stock Trainer and gives back all that can be seen of it."""
+"""What a rank does in the Trainer checks: trains with a stock Trainer and returns everything observable."""
 
 from __future__ import annotations
 
@@ -24,13 +24,11 @@ from shampoo_deepspeed.options.config import OPTION_NAMES
 from tests.distributed.ranks.folders import shared_folder
 from tests.support.trainings import Training, make_data, make_model
 
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-    False  # an inference kernel that would be compiled for a minute
-)
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an inference kernel that takes a minute to compile
 
 
 class Watch(TrainerCallback):
-    """Looks at the inner_optimizer optimizer, as DeepSpeed has it, and at each of its steps."""
+    """Observes the inner optimizer, as DeepSpeed has it, and each of its steps."""
 
     def __init__(self) -> None:
         self.trainer: Trainer
@@ -59,7 +57,7 @@ class Watch(TrainerCallback):
 
 
 def train(training: Training) -> dict[str, Any]:
-    """Trains; with `save_at` once more from there, and `whole` is then what the uninterrupted run saw."""
+    """Train; with `save_at`, train again from there, and return the uninterrupted run's results as `whole`."""
     deepspeed.init_distributed("gloo")
     with shared_folder() as folder, logged() as messages:
         seen = train_once(training, folder)
@@ -70,7 +68,7 @@ def train(training: Training) -> dict[str, Any]:
 
 
 def refused(training: Training) -> dict[str, str]:
-    """The error of Trainer.train()."""
+    """Return the error of Trainer.train()."""
     deepspeed.init_distributed("gloo")
     with shared_folder() as folder:
         try:
@@ -88,12 +86,12 @@ def train_once(training: Training, folder: Path, resume: bool = False) -> dict[s
 
 @contextmanager
 def clean_process() -> Iterator[None]:
-    """Nothing of a Trainer is left afterwards in this process, in which others follow."""
+    """Remove all traces of a Trainer from this process afterwards, because others follow."""
     environment, linear = dict(os.environ), F.linear
     try:
         yield
     finally:
-        F.linear = linear  # ZeRO-3 replaces it for good
+        F.linear = linear  # ZeRO-3 replaces it and never restores it
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         unset_hf_deepspeed_config()
@@ -108,11 +106,11 @@ def model_of(trainer: Trainer) -> nn.Module:
 
 @contextmanager
 def trainer_of(training: Training, folder: Path) -> Iterator[tuple[Trainer, Watch]]:
-    """A stock Trainer, whose engine is destroyed afterwards."""
+    """Return a stock Trainer, whose engine is destroyed afterwards."""
     config: Any = training.deepspeed_config()
     model: Any = make_model(training.model)
     if training.loaded:
-        model.save_pretrained(folder / "start")  # on the first rank only
+        model.save_pretrained(folder / "start")  # only on the first rank
         dist.barrier()
     if training.file:
         config = write_json(config, folder)
@@ -144,7 +142,7 @@ def write_json(config: dict[str, Any], folder: Path) -> str:
 
 
 def drop(checkpoint: Path) -> None:
-    """Removes the last checkpoint, so that the Trainer resumes from the one before."""
+    """Remove the last checkpoint, so that the Trainer resumes from the previous one."""
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(checkpoint)
@@ -153,7 +151,7 @@ def drop(checkpoint: Path) -> None:
 
 @contextmanager
 def logged() -> Iterator[list[str]]:
-    """What the package logs meanwhile."""
+    """Collect what the package logs within this context."""
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]

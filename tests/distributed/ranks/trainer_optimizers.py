@@ -1,4 +1,4 @@
-"""What a rank does in the checks of `optimizers=`: one training, asked for in each way and sharded in each way."""
+"""What a rank does in the checks of `optimizers=`: one training, requested in each way and sharded in each way."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.trainings import Training, make_data, make_model, trainer_gro
 
 
 class Losses(ShampooCallback):
-    """Also keeps what is logged, and the learning rate of each step."""
+    """A ShampooCallback that also keeps the logs and the learning rate of each step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Losses(ShampooCallback):
         inner_optimizer(optimizer).register_step_pre_hook(self.note_rate)
 
     def note_rate(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """ZeRO steps once per parameter group, with one and the same rate."""
+        """Note the learning rate; ZeRO steps once per param group, always with the same rate."""
         rate = optimizer.param_groups[0]["lr"]
         if self.rates[-1:] != [rate]:
             self.rates.append(rate)
@@ -56,7 +56,7 @@ class Losses(ShampooCallback):
 
 
 def train(argument: tuple[str, str, Training]) -> dict[str, Any]:
-    """What is seen of a training; with `save_at` of one that goes on from there, and `whole` is the one before."""
+    """Train and return the results; with `save_at`, those of a resumed run, and the uninterrupted ones as `whole`."""
     training = argument[2]
     deepspeed.init_distributed("gloo")
     with shared_folder() as folder:
@@ -83,13 +83,13 @@ def train_once(route: str, framework: str, training: Training, folder: Path, res
 
 
 def phases_of(optimizer: Any) -> list[int | None]:
-    """Of each block that this rank owns the step of the window in which it is refreshed; None: with all others."""
+    """Return for each block that this rank owns its phase, or None if all blocks refresh together."""
     units = inner_optimizer(optimizer).units
     return [unit.plan.blocks[block].phase for unit in units for block in unit.plan.owned[unit.rank]]
 
 
 def refused(argument: tuple[str, dict[str, Any]]) -> str:
-    """The error of a ShampooTrainer, or of its train(), under a DeepSpeed configuration."""
+    """Return the error of a ShampooTrainer, or of its train(), under a DeepSpeed configuration."""
     route, change = argument
     deepspeed.init_distributed("gloo")
     with shared_folder() as folder, clean_process():
@@ -142,7 +142,7 @@ def make_trainer(
         return ShampooTrainer(model, arguments, optimizers=(deferred(**options), None), **given)
     optimizer = Shampoo(trainer_groups(model), model=model, **options)
     scheduler = None
-    if route == "scheduler":  # another one than that of the arguments
+    if route == "scheduler":  # a scheduler other than that of the arguments
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, halved)
     return ShampooTrainer(model, arguments, optimizers=(optimizer, scheduler), **given)
 
@@ -152,7 +152,7 @@ def halved(step: int) -> float:
 
 
 def pretend_to_have_accelerators(arguments: TrainingArguments) -> None:
-    """accelerate shards nothing on CPUs: its FSDP plugin is ignored there, although FSDP2 itself works."""
+    """Make accelerate use its FSDP plugin, which it ignores on CPUs although FSDP2 itself works there."""
     assert arguments.device.type == "cpu"
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
     PartialState._shared_state["device"] = torch.device("cpu")
@@ -161,14 +161,16 @@ def pretend_to_have_accelerators(arguments: TrainingArguments) -> None:
 
 @contextmanager
 def as_it_is(handle: FlatParamHandle) -> Iterator[None]:
-    """FSDP1's way to the CPU frees what it has copied from; on CPUs nothing was copied, and torch would read from what
-    is freed, and crash (_flat_param.py, ``to_cpu``)."""
+    """Skip FSDP1's copy to the CPU, which crashes on CPUs (_flat_param.py, ``to_cpu``).
+
+    It frees the original after copying it. On CPUs nothing is copied, so torch would read freed memory.
+    """
     assert handle.flat_param.device.type == "cpu"
     yield
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
-    """Full parameters under every framework."""
+    """Return full parameters under every framework."""
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model):
             return {clean_name(n): p.detach().clone() for n, p in model.named_parameters()}

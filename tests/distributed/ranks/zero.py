@@ -1,4 +1,4 @@
-"""What a rank does in the DeepSpeed checks: trains a scenario with an engine and gives back the full parameters."""
+"""What a rank does in the DeepSpeed checks: trains a scenario with an engine and returns the full parameters."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import shampoo_deepspeed  # noqa: F401  registers the optimizer
 from tests.support.scenarios import SECOND_GROUP, BadStep, Scenario
 from tests.support.zoo import MODELS, cast, make_batch, make_model, micro_batches
 
-# An inference kernel that DeepSpeed would compile for a minute.
+# An inference kernel that takes DeepSpeed a minute to compile.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-type(get_accelerator()).is_fp16_supported = lambda self: True  # the kernels are there; DeepSpeed asks for fast ones
+type(get_accelerator()).is_fp16_supported = lambda self: True  # the kernels exist; DeepSpeed demands fast ones
 
 
 def build(scenario: Scenario) -> nn.Module:
-    """The model, partitioned from birth if the scenario says so."""
+    """Build the model, with zero.Init if the scenario says so."""
     model = make_model(scenario.model)
     if not scenario.zero_init:
         return model
@@ -62,11 +62,11 @@ def engine_of(scenario: Scenario, model: nn.Module | None = None) -> Iterator[An
         yield engine
     finally:
         engine.destroy()
-        F.linear = linear  # ZeRO-3 replaces it for good, by one that rounds 16-bit results differently
+        F.linear = linear  # ZeRO-3 replaces it for the whole process by one that rounds 16-bit results differently
 
 
 def train(engine: Any, scenario: Scenario, steps: range) -> None:
-    """Steps of the scenario; as a scheduler would, `decay` multiplies the learning rates after each."""
+    """Train these steps of the scenario; like a scheduler, `decay` multiplies the learning rates after each."""
     for step in steps:
         for loss in losses(engine, scenario, step):
             engine.backward(loss)
@@ -76,14 +76,14 @@ def train(engine: Any, scenario: Scenario, steps: range) -> None:
 
 
 def losses(engine: Any, scenario: Scenario, step: int) -> Iterator[Tensor]:
-    """The losses of this rank's micro-batches of one step."""
+    """Yield the losses of this rank's micro-batches of one step."""
     batch = cast(make_batch(scenario.model, step, scenario.unused), scenario.dtype)
     for piece in micro_batches(batch, dist.get_rank(), dist.get_world_size(), scenario.accumulate):
         yield engine(**piece)
 
 
 def full_parameters(engine: Any) -> dict[str, Tensor]:
-    """The model's own parameters: in float32 training they are the masters."""
+    """Return the model's own parameters, which are the masters in float32 training."""
     named = dict(engine.module.named_parameters())
     sharded = [p for p in named.values() if hasattr(p, "ds_id")]
     with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
@@ -91,7 +91,7 @@ def full_parameters(engine: Any) -> dict[str, Tensor]:
 
 
 def full_masters(engine: Any) -> dict[str, Tensor]:
-    """The float32 masters of 16-bit training."""
+    """Return the float32 masters of 16-bit training."""
     named = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
     if engine.zero_optimization_stage() == 0 and hasattr(engine.optimizer, "fp16_groups"):
         lows, highs = (chain(*groups) for groups in (engine.optimizer.fp16_groups, engine.optimizer.fp32_groups))
@@ -107,7 +107,7 @@ def final_parameters(scenario: Scenario) -> dict[str, Tensor]:
 
 
 def every_step(scenario: Scenario) -> list[dict[str, dict[str, Tensor]]]:
-    """Of 16-bit training the float32 masters after each step, and the weights that the next gradients are taken at."""
+    """Return the float32 masters after each step of 16-bit training, and the weights for the next gradients."""
     steps = []
     with engine_of(scenario) as engine:
         for step in range(scenario.steps):
@@ -117,7 +117,7 @@ def every_step(scenario: Scenario) -> list[dict[str, dict[str, Tensor]]]:
 
 
 def reject(bad: BadStep) -> dict[str, Any]:
-    """Trains, puts one step with a non-finite gradient on the last rank in between, and trains on."""
+    """Train, insert one step with a non-finite gradient on the last rank, and train on."""
     scenario, last = bad.scenario, dist.get_world_size() - 1
     with engine_of(scenario) as engine:
         train(engine, scenario, range(4))
@@ -127,7 +127,7 @@ def reject(bad: BadStep) -> dict[str, Any]:
             engine.backward(loss * bad.value if bad.parameter is None and dist.get_rank() == last else loss)
             if bad.parameter is not None and dist.get_rank() == last:
                 gradient = dict(engine.module.named_parameters())[bad.parameter].grad
-                gradient.view(-1)[-1] = bad.value  # behind DeepSpeed's back: the other ranks' gradients stay finite
+                gradient.view(-1)[-1] = bad.value  # after DeepSpeed's exchange: other ranks' gradients stay finite
             engine.step()
         after = read(engine)
         unchanged = all(torch.equal(before[n], after[n]) for n in before)
@@ -136,7 +136,7 @@ def reject(bad: BadStep) -> dict[str, Any]:
 
 
 def traffic(scenario: Scenario) -> dict[str, Any]:
-    """Bytes of the last of some steps: as the optimizer counts and plans them, and as seen at all_to_all_single."""
+    """Return the bytes of the last step, as counted and planned by the optimizer and as seen at all_to_all_single."""
     with engine_of(scenario) as engine:
         train(engine, scenario, range(scenario.steps - 1))
         with watched_traffic() as seen:
@@ -146,7 +146,7 @@ def traffic(scenario: Scenario) -> dict[str, Any]:
 
 @contextmanager
 def watched_traffic() -> Iterator[dict[str, int]]:
-    """Counts what this rank sends to and receives from others by uneven exchanges; DeepSpeed's step uses none."""
+    """Count what this rank sends to and receives from others by uneven exchanges, which DeepSpeed's step never uses."""
     seen = {"seen_sent": 0, "seen_received": 0}
     original: Any = dist.all_to_all_single
 

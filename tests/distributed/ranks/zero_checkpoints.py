@@ -1,4 +1,4 @@
-"""What a rank does in the checks of DeepSpeed's own checkpoints: saves, converts, and goes on with a new engine."""
+"""What a rank does in the checks of DeepSpeed's own checkpoints: saves, converts, and resumes with a new engine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UNIVERSAL = {"checkpoint": {"load_universal": True}}
 
 
 def all_ways(argument: tuple[Scenario, Path]) -> dict[str, Any]:
-    """An uninterrupted run, a resumed one, and one resumed from the converted checkpoint; both stay in the folder."""
+    """Do an uninterrupted run, a resumed one, and one resumed from the converted checkpoint; keep both checkpoints."""
     scenario, folder = argument
     out = saved(scenario, folder)
     out["resumed"] = resumed(scenario, folder)
@@ -39,7 +39,7 @@ def all_ways(argument: tuple[Scenario, Path]) -> dict[str, Any]:
 
 
 def same_way(scenario: Scenario) -> dict[str, Any]:
-    """An uninterrupted run, and one resumed under the same stage; what of it is Shampoo's."""
+    """Do an uninterrupted run and one resumed under the same stage; return both, and two of Shampoo's options."""
     with shared_folder() as folder:
         whole, again = saved(scenario, folder), resumed(scenario, folder)
     (options, *_) = whole["options"]
@@ -50,7 +50,7 @@ def same_way(scenario: Scenario) -> dict[str, Any]:
 
 
 def saved(scenario: Scenario, folder: Path) -> dict[str, Any]:
-    """Trains, and saves on the way; what is uninterrupted, and what DeepSpeed's files hold."""
+    """Train with a save in between; return the uninterrupted results, and the contents of DeepSpeed's files."""
     with engine_of(scenario) as engine:
         train(engine, scenario, range(SAVED_AT))
         assert engine.save_checkpoint(str(folder), tag="saved", client_state={"epoch": 3})
@@ -64,7 +64,7 @@ def saved(scenario: Scenario, folder: Path) -> dict[str, Any]:
 
 
 def resumed(scenario: Scenario, folder: Path, kind: str = "saved") -> dict[str, Any]:
-    """The rest of the run, by a new engine."""
+    """Do the rest of the run with a new engine."""
     with engine_of(scenario) as engine:
         path, client_state = engine.load_checkpoint(str(folder))
         assert Path(path).parent.name == kind and client_state["epoch"] == 3
@@ -92,7 +92,7 @@ def group_options(engine: Any) -> list[dict[str, Any]]:
 
 
 def inner_state(folder: Path, scenario: Scenario) -> dict[str, Any]:
-    """What DeepSpeed's files of rank 0 hold of the optimizer: keys, and bytes of the tensors in its state."""
+    """Return the optimizer's part of DeepSpeed's files of rank 0: keys, and bytes of the tensors in its state."""
     if scenario.stage == 0:
         found = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["optimizer"]
         inner = found["optimizer_state_dict"] if scenario.half else found
@@ -109,7 +109,7 @@ def inner_state(folder: Path, scenario: Scenario) -> dict[str, Any]:
 
 
 def convert(folder: Path, tag: str = "saved", to: str = "converted", inject: bool = False) -> None:
-    """DeepSpeed's own converter, as its command runs it without options."""
+    """Run DeepSpeed's own converter, as its command does without options."""
     no_pools = {"num_extract_workers": 1, "num_merge_workers": 1}
     folders = {"input_folder": str(folder / tag), "output_folder": str(folder / to)}
     try:
@@ -122,7 +122,7 @@ def convert(folder: Path, tag: str = "saved", to: str = "converted", inject: boo
 
 
 def resumed_elsewhere(argument: tuple[Scenario, Path]) -> dict[str, Any]:
-    """Goes on from a checkpoint that another number of ranks has saved, converted where its stage needs that."""
+    """Resume from a checkpoint that another number of ranks has saved, converted if its stage needs that."""
     scenario, folder = argument
     if scenario.stage == 0:
         return resumed(scenario, folder, "saved")
@@ -130,7 +130,7 @@ def resumed_elsewhere(argument: tuple[Scenario, Path]) -> dict[str, Any]:
 
 
 def moved(argument: tuple[Scenario, Path]) -> dict[str, Any]:
-    """The converted files alone lie somewhere else: an error, a place by environment variable, and with their state."""
+    """Move the converted files: alone (an error), with the environment variable, and together with their state."""
     scenario, folder = argument
     scenario = with_universal(scenario)
     out: dict[str, Any] = {}
@@ -152,7 +152,7 @@ def moved(argument: tuple[Scenario, Path]) -> dict[str, Any]:
 
 
 def error_of_loading(scenario: Scenario, folder: Path) -> tuple[str, str]:
-    """The messages of `load_checkpoint`, and those of a step after it all the same."""
+    """Return the error of `load_checkpoint`, and that of a step after it."""
     messages = []
     with engine_of(scenario) as engine:
         for attempt in (lambda: engine.load_checkpoint(str(folder)), lambda: train(engine, scenario, range(1))):
@@ -165,7 +165,7 @@ def error_of_loading(scenario: Scenario, folder: Path) -> tuple[str, str]:
 
 
 def client(argument: tuple[Scenario, bool]) -> dict[str, Any]:
-    """With an optimizer that the user has built: loads before its first step, when nobody knows its engine yet."""
+    """Load into an optimizer that the user has built, before its first step, when its engine is not known yet."""
     scenario, universal = argument
     with shared_folder() as folder:
         with client_engine(scenario) as engine:
@@ -208,7 +208,7 @@ def client_engine(scenario: Scenario) -> Iterator[Any]:
 
 
 def missing(scenario: Scenario) -> dict[str, Any]:
-    """The state is gone, or that of another save: an error; then, where asked for, training with new state."""
+    """Resume if the state is gone or from another save: an error, or on request training with new state."""
     out: dict[str, Any] = {}
     with shared_folder() as folder:
         with engine_of(scenario) as engine:
@@ -237,7 +237,7 @@ def missing(scenario: Scenario) -> dict[str, Any]:
 
 
 def error_of_saving(engine: Any, folder: Path) -> str:
-    """A save whose place is taken by a file."""
+    """Return the error of a save whose folder is blocked by a file."""
     if dist.get_rank() == 0:
         (folder / "third").mkdir()
         (folder / "third" / "shampoo").write_text("in the way")
@@ -250,7 +250,7 @@ def error_of_saving(engine: Any, folder: Path) -> str:
 
 
 def from_adamw(scenario: Scenario) -> dict[str, Any]:
-    """Goes on with Shampoo from a checkpoint of AdamW's: the model alone, by each of the ways to say so."""
+    """Continue with Shampoo from an AdamW checkpoint, loading only the model, in each possible way."""
     out: dict[str, Any] = {}
     with shared_folder() as folder:
         before = replace(scenario, optimizer="AdamW")
@@ -264,7 +264,7 @@ def from_adamw(scenario: Scenario) -> dict[str, Any]:
             "states": (scenario, {"load_optimizer_states": False}),
             "all": (scenario, {}),
         }
-        if scenario.stage < 3:  # under ZeRO-3 DeepSpeed loads no weights by it
+        if scenario.stage < 3:  # under ZeRO-3, DeepSpeed loads no weights this way
             ways["module"] = (scenario, {"load_module_only": True})
         if scenario.stage > 0:
             convert(folder, inject=True)
@@ -285,7 +285,7 @@ def from_adamw(scenario: Scenario) -> dict[str, Any]:
 
 
 def without_states(scenario: Scenario) -> dict[str, Any]:
-    """Loading without optimizer states leaves the state that is here as it is."""
+    """Load without optimizer states, which leaves the present state as it is."""
     with shared_folder() as folder, engine_of(scenario) as engine:
         train(engine, scenario, range(2))
         engine.save_checkpoint(str(folder))
@@ -296,7 +296,7 @@ def without_states(scenario: Scenario) -> dict[str, Any]:
 
 
 def other_stage(stages: tuple[Scenario, Scenario]) -> dict[str, Any]:
-    """DeepSpeed loads a checkpoint of stage 1 at stage 2 without any conversion."""
+    """Load a checkpoint of stage 1 at stage 2, which DeepSpeed does without conversion."""
     first, second = stages
     with shared_folder() as folder:
         whole = saved(first, folder)["whole"]
@@ -304,7 +304,7 @@ def other_stage(stages: tuple[Scenario, Scenario]) -> dict[str, Any]:
 
 
 def round_robin(scenario: Scenario) -> dict[str, str]:
-    """The messages of the converter and of the engine."""
+    """Return the errors of the converter and of the engine."""
     shuffled = replace(scenario, zero={"round_robin_gradients": True})
     with shared_folder() as folder:
         with engine_of(shuffled) as engine:
@@ -344,7 +344,7 @@ def environment(**settings: str) -> Iterator[None]:
 
 @contextmanager
 def shared_folder() -> Iterator[Path]:
-    """One temporary folder for all ranks, gone afterwards."""
+    """Create one temporary folder for all ranks, which is removed afterwards."""
     folder = gathered(tempfile.mkdtemp() if dist.get_rank() == 0 else None)[0]
     try:
         yield Path(folder)

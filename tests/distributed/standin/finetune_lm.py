@@ -1,4 +1,4 @@
-"""A stand-in of another project's short fine-tuning script: one argument of its Trainer names the optimizer."""
+"""A stand-in for another project's short fine-tuning script: one argument of its Trainer names the optimizer."""
 
 import argparse
 

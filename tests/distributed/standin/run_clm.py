@@ -1,4 +1,4 @@
-"""A stand-in of another project's training script, after Transformers' run_clm.py: it knows no optimizer by name."""
+"""A stand-in for another project's training script, after Transformers' run_clm.py: it names no optimizer."""
 
 import logging
 import sys

@@ -1,0 +1,80 @@
+"""The contestants by name. A new recipe is one line in `RECIPES`, or the field "options" of a line of the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.convergence.muon import Muon
+from shampoo_deepspeed import Shampoo
+
+WEIGHT_DECAY = 0.1  # of matrices, embeddings included; none of norms and biases
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What builds the optimizer, with which options, and the rates where its search begins."""
+
+    kind: str  # adamw, muon or shampoo
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rates: tuple[float, ...] = (3e-3, 5e-3, 8e-3)
+
+
+# Lists and not tuples, so that options are equal to what a results file holds.
+ADAMW: dict[str, Any] = {"betas": [0.9, 0.95], "eps": 1e-8}
+# What all recipes of ours share; a recipe's own options come on top.
+SHAMPOO: dict[str, Any] = {"betas": [0.9, 0.95], "max_preconditioner_dim": 256, "precondition_frequency": 10}
+KL: dict[str, Any] = {"preconditioner": "kl_shampoo", "relative_epsilon": 1e-4}
+
+RECIPES: dict[str, Recipe] = {
+    "adamw": Recipe("adamw", {}, (5e-4, 8e-4, 1.2e-3, 2e-3, 3e-3)),
+    "adamw_b99": Recipe("adamw", {"betas": [0.9, 0.99]}, (5e-4, 8e-4, 1.2e-3, 2e-3, 3e-3)),
+    "muon": Recipe("muon", {}, (3e-3, 5e-3, 8e-3)),
+    # Whatever the package does without options; --quick checks it.
+    "default": Recipe("shampoo", {}, (2e-3, 3e-3, 5e-3)),
+    # The others are complete, so that a new default changes none of them.
+    "shampoo_p4": Recipe(
+        "shampoo",
+        {"preconditioner": "shampoo", "exponent_override": [2.0, 4.0], "relative_epsilon": 1e-6},
+        (2e-3, 3e-3, 5e-3),
+    ),
+    "shampoo_p2": Recipe("shampoo", {"preconditioner": "shampoo", "exponent_override": 2.0, "relative_epsilon": 1e-4}),
+    "kl": Recipe("shampoo", KL),
+    "kl_start2_freq2": Recipe("shampoo", KL | {"start_preconditioning_step": 2, "precondition_frequency": 2}),
+    "soap": Recipe("shampoo", {"preconditioner": "soap", "relative_epsilon": 1e-6}),
+    "soap_eps4": Recipe("shampoo", {"preconditioner": "soap", "relative_epsilon": 1e-4}),
+}
+
+
+def all_options(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's options on top of those that all of its kind share."""
+    shared: dict[str, dict[str, Any]] = {"adamw": ADAMW, "muon": {"betas": [0.9, 0.95]}, "shampoo": SHAMPOO}
+    return shared[kind] | dict(options)
+
+
+def build_optimizers(kind: str, options: Mapping[str, Any], lr: float, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """The optimizers of a model; each has all of its options from `all_options`."""
+    decayed = [(n, p) for n, p in model.named_parameters() if p.ndim > 1]
+    rest = [(n, p) for n, p in model.named_parameters() if p.ndim <= 1]
+    if kind == "shampoo":
+        groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
+        return [Shampoo(groups, model=model, lr=lr, **options)]
+    options = dict(options)
+    optimizers: list[torch.optim.Optimizer] = []
+    if kind == "muon":
+        hidden = [(n, p) for n, p in decayed if not any(word in n for word in ("embed", "lm_head", "wte", "wpe"))]
+        own = {name: options.pop(name) for name in ("momentum", "scale", "iterations") if name in options}
+        optimizers.append(Muon(hidden, lr, weight_decay=WEIGHT_DECAY, **own))
+        lr *= options.pop("rest", 1.0)  # the rate of all other parameters, as a factor
+        known = {id(p) for _, p in hidden}
+        decayed = [(n, p) for n, p in decayed if id(p) not in known]
+    groups = [
+        {"params": [p for _, p in decayed], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for _, p in rest], "weight_decay": 0.0},
+    ]
+    optimizers.append(torch.optim.AdamW(groups, lr=lr, foreach=True, **options))
+    return optimizers
