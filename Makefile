@@ -16,7 +16,8 @@ CONSTRAINTS ?= constraints.txt
 # Those of `make test-oldest` and `make test-wheel`, and the Pythons that the latter tries.
 OLDEST_VENV ?= .venv-oldest
 OLDEST_STAMP := $(OLDEST_VENV)/.installed
-OLDEST_CHECKS := odd_zero3_2ranks or fsdp2_odd_strict_float32_2ranks
+# In float64, since FSDP2 of torch 2.8 does not average float32 gradients over gloo: docs/versions.md.
+OLDEST_CHECKS := odd_zero3_2ranks or fsdp2_odd_default_float64_2ranks
 WHEEL_DIR ?= build/wheel
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 

@@ -119,6 +119,8 @@ PLACEMENTS: list[list[Any]] = [
 
 @pytest.mark.parametrize("placements", PLACEMENTS, ids=str)
 def test_other_strided_shards_are_several_boxes_or_an_error(placements: list[Any]) -> None:
+    if torch.__version__.startswith("2.8.") and any(isinstance(p, _StridedShard) for p in placements):
+        pytest.skip("torch 2.8 contradicts itself about strided shards, unless they are FSDP2's own")
     described = 0
     for rank in range(WORLD):
         with world(rank):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -103,6 +104,12 @@ def test_every_public_name_is_in_the_api_reference() -> None:
         public |= {f"{package}.integrations.{file.stem}.{name}" for name in exported(file)}
     public |= {f"{package}.distributed.frameworks.Adapter"}
     assert len(public) > 20 and public - REFERRED == set()
+
+
+def test_every_name_in_the_api_reference_exists() -> None:
+    for name in sorted(REFERRED):
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
 
 
 def test_what_the_pages_import_is_in_the_api_reference() -> None:
