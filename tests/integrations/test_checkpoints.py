@@ -227,7 +227,7 @@ def test_accelerate_raises_if_the_state_is_missing(tmp_path: Path) -> None:
 
 def test_save_state_takes_shampoos_only(tmp_path: Path) -> None:
     accelerator, model = Accelerator(cpu=True), zoo_model("odd")
-    with pytest.raises(TypeError, match=r"it is torch\.optim\.adamw\.AdamW"):
+    with pytest.raises(TypeError, match=r"this is torch\.optim\.adamw\.AdamW"):
         add_to_save_state(accelerator, torch.optim.AdamW(model.parameters()))
     for name in ("first", "second"):
         attached = shampoo([(n, p) for n, p in named(model) if ("bias" in n) == (name == "first")])

@@ -89,7 +89,9 @@ def test_options_that_do_not_combine_are_an_error_that_names_what_is_allowed() -
         assert any(f"Shampoo option {name!r} = " in str(refusal.value) for name in [*named, "split"]), refusal.value
 
 
-ROWS = [*ALONE, *(pytest.param(row, marks=pytest.mark.slow) for row in PAIRS if row not in ALONE)]
+# In a hurry, each value alone with the default preconditioner is enough.
+FAST = [row for row in ALONE if row[0] == 0]
+ROWS = [*FAST, *(pytest.param(row, marks=pytest.mark.slow) for row in dict.fromkeys(ALONE + PAIRS) if row not in FAST)]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=label)

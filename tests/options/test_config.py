@@ -116,6 +116,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("grafting_beta2", 0.0, "null or a number in (0, 1)"),
     ("grafting_beta2", 1.0, "null or a number in (0, 1)"),
     ("grafting_beta2", "0.9", "null or a number in (0, 1)"),
+    ("elementwise_lr", -1.0, "a number >= 0"),
+    ("elementwise_betas", [0.9, 2.0], "null or two numbers [beta1, beta2]"),
     ("elementwise", "adamw", METHODS),
     ("momentum", 1.0, FRACTION),
     ("momentum", -0.1, FRACTION),
