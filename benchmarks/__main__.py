@@ -43,7 +43,7 @@ def one_after_another(runs: Sequence[tuple[Callable[[list[str]], object], list[s
     """Call each function with its arguments, and announce it with its number and the time so far."""
     begin = time.monotonic()
     for number, (run, arguments) in enumerate(runs, 1):
-        name = run.__module__.rpartition(".")[2]
+        name = run.__module__.removeprefix("benchmarks.")
         minutes = (time.monotonic() - begin) / 60
         text = f"[{number}/{len(runs)}] {name} {' '.join(arguments)} (after {minutes:.0f} min)"
         print(text, file=sys.stderr, flush=True)
