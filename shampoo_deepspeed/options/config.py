@@ -394,8 +394,9 @@ class ShampooConfig:
         if self.elementwise_betas is None:
             return self
         beta3 = self.beta3 if self.elementwise_betas[0] else None
-        own = {"betas": self.elementwise_betas, "elementwise_betas": None, "grafting_beta2": None, "beta3": beta3}
-        return dataclasses.replace(self, **own)
+        return dataclasses.replace(
+            self, betas=self.elementwise_betas, elementwise_betas=None, grafting_beta2=None, beta3=beta3
+        )
 
     def shape_of_state(self) -> dict[str, Any]:
         """The values that may not change once there is state, by option."""

@@ -15,6 +15,7 @@ from shampoo_deepspeed.options.typed import DeferredOptions, Options
 
 OTHERS = {  # what an option holds, and what may be written for it
     "tuple[float, float]": "Sequence[float]",
+    "tuple[float, float] | None": "Sequence[float] | None",
     "tuple[str, ...]": "Sequence[str]",
     "tuple[int, ...]": "Sequence[int]",
     "tuple[dict[str, Any], ...]": "Sequence[Mapping[str, Any]]",
