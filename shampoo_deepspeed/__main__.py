@@ -202,7 +202,12 @@ def _speed(given: argparse.Namespace) -> Speed | None:
 def _heading(given: argparse.Namespace, framework: str, config: ShampooConfig) -> list[str]:
     ranks = f"{given.world_size} rank{'s' if given.world_size > 1 else ''}"
     blocks = f"blocks of at most {config.max_preconditioner_dim}, refresh every {config.precondition_frequency} steps"
-    return [f"{given.model or given.shapes} under {framework} on {ranks}, {blocks}", ""]
+    lines = [f"{given.model or given.shapes} under {framework} on {ranks}, {blocks}"]
+    refreshes, steps = config.early_refreshes()
+    if refreshes:
+        first, last = config.start, config.start + steps
+        lines.append(f"refresh_growth: each block refreshes {refreshes} times from step {first} to step {last}")
+    return [*lines, ""]
 
 
 def _table(made: Estimate) -> list[str]:

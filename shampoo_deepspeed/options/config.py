@@ -354,6 +354,11 @@ class ShampooConfig:
             begins.append(begins[-1] + max(1, length))
         return tuple(begins)
 
+    def early_refreshes(self) -> tuple[int, int]:
+        """(refreshes of each block, steps) in the windows that are shorter than the frequency; (0, 0) if none is."""
+        begins = self._early_windows
+        return len(begins) - 1, begins[-1] - begins[0]
+
     def refresh_window(self, step: int) -> tuple[int, int]:
         """(first step, length) of the window around a step >= ``start``; every block refreshes once per window."""
         begins = self._early_windows

@@ -320,6 +320,15 @@ def test_the_table_and_the_json_say_the_same(capsys: pytest.CaptureFixture[str])
     assert f"max_preconditioner_dim {out['recommendation']['max_preconditioner_dim']}" in table
 
 
+def test_early_refreshes_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """At steps 2 to 8, 10, 12, 15, 18, 22, 27 and 33; from 41 on they are ten steps apart."""
+    common = ["--model", "llama-3.2-1b", "--world-size", "2", "--framework", "ddp"]
+    assert "each block refreshes 14 times from step 2 to step 41" in run(
+        capsys, *common, "--option", "refresh_growth=0.25"
+    )
+    assert "refresh_growth" not in run(capsys, *common)
+
+
 def test_a_deepspeed_json_sets_framework_and_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     params = {"lr": "auto", "max_preconditioner_dim": 512, "precondition_frequency": 20}
