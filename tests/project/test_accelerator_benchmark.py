@@ -49,17 +49,17 @@ def watched(contestant: Contestant, seen: list[Watcher]) -> Contestant:
 def test_a_tiny_run_has_a_row_for_each_contestant_and_profiles_of_ours(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = ["--size", "tiny", "--block", "16", "64", "--tokens", "32", "--sequence-length", "16"]
+    small = ["--size", "tiny", "--block", "32", "64", "--tokens", "32", "--sequence-length", "16"]
     accelerator.main([*small, "--frequency", "2", "--rounds", "1", "--device", "cpu", "--profile", str(tmp_path)])
     text = capsys.readouterr().out
-    mine = [f"shampoo, {s}, block {b}" for b in (16, 64) for s in ("eigh", "coupled_newton", "newton_db")]
-    names = ["torch AdamW, fused", *mine, "soap, block 16", "plain loop over blocks, eigh, block 16"]
+    mine = [f"shampoo, {s}, block {b}" for b in (32, 64) for s in ("eigh", "coupled_newton", "newton_db")]
+    names = ["torch AdamW, fused", *mine, "soap, block 32", "plain loop over blocks, eigh, block 32"]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows[1:]] == names
     assert rows[0][-1] == "whole over AdamW's" and rows[1][-1] == "+0.0%"  # no column of the device's memory
     assert len(list(tmp_path.iterdir())) == 2 * (len(mine) + 1)
     decompose = [
-        "linalg_eigh" in (tmp_path / f"tiny_shampoo_eigh_block_16_{kind}_refresh.txt").read_text()
+        "linalg_eigh" in (tmp_path / f"tiny_shampoo_eigh_block_32_{kind}_refresh.txt").read_text()
         for kind in ("with", "without")
     ]
     assert decompose == [True, False]
