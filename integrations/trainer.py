@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
@@ -241,6 +242,7 @@ class ShampooCallback(TrainerCallback):
             "Trainer(optimizer_cls_and_kwargs=(ShampooFactory, {...})), or, under DeepSpeed, by "
             '"optimizer": {"type": "Shampoo"} in its JSON',
         )
+        _warn_of_ignored_fsdp(args)
         # A second train() of the same Trainer begins at step 0 too, and continues with the optimizer's present state.
         if self.start_from is not None and state.global_step == 0 and not inner.has_state:
             load_shampoo(inner, self.start_from, options=False)
@@ -260,6 +262,14 @@ class ShampooCallback(TrainerCallback):
         if logs is not None and "loss" in logs and isinstance(inner, Shampoo):
             logged = {key: value for key, value in logs.items() if key.startswith(PREFIX)}  # from the mixin
             self.history.append({"step": state.global_step, **(logged or _prefixed(inner.metrics()))})
+
+
+def _warn_of_ignored_fsdp(args: TrainingArguments) -> None:
+    """accelerate says nothing when it ignores FSDP, as it does on CPUs."""
+    state = AcceleratorState()
+    if args.fsdp and state.distributed_type != DistributedType.FSDP:
+        kind = state.distributed_type.value
+        logger.warning("FSDP was requested, but accelerate does not use it on %s: this run is %s", args.device, kind)
 
 
 def build(model: nn.Module, options: Mapping[str, Any], rule: DecayRule) -> Shampoo:

@@ -250,7 +250,7 @@ def _recommendation_lines(given: argparse.Namespace, fitting: Recommendation | N
     if given.memory_budget is None:
         return []
     if fitting is None:
-        return [f"no block size fits into {given.memory_budget:g} GiB a rank: use more ranks, or shard the model"]
+        return [f"no block size fits into {given.memory_budget:g} GiB a rank: use more ranks, or another framework"]
     text = (
         f"recommended: max_preconditioner_dim {fitting.max_preconditioner_dim} ({_bytes(fitting.state_bytes)} a rank)"
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shampoo_deepspeed.checkpoint.manifest import Manifest, check_files
+from shampoo_deepspeed.checkpoint.manifest import CheckpointError, Manifest, check_files
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
 from shampoo_deepspeed.options.config import ShampooConfig
 
@@ -18,7 +18,7 @@ def describe(path: Path) -> str:
     Raises:
         CheckpointError: if there is no complete checkpoint, or a file is damaged.
     """
-    manifest = Manifest.read(path)
+    manifest = _manifest(path)
     check_files(path / manifest.directory, manifest.files)
     size = sum(facts["bytes"] for facts in manifest.files.values())
     steps = {record["steps"] for record in manifest.parameters.values()}
@@ -35,6 +35,17 @@ def describe(path: Path) -> str:
     widths = [max(len(row[n]) for row in [header, *rows]) for n in range(len(header))]
     lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
     return "\n".join(lines)
+
+
+def _manifest(path: Path) -> Manifest:
+    """The manifest of this folder; the error names one that is farther below, as in a Trainer's checkpoint."""
+    try:
+        return Manifest.read(path)
+    except CheckpointError as error:
+        below = [*sorted(path.glob("*/manifest.json")), *sorted(path.glob("*/*/manifest.json"))]
+        if (path / "manifest.json").exists() or not below:
+            raise
+        raise CheckpointError(f"{error}; there is one in {below[0].parent}") from None
 
 
 def _versions(found: Mapping[str, str]) -> str:

@@ -77,12 +77,15 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
     if strict and left_out:
         raise CheckpointError(_what_does_not_fit(folder, left_out))
     for key, why in left_out.items():
-        logger.warning("%s: %s; it starts with new state", key, why)
+        logger.warning("%s: %s%s", key, why, "" if key in unused else "; it starts with new state")
     going_on = [parameter for parameter in known if parameter.key in records and parameter.key not in unfit]
     keys = frozenset(parameter.key for parameter in going_on)
     optimizer.take_state(StoredState(folder, manifest, keys))
     if options:
         _restore_options(optimizer, going_on, configs, records, manifest)
+    steps = sorted({records[parameter.key]["steps"] for parameter in going_on})
+    if steps and (group is None or dist.get_rank() == 0):
+        logger.info("resumed Shampoo's state of step %d from %s (%d parameters)", steps[-1], folder, len(keys))
     return LoadReport(tuple(sorted(keys)), left_out)
 
 

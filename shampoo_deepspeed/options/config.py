@@ -150,7 +150,7 @@ class ShampooConfig:
     early_relative_epsilon: float = _option(
         0.0,
         fraction,
-        "relative_epsilon at step t is at least this divided by t, while statistics rest on few gradients; 0: off",
+        "in early steps t, relative_epsilon is raised to at least this divided by t; 0: off",
     )
     preconditioner: str = _option("shampoo", one_of(*PRECONDITIONERS), "shampoo, soap or kl_shampoo", FIXED)
     max_preconditioner_dim: int = _option(
@@ -173,7 +173,7 @@ class ShampooConfig:
     statistics_frequency: int = _option(
         1,
         positive_int,
-        "the factor matrices take one gradient in this many steps, with the weight of that many",
+        "only one gradient in n is added to the factor matrices, with the weight of n",
     )
     precondition_frequency: int = _option(
         10, positive_int, "steps between two refreshes of roots or eigenbases", NOT_STORED
@@ -181,7 +181,7 @@ class ShampooConfig:
     refresh_growth: float = _option(
         0.0,
         growth,
-        "early refreshes: the next one comes after this share of the steps taken, until that is the frequency; 0: off",
+        "more refreshes at the start: the next one comes after this share of the steps taken so far; 0: off",
         NOT_STORED,
     )
     refresh_tolerance: float | None = _option(

@@ -18,6 +18,11 @@ ALIASES = {
     "use_nesterov": "nesterov",
     "grafting_type": "grafting",
 }
+# Options of other optimizers that have no counterpart of the same meaning here, with what to do instead.
+INSTEAD = {
+    "learning_rate": "the learning rate is 'lr'",
+    "distributed_config": "leave it out, because shards are found automatically",
+}
 # What frameworks pass to every torch optimizer, and what DeepSpeed's JSONs for AdamW have. The first say with which
 # kernels, which means nothing here, as all are already batched; the second change what a step does, so that only their
 # default can be taken.
@@ -61,6 +66,8 @@ def renamed(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 def nearest(key: str, names: Sequence[str]) -> str:
     """The end of a message about an unknown name: up to three that look like it, and where all of them are."""
+    if key in INSTEAD:
+        return f": {INSTEAD[key]}. {ALL_OPTIONS}"
     close = [repr(name) for name in difflib.get_close_matches(key, names, n=NEAREST, cutoff=CUTOFF)]
     hint = f"; did you mean {' or '.join(filter(None, (', '.join(close[:-1]), close[-1])))}?" if close else "."
     return f"{hint} {ALL_OPTIONS}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import pickletools
 import random
@@ -122,16 +123,19 @@ def test_another_name_or_shape_or_policy_is_named(tmp_path: Path) -> None:
 def test_without_strict_what_fits_is_loaded_and_the_rest_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    w, other = parameter(8, 6), parameter(5, 4, seed=1)
-    optimizer = shampoo([("w", w), ("other", other)])
-    drive(optimizer, [w, other], range(4))
+    w, other, gone = parameter(8, 6), parameter(5, 4, seed=1), parameter(3, 3)
+    optimizer = shampoo([("w", w), ("other", other), ("gone", gone)])
+    drive(optimizer, [w, other, gone], range(4))
     save_shampoo(optimizer, tmp_path)
     again, reshaped = nn.Parameter(w.detach().clone()), parameter(4, 4)
     resumed_ = shampoo([("w", again), ("other", reshaped)])
+    caplog.set_level(logging.INFO, logger="shampoo_deepspeed")
     report = load_shampoo(resumed_, tmp_path, strict=False)
     assert report.loaded == ("w",)
     assert "shape" in report.left_out["other"]
-    assert "other" in caplog.text
+    new_state = [text.partition(":")[0] for text in caplog.messages if text.endswith("; it starts with new state")]
+    assert new_state == ["other"] and "gone: it is in the checkpoint" in caplog.text
+    assert f"resumed Shampoo's state of step 4 from {tmp_path} (1 parameters)" in caplog.text
     drive(optimizer, [w, other], range(4, 8))
     drive(resumed_, [again, reshaped], range(4, 8))
     assert same_bits(w.detach(), again.detach())
@@ -391,6 +395,13 @@ def test_inspect_shows_what_a_checkpoint_holds(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit, match="1"):
         command(["inspect", str(tmp_path)])
     assert "holds no complete Shampoo checkpoint" in capsys.readouterr().err
+
+
+def test_inspect_names_a_checkpoint_below_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved_once(tmp_path / "checkpoint-3" / "global_step3" / "shampoo")
+    with pytest.raises(SystemExit, match="1"):
+        command(["inspect", str(tmp_path / "checkpoint-3")])
+    assert f"there is one in {tmp_path / 'checkpoint-3' / 'global_step3' / 'shampoo'}" in capsys.readouterr().err
 
 
 def test_the_kept_checkpoint_of_format_1_loads_for_ever(tmp_path: Path) -> None:

@@ -345,6 +345,14 @@ def test_the_callback_names_the_optimizer_that_trains_instead(arguments: Any) ->
         trainer.train()
 
 
+def test_fsdp_that_accelerate_ignores_is_warned_of(arguments: Any, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = ShampooTrainer(
+        make_model("llama"), arguments(fsdp=True), train_dataset=make_data(1), optimizers=(deferred(lr=0.1), None)
+    )
+    trainer.train()
+    assert "FSDP was requested, but accelerate does not use it on cpu: this run is" in caplog.text
+
+
 def test_the_trainer_has_one_callback_of_this_kind(arguments: Any) -> None:
     given = {"optimizers": (deferred(lr=0.1), None), "callbacks": [ShampooCallback()]}
     trainer = ShampooTrainer(make_model("llama"), arguments(), **given)

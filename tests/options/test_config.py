@@ -213,6 +213,14 @@ def test_an_unknown_option_is_an_error_that_suggests_the_nearest(wrong: str, mea
     assert "All options: docs/options.md" in text
 
 
+@pytest.mark.parametrize(
+    ("foreign", "advice"), [("learning_rate", "the learning rate is 'lr'"), ("distributed_config", "leave it out")]
+)
+def test_an_option_of_other_optimizers_is_an_error_that_says_what_to_do(foreign: str, advice: str) -> None:
+    with pytest.raises(OptionError, match=advice):
+        Shampoo([parameter(3)], **keyword(foreign, None))
+
+
 def test_an_error_fits_on_a_screen() -> None:
     """It names three options at most, and shows the beginning of a long value."""
     with pytest.raises(OptionError) as unknown:

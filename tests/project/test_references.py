@@ -99,3 +99,17 @@ def test_a_dead_reference_is_found() -> None:
     path = ROOT / "shampoo_deepspeed" / "optimizer.py"
     assert not leads_somewhere("preconditioners.modes.symmetric", path)
     assert leads_somewhere("inverse_root.inverse_root", path) and leads_somewhere("torch.whatever", path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        p
+        for p in sorted(ROOT.rglob("*.md"))
+        if not set(p.relative_to(ROOT).parts[:1]) & {".venv", ".venv-docs", "build"}
+    ],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_no_page_has_the_marks_of_an_unfinished_merge(path: Path) -> None:
+    marks = [line for line in path.read_text(encoding="utf-8").splitlines() if re.match(r"(<{7}|={7}|>{7})( |$)", line)]
+    assert not marks
