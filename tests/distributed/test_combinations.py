@@ -37,6 +37,8 @@ def on_ranks(row: Row, strict: bool) -> dict[str, Any]:
     iterative = "solver" in options  # whose relative ridge is not quite the reference's
     if options["preconditioner"] == "kl_shampoo" and iterative:  # in float32, roots -1/2 of singular factors are noise
         options["start_preconditioning_step"] = 13
+    if options["preconditioner"] == "soap":  # larger factor matrices are nearly singular at its first basis
+        options["max_preconditioner_dim"] = min(9, options["max_preconditioner_dim"])
     if strict:
         options |= STRICT | ({"relative_epsilon": 0.0} if iterative else {})
         options["eps"] = STRICT["eps"] if options["preconditioner"] == "shampoo" else 1e-3
