@@ -1,4 +1,4 @@
-"""Long work shows how far it is: on a terminal one line that goes away, elsewhere the log; short work shows nothing."""
+"""Long work shows how far it is: in one line on a terminal, otherwise in the log; short work shows nothing."""
 
 from __future__ import annotations
 

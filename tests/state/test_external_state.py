@@ -23,7 +23,7 @@ def made() -> tuple[nn.Module, Shampoo]:
     return model, shampoo(model.named_parameters())
 
 
-def saved_elsewhere(path: Path, where: dict[str, str]) -> tuple[nn.Module, Shampoo, nn.Module, Shampoo]:
+def saved_by_a_framework(path: Path, where: dict[str, str]) -> tuple[nn.Module, Shampoo, nn.Module, Shampoo]:
     """Return a training with its state in ``path``, and a new one that has loaded its state dict."""
     model, optimizer = made()
     train(model, optimizer, range(5))
@@ -37,7 +37,7 @@ def saved_elsewhere(path: Path, where: dict[str, str]) -> tuple[nn.Module, Shamp
 
 
 def test_a_step_and_a_save_are_refused_until_it_is_loaded(tmp_path: Path) -> None:
-    model, optimizer, other, again = saved_elsewhere(tmp_path, WHERE)
+    model, optimizer, other, again = saved_by_a_framework(tmp_path, WHERE)
     for attempt in (lambda: train(other, again, range(5, 6)), lambda: save_shampoo(again, tmp_path)):
         with pytest.raises(RuntimeError, match=r"says where .* \({'place': 'a drawer'}\); call load_shampoo"):
             attempt()
@@ -49,7 +49,7 @@ def test_a_step_and_a_save_are_refused_until_it_is_loaded(tmp_path: Path) -> Non
 
 def test_a_state_dict_taken_in_between_has_the_same_note(tmp_path: Path) -> None:
     """Some tools load an optimizer's own state dict into it, to move it to another device."""
-    _, _, other, again = saved_elsewhere(tmp_path, WHERE)
+    _, _, other, again = saved_by_a_framework(tmp_path, WHERE)
     again.load_state_dict(again.state_dict())
     assert again.state_dict()["shampoo"]["external"] == WHERE
     with pytest.raises(RuntimeError, match="call load_shampoo"):
@@ -58,7 +58,7 @@ def test_a_state_dict_taken_in_between_has_the_same_note(tmp_path: Path) -> None
 
 def test_one_process_resumes_from_deepspeed_s_note(tmp_path: Path) -> None:
     where = {"saved_by": "DeepSpeed", "id": "unknown yet", "path": str(tmp_path)}
-    model, optimizer, other, again = saved_elsewhere(tmp_path, where)
+    model, optimizer, other, again = saved_by_a_framework(tmp_path, where)
     with pytest.raises(CheckpointError, match=r"holds another save \(data-\w+\)\. Put the checkpoint's folder"):
         train(other, again, range(5, 6))
     state = again.state_dict()
