@@ -322,8 +322,12 @@ class BlockStack:
             return [slice(0, len(rows))] if config.refreshes_at(step) else []
         if step < config.start:
             return []
-        begin, length = config.refresh_window(step)
-        place, frequency = step - begin, config.precondition_frequency
+        frequency, regular = config.precondition_frequency, config.early_windows[-1]
+        if step >= regular:
+            place, length = (step - regular) % frequency, frequency
+        else:
+            begin, length = config.refresh_window(step)
+            place = step - begin
         low, high = -(-place * frequency // length), -(-(place + 1) * frequency // length)
         first = bisect_left(self.phases, low, rows.start, rows.stop)
         stop = bisect_left(self.phases, high, first, rows.stop)

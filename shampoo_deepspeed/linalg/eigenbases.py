@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.linalg.inverse_root import decomposed, non_finite, regularised
-from shampoo_deepspeed.linalg.precision import power, product
+from shampoo_deepspeed.linalg.mode_products import product
+from shampoo_deepspeed.linalg.precision import power
 
 
 def eigenbasis(matrices: Tensor, in_float64: bool = False) -> tuple[Tensor, Tensor, list[int]]:

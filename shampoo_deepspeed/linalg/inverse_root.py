@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shampoo_deepspeed.linalg.mode_products import product
 from shampoo_deepspeed.linalg.newton import DB_ROOTS, coupled_newton, newton_db
-from shampoo_deepspeed.linalg.precision import full_precision, no_switch_counts, power, product
+from shampoo_deepspeed.linalg.precision import full_precision, no_switch_counts, power
 
 # From this many elements on, the CPU finds the extremes of a row faster by a separate call.
 LONG = 1 << 12

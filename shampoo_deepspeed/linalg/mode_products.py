@@ -1,4 +1,4 @@
-"""Modes of stacked blocks: unfoldings, products along one mode, and products of an unfolding with itself."""
+"""Products of stacked matrices, of blocks along one mode, and of an unfolding with itself."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.linalg.precision import aligned, aligned_rows, bmm
+from shampoo_deepspeed.linalg.precision import INDEPENDENT
 
+# Products of one size and dtype are bitwise equal if all their matrices begin at multiples of this many bytes.
+ALIGNMENT = 64
 # A symmetric product on the CPU is computed in strips: the least rows of a strip, and the most strips, measured best
 # from 128 to 1024 rows. Without the upper triangle two strips have 3/4 of the multiplications, and eight 9/16.
 STRIP, STRIPS = 64, 8
@@ -17,6 +19,55 @@ ROWS = 16
 # From this many elements in a block on, the CPU multiplies one block after the other by its two matrices. At 256 x 256
 # this takes a fifth less time, and torch's calls are short compared with the products.
 CHAINED = 128 * 128
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``bmm``; in float64 within ``independent_of_switches``, rounded to the dtype of ``left``."""
+    return bmm(left.double(), right.double()).to(left.dtype) if INDEPENDENT.get() else bmm(left, right)
+
+
+def bmm(left: Tensor, right: Tensor) -> Tensor:
+    """Products [B, m, n] of stacks [B, m, k] and [B, k, n], each of which depends on its two matrices alone.
+
+    On the CPU, matrices that are not aligned in their stack are multiplied in padded copies. Vectors are multiplied as
+    matrices of two columns, because one matrix-vector product uses another routine than a batch of them.
+    """
+    if left.device.type != "cpu":
+        return torch.bmm(left, right)
+    if left.shape[1] == 1 and right.shape[2] > 1:
+        return bmm(right.mT, left.mT).mT
+    if right.shape[2] == 1:
+        return bmm(left, torch.cat([right, torch.zeros_like(right)], dim=2))[..., :1].contiguous()
+    left, right = aligned(left), aligned(right)
+    if aligned_rows(left.shape[1] * right.shape[2], left.dtype):
+        return torch.bmm(left, right)
+    out = _padded(left, left.shape[1], right.shape[2])
+    return torch.bmm(left, right, out=out).contiguous()
+
+
+def aligned_rows(numel: int, dtype: torch.dtype) -> bool:
+    """Whether consecutive matrices of ``numel`` elements are all aligned if the first one is."""
+    return numel * dtype.itemsize % ALIGNMENT == 0
+
+
+def aligned(stack: Tensor) -> Tensor:
+    """The stack, or a copy of it, in which each matrix begins at a multiple of ``ALIGNMENT`` bytes.
+
+    Matrices that are stored transposed stay so in the copy.
+    """
+    stride = stack.stride(0) * stack.element_size() if len(stack) > 1 else 0
+    if (stack.data_ptr() | stride) % ALIGNMENT == 0:
+        return stack
+    if stack.stride(1) == 1 and stack.stride(2) != 1:
+        return aligned(stack.mT).mT
+    return _padded(stack, stack.shape[1], stack.shape[2]).copy_(stack)
+
+
+def _padded(like: Tensor, rows: int, columns: int) -> Tensor:
+    """An uninitialised stack of aligned matrices, each of which is contiguous."""
+    numel, unit = rows * columns, ALIGNMENT // like.element_size()
+    flat = like.new_empty(len(like), -(-numel // unit) * unit)
+    return flat[:, :numel].unflatten(1, (rows, columns))
 
 
 def unfold(stack: Tensor, mode: int) -> Tensor:

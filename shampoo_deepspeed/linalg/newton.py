@@ -13,7 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.linalg.precision import bmm, elementwise, power
+from shampoo_deepspeed.linalg.mode_products import bmm
+from shampoo_deepspeed.linalg.precision import elementwise, power
 
 MAX_ITERATIONS = 100
 DB_ROOTS = (1, 2, 4, 8)  # those that newton_db can compute, by repeated square roots

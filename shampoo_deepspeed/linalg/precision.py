@@ -6,7 +6,8 @@
 on AMD's CPUs, take other paths for unaligned matrices, such as matrices of odd size inside a batch. Torch's vectorised
 loops compute the last elements of a tensor, which fill no vector register, by another formula (``pow``, the fused
 Adam). So on the CPU, matrices are decomposed one by one, each in memory of its own (``inverse_root.decomposed``).
-Products use aligned matrices (``bmm``), and elements at the end of a tensor are computed in a padded copy.
+Products use aligned matrices (``mode_products.bmm``), and elements at the end of a tensor are computed in a padded
+copy.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from torch import Tensor
 LANES = 128
 # Torch splits tensors of 32,768 elements or more among threads, and not at multiples of vector registers.
 UNDIVIDED = 1 << 14
-# Products of one size and dtype are bitwise equal if all their matrices begin at multiples of this many bytes.
-ALIGNMENT = 64
 
 
 @contextmanager
@@ -62,7 +61,7 @@ def _ieee_products() -> Iterator[None]:
                 backend.fp32_precision = precision
 
 
-_independent: ContextVar[bool] = ContextVar("independent", default=False)
+INDEPENDENT: ContextVar[bool] = ContextVar("independent", default=False)
 
 
 @contextmanager
@@ -70,68 +69,20 @@ def independent_of_switches() -> Iterator[None]:
     """Make this thread's products independent of the switches of ``full_precision``, without changing them.
 
     The switches belong to the whole process: a change here would affect another thread's forward, and the other way
-    round. They do not affect float64, so products that are otherwise in float32 are in float64 here (``product``, and
-    the Newton iterations). Decompositions read no switch, and autocast belongs to the thread.
+    round. They do not affect float64, so products that are otherwise in float32 are in float64 here
+    (``mode_products.product``, and the Newton iterations). Decompositions read no switch, and autocast belongs to the
+    thread.
     """
-    token = _independent.set(True)
+    token = INDEPENDENT.set(True)
     try:
         yield
     finally:
-        _independent.reset(token)
+        INDEPENDENT.reset(token)
 
 
 def no_switch_counts() -> bool:
     """Whether this is within ``independent_of_switches``."""
-    return _independent.get()
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """``bmm``; in float64 within ``independent_of_switches``, rounded to the dtype of ``left``."""
-    return bmm(left.double(), right.double()).to(left.dtype) if _independent.get() else bmm(left, right)
-
-
-def bmm(left: Tensor, right: Tensor) -> Tensor:
-    """Products [B, m, n] of stacks [B, m, k] and [B, k, n], each of which depends on its two matrices alone.
-
-    On the CPU, matrices that are not aligned in their stack are multiplied in padded copies. Vectors are multiplied as
-    matrices of two columns, because one matrix-vector product uses another routine than a batch of them.
-    """
-    if left.device.type != "cpu":
-        return torch.bmm(left, right)
-    if left.shape[1] == 1 and right.shape[2] > 1:
-        return bmm(right.mT, left.mT).mT
-    if right.shape[2] == 1:
-        return bmm(left, torch.cat([right, torch.zeros_like(right)], dim=2))[..., :1].contiguous()
-    left, right = aligned(left), aligned(right)
-    if aligned_rows(left.shape[1] * right.shape[2], left.dtype):
-        return torch.bmm(left, right)
-    out = _padded(left, left.shape[1], right.shape[2])
-    return torch.bmm(left, right, out=out).contiguous()
-
-
-def aligned_rows(numel: int, dtype: torch.dtype) -> bool:
-    """Whether consecutive matrices of ``numel`` elements are all aligned if the first one is."""
-    return numel * dtype.itemsize % ALIGNMENT == 0
-
-
-def aligned(stack: Tensor) -> Tensor:
-    """The stack, or a copy of it, in which each matrix begins at a multiple of ``ALIGNMENT`` bytes.
-
-    Matrices that are stored transposed stay so in the copy.
-    """
-    stride = stack.stride(0) * stack.element_size() if len(stack) > 1 else 0
-    if (stack.data_ptr() | stride) % ALIGNMENT == 0:
-        return stack
-    if stack.stride(1) == 1 and stack.stride(2) != 1:
-        return aligned(stack.mT).mT
-    return _padded(stack, stack.shape[1], stack.shape[2]).copy_(stack)
-
-
-def _padded(like: Tensor, rows: int, columns: int) -> Tensor:
-    """An uninitialised stack of aligned matrices, each of which is contiguous."""
-    numel, unit = rows * columns, ALIGNMENT // like.element_size()
-    flat = like.new_empty(len(like), -(-numel // unit) * unit)
-    return flat[:, :numel].unflatten(1, (rows, columns))
+    return INDEPENDENT.get()
 
 
 def elementwise(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:

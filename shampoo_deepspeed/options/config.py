@@ -342,12 +342,8 @@ class ShampooConfig:
         """Decay of the factor matrices for each gradient; 1 for sums."""
         return self.betas[1] if self.factor_beta is None else self.factor_beta
 
-    def relative_ridge(self, step: int) -> float:
-        """The ``relative_epsilon`` in force at this step."""
-        return max(self.relative_epsilon, self.early_relative_epsilon / step)
-
     @cached_property
-    def _early_windows(self) -> tuple[int, ...]:
+    def early_windows(self) -> tuple[int, ...]:
         """The first steps of the windows that are shorter than the frequency, and of the first full window."""
         begins = [self.start]
         while self.refresh_growth and (length := int(self.refresh_growth * begins[-1])) < self.precondition_frequency:
@@ -356,12 +352,12 @@ class ShampooConfig:
 
     def early_refreshes(self) -> tuple[int, int]:
         """(refreshes of each block, steps) in the windows that are shorter than the frequency; (0, 0) if none is."""
-        begins = self._early_windows
+        begins = self.early_windows
         return len(begins) - 1, begins[-1] - begins[0]
 
     def refresh_window(self, step: int) -> tuple[int, int]:
         """(first step, length) of the window around a step >= ``start``; every block refreshes once per window."""
-        begins = self._early_windows
+        begins = self.early_windows
         if step >= begins[-1]:
             return step - (step - begins[-1]) % self.precondition_frequency, self.precondition_frequency
         place = bisect_right(begins, step)

@@ -16,8 +16,8 @@ from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.linalg.eigenbases import eigenbasis, kept_or_new, power_step
 from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root
-from shampoo_deepspeed.linalg.mode_products import add_gram_, multiply_modes
-from shampoo_deepspeed.linalg.precision import LANES, UNDIVIDED, bmm, elementwise, power
+from shampoo_deepspeed.linalg.mode_products import add_gram_, bmm, multiply_modes
+from shampoo_deepspeed.linalg.precision import LANES, UNDIVIDED, elementwise, power
 
 ROWS = 5
 SIZES = (1, 2, 3, 7, 16, 17, 33, 63, 65)

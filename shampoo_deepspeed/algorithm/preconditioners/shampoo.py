@@ -127,7 +127,7 @@ class ShampooPreconditioner:
     ) -> tuple[dict[str, Tensor], list[int]]:
         """The tensors of one mode that a refresh replaces, by name, and the rows that failed."""
         ridge, pseudo = (
-            (self._epsilon, self._config.relative_ridge(step)),
+            (self._epsilon, relative_ridge(self._config, step)),
             self._config.rank_deficient == "pseudo_inverse",
         )
         if matrices.ndim == 2:
@@ -152,6 +152,11 @@ class ShampooPreconditioner:
         transposed = {mode: root if root.ndim == 2 else root.mT for mode, root in roots.items()}
         update = multiply_modes(update, transposed)
         return update.to(moments.dtype)
+
+
+def relative_ridge(config: ShampooConfig, step: int) -> float:
+    """``relative_epsilon`` as it is at this step: larger in early ones, if asked."""
+    return max(config.relative_epsilon, config.early_relative_epsilon / step)
 
 
 def gradients_seen(step: int, frequency: int) -> int:
