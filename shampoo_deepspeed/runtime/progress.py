@@ -30,13 +30,13 @@ def progress(what: str, total: int, form: Callable[[int], str] = str) -> Iterato
         form: turns a number into text, with its unit.
     """
     if dist.is_initialized() and dist.get_rank() != 0:
-        yield lambda _: None
+        yield list[int]().append
         return
     state = _State(what, total, form)
     thread = threading.Thread(target=state.show, name="shampoo-progress", daemon=True)
     thread.start()
     try:
-        yield state.advance
+        yield state.parts.append  # no call of ours for each piece of work
     finally:
         state.finished.set()
         thread.join()
@@ -49,7 +49,8 @@ class _State:
 
     def __init__(self, what: str, total: int, form: Callable[[int], str]) -> None:
         self.what, self.total, self.form = what, total, form
-        self.done, self.begin = 0, time.monotonic()
+        self.parts: list[int] = []  # what has been done
+        self.begin = time.monotonic()
         self.finished = threading.Event()
         # What a thread of ours writes while the user's own output goes on would be in its way.
         self.terminal = sys.stderr.isatty() and threading.current_thread() is threading.main_thread()
@@ -58,8 +59,9 @@ class _State:
     def seconds(self) -> float:
         return time.monotonic() - self.begin
 
-    def advance(self, done: int) -> None:
-        self.done += done
+    @property
+    def done(self) -> int:
+        return sum(self.parts)
 
     def line(self) -> str:
         share = f"{min(1.0, self.done / self.total):.0%}" if self.total else "100%"
