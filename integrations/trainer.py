@@ -268,8 +268,8 @@ def _warn_of_ignored_fsdp(args: TrainingArguments) -> None:
     """accelerate says nothing when it ignores FSDP, as it does on CPUs."""
     state = AcceleratorState()
     if args.fsdp and state.distributed_type != DistributedType.FSDP:
-        kind = state.distributed_type.value
-        logger.warning("FSDP was requested, but accelerate does not use it on %s: this run is %s", args.device, kind)
+        message = "FSDP was requested, but accelerate does not use it on %s: this run is %s"
+        logger.warning(message, args.device.type, state.distributed_type.value)
 
 
 def build(model: nn.Module, options: Mapping[str, Any], rule: DecayRule) -> Shampoo:

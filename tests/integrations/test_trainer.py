@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -345,12 +346,22 @@ def test_the_callback_names_the_optimizer_that_trains_instead(arguments: Any) ->
         trainer.train()
 
 
+@pytest.fixture
+def job_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("job_of_one_rank")
 def test_fsdp_that_accelerate_ignores_is_warned_of(arguments: Any, caplog: pytest.LogCaptureFixture) -> None:
     trainer = ShampooTrainer(
         make_model("llama"), arguments(fsdp=True), train_dataset=make_data(1), optimizers=(deferred(lr=0.1), None)
     )
     trainer.train()
-    assert "FSDP was requested, but accelerate does not use it on cpu: this run is" in caplog.text
+    assert "FSDP was requested, but accelerate does not use it on cpu: this run is MULTI_CPU" in caplog.text
 
 
 def test_the_trainer_has_one_callback_of_this_kind(arguments: Any) -> None:
