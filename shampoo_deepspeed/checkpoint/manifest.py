@@ -17,7 +17,7 @@ from torch import Tensor
 from shampoo_deepspeed._version import __version__
 from shampoo_deepspeed.geometry.blocks import even_cuts
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
-from shampoo_deepspeed.runtime.progress import mebibytes, progress
+from shampoo_deepspeed.runtime.progress import LARGE, UNSHOWN, mebibytes, progress
 from shampoo_deepspeed.state.block_codec import BlockLayout
 
 FORMAT = 1
@@ -158,7 +158,7 @@ def check_files(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> None
         CheckpointError: naming the first file that is not as it was written.
     """
     total = sum(expected["bytes"] for expected in files.values())
-    with progress("checking the checkpoint", total, mebibytes) as advance:
+    with progress("checking the checkpoint", total, mebibytes) if total >= LARGE else UNSHOWN as advance:
         for name, expected in sorted(files.items()):
             file = directory / name
             if not file.is_file():

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from shampoo_deepspeed.geometry.boxes import Box
-from shampoo_deepspeed.runtime.progress import mebibytes, progress
+from shampoo_deepspeed.runtime.progress import LARGE, UNSHOWN, mebibytes, progress
 
 INDEX = ".metadata"  # torch's own name for the list of all tensors and their places
 
@@ -63,7 +63,7 @@ class Item:
     @property
     def bytes(self) -> int:
         """The size of the box."""
-        return self.box.numel * self.dtype.itemsize
+        return math.prod(self.box.lengths) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def write(items: Sequence[Item], directory: Path, group: dist.ProcessGroup | Non
     writer = dcp.FileSystemWriter(directory, sync_files=True, per_thread_copy_ahead=0)
     try:
         total = sum(item.bytes for item in items)
-        with warnings.catch_warnings(), progress("saving", total, mebibytes) as advance:
+        shown = progress("saving", total, mebibytes) if total >= LARGE else UNSHOWN
+        with warnings.catch_warnings(), shown as advance:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             planner = _Writer(items, advance)
             dcp.save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
@@ -129,7 +130,8 @@ class Store:
             StorageError: if a tensor or a part of it is missing, or a file cannot be read.
         """
         planner = _Reader(wanted, self._index)
-        with progress("loading", planner.bytes(), mebibytes) as planner.advance:
+        total = planner.bytes()
+        with progress("loading", total, mebibytes) if total >= LARGE else UNSHOWN as planner.advance:
             self._read(planner)
 
     def _read(self, planner: _Reader) -> None:

@@ -6,8 +6,9 @@ import logging
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch.distributed as dist
 
@@ -17,6 +18,8 @@ QUIET = 2.0  # seconds that nobody needs to be kept informed of
 ON_A_TERMINAL = 0.5  # seconds between two lines
 IN_THE_LOG = 30.0
 ERASED = "\r\x1b[K"
+LARGE = 64 << 20  # bytes; to write or read less takes no time worth showing
+UNSHOWN: AbstractContextManager[Callable[[int], None]] = nullcontext(deque[int](maxlen=0).append)  # forgets at once
 
 
 @contextmanager
