@@ -41,7 +41,7 @@ test-oldest: $(OLDEST_STAMP)
 	$(OLDEST_VENV)/bin/python -m pytest -n 2 --dist loadscope -m "not slow" --ignore=tests/distributed
 	$(OLDEST_VENV)/bin/python -m pytest tests/distributed/test_zero.py tests/distributed/test_fsdp.py -k "$(OLDEST_CHECKS)"
 
-# The wheel in an empty environment of each Python, without the checkout.
+# Wheel and source distribution in an empty environment of each Python, without the checkout.
 test-wheel:
 	.ci/try_wheel $(WHEEL_DIR) $(PYTHONS)
 
