@@ -58,6 +58,7 @@ SHAMPOO: dict[str, dict[str, Any]] = {
     "tolerance_root_ungrafted": {"refresh_tolerance": 0.2, "exponent_override": 3.0, "grafting": "none"},
     "cut_off_in_kept_bases": {"damping": "cutoff", "relative_epsilon": 1e-3, "refresh_tolerance": 0.1},
     "saturated_in_kept_bases": {"damping": "saturate", "relative_epsilon": 0.05, "refresh_tolerance": 0.1},
+    "shrunk_kept_bases": {**EVERY_SECOND, "shrinkage": 3.0, "refresh_tolerance": 0.1},
     "shrunk_sums": {**EVERY_SECOND, "betas": (0.0, 1.0), "shrinkage": 3.0},
     "shrunk_in_the_background": {**EVERY_THIRD, "betas": (0.9, 0.9), "shrinkage": 3.0, "refresh": "background"},
     "shrunk_uncorrected": {"shrinkage": 3.0, "use_bias_correction": False},
