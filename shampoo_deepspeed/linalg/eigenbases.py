@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.linalg.inverse_root import decomposed, non_finite, regularised
+from shampoo_deepspeed.linalg.inverse_root import RootOfEigenvalues, decomposed, non_finite
 from shampoo_deepspeed.linalg.mode_products import product
-from shampoo_deepspeed.linalg.precision import power
 
 
 def eigenbasis(matrices: Tensor, in_float64: bool = False) -> tuple[Tensor, Tensor, list[int]]:
@@ -113,12 +112,11 @@ def kept_or_new(
 
 
 def root_from_basis(
-    values: Tensor, bases: Tensor, root: float, epsilon: float, relative_epsilon: float
+    values: Tensor, bases: Tensor, root: float, epsilon: float, relative_epsilon: float, damping: str
 ) -> tuple[Tensor, list[int]]:
-    """Q diag(l)^(-1/root) Q' with the regularisation of all solvers, and the rows that are not finite."""
+    """Q diag(l)^(-1/root) Q' with the regularisation of ``inverse_root``, and the rows that are not finite."""
     order = values.argsort(dim=-1)
-    rising = regularised(values.gather(-1, order), epsilon, relative_epsilon)
-    scales = torch.where(rising <= 0, 0.0, power(rising.clamp_min(torch.finfo(rising.dtype).tiny), -1.0 / root))
+    scales = RootOfEigenvalues(root, epsilon, relative_epsilon, damping).of(values.gather(-1, order))
     columns = bases.gather(-1, order.unsqueeze(-2).expand_as(bases))
     roots = product(columns * scales.unsqueeze(-2), columns.mT)
     return roots, non_finite(roots)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.linalg.mode_products import product
 from shampoo_deepspeed.linalg.newton import DB_ROOTS, coupled_newton, newton_db
-from shampoo_deepspeed.linalg.precision import full_precision, no_switch_counts, power
+from shampoo_deepspeed.linalg.precision import full_precision, no_switch_counts, power, row_means
 
 # From this many elements on, the CPU finds the extremes of a row faster by a separate call.
 LONG = 1 << 12
@@ -33,15 +33,15 @@ def inverse_root(
     relative_epsilon: float,
     dtype: torch.dtype,
     solver: str = "eigh",
-    pseudo_inverse: bool = False,
+    damping: str = "shift",
     in_float64: bool = False,
     conditions: list[Tensor] | None = None,
 ) -> tuple[Tensor, list[int]]:
     """A^(-1/root) of each matrix of a stack (arXiv 2309.06497, section 4.1).
 
-    Eigenvalues are regularised by ``l - min(l_min, 0) + max(epsilon, relative_epsilon * l_max)``; one that is still
-    zero gets root 0. The iterative solvers use an upper bound of l_max (``newton.upper_bound``). A matrix that does not
-    converge goes to the eigendecomposition; if that fails or is not finite, it is repeated in float64.
+    Eigenvalues are regularised (``regularised``); one that is zero then gets root 0. The iterative solvers shift by an
+    upper bound of l_max (``newton.upper_bound``). A matrix that does not converge goes to the eigendecomposition; if
+    that fails or is not finite, it is repeated in float64.
 
     Args:
         matrices: [B, d, d], of which only the lower triangles are read; dtypes narrower than float32 are widened to
@@ -50,7 +50,7 @@ def inverse_root(
         epsilon, relative_epsilon: absolute and relative regularisation, >= 0.
         dtype: dtype of the result.
         solver: ``"auto" | "eigh" | "coupled_newton" | "newton_db"``; ``chosen_solver`` may replace it.
-        pseudo_inverse: shift nothing; eigenvalues up to ``max(epsilon, relative_epsilon * l_max)`` get root 0.
+        damping: ``"shift" | "cutoff" | "saturate"``; the last two need the eigenvalues, so they always decompose.
         in_float64: decompose float32 matrices in float64 too. This takes about twice the time. The root is then
             accurate to rounding even if the ridge is near the rounding error of the largest eigenvalue.
         conditions: a list to which solvers that know it append the largest condition number of the regularised
@@ -60,8 +60,8 @@ def inverse_root(
         The roots [B, d, d], and the rows that failed even in float64 (their content is undefined).
     """
     work = matrices if matrices.dtype == torch.float64 else matrices.float()
-    rule = _RootOfEigenvalues(root, epsilon, relative_epsilon, pseudo_inverse, conditions)
-    solver = chosen_solver(solver, work, root, relative_epsilon, pseudo_inverse)
+    rule = RootOfEigenvalues(root, epsilon, relative_epsilon, damping, conditions)
+    solver = chosen_solver(solver, work, root, relative_epsilon, damping)
     if solver == "eigh":
         roots, failed = _by_eigh(work, rule, in_float64)
         return roots.to(dtype), failed
@@ -77,15 +77,15 @@ def inverse_root(
     return roots.to(dtype), [left[n] for n in wrong]
 
 
-def chosen_solver(solver: str, work: Tensor, root: float, relative_epsilon: float, pseudo_inverse: bool) -> str:
+def chosen_solver(solver: str, work: Tensor, root: float, relative_epsilon: float, damping: str) -> str:
     """The solver for a stack: the requested one if it can compute this root, else the eigendecomposition.
 
     ``"auto"`` is the eigendecomposition on the CPU, where it costs as much as 5 to 8 products. On other devices it is
     coupled Newton if the ridge exceeds the rounding error of the largest eigenvalue, so that it converges. See
     docs/solvers.md.
     """
-    if pseudo_inverse:
-        return "eigh"  # to cut off eigenvalues, they must be known
+    if damping != "shift":
+        return "eigh"  # to compare eigenvalues with the ridge, they must be known
     newton = root == int(root)
     if solver == "auto":
         covered = relative_epsilon >= 4.0 * torch.finfo(work.dtype).eps
@@ -94,33 +94,28 @@ def chosen_solver(solver: str, work: Tensor, root: float, relative_epsilon: floa
     return solver if able else "eigh"
 
 
-class _RootOfEigenvalues(NamedTuple):
+class RootOfEigenvalues(NamedTuple):
     """Computes roots of eigenvalues; ``inverse_root`` explains the fields."""
 
     root: float
     epsilon: float
     relative_epsilon: float
-    pseudo_inverse: bool
-    conditions: list[Tensor] | None
+    damping: str
+    conditions: list[Tensor] | None = None
 
     def of(self, values: Tensor) -> Tensor:
-        """l^(-1/root) of eigenvalues [B, d], regularised or cut off; 0 for those that are 0 then."""
-        if self.pseudo_inverse:
-            cut = (self.relative_epsilon * values.amax(dim=-1, keepdim=True)).clamp_min(self.epsilon)
-            kept = values > cut
-            smallest = torch.where(kept, values, torch.inf).amin(dim=-1)
-            values = torch.where(kept, values, 0.0 * values)  # NaN stays NaN, to be detected
-        else:
-            values = regularised(values, self.epsilon, self.relative_epsilon)
-            smallest = values.amin(dim=-1)
+        """l^(-1/root) of eigenvalues [B, d] in any order, regularised; 0 for those that are 0 then."""
+        values = regularised(values, self.epsilon, self.relative_epsilon, self.damping)
         if self.conditions is not None and values.numel():
+            left = torch.where(values > 0, values, torch.inf) if self.damping == "cutoff" else values
+            smallest = left.amin(dim=-1)
             # A matrix without a condition number (all zero, or not finite) does not count.
             self.conditions.append((values.amax(dim=-1) / smallest).nan_to_num(nan=0.0, posinf=torch.inf).amax())
         powers = power(values.clamp_min(torch.finfo(values.dtype).tiny), -1.0 / self.root)
         return torch.where(values == 0, 0.0, powers)
 
 
-def _by_eigh(work: Tensor, rule: _RootOfEigenvalues, in_float64: bool) -> tuple[Tensor, list[int]]:
+def _by_eigh(work: Tensor, rule: RootOfEigenvalues, in_float64: bool) -> tuple[Tensor, list[int]]:
     """The roots in the dtype of ``work``, and the rows that failed in float64 too."""
     roots = torch.empty_like(work)
     if not in_float64:
@@ -142,12 +137,12 @@ def diagonal_root(
     epsilon: float,
     relative_epsilon: float,
     dtype: torch.dtype,
-    pseudo_inverse: bool,
+    damping: str,
     conditions: list[Tensor] | None = None,
 ) -> tuple[Tensor, list[int]]:
     """``inverse_root`` of diagonal matrices [B, d]; their entries are their eigenvalues."""
     work = diagonals if diagonals.dtype == torch.float64 else diagonals.float()
-    rule = _RootOfEigenvalues(root, epsilon, relative_epsilon, pseudo_inverse, conditions)
+    rule = RootOfEigenvalues(root, epsilon, relative_epsilon, damping, conditions)
     roots = rule.of(work).to(dtype)
     return roots, non_finite(torch.stack([work, roots.to(work.dtype)], dim=-1))  # the root of infinity is 0
 
@@ -198,16 +193,37 @@ def checked(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     return values.masked_fill(wrong[:, None], torch.nan), vectors.masked_fill(wrong[:, None, None], torch.nan)
 
 
-def _stack_root(matrices: Tensor, rule: _RootOfEigenvalues) -> Tensor:
+def _stack_root(matrices: Tensor, rule: RootOfEigenvalues) -> Tensor:
     """The roots; NaN for matrices whose decomposition failed."""
     values, vectors = decomposed(matrices)
     return product(vectors * rule.of(values).unsqueeze(-2), vectors.mT)
 
 
-def regularised(values: Tensor, epsilon: float, relative_epsilon: float) -> Tensor:
-    """Regularised eigenvalues [B, d], in any order; all solvers use this formula."""
-    lowest, highest = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
-    return values - lowest.clamp_max(0.0) + (relative_epsilon * highest).clamp_min(epsilon)
+def regularised(values: Tensor, epsilon: float, relative_epsilon: float, damping: str = "shift") -> Tensor:
+    """Regularised eigenvalues [B, d], in any order, with the ridge r = ``max(epsilon, relative_epsilon * l_max)``.
+
+    Args:
+        damping: ``"shift"``, the formula of all solvers, gives ``l - min(l_min, 0) + r``; ``"saturate"`` gives
+            ``max(l, r)``, and ``"cutoff"`` gives l if it is above r, and else 0.
+    """
+    ridge = (relative_epsilon * values.amax(dim=-1, keepdim=True)).clamp_min(epsilon)
+    if damping == "cutoff":
+        return torch.where(values > ridge, values, 0.0 * values)  # NaN stays NaN, to be detected
+    if damping == "saturate":
+        return torch.maximum(values, ridge)
+    return values - values.amin(dim=-1, keepdim=True).clamp_max(0.0) + ridge
+
+
+def shrunk(matrices: Tensor, share: float) -> Tensor:
+    """(1 - share) A + share mean(diag A) I of matrices [B, d, d] or diagonals [B, d], as new tensors.
+
+    The trace stays, and all eigenvalues move towards their mean (Ledoit and Wolf 2004, "A well-conditioned estimator
+    for large-dimensional covariance matrices").
+    """
+    out = (1.0 - share) * matrices
+    before, after = (t if t.ndim == 2 else t.diagonal(dim1=-2, dim2=-1) for t in (matrices, out))
+    after.add_(share * row_means(before))
+    return out
 
 
 def non_finite(stack: Tensor) -> list[int]:

@@ -105,6 +105,19 @@ def power(values: Tensor, exponent: float) -> Tensor:
     return elementwise(lambda part: part.pow(exponent), values)
 
 
+def row_means(rows: Tensor) -> Tensor:
+    """The mean of each row of [B, d], as [B, 1]; it depends on that row's values alone.
+
+    ``Tensor.mean`` divides a long row among threads if it is the only one. Here the halves of all rows are added, until
+    one element is left: an addition is rounded alike at any place.
+    """
+    count = rows.shape[-1]
+    while rows.shape[-1] > 1:
+        half = rows.shape[-1] // 2
+        rows = torch.cat([rows[:, :half] + rows[:, half : 2 * half], rows[:, 2 * half :]], dim=-1)
+    return rows / count
+
+
 def whole_registers(*lists: Sequence[Tensor]) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
     """Prepare tensors for a kernel that works in place, such that each element's result depends on that element alone.
 

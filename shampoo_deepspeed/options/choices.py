@@ -20,6 +20,7 @@ REFRESHES = ("sync", "staggered", "background")
 DECAYS = ("l2", "decoupled", "corrected", "independent")
 LARGE_DIMS = ("block", "diagonal", "identity", "adagrad")
 SIDES = ("smaller", "left", "right")
+DAMPINGS = ("shift", "cutoff", "saturate")
 SOLVERS = ("auto", "eigh", "coupled_newton", "newton_db")
 PRECONDITIONERS = ("shampoo", "soap", "kl_shampoo")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}

@@ -25,6 +25,7 @@ def check_together(config: ShampooConfig) -> None:
         allowed = "null with preconditioner kl_shampoo, whose statistics use inverse square roots"
         raise bad("exponent_override", config.exponent_override, allowed)
     _check_preconditioner(config)
+    _check_regularisation(config)
     _check_solver(config)
     _check_decay(config)
     _check_blocks(config)
@@ -32,7 +33,7 @@ def check_together(config: ShampooConfig) -> None:
 
 def _check_preconditioner(config: ShampooConfig) -> None:
     """Options that only Shampoo has, and those that rule out kept eigenbases."""
-    defaults = {"one_sided": (None,), "large_dim": ("block", "adagrad"), "rank_deficient": ("shift",)}
+    defaults = {"one_sided": (None,), "large_dim": ("block", "adagrad")}
     for name, values in defaults.items():
         value = getattr(config, name)
         if config.preconditioner != "shampoo" and value not in values:
@@ -40,13 +41,24 @@ def _check_preconditioner(config: ShampooConfig) -> None:
             raise bad(name, value, f"{allowed} with preconditioner {config.preconditioner}")
     if config.preconditioner == "soap" and isinstance(config.exponent_override, tuple):
         raise bad("exponent_override", config.exponent_override, "null or a number with preconditioner soap")
-    if config.refresh_tolerance is not None:
-        if config.rank_deficient != "shift":
-            raise bad("rank_deficient", config.rank_deficient, "shift together with refresh_tolerance")
-        if config.solver not in ("auto", "eigh"):
-            raise bad("solver", config.solver, "auto or eigh together with refresh_tolerance, which keeps eigenbases")
+    if config.refresh_tolerance is not None and config.solver not in ("auto", "eigh"):
+        raise bad("solver", config.solver, "auto or eigh together with refresh_tolerance, which keeps eigenbases")
     if config.preconditioner == "soap" and config.solver not in ("auto", "eigh"):
         raise bad("solver", config.solver, "auto or eigh with preconditioner soap, which takes no inverse roots")
+
+
+def _check_regularisation(config: ShampooConfig) -> None:
+    if config.preconditioner == "soap" and config.damping != "shift":
+        raise bad("damping", config.damping, "shift with preconditioner soap, which takes no inverse roots")
+    if config.preconditioner == "soap" and config.shrinkage > 0.0:
+        allowed = "0 with preconditioner soap; a multiple of the identity does not change its eigenbases"
+        raise bad("shrinkage", config.shrinkage, allowed)
+    if config.preconditioner == "kl_shampoo" and config.damping == "cutoff":
+        # A gradient along directions that are cut off in every mode would never reach the statistics, for good.
+        allowed = "shift or saturate with preconditioner kl_shampoo, whose statistics would never see what is cut off"
+        raise bad("damping", config.damping, allowed)
+    if config.damping != "shift" and config.solver not in ("auto", "eigh"):
+        raise bad("solver", config.solver, f"auto or eigh if damping is {config.damping}, which needs eigenvalues")
 
 
 def _check_solver(config: ShampooConfig) -> None:
@@ -59,8 +71,6 @@ def _check_solver(config: ShampooConfig) -> None:
             allowed = f"auto or eigh with exponent_override = {root}; newton_db needs 1, 2, 4 or 8"
         if allowed:
             raise bad("solver", config.solver, allowed)
-    if config.rank_deficient == "pseudo_inverse" and config.solver not in ("auto", "eigh"):
-        raise bad("solver", config.solver, "auto or eigh if rank_deficient is pseudo_inverse")
 
 
 def _check_decay(config: ShampooConfig) -> None:

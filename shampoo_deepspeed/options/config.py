@@ -38,6 +38,7 @@ from shampoo_deepspeed.options.checks import (
     start_step,
 )
 from shampoo_deepspeed.options.choices import (
+    DAMPINGS,
     DECAYS,
     DEFAULT_EXCLUDE,
     DEFAULT_RULES,
@@ -109,7 +110,8 @@ class ShampooConfig:
     ``eps``, ``epsilon`` and ``relative_epsilon`` are three different things. ``eps`` is AdamW's: it is added to
     the square root in the grafting (and element-wise) update. ``epsilon`` and ``relative_epsilon`` regularise
     factor matrices, by the same formula in all solvers: with eigenvalues l, the root is taken of
-    ``l - min(l_min, 0) + max(epsilon, relative_epsilon * l_max)``. The relative part guards float32:
+    ``l - min(l_min, 0) + max(epsilon, relative_epsilon * l_max)``, unless ``damping`` says otherwise. The relative part
+    guards float32:
     a float32 factor matrix represents eigenvalues down to about 1e-7 of its largest; anything below is rounding noise.
     Gradients have no fixed scale that an absolute number could fit.
 
@@ -218,10 +220,15 @@ class ShampooConfig:
         optional_root,
         "the p of A^(-1/p), or a list by number of preconditioned dims; null: twice that number, for soap 2",
     )
-    rank_deficient: str = _option(
+    damping: str = _option(
         "shift",
-        one_of("shift", "pseudo_inverse"),
-        "shift: regularise small eigenvalues; pseudo_inverse: their root is 0",
+        one_of(*DAMPINGS),
+        "of small eigenvalues; shift: add to all; saturate: raise the small ones; cutoff: their root is 0",
+    )
+    shrinkage: float = _option(
+        0.0,
+        non_negative,
+        "a refresh mixes this share of the identity, divided by the number of gradients, into factor matrices; 0: off",
     )
     solver: str = _option("auto", one_of(*SOLVERS), "how inverse roots are computed; auto: by device and root")
     exclude: tuple[str, ...] = _option(

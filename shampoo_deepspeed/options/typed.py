@@ -44,7 +44,8 @@ class _Options(TypedDict, total=False):
     nesterov: bool
     use_bias_correction: bool
     exponent_override: float | Sequence[float | None] | None
-    rank_deficient: str
+    damping: str
+    shrinkage: float
     solver: str
     exclude: Sequence[str]
     rules: Sequence[Mapping[str, Any]]

@@ -63,12 +63,12 @@ def test_all_large_dims_without_anything_or_with_adagrad_are_element_wise() -> N
         assert torch.equal(p, twin)
 
 
-def test_the_pseudo_inverse_leaves_a_null_direction_alone() -> None:
-    """The shift divides a null direction's tiny gradient by a small number; the pseudo-inverse gives it no update."""
+def test_a_cutoff_leaves_a_null_direction_alone() -> None:
+    """The shift divides a null direction's tiny gradient by a small number; the cutoff gives it no update."""
     moved = {}
-    for rule in ("shift", "pseudo_inverse"):
+    for rule in ("shift", "cutoff"):
         p = parameter(6, 8, dtype=F64)
-        options: dict[str, Any] = {"rank_deficient": rule, "grafting": "sgd", "weight_decay": 0.0, "betas": (0.0, 0.9)}
+        options: dict[str, Any] = {"damping": rule, "grafting": "sgd", "weight_decay": 0.0, "betas": (0.0, 0.9)}
         optimizer = shampoo([p], precondition_frequency=1, relative_epsilon=1e-8, **options, **WIDE)
         before = snapshot([p])[0]
         for step in range(4):
@@ -77,7 +77,7 @@ def test_the_pseudo_inverse_leaves_a_null_direction_alone() -> None:
             optimizer.step()
         moved[rule] = (p.detach() - before)[0].norm().item()
         assert (p.detach() - before)[1:].norm() > 0.01
-    assert moved["pseudo_inverse"] < 0.03 * moved["shift"]
+    assert moved["cutoff"] < 0.03 * moved["shift"]
 
 
 def test_a_split_fused_matrix_takes_the_steps_of_its_parts() -> None:

@@ -133,16 +133,17 @@ def test_a_kept_basis_gets_new_eigenvalues_and_a_bad_one_is_recomputed(monkeypat
     assert kept_or_new(now, bases, 0.01)[2] == [2]
 
 
+@pytest.mark.parametrize("damping", ["shift", "cutoff", "saturate"])
 @pytest.mark.parametrize("root", [2.0, 4.0, 3.0])
-def test_a_root_from_a_basis_is_the_solvers_root(root: float) -> None:
+def test_a_root_from_a_basis_is_the_solvers_root(root: float, damping: str) -> None:
     matrices, bases = spectra([4.0, 2.0, 1.0, 0.0], [1.0, 1e-8, -1e-9, 3.0])
-    expected, _ = inverse_root(matrices, root, 1e-12, 1e-6, F64)
+    expected, _ = inverse_root(matrices, root, 1e-12, 1e-6, F64, damping=damping)
     values = (bases * (matrices @ bases)).sum(-2)
-    found, failed = root_from_basis(values, bases, root, 1e-12, 1e-6)
+    found, failed = root_from_basis(values, bases, root, 1e-12, 1e-6, damping)
     assert failed == []
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert (
-        root_from_basis(torch.full_like(values, math.nan), bases, root, 0.0, 0.0)[1]
+        root_from_basis(torch.full_like(values, math.nan), bases, root, 0.0, 0.0, damping)[1]
         == [0, 1]
         == non_finite(torch.full((2, 3, 3), math.inf))
     )

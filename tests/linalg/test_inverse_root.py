@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shampoo_deepspeed import Shampoo, ShampooConfig
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
-from shampoo_deepspeed.linalg.inverse_root import checked, inverse_root, regularised
+from shampoo_deepspeed.linalg.inverse_root import checked, diagonal_root, inverse_root, regularised, shrunk
 from tests.support.matrices import basis, compose
 from tests.support.stepping import drive, parameter, refresh, same_bits, shampoo, snapshot
 from tests.support.zoo import relative_error
@@ -93,6 +93,62 @@ def test_negative_eigenvalues_are_shifted_and_not_cut() -> None:
     found = inverse_root(compose(q, values)[None], 2.0, 0.0, 0.01, F64)[0][0]
     expected = compose(q, (values + 0.5 + 0.04) ** -0.5)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+# With epsilon 0.5 and relative_epsilon 0.25: the ridge is 1 for the first row, and 0.5 for the others.
+EIGENVALUES = [[-0.5, 0.0, 1.0, 4.0], [0.0, 0.0, 0.0, 0.0], [-2.0, -1.0, -1.0, -0.25]]
+DAMPED = {
+    "shift": [[1.0, 1.5, 2.5, 5.5], [0.5, 0.5, 0.5, 0.5], [0.5, 1.5, 1.5, 2.25]],
+    "saturate": [[1.0, 1.0, 1.0, 4.0], [0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]],
+    "cutoff": [[0.0, 0.0, 0.0, 4.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]],
+}
+
+
+@pytest.mark.parametrize("damping", DAMPED)
+def test_damping_says_what_happens_to_zero_negative_and_small_eigenvalues(damping: str) -> None:
+    values, expected = torch.tensor(EIGENVALUES, dtype=F64), torch.tensor(DAMPED[damping], dtype=F64)
+    assert torch.equal(regularised(values, 0.5, 0.25, damping), expected)
+    powers = torch.where(expected > 0, expected.clamp_min(0.1) ** -0.5, 0.0)
+    found, failed = diagonal_root(values, 2.0, 0.5, 0.25, F64, damping)
+    assert failed == []
+    torch.testing.assert_close(found, powers)
+    q = torch.stack([basis(4, seed) for seed in range(3)])
+    roots, failed = inverse_root(q * values[:, None] @ q.mT, 2.0, 0.5, 0.25, F64, "auto", damping)
+    assert failed == []
+    torch.testing.assert_close(roots, q * powers[:, None] @ q.mT)
+
+
+@pytest.mark.parametrize("damping", DAMPED)
+def test_without_a_ridge_null_directions_get_root_zero(damping: str) -> None:
+    found, failed = diagonal_root(torch.tensor([[0.0, 4.0, 1.0]]), 2.0, 0.0, 0.0, torch.float32, damping)
+    assert failed == []
+    assert found.tolist() == [[0.0, 0.5, 1.0]]
+
+
+@pytest.mark.parametrize("damping", DAMPED)
+def test_an_eigenvalue_that_is_not_a_number_is_a_failure(damping: str) -> None:
+    diagonals = torch.tensor([[1.0, math.nan], [4.0, 1.0]])
+    assert diagonal_root(diagonals, 2.0, 0.5, 0.25, torch.float32, damping)[1] == [0]
+    assert inverse_root(torch.diag_embed(diagonals), 2.0, 0.5, 0.25, torch.float32, "eigh", damping)[1] == [0]
+
+
+def test_the_condition_number_is_that_of_the_eigenvalues_that_have_a_root() -> None:
+    for damping, wanted in (("shift", 5.5), ("saturate", 4.0), ("cutoff", 1.0)):
+        conditions: list[Tensor] = []
+        diagonal_root(torch.tensor(EIGENVALUES), 2.0, 0.5, 0.25, torch.float32, damping, conditions)
+        assert [float(c) for c in conditions] == [wanted], damping
+
+
+def test_shrinkage_moves_a_matrix_towards_its_mean_eigenvalue_and_keeps_the_trace() -> None:
+    matrices = torch.tensor([[[4.0, 1.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]], [[1.0, 3.0], [3.0, -5.0]]])
+    expected = torch.tensor([[[3.5, 0.75], [0.75, 0.5]], [[0.0, 0.0], [0.0, 0.0]], [[0.25, 2.25], [2.25, -4.25]]])
+    before = matrices.clone()
+    assert torch.equal(shrunk(matrices, 0.25), expected)
+    assert torch.equal(matrices, before)
+    assert torch.equal(shrunk(matrices, 1.0), torch.tensor([2.0, 0.0, -2.0])[:, None, None] * torch.eye(2))
+    diagonals = torch.tensor([[4.0, 0.0, 2.0, 2.0], [1.0, 3.0, -4.0, 0.0]])
+    assert shrunk(diagonals, 0.5).tolist() == [[3.0, 1.0, 2.0, 2.0], [0.5, 1.5, -2.0, 0.0]]
+    assert diagonals.tolist() == [[4.0, 0.0, 2.0, 2.0], [1.0, 3.0, -4.0, 0.0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])

@@ -192,27 +192,28 @@ def test_products_of_an_iteration_run_in_full_precision(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("solver", "device", "dtype", "p", "relative", "pseudo", "expected"),
+    ("solver", "device", "dtype", "p", "relative", "damping", "expected"),
     [
-        ("auto", "cpu", torch.float32, 4.0, 1e-6, False, "eigh"),
-        ("auto", "meta", torch.float32, 4.0, 1e-6, False, "coupled_newton"),
-        ("auto", "meta", torch.float32, 6.0, 1e-6, False, "coupled_newton"),
-        ("auto", "meta", torch.float32, 4.5, 1e-6, False, "eigh"),
-        ("auto", "meta", torch.float32, 4.0, 1e-8, False, "eigh"),
-        ("auto", "meta", F64, 4.0, 1e-8, False, "coupled_newton"),
-        ("auto", "meta", torch.float32, 4.0, 1e-6, True, "eigh"),
-        ("eigh", "meta", torch.float32, 4.0, 1e-6, False, "eigh"),
-        ("newton_db", "cpu", torch.float32, 4.0, 1e-8, False, "newton_db"),
-        ("newton_db", "cpu", torch.float32, 6.0, 1e-6, False, "eigh"),
-        ("coupled_newton", "cpu", torch.float32, 6.0, 1e-6, False, "coupled_newton"),
-        ("coupled_newton", "cpu", torch.float32, 0.5, 1e-6, False, "eigh"),
+        ("auto", "cpu", torch.float32, 4.0, 1e-6, "shift", "eigh"),
+        ("auto", "meta", torch.float32, 4.0, 1e-6, "shift", "coupled_newton"),
+        ("auto", "meta", torch.float32, 6.0, 1e-6, "shift", "coupled_newton"),
+        ("auto", "meta", torch.float32, 4.5, 1e-6, "shift", "eigh"),
+        ("auto", "meta", torch.float32, 4.0, 1e-8, "shift", "eigh"),
+        ("auto", "meta", F64, 4.0, 1e-8, "shift", "coupled_newton"),
+        ("auto", "meta", torch.float32, 4.0, 1e-6, "cutoff", "eigh"),
+        ("auto", "meta", torch.float32, 4.0, 1e-6, "saturate", "eigh"),
+        ("eigh", "meta", torch.float32, 4.0, 1e-6, "shift", "eigh"),
+        ("newton_db", "cpu", torch.float32, 4.0, 1e-8, "shift", "newton_db"),
+        ("newton_db", "cpu", torch.float32, 6.0, 1e-6, "shift", "eigh"),
+        ("coupled_newton", "cpu", torch.float32, 6.0, 1e-6, "shift", "coupled_newton"),
+        ("coupled_newton", "cpu", torch.float32, 0.5, 1e-6, "shift", "eigh"),
     ],
 )
 def test_the_solver_is_chosen_by_device_root_and_ridge(
-    solver: str, device: str, dtype: torch.dtype, p: float, relative: float, pseudo: bool, expected: str
+    solver: str, device: str, dtype: torch.dtype, p: float, relative: float, damping: str, expected: str
 ) -> None:
     work = torch.empty(2, 8, 8, dtype=dtype, device=device)
-    assert chosen_solver(solver, work, p, relative, pseudo) == expected
+    assert chosen_solver(solver, work, p, relative, damping) == expected
 
 
 @pytest.mark.parametrize(("solver", "root"), [("coupled_newton", 2.5), ("newton_db", 3), ("newton_db", 16.0)])

@@ -15,7 +15,7 @@ from shampoo_deepspeed import ShampooConfig
 from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.linalg.eigenbases import eigenbasis, kept_or_new, power_step
-from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root
+from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root, shrunk
 from shampoo_deepspeed.linalg.mode_products import add_gram_, bmm, multiply_modes
 from shampoo_deepspeed.linalg.precision import LANES, UNDIVIDED, elementwise, power
 
@@ -28,7 +28,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "other_root": {"exponent_override": 2.7},
     "coupled_newton": {"solver": "coupled_newton", "exponent_override": 3.0},
     "newton_db": {"solver": "newton_db", "exponent_override": 2.0},
-    "pseudo_inverse": {"rank_deficient": "pseudo_inverse", "relative_epsilon": 1e-4},
+    "cutoff": {"damping": "cutoff", "relative_epsilon": 1e-4},
+    "saturate": {"damping": "saturate", "relative_epsilon": 1e-2, "shrinkage": 0.5},
     "tolerance": {"refresh_tolerance": 0.1},
     "ungrafted": {"grafting": "none", "beta3": 0.4},
     "rmsprop": {"grafting": "rmsprop", "eps": 0.0},
@@ -95,7 +96,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "odd_root": lambda a: inverse_root(a, 3.3, 0.0, 1e-6, a.dtype)[:1],
     "coupled_newton": lambda a: inverse_root(a, 4.0, 0.0, 1e-4, a.dtype, "coupled_newton")[:1],
     "newton_db": lambda a: inverse_root(a, 4.0, 0.0, 1e-4, a.dtype, "newton_db")[:1],
-    "diagonal_root": lambda a: diagonal_root(a[..., 0].abs(), 3.0, 0.0, 1e-6, a.dtype, False)[:1],
+    "diagonal_root": lambda a: diagonal_root(a[..., 0].abs(), 3.0, 0.0, 1e-6, a.dtype, "shift")[:1],
+    "saturated_root": lambda a: inverse_root(a, 2.0, 0.0, 1e-3, a.dtype, damping="saturate")[:1],
+    "shrunk": lambda a: (shrunk(a, 0.3), shrunk(a[..., 0], 0.3)),
     "eigenbasis": lambda a: eigenbasis(a)[:2],
     "power_step": lambda a: power_step(a, one_basis(a), 1e-6),
     "kept_or_new": lambda a: kept_or_new(a, one_basis(a), 0.3)[:2],
@@ -113,6 +116,16 @@ def test_a_matrix_in_a_batch_gives_what_it_does_alone(
     for row in range(ROWS):
         for whole, alone in zip(batch, function(matrices[row : row + 1].clone()), strict=True):
             assert torch.equal(whole[row], alone[0])
+
+
+@pytest.mark.parametrize("length", [40_000, 200_001])
+def test_a_long_diagonal_is_shrunk_alike_alone_and_in_a_stack(length: int) -> None:
+    """Torch's own mean divides a single row of this length among threads, and so rounds in another order."""
+    diagonals = torch.rand(3, length, generator=torch.Generator().manual_seed(3))
+    together = shrunk(diagonals, 0.3)
+    torch.testing.assert_close(together, 0.7 * diagonals + 0.3 * diagonals.mean(-1, keepdim=True))
+    for row in range(3):
+        assert torch.equal(shrunk(diagonals[row : row + 1].clone(), 0.3)[0], together[row])
 
 
 @st.composite

@@ -15,7 +15,7 @@ from torch import nn
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import relative_ridge
-from shampoo_deepspeed.options.choices import DTYPES, GRAFTING_METHODS, PRECONDITIONERS
+from shampoo_deepspeed.options.choices import DAMPINGS, DTYPES, GRAFTING_METHODS, PRECONDITIONERS
 from shampoo_deepspeed.options.config import OPTION_NAMES, SHARED, options_with
 from shampoo_deepspeed.options.names import ALIASES
 from tests.support.stepping import parameter
@@ -111,7 +111,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("rules", {"match": "*q*"}, "a list of rules such as"),
     ("rules", [{"match": "*q*"}], "a list of rules such as"),
     ("rules", [{"max_preconditioner_dim": 3}], "a list of rules such as"),
-    ("rank_deficient", "pinv", "one of shift, pseudo_inverse"),
+    ("damping", "pseudo_inverse", "one of shift, cutoff, saturate"),
+    ("shrinkage", -0.5, NUMBER),
     ("solver", "qr", "one of auto, eigh, coupled_newton, newton_db"),
     ("solver", None, "one of auto, eigh, coupled_newton, newton_db"),
     ("grafting_beta2", 0.0, "null or a number in (0, 1)"),
@@ -367,7 +368,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "nesterov": st.booleans(),
     "use_bias_correction": st.booleans(),
     "exponent_override": st.none() | st.floats(0.1, 100) | st.tuples(st.none(), st.floats(0.1, 100)),
-    "rank_deficient": st.sampled_from(["shift", "pseudo_inverse"]),
+    "damping": st.sampled_from(DAMPINGS),
+    "shrinkage": numbers,
     "solver": st.sampled_from(["auto", "eigh"]),
     "exclude": patterns,
     "rules": st.sampled_from([(), ({"match": ("*q*", "kind:2d"), "max_preconditioner_dim": 8, "betas": (0.5, 0.9)},)]),
@@ -387,9 +389,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 def test_options_survive_json(options: dict[str, Any]) -> None:
     assert VALUES.keys() == set(OPTION_NAMES)
     if options["preconditioner"] != "shampoo":  # options that the others do not allow
-        options = {**options, "exponent_override": None, "one_sided": None, "rank_deficient": "shift"}
-    if options["refresh_tolerance"] is not None:
-        options = {**options, "rank_deficient": "shift"}
+        options = {**options, "exponent_override": None, "one_sided": None, "damping": "shift"}
+    if options["preconditioner"] == "soap":
+        options = {**options, "shrinkage": 0.0}
     config = ShampooConfig.from_options(options)
     assert {name: getattr(config, name) for name in OPTION_NAMES} == options
     assert ShampooConfig.from_options(json.loads(json.dumps(config.to_json()))) == config
@@ -472,8 +474,11 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"preconditioner": "soap", "solver": "newton_db"}, "'solver' = 'newton_db'.*eigh with preconditioner soap"),
     ({"preconditioner": "soap", "exponent_override": [2, 4]}, "'exponent_override'.*null or a number with"),
     ({"refresh_tolerance": 0.1, "solver": "newton_db"}, "'solver' = 'newton_db'.*together with refresh_tolerance"),
-    ({"refresh_tolerance": 0.1, "rank_deficient": "pseudo_inverse"}, "'rank_deficient'.*shift together with"),
-    ({"rank_deficient": "pseudo_inverse", "solver": "newton_db"}, "'solver' = 'newton_db'.*pseudo_inverse"),
+    ({"damping": "cutoff", "solver": "newton_db"}, "'solver' = 'newton_db'.*auto or eigh if damping is cutoff"),
+    ({"damping": "saturate", "solver": "coupled_newton"}, "'solver' = 'coupled_newton'.*if damping is saturate"),
+    ({"preconditioner": "kl_shampoo", "damping": "cutoff"}, "'damping' = 'cutoff'.*shift or saturate with.*never see"),
+    ({"preconditioner": "soap", "damping": "saturate"}, "'damping' = 'saturate'.*shift with preconditioner soap"),
+    ({"preconditioner": "soap", "shrinkage": 0.1}, "'shrinkage' = 0.1.*0 with preconditioner soap"),
 ]
 
 

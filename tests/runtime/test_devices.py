@@ -29,11 +29,12 @@ CASES: dict[str, dict[str, Any]] = {
     "narrow": {"root_dtype": "bfloat16", "apply_dtype": "bfloat16"},
     "diagonal": {"large_dim": "diagonal", "max_preconditioner_dim": 16},
     "one_sided": {"one_sided": "left"},
-    "pseudo_inverse": {"rank_deficient": "pseudo_inverse"},
+    "cutoff": {"damping": "cutoff"},
+    "saturate": {"damping": "saturate", "shrinkage": 0.5},
     "tolerance": {"refresh_tolerance": 0.1},
     "statistics": {"statistics_frequency": 2},
 }
-ALWAYS_EIGH = ("soap", "pseudo_inverse", "tolerance")
+ALWAYS_EIGH = ("soap", "cutoff", "saturate", "tolerance")
 
 
 def gradient(name: str, step: int) -> Tensor:

@@ -152,7 +152,7 @@ def test_matrices_without_a_condition_number_do_not_count() -> None:
 def test_a_singular_matrix_has_an_infinite_one() -> None:
     meter = RefreshMeter()
     with meter.refreshing(CPU) as conditions:
-        diagonal_root(torch.tensor([[0.0, 1.0]]), 4.0, 0.0, 0.0, torch.float32, False, conditions)
+        diagonal_root(torch.tensor([[0.0, 1.0]]), 4.0, 0.0, 0.0, torch.float32, "shift", conditions)
     assert meter.read_condition() == math.inf
 
 

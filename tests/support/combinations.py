@@ -27,12 +27,14 @@ VALUES: dict[str, list[dict[str, Any]]] = {
     "root": [{}, {"exponent_override": 2.0}, {"exponent_override": [2.0, None, 8.0]}],
     "regularisation": [
         {},
-        {"rank_deficient": "pseudo_inverse", "relative_epsilon": 1e-4},
+        {"damping": "cutoff", "relative_epsilon": 1e-4},
         {"solver": "coupled_newton", "epsilon": 1e-3, "relative_epsilon": 0.0},
         {"solver": "newton_db", "epsilon": 1e-3, "relative_epsilon": 0.0},
         {"early_relative_epsilon": 0.3, "relative_epsilon": 0.02},
+        {"damping": "saturate", "relative_epsilon": 0.02},
     ],
     "tolerance": [{}, {"refresh_tolerance": 0.2}],
+    "shrinkage": [{}, {"shrinkage": 2.0}],
     "one_sided": [{}, {"one_sided": "left"}, {"one_sided": "right"}, {"one_sided": "smaller"}],
     "large_dim": [{"large_dim": kind} for kind in ("block", "diagonal", "identity", "adagrad")],
     "split": [{}, {"rules": [{"match": "matrix", "split": [1, 3]}]}],
@@ -73,9 +75,15 @@ def row_of(*values: Value) -> Row:
 
 # Pairs that the package refuses, by the indices of values: with a value of one option, these of others are not allowed.
 REFUSED: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
-    ("preconditioner", 1): {"root": (2,), "regularisation": (1, 2, 3), "one_sided": (1, 2, 3), "large_dim": (1, 2)},
+    ("preconditioner", 1): {
+        "root": (2,),
+        "regularisation": (1, 2, 3, 5),
+        "shrinkage": (1,),
+        "one_sided": (1, 2, 3),
+        "large_dim": (1, 2),
+    },
     ("preconditioner", 2): {"root": (1, 2), "regularisation": (1,), "one_sided": (1, 2, 3), "large_dim": (1, 2)},
-    ("tolerance", 1): {"regularisation": (1, 2, 3)},
+    ("tolerance", 1): {"regularisation": (2, 3)},
     ("split", 1): {"one_sided": (3,), "large_dim": (1, 2)},
 }
 # SOAP's basis of a factor matrix with several null directions is not unique, so there would be no unique trajectory to

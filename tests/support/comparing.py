@@ -19,7 +19,8 @@ def block_deviations(tensors: Mapping[str, Tensor], row: int, block: Block, prec
     """Return the deviations of all tensors that the package keeps for one block, by name.
 
     Signs of a basis's columns are arbitrary. Their order matters only under SOAP, because its second moment has the
-    same order.
+    same order. Otherwise a basis belongs to a root, which must be diagonal in it: the columns of equal eigenvalues,
+    such as those of a rank-deficient factor, are arbitrary too.
 
     Raises:
         KeyError: if the package keeps a tensor that the reference does not have.
@@ -33,11 +34,12 @@ def block_deviations(tensors: Mapping[str, Tensor], row: int, block: Block, prec
     for name, stack in tensors.items():
         kind, _, mode = name.rpartition("_")
         if kind == "basis":
-            own, other = stack[row], block.bases[int(mode)]
+            own = stack[row]
             if preconditioner == "soap":
-                found[name] = deviation(ordered_projector(own), ordered_projector(other))
+                found[name] = deviation(ordered_projector(own), ordered_projector(block.bases[int(mode)]))
             else:
-                found[name] = deviation((own.T @ other).abs().sum(), own.new_tensor(float(len(own))))
+                inside = own.T @ block.roots[int(mode)] @ own
+                found[name] = deviation(inside.diagonal().diag(), inside)
         elif name == "rotated_exp_avg":  # not rotated before the first refresh
             found[name] = deviation(rotate(stack[row], back), block.first)
         else:

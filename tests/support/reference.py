@@ -48,7 +48,8 @@ class Options:
     one_sided: str | None = None
     batch_dims: int = 0
     split: tuple[int, ...] = ()
-    rank_deficient: str = "shift"
+    damping: str = "shift"
+    shrinkage: float = 0.0
     statistics_frequency: int = 1
     factor_beta: float | None = None
     early_relative_epsilon: float = 0.0
@@ -91,6 +92,12 @@ class Options:
         """Return how many gradients the factors count after step t: each one used stands for `statistics_frequency`."""
         n = self.statistics_frequency
         return n * len(range(1, t + 1, n))
+
+    def share(self, t: int) -> float:
+        """Return the share of the identity in the factors of step t, from the weight of each gradient in them."""
+        n = self.statistics_frequency
+        weights = [self.beta ** (n * age) for age in range(len(range(1, t + 1, n)))]
+        return min(1.0, self.shrinkage * sum(w * w for w in weights) / sum(weights) ** 2)
 
     @property
     def graft(self) -> str:
@@ -188,6 +195,13 @@ def multiply(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
     return torch.tensordot(matrix, x, dims=([1], [dim])).movedim(0, dim)
 
 
+def shrink(a: Tensor, share: float) -> Tensor:
+    """Return a mean of the matrix and of the multiple of the identity with its trace; a vector is a diagonal."""
+    if a.ndim == 1:
+        return shrink(torch.diag(a), share).diagonal()
+    return torch.lerp(a, a.trace() / len(a) * torch.eye(len(a), dtype=a.dtype), share)
+
+
 def inverse_root(a: Tensor, p: float, o: Options) -> Tensor:
     if a.ndim == 1:
         return inverse_root(torch.diag(a), p, o).diagonal()
@@ -196,10 +210,13 @@ def inverse_root(a: Tensor, p: float, o: Options) -> Tensor:
 
 
 def root_of(lam: Tensor, q: Tensor, p: float, o: Options) -> Tensor:
-    if o.rank_deficient == "pseudo_inverse":
-        kept = lam > max(o.epsilon, o.relative_epsilon * lam.max().item())
-        return q @ torch.diag(torch.where(kept, torch.where(kept, lam, 1.0) ** (-1.0 / p), 0.0)) @ q.T
-    lam = lam - min(lam.min().item(), 0.0) + max(o.epsilon, o.relative_epsilon * lam.max().item())
+    ridge = max(o.epsilon, o.relative_epsilon * lam.max().item())
+    if o.damping == "cutoff":
+        lam = lam * (lam > ridge)
+    elif o.damping == "saturate":
+        lam = lam.clamp(min=ridge)
+    else:
+        lam = lam - min(lam.min().item(), 0.0) + ridge
     power = torch.where(lam > 0, lam, 1.0) ** (-1.0 / p)
     return q @ torch.diag(torch.where(lam > 0, power, 0.0)) @ q.T
 
@@ -368,14 +385,15 @@ class Reference:
         o = replace(o, relative_epsilon=o.ridge(t))
         scale = 1.0 - o.beta ** o.seen(t) if o.use_bias_correction and o.beta != 1.0 else 1.0
         roots = {}
-        for dim, a in block.factors.items():
+        for dim, factor in block.factors.items():
+            a = shrink(factor / scale, o.share(t))
             if o.refresh_tolerance is None or a.ndim == 1:
-                roots[dim] = inverse_root(a / scale, p, o)
+                roots[dim] = inverse_root(a, p, o)
                 continue
             kept = block.bases.get(dim)
-            inside = None if kept is None else kept.T @ a @ kept / scale
-            if kept is None or inside is None or off_diagonal(inside).norm() > o.refresh_tolerance * (a / scale).norm():
-                lam, q = torch.linalg.eigh(a / scale)
+            inside = None if kept is None else kept.T @ a @ kept
+            if kept is None or inside is None or off_diagonal(inside).norm() > o.refresh_tolerance * a.norm():
+                lam, q = torch.linalg.eigh(a)
             else:
                 lam, q = torch.diagonal(inside), kept
             block.bases[dim] = q

@@ -11,7 +11,7 @@ from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.geometry.blocks import Side
 from shampoo_deepspeed.linalg.eigenbases import kept_or_new, root_from_basis
-from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root, symmetric
+from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root, shrunk, symmetric
 from shampoo_deepspeed.linalg.mode_products import add_gram_, multiply_modes
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
@@ -116,33 +116,37 @@ class ShampooPreconditioner:
         return moments
 
     def _corrected(self, state: dict[str, Tensor], mode: int, step: int) -> Tensor:
-        """The factor matrices of a mode, wide enough to decompose and corrected for their zero start if asked."""
+        """The factor matrices of a mode as a refresh sees them, in new tensors.
+
+        They are wide enough to decompose. If asked, they are corrected for their zero start, and shrunk towards a
+        multiple of the identity.
+        """
         factor = state[f"factor_{mode}"]
         corrected = self._bias_correction and self._beta < 1.0
         seen = gradients_seen(step, self._config.statistics_frequency)
-        return wide(factor) / (1.0 - self._beta**seen if corrected else 1.0)
+        matrices = wide(factor) / (1.0 - self._beta**seen if corrected else 1.0)
+        if self._config.shrinkage == 0.0:
+            return matrices
+        return shrunk(matrices, shrinkage_share(self._config, step))
 
     def _refreshed(
         self, state: dict[str, Tensor], mode: int, matrices: Tensor, root: float, step: int, conditions: list[Tensor]
     ) -> tuple[dict[str, Tensor], list[int]]:
         """The tensors of one mode that a refresh replaces, by name, and the rows that failed."""
-        ridge, pseudo = (
-            (self._epsilon, relative_ridge(self._config, step)),
-            self._config.rank_deficient == "pseudo_inverse",
-        )
+        ridge, damping = (self._epsilon, relative_ridge(self._config, step)), self._config.damping
         if matrices.ndim == 2:
-            roots, failed = diagonal_root(matrices, root, *ridge, self._root_dtype, pseudo, conditions)
+            roots, failed = diagonal_root(matrices, root, *ridge, self._root_dtype, damping, conditions)
             return {f"root_{mode}": roots}, failed
         if self._tolerance is None:
             solver = self._config.solver
             roots, failed = inverse_root(
-                matrices, root, *ridge, self._root_dtype, solver, pseudo, self._in_float64, conditions
+                matrices, root, *ridge, self._root_dtype, solver, damping, self._in_float64, conditions
             )
             return {f"root_{mode}": roots}, failed
         matrices = symmetric(matrices)
         before = state[f"basis_{mode}"].to(matrices.dtype)
         values, bases, failed = kept_or_new(matrices, before, self._tolerance, self._in_float64)
-        roots, overflown = root_from_basis(values, bases, root, *ridge)
+        roots, overflown = root_from_basis(values, bases, root, *ridge, damping)
         return {f"root_{mode}": roots, f"basis_{mode}": bases}, sorted({*failed, *overflown})
 
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
@@ -165,6 +169,24 @@ def gradients_seen(step: int, frequency: int) -> int:
     One in ``frequency`` gradients is added, and stands for a whole window.
     """
     return frequency * (1 + (step - 1) // frequency)
+
+
+def effective_gradients(step: int, decay: float, frequency: int) -> float:
+    """(sum w)^2 / sum w^2, with w the weights that the gradients in the factor matrices have at this step.
+
+    Only gradients that were added count, one in ``frequency``; each was followed by the ``decay`` of a whole window.
+    """
+    added = gradients_seen(step, frequency) // frequency
+    beta = decay**frequency
+    faded = beta**added
+    # Of n weights 1, beta, beta^2, ..., with beta^n = faded, and 1 - beta^2 = (1 - beta) (1 + beta).
+    return float(added) if beta == 1.0 else (1.0 + beta) / (1.0 - beta) * (1.0 - faded) / (1.0 + faded)
+
+
+def shrinkage_share(config: ShampooConfig, step: int) -> float:
+    """The share of the identity in the factor matrices that a refresh at this step sees."""
+    gradients = effective_gradients(step, config.factors_decay, config.statistics_frequency)
+    return min(1.0, config.shrinkage / gradients)
 
 
 def modes_of(state: dict[str, Tensor]) -> list[int]:

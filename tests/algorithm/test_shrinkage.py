@@ -1,0 +1,94 @@
+"""Shrinkage by the number of gradients: that number, what a refresh makes of it, and what it leaves alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shampoo_deepspeed import ShampooConfig
+from shampoo_deepspeed.algorithm.preconditioners import build
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import effective_gradients, shrinkage_share
+from tests.support.stepping import refresh
+
+F64 = torch.float64
+WIDE: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64"}
+
+
+def refreshed(gradients: list[Tensor], step: int, **options: Any) -> dict[str, Tensor]:
+    """Return the state of one block after these gradients and a refresh at a step."""
+    preconditioner = build(ShampooConfig(**WIDE, **options))
+    state = preconditioner.new_state(1, tuple(gradients[0].shape), torch.device("cpu"), F64)
+    for g in gradients:
+        preconditioner.accumulate(state, g[None].to(F64), None)
+    factors = {name: tensor.clone() for name, tensor in state.items() if name.startswith("factor")}
+    assert refresh(preconditioner, state, step, torch.zeros(1, *gradients[0].shape, dtype=F64)) == []
+    assert all(torch.equal(state[name], factor) for name, factor in factors.items())
+    return state
+
+
+def test_gradients_count_by_their_weights() -> None:
+    """With decay 1/2: weights 1; 1 and 1/2; 1, 1/2 and 1/4; at last 2^2 / (4 / 3) = 3."""
+    found = [effective_gradients(step, 0.5, 1) for step in (1, 2, 3, 200)]
+    assert found == pytest.approx([1.0, 2.25 / 1.25, 1.75**2 / 1.3125, 3.0], rel=1e-14)
+    assert [effective_gradients(step, 1.0, 1) for step in (1, 2, 7)] == [1.0, 2.0, 7.0]
+
+
+def test_only_gradients_that_were_added_count() -> None:
+    """One gradient in two: its weight decays by 1/4 until the next one."""
+    found = [effective_gradients(step, 0.5, 2) for step in (1, 2, 3, 4)]
+    assert found == pytest.approx([1.0, 1.0, 1.25**2 / 1.0625, 1.25**2 / 1.0625], rel=1e-14)
+    assert [effective_gradients(step, 1.0, 3) for step in (1, 3, 4, 7)] == [1.0, 1.0, 2.0, 3.0]
+
+
+def test_a_slow_decay_loses_no_digits() -> None:
+    for decay in (1.0 - 1e-9, 0.999999, 0.999):
+        weights = [decay**age for age in range(50)]
+        direct = sum(weights) ** 2 / sum(w * w for w in weights)
+        assert effective_gradients(50, decay, 1) == pytest.approx(direct, rel=1e-6)
+
+
+def test_the_share_of_the_identity_falls_with_the_number_of_gradients_and_is_at_most_1() -> None:
+    config = ShampooConfig(shrinkage=2.0, factor_beta=0.5)
+    assert [shrinkage_share(config, step) for step in (1, 2, 200)] == pytest.approx([1.0, 1.0, 2.0 / 3.0])
+    config = ShampooConfig(shrinkage=2.0, betas=(0.9, 1.0))
+    assert [shrinkage_share(config, step) for step in (1, 4, 100)] == [1.0, 0.5, 0.02]
+
+
+def test_a_refresh_takes_roots_of_shrunk_factors() -> None:
+    """G = diag(3, 1) has the factors diag(9, 1), with mean 5; half of it gives diag(7, 3)."""
+    options: dict[str, Any] = {"shrinkage": 0.5, "exponent_override": 1.0, "epsilon": 0.0, "relative_epsilon": 0.0}
+    for extra in ({}, {"refresh_tolerance": 0.1}, {"solver": "coupled_newton"}):
+        state = refreshed([torch.diag(torch.tensor([3.0, 1.0]))], 1, **options, **extra)
+        for mode in (0, 1):
+            torch.testing.assert_close(state[f"root_{mode}"][0], torch.diag(torch.tensor([1 / 7, 1 / 3], dtype=F64)))
+
+
+def test_a_diagonal_shrinks_towards_its_mean() -> None:
+    """Rows (2, 0, 0) and (0, 0, 0): the diagonal (4, 0, 0) has the mean 4/3, the other factor is diag(4, 0)."""
+    g = torch.zeros(2, 3)
+    g[0, 0] = 2.0
+    options: dict[str, Any] = {"large_dim": "diagonal", "max_preconditioner_dim": 2, "exponent_override": 1.0}
+    state = refreshed([g], 1, shrinkage=0.75, epsilon=0.0, relative_epsilon=0.0, **options)
+    torch.testing.assert_close(state["root_1"][0], torch.tensor([0.5, 1.0, 1.0], dtype=F64))
+    torch.testing.assert_close(state["root_0"][0], torch.diag(torch.tensor([1 / 2.5, 1 / 1.5], dtype=F64)))
+
+
+def test_shrunk_to_the_identity_the_preconditioner_does_nothing_but_scale() -> None:
+    g = torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=F64)
+    for name in ("shampoo", "kl_shampoo"):
+        state = refreshed([g], 1, preconditioner=name, shrinkage=1.0, epsilon=0.0, relative_epsilon=0.0)
+        mean = g.square().sum() / torch.tensor([4.0, 3.0], dtype=F64)
+        # KL-Shampoo keeps roots of factors with mean eigenvalue 1, and their common scale.
+        for mode in (0, 1):
+            wanted = torch.eye(len(state[f"root_{mode}"][0]), dtype=F64)
+            wanted = wanted * mean[mode] ** -0.25 if name == "shampoo" else wanted
+            torch.testing.assert_close(state[f"root_{mode}"][0], wanted)
+
+
+def test_shrinkage_does_not_change_the_scale_of_kl_shampoo() -> None:
+    drawn = [torch.randn(4, 3, generator=torch.Generator().manual_seed(n)) for n in range(5)]
+    scales = [refreshed(drawn, 5, preconditioner="kl_shampoo", shrinkage=s)["scale"] for s in (0.0, 0.7)]
+    torch.testing.assert_close(scales[0], scales[1], rtol=1e-12, atol=0.0)
