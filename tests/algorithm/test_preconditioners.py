@@ -41,6 +41,7 @@ SOAP: dict[str, dict[str, Any]] = {
     "large_eps": {"eps": 0.1, "relative_epsilon": 0.1},
     "other_root": {"exponent_override": 4.0},
     "grafted": {"grafting": "rmsprop"},
+    "rms": {"grafting": "rms"},
     "warm_sgd": {"elementwise": "sgd"},
     "sums_every_second_step": {**EVERY_SECOND, "betas": (0.0, 1.0)},
 }
@@ -48,10 +49,13 @@ KL: dict[str, dict[str, Any]] = {
     "no_bias_correction": {"use_bias_correction": False, "betas": (0.9, 0.9)},
     "ungrafted": {"grafting": "none"},
     "graft_sgd": {"grafting": "sgd"},
+    "rms": {"grafting": "rms"},
     "large_epsilon": {"epsilon": 0.1, "relative_epsilon": 0.01},
 }
 SHAMPOO: dict[str, dict[str, Any]] = {
     "tolerance_root_ungrafted": {"refresh_tolerance": 0.2, "exponent_override": 3.0, "grafting": "none"},
+    "rms": {"grafting": "rms"},
+    "rms_looks_ahead": {"grafting": "rms", "beta3": 0.4, "use_bias_correction": False},
     "tolerance_of_zero": {"refresh_tolerance": 0.0},
     "sums_every_second_step": {**EVERY_SECOND, "betas": (0.0, 1.0)},
     "statistics_in_the_background": {**EVERY_SECOND, "refresh": "background"},
