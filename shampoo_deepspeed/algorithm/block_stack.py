@@ -183,14 +183,17 @@ class BlockStack:
         own = gradients
         if second and method.startswith(grafting.NORMALIZED):
             own = grafting.normalized(gradients, block_norms(gradients))
-        if ready and (preconditioner.rotates_moments or config.grafting_method == "none"):
+        if ready and (preconditioner.rotates_moments or not config.grafts):
             if second:
                 grafting.accumulate(method, second, [own], config.second_moment_beta, found_inf)
             return self._updates_in_basis(state, kept, second, gradients, result, step, found_inf)
         grafted = grafting.advance(method, kept, second, [gradients], [own], step, config, found_inf)
         # Bias corrections are one factor, which is multiplied in last, because each pass over a block costs time.
         if not ready:
-            return grafted.updates[0] if grafted.factor == 1.0 else grafted.updates[0] * grafted.factor
+            warm = grafted.updates[0]
+            if config.grafting_method == "rms":  # from the first step, so that lengths do not jump at the first refresh
+                return warm * _factors_to_rms(warm)
+            return warm if grafted.factor == 1.0 else warm * grafted.factor
         update = preconditioner.apply(state, gradients, grafted.moments[0], found_inf)
         return _with_length_of(grafted.updates[0], grafted.factor, update)
 
@@ -214,6 +217,8 @@ class BlockStack:
         update = preconditioner.apply(state, seen, moments, found_inf)
         if config.grafting_method == "none":
             return update.mul_(correction)
+        if config.grafting_method == "rms":  # the same for any multiple of M, so without its correction
+            return update.mul_(_factors_to_rms(update))
         moments = preconditioner.project_back(state, moments)
         method, beta2 = config.warm_method, config.second_moment_beta
         (length_of,), factor = grafting.update(method, [moments], second, step, beta2, config.eps)
@@ -357,7 +362,7 @@ def _second_moment(preconditioner: Preconditioner, config: ShampooConfig) -> str
     """
     if not grafting.has_second_moment(config.warm_method):
         return None
-    ends = config.grafting_method == "none" and preconditioner.filled_by_refresh is not None
+    ends = not config.grafts and preconditioner.filled_by_refresh is not None
     return preconditioner.filled_by_refresh if ends else "second_moment"
 
 
@@ -374,3 +379,14 @@ def _with_length_of(other: Tensor, factor: float, update: Tensor) -> Tensor:
     """Scale each block of ``update`` in place to the length of its block of ``other`` times the factor."""
     lengths, own = block_norms(other) * factor, block_norms(update)
     return update.mul_(torch.where(own > 0, lengths / own, 0.0))
+
+
+def _factors_to_rms(update: Tensor) -> Tensor:
+    """Factors [B, 1, ..., 1] that give each block of ``update`` the root mean square ``UPDATE_RMS``; 0 for zeros.
+
+    When gradients end, a first moment decays until squares underflow. Such a norm is too small, and the factor would be
+    far too large, so these blocks get 0 too.
+    """
+    numel = update[0].numel()
+    own, least = block_norms(update), math.sqrt(numel * torch.finfo(update.dtype).tiny)
+    return torch.where(own > least, grafting.UPDATE_RMS * math.sqrt(numel) / own, 0.0)

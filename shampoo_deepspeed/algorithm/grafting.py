@@ -1,7 +1,8 @@
 """Element-wise methods (SGD, AdaGrad, RMSProp, Adam, normalized): grafting updates and second moments.
 
 Pure functions on lists of tensors. A block stack passes one tensor [B, *block], element-wise parameters pass one
-view each. The update of a grafting method gives each block its step length (arXiv 2309.06497, section 2.4.2).
+view each. The update of a grafting method gives each block its step length (arXiv 2309.06497, section 2.4.2). "rms" is
+a length without a method: blocks get it from their stack, and until their first refresh Adam's direction.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.linalg.precision import whole_registers
 from shampoo_deepspeed.options.config import ShampooConfig
 
+# Root mean square of a block's update with grafting "rms". Moonlight (arXiv 2502.16982, section 2.2) found 0.2 to 0.4
+# for AdamW's updates in language models, and scales Muon's to 0.2, so that AdamW's learning rates carry over.
+UPDATE_RMS = 0.2
 NORMALIZED = "normalized_"  # prefix of the methods whose second moment is that of G / ||G||
 # Devices on which torch has one kernel for an optimizer's whole step, which reads and writes everything once.
 FUSED_DEVICES = ("cpu", "cuda")

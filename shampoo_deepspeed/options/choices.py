@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-GRAFTING_METHODS = (
+ELEMENTWISE_METHODS = (
     "none",
     "sgd",
     "adagrad",
@@ -16,6 +16,7 @@ GRAFTING_METHODS = (
     "normalized_rmsprop",
     "normalized_adam",
 )
+GRAFTING_METHODS = (*ELEMENTWISE_METHODS, "rms")  # rms is a length without a method of its own
 REFRESHES = ("sync", "staggered", "background")
 DECAYS = ("l2", "decoupled", "corrected", "independent")
 LARGE_DIMS = ("block", "diagonal", "identity", "adagrad")

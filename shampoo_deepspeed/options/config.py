@@ -43,6 +43,7 @@ from shampoo_deepspeed.options.choices import (
     DEFAULT_EXCLUDE,
     DEFAULT_RULES,
     DTYPES,
+    ELEMENTWISE_METHODS,
     GRAFTING_METHODS,
     KINDS,
     LARGE_DIMS,
@@ -57,7 +58,8 @@ from shampoo_deepspeed.options.names import renamed
 
 _patterns = patterns_with(KINDS)
 _optional_dtype = nullable(dtype_name(*DTYPES))
-_optional_method = nullable(one_of(*GRAFTING_METHODS))
+_optional_grafting = nullable(one_of(*GRAFTING_METHODS))
+_optional_elementwise = nullable(one_of(*ELEMENTWISE_METHODS))
 
 
 def _rules(key: str, value: object) -> tuple[dict[str, Any], ...]:
@@ -199,13 +201,17 @@ class ShampooConfig:
         -1, start_step, "first preconditioned step; -1: the frequency, or 2 with refresh_growth"
     )
     grafting: str | None = _option(
-        None, _optional_method, "method that gives a block's update its length; null: adam, or none for soap"
+        None,
+        _optional_grafting,
+        "method that gives a block's update its length; rms: a root mean square of 0.2; null: adam, or none for soap",
     )
     grafting_beta2: float | None = _option(
         None, optional_beta2, "decay of second moments; null: betas[1], or 0.999 if that is 1"
     )
     elementwise: str | None = _option(
-        None, _optional_method, "method of element-wise parameters; null: as grafting, or adam if that is none"
+        None,
+        _optional_elementwise,
+        "method of element-wise parameters; null: as grafting, or adam if that is none or rms",
     )
     elementwise_lr: float = _option(1.0, non_negative, "factor on the updates of element-wise parameters")
     elementwise_betas: tuple[float, float] | None = _option(
@@ -378,9 +384,14 @@ class ShampooConfig:
         return "none" if self.preconditioner == "soap" else "adam"
 
     @cached_property
+    def grafts(self) -> bool:
+        """Whether preconditioned updates get the length of an element-wise method's, which needs its second moment."""
+        return self.grafting_method not in ("none", "rms")
+
+    @cached_property
     def warm_method(self) -> str:
         """The method of a block's updates before its first refresh, and of their length after it if grafted."""
-        return self.elementwise_method if self.grafting_method == "none" else self.grafting_method
+        return self.grafting_method if self.grafts else self.elementwise_method
 
     @cached_property
     def second_moment_beta(self) -> float:
@@ -394,7 +405,7 @@ class ShampooConfig:
         """The method of element-wise parameters; without grafting, also of blocks before their first refresh."""
         if self.elementwise is not None:
             return self.elementwise
-        return "adam" if self.grafting_method == "none" else self.grafting_method
+        return self.grafting_method if self.grafts else "adam"
 
     @cached_property
     def for_elementwise(self) -> ShampooConfig:
@@ -412,7 +423,10 @@ class ShampooConfig:
         fixed = {name: getattr(self, name) for name in options_with(FIXED)}
         if self.staggers:  # phases depend on this frequency
             fixed["precondition_frequency"] = self.precondition_frequency
-        kinds = {"grafting": self.warm_method in plain, "elementwise": self.elementwise_method in plain}
+        shares = (
+            self.preconditioner == "soap" and not self.grafts
+        )  # with the one in the eigenbasis, one after the other
+        kinds = {"grafting": shares or self.warm_method in plain, "elementwise": self.elementwise_method in plain}
         kinds["refresh_tolerance"] = self.keeps_basis
         kinds["elementwise_betas"] = self.for_elementwise.betas[0] == 0.0
         return {**fixed, "betas": self.betas[0] == 0.0, **kinds}

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.engine import shard_update as shards
-from shampoo_deepspeed.options.choices import GRAFTING_METHODS
+from shampoo_deepspeed.options.choices import ELEMENTWISE_METHODS, GRAFTING_METHODS
 from tests.support.stepping import drive, made_up, parameter, same_bits, shampoo, snapshot
 from tests.support.zoo import relative_error
 
 F64 = torch.float64
 BETA2, EPS = 0.9, 1e-3
 ACCEPTED, REJECTED = (FoundInf(torch.tensor(flag), F64) for flag in (False, True))
-WITH_MOMENT = [method for method in GRAFTING_METHODS if method not in ("none", "sgd")]
+WITH_MOMENT = [method for method in ELEMENTWISE_METHODS if method not in ("none", "sgd")]
 
 
 def gradients(steps: int = 5) -> list[Tensor]:
@@ -207,6 +207,7 @@ FUSING: list[tuple[dict[str, Any], bool, bool]] = [
     ({"lr": torch.tensor(0.01, dtype=F64)}, True, True),
     ({"grafting_beta2": 0.9}, True, True),
     ({"grafting": "none"}, True, True),
+    ({"grafting": "rms"}, True, True),
     ({"preconditioner": "kl_shampoo"}, True, True),
     ({"preconditioner": "soap"}, True, True),
     ({"preconditioner": "soap", "grafting": "adam"}, True, True),

@@ -97,7 +97,7 @@ def test_soap_updates_rotate_with_the_gradients() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
-@pytest.mark.parametrize("grafting", [None, "adam"])
+@pytest.mark.parametrize("grafting", [None, "adam", "rms"])
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 def test_without_absolute_epsilons_the_scale_of_gradients_does_not_matter(
     preconditioner: str, grafting: str | None, scale: float

@@ -34,6 +34,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "graft_normalized_adagrad": {"grafting": "normalized_adagrad", "lr": 1e-3},
     "graft_normalized_rmsprop": {"grafting": "normalized_rmsprop", "lr": 1e-4},
     "graft_normalized_adam": {"grafting": "normalized_adam", "lr": 1e-3},
+    "graft_rms": {"grafting": "rms"},
+    "graft_rms_elementwise_sgd": {"grafting": "rms", "elementwise": "sgd"},
     "elementwise_sgd": {"elementwise": "sgd"},
     "coupled_decay": {"weight_decay": 0.3, "decoupled_weight_decay": False},
     "momentum": {"momentum": 0.8, "dampening": 0.5},

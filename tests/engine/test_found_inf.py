@@ -22,6 +22,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sums": {"betas": (0.0, 1.0), "grafting": "adagrad"},
     "normalized": {"grafting": "normalized_rmsprop", "momentum": 0.9},
     "no_grafting": {"grafting": "none", "elementwise": "sgd"},
+    "rms": {"grafting": "rms"},
+    "soap_rms": {"preconditioner": "soap", "grafting": "rms"},
     "tensor_lr": {"lr": torch.tensor(0.01)},
     "soap": {"preconditioner": "soap"},
     "soap_grafted": {"preconditioner": "soap", "grafting": "adam", "refresh_tolerance": 0.5},

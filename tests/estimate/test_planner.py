@@ -55,6 +55,8 @@ def matrices(*of: tuple[int, ...]) -> list[Parameter]:
     [
         {},
         {"momentum": 0.9},
+        {"grafting": "rms"},
+        {"grafting": "rms", "preconditioner": "soap"},
         {"betas": (0.0, 1.0), "grafting": "none", "elementwise": "sgd"},
         {"factor_dtype": "float64", "root_dtype": "bfloat16", "grafting": "sgd"},
     ],

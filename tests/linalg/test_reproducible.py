@@ -42,6 +42,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "soap": {"preconditioner": "soap"},
     "soap_other_root": {"preconditioner": "soap", "exponent_override": 3.0},
     "soap_grafted": {"preconditioner": "soap", "grafting": "adam", "apply_dtype": "bfloat16"},
+    "rms": {"grafting": "rms"},
+    "soap_rms": {"preconditioner": "soap", "grafting": "rms"},
 }
 SHAPES = [(7, 5), (17, 33), (63, 16), (3, 5, 7), (65, 65)]
 # How a library splits sums depends on sizes and dtypes, not on options, so each option has three of the shapes.

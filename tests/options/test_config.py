@@ -15,7 +15,13 @@ from torch import nn
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import relative_ridge
-from shampoo_deepspeed.options.choices import DAMPINGS, DTYPES, GRAFTING_METHODS, PRECONDITIONERS
+from shampoo_deepspeed.options.choices import (
+    DAMPINGS,
+    DTYPES,
+    ELEMENTWISE_METHODS,
+    GRAFTING_METHODS,
+    PRECONDITIONERS,
+)
 from shampoo_deepspeed.options.config import OPTION_NAMES, SHARED, options_with
 from shampoo_deepspeed.options.names import ALIASES
 from tests.support.stepping import parameter
@@ -121,6 +127,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("elementwise_lr", -1.0, "a number >= 0"),
     ("elementwise_betas", [0.9, 2.0], "null or two numbers [beta1, beta2]"),
     ("elementwise", "adamw", METHODS),
+    ("elementwise", "rms", METHODS),
     ("momentum", 1.0, FRACTION),
     ("momentum", -0.1, FRACTION),
     ("momentum", False, FRACTION),
@@ -329,7 +336,6 @@ numbers = st.floats(0, 1e6)
 fractions = st.floats(0, 1, exclude_max=True)
 counts = st.integers(1, 10_000)
 patterns = st.lists(st.sampled_from(["*embed*", "kind:layernorm", "gamma\u00e9", '"*"']), max_size=3).map(tuple)
-methods = st.sampled_from(GRAFTING_METHODS)
 dtypes = st.sampled_from(list(DTYPES))
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lr": numbers,
@@ -358,9 +364,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "statistics_frequency": counts,
     "refresh": st.sampled_from(["sync", "staggered", "background"]),
     "start_preconditioning_step": st.just(-1) | st.integers(10_000, 20_000),
-    "grafting": st.none() | methods,
+    "grafting": st.none() | st.sampled_from(GRAFTING_METHODS),
     "grafting_beta2": st.none() | st.floats(0, 1, exclude_min=True, exclude_max=True),
-    "elementwise": st.none() | methods,
+    "elementwise": st.none() | st.sampled_from(ELEMENTWISE_METHODS),
     "elementwise_lr": numbers,
     "elementwise_betas": st.none() | st.tuples(fractions, st.floats(0, 1, exclude_min=True)),
     "momentum": st.floats(0, 1, exclude_min=True, exclude_max=True),
@@ -449,7 +455,7 @@ def test_grafting_is_the_preconditioners_own_unless_told_otherwise() -> None:
         for given_method in GRAFTING_METHODS:
             config = ShampooConfig(preconditioner=name, grafting=given_method)
             assert config.grafting_method == given_method
-            assert config.warm_method == ("adam" if given_method == "none" else given_method)
+            assert config.warm_method == ("adam" if given_method in ("none", "rms") else given_method)
 
 
 def test_kl_shampoo_takes_no_other_root() -> None:
@@ -461,6 +467,7 @@ def test_kl_shampoo_takes_no_other_root() -> None:
 def test_elementwise_parameters_follow_the_grafting_method_unless_told_otherwise() -> None:
     assert ShampooConfig(grafting="rmsprop").elementwise_method == "rmsprop"
     assert ShampooConfig(grafting="none").elementwise_method == "adam"
+    assert ShampooConfig(grafting="rms").elementwise_method == "adam"
     assert ShampooConfig(grafting="none", elementwise="sgd").elementwise_method == "sgd"
 
 

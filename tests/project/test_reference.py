@@ -70,6 +70,8 @@ def test_a_step_by_hand() -> None:
     torch.testing.assert_close(plain, -0.5 * torch.eye(2, dtype=torch.float64))
     grafted = run({"w": torch.zeros(2, 2)}, [{"w": grad}], grafting="sgd", **options)["w"]
     torch.testing.assert_close(grafted, -0.5 * 5.0 / math.sqrt(2.0) * torch.eye(2, dtype=torch.float64))
+    scaled = run({"w": torch.zeros(2, 2)}, [{"w": grad}], grafting="rms", **options)["w"]
+    torch.testing.assert_close(scaled, -0.5 * 0.2 * math.sqrt(2.0) * torch.eye(2, dtype=torch.float64))
     # the second step doubles both factors, so the update of the same gradient shrinks by 2^(-1/2)
     twice = run({"w": torch.zeros(2, 2)}, [{"w": grad}] * 2, grafting="none", **options)["w"]
     torch.testing.assert_close(twice, -0.5 * (1 + 2**-0.5) * torch.eye(2, dtype=torch.float64))

@@ -22,6 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kl_shampoo": {"preconditioner": "kl_shampoo"},
     "soap": {"preconditioner": "soap"},
     "normalized": {"grafting": "normalized_adam", "weight_decay": 0.1},
+    "rms": {"grafting": "rms"},
     "momentum": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "weight_decay_type": "independent"},
     "not_fused": {"eps": 0.0, "beta3": 0.5, "betas": (0.9, 0.99)},
     "no_first_moment": {"betas": (0.0, 0.99), "grafting": "rmsprop"},
@@ -89,12 +90,13 @@ def test_a_decay_has_the_precision_of_what_it_multiplies(rejected: bool) -> None
     assert found_inf.keep(0.9999).dtype == torch.float32
 
 
+@pytest.mark.parametrize("grafting", [None, "rms"])
 @pytest.mark.parametrize("refresh", ["sync", "staggered", "background"])
 @pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
 def test_a_rejected_step_changes_nothing_there_either(
-    preconditioner: str, refresh: str, monkeypatch: pytest.MonkeyPatch
+    preconditioner: str, refresh: str, grafting: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"preconditioner": preconditioner, "refresh": refresh, "solver": "eigh"}
+    options = {"preconditioner": preconditioner, "refresh": refresh, "grafting": grafting, "solver": "eigh"}
     if preconditioner != "shampoo":
         del options["solver"]
     expected, _ = trained(options, bad=4)

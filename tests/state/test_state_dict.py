@@ -27,6 +27,7 @@ CONTINUED: dict[str, dict[str, Any]] = {
     "late_start": {"start_preconditioning_step": 6},
     "other_dtypes": {"factor_dtype": "float64", "root_dtype": "bfloat16"},
     "soap": {"preconditioner": "soap"},
+    "soap_graft_rms": {"preconditioner": "soap", "grafting": "rms"},
     "soap_other_dtypes": {"preconditioner": "soap", "factor_dtype": "float64", "root_dtype": "bfloat16"},
     "kl_shampoo": {"preconditioner": "kl_shampoo"},
     "kept_bases": {"refresh_tolerance": 0.5},
@@ -331,6 +332,9 @@ def test_groups_with_and_without_momentum_go_on_together() -> None:
     ("at_first", "later"),
     [
         ({"grafting": "sgd"}, {"grafting": "adam"}),
+        ({"grafting": "sgd"}, {"grafting": "rms"}),
+        ({"preconditioner": "soap", "grafting": "rms"}, {"grafting": "adam"}),
+        ({"preconditioner": "soap", "grafting": "adam"}, {"grafting": None}),
         ({"betas": (0.0, 0.9)}, {"betas": (0.9, 0.9)}),
         ({}, {"max_preconditioner_dim": 4}),
         ({}, {"exclude": ("*",)}),

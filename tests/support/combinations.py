@@ -13,7 +13,10 @@ VALUES: dict[str, list[dict[str, Any]]] = {
     "first_moment": [{"betas0": 0.9}, {"betas0": 0.0}, {"betas0": 0.9, "beta3": 0.4}],
     "factors": [{"betas1": 0.95}, {"betas1": 1.0}, {"betas1": 0.99, "factor_beta": 0.8}],
     "statistics": [{}, {"statistics_frequency": 2}],
-    "grafting": [{}, *({"grafting": g} for g in ("adam", "none", "sgd", "adagrad", "rmsprop", "normalized_adam"))],
+    "grafting": [
+        {},
+        *({"grafting": g} for g in ("rms", "adam", "none", "sgd", "adagrad", "rmsprop", "normalized_adam")),
+    ],
     "grafting_beta2": [{}, {"grafting_beta2": 0.8}],
     "elementwise": [
         {},

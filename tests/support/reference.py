@@ -106,11 +106,11 @@ class Options:
     @property
     def warm(self) -> str:
         """Return the element-wise method of a block's first updates: the grafting method if there is one."""
-        return self.fallback if self.graft == "none" else self.graft
+        return self.fallback if self.graft in ("none", "rms") else self.graft
 
     @property
     def fallback(self) -> str:
-        return self.elementwise or ("adam" if self.graft == "none" else self.graft)
+        return self.elementwise or ("adam" if self.graft in ("none", "rms") else self.graft)
 
     @property
     def graft_beta2(self) -> float:
@@ -247,6 +247,12 @@ def adam_in_basis(block: Block, g: Tensor, m: Tensor, o: Options) -> Tensor:
     below = below + o.eps + o.relative_epsilon * below.max()
     u = torch.where(below > 0, rotate(m, block.bases) / below, 0.0)
     return rotate(u, {dim: q.T for dim, q in block.bases.items()})
+
+
+def with_rms(u: Tensor) -> Tensor:
+    """Scale u to a root mean square of 0.2."""
+    rms = u.square().mean().sqrt()
+    return u * (0.2 / rms) if rms > 0 else torch.zeros_like(u)
 
 
 def off_diagonal(x: Tensor) -> Tensor:
@@ -478,12 +484,14 @@ class Reference:
             correct = 1.0 - o.graft_beta2**t if block.method.endswith("adam") else 1.0
             graft = m / ((block.second / correct).sqrt() + o.eps)
         if not block.ready:
-            return graft
+            return with_rms(graft) if block.factors and o.graft == "rms" else graft
         u = adam_in_basis(block, g, m, o) if o.preconditioner == "soap" else block.scale * m
         for dim, root in block.roots.items():
             u = multiply(u, root, dim)
         if o.graft == "none":
             return u
+        if o.graft == "rms":
+            return with_rms(u)
         norm = u.norm()
         return u * (graft.norm() / norm) if norm > 0 else torch.zeros_like(u)
 
