@@ -134,8 +134,7 @@ class BlockStack:
         state = {name: tensor[first : rows.stop] for name, tensor in self.tensors.items()}
         if self.pending:
             self._await_background(rows, state, step)
-        if (step - 1) % self._config.statistics_frequency == 0:
-            self._preconditioner.accumulate(state, gradients, found_inf)
+        self._preconditioner.accumulate(state, gradients, step, found_inf)
         installed = self._refresh(rows, state, step, found_inf)
         if not installed and len({self.refreshed[row] for row in rows}) == 1:
             return self._updates(rows, state, gradients, None, step, found_inf)

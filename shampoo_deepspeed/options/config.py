@@ -100,6 +100,9 @@ class Property(Flag):
 FIXED, GROUP_ONLY, SHARED, NOT_STORED, SCHEDULED = Property
 _PLAIN = Property(0)
 
+# From this relative ridge on, KL-Shampoo's roots of float32 factor matrices are accurate enough in float32.
+WIDE_RIDGE = 1e-5
+
 
 def _option(default: Any, validator: Check, doc: str, properties: Property = _PLAIN) -> Any:
     return field(default=default, metadata={"check": validator, "doc": doc, "properties": properties})
@@ -177,7 +180,7 @@ class ShampooConfig:
     statistics_frequency: int = _option(
         1,
         positive_int,
-        "only one gradient in n is added to the factor matrices, with the weight of n",
+        "after the early refreshes, add only one gradient in n to a factor matrix, with the weight of n",
     )
     precondition_frequency: int = _option(
         10, positive_int, "steps between two refreshes of roots or eigenbases", NOT_STORED
@@ -442,9 +445,23 @@ class ShampooConfig:
         return self.refresh in ("staggered", "background")
 
     @cached_property
+    def dense_statistics(self) -> int:
+        """The last step up to which every gradient is added to the factor matrices: that of the last early refresh."""
+        return self.early_windows[-1]
+
+    @cached_property
+    def decomposes_in_float64(self) -> bool:
+        """Whether float32 factor matrices are decomposed in float64 for their roots.
+
+        KL-Shampoo's are if the ridge is small: the root -1/2 doubles float32's error of small eigenvalues, and the next
+        statistics are computed from these roots.
+        """
+        return self.preconditioner == "kl_shampoo" and self.relative_epsilon < WIDE_RIDGE
+
+    @cached_property
     def decompositions(self) -> float:
-        """The time of a decomposition relative to one in float32; KL-Shampoo's are in float64."""
-        return 2.0 if self.preconditioner == "kl_shampoo" else 1.0
+        """The time of a decomposition relative to one in float32."""
+        return 2.0 if self.decomposes_in_float64 else 1.0
 
     def products(self, order: int) -> float:
         """Products with a matrix of the factor's size, for each step and dim of a block of this order."""

@@ -53,7 +53,7 @@ def test_signs_and_order_of_eigenvectors_do_not_matter_between_soaps_refreshes(o
     state = preconditioner.new_state(2, shape, torch.device("cpu"), F64)
     for step in range(1, 7):
         g = made_up(torch.empty(2, *shape, dtype=F64), step)
-        preconditioner.accumulate(state, g, ACCEPTED)
+        preconditioner.accumulate(state, g, step, ACCEPTED)
         if step in (3, 6):
             assert refresh(preconditioner, state, step, g) == []
         if step >= 3:
@@ -131,7 +131,7 @@ def test_kl_shampoo_finds_the_covariance_of_kronecker_gradients() -> None:
     generator = torch.Generator().manual_seed(0)
     for step in range(1, 3001):
         g = roots[0] @ torch.randn(1, 5, 3, generator=generator, dtype=F64) @ roots[1].T
-        preconditioner.accumulate(state, g, ACCEPTED)
+        preconditioner.accumulate(state, g, step, ACCEPTED)
         if step % 10 == 0:
             assert refresh(preconditioner, state, step, g) == []
     product = state["scale"] * torch.kron(state["root_0"][0], state["root_1"][0])
@@ -236,7 +236,7 @@ def test_a_block_whose_refresh_fails_keeps_all_that_is_applied(
     found_inf = None
     for step in range(1, 5):
         g = made_up(torch.empty(2, 4, 3), step)
-        made.accumulate(state, g, found_inf)
+        made.accumulate(state, g, step, found_inf)
         before = {name: tensor.clone() for name, tensor in state.items()}
         if step in (1, 4):
             state["factor_1"][0] = spoiled

@@ -20,8 +20,8 @@ ACCEPTED = None
 FLOAT64: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64"}
 # The basis of a factor with several null directions is not unique, so preconditioning starts when there are none left.
 BASE: dict[str, Any] = {"precondition_frequency": 3, "start_preconditioning_step": 8}
-EVERY_SECOND: dict[str, Any] = {"statistics_frequency": 2, "start_preconditioning_step": 12}
-EVERY_THIRD: dict[str, Any] = {"statistics_frequency": 3, "start_preconditioning_step": 17}
+EVERY_SECOND: dict[str, Any] = {"statistics_frequency": 2}
+EVERY_THIRD: dict[str, Any] = {"statistics_frequency": 3}
 
 SHAPES = [(5,), (6, 4), (4, 4), (3, 4, 2), (2, 3, 2, 3)]
 ALL: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shampoo_deepspeed import ShampooConfig
 from shampoo_deepspeed.algorithm.preconditioners import build
-from shampoo_deepspeed.algorithm.preconditioners.shampoo import effective_gradients, shrinkage_share
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import Counted, Sampling
 from tests.support.stepping import refresh
 
 F64 = torch.float64
@@ -21,8 +21,8 @@ def refreshed(gradients: list[Tensor], step: int, **options: Any) -> dict[str, T
     """Return the state of one block after these gradients and a refresh at a step."""
     preconditioner = build(ShampooConfig(**WIDE, **options))
     state = preconditioner.new_state(1, tuple(gradients[0].shape), torch.device("cpu"), F64)
-    for g in gradients:
-        preconditioner.accumulate(state, g[None].to(F64), None)
+    for n, g in enumerate(gradients, start=1):
+        preconditioner.accumulate(state, g[None].to(F64), n, None)
     factors = {name: tensor.clone() for name, tensor in state.items() if name.startswith("factor")}
     assert refresh(preconditioner, state, step, torch.zeros(1, *gradients[0].shape, dtype=F64)) == []
     assert all(torch.equal(state[name], factor) for name, factor in factors.items())
@@ -31,30 +31,38 @@ def refreshed(gradients: list[Tensor], step: int, **options: Any) -> dict[str, T
 
 def test_gradients_count_by_their_weights() -> None:
     """With decay 1/2: weights 1; 1 and 1/2; 1, 1/2 and 1/4; at last 2^2 / (4 / 3) = 3."""
-    found = [effective_gradients(step, 0.5, 1) for step in (1, 2, 3, 200)]
+    found = [Counted(seen, 0, 1).effective(0.5) for seen in (1, 2, 3, 200)]
     assert found == pytest.approx([1.0, 2.25 / 1.25, 1.75**2 / 1.3125, 3.0], rel=1e-14)
-    assert [effective_gradients(step, 1.0, 1) for step in (1, 2, 7)] == [1.0, 2.0, 7.0]
+    assert [Counted(seen, 0, 1).effective(1.0) for seen in (1, 2, 7)] == [1.0, 2.0, 7.0]
 
 
-def test_only_gradients_that_were_added_count() -> None:
-    """One gradient in two: its weight decays by 1/4 until the next one."""
-    found = [effective_gradients(step, 0.5, 2) for step in (1, 2, 3, 4)]
-    assert found == pytest.approx([1.0, 1.0, 1.25**2 / 1.0625, 1.25**2 / 1.0625], rel=1e-14)
-    assert [effective_gradients(step, 1.0, 3) for step in (1, 3, 4, 7)] == [1.0, 1.0, 2.0, 3.0]
+def test_sampled_gradients_count_once_with_the_weight_of_their_window() -> None:
+    """Decay 1/2, one gradient, then two that stand for two each: weights (1 - 1/4) (1, 1/4) and (1 - 1/2) 1/16."""
+    weights = [3 / 4, 3 / 16, 1 / 32]
+    direct = sum(weights) ** 2 / sum(w * w for w in weights)
+    assert Counted(1, 2, 2).effective(0.5) == pytest.approx(direct, rel=1e-14)
+    assert Counted(1, 2, 3).effective(1.0) == 49 / 19
+
+
+def test_modes_take_turns_once_gradients_are_sampled() -> None:
+    """All up to step 3; then one in two, from step 4 on for the first mode and from step 5 on for the second."""
+    sampling = Sampling(dense=3, frequency=2)
+    turns = [[sampling.stands_for(step, place, 2) for step in range(1, 9)] for place in range(2)]
+    assert turns == [[1, 1, 1, 2, 0, 2, 0, 2], [1, 1, 1, 0, 2, 0, 2, 0]]
+    for place in range(2):
+        for step in range(1, 9):
+            counted = sampling.counted(step, place, 2)
+            used = [n for n in turns[place][:step] if n]
+            assert (counted.single, counted.sampled) == (used.count(1), used.count(2))
+            assert counted.gradients == sum(used)
+    assert [sampling.stands_for(step, 0, 1) for step in range(1, 7)] == [1, 1, 1, 2, 0, 2]
 
 
 def test_a_slow_decay_loses_no_digits() -> None:
     for decay in (1.0 - 1e-9, 0.999999, 0.999):
         weights = [decay**age for age in range(50)]
         direct = sum(weights) ** 2 / sum(w * w for w in weights)
-        assert effective_gradients(50, decay, 1) == pytest.approx(direct, rel=1e-6)
-
-
-def test_the_share_of_the_identity_falls_with_the_number_of_gradients_and_is_at_most_1() -> None:
-    config = ShampooConfig(shrinkage=2.0, factor_beta=0.5)
-    assert [shrinkage_share(config, step) for step in (1, 2, 200)] == pytest.approx([1.0, 1.0, 2.0 / 3.0])
-    config = ShampooConfig(shrinkage=2.0, betas=(0.9, 1.0))
-    assert [shrinkage_share(config, step) for step in (1, 4, 100)] == [1.0, 0.5, 0.02]
+        assert Counted(50, 0, 1).effective(decay) == pytest.approx(direct, rel=1e-6)
 
 
 def test_a_refresh_takes_roots_of_shrunk_factors() -> None:

@@ -88,15 +88,34 @@ class Options:
                 return begin, length
             begin += length
 
-    def seen(self, t: int) -> int:
-        """Return how many gradients the factors count after step t: each one used stands for `statistics_frequency`."""
-        n = self.statistics_frequency
-        return n * len(range(1, t + 1, n))
+    def dense(self) -> int:
+        """Return the last step up to which factors get every gradient: the start, or the first whole window's begin."""
+        t = self.start
+        while self.refresh_growth and self.window(t)[1] < self.precondition_frequency:
+            t = sum(self.window(t))
+        return t
 
-    def share(self, t: int) -> float:
-        """Return the share of the identity in the factors of step t, from the weight of each gradient in them."""
-        n = self.statistics_frequency
-        weights = [self.beta ** (n * age) for age in range(len(range(1, t + 1, n)))]
+    def stands_for(self, t: int, place: int, modes: int) -> int:
+        """Return how many gradients that of step t stands for in the factor at a place among so many; 0: not used."""
+        n, dense = self.statistics_frequency, self.dense()
+        used = range(dense + 1 + n * place // modes, t + 1, n)
+        return 1 if t <= dense else n * (t in used)
+
+    def counts(self, t: int, place: int, modes: int) -> list[int]:
+        """Return what each gradient in a factor after step t stands for, in order."""
+        return [n for step in range(1, t + 1) if (n := self.stands_for(step, place, modes))]
+
+    def correction(self, t: int, place: int, modes: int) -> float:
+        """Return the sum of the weights in a factor's moving average after step t, if it is corrected for it."""
+        corrected = self.use_bias_correction and self.beta != 1.0
+        return 1.0 - self.beta ** sum(self.counts(t, place, modes)) if corrected else 1.0
+
+    def share(self, t: int, place: int, modes: int) -> float:
+        """Return the share of the identity in a factor of step t, from the weight of each gradient in it."""
+        counts, weights = self.counts(t, place, modes), []
+        for number, n in enumerate(counts):
+            own = n if self.beta == 1.0 else 1.0 - self.beta**n
+            weights.append(own * self.beta ** sum(counts[number + 1 :]))
         return min(1.0, self.shrinkage * sum(w * w for w in weights) / sum(weights) ** 2)
 
     @property
@@ -341,8 +360,7 @@ class Reference:
     @classmethod
     def step_block(cls, block: Block, g: Tensor, t: int, o: Options) -> Tensor:
         """Steps 2 to 6 of the rule: return the update of one block in its step t."""
-        if t in range(1, t + 1, o.statistics_frequency):
-            cls._factors(block, g, o)
+        cls._factors(block, g, t, o)
         cls._second_moment(block, g, o)
         m = cls._first_moment(block, g, t, o)
         if block.seen is not None:  # in the background: from the factors of the last step, with the moments of this one
@@ -373,11 +391,12 @@ class Reference:
         return t == begin + (block.phase or 0) * length // o.precondition_frequency
 
     @staticmethod
-    def _factors(block: Block, g: Tensor, o: Options) -> None:
-        n = o.statistics_frequency
-        beta2 = o.beta**n
-        for dim, a in block.factors.items():
-            x = g
+    def _factors(block: Block, g: Tensor, t: int, o: Options) -> None:
+        for place, (dim, a) in enumerate(sorted(block.factors.items())):
+            n, x = o.stands_for(t, place, len(block.factors)), g
+            if n == 0:
+                continue
+            beta2 = o.beta**n
             if o.preconditioner == "kl_shampoo":
                 for other, root in block.roots.items():  # none before the first refresh
                     x = multiply(x, root, other) if other != dim else x
@@ -389,10 +408,10 @@ class Reference:
     @staticmethod
     def _roots(block: Block, t: int, o: Options, p: float) -> dict[int, Tensor]:
         o = replace(o, relative_epsilon=o.ridge(t))
-        scale = 1.0 - o.beta ** o.seen(t) if o.use_bias_correction and o.beta != 1.0 else 1.0
         roots = {}
-        for dim, factor in block.factors.items():
-            a = shrink(factor / scale, o.share(t))
+        for place, (dim, factor) in enumerate(sorted(block.factors.items())):
+            here = t, place, len(block.factors)
+            a = shrink(factor / o.correction(*here), o.share(*here))
             if o.refresh_tolerance is None or a.ndim == 1:
                 roots[dim] = inverse_root(a, p, o)
                 continue
@@ -416,8 +435,9 @@ class Reference:
     @classmethod
     def _refresh_kl(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
         """Compute roots of factors scaled to a mean eigenvalue of 1; scale takes the means' geometric mean."""
-        seen = 1.0 - o.beta ** o.seen(t) if o.use_bias_correction and o.beta != 1.0 else 1.0
-        means = {dim: a.trace().item() / len(a) / seen for dim, a in block.factors.items()}
+        means = {}
+        for place, (dim, a) in enumerate(sorted(block.factors.items())):
+            means[dim] = a.trace().item() / len(a) / o.correction(t, place, len(block.factors))
         means = {dim: mean if mean > 0 else 1.0 for dim, mean in means.items()}
         block.roots = {dim: root * means[dim] ** 0.5 for dim, root in cls._roots(block, t, o, 2.0).items()}
         block.scale = 1.0
@@ -433,7 +453,8 @@ class Reference:
         moved = not block.bases
         if not block.bases:
             block.weight = 1.0 - o.graft_beta2**t
-            seen = o.seen(t) if o.beta == 1.0 else 1.0 - o.beta ** o.seen(t)
+            counts = sum(o.counts(t, 0, len(block.factors)))
+            seen = counts if o.beta == 1.0 else 1.0 - o.beta**counts
             block.rotated = torch.full_like(m, block.weight * next(iter(block.factors.values())).trace().item() / seen)
             for dim, a in block.factors.items():
                 lam, q = torch.linalg.eigh(a)

@@ -39,8 +39,8 @@ class Preconditioner(Protocol):
         """State of ``count`` blocks that have not seen a gradient; ``dtype`` is that of moments and updates."""
         ...
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf | None) -> None:
-        """Add the gradients [B, *shape] of one step to the statistics."""
+    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
+        """Add the gradients [B, *shape] of a step to the statistics, if it is one whose gradients they take."""
         ...
 
     def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:

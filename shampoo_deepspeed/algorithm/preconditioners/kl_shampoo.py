@@ -12,6 +12,7 @@ from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshRe
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner, modes_of
 from shampoo_deepspeed.linalg.mode_products import multiply
 from shampoo_deepspeed.linalg.precision import power
+from shampoo_deepspeed.options.config import ShampooConfig
 
 
 class KLShampooPreconditioner(ShampooPreconditioner):
@@ -34,8 +35,9 @@ class KLShampooPreconditioner(ShampooPreconditioner):
     Before the first refresh the other factors count as identities, and after it as they were at the last refresh.
     """
 
-    # The root -1/2 doubles float32's error of small eigenvalues, and the next statistics are computed from these roots.
-    _in_float64 = True
+    def __init__(self, config: ShampooConfig) -> None:
+        super().__init__(config)
+        self._in_float64 = config.decomposes_in_float64
 
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
@@ -49,17 +51,16 @@ class KLShampooPreconditioner(ShampooPreconditioner):
             state[f"root_{mode}"].diagonal(dim1=-2, dim2=-1).fill_(1.0)
         return {**state, "scale": torch.ones(count, dtype=dtype, device=device)}
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf | None) -> None:
+    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
         whole = gradients.to(torch.promote_types(gradients.dtype, self._root_dtype))
-        modes = modes_of(state)
-        stacks = {}
-        for mode in modes:
+        parts = []
+        for mode, count in self._due(state, step):
             whitened = whole
-            for other in modes:
+            for other in modes_of(state):
                 if other != mode:
                     whitened = multiply(whitened, state[f"root_{other}"], other)
-            stacks[mode] = whitened / math.sqrt(whole[0].numel() // whole.shape[mode + 1])
-        self._accumulate(state, stacks, found_inf)
+            parts.append((mode, count, whitened / math.sqrt(whole[0].numel() // whole.shape[mode + 1])))
+        self._add(state, parts, found_inf)
 
     def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         modes = modes_of(state)

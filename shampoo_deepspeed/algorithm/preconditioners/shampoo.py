@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class ShampooPreconditioner:
 
     def __init__(self, config: ShampooConfig) -> None:
         self._beta = config.factors_decay
-        self._decay = self._beta**config.statistics_frequency
+        self.sampling = Sampling(config.dense_statistics, config.statistics_frequency)
         self._bias_correction = config.use_bias_correction
         self._config = config
         self._sides: dict[tuple[int, ...], tuple[Side, ...]] = {}
@@ -72,18 +73,26 @@ class ShampooPreconditioner:
             self._sides[shape] = self._config.sides(shape)
         return self._sides[shape]
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf | None) -> None:
-        self._accumulate(state, dict.fromkeys(modes_of(state), gradients), found_inf)
+    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
+        self._add(state, [(mode, count, gradients) for mode, count in self._due(state, step)], found_inf)
 
-    def _accumulate(self, state: dict[str, Tensor], stacks: Mapping[int, Tensor], found_inf: FoundInf | None) -> None:
-        """A <- b A + (1 - b) XX', with b the decay of the n gradients that X stands for; for sums A + n XX'.
+    def _due(self, state: dict[str, Tensor], step: int) -> list[tuple[int, int]]:
+        """The modes whose factor gets this step's gradient, and how many gradients it stands for."""
+        modes = modes_of(state)
+        counts = [self.sampling.stands_for(step, place, len(modes)) for place in range(len(modes))]
+        return [(mode, count) for mode, count in zip(modes, counts, strict=True) if count]
+
+    def _add(
+        self, state: dict[str, Tensor], parts: Sequence[tuple[int, int, Tensor]], found_inf: FoundInf | None
+    ) -> None:
+        """A <- b^n A + (1 - b^n) XX', for an X that stands for n gradients; for sums A + n XX'.
 
         Args:
-            stacks: for each mode the stack whose unfolding along it is X.
+            parts: for some modes the mode, n, and the stack whose unfolding along the mode is X.
         """
-        weight = float(self._config.statistics_frequency) if self._beta == 1.0 else 1.0 - self._decay
-        for mode, stack in stacks.items():
-            factor, decay = state[f"factor_{mode}"], self._decay
+        for mode, count, stack in parts:
+            factor, decay = state[f"factor_{mode}"], self._beta**count
+            weight = float(count) if self._beta == 1.0 else 1.0 - decay
             if found_inf is not None:
                 factor.mul_(found_inf.keep(decay, factor.dtype))
                 decay = 1.0
@@ -121,13 +130,13 @@ class ShampooPreconditioner:
         They are wide enough to decompose. If asked, they are corrected for their zero start, and shrunk towards a
         multiple of the identity.
         """
-        factor = state[f"factor_{mode}"]
+        modes = modes_of(state)
+        counted = self.sampling.counted(step, modes.index(mode), len(modes))
         corrected = self._bias_correction and self._beta < 1.0
-        seen = gradients_seen(step, self._config.statistics_frequency)
-        matrices = wide(factor) / (1.0 - self._beta**seen if corrected else 1.0)
+        matrices = wide(state[f"factor_{mode}"]) / (1.0 - self._beta**counted.gradients if corrected else 1.0)
         if self._config.shrinkage == 0.0:
             return matrices
-        return shrunk(matrices, shrinkage_share(self._config, step))
+        return shrunk(matrices, min(1.0, self._config.shrinkage / counted.effective(self._beta)))
 
     def _refreshed(
         self, state: dict[str, Tensor], mode: int, matrices: Tensor, root: float, step: int, conditions: list[Tensor]
@@ -163,30 +172,53 @@ def relative_ridge(config: ShampooConfig, step: int) -> float:
     return max(config.relative_epsilon, config.early_relative_epsilon / step)
 
 
-def gradients_seen(step: int, frequency: int) -> int:
-    """The number of gradients that the factor matrices stand for at this step (counted from 1).
+class Counted(NamedTuple):
+    """The gradients in a factor matrix: ``single`` ones, then ``sampled`` ones that stand for ``frequency`` each."""
 
-    One in ``frequency`` gradients is added, and stands for a whole window.
+    single: int
+    sampled: int
+    frequency: int
+
+    @property
+    def gradients(self) -> int:
+        """The number of gradients that they stand for together."""
+        return self.single + self.sampled * self.frequency
+
+    def effective(self, decay: float) -> float:
+        """(sum w)^2 / sum w^2, with w their weights in a moving average of this decay."""
+        if decay == 1.0:
+            return self.gradients**2 / (self.single + self.sampled * self.frequency**2)
+        window, later = decay**self.frequency, decay ** (self.frequency * self.sampled)
+        # Each sum of squares is a geometric series, (1 - b)^2 (1 - b^2n) / (1 - b^2).
+        squares = (1.0 - window) / (1.0 + window) * (1.0 - later**2)
+        squares += later**2 * (1.0 - decay) / (1.0 + decay) * (1.0 - decay ** (2 * self.single))
+        return float((1.0 - decay**self.gradients) ** 2 / squares)
+
+
+class Sampling(NamedTuple):
+    """Which steps' gradients factor matrices get: all up to step ``dense``, and later one in ``frequency``.
+
+    Then the modes of a block take turns, so that all steps take the same time. For two modes and a frequency of 2 this
+    is the flip-flop iteration: one factor is updated at even steps, the other at odd ones.
     """
-    return frequency * (1 + (step - 1) // frequency)
 
+    dense: int
+    frequency: int
 
-def effective_gradients(step: int, decay: float, frequency: int) -> float:
-    """(sum w)^2 / sum w^2, with w the weights that the gradients in the factor matrices have at this step.
+    def stands_for(self, step: int, place: int, modes: int) -> int:
+        """How many gradients this step's one stands for in the factor at a place among so many modes; 0: not added."""
+        if step <= self.dense:
+            return 1
+        return 0 if (step - self._first(place, modes)) % self.frequency else self.frequency
 
-    Only gradients that were added count, one in ``frequency``; each was followed by the ``decay`` of a whole window.
-    """
-    added = gradients_seen(step, frequency) // frequency
-    beta = decay**frequency
-    faded = beta**added
-    # Of n weights 1, beta, beta^2, ..., with beta^n = faded, and 1 - beta^2 = (1 - beta) (1 + beta).
-    return float(added) if beta == 1.0 else (1.0 + beta) / (1.0 - beta) * (1.0 - faded) / (1.0 + faded)
+    def counted(self, step: int, place: int, modes: int) -> Counted:
+        """The gradients in that factor after this step."""
+        windows = 1 + (step - self._first(place, modes)) // self.frequency
+        return Counted(min(step, self.dense), max(0, windows) if step > self.dense else 0, self.frequency)
 
-
-def shrinkage_share(config: ShampooConfig, step: int) -> float:
-    """The share of the identity in the factor matrices that a refresh at this step sees."""
-    gradients = effective_gradients(step, config.factors_decay, config.statistics_frequency)
-    return min(1.0, config.shrinkage / gradients)
+    def _first(self, place: int, modes: int) -> int:
+        """The first step whose gradient stands for a whole window."""
+        return self.dense + 1 + place * self.frequency // modes
 
 
 def modes_of(state: dict[str, Tensor]) -> list[int]:

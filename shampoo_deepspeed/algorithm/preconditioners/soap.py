@@ -9,7 +9,6 @@ from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import (
     ShampooPreconditioner,
-    gradients_seen,
     modes_of,
     wide,
     write,
@@ -79,8 +78,8 @@ class SOAPPreconditioner:
         state["rotated_weight"] = torch.zeros(count, dtype=dtype, device=device)
         return state
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, found_inf: FoundInf | None) -> None:
-        self._factors.accumulate(state, gradients, found_inf)
+    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
+        self._factors.accumulate(state, gradients, step, found_inf)
 
     def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         """New bases, and how the second moment begins or how its columns move."""
@@ -163,10 +162,11 @@ class SOAPPreconditioner:
         return bases.to(self._basis_dtype), values, columns, drifted, sorted({*failed, *non_finite(bases)})
 
     def _trace(self, state: dict[str, Tensor], step: int) -> Tensor:
-        """The mean of ||G||^2 by the factor matrices [B]; it is the same for all modes."""
-        seen = gradients_seen(step, self._config.statistics_frequency)
+        """The mean of ||G||^2 by the factor matrices [B]; the first mode's stands for all."""
+        modes = modes_of(state)
+        seen = self._factors.sampling.counted(step, 0, len(modes)).gradients
         weight = float(seen) if self._factor_beta == 1.0 else 1.0 - self._factor_beta**seen
-        return wide(state[f"factor_{modes_of(state)[0]}"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
+        return wide(state[f"factor_{modes[0]}"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
 
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
         second, weight = state["rotated_second_moment"], state["rotated_weight"]
