@@ -20,7 +20,8 @@ class ElementwiseShard:
     """A flat range of a parameter on this rank, and how it is updated.
 
     ``elements`` is its range in the flattened global parameter, ``local`` in the flattened local tensor. ``share`` is
-    one over the number of ranks that hold the same range, ``method`` the grafting method that computes its update.
+    one over the number of ranks that hold the same range, ``method`` the grafting method that computes its update,
+    ``embedding`` whether the parameter is an embedding and not the output head too.
     """
 
     parameter: int
@@ -31,6 +32,7 @@ class ElementwiseShard:
     tensor: int
     local: FlatRange
     share: float
+    embedding: bool = False
 
 
 class Elementwise:
@@ -88,12 +90,12 @@ class Elementwise:
         Args:
             steps: each parameter's step number, counted from 1; parameters with 0 take no part.
         """
-        cohorts: dict[tuple[int, str, int], list[int]] = defaultdict(list)
+        cohorts: dict[tuple[int, str, bool, int], list[int]] = defaultdict(list)
         for number, shard in enumerate(self.shards):
             if steps[shard.parameter] > 0:
-                cohorts[shard.group, shard.method, steps[shard.parameter]].append(number)
+                cohorts[shard.group, shard.method, shard.embedding, steps[shard.parameter]].append(number)
         parts, targets = self._parts(gradients), self._parts(updates)
-        for (group, method, step), numbers in cohorts.items():
+        for (group, method, embedding, step), numbers in cohorts.items():
             own = [parts[n].to(self._dtype) for n in numbers]
             if found_inf is not None:
                 own = found_inf.masked(own)
@@ -102,7 +104,7 @@ class Elementwise:
                 second = [self.views["second_moment"][n] for n in numbers]
             config = configs[group].for_elementwise
             made, factor = self._updates(numbers, own, second, method, step, config, found_inf, squared_norms)
-            factor *= config.elementwise_lr
+            factor *= configs[group].elementwise_factor(embedding)
             torch._foreach_copy_([targets[n] for n in numbers], made)
             if factor != 1.0:
                 torch._foreach_mul_([targets[n] for n in numbers], factor)

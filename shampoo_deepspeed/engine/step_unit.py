@@ -221,7 +221,17 @@ class StepUnit:
                 elements, share = FlatRange(start, stop), 1.0 / copies[p, place.box]
                 local = elements.shift(place.offset - start)
                 shards_here.append(
-                    ElementwiseShard(p, parameter.key, policy.options, policy.method, elements, tensor, local, share)
+                    ElementwiseShard(
+                        p,
+                        parameter.key,
+                        policy.options,
+                        policy.method,
+                        elements,
+                        tensor,
+                        local,
+                        share,
+                        policy.embedding,
+                    )
                 )
         return Elementwise(shards_here, configs, self.device, self.dtype)
 

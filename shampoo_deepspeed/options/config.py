@@ -217,6 +217,11 @@ class ShampooConfig:
         "method of element-wise parameters; null: as grafting, or adam if that is none or rms",
     )
     elementwise_lr: float = _option(1.0, non_negative, "factor on the updates of element-wise parameters")
+    embedding_lr: float | None = _option(
+        None,
+        nullable(non_negative),
+        "the same for embeddings that are not the output head too; null: as elementwise_lr",
+    )
     elementwise_betas: tuple[float, float] | None = _option(
         None, nullable(beta_pair), "betas of element-wise parameters; null: betas and grafting_beta2", SCHEDULED
     )
@@ -409,6 +414,10 @@ class ShampooConfig:
         if self.elementwise is not None:
             return self.elementwise
         return self.grafting_method if self.grafts else "adam"
+
+    def elementwise_factor(self, embedding: bool) -> float:
+        """The factor on the updates of an element-wise parameter."""
+        return self.elementwise_lr if self.embedding_lr is None or not embedding else self.embedding_lr
 
     @cached_property
     def for_elementwise(self) -> ShampooConfig:

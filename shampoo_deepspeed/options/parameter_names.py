@@ -22,11 +22,14 @@ def clean_name(name: str) -> str:
     return ".".join(parts)
 
 
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
 def names_and_kinds(model: nn.Module) -> dict[int, tuple[str, frozenset[str]]]:
     """For each parameter of a model, by ``id``: its clean name and its kinds.
 
     - ``embedding``: in an nn.Embedding
-    - ``lm_head``: the output embeddings of a Transformers model
+    - ``lm_head``: the output embeddings of a Transformers model, or an embedding's weight that other modules share
     - ``layernorm``: in an nn.LayerNorm
     - ``norm``: in any module whose class name ends in it
     - ``router``: in a module that sends tokens to experts
@@ -35,14 +38,23 @@ def names_and_kinds(model: nn.Module) -> dict[int, tuple[str, frozenset[str]]]:
     A tied weight has the kinds of all modules that hold it.
     """
     kinds: dict[int, set[str]] = defaultdict(set)
+    holders: dict[int, set[bool]] = defaultdict(set)
     by_module = kinds_by_module(model)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             kinds[id(parameter)].update(by_module[id(module)])
+            holders[id(parameter)].add(isinstance(module, EMBEDDINGS))
     head = output_head(model)
     if head is not None and getattr(head, "weight", None) is not None:
         kinds[id(head.weight)].add("lm_head")
+    for shared in (parameter for parameter, embeds in holders.items() if len(embeds) == 2):
+        kinds[shared].add("lm_head")
     return {id(p): (clean_name(name), frozenset(kinds[id(p)])) for name, p in model.named_parameters()}
+
+
+def is_embedding(kinds: frozenset[str]) -> bool:
+    """Whether a parameter of these kinds is an embedding and not the output head too."""
+    return "embedding" in kinds and "lm_head" not in kinds
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -60,7 +72,7 @@ def kinds_by_module(model: nn.Module) -> dict[int, frozenset[str]]:
 
 def _kinds_of(module: nn.Module) -> set[str]:
     kinds, name = set(), type(module).__name__.lower()
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+    if isinstance(module, EMBEDDINGS):
         kinds.add("embedding")
     if isinstance(module, nn.LayerNorm):
         kinds.add("layernorm")

@@ -38,6 +38,7 @@ class _Options(TypedDict, total=False):
     grafting_beta2: float | None
     elementwise: str | None
     elementwise_lr: float
+    embedding_lr: float | None
     elementwise_betas: Sequence[float] | None
     momentum: float
     dampening: float

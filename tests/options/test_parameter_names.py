@@ -119,12 +119,22 @@ def test_every_kind_of_module_can_be_named_by_a_pattern() -> None:
     assert found <= set(KINDS) and {kind for kind in KINDS if not kind.endswith("d") or kind == "lm_head"} <= found
 
 
-def test_a_model_without_an_output_head_has_no_lm_head() -> None:
-    class Headless(Tied):
-        def get_output_embeddings(self) -> nn.Module:
-            return None  # type: ignore[return-value]
+class Headless(Tied):
+    """No output head that it tells of."""
 
-    assert dict(names_and_kinds(Headless()).values())["table.weight"] == frozenset({"embedding"})
+    def get_output_embeddings(self) -> nn.Module:
+        return None  # type: ignore[return-value]
+
+
+def test_an_embedding_that_another_module_shares_is_the_output_head_too() -> None:
+    assert dict(names_and_kinds(Headless()).values())["table.weight"] == frozenset({"embedding", "lm_head"})
+
+
+def test_a_model_without_an_output_head_has_no_lm_head() -> None:
+    model = Headless()
+    model.out = nn.Linear(4, 7, bias=False)
+    found = dict(names_and_kinds(model).values())
+    assert (found["table.weight"], found["out.weight"]) == (frozenset({"embedding"}), NOTHING)
 
 
 MATCHES: list[tuple[str, str | None, frozenset[str], bool]] = [

@@ -1,0 +1,65 @@
+"""Rates of element-wise parameters: `elementwise_lr`, and `embedding_lr` for embeddings that are no output head."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shampoo_deepspeed import Shampoo
+
+
+class Model(nn.Module):
+    """An embedding, one more that may be tied to the head, a norm and a matrix."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.tokens, self.kinds = nn.Embedding(7, 4), nn.Embedding(5, 4)
+        self.hidden, self.norm = nn.Linear(4, 4, bias=False), nn.LayerNorm(4)
+        self.head = nn.Linear(4, 7, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(self.hidden(self.tokens(x) + self.kinds(x % 5))))
+        return out
+
+
+def steps(model: nn.Module, **options: float) -> dict[str, Tensor]:
+    """Return how far each parameter of a copy of the model moves in two steps, which have the same gradients."""
+    moved = copy.deepcopy(model)
+    optimizer = Shampoo(moved.named_parameters(), model=moved, lr=1e-3, exclude=["*head*", "kind:embedding"], **options)
+    for _ in range(2):
+        for number, p in enumerate(moved.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
+        optimizer.step()
+    before = dict(model.named_parameters())
+    return {name: p.detach() - before[name].detach() for name, p in moved.named_parameters()}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_each_kind_has_its_factor(tied: bool) -> None:
+    torch.manual_seed(0)
+    model = Model(tied)
+    plain = steps(model)
+    found = steps(model, elementwise_lr=3.0, embedding_lr=16.0)
+    factors = {
+        "tokens.weight": 3.0 if tied else 16.0,
+        "kinds.weight": 16.0,
+        "hidden.weight": 1.0,
+        "norm.weight": 3.0,
+        "norm.bias": 3.0,
+        "head.weight": 3.0,
+    }
+    for name, step in found.items():
+        torch.testing.assert_close(step, factors[name] * plain[name], rtol=1e-3, atol=1e-6)
+
+
+def test_without_a_factor_of_their_own_embeddings_have_that_of_all() -> None:
+    torch.manual_seed(0)
+    model = Model(False)
+    plain, found = steps(model), steps(model, elementwise_lr=3.0)
+    for name in ("tokens.weight", "kinds.weight", "norm.weight"):
+        torch.testing.assert_close(found[name], 3.0 * plain[name], rtol=1e-3, atol=1e-6)
