@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ class Model(nn.Module):
         return out
 
 
-def steps(model: nn.Module, **options: float) -> dict[str, Tensor]:
+def steps(model: nn.Module, **options: Any) -> dict[str, Tensor]:
     """Return how far each parameter of a copy of the model moves in two steps, which have the same gradients."""
     moved = copy.deepcopy(model)
     optimizer = Shampoo(moved.named_parameters(), model=moved, lr=1e-3, exclude=["*head*", "kind:embedding"], **options)
