@@ -21,7 +21,7 @@ class ElementwiseShard:
 
     ``elements`` is its range in the flattened global parameter, ``local`` in the flattened local tensor. ``share`` is
     one over the number of ranks that hold the same range, ``method`` the grafting method that computes its update,
-    ``embedding`` whether the parameter is an embedding and not the output head too.
+    ``embedding`` whether the parameter embeds tokens and is not the output head too.
     """
 
     parameter: int

@@ -44,7 +44,7 @@ DEFAULT_EXCLUDE = (
     "*bias",
 )
 # Kinds that names_and_kinds and shapes can distinguish.
-KINDS = ("embedding", "lm_head", "layernorm", "norm", "router", "experts", "0d", "1d", "2d", "3d", "4d", "5d")
+KINDS = ("embedding", "tokens", "lm_head", "layernorm", "norm", "router", "experts", "0d", "1d", "2d", "3d", "4d", "5d")
 # Stacked experts [experts, out, in] are separate matrices.
 DEFAULT_RULES: tuple[dict[str, Any], ...] = ({"match": ("kind:experts",), "batch_dims": 1},)
 

@@ -220,7 +220,7 @@ class ShampooConfig:
     embedding_lr: float | None = _option(
         None,
         nullable(non_negative),
-        "the same for embeddings that are not the output head too; null: as elementwise_lr",
+        "the same for token embeddings that are not the output head too; null: as elementwise_lr",
     )
     elementwise_betas: tuple[float, float] | None = _option(
         None, nullable(beta_pair), "betas of element-wise parameters; null: betas and grafting_beta2", SCHEDULED

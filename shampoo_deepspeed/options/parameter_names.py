@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 # Wrappers insert these parts into parameter names, but a parameter must have the same key with and without them.
 # Adapters do not provide them, because names also come from users and checkpoints without the wrapper.
@@ -23,12 +23,16 @@ def clean_name(name: str) -> str:
 
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+# What tables of positions and segments are called; they have few rows, each with a gradient in nearly every step.
+POSITIONS = re.compile(r"wpe|pos|segment|token_type", re.IGNORECASE)
 
 
 def names_and_kinds(model: nn.Module) -> dict[int, tuple[str, frozenset[str]]]:
     """For each parameter of a model, by ``id``: its clean name and its kinds.
 
     - ``embedding``: in an nn.Embedding
+    - ``tokens``: the input embeddings of a Transformers model; in other models, embeddings that are not those of
+      positions by their name
     - ``lm_head``: the output embeddings of a Transformers model, or an embedding's weight that other modules share
     - ``layernorm``: in an nn.LayerNorm
     - ``norm``: in any module whose class name ends in it
@@ -47,14 +51,27 @@ def names_and_kinds(model: nn.Module) -> dict[int, tuple[str, frozenset[str]]]:
     head = output_head(model)
     if head is not None and getattr(head, "weight", None) is not None:
         kinds[id(head.weight)].add("lm_head")
+    for table in _token_embeddings(model):
+        kinds[id(table)].add("tokens")
     for shared in (parameter for parameter, embeds in holders.items() if len(embeds) == 2):
         kinds[shared].add("lm_head")
     return {id(p): (clean_name(name), frozenset(kinds[id(p)])) for name, p in model.named_parameters()}
 
 
-def is_embedding(kinds: frozenset[str]) -> bool:
-    """Whether a parameter of these kinds is an embedding and not the output head too."""
-    return "embedding" in kinds and "lm_head" not in kinds
+def embeds_tokens(kinds: frozenset[str]) -> bool:
+    """Whether a parameter of these kinds embeds tokens and is not the output head too."""
+    return "tokens" in kinds and "lm_head" not in kinds
+
+
+def _token_embeddings(model: nn.Module) -> list[Tensor]:
+    source, given = model, getattr(model, "get_input_embeddings", None)
+    if callable(given):
+        try:
+            source = given()
+        except NotImplementedError:  # a Transformers model without tokens
+            return []
+    tables = [(name, module) for name, module in source.named_modules() if isinstance(module, EMBEDDINGS)]
+    return [table.weight for name, table in tables if not POSITIONS.search(name)]
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""Rates of element-wise parameters: `elementwise_lr`, and `embedding_lr` for embeddings that are no output head."""
+"""Rates of element-wise parameters: `elementwise_lr`, and `embedding_lr` for token embeddings that are no head."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from shampoo_deepspeed import Shampoo
 
 
 class Model(nn.Module):
-    """An embedding, one more that may be tied to the head, a norm and a matrix."""
+    """Tables of tokens, which may be tied to the head, of kinds and of positions, a norm and a matrix."""
 
     def __init__(self, tied: bool) -> None:
         super().__init__()
-        self.tokens, self.kinds = nn.Embedding(7, 4), nn.Embedding(5, 4)
+        self.tokens, self.kinds, self.positions = nn.Embedding(7, 4), nn.Embedding(5, 4), nn.Embedding(3, 4)
         self.hidden, self.norm = nn.Linear(4, 4, bias=False), nn.LayerNorm(4)
         self.head = nn.Linear(4, 7, bias=False)
         if tied:
             self.head.weight = self.tokens.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.norm(self.hidden(self.tokens(x) + self.kinds(x % 5))))
+        out: Tensor = self.head(self.norm(self.hidden(self.tokens(x) + self.kinds(x % 5) + self.positions(x % 3))))
         return out
 
 
@@ -49,6 +49,7 @@ def test_each_kind_has_its_factor(tied: bool) -> None:
     factors = {
         "tokens.weight": 3.0 if tied else 16.0,
         "kinds.weight": 16.0,
+        "positions.weight": 3.0,
         "hidden.weight": 1.0,
         "norm.weight": 3.0,
         "norm.bias": 3.0,

@@ -70,8 +70,8 @@ class Tied(nn.Module):
 def test_kinds_come_from_the_modules_that_hold_a_parameter() -> None:
     found = dict(names_and_kinds(Tied()).values())
     assert found == {
-        "table.weight": frozenset({"embedding", "lm_head"}),
-        "bag.weight": frozenset({"embedding"}),
+        "table.weight": frozenset({"embedding", "tokens", "lm_head"}),
+        "bag.weight": frozenset({"embedding", "tokens"}),
         "norm.weight": frozenset({"layernorm", "norm"}),
         "norm.bias": frozenset({"layernorm", "norm"}),
         "mix.weight": NOTHING,
@@ -127,14 +127,36 @@ class Headless(Tied):
 
 
 def test_an_embedding_that_another_module_shares_is_the_output_head_too() -> None:
-    assert dict(names_and_kinds(Headless()).values())["table.weight"] == frozenset({"embedding", "lm_head"})
+    assert dict(names_and_kinds(Headless()).values())["table.weight"] == frozenset({"embedding", "tokens", "lm_head"})
 
 
 def test_a_model_without_an_output_head_has_no_lm_head() -> None:
     model = Headless()
     model.out = nn.Linear(4, 7, bias=False)
     found = dict(names_and_kinds(model).values())
-    assert (found["table.weight"], found["out.weight"]) == (frozenset({"embedding"}), NOTHING)
+    assert (found["table.weight"], found["out.weight"]) == (frozenset({"embedding", "tokens"}), NOTHING)
+
+
+def test_tokens_are_the_input_embeddings_of_a_model_that_tells_them() -> None:
+    class Telling(Tied):
+        def get_input_embeddings(self) -> nn.Module:
+            return self.bag
+
+    class Wordless(Tied):
+        def get_input_embeddings(self) -> nn.Module:
+            raise NotImplementedError
+
+    def tables(model: nn.Module) -> set[str]:
+        return {name for name, kinds in names_and_kinds(model).values() if "tokens" in kinds}
+
+    assert (tables(Telling()), tables(Wordless())) == ({"bag.weight"}, set())
+
+
+@pytest.mark.parametrize("name", ["wpe", "position_embeddings", "embed_positions", "token_type_embeddings", "pos_emb"])
+def test_tables_of_positions_and_segments_are_not_tokens(name: str) -> None:
+    model = nn.ModuleDict({name: nn.Embedding(3, 2), "embed_tokens": nn.Embedding(5, 2)})
+    kinds = dict(names_and_kinds(model).values())
+    assert (kinds[f"{name}.weight"], "tokens" in kinds["embed_tokens.weight"]) == (frozenset({"embedding"}), True)
 
 
 MATCHES: list[tuple[str, str | None, frozenset[str], bool]] = [
