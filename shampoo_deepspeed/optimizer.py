@@ -102,8 +102,8 @@ class Shampoo(BlockOptimizer):
                 continue  # a tool's hidden first call, which is only to create state
             with full_precision(unit.device.type):
                 found_inf = agreed.found_inf(unit)  # None if the step is known to be accepted
-                updates = [torch.empty(n, dtype=unit.dtype, device=unit.device) for n in unit.sizes]
                 steps = agreed.count_step(unit, active)
+                updates = [torch.empty(n, dtype=unit.dtype, device=unit.device) for n in unit.sizes]
                 _precondition(unit, gradients, updates, steps, configs, found_inf)
                 norms = agreed.squared_norms(unit)
                 unit.elementwise.step(gradients, updates, steps, configs, found_inf, norms)

@@ -16,6 +16,7 @@ from shampoo_deepspeed.algorithm.background import Refresh
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners import Preconditioner, build
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
+from shampoo_deepspeed.linalg.precision import ACCURATE_NORMS
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.runtime.metrics import RefreshMeter
 
@@ -129,7 +130,12 @@ class BlockStack:
             begin = end
 
     def _advance(self, first: int, gradients: Tensor, step: int, found_inf: FoundInf | None) -> Tensor:
-        """Steps 2 to 7 of the rule (docs/how-a-step-works.md) for neighbouring rows that share a step count."""
+        """Steps 2 to 7 of the rule (docs/how-a-step-works.md) for neighbouring rows that share a step count.
+
+        Step 1 ends here too, as only the owner of a block has its whole gradient.
+        """
+        if self._config.normalize_gradients:
+            _normalize_(gradients)
         rows = range(first, first + len(gradients))
         state = {name: tensor[first : rows.stop] for name, tensor in self.tensors.items()}
         if self.pending:
@@ -372,6 +378,35 @@ def _part(state: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
 def block_norms(stack: Tensor) -> Tensor:
     """Frobenius norm of each block of [B, *shape], as [B, 1, ..., 1]."""
     return torch.linalg.vector_norm(stack, dim=tuple(range(1, stack.ndim)), keepdim=True)
+
+
+def _normalize_(stack: Tensor) -> None:
+    """Divide each block of [B, *shape] by its root mean square, in place; a block of zeros stays zero."""
+    scales, norms = _scaled_norms(stack)
+    means = norms / math.sqrt(math.prod(stack.shape[1:])) * scales
+    stack.div_(torch.where(means > 0, means, 1.0))
+
+
+def _scaled_norms(stack: Tensor) -> tuple[Tensor, Tensor]:
+    """(s, the norm of the block divided by s) for each block, as [B, 1, ..., 1]; s is not 0.
+
+    Squares overflow or underflow long before the elements do. So s is the largest magnitude if squares might not be
+    accurate. On the CPU a look at the norms shows whether they are, and s is 1 then, which saves two passes. On an
+    accelerator that would be a wait.
+    """
+    dims = tuple(range(1, stack.ndim))
+    if stack.device.type == "cpu":
+        norms = block_norms(stack)
+        low, high = ACCURATE_NORMS[stack.dtype]
+        usual = (norms > low) & (norms < high)
+        if usual.all():
+            return torch.ones_like(norms), norms
+        peaks = torch.maximum(stack.amax(dims, keepdim=True), -stack.amin(dims, keepdim=True))
+        peaks = torch.where(usual, 1.0, peaks)  # a block's result must not depend on the others
+    else:
+        peaks = torch.linalg.vector_norm(stack, math.inf, dim=dims, keepdim=True)
+    scales = torch.where(peaks > 0, peaks, 1.0)
+    return scales, block_norms(stack / scales)
 
 
 def _with_length_of(other: Tensor, factor: float, update: Tensor) -> Tensor:

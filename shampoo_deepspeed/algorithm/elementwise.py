@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +14,11 @@ from torch import Tensor
 from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.geometry.boxes import FlatRange
+from shampoo_deepspeed.linalg.precision import ACCURATE_NORMS
 from shampoo_deepspeed.options.config import ShampooConfig
+
+# Elements whose squares are summed in their own dtype; the sums of a longer tensor's rows are added in float64.
+NORM_ROW = 4096
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,8 @@ class ElementwiseShard:
 
     ``elements`` is its range in the flattened global parameter, ``local`` in the flattened local tensor. ``share`` is
     one over the number of ranks that hold the same range, ``method`` the grafting method that computes its update,
-    ``embedding`` whether the parameter embeds tokens and is not the output head too.
+    ``numel`` the number of elements of the global parameter, and ``embedding`` whether that embeds tokens and is not
+    the output head too.
     """
 
     parameter: int
@@ -32,6 +39,7 @@ class ElementwiseShard:
     tensor: int
     local: FlatRange
     share: float
+    numel: int
     embedding: bool = False
 
 
@@ -53,6 +61,19 @@ class Elementwise:
         self.tensors = {name: torch.zeros(sum(self.sizes), dtype=dtype, device=device) for name in used}
         self.views = self._split()
 
+    @cached_property
+    def _parameters(self) -> Tensor:
+        """The number of each shard's parameter, on the device."""
+        return torch.tensor([shard.parameter for shard in self.shards], dtype=torch.long, device=self._device)
+
+    @cached_property
+    def _shares(self) -> Tensor:
+        return torch.tensor([shard.share for shard in self.shards], dtype=torch.float64, device=self._device)
+
+    @cached_property
+    def _numels(self) -> Tensor:
+        return torch.tensor([shard.numel for shard in self.shards], dtype=torch.float64, device=self._device)
+
     def _split(self) -> dict[str, list[Tensor]]:
         """Each shard's part of each tensor."""
         return {name: list(torch.split(t, self.sizes)) if self.sizes else [] for name, t in self.tensors.items()}
@@ -67,9 +88,17 @@ class Elementwise:
         self.tensors = {name: torch.zeros_like(t, device=self._device) for name, t in self.tensors.items()}
         self.views = self._split()
 
-    def squared_norms(self, gradients: Sequence[Tensor], count: int) -> Tensor:
-        """This rank's share of each parameter's ||G||^2, as [count] with one entry per parameter of the unit."""
+    def squared_norms(self, gradients: Sequence[Tensor], count: int, wide: bool = False) -> Tensor:
+        """This rank's share of each parameter's ||G||^2, as [count] with one entry per parameter of the unit.
+
+        Args:
+            wide: in float64, which holds the square of any float32; for ``normalize_gradients``.
+        """
         device = gradients[0].device if gradients else torch.device("cpu")
+        if wide:
+            norms = _flat_norms([part.to(self._dtype) for part in self._parts(gradients)]).to(device)
+            shares = norms.square() * self._shares
+            return torch.zeros(count, dtype=torch.float64, device=device).index_add_(0, self._parameters, shares)
         squares = torch.zeros(count, dtype=self._dtype, device=device)
         for shard, part in zip(self.shards, self._parts(gradients), strict=True):
             norm = torch.linalg.vector_norm(part.to(self._dtype))
@@ -95,14 +124,17 @@ class Elementwise:
             if steps[shard.parameter] > 0:
                 cohorts[shard.group, shard.method, shard.embedding, steps[shard.parameter]].append(number)
         parts, targets = self._parts(gradients), self._parts(updates)
+        divisors = self._root_mean_squares(squared_norms)
         for (group, method, embedding, step), numbers in cohorts.items():
             own = [parts[n].to(self._dtype) for n in numbers]
             if found_inf is not None:
                 own = found_inf.masked(own)
+            config = configs[group].for_elementwise
+            if config.normalize_gradients:  # the updates' memory is free until they are copied into it
+                own = [torch.div(g, divisors[n], out=targets[n]) for n, g in zip(numbers, own, strict=True)]
             second = []
             if "second_moment" in self.needs[group, method]:
                 second = [self.views["second_moment"][n] for n in numbers]
-            config = configs[group].for_elementwise
             made, factor = self._updates(numbers, own, second, method, step, config, found_inf, squared_norms)
             factor *= configs[group].elementwise_factor(embedding)
             torch._foreach_copy_([targets[n] for n in numbers], made)
@@ -121,8 +153,10 @@ class Elementwise:
         squared_norms: Tensor | None,
     ) -> tuple[list[Tensor], float]:
         """Updates of some shards, up to a common factor."""
-        scaled = gradients
-        if squared_norms is not None and grafting.is_normalized(method):
+        scaled, normalizes = gradients, method.startswith(grafting.NORMALIZED)
+        if normalizes and config.normalize_gradients:  # the root mean square is 1 now
+            scaled = list(torch._foreach_div(gradients, [math.sqrt(self.shards[n].numel) for n in numbers]))
+        elif normalizes and squared_norms is not None:
             norms = squared_norms.sqrt()
             scaled = [
                 grafting.normalized(g, norms[self.shards[n].parameter]) for n, g in zip(numbers, gradients, strict=True)
@@ -130,6 +164,16 @@ class Elementwise:
         first = [self.views["exp_avg"][n] for n in numbers] if config.betas[0] else []
         warm = grafting.advance(method, first, second, gradients, scaled, step, config, found_inf)
         return warm.updates, warm.factor
+
+    def _root_mean_squares(self, squared_norms: Tensor | None) -> Sequence[Tensor]:
+        """The root mean square of each shard's parameter; 1 if it is 0 or not finite.
+
+        The masked gradients of a rejected step are zeros, which a division by NaN would spoil.
+        """
+        if squared_norms is None or not self.shards:
+            return ()
+        found = (squared_norms.index_select(0, self._parameters) / self._numels).sqrt().to(self._dtype)
+        return torch.where((found > 0) & found.isfinite(), found, 1.0).unbind()
 
     def _parts(self, bases: Sequence[Tensor]) -> list[Tensor]:
         return [bases[s.tensor][slice(*s.local)] for s in self.shards]
@@ -139,3 +183,33 @@ def moments_of(config: ShampooConfig, method: str) -> set[str]:
     """The moments that an element-wise parameter has under these options."""
     needs = {"exp_avg"} if config.for_elementwise.betas[0] else set()
     return needs | {"second_moment"} if grafting.has_second_moment(method) else needs
+
+
+def _flat_norms(parts: Sequence[Tensor]) -> Tensor:
+    """The norm of each 1-D tensor, in float64 [len(parts)]; accurate for any length, and where squares overflow.
+
+    Long tensors are summed in rows: in float32, one sum of 38 million squares is wrong in the third digit on the CPU,
+    so that norms would depend on how ranks cut a parameter.
+    """
+    if not parts:
+        return torch.zeros(0, dtype=torch.float64)
+    if parts[0].device.type != "cpu":  # one pass, which memory limits, not the speed of float64
+        return torch.stack(list(torch._foreach_norm(list(parts), 2, torch.float64)))
+    norms = torch.stack([_norm_by_rows(part) for part in parts])
+    least, most = ACCURATE_NORMS[parts[0].dtype]
+    for number in ((norms <= least) | (norms >= most)).nonzero().flatten().tolist():
+        if parts[number].numel():
+            low, high = torch.aminmax(parts[number])
+            peak = torch.maximum(-low, high)
+            if peak > 0:
+                norms[number] = _norm_by_rows(parts[number] / peak) * peak.double()
+    return norms
+
+
+def _norm_by_rows(part: Tensor) -> Tensor:
+    """The norm of a 1-D tensor on the CPU, in float64."""
+    whole = len(part) // NORM_ROW * NORM_ROW
+    if not whole:
+        return torch.linalg.vector_norm(part).double()
+    rows = torch.linalg.vector_norm(part[:whole].view(-1, NORM_ROW), dim=1)
+    return torch.linalg.vector_norm(torch.cat([rows, torch.linalg.vector_norm(part[whole:])[None]]).double())

@@ -83,7 +83,7 @@ class Agreement:
         return bool(self._flags[_NONZERO] > 0)
 
     def squared_norms(self, unit: StepUnit) -> Tensor | None:
-        """||G||^2 of each of the unit's parameters, if a normalized method needs it."""
+        """||G||^2 of each of the unit's parameters, if a normalized method or ``normalize_gradients`` needs it."""
         return self._norms.get(id(unit))
 
     def count_step(self, unit: StepUnit, active: Sequence[bool]) -> list[int]:
@@ -154,8 +154,9 @@ def agree(work: Sequence[tuple[StepUnit, ShardGradients]], configs: Mapping[int,
     # Small groups first: the flags of an expert's ranks then reach all ranks through the larger group around them.
     for unit, gradients in sorted(work, key=lambda item: item[0].world_size):
         squares = torch.empty(0, dtype=unit.dtype, device=unit.device)
-        if unit.needs_norms:
-            squares = unit.elementwise.squared_norms(gradients.decayed, len(unit.parameters)).to(unit.device)
+        wide = any(configs[number].normalize_gradients for number in unit.elementwise_options)
+        if unit.needs_norms or wide:
+            squares = unit.elementwise.squared_norms(gradients.decayed, len(unit.parameters), wide).to(unit.device)
         if unit.group is not None:
             summed = _summed(torch.cat([flags.to(squares), squares]), unit.group)
             flags, squares = summed[:_FLAGS].clamp_max(1e6).to(flags), summed[_FLAGS:]

@@ -5,6 +5,7 @@ Built once, from a framework's layout, at the first step of its tensors.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -136,7 +137,10 @@ class StepUnit:
         ]
         self.elementwise = self._elementwise_part(places, everyone, configs)
         self.update_ranges = self._joined_ranges()
-        self.needs_norms = any(is_normalized(t.method) for t in self.policies if not t.preconditioned)
+        elementwise = [t for t in self.policies if not t.preconditioned]
+        self.needs_norms = any(is_normalized(t.method) for t in elementwise)
+        # The numbers of the options of element-wise parameters, which may ask for norms at any step.
+        self.elementwise_options = {t.options for t in elementwise}
 
     def _placed_shards(self) -> list[tuple[int, int, PlacedBox]]:
         """This rank's shards as (parameter, tensor, place in its merged shape)."""
@@ -219,20 +223,10 @@ class StepUnit:
                 parameter, policy = self.parameters[p], self.policies[p]
                 (start,), (stop,) = place.box.offsets, place.box.ends
                 elements, share = FlatRange(start, stop), 1.0 / copies[p, place.box]
-                local = elements.shift(place.offset - start)
-                shards_here.append(
-                    ElementwiseShard(
-                        p,
-                        parameter.key,
-                        policy.options,
-                        policy.method,
-                        elements,
-                        tensor,
-                        local,
-                        share,
-                        policy.embedding,
-                    )
-                )
+                local, numel = elements.shift(place.offset - start), math.prod(parameter.shape)
+                how = parameter.key, policy.options, policy.method
+                shard = ElementwiseShard(p, *how, elements, tensor, local, share, numel, policy.embedding)
+                shards_here.append(shard)
         return Elementwise(shards_here, configs, self.device, self.dtype)
 
     def _joined_ranges(self) -> list[UpdateRange]:

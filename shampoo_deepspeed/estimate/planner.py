@@ -283,7 +283,7 @@ class _Unit:
     @cache  # noqa: B019  a unit lives as long as its estimate is made
     def _elementwise_bytes(self, number: int, method: str) -> dict[str, int]:
         """Bytes of one element's state by kind."""
-        shard = ElementwiseShard(0, "", number, method, FlatRange(0, 1), 0, FlatRange(0, 1), 1.0)
+        shard = ElementwiseShard(0, "", number, method, FlatRange(0, 1), 0, FlatRange(0, 1), 1.0, 1)
         return _bytes_by_kind(Elementwise([shard], self.configs, META, self.dtype).tensors)
 
 

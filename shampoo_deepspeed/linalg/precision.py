@@ -12,6 +12,7 @@ copy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +26,12 @@ from torch import Tensor
 LANES = 128
 # Torch splits tensors of 32,768 elements or more among threads, and not at multiples of vector registers.
 UNDIVIDED = 1 << 14
+# Between these bounds, a norm whose squares were summed in the dtype has lost nothing to overflow or underflow. Squares
+# below the smallest number are lost, but a billion of them are only 1e-9 of the lower bound's square.
+ACCURATE_NORMS = {
+    dtype: (math.sqrt(torch.finfo(dtype).tiny) * 2.0**30, math.sqrt(torch.finfo(dtype).max) / 2.0)
+    for dtype in (torch.float32, torch.float64)
+}
 
 
 @contextmanager

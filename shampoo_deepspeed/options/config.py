@@ -135,6 +135,9 @@ class ShampooConfig:
     )
     beta3: float | None = _option(None, nullable(fraction), "weight of the old first moment in M; null: betas[0]")
     eps: float = _option(1e-8, non_negative, "added to the square root of second moments, as in AdamW")
+    normalize_gradients: bool = _option(
+        False, flag, "first divide each block's (or element-wise parameter's) gradient by its root mean square"
+    )
     weight_decay: float = _option(0.0, non_negative, "weight decay", GROUP_ONLY)
     decoupled_weight_decay: bool = _option(True, flag, "AdamW's decay; false: L2, added to the gradient", GROUP_ONLY)
     weight_decay_type: str | None = _option(

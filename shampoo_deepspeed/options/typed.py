@@ -14,6 +14,7 @@ class _Options(TypedDict, total=False):
 
     factor_beta: float | None
     beta3: float | None
+    normalize_gradients: bool
     decoupled_weight_decay: bool
     weight_decay_type: str | None
     peak_lr: float | None

@@ -42,6 +42,7 @@ SOAP: dict[str, dict[str, Any]] = {
     "other_root": {"exponent_override": 4.0},
     "grafted": {"grafting": "rmsprop"},
     "rms": {"grafting": "rms"},
+    "normalize_gradients": {"normalize_gradients": True},
     "warm_sgd": {"elementwise": "sgd"},
     "sums_every_second_step": {**EVERY_SECOND, "betas": (0.0, 1.0)},
 }
@@ -54,6 +55,7 @@ KL: dict[str, dict[str, Any]] = {
     "saturated": {"damping": "saturate", "relative_epsilon": 0.05},
     "saturated_in_kept_bases": {"damping": "saturate", "relative_epsilon": 0.05, "refresh_tolerance": 0.1},
     "shrunk": {"shrinkage": 3.0, "factor_beta": 0.9},
+    "normalize_gradients": {"normalize_gradients": True},
     "shrunk_kept_bases": {**EVERY_SECOND, "shrinkage": 3.0, "refresh_tolerance": 0.1},
 }
 SHAMPOO: dict[str, dict[str, Any]] = {
@@ -63,6 +65,7 @@ SHAMPOO: dict[str, dict[str, Any]] = {
     "shrunk_kept_bases": {**EVERY_SECOND, "shrinkage": 3.0, "refresh_tolerance": 0.1},
     "shrunk_sums": {**EVERY_SECOND, "betas": (0.0, 1.0), "shrinkage": 3.0},
     "shrunk_in_the_background": {**EVERY_THIRD, "betas": (0.9, 0.9), "shrinkage": 3.0, "refresh": "background"},
+    "normalize_gradients": {"normalize_gradients": True, "grafting": "normalized_adam"},
     "shrunk_uncorrected": {"shrinkage": 3.0, "use_bias_correction": False},
     "rms": {"grafting": "rms"},
     "rms_looks_ahead": {"grafting": "rms", "beta3": 0.4, "use_bias_correction": False},

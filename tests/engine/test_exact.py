@@ -37,6 +37,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "graft_rms": {"grafting": "rms"},
     "graft_rms_elementwise_sgd": {"grafting": "rms", "elementwise": "sgd"},
     "elementwise_sgd": {"elementwise": "sgd"},
+    "normalize_gradients": {"normalize_gradients": True, "weight_decay_type": "l2"},
+    "normalize_gradients_normalized_adam": {"normalize_gradients": True, "grafting": "normalized_adam", "lr": 1e-3},
     "coupled_decay": {"weight_decay": 0.3, "decoupled_weight_decay": False},
     "momentum": {"momentum": 0.8, "dampening": 0.5},
     "nesterov": {"momentum": 0.9, "dampening": 0.1, "nesterov": True},

@@ -21,6 +21,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "coupled_decay": {"decoupled_weight_decay": False},
     "sums": {"betas": (0.0, 1.0), "grafting": "adagrad"},
     "normalized": {"grafting": "normalized_rmsprop", "momentum": 0.9},
+    "normalize_gradients": {"normalize_gradients": True, "elementwise": "normalized_adam"},
+    "normalize_gradients_soap": {"normalize_gradients": True, "preconditioner": "soap"},
     "no_grafting": {"grafting": "none", "elementwise": "sgd"},
     "rms": {"grafting": "rms"},
     "soap_rms": {"preconditioner": "soap", "grafting": "rms"},

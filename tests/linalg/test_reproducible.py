@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shampoo_deepspeed import ShampooConfig
 from shampoo_deepspeed.algorithm import grafting
-from shampoo_deepspeed.algorithm.block_stack import BlockStack
+from shampoo_deepspeed.algorithm.block_stack import BlockStack, _normalize_
 from shampoo_deepspeed.linalg.eigenbases import eigenbasis, kept_or_new, power_step
 from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root, shrunk
 from shampoo_deepspeed.linalg.mode_products import add_gram_, bmm, multiply_modes
@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ungrafted": {"grafting": "none", "beta3": 0.4},
     "rmsprop": {"grafting": "rmsprop", "eps": 0.0},
     "normalized": {"grafting": "normalized_adam"},
+    "normalize_gradients": {"normalize_gradients": True},
     "diagonals": {"large_dim": "diagonal", "max_preconditioner_dim": 32},
     "narrow_products": {"apply_dtype": "bfloat16", "root_dtype": "bfloat16"},
     "background": {"refresh": "background"},
@@ -79,6 +80,22 @@ def test_a_block_in_a_stack_steps_as_it_does_alone(option: str, shape: tuple[int
         alone = stepped(range(row, row + 1), shape, OPTIONS[option], dtype)
         for name, tensor in together.items():
             assert torch.equal(tensor[row], alone[name][0]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("shape", [(7, 5), (130, 300)])
+def test_a_gradient_is_normalized_alike_next_to_any_other(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Squares of one block overflow, of one they underflow, and one is zero."""
+    scales = torch.tensor([1e-30, 1.0, 0.0, 1e20, 1e-3], dtype=dtype).view(-1, 1, 1)
+    stack = gradients(shape, 1, dtype) * scales
+    together = stack.clone()
+    _normalize_(together)
+    for row in range(ROWS):
+        alone = stack[row : row + 1].clone()
+        _normalize_(alone)
+        assert torch.equal(together[row], alone[0])
+    wanted = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0], dtype=dtype)
+    torch.testing.assert_close(together.square().mean((1, 2)).sqrt(), wanted)
 
 
 def covariances(d: int, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "newton_db": {"solver": "newton_db"},
     "kl_shampoo": {"preconditioner": "kl_shampoo"},
     "soap": {"preconditioner": "soap"},
+    "normalize_gradients": {"normalize_gradients": True, "elementwise": "normalized_adam"},
     "normalized": {"grafting": "normalized_adam", "weight_decay": 0.1},
     "rms": {"grafting": "rms"},
     "momentum": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "weight_decay_type": "independent"},
@@ -44,9 +46,12 @@ def gradient(name: str, step: int) -> Tensor:
 
 
 def trained(
-    options: dict[str, Any], device: Device | None = None, bad: int = -1
+    options: dict[str, Any], device: Device | None = None, bad: int = -1, factors: Sequence[float] = (1.0,) * STEPS
 ) -> tuple[list[Tensor], list[list[str]]]:
-    """Return the parameters after all steps, and the CPU's reads in each; gradients of step ``bad`` are NaN."""
+    """Return the parameters after all steps, and the CPU's reads in each.
+
+    Each step's gradients are multiplied by one of the factors; those of step ``bad`` are NaN.
+    """
     mark = (lambda t: t.as_subclass(OnDevice)) if device else (lambda t: t)
     params = {name: nn.Parameter(mark(gradient(name, -1))) for name in SHAPES}
     reads = []
@@ -56,7 +61,7 @@ def trained(
         for step in range(STEPS):
             for name, p in params.items():
                 with torch._C.DisableTorchFunctionSubclass():
-                    p.grad = mark(gradient(name, step) * (torch.nan if step == bad else 1.0))
+                    p.grad = mark(gradient(name, step) * (torch.nan if step == bad else factors[step]))
             before = len(device.reads) if device else 0
             optimizer.step()
             reads.append(device.reads[before:] if device else [])
@@ -83,6 +88,17 @@ def test_a_step_without_refresh_waits_for_nothing(case: str, monkeypatch: pytest
     assert_equal_but_for_rounding(found, expected, 1e-3 if case == "narrow" else 5e-6)
 
 
+@pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
+def test_gradients_of_any_scale_are_normalized_there_too(preconditioner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"preconditioner": preconditioner, "normalize_gradients": True, "relative_epsilon": 1e-3}
+    options |= {"solver": "eigh", "start_preconditioning_step": 6}
+    expected, _ = trained(options)
+    device = simulate(monkeypatch)
+    found, _ = trained(options, device, factors=[1e20, 1e-30, 1.0, 1e3, 1e-30, 1e20, 1.0])
+    assert not device.mixed
+    assert_equal_but_for_rounding(found, expected, 5e-5)
+
+
 @pytest.mark.parametrize("rejected", [False, True])
 def test_a_decay_has_the_precision_of_what_it_multiplies(rejected: bool) -> None:
     found_inf = FoundInf(torch.tensor(rejected), torch.float32)
@@ -92,11 +108,13 @@ def test_a_decay_has_the_precision_of_what_it_multiplies(rejected: bool) -> None
 
 @pytest.mark.parametrize("grafting", [None, "rms"])
 @pytest.mark.parametrize("refresh", ["sync", "staggered", "background"])
+@pytest.mark.parametrize("normalizes", [False, True])
 @pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
 def test_a_rejected_step_changes_nothing_there_either(
-    preconditioner: str, refresh: str, grafting: str | None, monkeypatch: pytest.MonkeyPatch
+    preconditioner: str, refresh: str, grafting: str | None, normalizes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"preconditioner": preconditioner, "refresh": refresh, "grafting": grafting, "solver": "eigh"}
+    options: dict[str, Any] = {"preconditioner": preconditioner, "refresh": refresh, "solver": "eigh"}
+    options |= {"grafting": grafting, "normalize_gradients": normalizes}
     if preconditioner != "shampoo":
         del options["solver"]
     expected, _ = trained(options, bad=4)

@@ -37,6 +37,7 @@ VALUES: dict[str, list[dict[str, Any]]] = {
         {"damping": "saturate", "relative_epsilon": 0.02},
     ],
     "tolerance": [{}, {"refresh_tolerance": 0.2}],
+    "normalization": [{}, {"normalize_gradients": True}],
     "shrinkage": [{}, {"shrinkage": 2.0}],
     "one_sided": [{}, {"one_sided": "left"}, {"one_sided": "right"}, {"one_sided": "smaller"}],
     "large_dim": [{"large_dim": kind} for kind in ("block", "diagonal", "identity", "adagrad")],

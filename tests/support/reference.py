@@ -56,6 +56,7 @@ class Options:
     refresh_growth: float = 0.0
     elementwise_lr: float = 1.0
     elementwise_betas: tuple[float, float] | None = None
+    normalize_gradients: bool = False
 
     @property
     def start(self) -> int:
@@ -359,7 +360,9 @@ class Reference:
 
     @classmethod
     def step_block(cls, block: Block, g: Tensor, t: int, o: Options) -> Tensor:
-        """Steps 2 to 6 of the rule: return the update of one block in its step t."""
+        """The end of step 1, and steps 2 to 7 of the rule: return the update of one block in its step t."""
+        if o.normalize_gradients and g.count_nonzero():
+            g = g / g.square().mean().sqrt()
         cls._factors(block, g, t, o)
         cls._second_moment(block, g, o)
         m = cls._first_moment(block, g, t, o)
