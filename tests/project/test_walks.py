@@ -7,7 +7,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -40,10 +42,12 @@ def walk(work: Callable[[], object]) -> list[str]:
     return passed
 
 
-def test_walks_are_short(tmp_path: Path) -> None:
+@pytest.mark.parametrize("normalizes", [False, True])
+def test_walks_are_short(normalizes: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 32))
-    optimizer = Shampoo(model.named_parameters(), model=model, precondition_frequency=2)
+    options: dict[str, Any] = {"precondition_frequency": 2, "normalize_gradients": normalizes}
+    optimizer = Shampoo(model.named_parameters(), model=model, **options)
 
     def compute_gradients() -> None:
         optimizer.zero_grad()
