@@ -88,22 +88,16 @@ class Elementwise:
         self.tensors = {name: torch.zeros_like(t, device=self._device) for name, t in self.tensors.items()}
         self.views = self._split()
 
-    def squared_norms(self, gradients: Sequence[Tensor], count: int, wide: bool = False) -> Tensor:
-        """This rank's share of each parameter's ||G||^2, as [count] with one entry per parameter of the unit.
+    def squared_norms(self, gradients: Sequence[Tensor], count: int) -> Tensor:
+        """This rank's share of each parameter's ||G||^2: float64 [count], which holds the square of any float32.
 
         Args:
-            wide: in float64, which holds the square of any float32; for ``normalize_gradients``.
+            count: the number of parameters of the unit.
         """
         device = gradients[0].device if gradients else torch.device("cpu")
-        if wide:
-            norms = _flat_norms([part.to(self._dtype) for part in self._parts(gradients)]).to(device)
-            shares = norms.square() * self._shares
-            return torch.zeros(count, dtype=torch.float64, device=device).index_add_(0, self._parameters, shares)
-        squares = torch.zeros(count, dtype=self._dtype, device=device)
-        for shard, part in zip(self.shards, self._parts(gradients), strict=True):
-            norm = torch.linalg.vector_norm(part.to(self._dtype))
-            squares[shard.parameter] += norm.square() * shard.share
-        return squares
+        norms = _flat_norms([part.to(self._dtype) for part in self._parts(gradients)]).to(device)
+        squares = torch.zeros(count, dtype=torch.float64, device=device)
+        return squares.index_add_(0, self._parameters, norms.square() * self._shares)
 
     def step(
         self,
@@ -136,7 +130,8 @@ class Elementwise:
             if "second_moment" in self.needs[group, method]:
                 second = [self.views["second_moment"][n] for n in numbers]
             made, factor = self._updates(numbers, own, second, method, step, config, found_inf, squared_norms)
-            factor *= configs[group].elementwise_factor(embedding)
+            own_rate = config.embedding_lr if embedding else None
+            factor *= config.elementwise_lr if own_rate is None else own_rate
             torch._foreach_copy_([targets[n] for n in numbers], made)
             if factor != 1.0:
                 torch._foreach_mul_([targets[n] for n in numbers], factor)

@@ -154,9 +154,8 @@ def agree(work: Sequence[tuple[StepUnit, ShardGradients]], configs: Mapping[int,
     # Small groups first: the flags of an expert's ranks then reach all ranks through the larger group around them.
     for unit, gradients in sorted(work, key=lambda item: item[0].world_size):
         squares = torch.empty(0, dtype=unit.dtype, device=unit.device)
-        wide = any(configs[number].normalize_gradients for number in unit.elementwise_options)
-        if unit.needs_norms or wide:
-            squares = unit.elementwise.squared_norms(gradients.decayed, len(unit.parameters), wide).to(unit.device)
+        if unit.needs_norms or any(configs[number].normalize_gradients for number in unit.elementwise_options):
+            squares = unit.elementwise.squared_norms(gradients.decayed, len(unit.parameters)).to(unit.device)
         if unit.group is not None:
             summed = _summed(torch.cat([flags.to(squares), squares]), unit.group)
             flags, squares = summed[:_FLAGS].clamp_max(1e6).to(flags), summed[_FLAGS:]

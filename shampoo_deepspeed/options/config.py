@@ -418,10 +418,6 @@ class ShampooConfig:
             return self.elementwise
         return self.grafting_method if self.grafts else "adam"
 
-    def elementwise_factor(self, embedding: bool) -> float:
-        """The factor on the updates of an element-wise parameter."""
-        return self.elementwise_lr if self.embedding_lr is None or not embedding else self.embedding_lr
-
     @cached_property
     def for_elementwise(self) -> ShampooConfig:
         """These options with the betas that element-wise parameters have."""
