@@ -19,8 +19,9 @@ from shampoo_deepspeed.linalg.precision import whole_registers
 from shampoo_deepspeed.options.config import ShampooConfig
 
 # Root mean square of a block's update with grafting "rms". Moonlight (arXiv 2502.16982, section 2.2) found 0.2 to 0.4
-# for AdamW's updates in language models, and scales Muon's to 0.2, so that AdamW's learning rates carry over.
-UPDATE_RMS = 0.2
+# for AdamW's updates in language models. Of that range the upper end made AdamW's best rates good ones here
+# (docs/convergence.md).
+UPDATE_RMS = 0.4
 NORMALIZED = "normalized_"  # prefix of the methods whose second moment is that of G / ||G||
 # Devices on which torch has one kernel for an optimizer's whole step, which reads and writes everything once.
 FUSED_DEVICES = ("cpu", "cuda")

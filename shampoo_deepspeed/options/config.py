@@ -131,12 +131,12 @@ class ShampooConfig:
         (0.9, 0.999), beta_pair, "decay of the first moment; decay of second moments and factor matrices", SCHEDULED
     )
     factor_beta: float | None = _option(
-        None, optional_factor_beta, "decay of the factor matrices; null: betas[1]", SCHEDULED
+        0.95, optional_factor_beta, "decay of the factor matrices; null: betas[1]", SCHEDULED
     )
     beta3: float | None = _option(None, nullable(fraction), "weight of the old first moment in M; null: betas[0]")
     eps: float = _option(1e-8, non_negative, "added to the square root of second moments, as in AdamW")
     normalize_gradients: bool = _option(
-        False, flag, "first divide each block's (or element-wise parameter's) gradient by its root mean square"
+        True, flag, "first divide each block's (or element-wise parameter's) gradient by its root mean square"
     )
     weight_decay: float = _option(0.0, non_negative, "weight decay", GROUP_ONLY)
     decoupled_weight_decay: bool = _option(True, flag, "AdamW's decay; false: L2, added to the gradient", GROUP_ONLY)
@@ -156,13 +156,13 @@ class ShampooConfig:
         (), _patterns, "patterns of parameters without weight decay", FIXED | GROUP_ONLY | NOT_STORED
     )
     epsilon: float = _option(1e-12, non_negative, "absolute floor of the factor matrices' regularisation")
-    relative_epsilon: float = _option(1e-6, fraction, "regularisation relative to the largest eigenvalue")
+    relative_epsilon: float = _option(1e-4, fraction, "regularisation relative to the largest eigenvalue")
     early_relative_epsilon: float = _option(
-        0.0,
+        0.01,
         fraction,
         "in early steps t, relative_epsilon is raised to at least this divided by t; 0: off",
     )
-    preconditioner: str = _option("shampoo", one_of(*PRECONDITIONERS), "shampoo, soap or kl_shampoo", FIXED)
+    preconditioner: str = _option("kl_shampoo", one_of(*PRECONDITIONERS), "kl_shampoo, shampoo or soap", FIXED)
     max_preconditioner_dim: int = _option(
         1024, positive_int, "block size: larger dims are cut, small ones merged", FIXED
     )
@@ -180,18 +180,18 @@ class ShampooConfig:
     split: tuple[int, ...] = _option(
         (), lengths, "lengths of the parts of a fused matrix, each with its own blocks", FIXED
     )
-    statistics_frequency: int = _option(
-        1,
-        positive_int,
-        "after the early refreshes, add only one gradient in n to a factor matrix, with the weight of n",
+    statistics_frequency: int | None = _option(
+        None,
+        nullable(positive_int),
+        "after the early refreshes, one gradient in n goes into a factor matrix; null: 2 for kl_shampoo, else 1",
     )
     precondition_frequency: int = _option(
         10, positive_int, "steps between two refreshes of roots or eigenbases", NOT_STORED
     )
-    refresh_growth: float = _option(
-        0.0,
-        growth,
-        "more refreshes at the start: the next one comes after this share of the steps taken so far; 0: off",
+    refresh_growth: float | None = _option(
+        None,
+        nullable(growth),
+        "early refreshes: the next one after this share of the steps so far; 0: none; null: 0.25 for kl_shampoo, else 0",
         NOT_STORED,
     )
     refresh_tolerance: float | None = _option(
@@ -209,7 +209,7 @@ class ShampooConfig:
     grafting: str | None = _option(
         None,
         _optional_grafting,
-        "method that gives a block's update its length; rms: a root mean square of 0.2; null: adam, or none for soap",
+        "method that gives a block's update its length; rms: a root mean square of 0.4; null: rms, or none for soap",
     )
     grafting_beta2: float | None = _option(
         None, optional_beta2, "decay of second moments; null: betas[1], or 0.999 if that is 1"
@@ -219,9 +219,9 @@ class ShampooConfig:
         _optional_elementwise,
         "method of element-wise parameters; null: as grafting, or adam if that is none or rms",
     )
-    elementwise_lr: float = _option(1.0, non_negative, "factor on the updates of element-wise parameters")
+    elementwise_lr: float = _option(3.0, non_negative, "factor on the updates of element-wise parameters")
     embedding_lr: float | None = _option(
-        None,
+        24.0,
         nullable(non_negative),
         "the same for token embeddings that are not the output head too; null: as elementwise_lr",
     )
@@ -354,11 +354,25 @@ class ShampooConfig:
         return 2.0 * count if given is None else given
 
     @cached_property
+    def growth(self) -> float:
+        """``refresh_growth`` in force. Only KL-Shampoo bears refreshes by the few gradients of the first steps."""
+        if self.refresh_growth is not None:
+            return self.refresh_growth
+        return 0.25 if self.preconditioner == "kl_shampoo" else 0.0
+
+    @cached_property
+    def sampling(self) -> int:
+        """``statistics_frequency`` in force. KL-Shampoo's statistics cost twice as much as Shampoo's."""
+        if self.statistics_frequency is not None:
+            return self.statistics_frequency
+        return 2 if self.preconditioner == "kl_shampoo" else 1
+
+    @cached_property
     def start(self) -> int:
         """The first preconditioned step, counted from 1."""
         start = self.start_preconditioning_step
         if start == -1:
-            return 2 if self.refresh_growth else self.precondition_frequency
+            return 2 if self.growth else self.precondition_frequency
         return start
 
     @cached_property
@@ -370,7 +384,7 @@ class ShampooConfig:
     def early_windows(self) -> tuple[int, ...]:
         """The first steps of the windows that are shorter than the frequency, and of the first full window."""
         begins = [self.start]
-        while self.refresh_growth and (length := int(self.refresh_growth * begins[-1])) < self.precondition_frequency:
+        while self.growth and (length := int(self.growth * begins[-1])) < self.precondition_frequency:
             begins.append(begins[-1] + max(1, length))
         return tuple(begins)
 
@@ -392,7 +406,7 @@ class ShampooConfig:
         """The grafting method in force: as given, else the preconditioner's. SOAP already has Adam's step length."""
         if self.grafting is not None:
             return self.grafting
-        return "none" if self.preconditioner == "soap" else "adam"
+        return "none" if self.preconditioner == "soap" else "rms"
 
     @cached_property
     def grafts(self) -> bool:
@@ -474,11 +488,11 @@ class ShampooConfig:
     def products(self, order: int) -> float:
         """Products with a matrix of the factor's size, for each step and dim of a block of this order."""
         statistics = float(order) if self.preconditioner == "kl_shampoo" else 1.0
-        return statistics / self.statistics_frequency + (2.0 if self.preconditioner == "soap" else 1.0)
+        return statistics / self.sampling + (2.0 if self.preconditioner == "soap" else 1.0)
 
     def refreshes_at(self, step: int) -> bool:
         """Whether all blocks are refreshed at this step (counted from 1), if refreshes are not spread."""
-        if step < self.start or not self.refresh_growth:
+        if step < self.start or not self.growth:
             return step >= self.start and (step == self.start or step % self.precondition_frequency == 0)
         return self.refresh_window(step)[0] == step
 

@@ -29,9 +29,9 @@ class _Options(TypedDict, total=False):
     one_sided: str | None
     batch_dims: int
     split: Sequence[int]
-    statistics_frequency: int
+    statistics_frequency: int | None
     precondition_frequency: int
-    refresh_growth: float
+    refresh_growth: float | None
     refresh_tolerance: float | None
     refresh: str
     start_preconditioning_step: int

@@ -25,8 +25,8 @@ class Options:
     weight_decay: float = 0.0
     decoupled_weight_decay: bool = True
     epsilon: float = 1e-12
-    relative_epsilon: float = 1e-6
-    preconditioner: str = "shampoo"
+    relative_epsilon: float = 1e-4
+    preconditioner: str = "kl_shampoo"
     max_preconditioner_dim: int = 1024
     precondition_frequency: int = 10
     refresh_tolerance: float | None = None
@@ -50,19 +50,31 @@ class Options:
     split: tuple[int, ...] = ()
     damping: str = "shift"
     shrinkage: float = 0.0
-    statistics_frequency: int = 1
-    factor_beta: float | None = None
-    early_relative_epsilon: float = 0.0
-    refresh_growth: float = 0.0
-    elementwise_lr: float = 1.0
+    statistics_frequency: int | None = None
+    factor_beta: float | None = 0.95
+    early_relative_epsilon: float = 0.01
+    refresh_growth: float | None = None
+    elementwise_lr: float = 3.0
     elementwise_betas: tuple[float, float] | None = None
-    normalize_gradients: bool = False
+    normalize_gradients: bool = True
+
+    @property
+    def growth(self) -> float:
+        if self.refresh_growth is None:
+            return 0.25 if self.preconditioner == "kl_shampoo" else 0.0
+        return self.refresh_growth
+
+    @property
+    def sampled(self) -> int:
+        if self.statistics_frequency is None:
+            return 2 if self.preconditioner == "kl_shampoo" else 1
+        return self.statistics_frequency
 
     @property
     def start(self) -> int:
         if self.start_preconditioning_step != -1:
             return self.start_preconditioning_step
-        return 2 if self.refresh_growth else self.precondition_frequency
+        return 2 if self.growth else self.precondition_frequency
 
     @property
     def beta(self) -> float:
@@ -84,7 +96,7 @@ class Options:
         begin = self.start
         while True:
             longest = self.precondition_frequency
-            length = min(longest, max(1, int(self.refresh_growth * begin))) if self.refresh_growth else longest
+            length = min(longest, max(1, int(self.growth * begin))) if self.growth else longest
             if t < begin + length:
                 return begin, length
             begin += length
@@ -92,13 +104,13 @@ class Options:
     def dense(self) -> int:
         """Return the last step up to which factors get every gradient: the start, or the first whole window's begin."""
         t = self.start
-        while self.refresh_growth and self.window(t)[1] < self.precondition_frequency:
+        while self.growth and self.window(t)[1] < self.precondition_frequency:
             t = sum(self.window(t))
         return t
 
     def stands_for(self, t: int, place: int, modes: int) -> int:
         """Return how many gradients that of step t stands for in the factor at a place among so many; 0: not used."""
-        n, dense = self.statistics_frequency, self.dense()
+        n, dense = self.sampled, self.dense()
         used = range(dense + 1 + n * place // modes, t + 1, n)
         return 1 if t <= dense else n * (t in used)
 
@@ -121,7 +133,7 @@ class Options:
 
     @property
     def graft(self) -> str:
-        return self.grafting or ("none" if self.preconditioner == "soap" else "adam")
+        return self.grafting or ("none" if self.preconditioner == "soap" else "rms")
 
     @property
     def warm(self) -> str:
@@ -270,9 +282,9 @@ def adam_in_basis(block: Block, g: Tensor, m: Tensor, o: Options) -> Tensor:
 
 
 def with_rms(u: Tensor) -> Tensor:
-    """Scale u to a root mean square of 0.2."""
+    """Scale u to a root mean square of 0.4."""
     rms = u.square().mean().sqrt()
-    return u * (0.2 / rms) if rms > 0 else torch.zeros_like(u)
+    return u * (0.4 / rms) if rms > 0 else torch.zeros_like(u)
 
 
 def off_diagonal(x: Tensor) -> Tensor:
@@ -386,7 +398,7 @@ class Reference:
 
     @staticmethod
     def _due(block: Block, t: int, o: Options) -> bool:
-        if block.phase is None and not o.refresh_growth:
+        if block.phase is None and not o.growth:
             return t == o.start or (t > o.start and t % o.precondition_frequency == 0)
         if t < o.start:
             return False

@@ -37,7 +37,7 @@ class ShampooPreconditioner:
 
     def __init__(self, config: ShampooConfig) -> None:
         self._beta = config.factors_decay
-        self.sampling = Sampling(config.dense_statistics, config.statistics_frequency)
+        self.sampling = Sampling(config.dense_statistics, config.sampling)
         self._bias_correction = config.use_bias_correction
         self._config = config
         self._sides: dict[tuple[int, ...], tuple[Side, ...]] = {}
