@@ -191,7 +191,7 @@ class ShampooConfig:
     refresh_growth: float | None = _option(
         None,
         nullable(growth),
-        "early refreshes: the next one after this share of the steps so far; 0: none; null: 0.25 for kl_shampoo, else 0",
+        "early refreshes: the next after this share of the steps so far; 0: none; null: 0.25 for kl_shampoo, else 0",
         NOT_STORED,
     )
     refresh_tolerance: float | None = _option(
