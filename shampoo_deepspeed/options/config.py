@@ -448,10 +448,9 @@ class ShampooConfig:
         fixed = {name: getattr(self, name) for name in options_with(FIXED)}
         if self.staggers:  # phases depend on this frequency
             fixed["precondition_frequency"] = self.precondition_frequency
-        shares = (
-            self.preconditioner == "soap" and not self.grafts
-        )  # with the one in the eigenbasis, one after the other
-        kinds = {"grafting": shares or self.warm_method in plain, "elementwise": self.elementwise_method in plain}
+        # Ungrafted SOAP has one second moment after the other in the same tensor.
+        none = self.grafting_method == "rms" or (self.preconditioner == "soap" and not self.grafts)
+        kinds = {"grafting": none or self.warm_method in plain, "elementwise": self.elementwise_method in plain}
         kinds["refresh_tolerance"] = self.keeps_basis
         kinds["elementwise_betas"] = self.for_elementwise.betas[0] == 0.0
         return {**fixed, "betas": self.betas[0] == 0.0, **kinds}

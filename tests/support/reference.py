@@ -520,7 +520,7 @@ class Reference:
             correct = 1.0 - o.graft_beta2**t if block.method.endswith("adam") else 1.0
             graft = m / ((block.second / correct).sqrt() + o.eps)
         if not block.ready:
-            return with_rms(graft) if block.factors and o.graft == "rms" else graft
+            return with_rms(m) if block.factors and o.graft == "rms" else graft
         u = adam_in_basis(block, g, m, o) if o.preconditioner == "soap" else block.scale * m
         for dim, root in block.roots.items():
             u = multiply(u, root, dim)
