@@ -384,8 +384,8 @@ class ShampooConfig:
     def early_windows(self) -> tuple[int, ...]:
         """The first steps of the windows that are shorter than the frequency, and of the first full window."""
         begins = [self.start]
-        while self.growth and (length := int(self.growth * begins[-1])) < self.precondition_frequency:
-            begins.append(begins[-1] + max(1, length))
+        while self.growth and (length := max(1, int(self.growth * begins[-1]))) < self.precondition_frequency:
+            begins.append(begins[-1] + length)
         return tuple(begins)
 
     def early_refreshes(self) -> tuple[int, int]:
