@@ -120,7 +120,7 @@ def test_the_factory_knows_module_types() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
     optimizer = ShampooFactory()(model, lr=0.1)
     kinds = {entry.parameter.key: entry.parameter.kinds for entry in optimizer.entries}
-    assert kinds["0.weight"] == {"embedding"} and not kinds["1.weight"]
+    assert kinds["0.weight"] == {"embedding", "tokens"} and not kinds["1.weight"]
 
 
 def test_an_unknown_option_is_an_error(arguments: Any) -> None:
@@ -316,7 +316,7 @@ def test_the_mixin_treats_the_name_like_a_deferred_optimizer(arguments: Any) -> 
 def test_training_logs_have_the_metrics(arguments: Any) -> None:
     """Only training logs have them; the callback keeps the same metrics."""
     callback = ShampooCallback()
-    together = deferred(**OPTIONS, refresh="sync")
+    together = deferred(**OPTIONS, refresh="sync", refresh_growth=0.0)
     given = {"optimizers": (together, None), "callbacks": [callback]}
     trainer = ShampooTrainer(make_model("llama"), arguments(logging_steps=2), train_dataset=make_data(4), **given)
     trainer.train()
@@ -331,7 +331,7 @@ def test_training_logs_have_the_metrics(arguments: Any) -> None:
 
 def test_the_stock_trainer_s_callback_keeps_the_metrics(arguments: Any) -> None:
     callback = ShampooCallback()
-    together = OPTIONS | {"refresh": "sync"}
+    together = OPTIONS | {"refresh": "sync", "refresh_growth": 0.0}
     asked: dict[str, Any] = {"optimizer_cls_and_kwargs": (ShampooFactory, together), "callbacks": [callback]}
     trainer = Trainer(make_model("llama"), arguments(), train_dataset=make_data(4), **asked)
     trainer.train()
