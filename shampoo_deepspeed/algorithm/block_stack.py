@@ -205,8 +205,10 @@ class BlockStack:
         """``_updates`` of the given length before the first refresh: in the direction of the first moment."""
         config = self._config
         beta1, corrected = config.betas[0], config.use_bias_correction
-        (moments,), _ = grafting.first_moment(kept, [gradients], beta1, step, corrected, found_inf, config.beta3)
-        return moments * _factors_to_rms(moments)
+        (moments,), correction = grafting.first_moment(
+            kept, [gradients], beta1, step, corrected, found_inf, config.beta3
+        )
+        return moments * (_factors_to_rms(moments) * _presence(moments, correction, config))
 
     def _updates_in_basis(
         self,
@@ -228,8 +230,8 @@ class BlockStack:
         update = preconditioner.apply(state, seen, moments, found_inf)
         if config.grafting_method == "none":
             return update.mul_(correction)
-        if config.grafting_method == "rms":  # the same for any multiple of M, so without its correction
-            return update.mul_(_factors_to_rms(update))
+        if config.grafting_method == "rms":
+            return update.mul_(_factors_to_rms(update) * _presence(moments, correction, config))
         moments = preconditioner.project_back(state, moments)
         method, beta2 = config.warm_method, config.second_moment_beta
         (length_of,), factor = grafting.update(method, [moments], second, step, beta2, config.eps)
@@ -420,6 +422,20 @@ def _with_length_of(other: Tensor, factor: float, update: Tensor) -> Tensor:
     """Scale each block of ``update`` in place to the length of its block of ``other`` times the factor."""
     lengths, own = block_norms(other) * factor, block_norms(update)
     return update.mul_(torch.where(own > 0, lengths / own, 0.0))
+
+
+def _presence(moments: Tensor, correction: float, config: ShampooConfig) -> Tensor | float:
+    """Factors [B, 1, ..., 1] up to 1 that shorten updates of a given length once gradients have ended.
+
+    Of normalized gradients, which may be pure noise, the first moment M keeps at least about the root mean square
+    sqrt((1 - b1) / (1 + b1)). So if it has less than half of that, as when an expert gets no tokens for some steps, the
+    length follows M. Other gradients have no scale to tell that by.
+    """
+    if not config.normalize_gradients:
+        return 1.0
+    beta1 = config.betas[0]
+    least = 0.5 * math.sqrt((1.0 - beta1) / (1.0 + beta1) * moments[0].numel())
+    return (block_norms(moments) * (correction / least)).clamp_max(1.0)
 
 
 def _factors_to_rms(update: Tensor) -> Tensor:
