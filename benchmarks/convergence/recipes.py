@@ -55,6 +55,9 @@ RECIPE: dict[str, Any] = {
 
 RECIPES: dict[str, Recipe] = {
     "adamw": Recipe("adamw", {}, (5e-4, 8e-4, 1.2e-3, 2e-3, 3e-3)),
+    # What a larger rate of the embeddings alone would do for AdamW and Muon.
+    "adamw_e24": Recipe("adamw", {"embedding_lr": 24.0}, (8e-4, 1.2e-3, 2e-3)),
+    "muon_e24": Recipe("muon", {"embedding_lr": 8.0, "rest": 3.0}, (2e-3, 3e-3, 5e-3)),
     "adamw_b99": Recipe("adamw", {"betas": [0.9, 0.99]}, (5e-4, 8e-4, 1.2e-3, 2e-3, 3e-3)),
     "muon": Recipe("muon", {}, (3e-3, 5e-3, 8e-3)),
     # Whatever the package does without options; --quick checks it.
@@ -73,6 +76,12 @@ RECIPES: dict[str, Recipe] = {
     "soap": Recipe("shampoo", {**BARE, "grafting": "none", "preconditioner": "soap", "relative_epsilon": 1e-6}),
     "soap_eps4": Recipe("shampoo", {**BARE, "grafting": "none", "preconditioner": "soap", "relative_epsilon": 1e-4}),
 }
+
+
+def token_embeddings(model: nn.Module) -> list[nn.Parameter]:
+    """The input embeddings of a model whose head has a weight of its own, else nothing."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    return [] if table.weight is head.weight else [table.weight]
 
 
 def all_options(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,9 +106,13 @@ def build_optimizers(kind: str, options: Mapping[str, Any], lr: float, model: nn
         lr *= options.pop("rest", 1.0)  # the rate of all other parameters, as a factor
         known = {id(p) for _, p in hidden}
         decayed = [(n, p) for n, p in decayed if id(p) not in known]
+    # The rate of token embeddings, as a factor: what our `embedding_lr` is to them.
+    factor, tables = options.pop("embedding_lr", 1.0), {id(p) for p in token_embeddings(model)}
     groups = [
-        {"params": [p for _, p in decayed], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for _, p in decayed if id(p) not in tables], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for _, p in decayed if id(p) in tables], "weight_decay": WEIGHT_DECAY, "lr": lr * factor},
         {"params": [p for _, p in rest], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     optimizers.append(torch.optim.AdamW(groups, lr=lr, foreach=True, **options))
     return optimizers
