@@ -37,6 +37,7 @@ from shampoo_deepspeed.integrations.trainer import (
     register_with_transformers,
 )
 from shampoo_deepspeed.integrations.transformers_names import options_from_text
+from shampoo_deepspeed.options.presets import PRESETS
 from shampoo_deepspeed.state.unwrap import inner_optimizer
 from tests.support.trainings import DECAY, RATE, Training, make_data, make_model, trainer_groups
 
@@ -276,6 +277,30 @@ def test_every_option_can_be_written_as_text(option: tuple[str, Any]) -> None:
         return
     as_text = ";".join(map(str, value)) if isinstance(value, list) else json.dumps(value).strip('"')
     assert ShampooConfig.from_options(options_from_text(f"{key}={as_text}")) == ShampooConfig()
+
+
+def test_a_preset_can_be_written_as_text() -> None:
+    """It stands for its options; those that the text gives as well win, and "auto" stays with TrainingArguments."""
+    expected = {**PRESETS["paper"], "relative_epsilon": 1e-3}
+    assert options_from_text("preset=paper, relative_epsilon=1e-3") == expected
+    assert options_from_text("relative_epsilon=1e-3, preset=paper") == expected
+    assert options_from_text("preset=null") == {}
+    assert not {"lr", "betas", "eps", "weight_decay"} & expected.keys()
+    with pytest.raises(OptionError, match="'preset' = 'pape' is not allowed: null or one of paper"):
+        options_from_text("preset=pape")
+
+
+def test_a_trainer_takes_a_preset_by_name_and_deferred(arguments: Any) -> None:
+    register_with_transformers()
+    named = arguments(optim="shampoo", optim_args="preset=paper,relative_epsilon=1e-3")
+    by_hand = deferred(lr="auto", betas="auto", preset="paper", relative_epsilon=1e-3)
+    for trainer in (
+        ShampooTrainer(make_model("llama"), args=named),
+        ShampooTrainer(make_model("llama"), args=arguments(), optimizers=(by_hand, None)),
+    ):
+        group = trainer.create_optimizer().param_groups[0]
+        expected = {**PRESETS["paper"], "relative_epsilon": 1e-3, "betas": (named.adam_beta1, named.adam_beta2)}
+        assert {name: group[name] for name in expected} == expected and "preset" not in group
 
 
 @pytest.mark.parametrize(
