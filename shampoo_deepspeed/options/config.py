@@ -235,7 +235,7 @@ class ShampooConfig:
     exponent_override: float | tuple[float | None, ...] | None = _option(
         None,
         optional_root,
-        "the p of A^(-1/p), or a list by number of preconditioned dims; null: twice that number, for soap 2",
+        "the p of A^(-1/p), or a list by number of preconditioned dims; null: twice that number for shampoo, else 2",
     )
     damping: str = _option(
         "shift",
@@ -348,6 +348,8 @@ class ShampooConfig:
 
     def root(self, count: int) -> float:
         """The p of A^(-1/p) for a block with so many preconditioned dims."""
+        if self.preconditioner == "kl_shampoo":
+            return 2.0
         given = self.exponent_override
         if isinstance(given, tuple):
             given = given[count - 1] if count <= len(given) else None
@@ -384,8 +386,8 @@ class ShampooConfig:
     def early_windows(self) -> tuple[int, ...]:
         """The first steps of the windows that are shorter than the frequency, and of the first full window."""
         begins = [self.start]
-        while self.growth and (length := int(self.growth * begins[-1])) < self.precondition_frequency:
-            begins.append(begins[-1] + max(1, length))
+        while self.growth and (length := max(1, int(self.growth * begins[-1]))) < self.precondition_frequency:
+            begins.append(begins[-1] + length)
         return tuple(begins)
 
     def early_refreshes(self) -> tuple[int, int]:
