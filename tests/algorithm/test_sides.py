@@ -104,7 +104,7 @@ def test_a_split_fused_matrix_takes_the_steps_of_its_parts() -> None:
 
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-@pytest.mark.parametrize("grafting", [None, "none"])
+@pytest.mark.parametrize("grafting", [None, "none", "adam"])
 def test_stacked_experts_take_the_steps_of_single_matrices(preconditioner: str, grafting: str | None) -> None:
     options = {"preconditioner": preconditioner, "grafting": grafting, **WIDE}
     stacked = parameter(3, 10, 6, dtype=F64)
