@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from shampoo_deepspeed.options.config import ShampooConfig
 
 
+# KL-Shampoo is the default, so users may not know that these options of Shampoo depend on the preconditioner.
+_INSTEAD = "or preconditioner = shampoo"
+
+
 def check_together(config: ShampooConfig) -> None:
     """Raise an error if two options cannot be combined.
 
@@ -21,9 +25,6 @@ def check_together(config: ShampooConfig) -> None:
         raise bad("nesterov", config.nesterov, "true only together with momentum > 0")
     if config.stochastic_rounding and config.master_weights:
         raise bad("stochastic_rounding", config.stochastic_rounding, "true only together with master_weights = false")
-    if config.preconditioner == "kl_shampoo" and config.exponent_override is not None:
-        allowed = "null with preconditioner kl_shampoo, whose statistics use inverse square roots"
-        raise bad("exponent_override", config.exponent_override, allowed)
     _check_preconditioner(config)
     _check_regularisation(config)
     _check_solver(config)
@@ -33,12 +34,15 @@ def check_together(config: ShampooConfig) -> None:
 
 def _check_preconditioner(config: ShampooConfig) -> None:
     """Options that only Shampoo has, and those that rule out kept eigenbases."""
+    if config.preconditioner == "kl_shampoo" and config.exponent_override is not None:
+        allowed = f"null with preconditioner kl_shampoo, whose statistics use inverse square roots; {_INSTEAD}"
+        raise bad("exponent_override", config.exponent_override, allowed)
     defaults = {"one_sided": (None,), "large_dim": ("block", "adagrad")}
     for name, values in defaults.items():
         value = getattr(config, name)
         if config.preconditioner != "shampoo" and value not in values:
             allowed = " or ".join("null" if v is None else v for v in values)
-            raise bad(name, value, f"{allowed} with preconditioner {config.preconditioner}")
+            raise bad(name, value, f"{allowed} with preconditioner {config.preconditioner}; {_INSTEAD}")
     if config.preconditioner == "soap" and isinstance(config.exponent_override, tuple):
         raise bad("exponent_override", config.exponent_override, "null or a number with preconditioner soap")
     if config.refresh_tolerance is not None and config.solver not in ("auto", "eigh"):
@@ -56,7 +60,7 @@ def _check_regularisation(config: ShampooConfig) -> None:
     if config.preconditioner == "kl_shampoo" and config.damping == "cutoff":
         # A gradient along directions that are cut off in every mode would never reach the statistics, for good.
         allowed = "shift or saturate with preconditioner kl_shampoo, whose statistics would never see what is cut off"
-        raise bad("damping", config.damping, allowed)
+        raise bad("damping", config.damping, f"{allowed}; {_INSTEAD}")
     if config.damping != "shift" and config.solver not in ("auto", "eigh"):
         raise bad("solver", config.solver, f"auto or eigh if damping is {config.damping}, which needs eigenvalues")
 

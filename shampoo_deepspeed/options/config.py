@@ -243,7 +243,7 @@ class ShampooConfig:
     exponent_override: float | tuple[float | None, ...] | None = _option(
         None,
         optional_root,
-        "the p of A^(-1/p), or a list by number of preconditioned dims; null: twice that number, for soap 2",
+        "the p of A^(-1/p), or a list by number of preconditioned dims; null: twice that number for shampoo, else 2",
     )
     damping: str = _option(
         "shift",
@@ -356,6 +356,8 @@ class ShampooConfig:
 
     def root(self, count: int) -> float:
         """The p of A^(-1/p) for a block with so many preconditioned dims."""
+        if self.preconditioner == "kl_shampoo":
+            return 2.0
         given = self.exponent_override
         if isinstance(given, tuple):
             given = given[count - 1] if count <= len(given) else None

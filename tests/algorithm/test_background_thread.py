@@ -165,14 +165,15 @@ def test_on_an_accelerator_a_stream_of_its_own_begins_after_the_factors_and_is_w
 SCRIPT = """
 import os, sys, time, torch
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
-original = ShampooPreconditioner.compute
+from shampoo_deepspeed.algorithm.preconditioners.kl_shampoo import KLShampooPreconditioner
+original = KLShampooPreconditioner.compute
 def slow(*arguments):
     time.sleep(0.2)
     return original(*arguments)
-ShampooPreconditioner.compute = slow
+KLShampooPreconditioner.compute = slow
 weight = torch.nn.Parameter(torch.ones(8, 8))
-optimizer = Shampoo([weight], precondition_frequency=1, refresh="background")
+options = {"precondition_frequency": 1, "start_preconditioning_step": 1, "refresh": "background"}
+optimizer = Shampoo([weight], **options)
 def step():
     weight.grad = torch.randn(8, 8)
     optimizer.step()
@@ -199,7 +200,7 @@ def test_a_forked_process_gets_a_thread_of_its_own() -> None:
     end = """
 step()
 if os.fork() == 0:
-    optimizer = Shampoo([weight], precondition_frequency=1, refresh="background")
+    optimizer = Shampoo([weight], **options)
     step(); step()
     os._exit(7 if optimizer.state_dict()["shampoo"]["stacks"][0]["refreshed"] == [True] else 1)
 assert os.waitstatus_to_exitcode(os.wait()[1]) == 7

@@ -28,6 +28,9 @@ class Model(nn.Module):
         return out
 
 
+EQUAL: dict[str, Any] = {"elementwise_lr": 1.0, "embedding_lr": None}
+
+
 def steps(model: nn.Module, **options: Any) -> dict[str, Tensor]:
     """Return how far each parameter of a copy of the model moves in two steps, which have the same gradients."""
     moved = copy.deepcopy(model)
@@ -41,19 +44,24 @@ def steps(model: nn.Module, **options: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_each_kind_has_its_factor(tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("options", "own", "embedding"),
+    [({}, 3.0, 24.0), ({"elementwise_lr": 2.0, "embedding_lr": 16.0}, 2.0, 16.0)],
+    ids=["default", "given"],
+)
+def test_each_kind_has_its_factor(options: dict[str, Any], own: float, embedding: float, tied: bool) -> None:
     torch.manual_seed(0)
     model = Model(tied)
-    plain = steps(model)
-    found = steps(model, elementwise_lr=3.0, embedding_lr=16.0)
+    plain = steps(model, **EQUAL)
+    found = steps(model, **options)
     factors = {
-        "tokens.weight": 3.0 if tied else 16.0,
-        "kinds.weight": 16.0,
-        "positions.weight": 3.0,
+        "tokens.weight": own if tied else embedding,
+        "kinds.weight": embedding,
+        "positions.weight": own,
         "hidden.weight": 1.0,
-        "norm.weight": 3.0,
-        "norm.bias": 3.0,
-        "head.weight": 3.0,
+        "norm.weight": own,
+        "norm.bias": own,
+        "head.weight": own,
     }
     for name, step in found.items():
         torch.testing.assert_close(step, factors[name] * plain[name], rtol=1e-3, atol=1e-6)
@@ -62,6 +70,6 @@ def test_each_kind_has_its_factor(tied: bool) -> None:
 def test_without_a_factor_of_their_own_embeddings_have_that_of_all() -> None:
     torch.manual_seed(0)
     model = Model(False)
-    plain, found = steps(model), steps(model, elementwise_lr=3.0)
+    plain, found = steps(model, **EQUAL), steps(model, embedding_lr=None)
     for name in ("tokens.weight", "kinds.weight", "norm.weight"):
         torch.testing.assert_close(found[name], 3.0 * plain[name], rtol=1e-3, atol=1e-6)

@@ -12,6 +12,7 @@ from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.engine import shard_update as shards
 from shampoo_deepspeed.options.choices import ELEMENTWISE_METHODS, GRAFTING_METHODS
+from tests.support.bare import BARE
 from tests.support.stepping import drive, made_up, parameter, same_bits, shampoo, snapshot
 from tests.support.zoo import relative_error
 
@@ -77,7 +78,8 @@ def test_operations_after_the_update_do_not_change_the_first_moment(method: str,
     drive(optimizer, [p, bias], range(5))
     own = optimizer.state_dict()["shampoo"]
     for part, like, salt in ((own["stacks"][0], p, 0), (own["elementwise"][0], bias, 1)):
-        expected = sum(0.1 * 0.9 ** (4 - step) * made_up(like, step, salt) for step in range(5))
+        drawn = [made_up(like, step, salt) for step in range(5)]
+        expected = sum(0.1 * 0.9 ** (4 - step) * g / g.square().mean().sqrt() for step, g in enumerate(drawn))
         torch.testing.assert_close(part["tensors"]["exp_avg"].view_as(like), expected, rtol=1e-12, atol=1e-14)
 
 
@@ -144,6 +146,7 @@ def test_before_the_start_step_and_element_wise_it_is_torchs_own_optimizer(name:
     p, twin = parameter(12, 10, dtype=F64), parameter(12, 10, dtype=F64)
     exclude = [] if preconditioned else ["w"]
     options = {"lr": 0.1, "eps": EPS, "weight_decay": 0.0, "exclude": exclude, "start_preconditioning_step": 100}
+    options |= {"normalize_gradients": False, "elementwise_lr": 1.0}
     drive(shampoo([("w", p)], **(options | ours)), [p], range(8))
     drive(make([twin], **torchs), [twin], range(8))
     # With Nesterov momentum, torch starts its buffer with the first gradient; ours does so without dampening.
@@ -153,12 +156,14 @@ def test_before_the_start_step_and_element_wise_it_is_torchs_own_optimizer(name:
 GRAFTED = [method for method in GRAFTING_METHODS if method != "none"]
 
 
+@pytest.mark.parametrize("preconditioner", ["kl_shampoo", "shampoo"])
 @pytest.mark.parametrize("method", GRAFTED)
-def test_each_block_s_update_has_the_norm_of_its_grafting_method(method: str) -> None:
+def test_each_block_s_update_has_the_norm_of_its_grafting_method(method: str, preconditioner: str) -> None:
     """With the same moments, a preconditioned and an unpreconditioned update differ, but their norms are equal."""
     p, warm = parameter(12, 10), parameter(12, 10)
-    grafted = shampoo([p], grafting=method, weight_decay=0.0)
-    other = shampoo([warm], grafting=method, weight_decay=0.0, start_preconditioning_step=100)
+    options: dict[str, Any] = {"preconditioner": preconditioner, "grafting": method, "weight_decay": 0.0}
+    grafted = shampoo([p], **options, start_preconditioning_step=3)
+    other = shampoo([warm], **options, start_preconditioning_step=100)
     drive(grafted, [p], range(2))
     drive(other, [warm], range(2))
     assert torch.equal(p, warm)
@@ -200,6 +205,8 @@ class Counted:
 
 FUSING: list[tuple[dict[str, Any], bool, bool]] = [
     ({}, True, True),
+    ({"grafting": "adam"}, True, True),
+    (BARE, True, True),
     ({"use_bias_correction": False}, True, True),
     ({"weight_decay_type": "corrected", "peak_lr": 0.05}, True, True),
     ({"weight_decay_type": "independent", "peak_lr": 0.05}, True, True),
@@ -208,7 +215,8 @@ FUSING: list[tuple[dict[str, Any], bool, bool]] = [
     ({"grafting_beta2": 0.9}, True, True),
     ({"grafting": "none"}, True, True),
     ({"grafting": "rms"}, True, True),
-    ({"preconditioner": "kl_shampoo"}, True, True),
+    ({"preconditioner": "shampoo"}, True, True),
+    ({"preconditioner": "shampoo", "grafting": "adam"}, True, True),
     ({"preconditioner": "soap"}, True, True),
     ({"preconditioner": "soap", "grafting": "adam"}, True, True),
     ({"momentum": 0.9}, True, False),

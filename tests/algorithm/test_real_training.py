@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.options.choices import PRECONDITIONERS
+from tests.support.bare import BARE
 
 pytestmark = pytest.mark.slow
 
@@ -155,9 +156,13 @@ def assert_aligned(twins: Twins, shared: bool) -> None:
 
 
 FREE: dict[str, dict[str, Any]] = {
-    "shampoo": {},
-    "coupled_newton": {"solver": "coupled_newton"},
-    "kl_shampoo": {"preconditioner": "kl_shampoo"},
+    "shampoo": {"preconditioner": "shampoo"},
+    "coupled_newton": {"preconditioner": "shampoo", "solver": "coupled_newton"},
+    "kl_shampoo": {},
+    "kl_shampoo_by_coupled_newton": {"solver": "coupled_newton"},
+    "bare_shampoo": BARE,
+    "bare_shampoo_by_coupled_newton": BARE | {"solver": "coupled_newton"},
+    "bare_kl_shampoo": BARE | {"preconditioner": "kl_shampoo"},
     "soap_with_wide_factors": {"preconditioner": "soap", "factor_dtype": "float64"},
 }
 

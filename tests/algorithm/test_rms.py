@@ -16,7 +16,7 @@ from tests.support.zoo import relative_error
 
 F64 = torch.float64
 FLOAT64: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64"}
-NO_EPSILON: dict[str, Any] = {"eps": 0.0, "epsilon": 0.0, "relative_epsilon": 0.0}
+NO_EPSILON: dict[str, Any] = {"eps": 0.0, "epsilon": 0.0, "relative_epsilon": 0.0, "early_relative_epsilon": 0.0}
 
 
 def updates(gradients: list[Tensor], dtype: torch.dtype = F64, **options: Any) -> list[Tensor]:
@@ -43,13 +43,14 @@ def rms(update: Tensor) -> Tensor:
 # make diag(1, 1). KL-Shampoo: roots of diag(9, 16) / 2 to -1/2 on both sides make diag(2/3, 1/2). SOAP: Adam's first
 # step in a basis of unit vectors makes signs, so diag(1, 1). These have the norms sqrt(2), 5/6 and sqrt(2), and 4
 # elements of root mean square 0.4 have the norm 0.8.
-BY_HAND = {"shampoo": (0.4 / 2**0.5, 0.4 / 2**0.5), "kl_shampoo": (0.32, 0.24), "soap": (0.4 / 2**0.5, 0.4 / 2**0.5)}
+BY_HAND = {"shampoo": (0.8 / 2**0.5, 0.8 / 2**0.5), "kl_shampoo": (0.64, 0.48), "soap": (0.8 / 2**0.5, 0.8 / 2**0.5)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 def test_an_update_by_hand(preconditioner: str, dtype: torch.dtype) -> None:
-    options = {"preconditioner": preconditioner, "precondition_frequency": 1, "betas": (0.0, 1.0), **NO_EPSILON}
+    options = {"preconditioner": preconditioner, "betas": (0.0, 1.0), "factor_beta": None, **NO_EPSILON}
+    options |= {"precondition_frequency": 1, "start_preconditioning_step": 1}
     (found,) = updates([torch.diag(torch.tensor([3.0, 4.0])).unsqueeze(0)], dtype, **options)
     expected = torch.diag(torch.tensor(BY_HAND[preconditioner], dtype=dtype))
     torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=1e-6)
@@ -73,7 +74,7 @@ def test_only_the_length_differs_from_updates_without_grafting(preconditioner: s
 @pytest.mark.parametrize("elementwise", [None, "sgd", "normalized_rmsprop"])
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 def test_the_length_is_the_same_from_the_first_step_on(preconditioner: str, elementwise: str | None) -> None:
-    """Blocks refresh at steps 3, 6 and 9; before that, their updates are the element-wise method's."""
+    """Blocks refresh first at step 3, KL-Shampoo's at step 2; until then, updates are the element-wise method's."""
     for update in updates(drawn(), preconditioner=preconditioner, elementwise=elementwise):
         torch.testing.assert_close(rms(update), torch.full((2,), 0.4, dtype=F64), rtol=1e-12, atol=0)
 
@@ -81,7 +82,7 @@ def test_the_length_is_the_same_from_the_first_step_on(preconditioner: str, elem
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 def test_gradients_of_another_scale_give_preconditioned_blocks_the_same_updates(preconditioner: str) -> None:
     """With the default epsilons, of which only SOAP has one that does not follow the scale: eps."""
-    options: dict[str, Any] = {"preconditioner": preconditioner}
+    options: dict[str, Any] = {"preconditioner": preconditioner, "normalize_gradients": False}
     scaled = updates([1000.0 * g for g in drawn()], **options)
     bound = 1e-6 if preconditioner == "soap" else 1e-10
     for found, expected in list(zip(scaled, updates(drawn(), **options), strict=True))[2:]:
@@ -113,7 +114,8 @@ def test_a_moment_that_decays_to_nothing_never_gives_a_longer_update(preconditio
 def test_element_wise_parameters_take_adams_steps(name: str) -> None:
     shape = (10,) if name == "bias" else (12, 10)
     p, twin = parameter(*shape, dtype=F64), parameter(*shape, dtype=F64)
-    drive(shampoo([(name, p)], grafting="rms", exclude=["matrix"]), [p], range(7))
+    options: dict[str, Any] = {"normalize_gradients": False, "elementwise_lr": 1.0}
+    drive(shampoo([(name, p)], grafting="rms", exclude=["matrix"], **options), [p], range(7))
     drive(torch.optim.AdamW([twin], lr=1e-2, weight_decay=0.1), [twin], range(7))
     assert relative_error(p.detach(), twin.detach()) < 1e-13
 

@@ -19,7 +19,7 @@ WIDE: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64"}
 
 def refreshed(gradients: list[Tensor], step: int, **options: Any) -> dict[str, Tensor]:
     """Return the state of one block after these gradients and a refresh at a step."""
-    preconditioner = build(ShampooConfig(**WIDE, **options))
+    preconditioner = build(ShampooConfig.from_options({"early_relative_epsilon": 0.0, **WIDE, **options}))
     state = preconditioner.new_state(1, tuple(gradients[0].shape), torch.device("cpu"), F64)
     for n, g in enumerate(gradients, start=1):
         preconditioner.accumulate(state, g[None].to(F64), n, None)
@@ -67,7 +67,8 @@ def test_a_slow_decay_loses_no_digits() -> None:
 
 def test_a_refresh_takes_roots_of_shrunk_factors() -> None:
     """G = diag(3, 1) has the factors diag(9, 1), with mean 5; half of it gives diag(7, 3)."""
-    options: dict[str, Any] = {"shrinkage": 0.5, "exponent_override": 1.0, "epsilon": 0.0, "relative_epsilon": 0.0}
+    options: dict[str, Any] = {"preconditioner": "shampoo", "shrinkage": 0.5, "exponent_override": 1.0}
+    options |= {"epsilon": 0.0, "relative_epsilon": 0.0}
     for extra in ({}, {"refresh_tolerance": 0.1}, {"solver": "coupled_newton"}):
         state = refreshed([torch.diag(torch.tensor([3.0, 1.0]))], 1, **options, **extra)
         for mode in (0, 1):
@@ -79,6 +80,7 @@ def test_a_diagonal_shrinks_towards_its_mean() -> None:
     g = torch.zeros(2, 3)
     g[0, 0] = 2.0
     options: dict[str, Any] = {"large_dim": "diagonal", "max_preconditioner_dim": 2, "exponent_override": 1.0}
+    options["preconditioner"] = "shampoo"
     state = refreshed([g], 1, shrinkage=0.75, epsilon=0.0, relative_epsilon=0.0, **options)
     torch.testing.assert_close(state["root_1"][0], torch.tensor([0.5, 1.0, 1.0], dtype=F64))
     torch.testing.assert_close(state["root_0"][0], torch.diag(torch.tensor([1 / 2.5, 1 / 1.5], dtype=F64)))

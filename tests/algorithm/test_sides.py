@@ -10,6 +10,7 @@ import torch
 
 from shampoo_deepspeed import OptionError, Shampoo
 from shampoo_deepspeed.options.choices import PRECONDITIONERS
+from tests.support.bare import BARE
 from tests.support.stepping import drive, parameter, same_bits, shampoo, snapshot
 from tests.support.zoo import relative_error
 
@@ -33,13 +34,15 @@ def stepped(shape: tuple[int, ...], steps: int = 4, **options: Any) -> Shampoo:
 
 def test_a_side_that_is_switched_off_has_no_factor_no_root_and_no_cut() -> None:
     """A LoRA matrix r x d has one small factor."""
-    assert kept(stepped((4, 60), one_sided="smaller")) == {"factor_0": (1, 4, 4), "root_0": (1, 4, 4)}
-    assert kept(stepped((60, 4), one_sided="smaller")) == {"factor_1": (1, 4, 4), "root_1": (1, 4, 4)}
-    assert kept(stepped((4, 60), large_dim="identity")) == {"factor_0": (1, 4, 4), "root_0": (1, 4, 4)}
+    smaller: dict[str, Any] = {"preconditioner": "shampoo", "one_sided": "smaller"}
+    identity: dict[str, Any] = {"preconditioner": "shampoo", "large_dim": "identity"}
+    assert kept(stepped((4, 60), **smaller)) == {"factor_0": (1, 4, 4), "root_0": (1, 4, 4)}
+    assert kept(stepped((60, 4), **smaller)) == {"factor_1": (1, 4, 4), "root_1": (1, 4, 4)}
+    assert kept(stepped((4, 60), **identity)) == {"factor_0": (1, 4, 4), "root_0": (1, 4, 4)}
 
 
 def test_a_large_dim_keeps_a_vector_of_its_own_length() -> None:
-    found = kept(stepped((4, 60), large_dim="diagonal"))
+    found = kept(stepped((4, 60), preconditioner="shampoo", large_dim="diagonal"))
     assert found == {"factor_0": (1, 4, 4), "root_0": (1, 4, 4), "factor_1": (1, 60), "root_1": (1, 60)}
 
 
@@ -48,7 +51,8 @@ def test_one_sided_shampoo_on_one_gradient_is_its_polar_factor() -> None:
     p = parameter(5, 9, dtype=F64)
     g = torch.randn(5, 9, dtype=F64, generator=torch.Generator().manual_seed(5))
     options: dict[str, Any] = {"one_sided": "left", "grafting": "none", "betas": (0.0, 1.0), "weight_decay": 0.0}
-    optimizer = shampoo([p], precondition_frequency=1, epsilon=0.0, relative_epsilon=0.0, lr=1.0, **options, **WIDE)
+    options = BARE | options | {"epsilon": 0.0, "relative_epsilon": 0.0}
+    optimizer = shampoo([p], precondition_frequency=1, lr=1.0, **options, **WIDE)
     before, p.grad = snapshot([p])[0], g
     optimizer.step()
     u, _, v = torch.linalg.svd(g, full_matrices=False)
@@ -56,9 +60,13 @@ def test_one_sided_shampoo_on_one_gradient_is_its_polar_factor() -> None:
 
 
 def test_all_large_dims_without_anything_or_with_adagrad_are_element_wise() -> None:
-    for large_dim, method in (("identity", "adam"), ("adagrad", "adagrad")):
+    for preconditioner, large_dim, method in (
+        ("shampoo", "identity", "adam"),
+        ("shampoo", "adagrad", "adagrad"),
+        ("kl_shampoo", "adagrad", "adagrad"),
+    ):
         p, twin = parameter(12, 10), parameter(12, 10)
-        drive(shampoo([p], large_dim=large_dim), [p], range(6))
+        drive(shampoo([p], preconditioner=preconditioner, large_dim=large_dim), [p], range(6))
         drive(shampoo([("w", twin)], exclude=["w"], elementwise=method), [twin], range(6))
         assert torch.equal(p, twin)
 
@@ -69,7 +77,8 @@ def test_a_cutoff_leaves_a_null_direction_alone() -> None:
     for rule in ("shift", "cutoff"):
         p = parameter(6, 8, dtype=F64)
         options: dict[str, Any] = {"damping": rule, "grafting": "sgd", "weight_decay": 0.0, "betas": (0.0, 0.9)}
-        optimizer = shampoo([p], precondition_frequency=1, relative_epsilon=1e-8, **options, **WIDE)
+        options = BARE | options | {"relative_epsilon": 1e-8}
+        optimizer = shampoo([p], precondition_frequency=1, **options, **WIDE)
         before = snapshot([p])[0]
         for step in range(4):
             p.grad = torch.randn(6, 8, dtype=F64, generator=torch.Generator().manual_seed(step))
@@ -95,7 +104,7 @@ def test_a_split_fused_matrix_takes_the_steps_of_its_parts() -> None:
 
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-@pytest.mark.parametrize("grafting", [None, "none"])
+@pytest.mark.parametrize("grafting", [None, "none", "adam"])
 def test_stacked_experts_take_the_steps_of_single_matrices(preconditioner: str, grafting: str | None) -> None:
     options = {"preconditioner": preconditioner, "grafting": grafting, **WIDE}
     stacked = parameter(3, 10, 6, dtype=F64)
@@ -118,8 +127,8 @@ def test_a_split_that_does_not_fit_is_an_error_that_names_the_parameter() -> Non
 
 def test_the_table_says_what_dims_have(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="shampoo_deepspeed"):
-        stepped((4, 60), 1, large_dim="diagonal")
-        stepped((60, 4), 1, one_sided="smaller")
+        stepped((4, 60), 1, preconditioner="shampoo", large_dim="diagonal")
+        stepped((60, 4), 1, preconditioner="shampoo", one_sided="smaller")
         stepped((12, 10), 1, large_dim="adagrad")
         stepped((12, 6), 1, split=[6, 4, 2])
     assert "1 block of 4x60 (matrix, diagonal)" in caplog.text
@@ -130,10 +139,10 @@ def test_the_table_says_what_dims_have(caplog: pytest.LogCaptureFixture) -> None
 
 def test_state_of_another_side_is_refused() -> None:
     """A vector must never be broadcast to a matrix."""
-    saved = stepped((4, 60), large_dim="diagonal").state_dict()
+    saved = stepped((4, 60), preconditioner="shampoo", large_dim="diagonal").state_dict()
     for change in ({"large_dim": "block"}, {"one_sided": "smaller"}):
         p = parameter(4, 60)
-        optimizer = shampoo([p], large_dim="diagonal")
+        optimizer = shampoo([p], preconditioner="shampoo", large_dim="diagonal")
         optimizer.load_state_dict(saved)
         optimizer.param_groups[0].update(change)
         p.grad = torch.ones_like(p)

@@ -81,14 +81,14 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("max_preconditioner_dim", True, COUNT),
     ("precondition_frequency", 0, COUNT),
     ("precondition_frequency", 2.5, COUNT),
-    ("statistics_frequency", 0, COUNT),
+    ("statistics_frequency", 0, f"null or {COUNT}"),
     ("statistics_frequency", "auto", COUNT),
     ("refresh", "later", "one of sync, staggered, background"),
     ("refresh", True, "one of sync, staggered, background"),
     ("start_preconditioning_step", 0, "an integer >= 1, or -1"),
     ("start_preconditioning_step", -2, "an integer >= 1, or -1"),
     ("start_preconditioning_step", 5.0, "an integer >= 1, or -1"),
-    ("refresh_growth", 0.005, "0, or a number in [0.01, 1]"),
+    ("refresh_growth", 0.005, "null or 0, or a number in [0.01, 1]"),
     ("factor_beta", 0.0, "null or a number in (0, 1]"),
     ("early_relative_epsilon", 1.0, "a number in [0, 1)"),
     ("grafting", "lamb", METHODS),
@@ -346,7 +346,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "beta3": st.none() | fractions,
     "factor_beta": st.none() | st.floats(0, 1, exclude_min=True),
     "early_relative_epsilon": fractions,
-    "refresh_growth": st.just(0.0) | st.floats(0.01, 1.0),
+    "refresh_growth": st.none() | st.just(0.0) | st.floats(0.01, 1.0),
     "eps": numbers,
     "normalize_gradients": st.booleans(),
     "weight_decay": numbers,
@@ -365,7 +365,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "batch_dims": st.sampled_from([0, 1]),
     "split": st.sampled_from([(), (3, 4)]),
     "precondition_frequency": counts,
-    "statistics_frequency": counts,
+    "statistics_frequency": st.none() | counts,
     "refresh": st.sampled_from(["sync", "staggered", "background"]),
     "start_preconditioning_step": st.just(-1) | st.integers(10_000, 20_000),
     "grafting": st.none() | st.sampled_from(GRAFTING_METHODS),
@@ -414,16 +414,38 @@ def test_a_tensor_learning_rate_becomes_a_number_in_json() -> None:
 
 @given(st.integers(1, 9), st.integers(1, 30) | st.just(-1), st.integers(1, 60))
 def test_refreshes_come_at_the_start_step_and_at_multiples_of_the_frequency(freq: int, start: int, step: int) -> None:
-    config = ShampooConfig(precondition_frequency=freq, start_preconditioning_step=start)
+    config = ShampooConfig(precondition_frequency=freq, start_preconditioning_step=start, refresh_growth=0.0)
     first = freq if start == -1 else start
     assert config.start == first
     assert config.refreshes_at(step) == (step == first or (step > first and step % freq == 0))
 
 
 def test_refreshes_are_dense_at_first_and_thin_out_to_the_frequency() -> None:
-    config = ShampooConfig(refresh_growth=0.25, refresh="sync")
-    due = [step for step in range(1, 72) if config.refreshes_at(step)]
-    assert due == [2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22, 27, 33, 41, 51, 61, 71]
+    """KL-Shampoo does so unless told otherwise."""
+    for config in (ShampooConfig(refresh="sync"), ShampooConfig(preconditioner="soap", refresh_growth=0.25)):
+        due = [step for step in range(1, 72) if config.refreshes_at(step)]
+        assert due == [2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22, 27, 33, 41, 51, 61, 71]
+
+
+def test_early_refreshes_and_sampled_statistics_are_kl_shampoos_own_unless_told_otherwise() -> None:
+    own = {name: ShampooConfig(preconditioner=name) for name in PRECONDITIONERS}
+    assert {name: c.growth for name, c in own.items()} == {"shampoo": 0.0, "soap": 0.0, "kl_shampoo": 0.25}
+    assert {name: c.sampling for name, c in own.items()} == {"shampoo": 1, "soap": 1, "kl_shampoo": 2}
+    assert {name: c.start for name, c in own.items()} == {"shampoo": 10, "soap": 10, "kl_shampoo": 2}
+    for name in PRECONDITIONERS:
+        config = ShampooConfig(preconditioner=name, refresh_growth=0.0, statistics_frequency=3)
+        assert (config.growth, config.sampling, config.start) == (0.0, 3, 10)
+
+
+def test_windows_as_long_as_the_frequency_are_not_early() -> None:
+    """With a refresh in every step no window is shorter, so statistics are sampled from the first refresh on."""
+    for frequency in (1, 2, 3):
+        config = ShampooConfig(precondition_frequency=frequency)
+        begins = config.early_windows
+        lengths = [after - before for before, after in zip(begins, begins[1:], strict=False)]
+        assert all(length < frequency for length in lengths)
+        assert config.refresh_window(begins[-1]) == (begins[-1], frequency)
+    assert ShampooConfig(precondition_frequency=1).dense_statistics == 2
 
 
 @given(st.integers(1, 12), st.floats(0.01, 1.0) | st.just(0.0), st.integers(1, 20), st.integers(1, 300))
@@ -441,8 +463,9 @@ def test_early_steps_have_a_larger_ridge() -> None:
     assert [relative_ridge(config, step) for step in (1, 50, 1000)] == [0.01, 2e-4, 1e-4]
 
 
-def test_factor_matrices_decay_as_second_moments_do_unless_told_otherwise() -> None:
-    assert ShampooConfig(betas=(0.9, 0.97)).factors_decay == 0.97
+def test_factor_matrices_decay_by_their_own_beta_or_with_null_as_second_moments_do() -> None:
+    assert ShampooConfig(betas=(0.9, 0.97)).factors_decay == 0.95
+    assert ShampooConfig(betas=(0.9, 0.97), factor_beta=None).factors_decay == 0.97
     config = ShampooConfig(betas=(0.9, 0.97), factor_beta=0.9)
     assert (config.factors_decay, config.second_moment_beta) == (0.9, 0.97)
 
@@ -455,7 +478,7 @@ def test_the_grafting_second_moment_decays_as_the_factors_do_unless_told_otherwi
 
 def test_grafting_is_the_preconditioners_own_unless_told_otherwise() -> None:
     own = {name: ShampooConfig(preconditioner=name).grafting_method for name in PRECONDITIONERS}
-    assert own == {"shampoo": "adam", "soap": "none", "kl_shampoo": "adam"}
+    assert own == {"shampoo": "rms", "soap": "none", "kl_shampoo": "rms"}
     for name in PRECONDITIONERS:
         for given_method in GRAFTING_METHODS:
             config = ShampooConfig(preconditioner=name, grafting=given_method)
@@ -476,17 +499,23 @@ def test_elementwise_parameters_follow_the_grafting_method_unless_told_otherwise
     assert ShampooConfig(grafting="none", elementwise="sgd").elementwise_method == "sgd"
 
 
+SPLIT: dict[str, Any] = {"preconditioner": "shampoo", "split": [2, 3]}
 IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"beta3": 0.5, "betas": (0.0, 0.9)}, "'beta3' = 0.5.*null if betas"),
     ({"weight_decay_type": "corrected", "decoupled_weight_decay": False}, "'weight_decay_type' = 'corrected'"),
-    ({"split": [2, 3], "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*together with split"),
-    ({"split": [2, 3], "one_sided": "smaller"}, "'one_sided' = 'smaller'.*together with split"),
+    ({**SPLIT, "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*together with split"),
+    ({**SPLIT, "one_sided": "smaller"}, "'one_sided' = 'smaller'.*together with split"),
+    ({"large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*block or adagrad with.*kl_shampoo; or preconditioner = sh"),
+    ({"one_sided": "left"}, "'one_sided' = 'left'.*null with preconditioner kl_shampoo; or preconditioner = shampoo"),
+    ({"exponent_override": 2}, "'exponent_override' = 2.0.*null with.*kl_shampoo.*; or preconditioner = shampoo"),
     ({"preconditioner": "soap", "one_sided": "left"}, "'one_sided' = 'left'.*null with preconditioner soap"),
-    ({"preconditioner": "kl_shampoo", "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*block or adagrad with"),
     ({"preconditioner": "soap", "solver": "newton_db"}, "'solver' = 'newton_db'.*eigh with preconditioner soap"),
     ({"preconditioner": "soap", "exponent_override": [2, 4]}, "'exponent_override'.*null or a number with"),
     ({"refresh_tolerance": 0.1, "solver": "newton_db"}, "'solver' = 'newton_db'.*together with refresh_tolerance"),
-    ({"damping": "cutoff", "solver": "newton_db"}, "'solver' = 'newton_db'.*auto or eigh if damping is cutoff"),
+    (
+        {"preconditioner": "shampoo", "damping": "cutoff", "solver": "newton_db"},
+        "'solver' = 'newton_db'.*auto or eigh if damping is cutoff",
+    ),
     ({"damping": "saturate", "solver": "coupled_newton"}, "'solver' = 'coupled_newton'.*if damping is saturate"),
     ({"preconditioner": "kl_shampoo", "damping": "cutoff"}, "'damping' = 'cutoff'.*shift or saturate with.*never see"),
     ({"preconditioner": "soap", "damping": "saturate"}, "'damping' = 'saturate'.*shift with preconditioner soap"),
@@ -501,9 +530,16 @@ def test_options_that_contradict_one_another_are_an_error(options: dict[str, Any
 
 
 def test_roots_are_twice_the_number_of_preconditioned_dims_unless_overridden() -> None:
-    assert [ShampooConfig().root(n) for n in (1, 2, 3)] == [2.0, 4.0, 6.0]
-    assert [ShampooConfig(exponent_override=3).root(n) for n in (1, 2, 3)] == [3.0, 3.0, 3.0]
-    assert [ShampooConfig.from_options({"exponent_override": [None, 3]}).root(n) for n in (1, 2, 3)] == [2.0, 3.0, 6.0]
+    """KL-Shampoo's are always 2."""
+
+    def roots(**options: Any) -> list[float]:
+        config = ShampooConfig.from_options(options)
+        return [config.root(n) for n in (1, 2, 3)]
+
+    assert roots() == [2.0, 2.0, 2.0]
+    assert roots(preconditioner="shampoo") == [2.0, 4.0, 6.0]
+    assert roots(preconditioner="shampoo", exponent_override=3) == [3.0, 3.0, 3.0]
+    assert roots(preconditioner="shampoo", exponent_override=[None, 3]) == [2.0, 3.0, 6.0]
 
 
 def test_the_peak_of_a_scaled_decay_is_the_learning_rate_that_a_group_starts_with() -> None:

@@ -18,11 +18,11 @@ from tests.support.stepping import drive, parameter, same_bits, shampoo, snapsho
 from tests.support.zoo import gradients, make_batch, make_model, relative_error
 
 RULES: list[dict[str, Any]] = [
-    {"match": "up.weight", "max_preconditioner_dim": 5, "one_sided": "smaller"},
+    {"match": "up.weight", "preconditioner": "shampoo", "max_preconditioner_dim": 5, "one_sided": "smaller"},
     {"match": ["small*", "kind:3d"], "precondition_frequency": 2, "grafting": "rmsprop", "betas": [0.5, 0.9]},
     {"match": "shape:9", "elementwise": "sgd"},
     {"match": "down.weight", "split": [4, 5], "beta3": 0.3},
-    {"match": "*.weight", "exponent_override": 3.0},
+    {"match": "*.weight", "preconditioner": "shampoo", "exponent_override": 3.0},
 ]
 # The rule that applies to each parameter of the odd model, by its index in RULES.
 UNDER = {
@@ -123,10 +123,12 @@ def test_a_rule_cannot_set_an_option_of_a_group(name: str) -> None:
     assert name in OPTION_NAMES
 
 
+NEWTON: dict[str, Any] = {"preconditioner": "shampoo", "solver": "newton_db", "exponent_override": 3}
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"match": "*q*", "max_preconditioner_dims": 8}, "Unknown Shampoo option 'max_preconditioner_dims'"),
     ({"match": "*q*", "betas": [0.9, 2.0]}, r"'betas' = \[0.9, 2.0\]"),
-    ({"match": "q", "solver": "newton_db", "exponent_override": 3}, r"in the rule for \['q'\].*'solver' = 'newton_db'"),
+    ({"match": "q", **NEWTON}, r"in the rule for \['q'\].*'solver' = 'newton_db'"),
+    ({"match": "q", "one_sided": "left"}, r"in the rule for \['q'\].*'one_sided' = 'left'.*preconditioner = shampoo"),
     ({"match": ["kind:what"], "eps": 0.1}, "'kind:what' is not a kind"),
     ({"match": [], "eps": [0.1]}, "'eps' = "),
     ({"match": "*q*", "max_preconditioner_dim": 0}, r"in the rule for \['\*q\*'\].*'max_preconditioner_dim' = 0"),

@@ -9,9 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.bare import BARE
 from tests.support.reference import Reference, cut, merge
 from tests.support.zoo import gradients, make_batch, make_model, relative_error
 
+# Plain Shampoo without any epsilon or grafting, with sums as factors, from the first step on.
+SUMS: dict[str, Any] = BARE | {"lr": 1.0, "betas": (0.0, 1.0), "grafting": "none", "precondition_frequency": 1}
+SUMS |= {"epsilon": 0.0, "relative_epsilon": 0.0}
+del SUMS["embedding_lr"]  # the reference knows no kinds of parameters
 NEVER = 10_000  # a start step that no test reaches, so that all updates are the grafting method's
 
 
@@ -63,32 +68,38 @@ def test_blocks_tile_the_parameter_with_a_shorter_last_piece() -> None:
 def test_a_step_by_hand() -> None:
     """W = 0, G = diag(3, 4), sums of outer products: roots diag(9, 16)^(-1/4), twice, so U = diag(1, 1)."""
     grad = torch.diag(torch.tensor([3.0, 4.0]))
-    options: dict[str, Any] = dict(
-        lr=0.5, betas=(0.0, 1.0), precondition_frequency=1, epsilon=0.0, relative_epsilon=0.0
-    )
-    plain = run({"w": torch.zeros(2, 2)}, [{"w": grad}], grafting="none", **options)["w"]
+    options: dict[str, Any] = SUMS | {"lr": 0.5}
+    plain = run({"w": torch.zeros(2, 2)}, [{"w": grad}], **options)["w"]
     torch.testing.assert_close(plain, -0.5 * torch.eye(2, dtype=torch.float64))
-    grafted = run({"w": torch.zeros(2, 2)}, [{"w": grad}], grafting="sgd", **options)["w"]
+    grafted = run({"w": torch.zeros(2, 2)}, [{"w": grad}], **(options | {"grafting": "sgd"}))["w"]
     torch.testing.assert_close(grafted, -0.5 * 5.0 / math.sqrt(2.0) * torch.eye(2, dtype=torch.float64))
-    scaled = run({"w": torch.zeros(2, 2)}, [{"w": grad}], grafting="rms", **options)["w"]
-    torch.testing.assert_close(scaled, -0.5 * 0.2 * math.sqrt(2.0) * torch.eye(2, dtype=torch.float64))
+    scaled = run({"w": torch.zeros(2, 2)}, [{"w": grad}], **(options | {"grafting": "rms"}))["w"]
+    torch.testing.assert_close(scaled, -0.5 * 0.4 * math.sqrt(2.0) * torch.eye(2, dtype=torch.float64))
     # the second step doubles both factors, so the update of the same gradient shrinks by 2^(-1/2)
-    twice = run({"w": torch.zeros(2, 2)}, [{"w": grad}] * 2, grafting="none", **options)["w"]
+    twice = run({"w": torch.zeros(2, 2)}, [{"w": grad}] * 2, **options)["w"]
     torch.testing.assert_close(twice, -0.5 * (1 + 2**-0.5) * torch.eye(2, dtype=torch.float64))
+
+
+def test_a_step_of_the_default_recipe_by_hand() -> None:
+    """In the first step G = diag(3, 4) only is Adam's, which has the signs; the root mean square is 0.4.
+
+    The second step has both gradients, divided by their root mean square 5/2: factors diag(9, 16) (4/25) / 2 with mean
+    1, so diag(18, 32) / 25 after scaling. Their ridge is 0.005 times the largest. Each of two roots -1/2 is applied.
+    """
+    grad = torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64))
+    start = {"w": torch.zeros(2, 2), "norm": torch.zeros(2)}
+    grads = [{"w": grad, "norm": torch.tensor([3.0, 4.0])}] * 2
+    first = run(start, grads[:1], lr=1.0)
+    torch.testing.assert_close(first["w"], -0.4 * 2**0.5 * torch.eye(2, dtype=torch.float64))
+    torch.testing.assert_close(first["norm"], torch.tensor([-3.0, -3.0], dtype=torch.float64))
+    second = run(start, grads, lr=1.0)["w"] - first["w"]
+    whitened = torch.tensor([3.0 / (18.0 + 0.16), 4.0 / (32.0 + 0.16)], dtype=torch.float64)
+    torch.testing.assert_close(second, -0.8 * torch.diag(whitened / whitened.norm()))
 
 
 def test_a_zero_eigenvalue_without_epsilon_gets_root_zero() -> None:
     grad = torch.diag(torch.tensor([3.0, 0.0]))
-    result = run(
-        {"w": torch.zeros(2, 2)},
-        [{"w": grad}],
-        lr=1.0,
-        betas=(0.0, 1.0),
-        precondition_frequency=1,
-        epsilon=0.0,
-        relative_epsilon=0.0,
-        grafting="none",
-    )["w"]
+    result = run({"w": torch.zeros(2, 2)}, [{"w": grad}], **SUMS)["w"]
     torch.testing.assert_close(result, torch.diag(torch.tensor([-1.0, 0.0], dtype=torch.float64)))
 
 
@@ -134,6 +145,8 @@ def test_grafting_alone_is_torchs_own_optimizer(
         grads,
         lr=0.1,
         eps=1e-3,
+        normalize_gradients=False,
+        elementwise_lr=1.0,
         grafting=name,
         start_preconditioning_step=NEVER,
         exclude=exclude,
@@ -145,16 +158,7 @@ def test_grafting_alone_is_torchs_own_optimizer(
 
 def test_the_first_preconditioned_update_is_the_polar_factor() -> None:
     params, grads = random_problem(6, 6, steps=1)
-    result = run(
-        params,
-        grads,
-        lr=1.0,
-        betas=(0.0, 1.0),
-        precondition_frequency=1,
-        epsilon=0.0,
-        relative_epsilon=0.0,
-        grafting="none",
-    )
+    result = run(params, grads, **SUMS)
     u, _, v = torch.linalg.svd(grads[0]["w"])
     assert relative_error(params["w"] - result["w"], u @ v) < 1e-10
 
@@ -170,10 +174,9 @@ def test_rotated_gradients_give_rotated_updates() -> None:
 
 def test_an_order_three_block_is_preconditioned_along_every_mode() -> None:
     params, grads = random_problem(3, 4, 5, steps=1)
-    result = run(
-        params, grads, lr=1.0, betas=(0.0, 1.0), precondition_frequency=1, max_preconditioner_dim=5, grafting="none"
-    )
     g, o = grads[0]["w"], (1e-12, 1e-6)
+    options = SUMS | {"max_preconditioner_dim": 5, "epsilon": o[0], "relative_epsilon": o[1]}
+    result = run(params, grads, **options)
     expected = g
     for dim in range(3):
         unfolded = g.movedim(dim, 0).flatten(1)
@@ -203,6 +206,9 @@ def test_a_missing_gradient_skips_and_leading_zeros_do_nothing() -> None:
         ("odd", dict(precondition_frequency=2)),
         ("wide", dict(start_preconditioning_step=NEVER)),
         ("wide", dict(grafting="rmsprop")),
+        ("odd", dict(preconditioner="shampoo")),
+        ("wide", dict(normalize_gradients=False)),
+        ("wide", dict(elementwise_lr=1.0)),
     ],
 )
 def test_the_models_tell_different_rules_apart(kind: str, change: dict[str, Any]) -> None:
@@ -218,6 +224,7 @@ def test_the_models_tell_different_rules_apart(kind: str, change: dict[str, Any]
                 trained[name].data.copy_(value)
         return reference.values()
 
-    base: dict[str, Any] = dict(precondition_frequency=3, max_preconditioner_dim=8 if kind == "odd" else 16)
+    base: dict[str, Any] = dict(precondition_frequency=3, refresh_growth=0.0)
+    base["max_preconditioner_dim"] = 8 if kind == "odd" else 16
     one, other = final(**base), final(**{**base, **change})
     assert max(relative_error(one[n], other[n]) for n in one) > 1e-2

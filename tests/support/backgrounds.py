@@ -16,7 +16,7 @@ from tests.support.stepping import drive, parameter, shampoo
 
 FREQUENCY = 4
 FORMS: dict[str, dict[str, Any]] = {
-    "shampoo": {},
+    "shampoo": {"preconditioner": "shampoo"},
     "kept_bases": {"refresh_tolerance": 0.5},
     "newton": {"solver": "coupled_newton", "relative_epsilon": 1e-3},
     "newton_db": {"solver": "newton_db", "relative_epsilon": 1e-3},

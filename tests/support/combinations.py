@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 # Options in one value can only be used together. Iterative solvers have the reference's ridge only if it is absolute.
-# The first value of each option combines with all values of all others.
+# The first value is the default, if the option has one; the schedule's and the factors' are those of the whole recipe.
 VALUES: dict[str, list[dict[str, Any]]] = {
-    "preconditioner": [{"preconditioner": name} for name in ("shampoo", "soap", "kl_shampoo")],
+    "preconditioner": [{"preconditioner": name} for name in ("kl_shampoo", "shampoo", "soap")],
     "first_moment": [{"betas0": 0.9}, {"betas0": 0.0}, {"betas0": 0.9, "beta3": 0.4}],
-    "factors": [{"betas1": 0.95}, {"betas1": 1.0}, {"betas1": 0.99, "factor_beta": 0.8}],
-    "statistics": [{}, {"statistics_frequency": 2}],
+    "factors": [
+        {"betas1": 0.99},
+        {"betas1": 0.95, "factor_beta": None},
+        {"betas1": 1.0, "factor_beta": None},
+        {"betas1": 0.99, "factor_beta": 0.8},
+    ],
+    "statistics": [{}, {"statistics_frequency": 1}, {"statistics_frequency": 2}],
     "grafting": [
         {},
         *({"grafting": g} for g in ("rms", "adam", "none", "sgd", "adagrad", "rmsprop", "normalized_adam")),
@@ -22,7 +27,7 @@ VALUES: dict[str, list[dict[str, Any]]] = {
         {},
         {"elementwise": "sgd", "elementwise_lr": 0.5},
         {"elementwise": "rmsprop", "elementwise_betas": (0.0, 0.9)},
-        {"elementwise_lr": 3.0, "elementwise_betas": (0.8, 0.9)},
+        {"elementwise_lr": 1.0, "elementwise_betas": (0.8, 0.9)},
     ],
     "decay": [{"weight_decay_type": kind} for kind in ("decoupled", "l2", "corrected", "independent")],
     "momentum": [{}, {"momentum": 0.8, "dampening": 0.3}, {"momentum": 0.9, "nesterov": True}],
@@ -30,14 +35,14 @@ VALUES: dict[str, list[dict[str, Any]]] = {
     "root": [{}, {"exponent_override": 2.0}, {"exponent_override": [2.0, None, 8.0]}],
     "regularisation": [
         {},
-        {"damping": "cutoff", "relative_epsilon": 1e-4},
-        {"solver": "coupled_newton", "epsilon": 1e-3, "relative_epsilon": 0.0},
-        {"solver": "newton_db", "epsilon": 1e-3, "relative_epsilon": 0.0},
+        {"damping": "cutoff"},
+        {"solver": "coupled_newton", "epsilon": 1e-3, "relative_epsilon": 0.0, "early_relative_epsilon": 0.0},
+        {"solver": "newton_db", "epsilon": 1e-3, "relative_epsilon": 0.0, "early_relative_epsilon": 0.0},
         {"early_relative_epsilon": 0.3, "relative_epsilon": 0.02},
         {"damping": "saturate", "relative_epsilon": 0.02},
     ],
     "tolerance": [{}, {"refresh_tolerance": 0.2}],
-    "normalization": [{}, {"normalize_gradients": True}],
+    "normalization": [{}, {"normalize_gradients": False}],
     "shrinkage": [{}, {"shrinkage": 2.0}],
     "one_sided": [{}, {"one_sided": "left"}, {"one_sided": "right"}, {"one_sided": "smaller"}],
     "large_dim": [{"large_dim": kind} for kind in ("block", "diagonal", "identity", "adagrad")],
@@ -47,10 +52,10 @@ VALUES: dict[str, list[dict[str, Any]]] = {
     "block": [{"max_preconditioner_dim": n} for n in (4, 6, 1024)],
     "refresh": [{"refresh": kind} for kind in ("staggered", "sync", "background")],
     "schedule": [
-        {"precondition_frequency": 3, "start_preconditioning_step": 10},
-        {"precondition_frequency": 1, "start_preconditioning_step": 10},
         {"precondition_frequency": 3},
-        {"precondition_frequency": 1},
+        {"precondition_frequency": 3, "start_preconditioning_step": 10, "refresh_growth": 0.0},
+        {"precondition_frequency": 1, "start_preconditioning_step": 10},
+        {"precondition_frequency": 1, "refresh_growth": 0.0},
         {"precondition_frequency": 4, "start_preconditioning_step": 10, "refresh_growth": 0.2},
         {"precondition_frequency": 4, "refresh_growth": 0.4},
     ],
@@ -70,29 +75,29 @@ def options_of(row: Row) -> dict[str, Any]:
 
 
 def row_of(*values: Value) -> Row:
-    """Return the row with these values, and the first value of every other option."""
-    row = [0] * len(SIZES)
-    for option, number in values:
-        row[option] = number
-    return tuple(row)
+    """Return the row with these values, and the first value of every other option that combines with them."""
+    chosen = dict(values)
+    for option in set(range(len(SIZES))) - set(chosen):
+        chosen[option] = next(n for n in range(SIZES[option]) if all(combines((option, n), other) for other in values))
+    return tuple(chosen[option] for option in range(len(SIZES)))
 
 
 # Pairs that the package refuses, by the indices of values: with a value of one option, these of others are not allowed.
 REFUSED: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
-    ("preconditioner", 1): {
+    ("preconditioner", 2): {
         "root": (2,),
         "regularisation": (1, 2, 3, 5),
         "shrinkage": (1,),
         "one_sided": (1, 2, 3),
         "large_dim": (1, 2),
     },
-    ("preconditioner", 2): {"root": (1, 2), "regularisation": (1,), "one_sided": (1, 2, 3), "large_dim": (1, 2)},
+    ("preconditioner", 0): {"root": (1, 2), "regularisation": (1,), "one_sided": (1, 2, 3), "large_dim": (1, 2)},
     ("tolerance", 1): {"regularisation": (2, 3)},
     ("split", 1): {"one_sided": (3,), "large_dim": (1, 2)},
 }
 # SOAP's basis of a factor matrix with several null directions is not unique, so there would be no unique trajectory to
 # compare with. So SOAP starts only when there are none.
-LEFT_OUT: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {("preconditioner", 1): {"schedule": (2, 3, 5)}}
+LEFT_OUT: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {("preconditioner", 2): {"schedule": (0, 3, 5)}}
 
 
 def _pairs_in(table: dict[tuple[str, int], dict[str, tuple[int, ...]]]) -> set[tuple[Value, Value]]:
@@ -160,11 +165,11 @@ def rows_of_all_values() -> list[Row]:
     large, block = OPTIONS.index("large_dim"), OPTIONS.index("block")
     missing = {(option, n) for option, size in enumerate(SIZES) for n in range(size)}
     found: list[Row] = []
-    for preconditioner in (0, 1, 2, 0, 1, 2, 0, 0):
+    for preconditioner in (1, 2, 0, 1, 2, 0, 1, 1):
         chosen = {0: preconditioner}
         for option in sorted(range(1, len(SIZES)), key=lambda n: -SIZES[n]):
             able = [n for n in range(SIZES[option]) if all(combines((option, n), other) for other in chosen.items())]
-            if (option == block and chosen[large]) or (option == large and preconditioner):
+            if (option == block and chosen[large]) or (option == large and preconditioner != 1):
                 able = [0]
             new = [n for n in able if (option, n) in missing]
             chosen[option] = new[-1] if new else able[(len(found) + option) % len(able)]
