@@ -118,7 +118,8 @@ class Elementwise:
             if steps[shard.parameter] > 0:
                 cohorts[shard.group, shard.method, shard.embedding, steps[shard.parameter]].append(number)
         parts, targets = self._parts(gradients), self._parts(updates)
-        divisors = self._root_mean_squares(squared_norms)
+        means = self._root_mean_squares(squared_norms)
+        divisors = means.unbind()
         for (group, method, embedding, step), numbers in cohorts.items():
             own = [parts[n].to(self._dtype) for n in numbers]
             if found_inf is not None:
@@ -133,7 +134,10 @@ class Elementwise:
             own_rate = config.embedding_lr if embedding else None
             factor *= config.elementwise_lr if own_rate is None else own_rate
             torch._foreach_copy_([targets[n] for n in numbers], made)
-            if factor != 1.0:
+            if config.normalize_gradients:
+                factors = (means * (factor / (means + config.eps))).unbind()
+                torch._foreach_mul_([targets[n] for n in numbers], [factors[n] for n in numbers])
+            elif factor != 1.0:
                 torch._foreach_mul_([targets[n] for n in numbers], factor)
 
     def _updates(
@@ -160,15 +164,15 @@ class Elementwise:
         warm = grafting.advance(method, first, second, gradients, scaled, step, config, found_inf)
         return warm.updates, warm.factor
 
-    def _root_mean_squares(self, squared_norms: Tensor | None) -> Sequence[Tensor]:
-        """The root mean square of each shard's parameter; 1 if it is 0 or not finite.
+    def _root_mean_squares(self, squared_norms: Tensor | None) -> Tensor:
+        """The root mean square of each shard's parameter [shards]; 1 if it is 0 or not finite.
 
         The masked gradients of a rejected step are zeros, which a division by NaN would spoil.
         """
         if squared_norms is None or not self.shards:
-            return ()
+            return torch.empty(0)
         found = (squared_norms.index_select(0, self._parameters) / self._numels).sqrt().to(self._dtype)
-        return torch.where((found > 0) & found.isfinite(), found, 1.0).unbind()
+        return torch.where((found > 0) & found.isfinite(), found, 1.0)
 
     def _parts(self, bases: Sequence[Tensor]) -> list[Tensor]:
         return [bases[s.tensor][slice(*s.local)] for s in self.shards]

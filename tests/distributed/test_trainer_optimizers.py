@@ -22,11 +22,11 @@ SAVED = Training(save_at=4, options={"momentum": 0.5})  # between two refreshes
 RESUMED = [run("scheduler", framework, SAVED, "resumed") for framework in ("ddp", "zero1", "zero3")]
 RESUMED += [run("deferred", "ddp", SAVED, "resumed")]
 DIVIDED = [run("prebuilt", "ddp"), run("deferred", "ddp")]
-SYNC = Training(steps=7, options={"refresh": "sync"})
-MEASURED = [run("deferred", "ddp"), run("factory", "zero3"), run("name", "fsdp2")]
-MEASURED += [
-    run(route, framework, SYNC, "sync_optimizers") for route, framework, _ in (check.argument for check in MEASURED)
-]
+STAGGERED = Training(steps=7, options={"refresh_growth": 0.0})  # whole windows, in which phases differ
+SYNC = Training(steps=7, options={"refresh": "sync", "refresh_growth": 0.0})
+WATCHED = {"deferred": "ddp", "factory": "zero3", "name": "fsdp2"}
+MEASURED = [run(route, framework, STAGGERED, "staggered_optimizers") for route, framework in WATCHED.items()]
+MEASURED += [run(route, framework, SYNC, "sync_optimizers") for route, framework in WATCHED.items()]
 OWN_SCHEDULE = [run("scheduler", framework) for framework in ("ddp", "zero3", "fsdp1", "fsdp2")]
 
 

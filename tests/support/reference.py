@@ -368,7 +368,9 @@ class Reference:
             bg = g.reshape(p.merged)[block.box]
             elementwise = block.box == (...,)
             update[block.box] = self.step_block(block, bg, p.t, o.for_elementwise if elementwise else o)
-            update[block.box] *= o.elementwise_lr if elementwise else 1.0
+            if elementwise:
+                rms = bg.square().mean().sqrt().item() if o.normalize_gradients and bg.count_nonzero() else 1.0
+                update[block.box] *= o.elementwise_lr * (rms / (rms + o.eps) if o.normalize_gradients else 1.0)
         update = update.view(g.shape)
         if decay != "l2":
             peak = p.peak_lr if o.peak_lr is None else o.peak_lr

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.support.bare import BARE
 from tests.support.reference import Reference
 from tests.support.zoo import GLOBAL_BATCH, gradients, make_batch, make_model, micro_batches
 
@@ -161,7 +162,7 @@ def make_reference(scenario: Scenario, trained: Mapping[str, Tensor]) -> Referen
     """Build the reference. Groups set their own decay; without groups, biases and norms do not decay."""
     options = scenario.optimizer_options()
     if scenario.optimizer != "Shampoo":
-        options |= {"start_preconditioning_step": 10_000}
+        options = {**BARE, **options, "start_preconditioning_step": 10_000}
     overrides: dict[str, dict[str, Any]] = {n: dict(SECOND_GROUP) for n in scenario.second_group(list(trained))}
     if not overrides and scenario.optimizer == "Shampoo":
         overrides = {n: {"weight_decay": 0.0} for n in trained if n.endswith("bias") or n.startswith("norm")}

@@ -146,7 +146,8 @@ def single_process_run(training: Training) -> Expected:
 
     model = make_model(training.model).double()
     options = training.trainer_options() | training.own_options()
-    optimizer = Shampoo(trainer_groups(model, everything=options.pop("no_decay", None) == []), **options)
+    groups = trainer_groups(model, everything=options.pop("no_decay", None) == [])
+    optimizer = Shampoo(groups, model=model, **options)
     schedule = get_scheduler(training.schedule, optimizer, training.warmup, training.steps)
     result = Expected([], [], [], {})
     data = make_data(training.steps)
