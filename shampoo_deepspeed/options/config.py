@@ -100,6 +100,18 @@ class Property(Flag):
 FIXED, GROUP_ONLY, SHARED, NOT_STORED, SCHEDULED = Property
 _PLAIN = Property(0)
 
+# What runs did before there were these options. State without a value of theirs comes from such a run.
+BEFORE: dict[str, Any] = {
+    "preconditioner": "shampoo",
+    "factor_beta": None,
+    "normalize_gradients": False,
+    "early_relative_epsilon": 0.0,
+    "statistics_frequency": 1,
+    "refresh_growth": 0.0,
+    "elementwise_lr": 1.0,
+    "embedding_lr": None,
+}
+
 # From this relative ridge on, KL-Shampoo's roots of float32 factor matrices are accurate enough in float32.
 WIDE_RIDGE = 1e-5
 
@@ -384,8 +396,8 @@ class ShampooConfig:
     def early_windows(self) -> tuple[int, ...]:
         """The first steps of the windows that are shorter than the frequency, and of the first full window."""
         begins = [self.start]
-        while self.growth and (length := int(self.growth * begins[-1])) < self.precondition_frequency:
-            begins.append(begins[-1] + max(1, length))
+        while self.growth and (length := max(1, int(self.growth * begins[-1]))) < self.precondition_frequency:
+            begins.append(begins[-1] + length)
         return tuple(begins)
 
     def early_refreshes(self) -> tuple[int, int]:
@@ -504,6 +516,15 @@ class ShampooConfig:
             OptionError: naming the first wrong key, its value and what is allowed.
         """
         return cls(**canonical(options))
+
+    @classmethod
+    def from_saved(cls, options: Mapping[str, Any]) -> ShampooConfig:
+        """The options of saved state, which may be older than some of them.
+
+        Raises:
+            OptionError: as ``from_options``.
+        """
+        return cls.from_options({**BEFORE, **options})
 
     def to_json(self) -> dict[str, Any]:
         """All options as JSON types; ``from_options`` reads them back."""

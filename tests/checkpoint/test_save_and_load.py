@@ -415,6 +415,8 @@ def test_the_kept_checkpoint_of_format_1_loads_for_ever(tmp_path: Path) -> None:
         bound = 1e-5 if value.dtype == torch.float32 else 2e-3  # other machines may round elements differently
         assert relative_error(params[name].detach(), value) < bound, name
     assert "cube" in describe(kept.FOLDER / "shampoo")
+    with pytest.raises(CheckpointError, match="saved with preconditioner = 'shampoo', but here it is 'kl_shampoo'"):
+        load_shampoo(Shampoo(params.items(), max_preconditioner_dim=8), kept.FOLDER / "shampoo")
 
 
 def test_a_manifest_records_the_versions_that_wrote_it(tmp_path: Path) -> None:
