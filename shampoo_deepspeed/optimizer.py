@@ -59,7 +59,8 @@ class Shampoo(BlockOptimizer):
         process_group: ranks that hold replicas of unsharded parameters and get equal gradients; they divide the work.
             A ``model`` wrapped in DistributedDataParallel brings its own. Without a group every rank does all of the
             work, with the same result. Sharded parameters do not need it.
-        **options: the fields of ``ShampooConfig``; groups may have their own.
+        **options: the fields of ``ShampooConfig``; groups may have their own. ``preset="paper"`` stands for those of
+            arXiv 2309.06497; options that are given as well take precedence over it.
 
     Raises:
         OptionError: an unknown option or a value out of range (a ValueError).

@@ -188,6 +188,8 @@ class BlockStack:
         own = gradients
         if second and method.startswith(grafting.NORMALIZED):
             own = grafting.normalized(gradients, block_norms(gradients))
+        if config.grafting_method == "rms" and not ready:
+            return self._warm_to_rms(kept, gradients, step, found_inf)
         if ready and (preconditioner.rotates_moments or not config.grafts):
             if second:
                 grafting.accumulate(method, second, [own], config.second_moment_beta, found_inf)
@@ -195,12 +197,18 @@ class BlockStack:
         grafted = grafting.advance(method, kept, second, [gradients], [own], step, config, found_inf)
         # Bias corrections are one factor, which is multiplied in last, because each pass over a block costs time.
         if not ready:
-            warm = grafted.updates[0]
-            if config.grafting_method == "rms":  # from the first step, so that lengths do not jump at the first refresh
-                return warm * _factors_to_rms(warm)
-            return warm if grafted.factor == 1.0 else warm * grafted.factor
+            return grafted.updates[0] if grafted.factor == 1.0 else grafted.updates[0] * grafted.factor
         update = preconditioner.apply(state, gradients, grafted.moments[0], found_inf)
         return _with_length_of(grafted.updates[0], grafted.factor, update)
+
+    def _warm_to_rms(self, kept: list[Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> Tensor:
+        """``_updates`` of the given length before the first refresh: in the direction of the first moment."""
+        config = self._config
+        beta1, corrected = config.betas[0], config.use_bias_correction
+        (moments,), correction = grafting.first_moment(
+            kept, [gradients], beta1, step, corrected, found_inf, config.beta3
+        )
+        return moments * (_factors_to_rms(moments) * _presence(moments, correction, config))
 
     def _updates_in_basis(
         self,
@@ -214,7 +222,7 @@ class BlockStack:
     ) -> Tensor:
         """``_updates`` if first moments are in the preconditioner's own coordinates, or no length is grafted."""
         config, preconditioner = self._config, self._preconditioner
-        seen = preconditioner.project(state, gradients)
+        seen = preconditioner.project(state, gradients) if preconditioner.rotates_moments else gradients
         beta1, corrected = config.betas[0], config.use_bias_correction
         (moments,), correction = grafting.first_moment(kept, [seen], beta1, step, corrected, found_inf, config.beta3)
         if result is not None:
@@ -222,8 +230,8 @@ class BlockStack:
         update = preconditioner.apply(state, seen, moments, found_inf)
         if config.grafting_method == "none":
             return update.mul_(correction)
-        if config.grafting_method == "rms":  # the same for any multiple of M, so without its correction
-            return update.mul_(_factors_to_rms(update))
+        if config.grafting_method == "rms":
+            return update.mul_(_factors_to_rms(update) * _presence(moments, correction, config))
         moments = preconditioner.project_back(state, moments)
         method, beta2 = config.warm_method, config.second_moment_beta
         (length_of,), factor = grafting.update(method, [moments], second, step, beta2, config.eps)
@@ -363,9 +371,10 @@ class BlockStack:
 def _second_moment(preconditioner: Preconditioner, config: ShampooConfig) -> str | None:
     """The name of the second moment of grafting or of the updates before the first refresh; None if they have none.
 
-    If it is not needed after the first refresh, it shares the tensor that the refresh fills.
+    Updates of a given length need none. If it is not needed after the first refresh, it shares the tensor that the
+    refresh fills.
     """
-    if not grafting.has_second_moment(config.warm_method):
+    if config.grafting_method == "rms" or not grafting.has_second_moment(config.warm_method):
         return None
     ends = not config.grafts and preconditioner.filled_by_refresh is not None
     return preconditioner.filled_by_refresh if ends else "second_moment"
@@ -413,6 +422,20 @@ def _with_length_of(other: Tensor, factor: float, update: Tensor) -> Tensor:
     """Scale each block of ``update`` in place to the length of its block of ``other`` times the factor."""
     lengths, own = block_norms(other) * factor, block_norms(update)
     return update.mul_(torch.where(own > 0, lengths / own, 0.0))
+
+
+def _presence(moments: Tensor, correction: float, config: ShampooConfig) -> Tensor | float:
+    """Factors [B, 1, ..., 1] up to 1 that shorten updates of a given length once gradients have ended.
+
+    Of normalized gradients, which may be pure noise, the first moment M keeps at least about the root mean square
+    sqrt((1 - b1) / (1 + b1)). So if it has less than half of that, as when an expert gets no tokens for some steps, the
+    length follows M. Other gradients have no scale to tell that by.
+    """
+    if not config.normalize_gradients:
+        return 1.0
+    beta1 = config.betas[0]
+    least = 0.5 * math.sqrt((1.0 - beta1) / (1.0 + beta1) * moments[0].numel())
+    return (block_norms(moments) * (correction / least)).clamp_max(1.0)
 
 
 def _factors_to_rms(update: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ def _other_options(record: Mapping[str, Any], config: ShampooConfig) -> str | No
     before, after = saved.shape_of_state(), config.shape_of_state()
     for name, value in after.items():
         if name not in options_with(NOT_STORED) and value != before[name]:
-            was, is_ = getattr(saved, name), getattr(config, name)
+            was, is_ = saved.in_force(name), config.in_force(name)
             return f"it was saved with {name} = {was!r}, but here it is {is_!r}; set it to {was!r}"
     return None
 

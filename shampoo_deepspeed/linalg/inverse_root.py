@@ -94,6 +94,18 @@ def chosen_solver(solver: str, work: Tensor, root: float, relative_epsilon: floa
     return solver if able else "eigh"
 
 
+def inverse_power(values: Tensor, root: float) -> Tensor:
+    """``values ** (-1 / root)``, element by element.
+
+    For roots 2, 4 and 8 by square roots, which are rounded correctly everywhere in memory, unlike ``pow``.
+    """
+    if root not in (2.0, 4.0, 8.0):
+        return power(values, -1.0 / root)
+    for _ in range(int(root).bit_length() - 1):
+        values = values.sqrt()
+    return values.reciprocal()
+
+
 class RootOfEigenvalues(NamedTuple):
     """Computes roots of eigenvalues; ``inverse_root`` explains the fields."""
 
@@ -111,7 +123,7 @@ class RootOfEigenvalues(NamedTuple):
             smallest = left.amin(dim=-1)
             # A matrix without a condition number (all zero, or not finite) does not count.
             self.conditions.append((values.amax(dim=-1) / smallest).nan_to_num(nan=0.0, posinf=torch.inf).amax())
-        powers = power(values.clamp_min(torch.finfo(values.dtype).tiny), -1.0 / self.root)
+        powers = inverse_power(values.clamp_min(torch.finfo(values.dtype).tiny), self.root)
         return torch.where(values == 0, 0.0, powers)
 
 

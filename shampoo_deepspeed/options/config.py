@@ -55,6 +55,7 @@ from shampoo_deepspeed.options.choices import (
 )
 from shampoo_deepspeed.options.combinations import check_together
 from shampoo_deepspeed.options.names import renamed
+from shampoo_deepspeed.options.presets import PRESET, without_preset
 
 _patterns = patterns_with(KINDS)
 _optional_dtype = nullable(dtype_name(*DTYPES))
@@ -71,20 +72,27 @@ def _rules(key: str, value: object) -> tuple[dict[str, Any], ...]:
     for rule in value:
         if not isinstance(rule, Mapping):
             raise bad(key, value, allowed)
-        if "match" not in rule or len(rule) < 2:
+        options = _of_rule(key, value, rule) if "match" in rule else {}
+        if not options:
             lacking = "options other than 'match'" if "match" in rule else "'match'"
             raise bad(key, value, f"{rule!r} lacks {lacking}; {allowed}")
         match = rule["match"]
         patterns = _patterns(f"{key}: match", [match] if isinstance(match, str) else match)
-        options = canonical({name: v for name, v in rule.items() if name != "match"})
-        misplaced = sorted(set(options) & set(options_with(GROUP_ONLY)))
-        if misplaced:
-            raise bad(key, value, f"{misplaced[0]!r} belongs to a parameter group and not to a rule")
         try:
             rules.append({"match": patterns, **{name: checks[name](name, v) for name, v in options.items()}})
         except OptionError as error:
             raise OptionError(f"in the rule for {list(patterns)}: {error}") from None
     return tuple(rules)
+
+
+def _of_rule(key: str, value: object, rule: Mapping[str, Any]) -> dict[str, Any]:
+    """A rule's options under our names, values unchecked. Of a preset these are the ones that a rule may set."""
+    given = renamed({name: v for name, v in rule.items() if name != "match"}, GIVEN_NAMES)
+    of_groups = options_with(GROUP_ONLY)
+    misplaced = sorted(set(given) & set(of_groups))
+    if misplaced:
+        raise bad(key, value, f"{misplaced[0]!r} belongs to a parameter group and not to a rule")
+    return {name: v for name, v in without_preset(given).items() if name not in of_groups}
 
 
 class Property(Flag):
@@ -460,13 +468,17 @@ class ShampooConfig:
         fixed = {name: getattr(self, name) for name in options_with(FIXED)}
         if self.staggers:  # phases depend on this frequency
             fixed["precondition_frequency"] = self.precondition_frequency
-        shares = (
-            self.preconditioner == "soap" and not self.grafts
-        )  # with the one in the eigenbasis, one after the other
-        kinds = {"grafting": shares or self.warm_method in plain, "elementwise": self.elementwise_method in plain}
+        # Ungrafted SOAP has one second moment after the other in the same tensor.
+        none = self.grafting_method == "rms" or (self.preconditioner == "soap" and not self.grafts)
+        kinds = {"grafting": none or self.warm_method in plain, "elementwise": self.elementwise_method in plain}
         kinds["refresh_tolerance"] = self.keeps_basis
         kinds["elementwise_betas"] = self.for_elementwise.betas[0] == 0.0
         return {**fixed, "betas": self.betas[0] == 0.0, **kinds}
+
+    def in_force(self, name: str) -> Any:
+        """The value of an option of ``shape_of_state``, for messages; of methods, that in force if none is given."""
+        methods = {"grafting": self.grafting_method, "elementwise": self.elementwise_method}
+        return methods.get(name, getattr(self, name))
 
     @cached_property
     def keeps_basis(self) -> bool:
@@ -510,7 +522,7 @@ class ShampooConfig:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> ShampooConfig:
-        """Build from keyword or JSON options.
+        """Build from keyword or JSON options, among them ``preset``.
 
         Raises:
             OptionError: naming the first wrong key, its value and what is allowed.
@@ -534,6 +546,7 @@ class ShampooConfig:
 
 
 OPTION_NAMES = tuple(f.name for f in fields(ShampooConfig))
+GIVEN_NAMES = (*OPTION_NAMES, PRESET)  # what a user may give
 
 
 @cache
@@ -543,5 +556,9 @@ def options_with(wanted: Property) -> tuple[str, ...]:
 
 
 def canonical(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options under our names, values unchecked; aliases are replaced, unknown names raise ``OptionError``."""
-    return renamed(options, OPTION_NAMES)
+    """Options under our names, values unchecked; aliases and a preset are replaced.
+
+    Raises:
+        OptionError: a name that is unknown or given twice, or an unknown preset.
+    """
+    return without_preset(renamed(options, GIVEN_NAMES))

@@ -9,15 +9,23 @@ from dataclasses import fields
 from typing import Any
 
 from shampoo_deepspeed.options.checks import OptionError, short
-from shampoo_deepspeed.options.config import OPTION_NAMES, SHARED, ShampooConfig, canonical, options_with
+from shampoo_deepspeed.options.config import (
+    GIVEN_NAMES,
+    OPTION_NAMES,
+    SHARED,
+    ShampooConfig,
+    canonical,
+    options_with,
+)
 from shampoo_deepspeed.options.names import ALIASES, IGNORED, ONLY_FALSE
+from shampoo_deepspeed.options.presets import PRESET, PRESETS
 
 # What torch, its schedulers and DeepSpeed keep in groups in addition to options.
 _OTHERS_KEYS = {
     "params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "name", "moe",
     "shampoo_group",
 }  # fmt: skip
-_OWN = {*OPTION_NAMES, *ALIASES, *IGNORED, *ONLY_FALSE}
+_OWN = {*GIVEN_NAMES, *ALIASES, *IGNORED, *ONLY_FALSE}
 
 
 def group_options(config: ShampooConfig) -> dict[str, Any]:
@@ -31,13 +39,13 @@ def unknown_keys(group: Mapping[str, Any]) -> set[str]:
 
 
 def checked_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A group with aliases replaced and all options present and checked; other keys stay."""
+    """A group with aliases and a preset replaced and all options present and checked; other keys stay."""
     group = dict(group)
     own = {}
     for key in list(group):
         if key in _OWN:
             own[key] = group.pop(key)
-        elif key in unknown_keys(group) and difflib.get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.85):
+        elif key in unknown_keys(group) and difflib.get_close_matches(key, GIVEN_NAMES, n=1, cutoff=0.85):
             canonical({key: group[key]})  # raises
     options = {**{name: defaults[name] for name in OPTION_NAMES}, **canonical(own)}
     for name in options_with(SHARED):
@@ -70,4 +78,9 @@ def signature_with_options(function: Callable[..., Any]) -> inspect.Signature:
         for f in fields(ShampooConfig)
         if f.name != "lr"
     ]
-    return inspect.Signature([*kept, *options])
+    preset = inspect.Parameter(PRESET, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_names_of_presets())
+    return inspect.Signature([*kept, preset, *options])
+
+
+def _names_of_presets() -> str:
+    return f"Literal[{', '.join(map(repr, PRESETS))}] | None"

@@ -20,7 +20,7 @@ from shampoo_deepspeed.engine.parameter_registry import ParameterRegistry
 from shampoo_deepspeed.engine.policy import policy_of
 from shampoo_deepspeed.engine.step_unit import StepUnit, as_count
 from shampoo_deepspeed.options.checks import OptionError
-from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig, canonical
+from shampoo_deepspeed.options.config import GIVEN_NAMES, OPTION_NAMES, ShampooConfig, canonical
 from shampoo_deepspeed.options.names import nearest
 from shampoo_deepspeed.options.param_groups import checked_group, group_options, printed_group, unknown_keys
 from shampoo_deepspeed.runtime.metrics import read
@@ -264,7 +264,7 @@ class BlockOptimizer(torch.optim.Optimizer):
                 "Shampoo has no option %r (= %s in a parameter group) and ignores it%s",
                 key,
                 reprlib.repr(param_group[key]),
-                nearest(key, OPTION_NAMES),
+                nearest(key, GIVEN_NAMES),
             )
         super().add_param_group(checked_group(param_group, self.defaults))
         try:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from shampoo_deepspeed.algorithm.preconditioners.kl_shampoo import KLShampooPreconditioner
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import KLShampooPreconditioner
 from tests.support.backgrounds import (
     FORMS,
     FREQUENCY,

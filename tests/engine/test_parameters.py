@@ -281,7 +281,7 @@ def test_half_precision_parameters_have_float32_state_and_move(dtype: torch.dtyp
 
 def test_float64_parameters_keep_float64_moments() -> None:
     p = parameter(12, 10, dtype=torch.float64)
-    optimizer = shampoo([p, bias := parameter(5, dtype=torch.float64)])
+    optimizer = shampoo([p, bias := parameter(5, dtype=torch.float64)], grafting="adam")
     drive(optimizer, [p, bias], range(4))
     own = state_of(optimizer)
     for part in [*own["stacks"], *own["elementwise"]]:

@@ -37,6 +37,7 @@ from shampoo_deepspeed.integrations.trainer import (
     register_with_transformers,
 )
 from shampoo_deepspeed.integrations.transformers_names import options_from_text
+from shampoo_deepspeed.options.presets import PRESETS
 from shampoo_deepspeed.state.unwrap import inner_optimizer
 from tests.support.trainings import DECAY, RATE, Training, make_data, make_model, trainer_groups
 
@@ -120,7 +121,7 @@ def test_the_factory_knows_module_types() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
     optimizer = ShampooFactory()(model, lr=0.1)
     kinds = {entry.parameter.key: entry.parameter.kinds for entry in optimizer.entries}
-    assert kinds["0.weight"] == {"embedding"} and not kinds["1.weight"]
+    assert kinds["0.weight"] == {"embedding", "tokens"} and not kinds["1.weight"]
 
 
 def test_an_unknown_option_is_an_error(arguments: Any) -> None:
@@ -278,6 +279,30 @@ def test_every_option_can_be_written_as_text(option: tuple[str, Any]) -> None:
     assert ShampooConfig.from_options(options_from_text(f"{key}={as_text}")) == ShampooConfig()
 
 
+def test_a_preset_can_be_written_as_text() -> None:
+    """It stands for its options; those that the text gives as well win, and "auto" stays with TrainingArguments."""
+    expected = {**PRESETS["paper"], "relative_epsilon": 1e-3}
+    assert options_from_text("preset=paper, relative_epsilon=1e-3") == expected
+    assert options_from_text("relative_epsilon=1e-3, preset=paper") == expected
+    assert options_from_text("preset=null") == {}
+    assert not {"lr", "betas", "eps", "weight_decay"} & expected.keys()
+    with pytest.raises(OptionError, match="'preset' = 'pape' is not allowed: null or one of paper"):
+        options_from_text("preset=pape")
+
+
+def test_a_trainer_takes_a_preset_by_name_and_deferred(arguments: Any) -> None:
+    register_with_transformers()
+    named = arguments(optim="shampoo", optim_args="preset=paper,relative_epsilon=1e-3")
+    by_hand = deferred(lr="auto", betas="auto", preset="paper", relative_epsilon=1e-3)
+    for trainer in (
+        ShampooTrainer(make_model("llama"), args=named),
+        ShampooTrainer(make_model("llama"), args=arguments(), optimizers=(by_hand, None)),
+    ):
+        group = trainer.create_optimizer().param_groups[0]
+        expected = {**PRESETS["paper"], "relative_epsilon": 1e-3, "betas": (named.adam_beta1, named.adam_beta2)}
+        assert {name: group[name] for name in expected} == expected and "preset" not in group
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -316,7 +341,7 @@ def test_the_mixin_treats_the_name_like_a_deferred_optimizer(arguments: Any) -> 
 def test_training_logs_have_the_metrics(arguments: Any) -> None:
     """Only training logs have them; the callback keeps the same metrics."""
     callback = ShampooCallback()
-    together = deferred(**OPTIONS, refresh="sync")
+    together = deferred(**OPTIONS, refresh="sync", refresh_growth=0.0)
     given = {"optimizers": (together, None), "callbacks": [callback]}
     trainer = ShampooTrainer(make_model("llama"), arguments(logging_steps=2), train_dataset=make_data(4), **given)
     trainer.train()
@@ -331,7 +356,7 @@ def test_training_logs_have_the_metrics(arguments: Any) -> None:
 
 def test_the_stock_trainer_s_callback_keeps_the_metrics(arguments: Any) -> None:
     callback = ShampooCallback()
-    together = OPTIONS | {"refresh": "sync"}
+    together = OPTIONS | {"refresh": "sync", "refresh_growth": 0.0}
     asked: dict[str, Any] = {"optimizer_cls_and_kwargs": (ShampooFactory, together), "callbacks": [callback]}
     trainer = Trainer(make_model("llama"), arguments(), train_dataset=make_data(4), **asked)
     trainer.train()

@@ -53,7 +53,8 @@ def state_deviations(optimizer: Shampoo, reference: Reference) -> dict[str, floa
             tensors = dict(stack["tensors"])
             if not stack["refreshed"][row]:  # roots and bases have no values yet
                 unused = ("root", "basis", "scale", "rotated_second", "rotated_weight")
-                warm = tensors.get("rotated_second_moment") if "second_moment" not in tensors else None
+                own = "second_moment" in tensors or p.options.graft == "rms"
+                warm = None if own else tensors.get("rotated_second_moment")
                 tensors = {n: t for n, t in tensors.items() if not n.startswith(unused)}
                 if warm is not None and block.method != "sgd":  # SOAP's element-wise one, until its first refresh
                     tensors["second_moment"] = warm

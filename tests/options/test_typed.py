@@ -10,7 +10,8 @@ from torch import nn
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
 from shampoo_deepspeed.integrations.trainer import deferred
-from shampoo_deepspeed.options.config import OPTION_NAMES
+from shampoo_deepspeed.options.config import GIVEN_NAMES
+from shampoo_deepspeed.options.presets import PRESET, PRESETS
 from shampoo_deepspeed.options.typed import DeferredOptions, Options
 
 OTHERS = {  # what an option holds, and what may be written for it
@@ -30,6 +31,7 @@ def hints(options: type) -> dict[str, str]:
 
 def test_the_types_are_those_of_the_options() -> None:
     expected = {f.name: OTHERS.get(str(f.type), str(f.type)) for f in fields(ShampooConfig) if f.name != "lr"}
+    expected[PRESET] = f"Literal[{', '.join(map(repr, PRESETS))}] | None"
     assert hints(Options) == expected
     auto = {name: f"{hint} | Literal['auto']" for name, hint in expected.items() if name in AUTO}
     assert hints(DeferredOptions) == expected | auto
@@ -38,7 +40,7 @@ def test_the_types_are_those_of_the_options() -> None:
 @pytest.mark.parametrize("function", [Shampoo, deferred], ids=["Shampoo", "deferred"])
 def test_a_notebook_completes_every_option(function: object) -> None:
     assert callable(function)
-    assert set(inspect.signature(function).parameters) >= set(OPTION_NAMES)
+    assert set(inspect.signature(function).parameters) >= set(GIVEN_NAMES)
 
 
 def test_a_wrong_name_or_type_is_an_error_for_a_type_checker_too() -> None:

@@ -18,6 +18,7 @@ from benchmarks.accelerator import Setting, batch, build, measure, on_meta, para
 from benchmarks.contestants import Contestant, adamw, ours
 from benchmarks.plain_loop import PlainLoop
 from shampoo_deepspeed import Shampoo
+from tests.support.bare import BARE
 from tests.support.comparing import deviation
 
 pytestmark = pytest.mark.slow
@@ -128,15 +129,8 @@ def test_the_plain_loop_is_our_rule_with_all_refreshes_at_one_step() -> None:
     right = copy.deepcopy(left)
     plain = PlainLoop(parameter_groups(left), block=16, frequency=10, **options)
     wide: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64", "solver": "eigh"}
-    batched = Shampoo(
-        right.named_parameters(),
-        model=right,
-        refresh="sync",
-        max_preconditioner_dim=16,
-        precondition_frequency=10,
-        **options,
-        **wide,
-    )
+    own = {**BARE, **options, **wide, "refresh": "sync", "max_preconditioner_dim": 16, "precondition_frequency": 10}
+    batched = Shampoo(right.named_parameters(), model=right, **own)
     before = [p.detach().clone() for p in left.parameters()]
     for step in range(25):
         tokens = batch(TINY, step)

@@ -291,7 +291,7 @@ def test_the_default_is_one_of_the_complete_recipes(tokens: Path) -> None:
         run = Run("llama-tiny", recipe.kind, options, 3e-3, 0, 1.0, 6, 2, 16, text=corpus.digest)
         return list(train(run, corpus)["losses"])
 
-    assert losses("default") == losses("shampoo_p4")
+    assert losses("default") == losses("recipe")
 
 
 def test_a_diverged_run_is_recorded_as_such(tokens: Path) -> None:

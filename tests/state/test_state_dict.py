@@ -351,7 +351,8 @@ def test_groups_with_and_without_momentum_go_on_together() -> None:
     ("at_first", "later"),
     [
         ({"grafting": "sgd"}, {"grafting": "adam"}),
-        ({"grafting": "sgd"}, {"grafting": "rms"}),
+        ({"grafting": "adam"}, {"grafting": "rms"}),
+        ({"grafting": "sgd"}, {"elementwise": "adam"}),
         ({"preconditioner": "soap", "grafting": "rms"}, {"grafting": "adam"}),
         ({"preconditioner": "soap", "grafting": "adam"}, {"grafting": None}),
         ({"betas": (0.0, 0.9)}, {"betas": (0.9, 0.9)}),

@@ -9,9 +9,8 @@ import pytest
 from torch import nn
 
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.algorithm.preconditioners.kl_shampoo import KLShampooPreconditioner
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
-from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import KLShampooPreconditioner, ShampooPreconditioner
 from shampoo_deepspeed.algorithm.preconditioners.soap import SOAPPreconditioner
 from tests.support.stepping import drive, parameter, shampoo
 

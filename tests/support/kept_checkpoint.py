@@ -29,6 +29,7 @@ OPTIONS: dict[str, Any] = {
     "relative_epsilon": 1e-3,
     "eps": 1e-4,
     "preconditioner": "shampoo",
+    "grafting": "adam",
 }
 
 

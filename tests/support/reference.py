@@ -287,6 +287,12 @@ def with_rms(u: Tensor) -> Tensor:
     return u * (0.4 / rms) if rms > 0 else torch.zeros_like(u)
 
 
+def presence(m: Tensor, o: Options) -> float:
+    """Return 1, or less if m is below half of what pure noise of root mean square 1 leaves in it."""
+    noise = ((1.0 - o.betas[0]) / (1.0 + o.betas[0])) ** 0.5
+    return min(1.0, m.square().mean().sqrt().item() / (0.5 * noise)) if o.normalize_gradients else 1.0
+
+
 def off_diagonal(x: Tensor) -> Tensor:
     return x - torch.diag(torch.diagonal(x))
 
@@ -520,14 +526,14 @@ class Reference:
             correct = 1.0 - o.graft_beta2**t if block.method.endswith("adam") else 1.0
             graft = m / ((block.second / correct).sqrt() + o.eps)
         if not block.ready:
-            return with_rms(graft) if block.factors and o.graft == "rms" else graft
+            return with_rms(m) * presence(m, o) if block.factors and o.graft == "rms" else graft
         u = adam_in_basis(block, g, m, o) if o.preconditioner == "soap" else block.scale * m
         for dim, root in block.roots.items():
             u = multiply(u, root, dim)
         if o.graft == "none":
             return u
         if o.graft == "rms":
-            return with_rms(u)
+            return with_rms(u) * presence(m, o)
         norm = u.norm()
         return u * (graft.norm() / norm) if norm > 0 else torch.zeros_like(u)
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
-from shampoo_deepspeed.algorithm.preconditioners.kl_shampoo import KLShampooPreconditioner
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
-from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import KLShampooPreconditioner, ShampooPreconditioner
 from shampoo_deepspeed.algorithm.preconditioners.soap import SOAPPreconditioner
 from shampoo_deepspeed.options.config import ShampooConfig
 

@@ -1,0 +1,61 @@
+"""Presets: names that stand for the options of a published algorithm.
+
+A further preset is one entry of ``PRESETS``. Tests then ask for its name in ``typed.py`` and its table in
+docs/options.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shampoo_deepspeed.options.checks import bad
+
+PRESET = "preset"
+
+# A preset sets all options that make up the algorithm, also those that equal the package's defaults. So it means the
+# same in a group or rule that would otherwise have other options. It does not set what frameworks fill in by "auto"
+# (lr, betas, eps, weight_decay), how parameters are cut into blocks, how often blocks refresh, and dtypes.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Distributed Shampoo: arXiv 2309.06497 with the defaults of its code (github.com/facebookresearch/optimizers).
+    # Grafting is off there by default; its README moves AdamW's runs to Adam's grafting and keeps their betas.
+    "paper": {
+        "preconditioner": "shampoo",
+        "exponent_override": None,  # the root p = 2k for k dims
+        "epsilon": 1e-12,  # absolute, added to all eigenvalues
+        "relative_epsilon": 0.0,
+        "early_relative_epsilon": 0.0,
+        "damping": "shift",
+        "shrinkage": 0.0,
+        "solver": "eigh",
+        "factor_beta": None,  # betas[1]
+        "beta3": None,  # betas[0]
+        "use_bias_correction": True,
+        "statistics_frequency": 1,
+        "refresh": "sync",
+        "refresh_growth": 0.0,
+        "refresh_tolerance": None,
+        "grafting": "adam",
+        "elementwise": None,  # Adam too
+        "elementwise_lr": 1.0,
+        "embedding_lr": None,
+        "normalize_gradients": False,
+        "decoupled_weight_decay": True,
+        "weight_decay_type": None,
+    },
+}
+
+
+def without_preset(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with those of a preset in place of its name; options that are given take precedence over the preset's.
+
+    Raises:
+        OptionError: for a preset that is unknown.
+    """
+    own = {name: value for name, value in options.items() if name != PRESET}
+    chosen = options.get(PRESET)
+    if chosen is None:
+        return own
+    if not isinstance(chosen, str) or chosen.lower() not in PRESETS:
+        raise bad(PRESET, chosen, f"null or one of {', '.join(PRESETS)}")
+    return {**PRESETS[chosen.lower()], **own}
