@@ -29,6 +29,7 @@ logger = logging.getLogger("shampoo_deepspeed")
 # Options that are checked together: restoring only some of them may give a combination that is not allowed.
 _TOGETHER = (
     ("momentum", "dampening", "nesterov"),
+    ("grafting", "elementwise"),
     ("weight_decay_type", "decoupled_weight_decay", "peak_lr"),
 )
 
@@ -162,13 +163,13 @@ def _other_options(record: Mapping[str, Any], config: ShampooConfig) -> str | No
     if record == options_record(config, record["lr"]):
         return None
     try:
-        saved = ShampooConfig.from_options(record)
+        saved = ShampooConfig.from_saved(record)
     except OptionError as error:
         return f"it was saved by another version: {error}"
     before, after = saved.shape_of_state(), config.shape_of_state()
     for name, value in after.items():
         if name not in options_with(NOT_STORED) and value != before[name]:
-            was, is_ = getattr(saved, name), getattr(config, name)
+            was, is_ = saved.in_force(name), config.in_force(name)
             return f"it was saved with {name} = {was!r}, but here it is {is_!r}; set it to {was!r}"
     return None
 
@@ -178,7 +179,7 @@ def _other_blocks(policy: Policy, record: Mapping[str, Any], manifest: Manifest)
     blocks = [list(along) for along in policy.cuts] if policy.reason is None else None
     if (blocks is None) != (record["cuts"] is None):
         was, is_ = ("preconditioned", "element-wise") if blocks is None else ("element-wise", "preconditioned")
-        exclude = list(ShampooConfig.from_options(manifest.groups[str(record["group"])]).exclude)
+        exclude = list(ShampooConfig.from_saved(manifest.groups[str(record["group"])]).exclude)
         return f"it was saved as {was}, but here it is {is_}; give the same exclude ({exclude}) and names"
     if blocks != record["cuts"]:
         return "it was saved with other blocks; give the same rules and the same names, or model="
@@ -238,7 +239,7 @@ def _restore_group(
 ) -> None:
     """Restore one group's options; ``members`` are its parameters that resume, ``config`` its current options."""
     origin = {parameter.key: str(records[parameter.key]["group"]) for parameter in members}
-    saved = {number: ShampooConfig.from_options(manifest.groups[number]) for number in sorted(set(origin.values()))}
+    saved = {number: ShampooConfig.from_saved(manifest.groups[number]) for number in sorted(set(origin.values()))}
     _take_over(group, config, saved)
     was = {}
     for parameter in members:
@@ -281,7 +282,8 @@ def _take_over(group: dict[str, Any], config: ShampooConfig, saved: Mapping[str,
 
 def _restorable(saved: Sequence[ShampooConfig], config: ShampooConfig) -> tuple[list[str], list[str]]:
     """Which options a group restores from the saved groups of its parameters, and in which these differ."""
-    fixed = set(config.shape_of_state()) - {"betas", "elementwise_betas"}
+    # These only need the same tensors, which has been checked.
+    fixed = set(config.shape_of_state()) - {"betas", "elementwise_betas", "grafting", "elementwise"}
     equal = {name for name in OPTION_NAMES if all(getattr(s, name) == getattr(saved[0], name) for s in saved)}
     differing = [name for name in OPTION_NAMES if name not in equal | fixed and name != "weight_decay"]
     taken = equal - fixed - {"weight_decay"}

@@ -186,7 +186,7 @@ def _refuse_reshaping(before: ShampooConfig, after: ShampooConfig) -> None:
     for name, value in after.shape_of_state().items():
         if value != shape[name]:
             raise OptionError(
-                f"Shampoo option {name!r} = {getattr(after, name)!r} is not allowed: it was {getattr(before, name)!r} "
+                f"Shampoo option {name!r} = {after.in_force(name)!r} is not allowed: it was {before.in_force(name)!r} "
                 "at the first step, and blocks and state depend on it; load a state dict to start with other options"
             )
 

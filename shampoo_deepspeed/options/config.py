@@ -108,6 +108,18 @@ class Property(Flag):
 FIXED, GROUP_ONLY, SHARED, NOT_STORED, SCHEDULED = Property
 _PLAIN = Property(0)
 
+# What runs did before there were these options. State without a value of theirs comes from such a run.
+BEFORE: dict[str, Any] = {
+    "preconditioner": "shampoo",
+    "factor_beta": None,
+    "normalize_gradients": False,
+    "early_relative_epsilon": 0.0,
+    "statistics_frequency": 1,
+    "refresh_growth": 0.0,
+    "elementwise_lr": 1.0,
+    "embedding_lr": None,
+}
+
 # From this relative ridge on, KL-Shampoo's roots of float32 factor matrices are accurate enough in float32.
 WIDE_RIDGE = 1e-5
 
@@ -465,6 +477,11 @@ class ShampooConfig:
         kinds["elementwise_betas"] = self.for_elementwise.betas[0] == 0.0
         return {**fixed, "betas": self.betas[0] == 0.0, **kinds}
 
+    def in_force(self, name: str) -> Any:
+        """The value of an option of ``shape_of_state``, for messages; of methods, that in force if none is given."""
+        methods = {"grafting": self.grafting_method, "elementwise": self.elementwise_method}
+        return methods.get(name, getattr(self, name))
+
     @cached_property
     def keeps_basis(self) -> bool:
         """Whether eigenbases are kept next to inverse roots, so that a refresh can reuse one that is good enough."""
@@ -513,6 +530,15 @@ class ShampooConfig:
             OptionError: naming the first wrong key, its value and what is allowed.
         """
         return cls(**canonical(options))
+
+    @classmethod
+    def from_saved(cls, options: Mapping[str, Any]) -> ShampooConfig:
+        """The options of saved state, which may be older than some of them.
+
+        Raises:
+            OptionError: as ``from_options``.
+        """
+        return cls.from_options({**BEFORE, **options})
 
     def to_json(self) -> dict[str, Any]:
         """All options as JSON types; ``from_options`` reads them back."""

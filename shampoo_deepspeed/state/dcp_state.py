@@ -84,7 +84,7 @@ def robust_group(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def completed_group(group: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter group as it was before torch's helpers, which turn tuples into lists and drop empty ones."""
-    defaults = group_options(ShampooConfig())
+    defaults = group_options(ShampooConfig.from_saved({}))
     if isinstance(group.get("rules"), str):
         group = {**group, "rules": json.loads(group["rules"])}
     own = {n: tuple(v) if isinstance(v, list) and n in defaults else v for n, v in group.items()}

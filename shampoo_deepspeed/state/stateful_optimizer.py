@@ -135,8 +135,8 @@ class StateKeeper:
         if saved.external is not None:
             return saved, {**rest, "state": {}}
         _check_parameters(saved, optimizer.entries)
-        defaults = group_options(ShampooConfig())
-        configs = [ShampooConfig(**{n: g.get(n, v) for n, v in defaults.items()}) for g in state_dict["param_groups"]]
+        groups = state_dict["param_groups"]
+        configs = [ShampooConfig.from_saved({n: g[n] for n in OPTION_NAMES if n in g}) for g in groups]
         if len(configs) == len(optimizer.param_groups):
             _check_units(saved, optimizer, configs)
         return saved, rest
@@ -572,7 +572,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         saved, parameters = state.pop("shampoo", None), state.pop("entries", None)
         super().__setstate__(state)
         for group in (self.defaults, *self.param_groups):  # which may be older than an option
-            for name, value in group_options(ShampooConfig()).items():
+            for name, value in group_options(ShampooConfig.from_saved({})).items():
                 group.setdefault(name, value)
         if parameters is None:
             return

@@ -165,7 +165,7 @@ def test_on_an_accelerator_a_stream_of_its_own_begins_after_the_factors_and_is_w
 SCRIPT = """
 import os, sys, time, torch
 from shampoo_deepspeed import Shampoo
-from shampoo_deepspeed.algorithm.preconditioners.kl_shampoo import KLShampooPreconditioner
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import KLShampooPreconditioner
 original = KLShampooPreconditioner.compute
 def slow(*arguments):
     time.sleep(0.2)

@@ -126,6 +126,7 @@ def apart(first: dict[str, Any], second: dict[str, Any]) -> Groups:
     return ({"params": NAMES[:1], **first}, {"params": NAMES[1:], **second})
 
 
+PLAIN: dict[str, Any] = {"preconditioner": "shampoo"}
 OPTIONS_THAT_CLASH: list[tuple[Groups, dict[str, Any], str]] = [
     (
         apart({"momentum": 0.9, "nesterov": True}, {"momentum": 0.8, "nesterov": True}),
@@ -134,8 +135,11 @@ OPTIONS_THAT_CLASH: list[tuple[Groups, dict[str, Any], str]] = [
     ),
     (({"params": NAMES, "start_preconditioning_step": 10},), {"precondition_frequency": 50}, ""),
     (
-        apart({"solver": "newton_db", "exponent_override": 8}, {"solver": "newton_db", "exponent_override": 4}),
-        {"exponent_override": 3},
+        apart(
+            PLAIN | {"solver": "newton_db", "exponent_override": 8},
+            PLAIN | {"solver": "newton_db", "exponent_override": 4},
+        ),
+        PLAIN | {"exponent_override": 3},
         "group 0 keeps its own options except lr, as the checkpoint's do not fit them: Shampoo option 'solver'",
     ),
 ]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
-from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import KLShampooPreconditioner
 from tests.support.backgrounds import (
     FORMS,
     FREQUENCY,
@@ -69,7 +69,7 @@ def test_the_step_does_not_wait_and_the_next_one_does(monkeypatch: pytest.Monkey
 
     wrap_compute(monkeypatch, held)
     params = some_parameters()
-    optimizer = background(params)
+    optimizer = background(params, refresh_growth=0.0)
     drive(optimizer, params, range(FREQUENCY))  # returns, although the last step's refreshes are blocked
     assert pending(optimizer) and not allowed.is_set()
     before = snapshot(params)
@@ -84,7 +84,7 @@ def test_the_step_does_not_wait_and_the_next_one_does(monkeypatch: pytest.Monkey
 
 
 def test_what_is_due_is_what_is_due_when_staggered_and_it_counts_one_step_later() -> None:
-    params, optimizer = trained(FREQUENCY - 1)
+    params, optimizer = trained(FREQUENCY - 1, refresh_growth=0.0)
     assert pending(optimizer) == []
     keys: list[str] = []
     for step in range(FREQUENCY - 1, 2 * FREQUENCY - 1):
@@ -126,13 +126,13 @@ def test_rejected_steps_install_nothing_and_begin_nothing() -> None:
 
 def test_an_error_on_the_thread_is_raised_by_the_step_that_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step that needs it raises the error, and no state changes."""
-    params, optimizer = trained(FREQUENCY - 1)
+    params, optimizer = trained(FREQUENCY - 1, refresh_growth=0.0)
 
     def broken(*_: Any) -> RefreshResult:
         raise ZeroDivisionError("on the thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShampooPreconditioner, "compute", broken)
+        patch.setattr(KLShampooPreconditioner, "compute", broken)
         drive(optimizer, params, [FREQUENCY - 1])
         with pytest.raises(ZeroDivisionError):  # waits for the thread before the patch ends
             finish(optimizer)
@@ -148,7 +148,7 @@ def test_failures_are_counted_and_logged_when_installed(
     preconditioner: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     p = parameter(6, 6)
-    optimizer = background([("w", p)], preconditioner=preconditioner, precondition_frequency=1)
+    optimizer = background([("w", p)], preconditioner=preconditioner, precondition_frequency=1, refresh_growth=0.0)
 
     def refuse(*_: Any) -> Any:
         raise torch.linalg.LinAlgError("did not converge")
@@ -185,7 +185,7 @@ def test_failures_in_a_row_become_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_metrics_count_a_refresh_when_it_is_installed() -> None:
     p = parameter(8, 8)
-    optimizer = background([p], precondition_frequency=3)
+    optimizer = background([p], precondition_frequency=3, refresh_growth=0.0)
     drive(optimizer, [p], range(3))
     before = optimizer.metrics()
     assert before["refreshed_share"] == 0.0 and "largest_condition_number" not in before

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from shampoo_deepspeed import Shampoo
+from tests.support.bare import BARE
 from tests.support.reference import Reference
 from tests.support.zoo import gradients, make_batch, make_model, relative_error
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
+    "bare": {name: value for name, value in BARE.items() if name != "embedding_lr"},  # the reference has none
+    "shampoo": {"preconditioner": "shampoo"},
     "refresh_every_2": {"precondition_frequency": 2},
     "staggered": {"refresh": "staggered"},
     "background": {"refresh": "background"},
@@ -34,17 +37,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "graft_normalized_adagrad": {"grafting": "normalized_adagrad", "lr": 1e-3},
     "graft_normalized_rmsprop": {"grafting": "normalized_rmsprop", "lr": 1e-4},
     "graft_normalized_adam": {"grafting": "normalized_adam", "lr": 1e-3},
-    "graft_rms": {"grafting": "rms"},
+    "graft_adam": {"grafting": "adam"},
     "graft_rms_elementwise_sgd": {"grafting": "rms", "elementwise": "sgd"},
     "elementwise_sgd": {"elementwise": "sgd"},
-    "normalize_gradients": {"normalize_gradients": True, "weight_decay_type": "l2"},
+    "gradients_as_they_are": {"normalize_gradients": False},
+    "normalized_with_coupled_decay": {"normalize_gradients": True, "weight_decay_type": "l2"},
     "normalize_gradients_normalized_adam": {"normalize_gradients": True, "grafting": "normalized_adam", "lr": 1e-3},
     "coupled_decay": {"weight_decay": 0.3, "decoupled_weight_decay": False},
     "momentum": {"momentum": 0.8, "dampening": 0.5},
     "nesterov": {"momentum": 0.9, "dampening": 0.1, "nesterov": True},
-    "other_root": {"exponent_override": 2.0},
-    "root_by_order": {"exponent_override": [1.5, None, 4.0]},
-    "cutoff": {"damping": "cutoff", "relative_epsilon": 1e-5},
+    "other_root": {"preconditioner": "shampoo", "exponent_override": 2.0},
+    "root_by_order": {"preconditioner": "shampoo", "exponent_override": [1.5, None, 4.0]},
+    "cutoff": {"preconditioner": "shampoo", "damping": "cutoff", "relative_epsilon": 1e-5},
     "saturate": {"damping": "saturate", "relative_epsilon": 1e-2},
     "shrinkage": {"shrinkage": 2.0},
     "beta3_looks_ahead": {"beta3": 0.5},
@@ -53,13 +57,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "independent_decay": {"weight_decay_type": "independent", "peak_lr": 0.5},
     "coupled_decay_by_type": {"weight_decay_type": "l2"},
     "unmerged": {"merge_small_dims": False, "max_preconditioner_dim": 20},
-    "left_side": {"one_sided": "left"},
-    "right_side": {"one_sided": "right"},
-    "smaller_side": {"one_sided": "smaller"},
-    "large_diagonal": {"large_dim": "diagonal"},
-    "large_identity": {"large_dim": "identity"},
+    "left_side": {"preconditioner": "shampoo", "one_sided": "left"},
+    "right_side": {"preconditioner": "shampoo", "one_sided": "right"},
+    "smaller_side": {"preconditioner": "shampoo", "one_sided": "smaller"},
+    "large_diagonal": {"preconditioner": "shampoo", "large_dim": "diagonal"},
+    "large_identity": {"preconditioner": "shampoo", "large_dim": "identity"},
     "large_adagrad": {"large_dim": "adagrad"},
-    "smaller_side_or_diagonal": {"one_sided": "smaller", "large_dim": "diagonal"},
+    "smaller_side_or_diagonal": {"preconditioner": "shampoo", "one_sided": "smaller", "large_dim": "diagonal"},
     "absolute_epsilon": {"relative_epsilon": 0.0, "epsilon": 1e-6},
 }
 

@@ -54,7 +54,10 @@ def test_matrices_without_names_are_warned_of_once_in_a_process(caplog: pytest.L
     assert caplog.text.count(NAMELESS) == 1
 
 
-@pytest.mark.parametrize("options", [{"exclude": []}, {"max_preconditioner_dim": 1, "large_dim": "identity"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"exclude": []}, {"preconditioner": "shampoo", "max_preconditioner_dim": 1, "large_dim": "identity"}],
+)
 def test_no_warning_if_names_would_change_nothing(caplog: pytest.LogCaptureFixture, options: dict[str, Any]) -> None:
     w, b = parameter(8, 6), parameter(6)
     assert not warnings_of(caplog, [w, b], [w, b], **options)

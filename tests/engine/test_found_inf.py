@@ -91,8 +91,12 @@ def test_a_rejected_first_step_leaves_state_that_has_seen_nothing() -> None:
     own = state_of(optimizer)
     assert own["steps"] and not any(own["steps"].values())
     assert not any(any(s["refreshed"]) for s in own["stacks"])
-    tensors = [t for part in own["stacks"] + own["elementwise"] for t in part["tensors"].values()]
-    assert not any(t.any() for t in tensors + [m["buffer"] for m in own["buffers"]])
+    tensors = [item for part in own["stacks"] + own["elementwise"] for item in part["tensors"].items()]
+    assert {name for name, _ in tensors} >= {"factor_0", "root_0", "scale", "exp_avg"}
+    for name, tensor in tensors:
+        start = torch.eye(tensor.shape[-1]) if name.startswith("root_") else torch.tensor(float(name == "scale"))
+        assert torch.equal(tensor, start.expand_as(tensor)), name
+    assert not any(m["buffer"].any() for m in own["buffers"])
 
 
 def test_a_bad_gradient_of_one_parameter_rejects_those_of_all_groups_and_dtypes() -> None:

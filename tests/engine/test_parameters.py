@@ -71,14 +71,15 @@ def test_a_compiled_model_has_the_names_of_the_plain_one(how: str) -> None:
 def test_a_tied_weight_is_one_parameter() -> None:
     """The zoo's embedding is also its output head; both modules' gradients add up before the single step."""
     model = make_model("odd")
-    optimizer = shampoo(model.named_parameters())
+    as_adamw: dict[str, Any] = {"elementwise_lr": 1.0, "normalize_gradients": False}
+    optimizer = shampoo(model.named_parameters(), **as_adamw)
     train(model, optimizer, range(4))
     assert "embed.weight" in keys_of(optimizer) and "head.weight" not in keys_of(optimizer)
     assert model.get_parameter("head.weight") is model.get_parameter("embed.weight")
     twin = make_model("odd")
     only = [twin.get_parameter("embed.weight")]
     adamw = torch.optim.AdamW(only, lr=OPTIONS["lr"], weight_decay=OPTIONS["weight_decay"])
-    rest = shampoo((n, p) for n, p in twin.named_parameters() if p is not only[0])
+    rest = shampoo(((n, p) for n, p in twin.named_parameters() if p is not only[0]), **as_adamw)
     for step in range(4):
         train(twin, rest, [step])
         adamw.step()
@@ -280,7 +281,7 @@ def test_half_precision_parameters_have_float32_state_and_move(dtype: torch.dtyp
 
 def test_float64_parameters_keep_float64_moments() -> None:
     p = parameter(12, 10, dtype=torch.float64)
-    optimizer = shampoo([p, bias := parameter(5, dtype=torch.float64)])
+    optimizer = shampoo([p, bias := parameter(5, dtype=torch.float64)], grafting="adam")
     drive(optimizer, [p, bias], range(4))
     own = state_of(optimizer)
     for part in [*own["stacks"], *own["elementwise"]]:

@@ -48,7 +48,7 @@ def test_phases_of_another_frequency_are_refused() -> None:
 
 def refreshed(start: int, frequency: int, steps: range) -> list[list[int]]:
     """Return the phases that each step refreshes, with one block in each phase."""
-    config = ShampooConfig(start_preconditioning_step=start, precondition_frequency=frequency)
+    config = ShampooConfig(start_preconditioning_step=start, precondition_frequency=frequency, refresh_growth=0.0)
     phases = range(frequency)
     stack = BlockStack([f"p/{n}" for n in phases], (2, 2), config, torch.device("meta"), torch.float32, phases)
     return [[phase for due in stack._due(phases, step) for phase in phases[due]] for step in steps]

@@ -16,6 +16,7 @@ from torch import Tensor
 from shampoo_deepspeed import Shampoo, ShampooConfig
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPreconditioner
 from shampoo_deepspeed.linalg.inverse_root import checked, diagonal_root, inverse_root, regularised, shrunk
+from tests.support.bare import BARE
 from tests.support.matrices import basis, compose
 from tests.support.stepping import drive, parameter, refresh, same_bits, shampoo, snapshot
 from tests.support.zoo import relative_error
@@ -280,7 +281,7 @@ def test_a_root_that_overflows_is_a_failure_and_never_applied() -> None:
 
 def test_a_block_of_which_one_mode_fails_keeps_all_its_roots() -> None:
     """Roots of one block belong together; other blocks get their new roots."""
-    preconditioner = ShampooPreconditioner(ShampooConfig(betas=(0.9, 1.0)))
+    preconditioner = ShampooPreconditioner(ShampooConfig(**BARE, betas=(0.9, 1.0)))
     state = preconditioner.new_state(2, (3, 4), torch.device("cpu"), torch.float32)
     for mode, d in enumerate((3, 4)):
         state[f"factor_{mode}"].copy_(torch.eye(d))

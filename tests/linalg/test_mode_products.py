@@ -103,7 +103,10 @@ def test_few_rows_at_a_time_take_the_same_steps(
 
 
 @pytest.mark.parametrize("tolerance", [None, 0.05])
-def test_kl_shampoo_decomposes_in_float64(tolerance: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("ridge", "expected"), [(1e-6, F64), (1e-4, torch.float32)])
+def test_kl_shampoo_decomposes_in_float64_if_the_ridge_is_small(
+    ridge: float, expected: torch.dtype, tolerance: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = set()
     eigh = torch.linalg.eigh
 
@@ -112,8 +115,8 @@ def test_kl_shampoo_decomposes_in_float64(tolerance: float | None, monkeypatch: 
         return eigh(matrices)
 
     monkeypatch.setattr(torch.linalg, "eigh", watched)
-    config = ShampooConfig(preconditioner="kl_shampoo", precondition_frequency=1, refresh_tolerance=tolerance)
+    config = ShampooConfig(precondition_frequency=1, relative_epsilon=ridge, refresh_tolerance=tolerance)
     stack = BlockStack(["a/0"], (12, 8), config, torch.device("cpu"), torch.float32)
     for step in range(1, 4):
         stack.step(0, made_up(torch.empty(1, 12, 8), step), [step], config, None)
-    assert seen == {F64}
+    assert seen == {expected}

@@ -219,8 +219,8 @@ def test_the_solver_is_chosen_by_device_root_and_ridge(
 @pytest.mark.parametrize(("solver", "root"), [("coupled_newton", 2.5), ("newton_db", 3), ("newton_db", 16.0)])
 def test_a_root_that_the_chosen_solver_cannot_take_is_an_error(solver: str, root: float) -> None:
     with pytest.raises(OptionError, match=f"'solver' = '{solver}'.*exponent_override = {float(root)}"):
-        ShampooConfig(solver=solver, exponent_override=root)
-    ShampooConfig(solver=solver, exponent_override=4)
+        ShampooConfig(preconditioner="shampoo", solver=solver, exponent_override=root)
+    ShampooConfig(preconditioner="shampoo", solver=solver, exponent_override=4)
 
 
 @pytest.mark.parametrize("solver", ["coupled_newton", "newton_db"])

@@ -18,6 +18,7 @@ from shampoo_deepspeed.linalg.eigenbases import eigenbasis, kept_or_new, power_s
 from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root, shrunk
 from shampoo_deepspeed.linalg.mode_products import add_gram_, bmm, multiply_modes
 from shampoo_deepspeed.linalg.precision import LANES, UNDIVIDED, elementwise, power
+from tests.support.bare import BARE
 
 ROWS = 5
 SIZES = (1, 2, 3, 7, 16, 17, 33, 63, 65)
@@ -25,25 +26,29 @@ DTYPES = (torch.float32, torch.float64)
 PRODUCT_DIMS = (1, 2, 3, 5, 8, 13, 16, 17, 40, 63, 96, 127, 130)
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "other_root": {"exponent_override": 2.7},
-    "coupled_newton": {"solver": "coupled_newton", "exponent_override": 3.0},
-    "newton_db": {"solver": "newton_db", "exponent_override": 2.0},
-    "cutoff": {"damping": "cutoff", "relative_epsilon": 1e-4},
-    "saturate": {"damping": "saturate", "relative_epsilon": 1e-2, "shrinkage": 0.5},
-    "tolerance": {"refresh_tolerance": 0.1},
+    "defaults_sampled": {"refresh_growth": 0.0},  # every second gradient from the third step on
+    "plain": BARE,
+    "other_root": {"preconditioner": "shampoo", "exponent_override": 2.7},
+    "coupled_newton": {"preconditioner": "shampoo", "solver": "coupled_newton", "exponent_override": 3.0},
+    "newton_db": {"preconditioner": "shampoo", "solver": "newton_db", "exponent_override": 2.0},
+    "cutoff": {"preconditioner": "shampoo", "damping": "cutoff", "relative_epsilon": 1e-4},
+    "kl_saturate": {"damping": "saturate", "relative_epsilon": 1e-2, "shrinkage": 0.5},
+    "saturate": {"preconditioner": "shampoo", "damping": "saturate", "relative_epsilon": 1e-2, "shrinkage": 0.5},
+    "tolerance": {"preconditioner": "shampoo", "refresh_tolerance": 0.1},
     "ungrafted": {"grafting": "none", "beta3": 0.4},
     "rmsprop": {"grafting": "rmsprop", "eps": 0.0},
     "normalized": {"grafting": "normalized_adam"},
-    "normalize_gradients": {"normalize_gradients": True},
-    "diagonals": {"large_dim": "diagonal", "max_preconditioner_dim": 32},
+    "gradients_as_they_are": {"normalize_gradients": False},
+    "diagonals": {"preconditioner": "shampoo", "large_dim": "diagonal", "max_preconditioner_dim": 32},
     "narrow_products": {"apply_dtype": "bfloat16", "root_dtype": "bfloat16"},
     "background": {"refresh": "background"},
-    "kl_shampoo": {"preconditioner": "kl_shampoo"},
+    "kl_coupled_newton": {"solver": "coupled_newton"},
+    "kl_in_float64": {"relative_epsilon": 1e-6, "early_relative_epsilon": 0.0},
     "kl_tolerance": {"preconditioner": "kl_shampoo", "refresh_tolerance": 0.1},
     "soap": {"preconditioner": "soap"},
     "soap_other_root": {"preconditioner": "soap", "exponent_override": 3.0},
     "soap_grafted": {"preconditioner": "soap", "grafting": "adam", "apply_dtype": "bfloat16"},
-    "rms": {"grafting": "rms"},
+    "shampoo_rms": {"preconditioner": "shampoo", "grafting": "rms"},
     "soap_rms": {"preconditioner": "soap", "grafting": "rms"},
 }
 SHAPES = [(7, 5), (17, 33), (63, 16), (3, 5, 7), (65, 65)]

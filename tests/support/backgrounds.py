@@ -17,12 +17,12 @@ from tests.support.stepping import drive, parameter, shampoo
 FREQUENCY = 4
 FORMS: dict[str, dict[str, Any]] = {
     "shampoo": {"preconditioner": "shampoo"},
-    "kept_bases": {"refresh_tolerance": 0.5},
-    "newton": {"solver": "coupled_newton", "relative_epsilon": 1e-3},
-    "newton_db": {"solver": "newton_db", "relative_epsilon": 1e-3},
+    "kl_shampoo": {},
+    "kept_bases": {"preconditioner": "shampoo", "refresh_tolerance": 0.5},
+    "newton": {"preconditioner": "shampoo", "solver": "coupled_newton", "relative_epsilon": 1e-3},
+    "newton_db": {"preconditioner": "shampoo", "solver": "newton_db", "relative_epsilon": 1e-3},
     "soap": {"preconditioner": "soap"},
     "soap_tolerance": {"preconditioner": "soap", "refresh_tolerance": 0.5, "grafting": "adam"},
-    "kl_shampoo": {"preconditioner": "kl_shampoo"},
     "every_step": {"precondition_frequency": 1},
     "soap_every_step": {"preconditioner": "soap", "precondition_frequency": 1},
 }

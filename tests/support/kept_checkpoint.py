@@ -28,6 +28,8 @@ OPTIONS: dict[str, Any] = {
     "refresh": "sync",
     "relative_epsilon": 1e-3,
     "eps": 1e-4,
+    "preconditioner": "shampoo",
+    "grafting": "adam",
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.support.bare import BARE
+
 FORMS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "momentum": {"momentum": 0.9, "nesterov": True},
@@ -11,17 +13,23 @@ FORMS: dict[str, dict[str, Any]] = {
     "other_dtypes": {"factor_dtype": "float64", "root_dtype": "bfloat16"},
     "adagrad": {"betas": (0.9, 1.0), "grafting": "adagrad"},
     "ungrafted": {"grafting": "none"},
-    "one_sided": {"one_sided": "smaller"},
-    "diagonals": {"large_dim": "diagonal", "beta3": 0.5, "weight_decay_type": "corrected"},
+    "one_sided": {"preconditioner": "shampoo", "one_sided": "smaller"},
+    "diagonals": {
+        "preconditioner": "shampoo",
+        "large_dim": "diagonal",
+        "beta3": 0.5,
+        "weight_decay_type": "corrected",
+    },
     "adagrad_where_large": {"large_dim": "adagrad"},
     "rules": {
         "rules": [
-            {"match": "mix.weight", "one_sided": "left"},  # blocks with the shape of others, but with other state
+            # Blocks with the shape of others, but with other state.
+            {"match": "mix.weight", "preconditioner": "shampoo", "one_sided": "left"},
             {"match": "down.weight", "split": [4, 5], "grafting": "sgd"},
             {"match": "conv.weight", "batch_dims": 1, "merge_small_dims": False},
         ]
     },
     "soap": {"preconditioner": "soap"},
-    "kl_shampoo": {"preconditioner": "kl_shampoo"},
+    "bare": BARE,
     "kept_bases": {"refresh_tolerance": 0.5},
 }
