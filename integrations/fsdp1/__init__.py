@@ -29,7 +29,7 @@ from shampoo_deepspeed.distributed.frameworks import (
     compute_dtype,
 )
 from shampoo_deepspeed.geometry.boxes import FlatRange, range_to_boxes
-from shampoo_deepspeed.options.parameter_names import clean_name, kinds_by_module, output_head
+from shampoo_deepspeed.options.parameter_names import clean_name, kinds_by_module, kinds_of_holders, output_head
 from shampoo_deepspeed.runtime.devices import communication_device
 from shampoo_deepspeed.state.dcp_state import FLAT_SHARDS
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
@@ -292,7 +292,7 @@ def _kinds(
     own = (info.module, info.param_name)
     holders: list[ParamInfo | SharedParamInfo] = [info]
     holders += [s for s in flat._shared_param_infos if (s.prim_module, s.prim_param_name) == own]
-    kinds = {kind for holder in holders for kind in of_module.get(id(holder.module), ())}
+    kinds = kinds_of_holders([holder.module for holder in holders], of_module)
     if any(holder.param_name == "weight" and id(holder.module) in heads for holder in holders):
         kinds.add("lm_head")
     return frozenset(kinds)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
+from torch import nn
 
 # Wrappers insert these parts into parameter names, but a parameter must have the same key with and without them.
 # Adapters do not provide them, because names also come from users and checkpoints without the wrapper.
@@ -41,21 +41,23 @@ def names_and_kinds(model: nn.Module) -> dict[int, tuple[str, frozenset[str]]]:
 
     A tied weight has the kinds of all modules that hold it.
     """
-    kinds: dict[int, set[str]] = defaultdict(set)
-    holders: dict[int, set[bool]] = defaultdict(set)
-    by_module = kinds_by_module(model)
+    holders: dict[int, list[nn.Module]] = defaultdict(list)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            kinds[id(parameter)].update(by_module[id(module)])
-            holders[id(parameter)].add(isinstance(module, EMBEDDINGS))
-    head = output_head(model)
+            holders[id(parameter)].append(module)
+    by_module, head = kinds_by_module(model), output_head(model)
+    kinds = {parameter: kinds_of_holders(modules, by_module) for parameter, modules in holders.items()}
     if head is not None and getattr(head, "weight", None) is not None:
         kinds[id(head.weight)].add("lm_head")
-    for table in _token_embeddings(model):
-        kinds[id(table)].add("tokens")
-    for shared in (parameter for parameter, embeds in holders.items() if len(embeds) == 2):
-        kinds[shared].add("lm_head")
     return {id(p): (clean_name(name), frozenset(kinds[id(p)])) for name, p in model.named_parameters()}
+
+
+def kinds_of_holders(holders: Sequence[nn.Module], by_module: Mapping[int, frozenset[str]]) -> set[str]:
+    """The kinds of a parameter that these modules hold, except ``lm_head`` by ``output_head``."""
+    kinds = {kind for holder in holders for kind in by_module.get(id(holder), ())}
+    if len({isinstance(holder, EMBEDDINGS) for holder in holders}) == 2:
+        kinds.add("lm_head")
+    return kinds
 
 
 def embeds_tokens(kinds: frozenset[str]) -> bool:
@@ -63,7 +65,7 @@ def embeds_tokens(kinds: frozenset[str]) -> bool:
     return "tokens" in kinds and "lm_head" not in kinds
 
 
-def _token_embeddings(model: nn.Module) -> list[Tensor]:
+def _token_embeddings(model: nn.Module) -> list[nn.Module]:
     source, given = model, getattr(model, "get_input_embeddings", None)
     if callable(given):
         try:
@@ -71,7 +73,7 @@ def _token_embeddings(model: nn.Module) -> list[Tensor]:
         except NotImplementedError:  # a Transformers model without tokens
             return []
     tables = [(name, module) for name, module in source.named_modules() if isinstance(module, EMBEDDINGS)]
-    return [table.weight for name, table in tables if not POSITIONS.search(name)]
+    return [table for name, table in tables if not POSITIONS.search(name)]
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -84,7 +86,13 @@ def output_head(model: nn.Module) -> nn.Module | None:
 def kinds_by_module(model: nn.Module) -> dict[int, frozenset[str]]:
     """For each module of a model, by ``id``: the kinds of its own parameters, except ``lm_head``."""
     routers = {id(part) for module in model.modules() for gate in _gates(module) for part in gate.modules()}
-    return {id(m): frozenset(_kinds_of(m) | ({"router"} if id(m) in routers else set())) for m in model.modules()}
+    tables = {id(table) for table in _token_embeddings(model)}
+
+    def kinds(module: nn.Module) -> frozenset[str]:
+        by_place = {"router": id(module) in routers, "tokens": id(module) in tables}
+        return frozenset(_kinds_of(module) | {kind for kind, holds in by_place.items() if holds})
+
+    return {id(module): kinds(module) for module in model.modules()}
 
 
 def _kinds_of(module: nn.Module) -> set[str]:

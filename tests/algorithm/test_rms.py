@@ -68,13 +68,15 @@ def test_only_the_length_differs_from_updates_without_grafting(preconditioner: s
             before = snapshot([tensor])[0]
             drive(optimizer, [tensor], [step])
             moved.append(tensor.detach() - before)
+        if step == 0 or (step == 1 and preconditioner != "kl_shampoo"):
+            continue  # not preconditioned yet
         assert relative_error(moved[0], moved[1] * 0.4 / moved[1].square().mean().sqrt()) < 1e-12, step
 
 
 @pytest.mark.parametrize("elementwise", [None, "sgd", "normalized_rmsprop"])
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 def test_the_length_is_the_same_from_the_first_step_on(preconditioner: str, elementwise: str | None) -> None:
-    """Blocks refresh first at step 3, KL-Shampoo's at step 2; until then, updates are the element-wise method's."""
+    """Blocks refresh first at step 3, KL-Shampoo's at step 2; until then, updates follow the first moment."""
     for update in updates(drawn(), preconditioner=preconditioner, elementwise=elementwise):
         torch.testing.assert_close(rms(update), torch.full((2,), 0.4, dtype=F64), rtol=1e-12, atol=0)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def train(preconditioner: str, grafting: str, shock: Shock) -> tuple[list[float]
             nn.init.normal_(p, std=0.1)
     # Without grafting Shampoo's updates have a length of their own, which is about a tenth of the others'.
     rate = 5e-2 if (preconditioner, grafting) == ("shampoo", "none") else 5e-3
-    options = {"precondition_frequency": 5, "betas": (0.9, 0.95), "lr": rate}
+    options: dict[str, Any] = {"precondition_frequency": 5, "betas": (0.9, 0.95), "lr": rate}
     optimizer = Shampoo(
         model.named_parameters(), model=model, preconditioner=preconditioner, grafting=grafting, **options
     )

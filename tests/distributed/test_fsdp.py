@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,13 @@ def single_features() -> list[Check]:
     ]
     options = {"momentum": 0.8, "nesterov": True, "grafting": "normalized_adam", "lr": 1e-3}
     found.append(final("fsdp2_momentum", Run(settings="default", dtype="float64", extra=options), 2))
-    sides = {"large_dim": "diagonal", "beta3": 0.5, "weight_decay_type": "independent", "one_sided": "smaller"}
+    sides: dict[str, Any] = {
+        "preconditioner": "shampoo",
+        "large_dim": "diagonal",
+        "beta3": 0.5,
+        "weight_decay_type": "independent",
+        "one_sided": "smaller",
+    }
     sampled = {"statistics_frequency": 2}
     for name, extra in (("sides", sides), ("rules", {"rules": RULES}), ("statistics", sampled)):
         found.append(final(f"fsdp2_{name}", Run(settings="default", dtype="float64", extra=extra), 2))

@@ -24,7 +24,7 @@ def options() -> list[Check]:
         "graft_normalized": NORMALIZED,
         "one_block_each": {"max_preconditioner_dim": 1024},
         "sums": {"betas": [0.0, 1.0], "grafting": "adagrad", "precondition_frequency": 2},
-        "large_diagonal": {"large_dim": "diagonal", "beta3": 0.5},
+        "large_diagonal": {"preconditioner": "shampoo", "large_dim": "diagonal", "beta3": 0.5},
         "statistics": {"statistics_frequency": 3, "betas": [0.9, 0.9]},
     }
     checks = [final(Scenario(stage=number % 3, options=o), name) for number, (name, o) in enumerate(variants.items())]
@@ -36,7 +36,7 @@ def options() -> list[Check]:
     checks += [final(Scenario(stage=stage, options=o), name) for name, o in of_ranks.items() for stage in (0, 2, 3)]
     checks += [final(Scenario(stage=2 + n, options=o, steps=13), name) for n, (name, o) in enumerate(FAMILY.items())]
     checks += [final(Scenario(stage=stage, unused=0, late_first=True), "late_group") for stage in (0, 1, 2)]
-    scaled = {"one_sided": "smaller", "weight_decay_type": "corrected"}
+    scaled = {"preconditioner": "shampoo", "one_sided": "smaller", "weight_decay_type": "corrected"}
     checks += [final(Scenario(stage=stage, decay=0.8, options=scaled), "scaled_decay_one_side") for stage in (0, 1, 3)]
     return checks + [final(Scenario(stage=2, decay=0.8, groups=True), "learning_rate_decay")]
 

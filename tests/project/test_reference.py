@@ -81,7 +81,7 @@ def test_a_step_by_hand() -> None:
 
 
 def test_a_step_of_the_default_recipe_by_hand() -> None:
-    """In the first step G = diag(3, 4) only is Adam's, which has the signs; the root mean square is 0.4.
+    """The first step follows G = diag(3, 4), whose root mean square is 5/2, with one of 0.4 instead.
 
     The second step has both gradients, divided by their root mean square 5/2: factors diag(9, 16) (4/25) / 2 with mean
     1, so diag(18, 32) / 25 after scaling. Their ridge is 0.005 times the largest. Each of two roots -1/2 is applied.
@@ -90,7 +90,7 @@ def test_a_step_of_the_default_recipe_by_hand() -> None:
     start = {"w": torch.zeros(2, 2), "norm": torch.zeros(2)}
     grads = [{"w": grad, "norm": torch.tensor([3.0, 4.0])}] * 2
     first = run(start, grads[:1], lr=1.0)
-    torch.testing.assert_close(first["w"], -0.4 * 2**0.5 * torch.eye(2, dtype=torch.float64))
+    torch.testing.assert_close(first["w"], -torch.diag(torch.tensor([0.48, 0.64], dtype=torch.float64)))
     torch.testing.assert_close(first["norm"], torch.tensor([-3.0, -3.0], dtype=torch.float64))
     second = run(start, grads, lr=1.0)["w"] - first["w"]
     whitened = torch.tensor([3.0 / (18.0 + 0.16), 4.0 / (32.0 + 0.16)], dtype=torch.float64)

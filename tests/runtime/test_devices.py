@@ -94,7 +94,7 @@ def test_a_step_without_refresh_waits_for_nothing(case: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
 def test_gradients_of_any_scale_are_normalized_there_too(preconditioner: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"preconditioner": preconditioner, "normalize_gradients": True, "relative_epsilon": 1e-3}
+    options = {"preconditioner": preconditioner, "normalize_gradients": True, "relative_epsilon": 1e-3, "eps": 0.0}
     options |= {"solver": "eigh", "start_preconditioning_step": 6}
     expected, _ = trained(options)
     device = simulate(monkeypatch)

@@ -24,7 +24,7 @@ FAMILY: dict[str, dict[str, Any]] = {
 FROZEN_STEPS = 2  # number of steps for which a layer is frozen, in runs that freeze one
 # Options of single parameters, which may be parts of one flat tensor and have no whole block on any rank.
 RULES = [
-    {"match": "up.weight", "max_preconditioner_dim": 5, "one_sided": "smaller"},
+    {"match": "up.weight", "max_preconditioner_dim": 5, "preconditioner": "shampoo", "one_sided": "smaller"},
     {"match": "conv.weight", "batch_dims": 1, "precondition_frequency": 2},
     {"match": "down.weight", "split": [4, 5], "beta3": 0.3, "betas": [0.8, 0.9]},
     {"match": "down.bias", "elementwise": "sgd"},
@@ -162,7 +162,8 @@ def make_reference(scenario: Scenario, trained: Mapping[str, Tensor]) -> Referen
     """Build the reference. Groups set their own decay; without groups, biases and norms do not decay."""
     options = scenario.optimizer_options()
     if scenario.optimizer != "Shampoo":
-        options = {**BARE, **options, "start_preconditioning_step": 10_000}
+        bare = {name: value for name, value in BARE.items() if name != "embedding_lr"}  # for which there is no model
+        options = {**bare, **options, "start_preconditioning_step": 10_000}
     overrides: dict[str, dict[str, Any]] = {n: dict(SECOND_GROUP) for n in scenario.second_group(list(trained))}
     if not overrides and scenario.optimizer == "Shampoo":
         overrides = {n: {"weight_decay": 0.0} for n in trained if n.endswith("bias") or n.startswith("norm")}

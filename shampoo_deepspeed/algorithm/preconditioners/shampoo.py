@@ -228,7 +228,7 @@ class KLShampooPreconditioner(ShampooPreconditioner):
             matrices = self._corrected(state, mode, step)
             mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
             mean = torch.where(mean > 0, mean, 1.0)  # no gradient yet
-            tensors, wrong = self._refreshed(state, mode, matrices, self._config.root(len(modes)), step, conditions)
+            tensors, wrong = self._refreshed(state, mode, matrices, 2.0, step, conditions)
             tensors[f"root_{mode}"] = tensors[f"root_{mode}"] * mean.sqrt().view(-1, 1, 1)
             scale *= inverse_power(mean, 2.0 * len(modes))
             result |= tensors

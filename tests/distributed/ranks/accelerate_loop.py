@@ -70,14 +70,13 @@ def refused(argument: tuple[str, str, dict[str, Any]]) -> str:
 def made(route: str, accelerator: Accelerator, framework: str, training: Training) -> tuple[nn.Module, Any, Shampoo]:
     """Return the prepared model and optimizer, and Shampoo itself."""
     model = make_model(training.model)
-    if route == "other_model":
-        given = make_model(training.model)
+    given = make_model(training.model) if route == "other_model" else model
     options = training.trainer_options() | training.own_options()
     if route == "after":  # the model first, as accelerate demands for FSDP1
         model = accelerator.prepare(model)
         inner = Shampoo(model.named_parameters(), model=model, no_decay=TRAINER_NO_DECAY, **options)
         return model, prepare(accelerator, inner), inner
-    inner = Shampoo(trainer_groups(given if route == "other_model" else model), **options)
+    inner = Shampoo(trainer_groups(given), model=given, **options)
     prepared = accelerator.prepare(model, inner) if route == "stock" else prepare(accelerator, model, inner)
     return *prepared, inner
 
