@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -66,8 +67,8 @@ def embeds_tokens(kinds: frozenset[str]) -> bool:
 
 
 def _token_embeddings(model: nn.Module) -> list[nn.Module]:
-    source, given = model, getattr(model, "get_input_embeddings", None)
-    if callable(given):
+    source, given = model, _own_method(model, "get_input_embeddings")
+    if given is not None:
         try:
             source = given()
         except NotImplementedError:  # a Transformers model without tokens
@@ -78,9 +79,15 @@ def _token_embeddings(model: nn.Module) -> list[nn.Module]:
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """The module of a Transformers model whose weight has the kind ``lm_head``."""
-    output = getattr(model, "get_output_embeddings", None)
-    head = output() if callable(output) else None
+    output = _own_method(model, "get_output_embeddings")
+    head = output() if output is not None else None
     return head if isinstance(head, nn.Module) else None
+
+
+def _own_method(model: nn.Module, name: str) -> Callable[[], Any] | None:
+    """A method of the outermost module that has it, so that DDP and other wrappers change nothing."""
+    found = (getattr(module, name, None) for module in model.modules())
+    return next((method for method in found if callable(method)), None)
 
 
 def kinds_by_module(model: nn.Module) -> dict[int, frozenset[str]]:

@@ -137,6 +137,15 @@ def test_a_model_without_an_output_head_has_no_lm_head() -> None:
     assert (found["table.weight"], found["out.weight"]) == (frozenset({"embedding", "tokens"}), NOTHING)
 
 
+def test_a_wrapper_changes_no_kinds() -> None:
+    class Telling(Headless):
+        def get_input_embeddings(self) -> nn.Module:
+            return self.table
+
+    model = Telling()
+    assert names_and_kinds(nn.ModuleDict({"module": model})) == names_and_kinds(model)
+
+
 def test_tokens_are_the_input_embeddings_of_a_model_that_tells_them() -> None:
     class Telling(Tied):
         def get_input_embeddings(self) -> nn.Module:
