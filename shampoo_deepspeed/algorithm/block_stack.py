@@ -134,8 +134,12 @@ class BlockStack:
 
         Step 1 ends here too, as only the owner of a block has its whole gradient.
         """
-        if self._config.normalize_gradients:
-            _normalize_(gradients)
+        strengths = _normalize_(gradients, self._config.eps) if self._config.normalize_gradients else None
+        updates = self._updated(first, gradients, step, found_inf)
+        return updates if strengths is None else updates * strengths
+
+    def _updated(self, first: int, gradients: Tensor, step: int, found_inf: FoundInf | None) -> Tensor:
+        """``_advance`` after step 1."""
         rows = range(first, first + len(gradients))
         state = {name: tensor[first : rows.stop] for name, tensor in self.tensors.items()}
         if self.pending:
@@ -389,11 +393,20 @@ def block_norms(stack: Tensor) -> Tensor:
     return torch.linalg.vector_norm(stack, dim=tuple(range(1, stack.ndim)), keepdim=True)
 
 
-def _normalize_(stack: Tensor) -> None:
-    """Divide each block of [B, *shape] by its root mean square, in place; a block of zeros stays zero."""
+def _normalize_(stack: Tensor, eps: float) -> Tensor | None:
+    """Divide each block of [B, *shape] by its root mean square, in place; a block of zeros stays zero.
+
+    Returns:
+        Factors [B, 1, ..., 1] for the blocks' updates, below 1 where gradients are small compared with ``eps``
+        (``grafting.SURE``); None if all are known to be 1.
+    """
     scales, norms = _scaled_norms(stack)
     means = norms / math.sqrt(math.prod(stack.shape[1:])) * scales
     stack.div_(torch.where(means > 0, means, 1.0))
+    doubtful = (means > 0) & (means <= grafting.SURE * eps)
+    if stack.device.type == "cpu" and not doubtful.any():
+        return None
+    return torch.where(doubtful, means / (means + eps), 1.0)
 
 
 def _scaled_norms(stack: Tensor) -> tuple[Tensor, Tensor]:

@@ -135,7 +135,8 @@ class Elementwise:
             factor *= config.elementwise_lr if own_rate is None else own_rate
             torch._foreach_copy_([targets[n] for n in numbers], made)
             if config.normalize_gradients:
-                factors = (means * (factor / (means + config.eps))).unbind()
+                doubtful = means <= grafting.SURE * config.eps
+                factors = (torch.where(doubtful, means / (means + config.eps), 1.0) * factor).unbind()
                 torch._foreach_mul_([targets[n] for n in numbers], [factors[n] for n in numbers])
             elif factor != 1.0:
                 torch._foreach_mul_([targets[n] for n in numbers], factor)

@@ -22,6 +22,10 @@ from shampoo_deepspeed.options.config import ShampooConfig
 # for AdamW's updates in language models. Of that range the upper end made AdamW's best rates good ones here
 # (docs/convergence.md).
 UPDATE_RMS = 0.4
+# Normalized gradients have no absolute scale, so Adam's eps would mean nothing to them. Instead, updates are multiplied
+# by rms / (rms + eps) with the root mean square of the gradient, as long as it is below this multiple of eps. So a
+# gradient that is only rounding, such as that of a bias of attention keys, counts as none, as with AdamW.
+SURE = 1e6
 NORMALIZED = "normalized_"  # prefix of the methods whose second moment is that of G / ||G||
 # Devices on which torch has one kernel for an optimizer's whole step, which reads and writes everything once.
 FUSED_DEVICES = ("cpu", "cuda")

@@ -49,8 +49,8 @@ def names_and_kinds(model: nn.Module) -> dict[int, tuple[str, frozenset[str]]]:
     by_module, head = kinds_by_module(model), output_head(model)
     kinds = {parameter: kinds_of_holders(modules, by_module) for parameter, modules in holders.items()}
     if head is not None and getattr(head, "weight", None) is not None:
-        kinds[id(head.weight)].add("lm_head")
-    return {id(p): (clean_name(name), frozenset(kinds[id(p)])) for name, p in model.named_parameters()}
+        kinds.setdefault(id(head.weight), set()).add("lm_head")  # FSDP1's modules hold views and no parameters
+    return {id(p): (clean_name(name), frozenset(kinds.get(id(p), ()))) for name, p in model.named_parameters()}
 
 
 def kinds_of_holders(holders: Sequence[nn.Module], by_module: Mapping[int, frozenset[str]]) -> set[str]:

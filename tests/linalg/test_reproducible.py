@@ -94,11 +94,13 @@ def test_a_gradient_is_normalized_alike_next_to_any_other(shape: tuple[int, ...]
     scales = torch.tensor([1e-30, 1.0, 0.0, 1e20, 1e-3], dtype=dtype).view(-1, 1, 1)
     stack = gradients(shape, 1, dtype) * scales
     together = stack.clone()
-    _normalize_(together)
+    strengths = _normalize_(together, 1e-8)
+    assert strengths is not None
     for row in range(ROWS):
         alone = stack[row : row + 1].clone()
-        _normalize_(alone)
+        strength = _normalize_(alone, 1e-8)
         assert torch.equal(together[row], alone[0])
+        assert torch.equal(strengths[row], torch.ones_like(strengths[row]) if strength is None else strength[0])
     wanted = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0], dtype=dtype)
     torch.testing.assert_close(together.square().mean((1, 2)).sqrt(), wanted)
 

@@ -293,6 +293,12 @@ def presence(m: Tensor, o: Options) -> float:
     return min(1.0, m.square().mean().sqrt().item() / (0.5 * noise)) if o.normalize_gradients else 1.0
 
 
+def strength(g: Tensor, o: Options) -> float:
+    """Return 1, or less for a gradient with a root mean square of less than a million eps."""
+    rms = g.square().mean().sqrt().item()
+    return rms / (rms + o.eps) if o.normalize_gradients and 0.0 < rms <= 1e6 * o.eps else 1.0
+
+
 def off_diagonal(x: Tensor) -> Tensor:
     return x - torch.diag(torch.diagonal(x))
 
@@ -368,9 +374,7 @@ class Reference:
             bg = g.reshape(p.merged)[block.box]
             elementwise = block.box == (...,)
             update[block.box] = self.step_block(block, bg, p.t, o.for_elementwise if elementwise else o)
-            if elementwise:
-                rms = bg.square().mean().sqrt().item() if o.normalize_gradients and bg.count_nonzero() else 1.0
-                update[block.box] *= o.elementwise_lr * (rms / (rms + o.eps) if o.normalize_gradients else 1.0)
+            update[block.box] *= o.elementwise_lr if elementwise else 1.0
         update = update.view(g.shape)
         if decay != "l2":
             peak = p.peak_lr if o.peak_lr is None else o.peak_lr
@@ -381,6 +385,7 @@ class Reference:
     @classmethod
     def step_block(cls, block: Block, g: Tensor, t: int, o: Options) -> Tensor:
         """The end of step 1, and steps 2 to 7 of the rule: return the update of one block in its step t."""
+        by = strength(g, o)
         if o.normalize_gradients and g.count_nonzero():
             g = g / g.square().mean().sqrt()
         cls._factors(block, g, t, o)
@@ -396,7 +401,7 @@ class Reference:
                 block.seen = t, {dim: a.clone() for dim, a in block.factors.items()}
             else:
                 cls._renew(block, m, t, o)
-        return cls._update(block, g, m, t, o)
+        return by * cls._update(block, g, m, t, o)
 
     @classmethod
     def _renew(cls, block: Block, m: Tensor, t: int, o: Options) -> None:

@@ -15,6 +15,7 @@ OTHER = {
     "exclude": ["*embed*"],
     "start_preconditioning_step": 4,
     "epsilon": 1e-10,
+    "elementwise_lr": 0.5,
 }
 
 
