@@ -19,6 +19,8 @@ from tests.support.bare import BARE
 from tests.support.stepping import drive, made_up, parameter, refresh, same_bits, shampoo, snapshot
 from tests.support.zoo import relative_error
 
+pytestmark = pytest.mark.slow
+
 F64 = torch.float64
 FLOAT64: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64"}
 NO_EPSILON: dict[str, Any] = {"eps": 0.0, "epsilon": 0.0, "relative_epsilon": 0.0, "early_relative_epsilon": 0.0}

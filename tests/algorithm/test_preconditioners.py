@@ -15,6 +15,8 @@ from tests.support.comparing import block_deviations
 from tests.support.reference import Options, Reference, new_block
 from tests.support.zoo import gradients, make_batch, make_model, relative_error
 
+pytestmark = pytest.mark.slow
+
 BOUND = 1e-9
 ACCEPTED = None
 FLOAT64: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64"}

@@ -14,6 +14,8 @@ from shampoo_deepspeed.algorithm.elementwise import NORM_ROW, _flat_norms
 from tests.support.stepping import made_up, parameter, same_bits, shampoo, snapshot, state_of
 from tests.support.zoo import relative_error
 
+pytestmark = pytest.mark.slow
+
 STEPS = 9  # refreshes are at steps 3, 6 and 9, for SOAP from step 6 on
 FACTORS = [1e-3, 1e6, 1.0, 30.0, 1e-3, 1e5, 0.7, 1e6, 1e-2]
 PRECONDITIONERS = ("shampoo", "kl_shampoo", "soap")

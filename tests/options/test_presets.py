@@ -18,6 +18,8 @@ from tests.support.reference import Reference
 from tests.support.stepping import drive, made_up, parameter, same_bits, snapshot, state_of, through_a_file
 from tests.support.zoo import relative_error
 
+pytestmark = pytest.mark.slow
+
 PAPER = PRESETS["paper"]
 # Arguments of `python -m shampoo_deepspeed`; no weights are allocated.
 ESTIMATE = ("estimate", "--model", "llama-3.2-1b", "--world-size", "2", "--json")

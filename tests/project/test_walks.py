@@ -16,6 +16,8 @@ from torch import nn
 import shampoo_deepspeed
 from shampoo_deepspeed import Shampoo, load_shampoo, save_shampoo
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(shampoo_deepspeed.__file__).parent
 
 # Files, and changes from one file to another.
