@@ -135,10 +135,10 @@ class BlockStack:
         Step 1 ends here too, as only the owner of a block has its whole gradient.
         """
         strengths = _normalize_(gradients, self._config.eps) if self._config.normalize_gradients else None
-        updates = self._updated(first, gradients, step, found_inf)
+        updates = self._after_normalizing(first, gradients, step, found_inf)
         return updates if strengths is None else updates * strengths
 
-    def _updated(self, first: int, gradients: Tensor, step: int, found_inf: FoundInf | None) -> Tensor:
+    def _after_normalizing(self, first: int, gradients: Tensor, step: int, found_inf: FoundInf | None) -> Tensor:
         """``_advance`` after step 1."""
         rows = range(first, first + len(gradients))
         state = {name: tensor[first : rows.stop] for name, tensor in self.tensors.items()}

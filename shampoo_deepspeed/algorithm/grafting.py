@@ -2,7 +2,7 @@
 
 Pure functions on lists of tensors. A block stack passes one tensor [B, *block], element-wise parameters pass one
 view each. The update of a grafting method gives each block its step length (arXiv 2309.06497, section 2.4.2). "rms" is
-a length without a method: blocks get it from their stack, and until their first refresh Adam's direction.
+a length without a method: blocks get it from their stack, and until their first refresh their first moment's direction.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Training:
 
     def own_options(self) -> dict[str, Any]:
         """Return the options that the Trainer does not have."""
-        strict = {"relative_epsilon": 1e-2} if self.settings == "strict" else {}
+        strict = {"relative_epsilon": 1e-3} if self.settings == "strict" else {}
         return {"precondition_frequency": 3, "max_preconditioner_dim": 24} | strict | self.options
 
     def trainer_options(self) -> dict[str, Any]:
