@@ -22,6 +22,7 @@ CELLS = {
     "gpt2-4m": Cell("gpt2", 256, 4),
     "llama-15m": Cell("llama", 512, 4),
     "gpt2-15m": Cell("gpt2", 512, 4),
+    "llama-1m": Cell("llama", 128, 4),
     "llama-tiny": Cell("llama", 64, 2),
     "gpt2-tiny": Cell("gpt2", 64, 2),
 }
