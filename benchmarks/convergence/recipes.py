@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from benchmarks.convergence.muon import Muon
+from benchmarks.convergence.variants import NAMES, Around
 from shampoo_deepspeed import Shampoo
 
+Stepping = torch.optim.Optimizer | Around
 WEIGHT_DECAY = 0.1  # of matrices, embeddings included; none of norms and biases
 
 
@@ -90,17 +92,27 @@ def all_options(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return shared[kind] | dict(options)
 
 
-def build_optimizers(kind: str, options: Mapping[str, Any], lr: float, model: nn.Module) -> list[torch.optim.Optimizer]:
+def is_hidden(name: str) -> bool:
+    """Whether a matrix of this name is neither an embedding nor the head."""
+    return not any(word in name for word in ("embed", "lm_head", "wte", "wpe"))
+
+
+def build_optimizers(kind: str, options: Mapping[str, Any], lr: float, model: nn.Module) -> list[Stepping]:
     """The optimizers of a model; each has all of its options from `all_options`."""
     decayed = [(n, p) for n, p in model.named_parameters() if p.ndim > 1]
     rest = [(n, p) for n, p in model.named_parameters() if p.ndim <= 1]
-    if kind == "shampoo":
-        groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
-        return [Shampoo(groups, model=model, lr=lr, **options)]
     options = dict(options)
-    optimizers: list[torch.optim.Optimizer] = []
+    hidden = [(n, p) for n, p in decayed if is_hidden(n)]
+    if kind == "shampoo":
+        around = {name: options.pop(name) for name in NAMES if name in options}
+        free = around.get("cautious_decay") or around.get("hyperball")  # decayed otherwise, or not at all
+        parts = [(hidden, 0.0 if free else WEIGHT_DECAY)]
+        parts += [([(n, p) for n, p in decayed if not is_hidden(n)], WEIGHT_DECAY), (rest, 0.0)]
+        groups = [{"params": part, "weight_decay": decay} for part, decay in parts]
+        optimizer = Shampoo(groups, model=model, lr=lr, **options)
+        return [Around(optimizer, [p for _, p in hidden], WEIGHT_DECAY, **around) if around else optimizer]
+    optimizers: list[Stepping] = []
     if kind == "muon":
-        hidden = [(n, p) for n, p in decayed if not any(word in n for word in ("embed", "lm_head", "wte", "wpe"))]
         own = {name: options.pop(name) for name in ("momentum", "scale", "iterations") if name in options}
         optimizers.append(Muon(hidden, lr, weight_decay=WEIGHT_DECAY, **own))
         lr *= options.pop("rest", 1.0)  # the rate of all other parameters, as a factor
