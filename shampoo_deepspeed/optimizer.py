@@ -35,20 +35,20 @@ IN_FLIGHT = 8
 
 
 class Shampoo(BlockOptimizer):
-    """Shampoo (arXiv 1802.09568, 2309.06497), exact under every sharding.
+    """Shampoo (arXiv 1802.09568, 2309.06497) and KL-Shampoo (2509.03378), exact under every sharding.
 
     For each block (a box of at most ``max_preconditioner_dim`` along each dim of a parameter of order k) with
-    gradient G, one step computes:
+    gradient G, divided by its parameter's root mean square, one step of the defaults computes:
 
-        A_i ← β₂ A_i + (1 − β₂) G_(i) G_(i)ᵀ            along every dim i
-        m ← β₁ m + (1 − β₁) G
-        U = m ×₁ A_1^(−1/2k) ··· ×ₖ A_k^(−1/2k)
-        W ← W − lr (‖D‖/‖U‖ · U + wd · W)
+        X_i = G multiplied along every other dim j by A_j^(−1/2)
+        A_i ← β A_i + (1 − β) (X_i)_(i) (X_i)_(i)ᵀ / n_i    along every dim i; β is ``factor_beta``, n_i the size of
+        M ← β₁ M + (1 − β₁) G                               the other dims
+        U = M ×₁ A_1^(−1/2) ··· ×ₖ A_k^(−1/2)
+        W ← W − lr (s U + wd · W)                           s gives s U a root mean square of 0.4 (``grafting``)
 
-    D is the update of the grafting method (Adam's by default), which gives each block its step length. Inverse roots
-    are recomputed every ``precondition_frequency`` steps from ``start_preconditioning_step`` on; before that the update
-    is D. Vectors, scalars, embeddings and output heads always get D. The option ``preconditioner`` chooses SOAP's or
-    KL-Shampoo's update instead (see the classes in ``preconditioners``).
+    Inverse roots are refreshed densely from the second step on, and every ``precondition_frequency`` steps later;
+    before the first refresh U is M. The option ``preconditioner`` chooses Shampoo or SOAP instead. Vectors, scalars,
+    embeddings and output heads get Adam's update, at rates of their own (``elementwise_lr``, ``embedding_lr``).
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or parameter groups. Names let ``exclude`` and ``no_decay``
