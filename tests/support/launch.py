@@ -188,8 +188,13 @@ class Launch:
         deadline = time.monotonic() + (20.0 if through else 0.0)
         while time.monotonic() < deadline and any(p.poll() is None for p in self.processes):
             time.sleep(0.05)
+        self.end_now()
+
+    def end_now(self) -> None:
+        """Kill all ranks."""
         for process in self.processes:
             process.kill()
+        for process in self.processes:
             process.wait()
 
 
