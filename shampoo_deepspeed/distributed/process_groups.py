@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -63,7 +64,7 @@ def cpu_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
         # If all ranks take part, they count groups alike. Otherwise torch must not name the group by the number of
         # groups that a rank is in: ranks with different numbers would wait for one another forever.
         some = len(ranks) < dist.get_world_size()
-        made = dist.new_group(ranks, backend="gloo", use_local_synchronization=some)
+        made = dist.new_group(ranks, timeout_of(group), "gloo", use_local_synchronization=some)
         assert made is not None
         known[group] = made
     return known[group]
@@ -73,7 +74,7 @@ def thread_group() -> dist.ProcessGroup:
     """A group of all ranks for the thread that writes, as two threads must not share one."""
     state = job_state()
     if state.thread_group is None:
-        state.thread_group = dist.new_group(backend="gloo")
+        state.thread_group = dist.new_group(timeout=timeout_of(state.world), backend="gloo")
     assert state.thread_group is not None
     return state.thread_group
 
@@ -83,10 +84,20 @@ def group_of_ranks(ranks: Sequence[int]) -> dist.ProcessGroup:
     known, key = job_state().groups_of_ranks, tuple(ranks)
     if key not in known:
         with _without_splitting():
-            made = dist.new_group(list(key), use_local_synchronization=True)
+            made = dist.new_group(list(key), timeout_of(job_state().world), use_local_synchronization=True)
         assert made is not None
         known[key] = made
     return known[key]
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    """How long a group's collectives wait for a rank; None if its backend does not tell.
+
+    torch gives a group that is made later its own default, half an hour, not that of the job.
+    """
+    known: Any = group  # there is no public way to ask
+    options = getattr(known._get_backend(known._device_types[0]), "options", None)
+    return getattr(options, "_timeout", None)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.ranks.asynchronous_saves import WAIT
 from tests.support.launch import Check, run_checks
 
 
@@ -28,6 +29,11 @@ def test_a_save_is_complete_once_it_was_waited_for(jobs: tuple[Path, list[Any]])
 def test_a_new_process_group_in_the_same_process_goes_on(jobs: tuple[Path, list[Any]]) -> None:
     for rank in jobs[1]:
         assert rank["same"] and rank["groups"] == 1
+
+
+def test_groups_of_our_own_wait_as_long_as_those_of_the_job(jobs: tuple[Path, list[Any]]) -> None:
+    for rank in jobs[1]:
+        assert set(rank["timeouts"]) == {WAIT}
 
 
 def test_a_save_whose_process_group_was_destroyed_says_what_to_do(jobs: tuple[Path, list[Any]]) -> None:

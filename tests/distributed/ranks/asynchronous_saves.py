@@ -17,9 +17,11 @@ from torch import nn
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo, wait_for_saves
 from shampoo_deepspeed.checkpoint.save import write_checkpoint
 from shampoo_deepspeed.distributed import process_groups
+from shampoo_deepspeed.distributed.process_groups import timeout_of
 from tests.support.stepping import drive, parameter, same_bits, shampoo, snapshot
 
 SAVED, END = 3, 6
+WAIT = timedelta(seconds=60)  # for other ranks
 
 
 def jobs(folder: Path) -> dict[str, Any]:
@@ -38,11 +40,17 @@ def jobs(folder: Path) -> dict[str, Any]:
         seen["complete"].append(saved_meanwhile(again, other, folder / "second"))
         seen["same"] = same_bits(snapshot(params), snapshot(again))
         seen["groups"] = len(process_groups._jobs)
+        seen["timeouts"] = [timeout_of(group) for group in made_groups()]
     with TestCase().assertLogs("shampoo_deepspeed", "ERROR") as log:
         seen["raised"] = ended_too_early(folder, ranks)
     seen["log"] = log.output
     begin(folder, "launch", ranks)
     return seen
+
+
+def made_groups() -> list[Any]:
+    """The groups that the package has made in this job, of each kind."""
+    return [process_groups.thread_group(), process_groups.group_of_ranks(range(dist.get_world_size()))]
 
 
 def saved_meanwhile(params: list[nn.Parameter], optimizer: Shampoo, path: Path) -> bool:
@@ -90,4 +98,4 @@ def job(folder: Path, name: str, ranks: tuple[int, int]) -> Iterator[None]:
 def begin(folder: Path, name: str, ranks: tuple[int, int]) -> None:
     rank, size = ranks
     method = f"file://{folder}/{name}.store"
-    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=size, timeout=WAIT)
