@@ -25,7 +25,7 @@ from shampoo_deepspeed import Shampoo, ShampooConfig, load_shampoo
 from shampoo_deepspeed.distributed.frameworks import adapters
 from shampoo_deepspeed.options.choices import TRAINER_NO_DECAY
 from shampoo_deepspeed.options.param_groups import signature_with_options
-from shampoo_deepspeed.options.parameter_names import clean_name
+from shampoo_deepspeed.options.parameter_names import clean_path
 from shampoo_deepspeed.state.unwrap import inner_optimizer
 
 from .accelerate import check_inner_optimizer, refuse_foreign_parameters, refuse_offload
@@ -275,10 +275,10 @@ def _warn_of_ignored_fsdp(args: TrainingArguments) -> None:
 def build(model: nn.Module, options: Mapping[str, Any], rule: DecayRule) -> Shampoo:
     """Return Shampoo for a model's trainable parameters, without weight decay for those that the rule leaves out."""
     # FSDP1 leaves its own part out of some names.
-    named = [(clean_name(n), p) for n, p in model.named_parameters() if p.requires_grad]
+    named = [(clean_path(model, n), p) for n, p in model.named_parameters() if p.requires_grad]
     if any(is_flat(p) for _, p in named):  # the rule does not see the parameters inside a flat tensor
         options = {"no_decay": TRAINER_NO_DECAY, **options}
-    decayed = {clean_name(n) for n in (dict(named) if "no_decay" in options else rule(model))}
+    decayed = set(dict(named)) if "no_decay" in options else {clean_path(model, n) for n in rule(model)}
     groups: list[dict[str, Any]] = [
         {"params": [(n, p) for n, p in named if n in decayed]},
         {"params": [(n, p) for n, p in named if n not in decayed], "weight_decay": 0.0},

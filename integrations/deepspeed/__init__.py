@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,21 @@ class DeepSpeedAdapter(Adapter):
         if _is_one_list(given):
             options.setdefault("no_decay", TRAINER_NO_DECAY)
         return engine.module
+
+    def model_found(self, model: nn.Module, options: dict[str, Any], given: Sequence[Any]) -> None:
+        """Treat ``deepspeed.initialize(optimizer=lambda params: Shampoo(params, ...))`` as an optimizer from the JSON.
+
+        The model is then an engine that calls the user's function and has no optimizer yet.
+        """
+        if not hasattr(model, "zero_optimization_stage"):
+            return
+        engine = cast("Engine", model)
+        builder = engine.client_optimizer
+        if engine.optimizer is not None or isinstance(builder, torch.optim.Optimizer) or not callable(builder):
+            return
+        self._adopt(engine)
+        if _is_one_list(given):
+            options.setdefault("no_decay", TRAINER_NO_DECAY)
 
     def admit(self, optimizer_class: type) -> None:
         """Add the class to DeepSpeed's list of optimizers that may run under ZeRO (runtime/zero/utils.py)."""

@@ -29,7 +29,13 @@ from shampoo_deepspeed.distributed.frameworks import (
     compute_dtype,
 )
 from shampoo_deepspeed.geometry.boxes import FlatRange, range_to_boxes
-from shampoo_deepspeed.options.parameter_names import clean_name, kinds_by_module, kinds_of_holders, output_head
+from shampoo_deepspeed.options.parameter_names import (
+    clean_name,
+    clean_path,
+    kinds_by_module,
+    kinds_of_holders,
+    output_heads,
+)
 from shampoo_deepspeed.runtime.devices import communication_device
 from shampoo_deepspeed.state.dcp_state import FLAT_SHARDS
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
@@ -96,8 +102,7 @@ class FSDP1Adapter(Adapter):
         module = sys.modules.get("torch.distributed.fsdp")
         if module is None:
             return
-        head = output_head(model)
-        heads = {id(part) for part in head.modules()} if head is not None else set()
+        heads = {id(part) for head in output_heads(model) for part in head.modules()}
         kinds = kinds_by_module(model)
         places = {id(part): place for place, part in enumerate(model.modules())}
         for name, wrapped in model.named_modules():
@@ -108,7 +113,7 @@ class FSDP1Adapter(Adapter):
             group = dist.group.WORLD if hybrid else wrapped.process_group
             flat = handle.flat_param
             if not handle._use_orig_params:
-                self._remember(flat, _shards(flat), _members(flat, name, heads, kinds, places), group)
+                self._remember(flat, _shards(flat), _members(flat, name, heads, kinds, places, model), group)
                 continue
             for parameter, shard in zip(flat._params, _shards(flat), strict=True):
                 # The model holds the shard alone, not the flat tensor.
@@ -265,6 +270,7 @@ def _members(
     heads: set[int] | None,
     of_module: Mapping[int, frozenset[str]],
     places: Mapping[int, int] | None = None,
+    model: nn.Module | None = None,
 ) -> tuple[FlatMember, ...]:
     """Return the original parameters in a flat tensor, with the names and kinds that the unwrapped model has.
 
@@ -275,10 +281,13 @@ def _members(
         heads: ids of the output head's modules; None without a model, and then there are no kinds.
         of_module: kinds of modules' own parameters, by the modules' ids.
         places: positions of modules in the model, by their ids; without a model the flat tensor's order is used.
+        model: shows what wrappers have added to names; without it only their text does.
     """
     members = []
     for number, (path, shape, info) in enumerate(zip(flat._fqns, flat._shapes, flat._param_infos, strict=True)):
-        name = clean_name(".".join(filter(None, (prefix.strip("."), path)))) if prefix is not None else None
+        name = ".".join(filter(None, (prefix.strip("."), path))) if prefix is not None else None
+        if name is not None:
+            name = clean_name(name) if model is None else clean_path(model, name)
         kinds = _kinds(flat, info, heads, of_module) if heads is not None else frozenset[str]()
         position = places[id(info.module)] * MOST_OF_A_MODULE + number if places is not None else None
         members.append(FlatMember(clean_name(path), tuple(shape), name, kinds, position))

@@ -159,6 +159,12 @@ class Adapter(ABC):
         """
         return None
 
+    def model_found(self, model: nn.Module, options: dict[str, Any], given: Sequence[Any]) -> None:  # noqa: B027
+        """Called when an optimizer is built without a model, with an outermost module that holds its parameters.
+
+        May complete ``options`` with defaults that hold under this framework only.
+        """
+
     def attach_model(self, model: nn.Module) -> None:  # noqa: B027 (most frameworks need no model)
         """Called before an optimizer takes parameters, with the model that holds them, if it is known."""
 

@@ -70,11 +70,13 @@ def nameless_matrices(
     """A message about preconditioned parameters that have no names, or None if there are none."""
     excluded = [p for p in parameters if configs[p.group].exclude]
     nameless = [p for p in excluded if p.name is None and not p.kinds and policies[p.key].preconditioned]
-    if not nameless:
+    known_by_shape = any(p.name is None and p.kinds for p in parameters)
+    if not nameless or known_by_shape:
         return None
     return (
-        f"of the preconditioned parameters {len(nameless)} have no names, so that none is known as an embedding or "
-        "an output head, which are best left out: give model.named_parameters(), or model=model with them"
+        f"of the preconditioned parameters {len(nameless)} have no names, and no module holds them, so that none is "
+        "known as an embedding or an output head, which are best left out: give model.named_parameters(), or model= "
+        "the module that has them"
     )
 
 

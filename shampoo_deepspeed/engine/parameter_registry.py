@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -25,13 +26,17 @@ from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
-from shampoo_deepspeed.options.parameter_names import clean_name, names_and_kinds
+from shampoo_deepspeed.options.model_search import FoundModels, find_models
+from shampoo_deepspeed.options.parameter_names import as_in_model, clean_names, kinds_by_shape, names_and_kinds
 from shampoo_deepspeed.options.rules import expanded
 
 logger = logging.getLogger("shampoo_deepspeed")
 
 # Options that are checked again when a group has changed one; lr is read at every step and may be a tensor.
 CHECKED_OPTIONS = tuple(name for name in OPTION_NAMES if name != "lr")
+
+# Names and kinds of parameters, by ``id``.
+Known: TypeAlias = dict[int, tuple[str | None, frozenset[str]]]
 
 # The warning about parameters without names: once in a process, which may build an optimizer for each layer.
 WARNED: list[str] = []
@@ -58,7 +63,7 @@ class ParameterRegistry:
         self.configs: dict[int, ShampooConfig] = {}
         self.replicas = replicas
         self.reported = False
-        self._known: dict[int, tuple[str, frozenset[str]]] = {}  # names and kinds, while the optimizer is built
+        self._known: Known | None = None  # while the optimizer is built
 
     def attach_model(self, model: nn.Module) -> None:
         """Attach the wrapped model of the parameters."""
@@ -67,9 +72,17 @@ class ParameterRegistry:
         for adapter in adapters():
             adapter.attach_model(model)
 
-    def know_names(self, model: nn.Module | None) -> None:
-        """Take names and kinds from a model for parameters that are added from now on; None ends this."""
-        self._known = names_and_kinds(model) if model is not None else {}
+    def know_names(self, models: FoundModels, unheld: Sequence[Tensor] = ()) -> None:
+        """Take names and kinds from these models for parameters that are added from now on, until `forget_names`.
+
+        Args:
+            unheld: tensors of which the shape may tell something if no model holds them.
+        """
+        self._known = known_from(models, unheld)
+
+    def forget_names(self) -> None:
+        """Search again for the models of parameters that are added from now on."""
+        self._known = None
 
     def add_group(self, group: dict[str, Any]) -> None:
         """Register the parameters of a new param group, and give it its number.
@@ -79,7 +92,7 @@ class ParameterRegistry:
         """
         number = len(self.checked)
         try:
-            self.entries += self._new_entries(group, number)
+            self.entries += self._new_entries(group, number, self._known_of(group["params"]))
             group["shampoo_group"] = number
             self.check(group)
         except OptionError:
@@ -120,6 +133,7 @@ class ParameterRegistry:
         Args:
             loads: the loads of each process group's ranks by all units, including the last one; by the group's ``id``.
         """
+        self._refuse_nameless()
         candidates = (adapter.layouts(optimizer, self.entries, fresh) for adapter in adapters())
         layouts = next((found for found in candidates if found is not None), None)
         if layouts is None:
@@ -128,6 +142,13 @@ class ParameterRegistry:
         for layout in layouts:
             prior_loads = loads.get(id(layout.process_group))
             yield StepUnit(layout, self.policies, self.configs, prior_loads, phases)
+
+    def _refuse_nameless(self) -> None:
+        """Raise OptionError on all ranks under ``strict_names`` if nothing tells which parameters are embeddings."""
+        if any(config.strict_names for config in self.configs.values()):
+            nameless = nameless_matrices([e.parameter for e in self.entries], self.policies, self.configs)
+            if nameless is not None:
+                raise OptionError(f"strict_names = True: {nameless}")
 
     def report(self) -> None:
         """Log once, on the first rank, how the parameters are treated, and warn about likely mistakes."""
@@ -144,29 +165,70 @@ class ParameterRegistry:
                 logger.warning(nameless)
         self.reported = True
 
-    def _new_entries(self, group: dict[str, Any], number: int) -> list[Entry]:
+    def _known_of(self, added: Sequence[Tensor]) -> Known:
+        """Names and kinds of a group's parameters, also of one that joins a finished optimizer."""
+        if self._known is not None:
+            return self._known
+        others = (entry.reference() for entry in self.entries)
+        return known_from(find_models([*added, *(tensor for tensor in others if tensor is not None)]), added)
+
+    def _new_entries(self, group: dict[str, Any], number: int, known: Known) -> list[Entry]:
         """The entries of a new group's parameters."""
-        names = group.get("param_names", [None] * len(group["params"]))
-        taken = {entry.parameter.key for entry in self.entries}
-        entries = []
-        for index, (tensor, given) in enumerate(zip(group["params"], names, strict=True)):
+        tensors = group["params"]
+        given = group.get("param_names", [None] * len(tensors))
+        names = _names(tensors, given, known)
+        found = []
+        for index, (tensor, name) in enumerate(zip(tensors, names, strict=True)):
             if tensor.is_complex():
-                raise OptionError(f"parameter {given or index} is complex; Shampoo supports real parameters only")
-            known, kinds = self._known.get(id(tensor), (None, frozenset()))
-            name = clean_name(given) if given is not None else known
-            for member in _members(tensor, name, kinds):
-                unnamed = ".".join(filter(None, (f"group{number}.{index}", member.path)))
-                key = member.name if member.name is not None else unnamed
-                if key in taken:
-                    raise OptionError(
-                        f"two parameters have the name {key!r}; names must differ, as they are the keys of the state"
-                    )
-                taken.add(key)
-                frozen = not tensor.requires_grad
-                position = member.position if member.position is not None else index
-                parameter = Parameter(key, member.shape, number, member.name, member.kinds, frozen, position)
-                entries.append(Entry(parameter, weakref.ref(tensor)))
+                raise OptionError(f"parameter {name or index} is complex; Shampoo supports real parameters only")
+            kinds = known[id(tensor)][1] if id(tensor) in known else frozenset[str]()
+            found += [(index, member) for member in _members(tensor, name, kinds)]
+        taken = {entry.parameter.key for entry in self.entries}
+        count = Counter([*taken, *(member.name for _, member in found)])
+        entries = []
+        for index, member in found:
+            key = member.name
+            if key is None or count[key] > 1:  # of a user's equal names none is the right one
+                place = ".".join(filter(None, (f"group{number}.{index}", member.path)))
+                key = place if given[index] is None else given[index]
+            if key in taken:
+                raise OptionError(
+                    f"two parameters have the name {key!r}; names must differ, as they are the keys of the state"
+                )
+            taken.add(key)
+            position, frozen = member.position, not tensors[index].requires_grad
+            position = position if position is not None else index
+            parameter = Parameter(key, member.shape, number, member.name, member.kinds, frozen, position)
+            entries.append(Entry(parameter, weakref.ref(tensors[index])))
         return entries
+
+
+def known_from(models: FoundModels, unheld: Sequence[Tensor] = ()) -> Known:
+    """Names and kinds of the parameters of models, and what the shapes of tensors that no model holds tell."""
+    known: Known = {}
+    for model in models.outermost:
+        for number, (_, kinds) in names_and_kinds(model).items():
+            known[number] = (None, kinds | known.get(number, (None, frozenset()))[1])
+    for model in reversed(models.named_by):
+        for number, (name, kinds) in names_and_kinds(model).items():
+            known[number] = (name, kinds | known.get(number, (None, frozenset()))[1])
+    loose = [tensor for tensor in unheld if id(tensor) not in known]
+    by_shape = kinds_by_shape([_shape(tensor) for tensor in loose])
+    return known | {id(tensor): (None, kinds) for tensor, kinds in zip(loose, by_shape, strict=True)}
+
+
+def _names(tensors: Sequence[Tensor], given: Sequence[str | None], known: Known) -> list[str | None]:
+    """The names of parameters without what wrappers have added: a user's, or else the model's."""
+    names: list[str | None] = []
+    texts: dict[int, str] = {}  # the models say nothing of these
+    for place, (tensor, name) in enumerate(zip(tensors, given, strict=True)):
+        path, _ = known.get(id(tensor), (None, None))
+        names.append(path if name is None or path is None else as_in_model(name, path))
+        if name is not None and names[place] is None:
+            texts[place] = name
+    for place, text in zip(texts, clean_names(list(texts.values())), strict=True):
+        names[place] = text
+    return names
 
 
 def _members(tensor: Tensor, name: str | None, kinds: frozenset[str]) -> Sequence[FlatMember]:
@@ -175,9 +237,13 @@ def _members(tensor: Tensor, name: str | None, kinds: frozenset[str]) -> Sequenc
         members = adapter.flat_members(tensor, name)
         if members is not None:
             return members
+    return [FlatMember("", _shape(tensor), name, kinds)]
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    """The unsharded shape of a parameter."""
     shapes = (adapter.global_shape(tensor) for adapter in adapters())
-    shape = next((shape for shape in shapes if shape is not None), tuple(tensor.shape))
-    return [FlatMember("", shape, name, kinds)]
+    return next((shape for shape in shapes if shape is not None), tuple(tensor.shape))
 
 
 def _refuse_reshaping(before: ShampooConfig, after: ShampooConfig) -> None:

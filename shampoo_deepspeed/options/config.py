@@ -312,6 +312,12 @@ class ShampooConfig:
     failure_limit: int = _option(
         10, positive_int, "rejected steps or failed roots in a row before an error", GROUP_ONLY | SHARED
     )
+    strict_names: bool = _option(
+        False,
+        flag,
+        "true: an error at the first step if nothing tells which matrices are embeddings; false: a warning",
+        GROUP_ONLY | SHARED | NOT_STORED,
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):

@@ -61,6 +61,7 @@ class _Options(TypedDict, total=False):
     bucket_mb: float | None
     overlap: bool
     failure_limit: int
+    strict_names: bool
 
 
 class Options(_Options, total=False):

@@ -6,7 +6,7 @@ import logging
 import os
 import reprlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from shampoo_deepspeed.engine.policy import policy_of
 from shampoo_deepspeed.engine.step_unit import StepUnit, as_count
 from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import GIVEN_NAMES, OPTION_NAMES, ShampooConfig, canonical
+from shampoo_deepspeed.options.model_search import FoundModels, find_models
 from shampoo_deepspeed.options.names import nearest
 from shampoo_deepspeed.options.param_groups import checked_group, group_options, printed_group, unknown_keys
 from shampoo_deepspeed.runtime.metrics import read
@@ -194,11 +195,12 @@ class BlockOptimizer(torch.optim.Optimizer):
         options: dict[str, Any],
     ) -> None:
         _check_types(params, model, process_group)
-        given = list(params)
+        given = [_with_list(item) for item in params]
         options = canonical(options)
         for adapter in adapters():
             adapter.admit(type(self))
-            model = model or adapter.model_under_construction(options, given)
+            if model is None:
+                model = adapter.model_under_construction(options, given)
         self.registry, self.state_keeper = ParameterRegistry(process_group), StateKeeper()
         self.entries, self.policies = self.registry.entries, self.registry.policies
         self.units: list[StepUnit] = []
@@ -208,9 +210,25 @@ class BlockOptimizer(torch.optim.Optimizer):
         self._warned = False  # whether a warning that a step did nothing was logged
         if model is not None:
             self.attach_model(model)
-        self.registry.know_names(model)
+            self.registry.know_names(FoundModels((model,), (model,)))
+        else:
+            self._find_model(given, options)
         super().__init__(given, group_options(ShampooConfig.from_options(options)))
-        self.registry.know_names(None)
+        self.registry.forget_names()
+
+    def _find_model(self, given: Sequence[Any], options: dict[str, Any]) -> None:
+        """Take names and kinds from the model that holds the given parameters, as if it had been given.
+
+        But DDP's replicas divide no work: a script that knows nothing of it may save one rank's state dict.
+        """
+        tensors = _tensors_in(given)
+        found = find_models(tensors)
+        for adapter in adapters():
+            for model in found.outermost:
+                adapter.model_found(model, options, given)
+            for model in found.named_by:
+                adapter.attach_model(model)
+        self.registry.know_names(found, tensors)
 
     def __repr__(self) -> str:
         """In torch's form, with the options that are not at their defaults."""
@@ -646,6 +664,23 @@ def _without_names(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str
         number: {name: value for name, value in entry.items() if name == "step" or value is not entry.get("step")}
         for number, entry in state.items()
     }
+
+
+def _with_list(item: Any) -> Any:
+    """A group with a list in place of an iterator, which can be read only once; anything else as it is."""
+    if isinstance(item, dict) and isinstance(item.get("params"), Iterator):
+        return {**item, "params": list(item["params"])}
+    return item
+
+
+def _tensors_in(given: Sequence[Any]) -> list[Tensor]:
+    """All tensors in parameters, (name, parameter) pairs and groups of them; torch refuses what is none of these."""
+    items: list[Any] = []
+    for item in given:
+        params = item.get("params", ()) if isinstance(item, dict) else [item]
+        items += [params] if isinstance(params, Tensor) else list(params) if isinstance(params, Iterable) else []
+    last = [item[-1] if isinstance(item, tuple) and item else item for item in items]
+    return [item for item in last if isinstance(item, Tensor)]
 
 
 def _check_types(params: Any, model: Any, process_group: Any) -> None:

@@ -25,6 +25,9 @@ def single_features() -> list[Check]:
         final("flat_names", replace(flat, given="names"), 2),
         final("flat_parameters", replace(flat, given="parameters"), 2),
         final("flat_no_shard_parameters", replace(flat, given="parameters", layout="units_no_shard"), 2),
+        final("fsdp1_parameters", replace(flat, given="parameters", layout="fsdp1_full_shard"), 2),
+        final("fsdp2_parameters", replace(flat, given="parameters", layout="rows"), 2),
+        final("replicas_parameters", replace(flat, given="parameters", layout="replicas"), 2),
         final("flat_no_decay", replace(flat, extra=spared), 2),
         final("flat_resumed", replace(flat, resumed_at=4, extra={"momentum": 0.5}), 2),
         final("fsdp1_unfrozen", replace(exact, layout="fsdp1_full_shard", frozen_steps=3), 4),
@@ -70,7 +73,9 @@ APART += [
     for layout in ("rows", "replicas", "fsdp1_full_shard", "flat_full_shard")
 ]
 UNITS = Run(layout="units_full_shard", steps=1)
-KEYS = [Check(f"keys_{given}", 2, "fsdp:keys", replace(UNITS, given=given)) for given in ("model", "names")]
+KEYS = [
+    Check(f"keys_{given}", 2, "fsdp:keys", replace(UNITS, given=given)) for given in ("model", "names", "parameters")
+]
 MOVED = Run(settings="default", dtype="float64", layout="units_full_shard", extra={"momentum": 0.5})
 DIVIDED = [Check(f"replicas_traffic_{n}ranks", n, "fsdp:traffic", Run(layout="replicas", steps=3)) for n in (2, 4)]
 ALIGNED = Check("fsdp2_aligned", 2, "fsdp:traffic", Run(model="wide", extra={"max_preconditioner_dim": 4}, steps=3))

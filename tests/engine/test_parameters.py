@@ -38,14 +38,14 @@ def test_names_come_from_pairs_or_from_the_model_and_state_is_the_same() -> None
     assert same_bits(snapshot(by_pairs.parameters()), snapshot(by_model.parameters()))
 
 
-def test_the_model_tells_kinds_that_names_do_not() -> None:
-    """An embedding with another name is excluded only if the module is known."""
-    model = nn.Sequential(nn.Embedding(12, 10), nn.Linear(10, 12))
-    known, unknown = shampoo(model.parameters(), model=model), shampoo(model.named_parameters())
-    for optimizer in (known, unknown):
-        drive(optimizer, list(model.parameters()), range(1))
-    assert elementwise_keys(known) == {"0.weight", "1.bias"}
-    assert elementwise_keys(unknown) == {"1.bias"}
+def test_kinds_are_known_however_the_optimizer_is_built() -> None:
+    """An embedding and a head with other names are excluded, whether the module is given or found."""
+    model = nn.Sequential(nn.Embedding(12, 10), nn.Linear(10, 9), nn.Linear(9, 12))
+    for params in (dict(model.named_parameters()).items(), dict(model.named_parameters()).values()):
+        for given in (model, None):
+            optimizer = shampoo(params, model=given)
+            drive(optimizer, list(model.parameters()), range(1))
+            assert elementwise_keys(optimizer) == {"0.weight", "1.bias", "2.weight", "2.bias"}
 
 
 def test_without_names_state_is_keyed_by_group_and_place() -> None:
@@ -89,7 +89,9 @@ def test_a_tied_weight_is_one_parameter() -> None:
 
 def test_two_parameters_of_one_name_are_refused() -> None:
     with pytest.raises(OptionError, match="two parameters have the name 'w'"):
-        Shampoo([("w", parameter(3)), ("module.w", parameter(3))])
+        Shampoo([{"params": [("w", parameter(3))]}, {"params": [("w", parameter(3))]}])
+    with pytest.raises(OptionError, match="two parameters have the name 'module.w'"):
+        Shampoo([("module.w", parameter(3)), ("module.w", parameter(3))])
 
 
 def test_a_complex_parameter_is_refused_at_once() -> None:

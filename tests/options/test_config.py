@@ -156,6 +156,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("stochastic_rounding", True, "true only together with master_weights = false"),
     ("overlap", 0, FLAG),
     ("failure_limit", 0, COUNT),
+    ("strict_names", "yes", FLAG),
 ]
 IDS = [f"{key}-{n}" for n, (key, _, _) in enumerate(BAD_VALUES)]
 
@@ -289,7 +290,8 @@ def test_a_wrong_type_is_an_error_before_the_first_step(arguments: tuple[Any, ..
 
 @pytest.mark.parametrize("key", options_with(SHARED))
 def test_what_all_groups_share_cannot_differ_in_one(key: str) -> None:
-    value = {"communication_dtype": "bfloat16", "bucket_mb": 1, "overlap": False, "failure_limit": 3}[key]
+    values = {"communication_dtype": "bfloat16", "bucket_mb": 1, "overlap": False, "failure_limit": 3}
+    value = {**values, "strict_names": True}[key]
     Shampoo([{"params": [parameter(3)], key: value}], **keyword(key, value))
     with pytest.raises(OptionError, match=f"{key!r} = {value!r} in a parameter group.*all groups share one value"):
         Shampoo([{"params": [parameter(3)], key: value}])
@@ -393,6 +395,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "bucket_mb": st.none() | numbers,
     "overlap": st.booleans(),
     "failure_limit": counts,
+    "strict_names": st.booleans(),
 }
 
 

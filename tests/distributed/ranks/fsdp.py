@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import pickle
 from dataclasses import replace
@@ -261,7 +262,10 @@ def full(parameter: Any) -> Tensor:
 
 
 def refused(case: str) -> str:
-    """Return the error of the first step if the optimizer knows too little about FSDP1 parameters."""
+    """Return the error of the first step if the optimizer knows too little about FSDP1 parameters.
+
+    ``gc.freeze`` hides the model, which would otherwise be found.
+    """
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (2, world // 2)) if case == "hybrid" else None
     plain: Any = make_model("wide")
@@ -277,6 +281,7 @@ def refused(case: str) -> str:
         sharding_strategy=ShardingStrategy.HYBRID_SHARD if case == "hybrid" else None,
         ignored_states=[plain.up.weight] if case == "ignored" else None,
     )
+    gc.freeze()
     try:
         optimizer = Shampoo([torch.zeros(1)] if case == "swapped" else model.parameters())
         if case == "swapped":
@@ -286,6 +291,8 @@ def refused(case: str) -> str:
         optimizer.step()
     except LayoutError as error:
         return str(error)
+    finally:
+        gc.unfreeze()
     return ""
 
 

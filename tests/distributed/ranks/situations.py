@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from shampoo_deepspeed import Shampoo
 from tests.distributed.ranks.zero import build, engine_of, full_parameters, train
@@ -20,17 +20,27 @@ from tests.support.zoo import gradients, make_batch
 
 
 def client_optimizer(scenario: Scenario) -> dict[str, Tensor]:
-    """Train with an optimizer that the user has built, instead of one from the JSON."""
-    model = build(scenario)
+    """Train with optimizers that the user has built, instead of one from the JSON; they must train alike.
+
+    One is finished, and has names. The other one is built by DeepSpeed's call of a function, which gives it none.
+    """
     config = scenario.deepspeed_config()
-    options = {**config.pop("optimizer")["params"], "no_decay": ["*bias", "norm*"]}
-    optimizer = Shampoo(model.named_parameters(), **options)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    assert engine.basic_optimizer is optimizer
-    train(engine, scenario, range(scenario.steps))
-    final = full_parameters(engine)
-    engine.destroy()
-    return final
+    options = config.pop("optimizer")["params"]
+    model = build(scenario)
+    finished = Shampoo(model.named_parameters(), **options, no_decay=["*bias", "norm*"])
+    function = partial(Shampoo, **options)
+    ways: list[tuple[nn.Module, Any]] = [(model, finished), (build(scenario), function)]
+    finals = []
+    for model, optimizer in ways:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(config))
+        assert engine.basic_optimizer is optimizer or optimizer is function
+        train(engine, scenario, range(scenario.steps))
+        finals.append(full_parameters(engine))
+        keys = {entry.parameter.key for entry in engine.basic_optimizer.entries}
+        assert keys <= {name for name, _ in model.named_parameters()}, keys
+        engine.destroy()
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+    return finals[1]
 
 
 def with_state_elsewhere(scenario: Scenario) -> dict[str, Any]:

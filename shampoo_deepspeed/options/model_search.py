@@ -1,0 +1,109 @@
+"""Finds the model that holds an optimizer's parameters among the modules that exist, if nobody gives it.
+
+No hook and no call frame is needed: the garbage collector knows all modules. torch's global forward hooks would make
+``torch.compile`` compile everything twice, and see only what is called. The search keeps nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, compress, tee
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class FoundModels:
+    """The modules that hold an optimizer's parameters.
+
+    Args:
+        named_by: those whose names for the parameters are used, the first that has one: the module of which all
+            parameters were given, as far as this can be seen.
+        outermost: those that no other module holds. They show how the parameters are used.
+    """
+
+    named_by: tuple[nn.Module, ...] = ()
+    outermost: tuple[nn.Module, ...] = ()
+
+
+def find_models(tensors: Sequence[Tensor]) -> FoundModels:
+    """The modules that hold these tensors; none for tensors that are in no module."""
+    holders, parents = _holders_and_parents({id(tensor) for tensor in tensors})
+    wanted = {id(tensor): tensor for tensor in tensors if id(tensor) in holders}
+    named_by: list[nn.Module] = []
+    outermost: dict[int, nn.Module] = {}
+    while wanted:
+        around = _with_ancestors(holders[next(iter(wanted))], parents)
+        outermost |= {id(module): module for module in around if id(module) not in parents}
+        chosen = max(around, key=lambda module: _fitness(module, wanted))
+        named_by.append(chosen)
+        for parameter in chosen.parameters():
+            wanted.pop(id(parameter), None)
+    return FoundModels(tuple(named_by), tuple(outermost.values()))
+
+
+def _fitness(module: nn.Module, wanted: Iterable[int]) -> tuple[int, bool, int, str]:
+    """How well a module explains which parameters were given.
+
+    It holds many of them; it trains no others; it is as far outside as can be; and what is left is decided by names,
+    on all ranks alike.
+    """
+    own = dict(module.named_parameters())
+    held = {id(p) for p in own.values()}.intersection(wanted)
+    trained = {id(p) for p in own.values() if p.requires_grad or id(p) in held}
+    return len(held), trained == held, sum(1 for _ in module.modules()), min(own)
+
+
+def _holders_and_parents(wanted: set[int]) -> tuple[dict[int, list[nn.Module]], dict[int, list[nn.Module]]]:
+    """The modules that hold each wanted tensor, by its ``id``, and the parents of each module, by its own."""
+    holders: dict[int, list[nn.Module]] = defaultdict(list)
+    parents: dict[int, list[nn.Module]] = defaultdict(list)
+    for module in _living_modules():
+        parts = module.__dict__  # of a module that is being built, it may lack these
+        for parameter in list(parts.get("_parameters", {}).values()):
+            if id(parameter) in wanted:
+                holders[id(parameter)].append(module)
+        for child in list(parts.get("_modules", {}).values()):
+            parents[id(child)].append(module)
+    return dict(holders), dict(parents)
+
+
+def _living_modules() -> list[nn.Module]:
+    """All modules of the process, except those that ``gc.freeze`` has hidden.
+
+    ``gc.get_objects`` also gives what other threads are building right now, and they may fail if anything else holds
+    it (a tuple cannot grow then). So a single call into C takes all objects and drops all but modules: no other thread
+    runs meanwhile. The end of what ``tee`` still holds afterwards is only padding.
+    """
+    kinds = _subclasses(nn.Module)
+    modules = set(map(id, kinds))
+    padding = (None,) * 1024
+    objects, again = tee(chain.from_iterable(chain(map(gc.get_objects, (None,)), (padding,))))
+    return list(compress(objects, map(modules.__contains__, map(id, map(type, again)))))
+
+
+def _subclasses(kind: type) -> list[type]:
+    """A class and all that inherit from it."""
+    found = {id(kind): kind}  # classes need not be hashable
+    left = [kind]
+    while left:
+        for below in type.__subclasses__(left.pop()):
+            if id(below) not in found:
+                found[id(below)] = below
+                left.append(below)
+    return list(found.values())
+
+
+def _with_ancestors(modules: Sequence[nn.Module], parents: dict[int, list[nn.Module]]) -> list[nn.Module]:
+    """These modules and all that hold them, at any depth."""
+    found = {id(module): module for module in modules}
+    left = list(modules)
+    while left:
+        for parent in parents.get(id(left.pop()), ()):
+            if id(parent) not in found:
+                found[id(parent)] = parent
+                left.append(parent)
+    return list(found.values())
