@@ -7,12 +7,37 @@ No hook and no call frame is needed: the garbage collector knows all modules. to
 from __future__ import annotations
 
 import gc
+import types
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, compress, tee
+from itertools import chain, compress, groupby, starmap
 
 from torch import Tensor, nn
+
+# Types of no interest: what is put in place of objects of these types.
+_DROPPED: dict[type, tuple[()]] = dict.fromkeys(
+    (
+        tuple,
+        list,
+        dict,
+        set,
+        frozenset,
+        type,
+        Tensor,
+        nn.Parameter,
+        types.BuiltinFunctionType,
+        types.CellType,
+        types.FunctionType,
+        types.GetSetDescriptorType,
+        types.MethodType,
+        types.ModuleType,
+        types.WrapperDescriptorType,
+        weakref.ref,
+    ),
+    (),
+)
 
 
 @dataclass(frozen=True)
@@ -74,15 +99,15 @@ def _holders_and_parents(wanted: set[int]) -> tuple[dict[int, list[nn.Module]], 
 def _living_modules() -> list[nn.Module]:
     """All modules of the process, except those that ``gc.freeze`` has hidden.
 
-    ``gc.get_objects`` also gives what other threads are building right now, and they may fail if anything else holds
-    it (a tuple cannot grow then). So a single call into C takes all objects and drops all but modules: no other thread
-    runs meanwhile. The end of what ``tee`` still holds afterwards is only padding.
+    ``gc.get_objects`` also gives what other threads are building right now. A tuple cannot grow while anything else
+    holds it, so a single call into C, during which no other thread runs, drops tuples and most other objects.
     """
-    kinds = _subclasses(nn.Module)
-    modules = set(map(id, kinds))
-    padding = (None,) * 1024
-    objects, again = tee(chain.from_iterable(chain(map(gc.get_objects, (None,)), (padding,))))
-    return list(compress(objects, map(modules.__contains__, map(id, map(type, again)))))
+    runs = groupby(chain.from_iterable(map(gc.get_objects, (None,))), type)
+    objects = list(chain.from_iterable(starmap(_DROPPED.get, runs)))  # a run of other types stays
+    modules = set(map(id, kinds := _subclasses(nn.Module)))
+    found = list(compress(objects, map(modules.__contains__, map(id, map(type, objects)))))
+    del kinds  # until here ids are of living classes
+    return found
 
 
 def _subclasses(kind: type) -> list[type]:

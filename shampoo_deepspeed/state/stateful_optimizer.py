@@ -212,6 +212,7 @@ class BlockOptimizer(torch.optim.Optimizer):
             self.attach_model(model)
             self.registry.know_names(FoundModels((model,), (model,)))
         else:
+            ShampooConfig.from_options(options)  # wrong ones raise before the search
             self._find_model(given, options)
         super().__init__(given, group_options(ShampooConfig.from_options(options)))
         self.registry.forget_names()
