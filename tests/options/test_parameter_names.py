@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from shampoo_deepspeed import ShampooConfig
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import policy_of
 from shampoo_deepspeed.options.choices import DEFAULT_EXCLUDE, KINDS, TRAINER_NO_DECAY
-from shampoo_deepspeed.options.parameter_names import clean_name, matching, names_and_kinds
+from shampoo_deepspeed.options.parameter_names import as_in_model, clean_name, clean_names, matching, names_and_kinds
 from tests.support.mixtures import MixtureLayer, TopKRouter
 from tests.support.stepping import drive, parameter, shampoo
 
@@ -257,3 +259,66 @@ def test_without_names_no_decay_falls_back_to_matrices_only(shape: tuple[int, ..
     config = ShampooConfig(weight_decay=0.1, no_decay=("*bias*",))
     assert policy_of(Parameter("group0.0", shape, 0), config).decays == decays
     assert policy_of(Parameter("group0.0", shape, 0), ShampooConfig(weight_decay=0.1)).decays
+
+
+class Nested(nn.Module):
+    """A model with a part called `module`, beside one of the same inner name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(2, 3)
+        self.weight = nn.Parameter(torch.zeros(2))
+        self._orig_mod = nn.ModuleDict({"module": nn.Linear(2, 2)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.module(x)
+        return out
+
+
+@pytest.mark.parametrize("outer", [nn.DataParallel, lambda m: torch.compile(m, backend="eager"), lambda m: m])
+def test_only_what_wrappers_have_added_is_dropped(outer: Any) -> None:
+    own = {"weight", "module.weight", "module.bias", "_orig_mod.module.weight", "_orig_mod.module.bias"}
+    model = outer(outer(Nested()))
+    assert {name for name, _ in names_and_kinds(model).values()} == own
+    for given in ({"params": model.named_parameters(), "model": model}, {"params": model.named_parameters()}):
+        assert {entry.parameter.key for entry in shampoo(**given).entries} == own
+    loose = [(name, nn.Parameter(p.detach())) for name, p in model.named_parameters()]
+    assert len({entry.parameter.key for entry in shampoo(loose).entries}) == len(own)
+
+
+def test_names_of_which_only_the_text_is_known_stay_different() -> None:
+    assert clean_names(["module.a", "module._orig_mod.b"]) == ["a", "b"]
+    assert clean_names(["module.a", "a"]) == ["module.a", "a"]
+    assert clean_names(["_orig_mod.a", "a", "_orig_mod.b"]) == ["_orig_mod.a", "a", "b"]
+    assert clean_names(["module.module.a", "module.a"]) == ["module.module.a", "module.a"]
+    assert clean_names([]) == []
+
+
+def test_a_users_own_names_stay() -> None:
+    assert as_in_model("module.layers.0.weight", "layers.0.weight") == "layers.0.weight"
+    assert as_in_model("weight", "layers.0.weight") == "weight"
+    assert as_in_model("module.weight", "part.module.weight") == "module.weight"
+    assert as_in_model("encoder.weight", "layers.0.weight") is None
+
+
+@pytest.mark.parametrize("width", [6, 7])
+def test_a_head_is_known_by_the_vocabulary_unless_that_is_an_ordinary_width(width: int) -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, width), nn.Linear(width, 5), nn.Linear(5, 7, bias=False))
+    assert ("lm_head" in dict(names_and_kinds(model).values())["3.weight"]) == (width == 6)
+
+
+def test_every_model_inside_tells_its_head() -> None:
+    class Telling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = nn.Embedding(7, 4), nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 2)])
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.out
+
+        def get_input_embeddings(self, layer: int) -> nn.Module:
+            raise AssertionError("this is another method of that name")
+
+    both = nn.ModuleDict({"first": Telling(), "second": nn.ModuleDict({"deep": Telling()})})
+    heads = {name for name, kinds in names_and_kinds(both).values() if "lm_head" in kinds and name.endswith("weight")}
+    assert heads == {f"{path}.out.{n}.weight" for path in ("first", "second.deep") for n in (0, 1)}
