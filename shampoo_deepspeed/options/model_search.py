@@ -10,14 +10,15 @@ import gc
 import types
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress, groupby, starmap
+from typing import Any
 
 from torch import Tensor, nn
 
 # Types of no interest: what is put in place of objects of these types.
-_DROPPED: dict[type, tuple[()]] = dict.fromkeys(
+_DROPPED: dict[type, Iterable[Any]] = dict.fromkeys(
     (
         tuple,
         list,
@@ -103,7 +104,8 @@ def _living_modules() -> list[nn.Module]:
     holds it, so a single call into C, during which no other thread runs, drops tuples and most other objects.
     """
     runs = groupby(chain.from_iterable(map(gc.get_objects, (None,))), type)
-    objects = list(chain.from_iterable(starmap(_DROPPED.get, runs)))  # a run of other types stays
+    drop: Callable[[type, Iterable[Any]], Iterable[Any]] = _DROPPED.get
+    objects: list[Any] = list(chain.from_iterable(starmap(drop, runs)))  # a run of other types stays
     modules = set(map(id, kinds := _subclasses(nn.Module)))
     found = list(compress(objects, map(modules.__contains__, map(id, map(type, objects)))))
     del kinds  # until here ids are of living classes
@@ -113,8 +115,9 @@ def _living_modules() -> list[nn.Module]:
 def _subclasses(kind: type) -> list[type]:
     """A class and all that inherit from it."""
     found = {id(kind): kind}  # classes need not be hashable
-    left = [kind]
+    left: list[type] = [kind]
     while left:
+        below: type
         for below in type.__subclasses__(left.pop()):
             if id(below) not in found:
                 found[id(below)] = below

@@ -28,7 +28,7 @@ def llama(**more: Any) -> nn.Module:
 
 
 def t5() -> nn.Module:
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    sizes: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
     return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=96, **sizes))
 
 

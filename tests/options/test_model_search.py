@@ -137,7 +137,7 @@ def test_nothing_is_left_behind() -> None:
     assert not torch_module._global_forward_pre_hooks
     copied = copy.deepcopy(optimizer)
     assert treatment(copied) == treatment(optimizer)
-    alive = [weakref.ref(model), weakref.ref(model.two.weight)]
+    alive: list[weakref.ref[Any]] = [weakref.ref(model), weakref.ref(model.two.weight)]
     optimizer.param_groups[0]["params"] = []
     del model
     gc.collect()
@@ -151,7 +151,7 @@ def keys(params: Iterable[Any], **options: Any) -> list[str]:
 def test_the_names_are_those_of_the_module_that_was_given() -> None:
     """A model in a larger one has its own names if the other parts are trained by other optimizers."""
     whole = nn.ModuleDict({"student": language(), "teacher": language()})
-    part = whole["student"]
+    part: Any = whole["student"]
     assert keys(part.parameters()) == keys(part.named_parameters()) == [name for name, _ in part.named_parameters()]
     assert keys(whole.parameters())[0] == "student.one.weight"
     whole["teacher"].requires_grad_(False)
