@@ -37,7 +37,11 @@ def bad(key: str, value: object, allowed: str) -> OptionError:
 
 
 def _hinted(allowed: str, value: object) -> str:
-    return f"{allowed}; only the Hugging Face Trainer fills in 'auto'" if isinstance(value, str) and value == "auto" else allowed
+    return (
+        f"{allowed}; only the Hugging Face Trainer fills in 'auto'"
+        if isinstance(value, str) and value == "auto"
+        else allowed
+    )
 
 
 def real(value: object) -> float | None:
@@ -56,7 +60,7 @@ def real(value: object) -> float | None:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return -math.inf if value < 0 else math.inf
     except ValueError:  # a Decimal's signalling NaN
         return math.nan
 

@@ -82,9 +82,9 @@ FOREIGN = {
     "another SOAP": ("precondition_1d", "data_format"),
     "another Shampoo": (
         "use_protected_eigh", "exponent_multiplier", "num_trainers_per_group", "track_root_inv_residuals",
-        "use_normalized_grafting", "shampoo_pt2_compile_config", "precision_config", "preconditioner_computation_config",
-        "skip_preconditioning_rank_lt", "no_preconditioning_for_layers_with_dim_gt", "shape_interpretation",
-        "pre_conditioner_type", "use_svd",
+        "use_normalized_grafting", "shampoo_pt2_compile_config", "precision_config",
+        "preconditioner_computation_config", "skip_preconditioning_rank_lt",
+        "no_preconditioning_for_layers_with_dim_gt", "shape_interpretation", "pre_conditioner_type", "use_svd",
     ),
 }  # fmt: skip
 _OWNERS = {key: owner for owner, keys in FOREIGN.items() for key in keys}
