@@ -39,13 +39,17 @@ class JobState:
     )
 
 
-# By the job's default group: if that is another one, another job has begun.
+# At most one, by the job's default group: if that is another one, another job has begun.
 _jobs: WeakKeyDictionary[dist.ProcessGroup, JobState] = WeakKeyDictionary()
 
 
 def job_state() -> JobState:
     """The state of the present job."""
-    return _jobs.setdefault(_world(), JobState())
+    world = _world()
+    if world not in _jobs:
+        _jobs.clear()
+        _jobs[world] = JobState()
+    return _jobs[world]
 
 
 def _world() -> dist.ProcessGroup:

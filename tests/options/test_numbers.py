@@ -194,7 +194,7 @@ class OnADevice(torch.Tensor):
     def item(self) -> Any:
         raise AssertionError("read")
 
-    __float__ = __bool__ = tolist = item  # type: ignore[assignment]
+    __float__ = __bool__ = tolist = item
 
 
 def test_a_rate_on_a_device_is_not_read_by_the_check() -> None:

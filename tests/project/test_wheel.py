@@ -162,4 +162,3 @@ def test_an_editable_installation_whose_checkout_is_gone_lets_torch_be_imported(
     assert "ModuleNotFoundError" in without_it()
     shutil.rmtree(checkout)
     assert "ModuleNotFoundError" in without_it()
-
