@@ -2,7 +2,8 @@
 
 torch loads every entry point of the group ``torch.backends`` when it is imported, and fails if one cannot be loaded.
 An editable installation leaves this entry point behind when its checkout is deleted or moved. So an editable wheel gets
-a hook of its own, which lies next to torch and not in the checkout, and which warns if the checkout is gone.
+a hook of its own, which lies next to torch and not in the checkout. If the checkout is gone, torch is imported as if
+nothing were installed, and only who asks for ``torch.optim.Shampoo`` gets to know why it is missing.
 """
 
 from __future__ import annotations
@@ -18,22 +19,40 @@ from setuptools.build_meta import *  # noqa: F403  (the other hooks are setuptoo
 
 HOOK = "__editable___shampoo_deepspeed_hook"
 TARGET = "shampoo_deepspeed._autoload:autoload"
-SOURCE = '''"""torch's hook of an editable installation: if the checkout is gone it warns, and torch is imported."""
+SOURCE = '''"""torch's hook of an editable installation: whatever has become of the checkout, torch is imported."""
 
-import warnings
+import os
+import sys
 
 
 def autoload():
+    if os.environ.get("SHAMPOO_DEEPSPEED_AUTOLOAD", "1") == "0":
+        return
     try:
         from shampoo_deepspeed._autoload import autoload as hook
-    except ImportError as error:
-        warnings.warn(
-            "torch.optim.Shampoo is missing, as the checkout that shampoo-deepspeed was installed from is gone "
-            f"({error}): install it again, or `pip uninstall shampoo-deepspeed`",
-            stacklevel=2,
-        )
-        return
-    hook()
+    except Exception as error:  # gone, moved, of another user, or half edited: each raises something else
+        _explain_later(error)
+    else:
+        hook()
+
+
+def _explain_later(error):
+    """Say nothing before somebody asks for the optimizer."""
+    why = (
+        "torch.optim.Shampoo is missing, as the checkout that shampoo-deepspeed was installed from cannot be imported "
+        f"({type(error).__name__}: {error}): install it again, or `pip uninstall shampoo-deepspeed`"
+    )
+    optim = sys.modules["torch.optim"]
+    previous = optim.__dict__.get("__getattr__")
+
+    def __getattr__(name):
+        if name in ("Shampoo", "shampoo"):
+            raise AttributeError(why)
+        if previous is not None:
+            return previous(name)
+        raise AttributeError(f"module 'torch.optim' has no attribute {name!r}")
+
+    optim.__getattr__ = __getattr__
 '''
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.distributed.exchange import Bucket, Transit
 from shampoo_deepspeed.engine.agreement import agree, rejections
-from shampoo_deepspeed.engine.parameter_registry import CHECKED_OPTIONS
+from shampoo_deepspeed.engine.parameter_registry import CHECKED_OPTIONS, Checked
 from shampoo_deepspeed.engine.shard_update import apply_updates, shard_gradients
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.linalg.precision import full_precision
@@ -128,11 +128,11 @@ class Shampoo(BlockOptimizer):
 
     def configs(self) -> Mapping[int, ShampooConfig]:
         """Options by number as in the groups now, checked again only if one has changed; ``lr`` may be live."""
-        for group in self.param_groups:
-            known = self.registry.checked.get(group["shampoo_group"])
-            if known is None or known[0] != tuple([group[name] for name in CHECKED_OPTIONS]):
-                self.registry.check(group, self.units)
-        return self.registry.configs
+        registry = self.registry
+        changed = [group for group in self.param_groups if not _unchanged(group, registry.checked)]
+        if changed or not all(_same_rate(group, registry.rates) for group in self.param_groups):
+            registry.check_again(self.param_groups, changed, self.units)
+        return registry.configs
 
     def finish_step(self) -> None:
         """Read the flags of the last step, which otherwise happens at the next one. Runs no collective."""
@@ -148,6 +148,20 @@ class Shampoo(BlockOptimizer):
         """Give every tensor a ``step`` entry: torch's tools treat an empty ``state`` as that before the first step."""
         for tensor in unit.tensors:
             self.state[tensor]["step"] = unit.step_tensor
+
+
+def _unchanged(group: Mapping[str, Any], checked: Mapping[int, Checked]) -> bool:
+    """Whether a group has the options that were checked last, apart from ``lr``."""
+    known, values = checked.get(group["shampoo_group"]), [group[name] for name in CHECKED_OPTIONS]
+    try:
+        return known is not None and known.types == list(map(type, values)) and known.values == values
+    except (RuntimeError, ValueError):  # a tuple now holds arrays or tensors of several elements
+        return False
+
+
+def _same_rate(group: Mapping[str, Any], rates: Mapping[int, float | Tensor]) -> bool:
+    """Whether a group has the learning rate that was checked last; a tensor may have changed in place."""
+    return isinstance(group["lr"], float) and group["lr"] is rates.get(group["shampoo_group"])
 
 
 def _precondition(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -38,10 +38,21 @@ class Refresh:
             _load_linear_algebra(device)
             ready = torch.Event(device)
             ready.record(torch.accelerator.current_stream(device))
-        self._future = _executor().submit(_run, compute, self.meter, device, ready, torch.get_num_threads())
+        self._work = partial(_run, compute, self.meter, device, ready)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._future = _executor().submit(self._work, torch.get_num_threads())
 
     def result(self) -> RefreshResult:
-        """Wait until it is done and return the result; every call raises what the thread has raised."""
+        """Wait until it is done and return the result; every call raises what the thread has raised.
+
+        A forked process has no thread of its parent's, and starts again what was under way there: the tensors are as
+        they were. Only the process counts, as even a future that is done may hold its lock at the fork.
+        """
+        if self._process != os.getpid():
+            self._begin()
         result = self._future.result()
         if self._device.type != "cpu":
             for tensor in result.tensors.values():  # their memory belongs to the other stream

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -19,6 +21,13 @@ from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 logger = logging.getLogger("shampoo_deepspeed")
 
 
+_PENDING = Future[None]()._state
+
+
+def _new_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="shampoo-save")
+
+
 @dataclass
 class AsyncWriter:
     """One thread, which writes one save after the other.
@@ -29,11 +38,22 @@ class AsyncWriter:
         last: each optimizer's last save.
     """
 
-    thread: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="shampoo-save")
-    )
+    thread: ThreadPoolExecutor = field(default_factory=_new_thread)
     unfinished: list[Future[None]] = field(default_factory=list)
     last: WeakKeyDictionary[BlockOptimizer, Future[None]] = field(default_factory=WeakKeyDictionary)
+
+    def after_fork(self) -> None:
+        """In a forked process, which has none of its parent's threads: saves that were under way are the parent's.
+
+        Their futures raise here, and nobody waits for them.
+        """
+        for future in self.unfinished:
+            future._condition = threading.Condition()  # which the parent's thread may have held at the fork
+            if not future.done():
+                future._state = _PENDING
+                future.set_exception(CheckpointError("the process that this one was forked from writes this save"))
+        self.thread = _new_thread()
+        self.forget()
 
     def submit(
         self, optimizer: BlockOptimizer, path: Path, write: Callable[[], None], group: dist.ProcessGroup | None
@@ -105,3 +125,5 @@ def _write(path: Path, write: Callable[[], None], group: dist.ProcessGroup | Non
 
 WRITER = AsyncWriter()
 atexit.register(WRITER.forget)  # the thread has been joined then; a failure keeps the process group alive
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=WRITER.after_fork)

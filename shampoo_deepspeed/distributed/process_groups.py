@@ -5,11 +5,13 @@ from __future__ import annotations
 import atexit
 import functools
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch.distributed as dist
 
@@ -20,29 +22,41 @@ EXIT_SECONDS = 0.1
 class JobState:
     """The groups that are made once in a job, between ``init_process_group`` and ``destroy_process_group``.
 
+    Torch holds groups until they are destroyed. Nothing here keeps one alive after that, with its threads.
+
     Args:
-        world: the job's default group. If it changes, another job has begun, and this state is dropped.
         cpu_groups: CPU groups, by the group with the same ranks.
         thread_group: the group of the thread that writes.
         groups_of_ranks: groups by their ranks.
     """
 
-    world: dist.ProcessGroup
-    cpu_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = field(default_factory=dict)
-    thread_group: dist.ProcessGroup | None = None
-    groups_of_ranks: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+    cpu_groups: WeakKeyDictionary[dist.ProcessGroup, weakref.ref[dist.ProcessGroup]] = field(
+        default_factory=WeakKeyDictionary
+    )
+    thread_group: weakref.ref[dist.ProcessGroup] | None = None
+    groups_of_ranks: WeakValueDictionary[tuple[int, ...], dist.ProcessGroup] = field(
+        default_factory=WeakValueDictionary
+    )
 
 
-_jobs: list[JobState] = []  # at most one: that of the present job, or of the last one
+# At most one, by the job's default group: if that is another one, another job has begun.
+_jobs: WeakKeyDictionary[dist.ProcessGroup, JobState] = WeakKeyDictionary()
 
 
 def job_state() -> JobState:
     """The state of the present job."""
+    world = _world()
+    if world not in _jobs:
+        _jobs.clear()
+        _jobs[world] = JobState()
+    return _jobs[world]
+
+
+def _world() -> dist.ProcessGroup:
+    """The job's default group."""
     world = dist.group.WORLD
     assert world is not None
-    if not _jobs or _jobs[0].world is not world:
-        _jobs[:] = [JobState(world)]
-    return _jobs[0]
+    return world
 
 
 def exists(group: dist.ProcessGroup) -> bool:
@@ -59,35 +73,45 @@ def cpu_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     if "cpu" in dist.get_backend_config(group):
         return group
     known = job_state().cpu_groups
-    if group not in known:
+    found = _alive(known.get(group))
+    if found is None:
         ranks = dist.get_process_group_ranks(group)
         # If all ranks take part, they count groups alike. Otherwise torch must not name the group by the number of
         # groups that a rank is in: ranks with different numbers would wait for one another forever.
         some = len(ranks) < dist.get_world_size()
-        made = dist.new_group(ranks, timeout_of(group), "gloo", use_local_synchronization=some)
-        assert made is not None
-        known[group] = made
-    return known[group]
+        found = dist.new_group(ranks, timeout_of(group), "gloo", use_local_synchronization=some)
+        assert found is not None
+        known[group] = weakref.ref(found)
+    return found
 
 
 def thread_group() -> dist.ProcessGroup:
     """A group of all ranks for the thread that writes, as two threads must not share one."""
     state = job_state()
-    if state.thread_group is None:
-        state.thread_group = dist.new_group(timeout=timeout_of(state.world), backend="gloo")
-    assert state.thread_group is not None
-    return state.thread_group
+    found = _alive(state.thread_group)
+    if found is None:
+        found = dist.new_group(timeout=timeout_of(_world()), backend="gloo")
+        assert found is not None
+        state.thread_group = weakref.ref(found)
+    return found
+
+
+def _alive(reference: weakref.ref[dist.ProcessGroup] | None) -> dist.ProcessGroup | None:
+    """The group, None if there is none or if it was destroyed."""
+    group = None if reference is None else reference()
+    return group if group is not None and exists(group) else None
 
 
 def group_of_ranks(ranks: Sequence[int]) -> dist.ProcessGroup:
     """A group of these ranks, made once in a job. Only these ranks take part."""
     known, key = job_state().groups_of_ranks, tuple(ranks)
-    if key not in known:
+    found = known.get(key)
+    if found is None or not exists(found):
         with _without_splitting():
-            made = dist.new_group(list(key), timeout_of(job_state().world), use_local_synchronization=True)
-        assert made is not None
-        known[key] = made
-    return known[key]
+            found = dist.new_group(list(key), timeout_of(_world()), use_local_synchronization=True)
+        assert found is not None
+        known[key] = found
+    return found
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
@@ -125,7 +149,3 @@ def delay_exit_for_gloo() -> None:
     run. ``destroy_process_group()`` ends no thread of a group that a model or a device mesh still holds (torch 2.13).
     """
     atexit.register(time.sleep, EXIT_SECONDS)
-
-
-# A gloo group has threads, which must not outlive the interpreter. The thread that writes has been joined then.
-atexit.register(_jobs.clear)

@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from shampoo_deepspeed.engine.first_step_log import nameless_matrices, policy_ta
 from shampoo_deepspeed.engine.policy import Policy, policy_of
 from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
 from shampoo_deepspeed.engine.step_unit import StepUnit
-from shampoo_deepspeed.options.checks import OptionError
+from shampoo_deepspeed.options.checks import OptionError, learning_rate, short
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
 from shampoo_deepspeed.options.model_search import FoundModels, find_models
 from shampoo_deepspeed.options.parameter_names import as_in_model, clean_names, kinds_by_shape, names_and_kinds
@@ -42,6 +42,14 @@ Known: TypeAlias = dict[int, tuple[str | None, frozenset[str]]]
 WARNED: list[str] = []
 
 
+class Checked(NamedTuple):
+    """The options of a group that were checked last, apart from ``lr``, and their types: False equals 0.0."""
+
+    values: list[Any]
+    types: list[type]
+    config: ShampooConfig
+
+
 class ParameterRegistry:
     """Part of an optimizer: keeps its parameters, decides their policies, and builds their step units.
 
@@ -51,7 +59,8 @@ class ParameterRegistry:
     Attributes:
         entries: all parameters, in the order in which they were given.
         policies: how each parameter is treated, by its key.
-        checked: the option values of each param group that were checked last and their config, by the group's number.
+        checked: the options of each param group that were checked last, by the group's number.
+        rates: the learning rate of each group that was checked last.
         configs: options by the numbers of groups and of rules.
         replicas: the ranks that hold replicas of unsharded parameters.
     """
@@ -59,7 +68,8 @@ class ParameterRegistry:
     def __init__(self, replicas: dist.ProcessGroup | None) -> None:
         self.entries: list[Entry] = []
         self.policies: dict[str, Policy] = {}
-        self.checked: dict[int, tuple[tuple[Any, ...], ShampooConfig]] = {}
+        self.checked: dict[int, Checked] = {}
+        self.rates: dict[int, float | Tensor] = {}
         self.configs: dict[int, ShampooConfig] = {}
         self.replicas = replicas
         self.reported = False
@@ -102,21 +112,54 @@ class ParameterRegistry:
     def check(self, group: dict[str, Any], units: Iterable[StepUnit] = ()) -> None:
         """Check the options of a group as they are now, and decide the policies of its parameters by them.
 
+        The group then holds them as Python's own numbers, tuples and strings, which state dicts and JSON can hold.
+
         Args:
             units: those that have been built.
 
         Raises:
             OptionError: for a value that is not allowed, or that may not change after the first step.
         """
-        number, values = group["shampoo_group"], tuple(group[name] for name in CHECKED_OPTIONS)
+        number = group["shampoo_group"]
         known = self.checked.get(number)
         config = ShampooConfig(**{name: group[name] for name in OPTION_NAMES})
         if known is not None and any(p.group == number for unit in units for p in unit.parameters):
-            _refuse_reshaping(known[1], config)
+            _refuse_reshaping(known.config, config)
         own = [entry.parameter for entry in self.entries if entry.parameter.group == number]
         self.policies |= {parameter.key: policy_of(parameter, config) for parameter in own}
-        self.checked[number] = (values, config)
-        self.configs = expanded({known: config for known, (_, config) in self.checked.items()})
+        group.update({name: getattr(config, name) for name in OPTION_NAMES})
+        values = [group[name] for name in CHECKED_OPTIONS]
+        self.checked[number] = Checked(values, list(map(type, values)), config)
+        self.rates[number] = config.lr
+        self.configs = expanded({known: config for known, (_, _, config) in self.checked.items()})
+
+    def check_again(
+        self, groups: Sequence[dict[str, Any]], changed: Sequence[dict[str, Any]], units: Iterable[StepUnit]
+    ) -> None:
+        """Check what has changed in param groups since they were checked; a faulty scheduler changes no parameter.
+
+        A learning rate on a device is not read, as that would wait.
+
+        Args:
+            groups: all of the optimizer.
+            changed: those of which options other than ``lr`` have changed.
+            units: those that have been built.
+
+        Raises:
+            OptionError: as `check`, for the first group that has a wrong value; all groups keep their options then.
+        """
+        before = self.checked.copy(), self.rates.copy(), self.configs, self.policies.copy()
+        for place, group in enumerate(groups):
+            try:
+                if any(group is other for other in changed):
+                    self.check(group, units)
+                else:
+                    group["lr"] = self.rates[group["shampoo_group"]] = learning_rate("lr", group["lr"])
+            except OptionError as error:
+                self.checked, self.rates, self.configs = before[:3]
+                self.policies |= before[3]
+                named = f" ({short(group['name'])})" if group.get("name") is not None else ""
+                raise OptionError(f"in parameter group {place}{named}: {error}") from None
 
     def keys_by_group(self) -> dict[int, list[str]]:
         """Keys of the parameters of each group, in order; frameworks replace tensors and keep their order."""

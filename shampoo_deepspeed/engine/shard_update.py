@@ -98,6 +98,10 @@ def apply_updates(
             _in_many_passes(unit, [ranges[n] for n in rest], *others, config, rate, found_inf)
     if narrow:
         write_back(unit, values, configs)
+    # A fused kernel and a write into a local part do not count as changes of the parameter. Autograd must see them, so
+    # that a second backward through a graph from before the step is an error and not a wrong gradient.
+    changed = {r.tensor for r in unit.update_ranges if active[r.parameter]}
+    torch.autograd.graph.increment_version([unit.tensors[number] for number in changed])
 
 
 def _fuses(weight: Tensor, step: Tensor, config: ShampooConfig, rate: float | Tensor) -> bool:

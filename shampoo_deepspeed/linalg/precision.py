@@ -13,9 +13,12 @@ copy.
 from __future__ import annotations
 
 import math
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,25 +50,75 @@ def full_precision(device_type: str) -> Iterator[None]:
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8 has only the older switch
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    matmuls: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    saved = [backend.fp32_precision for backend in matmuls]
+    step = object()
     try:
-        for backend in matmuls:
-            backend.fp32_precision = "ieee"
+        SWITCHES.begin(step)
         yield
     finally:
-        for backend, precision in zip(matmuls, saved, strict=True):
-            backend.fp32_precision = "none"  # it now reads as the inherited torch.backends.fp32_precision
-            if backend.fp32_precision != precision:
-                backend.fp32_precision = precision
+        SWITCHES.end(step)
+
+
+class _Switches:
+    """The precision switches of the process, while any thread computes in full precision.
+
+    They belong to all threads, so the first thread that begins saves them, and the last one that ends restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._used = False
+        self._within: set[object] = set()
+        self._restore: list[Callable[[], None]] = []
+
+    def begin(self, step: object) -> None:
+        """Set the switches, if no other step has done so."""
+        with self._lock:
+            self._used = True
+            self._within.add(step)  # before anything is set, so that an interrupt finds it
+            if len(self._within) == 1:
+                self._set()
+
+    def end(self, step: object) -> None:
+        """Restore the switches if this was the last step; a step that has not begun ends nothing."""
+        with self._lock:
+            self._within.discard(step)
+            while not self._within and self._restore:
+                self._restore[-1]()
+                self._restore.pop()
+
+    def after_fork(self) -> None:
+        """In a forked process, in which only this thread goes on: restore what other threads have set.
+
+        If the parent has taken steps, the threads of its OpenMP do not exist here, and GNU's would wait for them for
+        ever. One thread works, which is also what torch gives the workers of a DataLoader.
+        """
+        self._lock = threading.RLock()
+        self._within.clear()
+        self.end(self)
+        if self._used:
+            torch.set_num_threads(1)
+
+    def _set(self) -> None:
+        if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8 has only the older switch
+            before = torch.get_float32_matmul_precision()
+            self._restore.append(lambda: torch.set_float32_matmul_precision(before))
+            torch.set_float32_matmul_precision("highest")
+            return
+        matmuls: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+        for backend in matmuls:
+            self._restore.append(partial(_set_precision, backend, backend.fp32_precision))
+            backend.fp32_precision = "ieee"
+
+
+def _set_precision(backend: Any, precision: str) -> None:
+    backend.fp32_precision = "none"  # it now reads as the inherited torch.backends.fp32_precision
+    if backend.fp32_precision != precision:
+        backend.fp32_precision = precision
+
+
+SWITCHES = _Switches()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=SWITCHES.after_fork)
 
 
 INDEPENDENT: ContextVar[bool] = ContextVar("independent", default=False)

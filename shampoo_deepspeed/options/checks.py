@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Sequence
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Check = Callable[[str, object], Any]
@@ -18,10 +23,10 @@ class OptionError(ValueError):
     allowed = ""
 
 
-def short(value: object) -> str:
+def short(value: object, longest: int = LONGEST) -> str:
     """A value's ``repr``, cut so that an error fits on a screen."""
     text = repr(value)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
+    return text if len(text) <= longest else f"{text[:longest]}... ({len(text):,} characters)"
 
 
 def bad(key: str, value: object, allowed: str) -> OptionError:
@@ -32,16 +37,70 @@ def bad(key: str, value: object, allowed: str) -> OptionError:
 
 
 def _hinted(allowed: str, value: object) -> str:
-    return f"{allowed}; only the Hugging Face Trainer fills in 'auto'" if value == "auto" else allowed
+    return (
+        f"{allowed}; only the Hugging Face Trainer fills in 'auto'"
+        if isinstance(value, str) and value == "auto"
+        else allowed
+    )
+
+
+def real(value: object) -> float | None:
+    """The Python float of a real number, None for anything else.
+
+    Schedules and sweeps compute with numpy's numbers, tensors and fractions, which torch's optimizers take too. An
+    array or tensor stands for its only element. A truth value is no number: where one is given, it is a mistake.
+    """
+    if not isinstance(value, (Real, Decimal)) and hasattr(value, "item"):
+        try:
+            value = value.item()
+        except (RuntimeError, TypeError, ValueError):  # more than one element, or none that can be read
+            return None
+    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return -math.inf if value < 0 else math.inf
+    except ValueError:  # a Decimal's signalling NaN
+        return math.nan
+
+
+def integer(value: object) -> int | None:
+    """The Python int of an integer of any library, None for anything else; numbers such as 2.0 are none."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def plain(value: object) -> Any:
+    """A value with the numbers of other libraries as Python's own, so that JSON and state dicts can hold it.
+
+    A tensor stays, as it may be live.
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+    if value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str):
+        return value
+    found = integer(value)
+    return next((n for n in (found, real(value)) if n is not None), value)
+
+
+def _listed(value: object) -> object:
+    """A list if the value is an array or a tensor of one dim, else the value itself."""
+    return value.tolist() if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist") else value
 
 
 def number(key: str, value: object, low: float, high: float, allowed: str) -> float:
     """A number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    found = real(value)
+    if found is None:
         raise bad(key, value, _hinted(allowed, value))
-    if not low <= value <= high:  # NaN fails too
+    if not low <= found <= high:  # NaN fails too
         raise bad(key, value, allowed)
-    return float(value)
+    return found
 
 
 def non_negative(key: str, value: object) -> float:
@@ -54,23 +113,27 @@ def positive(key: str, value: object) -> float:
 
 def learning_rate(key: str, value: object) -> float | Tensor:
     if isinstance(value, Tensor):
-        known = value.numel() == 1 and value.device.type == "cpu"  # reading it on a device would wait
-        if value.numel() != 1 or (known and not 0.0 <= float(value.detach()) <= 1e300):
-            raise bad(key, value, "a number >= 0 or a Tensor with one such element")
+        allowed = "a number >= 0 or a Tensor with one such element"
+        if value.numel() != 1 or value.dtype == torch.bool or value.dtype.is_complex:
+            raise bad(key, value, allowed)
+        if value.device.type == "cpu":  # reading it on a device would wait
+            number(key, value, 0.0, 1e300, allowed)
         return value
     return non_negative(key, value)
 
 
 def positive_int(key: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    found = integer(value)
+    if found is None or found < 1:
         raise bad(key, value, "an integer >= 1")
-    return value
+    return found
 
 
 def start_step(key: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
+    found = integer(value)
+    if found is None or (found < 1 and found != -1):
         raise bad(key, value, "an integer >= 1, or -1 (precondition_frequency, or 2 with refresh_growth)")
-    return value
+    return found
 
 
 def fraction(key: str, value: object) -> float:
@@ -82,10 +145,11 @@ def fraction(key: str, value: object) -> float:
 
 def beta_pair(key: str, value: object) -> tuple[float, float]:
     allowed = "two numbers [beta1, beta2] with 0 <= beta1 < 1 and 0 < beta2 <= 1 (1: an AdaGrad sum)"
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
+    pair = _listed(value)
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise bad(key, value, _hinted(allowed, value))
     try:
-        beta1, beta2 = (number(key, v, 0.0, 1.0, allowed) for v in value)
+        beta1, beta2 = (number(key, v, 0.0, 1.0, allowed) for v in pair)
     except OptionError:
         raise bad(key, value, allowed) from None
     if beta1 == 1.0 or beta2 == 0.0:
@@ -130,23 +194,28 @@ def optional_root(key: str, value: object) -> float | tuple[float | None, ...] |
         "null or a number p from 0.001 to 1000, the root in A^(-1/p), or a list of these for 1, 2, ... preconditioned "
         "dims"
     )
-    if isinstance(value, (tuple, list)) and value:
+    given = _listed(value) if real(value) is None else value
+    if isinstance(given, (tuple, list)) and given:
         try:
-            return tuple(None if p is None else number(key, p, 1e-3, 1e3, allowed) for p in value)
+            return tuple(None if p is None else number(key, p, 1e-3, 1e3, allowed) for p in given)
         except OptionError:
             raise bad(key, value, allowed) from None
     return None if value is None else number(key, value, 1e-3, 1e3, allowed)
 
 
 def small_int(key: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value not in (0, 1):
+    found = integer(value)
+    if found not in (0, 1):
         raise bad(key, value, "0, or 1 if the first dim counts separate matrices")
-    return value
+    return found
 
 
 def lengths(key: str, value: object) -> tuple[int, ...]:
-    if isinstance(value, (tuple, list)) and len(value) != 1 and all(type(n) is int and n >= 1 for n in value):
-        return tuple(value)
+    given = _listed(value)
+    if isinstance(given, (tuple, list)) and len(given) != 1:
+        found = [n for n in map(integer, given) if n is not None and n >= 1]
+        if len(found) == len(given):
+            return tuple(found)
     raise bad(key, value, "a list of lengths >= 1 such as [4096, 1024, 1024], or [] for no split")
 
 
@@ -165,9 +234,9 @@ def exactly(*allowed: str) -> Check:
     """One of these, spelled exactly so."""
 
     def check(key: str, value: object) -> str:
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             raise bad(key, value, f"one of {', '.join(allowed)}")
-        return str(value)
+        return value
 
     return check
 

@@ -19,7 +19,7 @@ from shampoo_deepspeed.distributed.frameworks import Entry, NewTensor, Parameter
 from shampoo_deepspeed.engine.parameter_registry import ParameterRegistry
 from shampoo_deepspeed.engine.policy import policy_of
 from shampoo_deepspeed.engine.step_unit import StepUnit, as_count
-from shampoo_deepspeed.options.checks import OptionError
+from shampoo_deepspeed.options.checks import OptionError, plain
 from shampoo_deepspeed.options.config import GIVEN_NAMES, OPTION_NAMES, ShampooConfig, canonical
 from shampoo_deepspeed.options.model_search import FoundModels, find_models
 from shampoo_deepspeed.options.names import nearest
@@ -299,7 +299,7 @@ class BlockOptimizer(torch.optim.Optimizer):
     def groups_apart(self, numbers: Sequence[int]) -> None:
         """Restore the numbers and the last seen options of groups that a framework has overwritten."""
         for group, number in zip(self.param_groups, numbers, strict=True):
-            config = self.registry.checked[number][1]
+            config = self.registry.checked[number].config
             group.update({name: getattr(config, name) for name in OPTION_NAMES}, shampoo_group=number)
 
     def finish_step(self) -> None:
@@ -553,10 +553,12 @@ class BlockOptimizer(torch.optim.Optimizer):
         return {number: entries[id(tensor)] for number, tensor in enumerate(tensors) if id(tensor) in entries}
 
     def _torch_state_dict(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        def complete(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+            groups = [{key: plain(value) for key, value in group.items()} for group in state["param_groups"]]
+            state.update({"state": _without_names(state["state"]), "param_groups": groups, **own})
+
         # This hook runs first, so that those of the user see the whole state dict.
-        handle = self.register_state_dict_post_hook(
-            lambda _, state: state.update({"state": _without_names(state["state"]), **own}), prepend=True
-        )
+        handle = self.register_state_dict_post_hook(complete, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -627,7 +629,7 @@ def _check_units(saved: SavedState, optimizer: BlockOptimizer, configs: Sequence
     For the others, the next step checks on all ranks together.
     """
     after = {group["shampoo_group"]: config for group, config in zip(optimizer.param_groups, configs, strict=True)}
-    before = {number: config for number, (_, config) in optimizer.registry.checked.items()}
+    before = {number: checked.config for number, checked in optimizer.registry.checked.items()}
     for unit in optimizer.units:
         if unit.group is not None or any(_reshaped(p, before[p.group], after[p.group]) for p in unit.parameters):
             continue

@@ -208,3 +208,25 @@ step()
 """
     done = run("import warnings; warnings.simplefilter('ignore')\n" + SCRIPT + end)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_forked_process_goes_on_with_a_refresh_that_is_under_way() -> None:
+    """It starts the refresh again and trains as the parent does, also with OpenMP, and its exit waits for nothing."""
+    end = """
+import signal
+torch.manual_seed(0)
+step()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+step(); step()
+print(weight.detach().double().sum().item(), flush=True)
+if child == 0:
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+    done = run("import warnings; warnings.simplefilter('ignore')\n" + SCRIPT + "torch.set_num_threads(2)\n" + end)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = done.stdout.split()
+    assert ours == theirs

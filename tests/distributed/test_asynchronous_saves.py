@@ -42,3 +42,9 @@ def test_a_save_whose_process_group_was_destroyed_says_what_to_do(jobs: tuple[Pa
     for rank in ranks:
         assert str(folder / "third") in rank["raised"] and "wait_for_saves()" in rank["raised"]
         assert any(str(folder / "third") in line and "wait_for_saves()" in line for line in rank["log"])
+
+
+def test_groups_of_our_own_end_with_their_job(jobs: tuple[Path, list[Any]]) -> None:
+    """They have threads, and a later job that used them would be told that they are not registered."""
+    for rank in jobs[1]:
+        assert rank["left"] == 0

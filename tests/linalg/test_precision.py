@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -182,4 +184,79 @@ optimizer.step()
 assert torch.backends.cuda.matmul.allow_tf32
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["none", "legacy_medium"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_steps_on_several_threads_leave_the_process_as_it_was(name: str, fails: bool) -> None:
+    """They overlap: the second begins within the first and ends after it."""
+    SWITCHES[name]()
+    before = readings()
+    first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+    within: list[Any] = []
+
+    def first() -> None:
+        with suppress(KeyboardInterrupt), full_precision("cpu"):
+            first_in.set()
+            assert second_in.wait(60)
+            if fails:
+                raise KeyboardInterrupt
+        first_out.set()
+
+    def second() -> None:
+        assert first_in.wait(60)
+        with full_precision("cpu"):
+            second_in.set()
+            assert first_out.wait(60)
+            within.append(readings()["legacy"] if not NEW_NAMES else readings()["cpu"])
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert within == ["ieee" if NEW_NAMES else "highest"]
+    assert readings() == before
+
+
+def test_two_optimizers_on_two_threads_train_as_they_do_one_after_the_other() -> None:
+    expected = trained()
+    before, found = readings(), dict[int, list[Tensor]]()
+    threads = [threading.Thread(target=lambda n=n: found.update({n: trained()})) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert all(same_bits(found[n], expected) for n in range(2))
+    assert readings() == before and torch.is_grad_enabled()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_forked_during_a_step_of_another_thread_has_the_switches_of_the_script() -> None:
+    script = """
+import os, threading, warnings
+warnings.simplefilter("ignore")
+import torch
+from shampoo_deepspeed.linalg.precision import full_precision
+torch.set_float32_matmul_precision("medium")
+inside, leave = threading.Event(), threading.Event()
+def step():
+    with full_precision("cpu"):
+        inside.set()
+        leave.wait()
+thread = threading.Thread(target=step)
+thread.start()
+inside.wait()
+if os.fork() == 0:
+    right = torch.get_float32_matmul_precision() == "medium"
+    with full_precision("cpu"):
+        pass
+    os._exit(7 if right and torch.get_float32_matmul_precision() == "medium" else 1)
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
+leave.set()
+thread.join()
+assert torch.get_float32_matmul_precision() == "medium"
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

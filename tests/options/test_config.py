@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -23,7 +24,7 @@ from shampoo_deepspeed.options.choices import (
     PRECONDITIONERS,
 )
 from shampoo_deepspeed.options.config import OPTION_NAMES, SHARED, options_with
-from shampoo_deepspeed.options.names import ALIASES
+from shampoo_deepspeed.options.names import ALIASES, COUNTERPARTS, FOREIGN, IGNORED, INSTEAD, ONLY_FALSE, nearest
 from tests.support.stepping import parameter
 
 NUMBER = "a number >= 0"
@@ -232,6 +233,47 @@ def test_an_unknown_option_is_an_error_that_suggests_the_nearest(wrong: str, mea
 def test_an_option_of_other_optimizers_is_an_error_that_says_what_to_do(foreign: str, advice: str) -> None:
     with pytest.raises(OptionError, match=advice):
         Shampoo([parameter(3)], **keyword(foreign, None))
+
+
+def test_what_a_json_keeps_of_another_optimizer_is_named_together_with_whose_it_is() -> None:
+    """People change "type" alone; one look at the message must be enough."""
+    adams = {"lr": 1e-3, "torch_adam": True, "adam_w_mode": True, "bias_correction": True, "amsgrad": False}
+    with pytest.raises(OptionError) as error:
+        ShampooConfig.from_options(adams)
+    text = str(error.value)
+    assert "delete them (of Adam: 'adam_w_mode' = True, 'bias_correction' = True, 'amsgrad' = False)" in text
+    assert "torch_adam" not in text and len(text) < 250
+    with pytest.raises(OptionError, match="of Adam: 'fp32_optimizer_states' = False; of Muon: 'ns_steps' = 5"):
+        ShampooConfig.from_options({"fp32_optimizer_states": False, "ns_steps": 5, "momentum": 0.95})
+
+
+@pytest.mark.parametrize(("owner", "key"), [(owner, key) for owner, keys in FOREIGN.items() for key in keys])
+def test_other_optimizers_keys_are_known(owner: str, key: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(f"delete them (of {owner}: {key!r} = None)")):
+        ShampooConfig.from_options({key: None})
+    assert f"an option of {owner}" in nearest(key, OPTION_NAMES)
+    assert key not in {*OPTION_NAMES, *ALIASES, *INSTEAD, *COUNTERPARTS}
+
+
+@pytest.mark.parametrize(("theirs", "ours"), list(COUNTERPARTS.items()))
+def test_what_other_packages_call_by_another_name_is_named(theirs: str, ours: str) -> None:
+    with pytest.raises(OptionError, match=f"{theirs!r} = 7: here it is {ours!r}"):
+        ShampooConfig.from_options({theirs: 7})
+    assert ours in OPTION_NAMES and theirs not in {*OPTION_NAMES, *ALIASES, *INSTEAD}
+
+
+def test_keys_of_deepspeed_s_own_optimizers_are_known() -> None:
+    """Read from the installed DeepSpeed and torch, which may gain some."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    from deepspeed.ops.lamb import FusedLamb
+    from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+
+    torchs = [getattr(torch.optim, name) for name in ("Adam", "AdamW", "NAdam", "RAdam", "Adagrad", "RMSprop", "SGD")]
+    torchs += [torch.optim.Muon] if hasattr(torch.optim, "Muon") else []
+    for optimizer in (DeepSpeedCPUAdam, FusedAdam, FusedLamb, DeepSpeedCPULion, FusedLion, *torchs):
+        keys = set(inspect.signature(optimizer.__init__).parameters) - {"self", "params", "model_params"}
+        known = {*OPTION_NAMES, *ALIASES, *IGNORED, *ONLY_FALSE, *(key for keys in FOREIGN.values() for key in keys)}
+        assert keys <= known, (optimizer, keys - known)
 
 
 def test_an_error_fits_on_a_screen() -> None:

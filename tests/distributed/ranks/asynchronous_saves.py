@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -33,6 +35,9 @@ def jobs(folder: Path) -> dict[str, Any]:
         params, optimizer = made()
         drive(optimizer, params, range(SAVED))
         seen["complete"] = [saved_meanwhile(params, optimizer, folder / "first")]
+        of_first = [weakref.ref(group) for group in made_groups()]
+    gc.collect()
+    seen["left"] = sum(group() is not None for group in of_first)
     with job(folder, "second", ranks):
         again, other = made()
         drive(other, again, range(SAVED))
@@ -40,6 +45,8 @@ def jobs(folder: Path) -> dict[str, Any]:
         seen["complete"].append(saved_meanwhile(again, other, folder / "second"))
         seen["same"] = same_bits(snapshot(params), snapshot(again))
         seen["groups"] = len(process_groups._jobs)
+        for group in made_groups():
+            dist.barrier(group)  # they are this job's
         seen["timeouts"] = [timeout_of(group) for group in made_groups()]
     with TestCase().assertLogs("shampoo_deepspeed", "ERROR") as log:
         seen["raised"] = ended_too_early(folder, ranks)

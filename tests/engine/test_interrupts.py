@@ -1,0 +1,87 @@
+"""KeyboardInterrupt and SystemExit pass through a step wherever they strike; nothing of the process stays changed."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+
+from shampoo_deepspeed import optimizer as face
+from shampoo_deepspeed.algorithm.block_stack import BlockStack
+from shampoo_deepspeed.algorithm.elementwise import Elementwise
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import KLShampooPreconditioner
+from shampoo_deepspeed.engine.agreement import Agreement
+from shampoo_deepspeed.engine.parameter_registry import ParameterRegistry
+from tests.support.stepping import drive, parameter, shampoo
+
+PLACES: list[tuple[Any, str]] = [
+    (ParameterRegistry, "new_units"),
+    (ParameterRegistry, "check"),
+    (face, "shard_gradients"),
+    (face, "agree"),
+    (Agreement, "count_step"),
+    (face, "_precondition"),
+    (BlockStack, "_advance"),
+    (BlockStack, "_refresh"),
+    (KLShampooPreconditioner, "accumulate"),
+    (KLShampooPreconditioner, "compute"),
+    (KLShampooPreconditioner, "install"),
+    (Elementwise, "step"),
+    (face, "apply_updates"),
+]
+
+
+def process() -> tuple[Any, ...]:
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.backends.mkldnn.matmul.fp32_precision if hasattr(torch.backends.mkldnn, "matmul") else None,
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+    )
+
+
+@pytest.mark.parametrize("refresh", ["sync", "background"])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_interrupt_passes_through_and_training_can_go_on(
+    first: bool, kind: type[BaseException], refresh: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_float32_matmul_precision("medium")
+    before = process()
+    try:
+        for owner, name in PLACES:
+            params = [parameter(12, 10), parameter(5)]
+            options: dict[str, Any] = {"preconditioner": "kl_shampoo", "precondition_frequency": 1, "refresh": refresh}
+            optimizer = shampoo(params, start_preconditioning_step=1, **options)
+            drive(optimizer, params, range(0 if first else 2))
+            if name == "check":
+                optimizer.param_groups[0]["weight_decay"] = 0.123
+            struck: list[int] = []
+
+            def strike(*_: Any, struck: list[int] = struck, **__: Any) -> None:
+                struck.append(1)
+                raise kind
+
+            with monkeypatch.context() as patched:
+                patched.setattr(owner, name, strike)
+                if name == "new_units" and not first:
+                    continue
+                with pytest.raises(kind):
+                    drive(optimizer, params, [2])
+                    drive(optimizer, params, [3])  # what a thread raises comes one step later
+            assert struck, name
+            assert process() == before, name
+            gc.collect()
+            try:
+                drive(optimizer, params, range(3, 7))
+            except kind:  # the thread's error stays
+                assert refresh == "background" and name == "compute"
+                continue
+            assert all(torch.isfinite(p).all() for p in params), name
+            optimizer.load_state_dict(optimizer.state_dict())
+    finally:
+        torch.set_float32_matmul_precision("highest")
