@@ -158,7 +158,7 @@ def joined(case: str) -> dict[str, Any]:
             accelerator = Accelerator(cpu=True)
             ddp, optimizer = prepare(accelerator, model, Shampoo(model.named_parameters(), model=model, **OPTIONS))
             AcceleratorState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # accelerate joins no CPUs
-            context: Any = accelerator.join_uneven_inputs([ddp])
+            context: Any = accelerator.join_uneven_inputs([ddp], even_batches=False)
         else:
             ranks = dist.group.WORLD if case == "wrapped_later" else None
             if ranks is not None or case == "undivided":
