@@ -37,10 +37,13 @@ class EngineConfig(Protocol):
 
 
 class ZeroOptimizer(Protocol):
-    """ZeRO-3's wrapper of an optimizer."""
+    """A wrapper of an optimizer: the first two attributes are ZeRO-3's, the others those of ZeRO-1 and ZeRO-2."""
 
     fp32_partitioned_groups_flat: Sequence[Tensor]
     fp16_groups: Sequence[Sequence[ZeroParameter]]
+    bit16_groups: Sequence[Sequence[Tensor]]
+    averaged_gradients: Mapping[int, Sequence[Tensor | None] | None]
+    single_partition_of_fp32_groups: Sequence[Tensor]
 
 
 class Engine(Protocol):
@@ -51,6 +54,7 @@ class Engine(Protocol):
     basic_optimizer: BlockOptimizer
     client_optimizer: object
     global_steps: int
+    pipeline_parallelism: bool
     seq_data_parallel_group: dist.ProcessGroup
     expert_data_parallel_group: Mapping[str, dist.ProcessGroup]
     save_checkpoint: Callable[..., object]

@@ -89,11 +89,19 @@ class Scenario:
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step whose gradient is not finite: through the loss of one rank, or in one element on that rank."""
+    """A step whose gradient is not finite: through the loss of one rank, or in one element on that rank.
+
+    The element is one of a parameter, or of those that are stepped in turn as ``group``.
+    """
 
     scenario: Scenario
     value: float
     parameter: str | None = None
+    group: int | None = None
+
+    @property
+    def everywhere(self) -> bool:
+        return self.parameter is None and self.group is None
 
 
 _expected: dict[str, dict[str, Tensor]] = {}
