@@ -37,13 +37,16 @@ class EngineConfig(Protocol):
 
 
 class ZeroOptimizer(Protocol):
-    """A wrapper of an optimizer: the first two attributes are ZeRO-3's, the others those of ZeRO-1 and ZeRO-2."""
+    """A wrapper of an optimizer: ZeRO-3's, and the last three those of ZeRO-1 and ZeRO-2."""
 
     fp32_partitioned_groups_flat: Sequence[Tensor]
     fp16_groups: Sequence[Sequence[ZeroParameter]]
+    grad_position: Mapping[int, Sequence[int]]
     bit16_groups: Sequence[Sequence[Tensor]]
     averaged_gradients: Mapping[int, Sequence[Tensor | None] | None]
     single_partition_of_fp32_groups: Sequence[Tensor]
+
+    def get_param_id(self, parameter: ZeroParameter) -> int: ...
 
 
 class Engine(Protocol):
@@ -84,6 +87,7 @@ class FlatZeroParameter(Protocol):
     """A parameter of the model under ZeRO-1 and ZeRO-2: a view of a flat buffer."""
 
     _dp_group: dist.ProcessGroup
+    _hp_mapping: Fragment | None  # None if no element of it has its master on this rank
     requires_grad: bool
 
     def numel(self) -> int: ...
@@ -106,7 +110,16 @@ class ZeroParameter(Protocol):
     ds_process_group: dist.ProcessGroup
 
 
-class Fragment(Protocol):
-    """``_hp_mapping`` of a parameter: where its flat state is."""
+class Address(Protocol):
+    """A range of a flattened tensor."""
 
+    start: int
+    numel: int
+
+
+class Fragment(Protocol):
+    """``_hp_mapping`` of a parameter: where its flat state and its master are."""
+
+    lp_fragment_address: Address
+    hp_fragment: Tensor | None
     optim_fragment: MutableMapping[str, Tensor] | None

@@ -53,14 +53,19 @@ class WholeStep:
 
 def needs_decision(engine: Engine) -> bool:
     """Whether a step of the engine is more than one call of ``step()``, and DeepSpeed itself does not decide for it."""
-    if engine.zero_optimization_stage() in (1, 2):
+    if _steps_in_turn(engine):
         return bool(engine.pipeline_parallelism) or len(engine.optimizer.bit16_groups) > 1
-    return bool(engine.pipeline_parallelism) and engine.optimizer is engine.basic_optimizer
+    return bool(engine.pipeline_parallelism) and id(engine.optimizer) == id(engine.basic_optimizer)
+
+
+def _steps_in_turn(engine: Engine) -> bool:
+    """Whether this is the wrapper of ZeRO-1 and ZeRO-2; BF16_Optimizer may stand for it, and steps all at once."""
+    return engine.zero_optimization_stage() in (1, 2) and hasattr(engine.optimizer, "averaged_gradients")
 
 
 def _bad_later(engine: Engine, like: Tensor) -> Iterator[Tensor]:
     """Yield for each gradient that ZeRO-1 or ZeRO-2 still has to step whether it is not finite, as a number."""
-    if engine.zero_optimization_stage() not in (1, 2):
+    if not _steps_in_turn(engine):
         return
     offloaded = [partition.grad for partition in engine.optimizer.single_partition_of_fp32_groups]
     for gradients in (*engine.optimizer.averaged_gradients.values(), offloaded):

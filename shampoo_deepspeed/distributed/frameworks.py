@@ -34,9 +34,9 @@ UNEQUAL_REPLICAS = (
 )
 # What to do about uneven inputs.
 UNEVEN_INPUTS = (
-    "within join() of DDP, torch's Join, or accelerate's join_uneven_inputs(), a rank with fewer inputs stops stepping, "
-    "but each step needs all replicas that divide the work; to let each rank do all of the work, build Shampoo from the "
-    "model without DDP's wrapper (model=ddp.module), without process_group, and with accelerate call "
+    "within join() of DDP, torch's Join, or accelerate's join_uneven_inputs(), a rank with fewer inputs stops "
+    "stepping, but each step needs all replicas that divide the work; to let each rank do all of the work, build "
+    "Shampoo from the model without DDP's wrapper (model=ddp.module), without process_group, and with accelerate call "
     "accelerator.prepare(); or make the inputs even"
 )
 

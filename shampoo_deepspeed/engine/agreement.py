@@ -1,8 +1,9 @@
 """What all ranks agree on before a step: whether it is accepted, whether a gradient is not zero, norms, failing roots.
 
 It also counts steps, and notices replicas whose gradients differ: a rank that owns a block uses its own gradient for
-all of them. A step goes through three stages here. ``agree`` runs one small all-reduce before anything is changed. ``count_step`` counts the step of the parameters that take part. ``rejections`` reads the agreed flags on the
-CPU at the start of the next step, by which time the copy has completed. It undoes the counts of a rejected step.
+all of them. A step goes through three stages here. ``agree`` runs one small all-reduce before anything is changed.
+``count_step`` counts the step of the parameters that take part. ``rejections`` reads the agreed flags on the CPU at the
+start of the next step, by which time the copy has completed. It undoes the counts of a rejected step.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ class StepUnit:
         self._lanes: dict[tuple[int, ...], Tensor] = {}
 
     def lanes_of(self, tensors: Sequence[int]) -> Tensor:
-        """The lane in which each of these local tensors is summed, on the device; the last one is compared with none."""
+        """The lane of each of these local tensors, on the device; tensors without replicas are in the last one."""
         key = tuple(tensors)
         if key not in self._lanes:
             found = [self._slot_of_tensor.get(tensor, (-1, 0)) for tensor in tensors]

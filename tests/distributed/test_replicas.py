@@ -7,7 +7,14 @@ import pytest
 from tests.support.exactness import assert_ranks_agree
 from tests.support.launch import Ask, Check, named
 
-FIRST_UNEQUAL = {"no_sync": 2, "local_sgd": 0, "post_local_sgd": 2, "never_reduced": 0, "other_batches": 0, "unwrapped_root": 0}
+FIRST_UNEQUAL = {
+    "no_sync": 2,
+    "local_sgd": 0,
+    "post_local_sgd": 2,
+    "never_reduced": 0,
+    "other_batches": 0,
+    "unwrapped_root": 0,
+}
 UNEQUAL = [Check(f"unequal_{case}", 2, "replicas:unequal", case) for case in FIRST_UNEQUAL]
 JOINED = [
     Check(f"joined_{case}", 2, "replicas:joined", case)

@@ -14,7 +14,8 @@ from tests.support.scenarios import BOUND, STRICT
 from tests.support.zoo import relative_error
 
 OPTIONS: dict[str, Any] = {"lr": 3e-3, "precondition_frequency": 3, "max_preconditioner_dim": 16, **STRICT}
-CHECKS = [Check(f"transformers_tp_{kind}", 2, "transformers_tp:trained", (kind, OPTIONS)) for kind in ("llama", "mixtral")]
+KINDS = ("llama", "mixtral")
+CHECKS = [Check(f"transformers_tp_{kind}", 2, "transformers_tp:trained", (kind, OPTIONS)) for kind in KINDS]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=named)

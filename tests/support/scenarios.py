@@ -166,6 +166,18 @@ def rounded_mean(scenario: Scenario, model: nn.Module, batch: dict[str, Any]) ->
     return {name: g.double() / scale for name, g in total.items()}
 
 
+def new_weights(scenario: Scenario) -> dict[str, Tensor]:
+    """Return other weights than the model starts with, the same on all ranks.
+
+    Those of an odd number of elements stay: DeepSpeed cannot set them at stage 3 on two ranks.
+    """
+    found = {n: p.detach() for n, p in make_model(scenario.model).named_parameters()}
+    return {
+        n: p if n == "frozen.weight" or p.numel() % 2 else p + 0.2 * torch.cos(torch.arange(p.numel())).view(p.shape)
+        for n, p in found.items()
+    }
+
+
 def make_reference(scenario: Scenario, trained: Mapping[str, Tensor]) -> Reference:
     """Build the reference. Groups set their own decay; without groups, biases and norms do not decay."""
     options = scenario.optimizer_options()

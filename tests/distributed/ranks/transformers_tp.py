@@ -1,10 +1,9 @@
-"""What a rank does in the checks of Transformers' own tensor parallelism: trains a model whose plan cuts some weights."""
+"""What a rank does in the checks of Transformers' own tensor parallelism: trains a model that is cut in part."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
