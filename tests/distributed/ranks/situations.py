@@ -13,12 +13,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-<<<<<<< HEAD
-from torch import Tensor, nn
-=======
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-from torch import Tensor
->>>>>>> 871216e (Weights set before DeepSpeed's first step are trained; docs of replicas, tensor parallelism and whole steps)
+from torch import Tensor, nn
 
 from shampoo_deepspeed import Shampoo
 from tests.distributed.ranks.folders import shared_folder
