@@ -12,6 +12,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +27,7 @@ from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 from ..frames import calling_frame
 from .checkpoints import is_loading, note_folder, resume, wrap_checkpointing
 from .layouts import is_partition, paired, partition_layout, replicated
+from .whole_step import WholeStep, needs_decision
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -47,6 +49,7 @@ class DeepSpeedAdapter(Adapter):
 
     def __init__(self) -> None:
         self._engines: list[weakref.ref[Engine]] = []
+        self._decisions: weakref.WeakKeyDictionary[Engine, WholeStep] = weakref.WeakKeyDictionary()
 
     def model_under_construction(self, options: dict[str, Any], given: Sequence[Any]) -> nn.Module | None:
         """Return the model of the engine that is building an optimizer from its JSON right now, or None.
@@ -115,15 +118,23 @@ class DeepSpeedAdapter(Adapter):
         if pairs is not None:
             if engine is None and all(entry.reference() is item.tensor for entry, item in pairs):
                 return None  # no sign of DeepSpeed here
-            return replicated(_known(engine), pairs)
+            return self._with_decision(_known(engine), replicated(_known(engine), pairs))
         partitions = [item for item in fresh if is_partition(item, entries)]
         if engine is None and not partitions:
             return None
-        _known(engine)
+        engine = _known(engine)
         if len(partitions) != len(fresh):
             shapes = [tuple(item.tensor.shape) for item in fresh if item not in partitions]
             raise LayoutError(f"DeepSpeed has put tensors into param_groups that are not ZeRO partitions: {shapes}")
-        return [partition_layout(item, entries) for item in partitions]
+        return self._with_decision(engine, [partition_layout(item, entries) for item in partitions])
+
+    def _with_decision(self, engine: Engine, layouts: list[Layout]) -> list[Layout]:
+        """Let a gradient that is not finite reject the engine's whole step, and not only one of its calls."""
+        if needs_decision(engine):
+            decision = self._decisions.setdefault(engine, WholeStep(engine))
+            for layout in layouts:
+                layout.whole_step = partial(decision.decide, id(layout.tensors[0]))
+        return layouts
 
     def note_load(self, optimizer: BlockOptimizer) -> None:
         """Note the folder that ``engine.load_checkpoint`` is loading from, if our wrapper of it is not at work.
@@ -220,6 +231,8 @@ def _refuse_unsupported(engine: Engine) -> None:
     sixteen = engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16
     if sixteen and zero.stage > 0 and not engine.zero_compute_grad_norm():
         reasons.append("compute_grad_norm = false with float16 autocast (each rank would skip steps on its own)")
+    if sixteen and engine.pipeline_parallelism:
+        reasons.append("float16 autocast in a pipeline (each stage would skip steps on its own)")
     if getattr(zero, "zenflow", None) is not None:
         reasons.append("zero_optimization.zenflow (it runs its own CPU Adam on transposed gradients)")
     if engine.autotp_size() > 1:

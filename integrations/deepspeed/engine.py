@@ -37,10 +37,16 @@ class EngineConfig(Protocol):
 
 
 class ZeroOptimizer(Protocol):
-    """ZeRO-3's wrapper of an optimizer."""
+    """A wrapper of an optimizer: ZeRO-3's, and the last three those of ZeRO-1 and ZeRO-2."""
 
     fp32_partitioned_groups_flat: Sequence[Tensor]
     fp16_groups: Sequence[Sequence[ZeroParameter]]
+    grad_position: Mapping[int, Sequence[int]]
+    bit16_groups: Sequence[Sequence[Tensor]]
+    averaged_gradients: Mapping[int, Sequence[Tensor | None] | None]
+    single_partition_of_fp32_groups: Sequence[Tensor]
+
+    def get_param_id(self, parameter: ZeroParameter) -> int: ...
 
 
 class Engine(Protocol):
@@ -51,6 +57,7 @@ class Engine(Protocol):
     basic_optimizer: BlockOptimizer
     client_optimizer: object
     global_steps: int
+    pipeline_parallelism: bool
     seq_data_parallel_group: dist.ProcessGroup
     expert_data_parallel_group: Mapping[str, dist.ProcessGroup]
     save_checkpoint: Callable[..., object]
@@ -80,6 +87,7 @@ class FlatZeroParameter(Protocol):
     """A parameter of the model under ZeRO-1 and ZeRO-2: a view of a flat buffer."""
 
     _dp_group: dist.ProcessGroup
+    _hp_mapping: Fragment | None  # None if no element of it has its master on this rank
     requires_grad: bool
 
     def numel(self) -> int: ...
@@ -102,7 +110,16 @@ class ZeroParameter(Protocol):
     ds_process_group: dist.ProcessGroup
 
 
-class Fragment(Protocol):
-    """``_hp_mapping`` of a parameter: where its flat state is."""
+class Address(Protocol):
+    """A range of a flattened tensor."""
 
+    start: int
+    numel: int
+
+
+class Fragment(Protocol):
+    """``_hp_mapping`` of a parameter: where its flat state and its master are."""
+
+    lp_fragment_address: Address
+    hp_fragment: Tensor | None
     optim_fragment: MutableMapping[str, Tensor] | None

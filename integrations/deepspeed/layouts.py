@@ -6,9 +6,11 @@ file works out which flat range belongs to which parameter. File names below are
 
 from __future__ import annotations
 
+import logging
 import sys
 import weakref
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, cast
 
 import torch.distributed as dist
@@ -19,6 +21,8 @@ from shampoo_deepspeed.geometry.boxes import FlatRange, range_to_boxes
 
 if TYPE_CHECKING:
     from .engine import Engine, ExpertParameter, FlatZeroParameter, ZeroOptimizer
+
+logger = logging.getLogger("shampoo_deepspeed")
 
 _ExpertPart = tuple[int | None, int]
 
@@ -62,9 +66,16 @@ def replicated(engine: Engine | None, pairs: Sequence[tuple[Entry, NewTensor]]) 
             original = entry.reference()
             if original is not None and original is not item.tensor:
                 entry.stand_in = weakref.ref(item.tensor)
-                _check_master(layout, entry.parameter, item.tensor, original.detach())
+                _check_master(layout, entry.parameter, item.tensor, original.detach(), _is_copy(engine, item, original))
         layouts.append(layout)
     return layouts
+
+
+def _is_copy(engine: Engine | None, item: NewTensor, original: Tensor) -> bool:
+    """Whether DeepSpeed itself has this tensor as the float32 copy of a parameter (FP16_UnfusedOptimizer)."""
+    wrapper = engine.optimizer if engine is not None else None
+    lows, highs = (chain(*getattr(wrapper, name, ())) for name in ("fp16_groups", "fp32_groups"))
+    return any(low is original and high is item.tensor for low, high in zip(lows, highs, strict=False))
 
 
 def is_partition(item: NewTensor, entries: Sequence[Entry]) -> bool:
@@ -139,7 +150,8 @@ def _stage12_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
         if common is not None:
             elements, here = common.shift(-begin), common.shift(-partition.start)
             _place(layout, number, elements, here.start)
-            _check_master(layout, parameter, flat[slice(*here)], tensor.detach().reshape(-1)[slice(*elements)])
+            master, low = flat.detach()[slice(*here)], tensor.detach().reshape(-1)[slice(*elements)]
+            _check_master(layout, parameter, master, low, _is_mapped(tensor, elements, master))
     return layout
 
 
@@ -165,7 +177,9 @@ def _stage3_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
         if elements is not None:
             _place(layout, index, elements, offset)
             master = item.tensor[offset : offset + elements.size]
-            _check_master(layout, parameter, master, member.ds_tensor.detach().reshape(-1)[: elements.size])
+            low = member.ds_tensor.detach().reshape(-1)[: elements.size]
+            agreed = list(owner.grad_position[owner.get_param_id(member)]) == [number, offset, part]
+            _check_master(layout, parameter, master, low, agreed)
         offset += part
     if {p.group for p in parameters} != {item.group}:
         layout.problem = f"the ZeRO-3 sub-group that begins with {parameters[0].key} mixes parameter groups"
@@ -179,10 +193,32 @@ def _place(layout: Layout, number: int, elements: FlatRange, offset: int) -> Non
         offset += box.numel
 
 
-def _check_master(layout: Layout, parameter: Parameter, master: Tensor, low: Tensor) -> None:
-    """Set the layout's problem if a float32 master does not equal its parameter, as under ZenFlow (transposed)."""
+def _is_mapped(tensor: FlatZeroParameter, elements: FlatRange, master: Tensor) -> bool:
+    """Whether DeepSpeed itself says that these elements of a parameter have this master, as its ``safe_set_...`` do."""
+    found = tensor._hp_mapping
+    if found is None or found.hp_fragment is None:
+        return False
+    address, fragment = found.lp_fragment_address, found.hp_fragment
+    there = address.start, address.numel, fragment.data_ptr(), fragment.dtype
+    return there == (elements.start, elements.size, master.data_ptr(), master.dtype)
+
+
+def _check_master(layout: Layout, parameter: Parameter, master: Tensor, low: Tensor, agreed: bool) -> None:
+    """Set the layout's problem if a float32 master does not equal its parameter, as under ZenFlow (transposed).
+
+    If ``agreed``, DeepSpeed names the same elements, so the weights have been changed since: by its ``safe_set_...``
+    functions, in the masters, or by loading into the module. DeepSpeed steps the masters whatever the optimizer is.
+    """
     cast = master.detach().to(low.dtype).to(low.device)
     if low.numel() == cast.numel() and bool(((cast == low) | (cast.isnan() & low.isnan())).all()):
+        return
+    if agreed:
+        logger.warning(
+            "the float32 master of %s was changed after deepspeed.initialize, or the model's weights were: DeepSpeed "
+            "trains the masters, so weights that were put into the module alone are lost with this step (put them into "
+            "the model before deepspeed.initialize, or use deepspeed.utils.safe_set_full_fp32_param)",
+            parameter.key,
+        )
         return
     layout.problem = layout.problem or (
         f"the float32 master does not equal the model's parameter {parameter.key}: the model's weights were changed "

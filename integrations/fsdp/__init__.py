@@ -22,6 +22,7 @@ from shampoo_deepspeed.distributed.frameworks import (
     Parameter,
     Shard,
     compute_dtype,
+    plain_layouts,
 )
 from shampoo_deepspeed.distributed.process_groups import group_of_ranks
 from shampoo_deepspeed.geometry.boxes import Box
@@ -46,24 +47,54 @@ class DTensorAdapter(Adapter):
     def layouts(
         self, optimizer: torch.optim.Optimizer, entries: Sequence[Entry], fresh: Sequence[NewTensor]
     ) -> list[Layout] | None:
-        """Return one layout for each mesh and dtype, or None if no tensor is a DTensor.
+        """Return one layout for each mesh and dtype, or None if no tensor of the optimizer is a DTensor.
+
+        Plain tensors beside DTensors are replicas on all ranks of the mesh, as tensor parallelism leaves norms and
+        embeddings. That their gradients are equal is checked at each step, as with all replicas.
 
         Raises:
-            LayoutError: for DTensors mixed with plain tensors, and for tensors that are not the optimizer's parameters.
+            LayoutError: for plain tensors beside DTensors of several meshes of which none contains the others, and
+                for tensors that are not the optimizer's parameters.
         """
-        sharded = [item for item in fresh if is_dtensor(item.tensor)]
-        if not sharded:
+        tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+        meshes = dict.fromkeys(_dtensor(tensor).device_mesh for tensor in tensors if is_dtensor(tensor))
+        if not meshes:
             return None
-        if len(sharded) != len(fresh):
-            raise LayoutError(
-                f"{len(fresh) - len(sharded)} of {len(fresh)} parameters with a gradient are not sharded, although the "
-                "others are DTensors; call fully_shard on the root module too"
-            )
         units: dict[tuple[DeviceMesh, torch.dtype], list[NewTensor]] = {}
         # A rank outside a mesh holds nothing and takes no part.
-        for item in (item for item in sharded if _dtensor(item.tensor).device_mesh.get_coordinate() is not None):
-            units.setdefault((_dtensor(item.tensor).device_mesh, compute_dtype(item.tensor)), []).append(item)
-        return [_layout(mesh, items, entries) for (mesh, _), items in units.items()]
+        for item in (item for item in fresh if is_dtensor(item.tensor)):
+            if _dtensor(item.tensor).device_mesh.get_coordinate() is not None:
+                units.setdefault((_dtensor(item.tensor).device_mesh, compute_dtype(item.tensor)), []).append(item)
+        plain = [item for item in fresh if not is_dtensor(item.tensor)]
+        sharded = [_layout(mesh, items, entries) for (mesh, _), items in units.items()]
+        return [*sharded, *_replicated(list(meshes), plain, len(fresh), entries)]
+
+
+def _replicated(
+    meshes: Sequence[DeviceMesh], plain: Sequence[NewTensor], given: int, entries: Sequence[Entry]
+) -> list[Layout]:
+    """Return the layouts of plain tensors beside DTensors of these meshes."""
+    if not plain:
+        return []
+    ranks = [set(mesh.mesh.flatten().tolist()) for mesh in meshes]
+    largest = max(range(len(meshes)), key=lambda n: len(ranks[n]))
+    if not all(ranks[largest].issuperset(some) for some in ranks):
+        raise LayoutError(
+            f"{len(plain)} of {given} parameters with a gradient are not DTensors, and the others are sharded over "
+            f"meshes of different ranks: {[sorted(some) for some in ranks]}. So it is unknown which ranks hold the "
+            "same plain parameters; call fully_shard on the root module too"
+        )
+    here = meshes[largest].get_coordinate() is not None
+    layouts = plain_layouts(entries, plain, _group(meshes[largest]) if here else None)
+    names = ", ".join(sorted(parameter.key for layout in layouts for parameter in layout.parameters))
+    for layout in layouts:
+        layout.one_rank_saves = False
+        layout.if_unequal = (
+            f"these parameters are plain tensors though the others are DTensors: {names}. Under FSDP2, call "
+            "fully_shard on the root module too, or their gradients are not averaged; under tensor parallelism, all "
+            "ranks of the mesh must get the same batch, and plain parameters the same whole gradient"
+        )
+    return layouts
 
 
 def _layout(mesh: DeviceMesh, items: Sequence[NewTensor], entries: Sequence[Entry]) -> Layout:

@@ -44,7 +44,7 @@ def local_boxes(
         held: shape of the local tensor.
 
     Raises:
-        LayoutError: if the local tensor does not fit the placements, or is not a sequence of contiguous boxes.
+        LayoutError: if the local tensor does not fit the placements.
     """
     splits = _splits(len(shape), placements, sizes, coordinate)
     ranges = [_ranges(numel, own, wanted) for numel, own, wanted in zip(shape, splits, held, strict=True)]
@@ -53,9 +53,9 @@ def local_boxes(
         return []
     if lengths != tuple(held):
         raise LayoutError(f"its local shape is {tuple(held)}, but its placements {tuple(placements)} give {lengths}")
-    broken = [dim for dim, along in enumerate(ranges) if len(along) > 1]
-    if len(broken) > 1 or broken and math.prod(lengths[: broken[0]]) > 1:
-        raise LayoutError(f"with placements {tuple(placements)} it is not a sequence of contiguous boxes")
+    last = max((dim for dim, along in enumerate(ranges) if len(along) > 1), default=0)
+    # Memory runs through all ranges of the last dim that has several before it goes on along an earlier dim.
+    ranges[:last] = [[FlatRange(n, n + 1) for part in along for n in range(*part)] for along in ranges[:last]]
     found, offset = [], 0
     for combination in itertools.product(*ranges):
         box = Box(tuple(along.start for along in combination), tuple(along.size for along in combination))

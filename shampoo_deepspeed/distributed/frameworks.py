@@ -6,12 +6,13 @@ the optimizer is built. If no adapter claims the tensors, they are treated as un
 
 from __future__ import annotations
 
+import gc
 import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
 from operator import attrgetter
 from typing import Any
@@ -23,6 +24,21 @@ from torch import Tensor, nn
 from shampoo_deepspeed.geometry.boxes import Box, PlacedBox, whole
 
 ENTRY_POINTS = "shampoo_deepspeed.frameworks"
+
+# What to do if DDP's replicas step with different gradients.
+UNEQUAL_REPLICAS = (
+    "local SGD, no_sync() around a step, or ranks with other data and no all-reduce. The work is divided among the "
+    "replicas, so each step needs the same gradients on all of them; to step replicas on their own, let each do all of "
+    "the work: build Shampoo from the model without DDP's wrapper (model=ddp.module), without process_group, and with "
+    "accelerate call accelerator.prepare()"
+)
+# What to do about uneven inputs.
+UNEVEN_INPUTS = (
+    "within join() of DDP, torch's Join, or accelerate's join_uneven_inputs(), a rank with fewer inputs stops "
+    "stepping, but each step needs all replicas that divide the work; to let each rank do all of the work, build "
+    "Shampoo from the model without DDP's wrapper (model=ddp.module), without process_group, and with accelerate call "
+    "accelerator.prepare(); or make the inputs even"
+)
 
 
 class LayoutError(RuntimeError):
@@ -100,6 +116,10 @@ class Layout:
         local: the local part of a tensor in ``param_groups``, as a view that can be updated.
         gradient: the gradient of that part, None if the tensor takes no part in the step.
         problem: what is wrong on this rank; raised on all ranks together, so that none waits for another.
+        if_unequal: what to do if ranks that hold the same shards have different gradients.
+        may_not_step: why no step is possible now, asked at each step; None if one is.
+        whole_step: combines a flag, whether a gradient is not finite, over all ranks and all calls of ``step()`` of
+            one step of the framework; None if a step of the framework is one call, on the ranks of the process group.
     """
 
     parameters: list[Parameter]
@@ -116,6 +136,9 @@ class Layout:
     local: Callable[[Tensor], Tensor] = Tensor.detach
     gradient: Callable[[Tensor], Tensor | None] = attrgetter("grad")
     problem: str | None = None
+    if_unequal: str = "all ranks that hold the same shard must step with the same gradient"
+    may_not_step: Callable[[], str | None] | None = None
+    whole_step: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass
@@ -246,7 +269,7 @@ def plain_layouts(
     for item in fresh:
         _refuse_sharded(item.tensor)
         units[item.tensor.device, compute_dtype(item.tensor)].append(item)
-    layouts = []
+    layouts, wrappers = [], _wrappers_of(fresh) if replicas is not None else []
     for items in units.values():
         parameters = [known[id(item.tensor)] for item in items if id(item.tensor) in known]
         if len(parameters) != len(items):
@@ -257,8 +280,27 @@ def plain_layouts(
         layout = whole_tensors(parameters, items)
         if replicas is not None and dist.get_world_size(replicas) > 1:
             layout.process_group, layout.one_rank_saves = replicas, True
+            layout.if_unequal, layout.may_not_step = UNEQUAL_REPLICAS, partial(_uneven_inputs, wrappers)
         layouts.append(layout)
     return layouts
+
+
+def _wrappers_of(items: Sequence[NewTensor]) -> list[weakref.ref[Any]]:
+    """The modules in DistributedDataParallel that hold any of these tensors.
+
+    They are searched for, because a wrapper may be put around the model after the optimizer was built.
+    """
+    own = {id(item.tensor) for item in items}
+    wrapped = (found for found in gc.get_objects() if issubclass(type(found), nn.parallel.DistributedDataParallel))
+    return [weakref.ref(ddp) for ddp in wrapped if not own.isdisjoint(map(id, ddp.parameters()))]
+
+
+def _uneven_inputs(wrappers: Sequence[weakref.ref[Any]]) -> str | None:
+    """Why replicas cannot step together if DDP's join() lets some of them end before the others."""
+    ddps = (wrapper() for wrapper in wrappers)
+    if any(ddp is not None and ddp._join_config.enable for ddp in ddps):
+        return UNEVEN_INPUTS
+    return None
 
 
 def whole_tensors(parameters: list[Parameter], items: Sequence[NewTensor]) -> Layout:

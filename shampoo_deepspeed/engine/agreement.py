@@ -1,8 +1,9 @@
 """What all ranks agree on before a step: whether it is accepted, whether a gradient is not zero, norms, failing roots.
 
-It also counts steps. A step goes through three stages here. ``agree`` runs one small all-reduce before anything is
-changed. ``count_step`` counts the step of the parameters that take part. ``rejections`` reads the agreed flags on the
-CPU at the start of the next step, by which time the copy has completed. It undoes the counts of a rejected step.
+It also counts steps, and notices replicas whose gradients differ: a rank that owns a block uses its own gradient for
+all of them. A step goes through three stages here. ``agree`` runs one small all-reduce before anything is changed.
+``count_step`` counts the step of the parameters that take part. ``rejections`` reads the agreed flags on the CPU at the
+start of the next step, by which time the copy has completed. It undoes the counts of a rejected step.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
+from shampoo_deepspeed.distributed.frameworks import LayoutError
 from shampoo_deepspeed.engine.shard_update import ShardGradients
-from shampoo_deepspeed.engine.step_unit import StepUnit
+from shampoo_deepspeed.engine.step_unit import LANES, StepUnit
 from shampoo_deepspeed.linalg.inverse_root import extremes
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.runtime.devices import communication_device
 
-# The positions of a unit's flags; its squared norms follow them.
-_BAD, _NONZERO, _FAILING = range(3)
-_FLAGS = 3
+# The positions of the flags; sketches of replicas' gradients follow them.
+_BAD, _NONZERO, _FAILING, _APART = range(4)
+_FLAGS = 4
+
+# By how much sketches of equal gradients may differ, relatively. All-reduces give all ranks the same bits, but tensor
+# parallelism computes replicated gradients on each rank, where kernels may round a number in 16 bits differently.
+_ROUNDING = 2.0**-6
 
 
 class StepFlags:
@@ -62,7 +68,7 @@ class Agreement:
     """What the ranks have agreed on for one `step()` call.
 
     Args:
-        flags: [bad, nonzero, failing], each 0 if no rank of any unit of the call has one.
+        flags: [bad, nonzero, failing, apart], each 0 if no rank of any unit of the call has one.
         norms: for each unit that needs it, ||G||^2 of its parameters.
     """
 
@@ -77,6 +83,11 @@ class Agreement:
         if flag.device.type == "cpu" and not flag:
             return None
         return FoundInf(flag, unit.dtype, lambda: self.flags.read()[_BAD] > 0)
+
+    def refuse_unequal(self, units: Sequence[StepUnit]) -> None:
+        """Raise LayoutError if replicas' gradients differ. Later than the first step, an accelerator is not asked."""
+        if self._flags.device.type == "cpu" or any(unit.slots and unit.fresh for unit in units):
+            _raise_if_apart(self.flags.read(), units)
 
     def any_gradient(self) -> bool:
         """Whether any element of any gradient is not zero; it is read on the CPU, so call this at first steps only."""
@@ -107,6 +118,7 @@ def rejections(units: Iterable[StepUnit], failure_limit: int) -> Iterator[None]:
 
     Raises:
         RuntimeError: if ``failure_limit`` steps in a row were rejected, or roots of a block failed as often.
+        LayoutError: if replicas' gradients differed.
     """
     by_call: dict[int, tuple[StepFlags, list[tuple[StepUnit, list[bool]]]]] = {}
     for unit in units:
@@ -122,6 +134,7 @@ def rejections(units: Iterable[StepUnit], failure_limit: int) -> Iterator[None]:
                 unit.step_tensor.fill_(max(unit.steps))
             unit.rejected_in_a_row = unit.rejected_in_a_row + 1 if rejected else 0
             unit.unread = None
+        _raise_if_apart(values, [unit for unit, _ in members])
         if rejected:
             yield
         _raise_at_limit(max(unit.rejected_in_a_row for unit, _ in members), values[_FAILING] > 0, failure_limit)
@@ -141,37 +154,83 @@ def _raise_at_limit(rejected_in_a_row: int, roots_fail: bool, failure_limit: int
         )
 
 
+def _raise_if_apart(values: Sequence[float], units: Sequence[StepUnit]) -> None:
+    if values[_APART] > 0:
+        advice = dict.fromkeys(unit.layout.if_unequal for unit in units if unit.slots)
+        raise LayoutError(f"the gradients of replicas differ between ranks: {'; '.join(advice)}")
+
+
 def agree(work: Sequence[tuple[StepUnit, ShardGradients]], configs: Mapping[int, ShampooConfig]) -> Agreement:
     """Combine this rank's flags with those of all ranks that share a unit of this call.
 
-    One small all-reduce for each unit with several ranks; none with a single rank.
+    One small all-reduce for each unit with several ranks, two if it needs norms; none with a single rank.
+
+    Raises:
+        LayoutError: if this is no time for a step, or replicas' gradients differ; on an accelerator after the first
+            step, `rejections` raises the latter.
     """
     home = work[0][0].device if work else torch.device("cpu")
     flags = torch.zeros(_FLAGS, device=home)
     norms: dict[int, Tensor] = {}
+    sketches: dict[int, Tensor] = {}
     for unit, gradients in work:
-        flags += _flags(unit, gradients, configs).to(home)
+        if unit.layout.may_not_step is not None and (reason := unit.layout.may_not_step()):
+            raise LayoutError(reason)
+        own, sketches[id(unit)] = _flags(unit, gradients, configs)
+        flags = torch.maximum(flags, own.to(home))
     # Small groups first: the flags of an expert's ranks then reach all ranks through the larger group around them.
     for unit, gradients in sorted(work, key=lambda item: item[0].world_size):
         squares = torch.empty(0, dtype=unit.dtype, device=unit.device)
         if unit.needs_norms or any(configs[number].normalize_gradients for number in unit.elementwise_options):
             squares = unit.elementwise.squared_norms(gradients.decayed, len(unit.parameters)).to(unit.device)
         if unit.group is not None:
-            summed = _summed(torch.cat([flags.to(squares), squares]), unit.group)
-            flags, squares = summed[:_FLAGS].clamp_max(1e6).to(flags), summed[_FLAGS:]
+            sketch = sketches[id(unit)]
+            largest = _reduced(torch.cat([flags.to(sketch), sketch]), dist.ReduceOp.MAX, unit.group)
+            flags = _with_apart(largest[:_FLAGS], *largest[_FLAGS:].chunk(2)).to(home)
+            squares = _reduced(squares, dist.ReduceOp.SUM, unit.group) if squares.numel() else squares
         norms[id(unit)] = squares
-    return Agreement(flags, {key: n for key, n in norms.items() if n.numel()})
+    for whole_step in [unit.layout.whole_step for unit, _ in work if unit.layout.whole_step is not None][:1]:
+        flags[_BAD] = whole_step(flags[_BAD])
+    agreed = Agreement(flags, {key: n for key, n in norms.items() if n.numel()})
+    agreed.refuse_unequal([unit for unit, _ in work])
+    return agreed
 
 
-def _flags(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, ShampooConfig]) -> Tensor:
+def _flags(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, ShampooConfig]) -> tuple[Tensor, Tensor]:
+    """This rank's flags, and its sketches of the gradients that other ranks have as well, flat."""
     used = sorted({shard.tensor for shard in unit.layout.shards if gradients.active[shard.parameter]})
-    filled = [gradients.raw[t] for t in used if gradients.raw[t].numel()]
-    peak = _peaks(filled) if filled else torch.zeros(1, device=unit.device)
+    used = [t for t in used if gradients.raw[t].numel()]
+    peak = _peaks([gradients.raw[t] for t in used]) if used else torch.zeros(1, device=unit.device)
     failing = sum(
         failures >= configs[stack.options].failure_limit for stack in unit.stacks for failures in stack.failures
     )
     bad, some = (~torch.isfinite(peak)).any(), (peak != 0).any()
-    return torch.stack([bad.float(), some.float(), torch.full_like(peak[0], failing)])
+    flags = torch.stack([bad.float(), some.float(), torch.full_like(peak[0], failing), torch.zeros_like(peak[0])])
+    return flags, _sketch(unit, used, peak)
+
+
+def _sketch(unit: StepUnit, used: Sequence[int], peaks: Tensor) -> Tensor:
+    """Sums of the largest magnitudes of gradients, LANES for each set of ranks that hold equal shards, and minus them.
+
+    Lanes split the tensors of a set, so that more than the tensor with the largest gradient counts. For sets of which
+    this rank is no member, both are the lowest number.
+    """
+    if not unit.slots:
+        return torch.empty(0, device=peaks.device)
+    sums = torch.zeros(unit.slots * LANES + 1, device=peaks.device)  # the last one is of tensors without replicas
+    if used:
+        sums.index_add_(0, unit.lanes_of(used), torch.nan_to_num(peaks, 0.0, 0.0, 0.0))
+    return torch.where(unit.lanes_here(), torch.stack([sums[:-1], -sums[:-1]]), -torch.inf).view(-1)
+
+
+def _with_apart(flags: Tensor, high: Tensor, minus_low: Tensor) -> Tensor:
+    """The flags, with that of unequal replicas set if any sketch differs; a step with it changes nothing."""
+    if not high.numel():
+        return flags
+    apart = ((high + minus_low) > _ROUNDING * high).any() & (flags[_BAD] == 0)
+    flags[_APART] = torch.maximum(flags[_APART], apart.float())
+    flags[_BAD] = torch.maximum(flags[_BAD], flags[_APART])
+    return flags
 
 
 def _peaks(tensors: Sequence[Tensor]) -> Tensor:
@@ -182,7 +241,7 @@ def _peaks(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([v.float() for v in torch._foreach_norm(list(tensors), float("inf"))])
 
 
-def _summed(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _reduced(values: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> Tensor:
     moved = values.to(communication_device(group, values.device))
-    dist.all_reduce(moved, group=group)
+    dist.all_reduce(moved, operation, group=group)
     return moved.to(values.device)

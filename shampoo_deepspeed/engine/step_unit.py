@@ -33,6 +33,9 @@ from shampoo_deepspeed.runtime.metrics import Measured
 if TYPE_CHECKING:  # it imports this file
     from shampoo_deepspeed.engine.agreement import Unread
 
+# How many sums each set of replicas compares; see `agreement`.
+LANES = 4
+
 
 @dataclass(frozen=True)
 class UpdateRange:
@@ -118,6 +121,7 @@ class StepUnit:
         places = self._placed_shards()
         everyone = self._gather(places, configs)
         self._check_tiling(everyone)
+        self._find_replicas(places, everyone)
         number_of = {p: n for n, p in enumerate(p for p, t in enumerate(self.policies) if t.preconditioned)}
         matrices = [self._matrix(p, configs) for p in number_of]
         held = [[(number_of[p], box) for p, box in shards if p in number_of] for shards in everyone]
@@ -191,6 +195,43 @@ class StepUnit:
                 "the framework's shards do not cover every element of these parameters exactly once:\n  "
                 + "\n  ".join(wrong)
             )
+
+    def _find_replicas(
+        self, places: Sequence[tuple[int, int, PlacedBox]], everyone: Sequence[Sequence[tuple[int, Box]]]
+    ) -> None:
+        """Give every set of ranks that hold equal shards a slot, by which they compare gradients at each step."""
+        holders: dict[tuple[int, Box], list[int]] = defaultdict(list)
+        for rank, shards in enumerate(everyone):
+            for held in shards:
+                holders[held].append(rank)
+        sets = sorted({tuple(ranks) for ranks in holders.values() if len(ranks) > 1})
+        self.slots, slot_of = len(sets), {ranks: n for n, ranks in enumerate(sets)}
+        self._slot_of_tensor: dict[int, tuple[int, int]] = {}  # slot, and parameter, which spreads tensors over lanes
+        apart = set()  # tensors that are only in part the same on the same ranks
+        for p, tensor, place in places:
+            slot = slot_of.get(tuple(holders[p, place.box]), -1)
+            if self._slot_of_tensor.setdefault(tensor, (slot, p))[0] != slot:
+                apart.add(tensor)
+        for tensor in apart:
+            del self._slot_of_tensor[tensor]
+        here = {slot for slot, _ in self._slot_of_tensor.values()}
+        self._lanes_here = [slot in here for slot in range(self.slots) for _ in range(LANES)]
+        self._lanes: dict[tuple[int, ...], Tensor] = {}
+
+    def lanes_of(self, tensors: Sequence[int]) -> Tensor:
+        """The lane of each of these local tensors, on the device; tensors without replicas are in the last one."""
+        key = tuple(tensors)
+        if key not in self._lanes:
+            found = [self._slot_of_tensor.get(tensor, (-1, 0)) for tensor in tensors]
+            lanes = [slot * LANES + p % LANES if slot >= 0 else self.slots * LANES for slot, p in found]
+            self._lanes[key] = torch.tensor(lanes, device=self.device)
+        return self._lanes[key]
+
+    def lanes_here(self) -> Tensor:
+        """Which lanes belong to replicas on this rank, on the device."""
+        if () not in self._lanes:
+            self._lanes[()] = torch.tensor(self._lanes_here, device=self.device)
+        return self._lanes[()]
 
     def _matrix(self, p: int, configs: Mapping[int, ShampooConfig]) -> Matrix:
         policy = self.policies[p]

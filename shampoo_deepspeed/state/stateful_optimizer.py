@@ -15,7 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo_deepspeed.distributed.frameworks import Entry, NewTensor, Parameter, adapters
+from shampoo_deepspeed.distributed.frameworks import (
+    UNEVEN_INPUTS,
+    Entry,
+    LayoutError,
+    NewTensor,
+    Parameter,
+    adapters,
+)
 from shampoo_deepspeed.engine.parameter_registry import ParameterRegistry
 from shampoo_deepspeed.engine.policy import policy_of
 from shampoo_deepspeed.engine.step_unit import StepUnit, as_count
@@ -270,6 +277,10 @@ class BlockOptimizer(torch.optim.Optimizer):
             raise RuntimeError("call attach_model() before the first step: the ranks have already divided the work")
         self.registry.attach_model(model)
         self.state_keeper.released.clear()  # their ranks may change
+
+    def join_hook(self, **_: Any) -> Any:
+        """Raise LayoutError: a rank that has no inputs left cannot step, as torch's ``Join`` would have it."""
+        raise LayoutError(f"Shampoo cannot be one of the joinables of torch's Join: {UNEVEN_INPUTS}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, at any time; its tensors join at their first gradient.

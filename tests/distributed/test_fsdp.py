@@ -49,6 +49,9 @@ def single_features() -> list[Check]:
     coupled = {"weight_decay": 0.3, "decoupled_weight_decay": False}
     found.append(Check("flat_moved_to_fsdp2", 2, "fsdp:moved", MOVED))
     found.append(final("hsdp_coupled", Run(settings="default", dtype="float64", extra=coupled, layout="hsdp"), 4))
+    for layout in ("beside_plain", "ignored"):  # tensor parallelism that leaves plain parameters, as Transformers' does
+        found.append(final(f"{layout}_momentum", Run(model="wide", layout=layout, extra={"momentum": 0.5}), 2))
+        found.append(final(f"{layout}_exact", replace(exact, model="wide", layout=layout), 2))
     return found
 
 

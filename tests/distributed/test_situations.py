@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.options.choices import TRAINER_NO_DECAY
 from tests.support.exactness import assert_on_trajectory, assert_ranks_agree
 from tests.support.launch import Ask, Check, named
-from tests.support.scenarios import FROZEN_STEPS, Scenario, reference_run
-from tests.support.zoo import relative_error
+from tests.support.scenarios import FROZEN_STEPS, SECOND_GROUP, Scenario, new_weights, reference_run
+from tests.support.zoo import gradients, make_batch, make_model, relative_error
 
 CLIENT = [
     Check(f"client_optimizer_zero{stage}", 2, "situations:client_optimizer", Scenario(stage=stage))
@@ -48,6 +51,27 @@ RESUMED = [Check(f"resumed_groups_zero{s}", 2, "situations:resumed", Scenario(st
 AFTERWARDS = [
     Check(f"plain_afterwards_zero{s}", 2, "situations:plain_after_an_engine", Scenario(stage=s)) for s in (0, 2)
 ]
+NEW = "situations:with_new_weights"
+NEW_WEIGHTS = [
+    Check(f"weights_by_{way}_zero{scenario.stage}{'_groups' * scenario.groups}", 2, NEW, (scenario, way))
+    for way, scenario in (
+        *(("set_full", Scenario(stage=stage)) for stage in (1, 2, 3)),
+        ("set_full", Scenario(stage=2, groups=True)),
+        ("set_local", Scenario(stage=3, zero={"sub_group_size": 100})),
+        *(("load_checkpoint", Scenario(stage=stage)) for stage in (0, 1)),
+        *(("load_module", Scenario(stage=stage)) for stage in (0, 2)),
+    )
+]
+NEW_MASTERS = [
+    Check(f"masters_by_set_full_{name}", 2, NEW, (scenario, "set_full"))
+    for name, scenario in (
+        ("zero1", Scenario(stage=1, half="bf16", model="wide", steps=1)),
+        ("zero3", Scenario(stage=3, half="bf16", model="wide", steps=1)),
+        ("bf16_optimizer", Scenario(
+            stage=1, half="bf16", model="wide", steps=1, config={"data_types": {"grad_accum_dtype": "fp32"}}
+        )),
+    )
+]  # fmt: skip
 ALONE = Check("alone_without_collectives", 1, "situations:plain_collectives", None)
 
 
@@ -111,6 +135,55 @@ def test_a_finished_engine_does_not_capture_a_plain_optimizer(check: Check, ask:
     """Only one rank steps it, which would hang if the optimizer were treated as the engine's."""
     stepped, untouched = ask(check)
     assert all(not torch.equal(stepped[n], untouched[n]) for n in ("up.weight", "down.weight", "norm.weight"))
+
+
+@pytest.mark.parametrize("check", NEW_WEIGHTS, ids=named)
+def test_weights_that_are_set_before_the_first_step_are_trained(check: Check, ask: Ask) -> None:
+    """As with DeepSpeed's own optimizers: the first gradients are those of the module's weights, and masters step."""
+    scenario, way = check.argument
+    values = ask(check)
+    assert_ranks_agree([v["final"] for v in values])
+    master_only, module_only = way.startswith("set"), way == "load_module" and scenario.stage > 0
+    model, new = make_model(scenario.model), new_weights(scenario)
+    old = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = Shampoo(groups_of(scenario, model), model=model, **scenario.optimizer_options())
+    put(model, old if master_only else new)
+    for step in range(scenario.steps):
+        gradients(model, make_batch(scenario.model, step))
+        if step == 0:
+            put(model, old if module_only else new)
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {n: relative_error(values[0]["final"][n], p.detach()) for n, p in model.named_parameters()}
+    assert max(found.values()) <= 1e-5, found
+    assert any(v["warned"] for v in values) == (master_only or module_only)
+
+
+@pytest.mark.parametrize("check", NEW_MASTERS, ids=named)
+def test_masters_of_16_bit_weights_are_set_before_the_first_step(check: Check, ask: Ask) -> None:
+    """One step moves an element by a few times the learning rate; the new weights differ by up to 0.2."""
+    scenario, _ = check.argument
+    new = new_weights(scenario)
+    for seen in ask(check):
+        assert max(float((value - new[n]).abs().max()) for n, value in seen["final"].items()) < 0.05
+
+
+def groups_of(scenario: Scenario, model: nn.Module) -> Any:
+    """Return the parameters as an engine of the scenario gives them, with the Trainer's rule for one list."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    second = scenario.second_group([n for n, _ in named])
+    if not second:
+        return [{"params": named, "no_decay": TRAINER_NO_DECAY}]
+    return [
+        {"params": [(n, p) for n, p in named if n not in second]},
+        {"params": [(n, p) for n, p in named if n in second], **SECOND_GROUP},
+    ]
+
+
+def put(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
 
 
 @pytest.mark.parametrize("check", [ALONE], ids=named)

@@ -118,26 +118,20 @@ PLACEMENTS: list[list[Any]] = [
 
 
 @pytest.mark.parametrize("placements", PLACEMENTS, ids=str)
-def test_other_strided_shards_are_several_boxes_or_an_error(placements: list[Any]) -> None:
+def test_other_strided_shards_are_several_boxes(placements: list[Any]) -> None:
     if torch.__version__.startswith("2.8.") and any(isinstance(p, _StridedShard) for p in placements):
         pytest.skip("torch 2.8 contradicts itself about strided shards, unless they are FSDP2's own")
-    described = 0
     for rank in range(WORLD):
         with world(rank):
             mesh = init_device_mesh("cpu", (4, 2))
-            for shape in ((n, m) for n in (1, 5, 8, 12, 17, 24, 31) for m in (1, 6, 7)):
+            flat = ((n, m) for n in (1, 5, 8, 12, 17, 24, 31) for m in (1, 6, 7))
+            for shape in (*flat, (3, 8, 5), (4, 12, 6), (1, 24, 2)):  # such as fused weights of experts
                 tensor: Any = distribute_tensor(numbered(*shape), mesh, placements, src_data_rank=None)
-                try:
-                    found = boxes_of(tensor, mesh)
-                except LayoutError as error:
-                    assert "not a sequence of contiguous boxes" in str(error)
-                    continue
-                described += 1
+                found = boxes_of(tensor, mesh)
                 assert_holds(tensor, numbered(*shape), found)
                 _, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
                 if found:
                     assert found[0][0].offsets == offsets
-    assert described >= 50
 
 
 def test_a_scalar_is_replicated_whole() -> None:

@@ -89,11 +89,19 @@ class Scenario:
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step whose gradient is not finite: through the loss of one rank, or in one element on that rank."""
+    """A step whose gradient is not finite: through the loss of one rank, or in one element on that rank.
+
+    The element is one of a parameter, or of those that are stepped in turn as ``group``.
+    """
 
     scenario: Scenario
     value: float
     parameter: str | None = None
+    group: int | None = None
+
+    @property
+    def everywhere(self) -> bool:
+        return self.parameter is None and self.group is None
 
 
 _expected: dict[str, dict[str, Tensor]] = {}
@@ -156,6 +164,18 @@ def rounded_mean(scenario: Scenario, model: nn.Module, batch: dict[str, Any]) ->
                 own[name] = own[name] + g if name in own else g
         total = {name: total[name] + g / 2 if name in total else g / 2 for name, g in own.items()}
     return {name: g.double() / scale for name, g in total.items()}
+
+
+def new_weights(scenario: Scenario) -> dict[str, Tensor]:
+    """Return other weights than the model starts with, the same on all ranks.
+
+    Those of an odd number of elements stay: DeepSpeed cannot set them at stage 3 on two ranks.
+    """
+    found = {n: p.detach() for n, p in make_model(scenario.model).named_parameters()}
+    return {
+        n: p if n == "frozen.weight" or p.numel() % 2 else p + 0.2 * torch.cos(torch.arange(p.numel())).view(p.shape)
+        for n, p in found.items()
+    }
 
 
 def make_reference(scenario: Scenario, trained: Mapping[str, Tensor]) -> Reference:

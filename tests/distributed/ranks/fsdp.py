@@ -42,6 +42,12 @@ def sharded(run: Run) -> tuple[nn.Module, DeviceMesh]:
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
         return model, over_two_dims(model, run.layout, mesh)
     mesh = init_device_mesh("cpu", (world,))
+    if run.layout in ("beside_plain", "ignored"):  # all ranks get the same batch
+        mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("outer", "inner"))
+        parallelize_module(model, mesh["inner"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        if run.layout == "ignored":
+            fully_shard(model, mesh=mesh["outer"], ignored_params=set(model.norm.parameters()))  # type: ignore
+        return model, mesh["outer"]
     if run.layout == "replicas":
         return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True), mesh
     if run.fsdp1:

@@ -35,10 +35,19 @@ def refused(scenario: Scenario) -> dict[str, Any]:
 
 
 def corrupted(scenario: Scenario) -> dict[str, Any]:
-    """Return the error of the first step after one element of the last rank's float32 partition was changed."""
+    """Return the error of the first step if the last rank's float32 partition begins elsewhere than expected.
+
+    DeepSpeed's own records then say so too; if they say what is expected, a user has changed weights.
+    """
     with engine_of(scenario) as engine:
         if dist.get_rank() == dist.get_world_size() - 1:
             partition(engine)[1] += 1.0
+            for parameter in engine.module.parameters():
+                if scenario.stage == 3 and parameter.requires_grad:
+                    owner = parameter._z3_optimizer
+                    owner.grad_position[owner.get_param_id(parameter)][1] += 1
+                elif getattr(parameter, "_hp_mapping", None) is not None:
+                    parameter._hp_mapping.lp_fragment_address.start += 1
         try:
             train(engine, scenario, range(1))
         except Exception as error:

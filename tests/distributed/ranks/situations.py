@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,13 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
 
 from shampoo_deepspeed import Shampoo
-from tests.distributed.ranks.zero import build, engine_of, full_parameters, train
-from tests.support.scenarios import FROZEN_STEPS, Scenario
+from tests.distributed.ranks.folders import shared_folder
+from tests.distributed.ranks.zero import build, engine_of, full_masters, full_parameters, train
+from tests.support.scenarios import FROZEN_STEPS, Scenario, new_weights
 from tests.support.zoo import gradients, make_batch
 
 
@@ -149,6 +152,58 @@ def engines_in_turn(scenarios: list[Scenario]) -> list[dict[str, Tensor]]:
             train(engine, scenario, range(scenario.steps))
             seen.append(full_parameters(engine))
     return seen
+
+
+def with_new_weights(argument: tuple[Scenario, str]) -> dict[str, Any]:
+    """Put new weights into an engine before its first step, in one of many ways, and train it."""
+    scenario, way = argument
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("shampoo_deepspeed").addHandler(handler)
+    try:
+        with shared_folder() as folder, engine_of(scenario) as engine:
+            if way == "load_checkpoint":
+                with engine_of(scenario, model_with(new_weights(scenario), scenario)) as other:
+                    other.save_checkpoint(folder)
+                engine.load_checkpoint(folder, load_module_only=True)
+            else:
+                WAYS[way](engine, new_weights(scenario))
+            train(engine, scenario, range(scenario.steps))
+            final = full_masters(engine) if scenario.half else full_parameters(engine)
+    finally:
+        logging.getLogger("shampoo_deepspeed").removeHandler(handler)
+    return {"final": final, "warned": any("was changed after deepspeed.initialize" in text for text in messages)}
+
+
+def model_with(weights: dict[str, Tensor], scenario: Scenario) -> Any:
+    model = build(scenario)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(weights[name])
+    return model
+
+
+def set_full(engine: Any, weights: dict[str, Tensor]) -> None:
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad and weights[name].numel() % 2 == 0:
+            safe_set_full_fp32_param(parameter, weights[name])
+
+
+def set_local(engine: Any, weights: dict[str, Tensor]) -> None:
+    """Set this rank's parts, for ZeRO-3 only."""
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            part = parameter.ds_tensor.numel()
+            padded = torch.zeros(part * dist.get_world_size())
+            padded[: weights[name].numel()] = weights[name].flatten()
+            safe_set_local_fp32_param(parameter, padded[part * dist.get_rank() :][:part])
+
+
+def load_module(engine: Any, weights: dict[str, Tensor]) -> None:
+    engine.module.load_state_dict(weights, strict=False)
+
+
+WAYS = {"set_full": set_full, "set_local": set_local, "load_module": load_module}
 
 
 def gathered(mine: Any) -> list[Any]:

@@ -11,7 +11,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.utils import groups, safe_get_full_fp32_param
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -124,15 +125,68 @@ def reject(bad: BadStep) -> dict[str, Any]:
         read = full_masters if scenario.half else full_parameters
         before = read(engine)
         for loss in losses(engine, scenario, 99):
-            engine.backward(loss * bad.value if bad.parameter is None and dist.get_rank() == last else loss)
+            engine.backward(loss * bad.value if bad.everywhere and dist.get_rank() == last else loss)
             if bad.parameter is not None and dist.get_rank() == last:
                 gradient = dict(engine.module.named_parameters())[bad.parameter].grad
                 gradient.view(-1)[-1] = bad.value  # after DeepSpeed's exchange: other ranks' gradients stay finite
+            if bad.group is not None and dist.get_rank() == last:
+                gradients_in_turn(engine)[bad.group].view(-1)[0] = bad.value
             engine.step()
         after = read(engine)
         unchanged = all(torch.equal(before[n], after[n]) for n in before)
         train(engine, scenario, range(4, scenario.steps))
         return {"unchanged": unchanged, "final": read(engine)}
+
+
+def gradients_in_turn(engine: Any) -> list[Tensor]:
+    """Return a gradient of each of the groups or sub-groups that DeepSpeed steps one after another."""
+    if engine.zero_offload_optimizer() is not None:
+        return [partition.grad for partition in engine.optimizer.single_partition_of_fp32_groups]
+    found = engine.optimizer.averaged_gradients
+    return [next(g for g in found[number] if g.numel()) for number in sorted(found)]
+
+
+class Stage(nn.Module):
+    """A layer of a pipeline."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x))
+
+
+def pipeline(argument: tuple[int, dict[str, Any], int]) -> dict[str, Any]:
+    """Train a pipeline of a stage per rank, with one non-finite gradient on one of them; see what that step changes."""
+    stage, zero, bad = argument
+    deepspeed.init_distributed("gloo")
+    found_there = dict(vars(groups))  # the pipeline's process groups stay there, for the next engine
+    torch.manual_seed(50)
+    layers = [LayerSpec(Stage) for _ in range(dist.get_world_size())]
+    module = PipelineModule(layers, num_stages=dist.get_world_size(), loss_fn=F.mse_loss, partition_method="uniform")
+    scenario = Scenario(stage=stage, ranks=1, accumulate=2, zero=zero)
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=list(module.parameters()), config=scenario.deepspeed_config()
+    )
+    spoiled = [False]
+    weight = next(module.parameters())
+    if dist.get_rank() == bad:
+        weight.register_hook(lambda gradient: gradient * float("nan") if spoiled[0] else gradient)
+    moved = []
+    for step in range(4):
+        spoiled[0] = step == 2
+        rows = torch.Generator().manual_seed(step)
+        data = [torch.randn(8, 8, generator=rows).split(4) for _ in range(scenario.accumulate)]
+        before = weight.detach().clone()
+        engine.train_batch(iter([(torch.cat(x), torch.cat(x[::-1])) for x in data]))
+        moved.append(not torch.equal(before, weight))
+    optimizer = engine.basic_optimizer
+    optimizer.finish_step()
+    steps = sorted({step for unit in optimizer.units for step in unit.steps})
+    engine.destroy()
+    vars(groups).update(found_there)
+    return {"moved": moved, "steps": steps, "finite": bool(torch.isfinite(weight).all())}
 
 
 def traffic(scenario: Scenario) -> dict[str, Any]:
