@@ -154,9 +154,9 @@ def test_a_group_of_some_ranks_is_made_without_the_others(monkeypatch: pytest.Mo
         seen: list[Any] = []
         made = dist.new_group
 
-        def new_group(ranks: list[int], use_local_synchronization: bool) -> Any:
+        def new_group(ranks: list[int], timeout: Any, use_local_synchronization: bool) -> Any:
             seen.append((ranks, use_local_synchronization, job.bound_device_id))
-            return made(ranks, use_local_synchronization=use_local_synchronization)
+            return made(ranks, timeout, use_local_synchronization=use_local_synchronization)
 
         monkeypatch.setattr(dist, "new_group", new_group)
         assert _group(mesh) is _group(mesh)
