@@ -1,4 +1,4 @@
-"""Converts a block's state to bytes and back: its tensors, one after the other, each in its stored form."""
+"""Converts a block's state to stored tensors and back, each by itself or all of them as bytes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from shampoo_deepspeed.state.state_dict import StackState
 BlockLayout = list[tuple[str, str, tuple[int, ...]]]
 
 MOMENTS = ("exp_avg", "rotated_exp_avg", "second_moment", "rotated_second_moment", "momentum")
+# A block's tensors as they are stored: name, dtype, shape.
+StoredForm = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
+
 # Not a tensor of the stack: 1 if the block was refreshed plus 2 if a refresh is pending, and how often its roots failed
 # in a row.
 STATUS = ("status", "int64", (2,))
@@ -59,8 +62,16 @@ def block_size(layout: BlockLayout) -> int:
     return sum(_bytes(part) for part in layout)
 
 
-def packed(stack: StackState, row: int, layout: BlockLayout) -> Tensor:
-    """A block's state, a row of a stack, as bytes on the CPU."""
+def stored_form(layout: BlockLayout) -> StoredForm:
+    """Name, dtype and shape of each tensor of a stored block; a triangle is flat."""
+    return tuple(
+        (name, _dtype(kind), (math.comb(shape[0] + 1, 2),) if kind.endswith(TRIANGLE) else tuple(shape))
+        for name, kind, shape in layout
+    )
+
+
+def stored_tensors(stack: StackState, row: int, layout: BlockLayout) -> list[Tensor]:
+    """A block's state, a row of a stack, as the tensors of its layout, on the CPU."""
     flags = [int(stack.refreshed[row]) + 2 * int(stack.pending[row]), stack.failures[row]]
     status = torch.tensor(flags, dtype=torch.int64, device="cpu")  # under any default device
     parts = []
@@ -68,30 +79,43 @@ def packed(stack: StackState, row: int, layout: BlockLayout) -> Tensor:
         tensor = status if name == "status" else stack.tensors[name][row]
         if kind.endswith(TRIANGLE):
             tensor = tensor[_lower(tensor)]
-        parts.append(tensor.to(_dtype(kind)).contiguous().reshape(-1).view(torch.uint8).cpu())
-    return torch.cat(parts)
+        parts.append(tensor.to(_dtype(kind)).cpu().contiguous())
+    return parts
 
 
-def cut(blob: Tensor, layout: BlockLayout) -> list[Tensor]:
-    """The tensors of a stored block."""
-    pieces = torch.split(blob, [_bytes(part) for part in layout])
-    # A view as a wider dtype must be aligned for that dtype.
-    flat = [piece.clone().view(_dtype(kind)) for piece, (_, kind, _) in zip(pieces, layout, strict=True)]
+def packed(stack: StackState, row: int, layout: BlockLayout) -> Tensor:
+    """A block's state, a row of a stack, as bytes on the CPU."""
+    return torch.cat([part.reshape(-1).view(torch.uint8) for part in stored_tensors(stack, row, layout)])
+
+
+def whole_tensors(parts: Sequence[Tensor], layout: BlockLayout) -> list[Tensor]:
+    """The tensors of a block from those that were stored."""
     return [
-        _mirrored(piece, shape) if kind.endswith(TRIANGLE) else piece.view(tuple(shape))
-        for piece, (_, kind, shape) in zip(flat, layout, strict=True)
+        _mirrored(part, shape) if kind.endswith(TRIANGLE) else part
+        for part, (_, kind, shape) in zip(parts, layout, strict=True)
     ]
 
 
-def unpack(stack: BlockStack, row: int, layout: BlockLayout, blob: Tensor) -> None:
-    """Load a block's bytes into a row, still without state, of a live stack."""
-    for (name, _, _), tensor in zip(layout, cut(blob, layout), strict=True):
+def fill(stack: BlockStack, row: int, layout: BlockLayout, parts: Sequence[Tensor]) -> None:
+    """Load a stored block's tensors into a row, still without state, of a live stack."""
+    for (name, _, _), tensor in zip(layout, whole_tensors(parts, layout), strict=True):
         if name == "status":
             stack.refreshed[row], stack.failures[row], pending = read_status(tensor.tolist())
             if pending:
                 stack.pending[row] = None  # the row's next step begins the refresh again
         else:
             stack.tensors[name][row].copy_(tensor)
+
+
+def unpack(stack: BlockStack, row: int, layout: BlockLayout, blob: Tensor) -> None:
+    """Load a block's bytes into a row, still without state, of a live stack."""
+    pieces = torch.split(blob, [_bytes(part) for part in layout])
+    # A view as a wider dtype must be aligned for that dtype.
+    parts = [
+        piece.clone().view(dtype).view(shape)
+        for piece, (_, dtype, shape) in zip(pieces, stored_form(layout), strict=True)
+    ]
+    fill(stack, row, layout, parts)
 
 
 def read_status(status: Sequence[int]) -> tuple[bool, int, bool]:
