@@ -51,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(_encodable(_estimate(given) if given.command == "estimate" else describe(Path(given.checkpoint))))
     except (ValueError, CheckpointError) as error:  # the package's own errors are all of these kinds
-        parser.exit(
-            1 if isinstance(error, CheckpointError) else 2, _encodable(f"{parser.prog}: error: {error}\n")
-        )
+        parser.exit(1 if isinstance(error, CheckpointError) else 2, _encodable(f"{parser.prog}: error: {error}\n"))
     return 0
 
 

@@ -85,12 +85,19 @@ class FolderLock:
         path = folder / NAME
         while True:
             file, created = _open(path)
-            if _is_locked(path, file, created):
-                os.ftruncate(file.fileno(), 0)
-                os.pwrite(file.fileno(), json.dumps(vars(Holder.here())).encode(), 0)
-                lock = cls(path, file)
-                if lock.is_held():
-                    return lock
+            lock = cls(path, file)
+            try:
+                if _is_locked(path, file, created):
+                    os.ftruncate(file.fileno(), 0)
+                    os.pwrite(file.fileno(), json.dumps(vars(Holder.here())).encode(), 0)
+                    if lock.is_held():
+                        return lock
+            except CheckpointError:
+                file.close()
+                raise
+            except BaseException:
+                lock.release()
+                raise
             file.close()
 
     def is_held(self) -> bool:

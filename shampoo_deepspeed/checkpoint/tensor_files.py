@@ -77,7 +77,6 @@ class Place:
         ranges = (f"{start}:{stop}" for start, stop in zip(self.box.offsets, self.box.ends, strict=True))
         return f"{kind}/{self.parameter}/{name}[{', '.join(ranges)}]"
 
-
     @property
     def piece(self) -> int | None:
         """How many bytes share a checksum; None: all of a tensor's."""
@@ -375,9 +374,7 @@ class TensorFiles:
         """A block's stored tensors, or any box of a stored tensor, on the CPU."""
         if place.box is None:
             rank, stored = self._block(place)
-            return [
-                self._values(rank, stored, n, 0, _size(part)).view(part[2]) for n, part in enumerate(stored.form)
-            ]
+            return [self._values(rank, stored, n, 0, _size(part)).view(part[2]) for n, part in enumerate(stored.form)]
         dtype, _, boxes = self._tensor(place)
         out, filled = torch.zeros(place.box.lengths, dtype=dtype, device="cpu"), 0
         for rank, stored in boxes:
