@@ -22,7 +22,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
-from shampoo_deepspeed.checkpoint.tensor_files import open_checkpoint
+from shampoo_deepspeed.checkpoint.manifest import open_checkpoint
 from shampoo_deepspeed.state.state_dict import SavedState
 from shampoo_deepspeed.state.unwrap import inner_optimizer, unwrap
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from shampoo_deepspeed._version import __version__
-from shampoo_deepspeed.checkpoint.inspect import describe
 from shampoo_deepspeed.checkpoint.errors import CheckpointError
+from shampoo_deepspeed.checkpoint.inspect import describe
 from shampoo_deepspeed.estimate import Estimate, estimate
 from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, SUB_GROUP_SIZE
 from shampoo_deepspeed.estimate.model_shapes import BUILT_IN, parameters_of, parameters_of_file

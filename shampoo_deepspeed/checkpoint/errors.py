@@ -12,6 +12,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint is incomplete, damaged, of an unknown format, or does not fit; the message says which and why."""
 
 
+class MissingError(CheckpointError):
+    """A file or folder of a checkpoint is not there."""
+
+
 def printable(text: str) -> str:
     """The text with whatever a terminal would obey, and what cannot be encoded, as escapes like ``\\x1b``."""
     if text.isprintable():

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from shampoo_deepspeed.checkpoint.errors import CheckpointError, printable
-from shampoo_deepspeed.checkpoint.manifest import NAME, Manifest, other_saves
-from shampoo_deepspeed.checkpoint.tensor_files import TensorFiles, open_checkpoint
+from shampoo_deepspeed.checkpoint.manifest import NAME, Manifest, open_checkpoint, other_saves
+from shampoo_deepspeed.checkpoint.tensor_files import TensorFiles
 from shampoo_deepspeed.options.config import ShampooConfig
 
 
@@ -20,7 +20,7 @@ def describe(path: Path) -> str:
         CheckpointError: if there is no complete checkpoint, or a file is damaged.
     """
     manifest, files = _opened(path)
-    not_finite = files.verify(0, 1)
+    not_finite = files.verify(0, 1, set(manifest.parameters))
     size = sum(facts["bytes"] for facts in manifest.files.values())
     steps = {record["steps"] for record in manifest.parameters.values()}
     ranks = f"{manifest.world_size} rank{'s' * (manifest.world_size != 1)}"

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from shampoo_deepspeed.checkpoint.async_writer import WRITER
 from shampoo_deepspeed.checkpoint.errors import CheckpointError, printable, quoted
-from shampoo_deepspeed.checkpoint.manifest import NAME, Manifest, base_key, options_record
+from shampoo_deepspeed.checkpoint.manifest import Manifest, base_key, open_checkpoint, options_record
 from shampoo_deepspeed.checkpoint.stored_state import StoredState
-from shampoo_deepspeed.checkpoint.tensor_files import TensorFiles, open_checkpoint
+from shampoo_deepspeed.checkpoint.tensor_files import TensorFiles
 from shampoo_deepspeed.distributed.collectives import (
     all_gather_objects,
     decide_on_first_rank,
@@ -74,13 +74,14 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
     folder, group = Path(path).resolve(), job_group()
     with on_all_ranks(group):
         manifest, files = _opened(folder)
-    records = {base_key(name): record for name, record in manifest.parameters.items()}
+    keys_of = {name: base_key(name) for name in manifest.parameters}
+    records = {keys_of[name]: record for name, record in manifest.parameters.items()}
     configs = optimizer.configs()
     known = [entry.parameter for entry in optimizer.entries]
     unfit = _incompatibilities(known, optimizer.policies, configs, records, manifest)
     seen = _Seen(manifest.directory, {parameter.key for parameter in known}, unfit)
     unfit, here = decide_on_first_rank(seen, partial(_joined, folder), group)
-    unfit |= _verified(files, unfit, group) if not (strict and unfit) else {}
+    unfit |= _verified(files, keys_of, unfit, group) if not (strict and unfit) else {}
     unused = {
         key: "it is in the checkpoint, but no parameter here has this name" for key in sorted(set(records) - here)
     }
@@ -132,35 +133,31 @@ def _opened(path: Path) -> tuple[Manifest, TensorFiles]:
         CheckpointError: if there is no complete checkpoint, or one that does not hold together.
     """
     try:
-        manifest, files = open_checkpoint(path)
-        for number, record in manifest.groups.items():
-            _saved_options(path, number, record)
+        return open_checkpoint(path)
     except OSError as error:
         raise CheckpointError(str(error)) from error
-    return manifest, files
 
 
-def _saved_options(path: Path, number: str, record: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for options that nobody can have saved: of another type than any option is."""
-    try:
-        ShampooConfig.from_saved(record)
-    except OptionError:
-        pass  # those of another version, which only matter to parameters that are in this group
-    except Exception as error:
-        raise CheckpointError(f"{path / NAME} is not valid: groups[{number!r}] has {quoted(error)}") from error
-
-
-def _verified(files: TensorFiles, unfit: Mapping[str, str], group: dist.ProcessGroup | None) -> dict[str, str]:
+def _verified(
+    files: TensorFiles, keys_of: Mapping[str, str], unfit: Mapping[str, str], group: dist.ProcessGroup | None
+) -> dict[str, str]:
     """Verify this rank's part of the parameters that fit; returns which of them no rank can resume from, and why.
+
+    Args:
+        keys_of: keys by stored names.
+        unfit: keys of parameters that do not fit.
 
     Raises:
         CheckpointError: on all ranks, if a file is damaged or cannot be read.
     """
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     with on_all_ranks(group):
-        found = files.verify(rank, size, lambda name: base_key(name) not in unfit)
+        try:
+            found = files.verify(rank, size, {name for name, key in keys_of.items() if key not in unfit})
+        except OSError as error:
+            raise CheckpointError(str(error)) from error
     return {
-        base_key(name): f"it was saved with values that are not finite, in {printable(tensor)}"
+        keys_of[name]: f"it was saved with values that are not finite, in {printable(tensor)}"
         for part in all_gather_objects(found, group)
         for name, tensor in part.items()
     }
@@ -201,7 +198,9 @@ def _other_options(record: Mapping[str, Any], config: ShampooConfig) -> str | No
     try:
         saved = ShampooConfig.from_saved(record)
     except OptionError as error:
-        return f"it was saved by another version: {error}"
+        return f"it was saved by another version: {printable(str(error))}"
+    except Exception as error:  # of a type that no option has
+        return f"it was saved with options that cannot be: {quoted(error)}"
     before, after = saved.shape_of_state(), config.shape_of_state()
     for name, value in after.items():
         if name not in options_with(NOT_STORED) and value != before[name]:

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed._version import __version__
-from shampoo_deepspeed.checkpoint.errors import CheckpointError, printable, quoted
-from shampoo_deepspeed.checkpoint.files import MissingError, open_file, read_range, sync_directory
-from shampoo_deepspeed.checkpoint.schema import FORMAT, SchemaError, check
-from shampoo_deepspeed.checkpoint.strict_json import parse
+from shampoo_deepspeed.checkpoint.errors import CheckpointError, MissingError, printable, quoted
+from shampoo_deepspeed.checkpoint.schema import FORMAT, SchemaError, check, parse
+from shampoo_deepspeed.checkpoint.tensor_files import TensorFiles, open_file, read_range
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
 from shampoo_deepspeed.state.block_codec import BlockLayout
 
@@ -85,6 +84,10 @@ class Manifest:
             key: [(name, kind, tuple(shape)) for name, kind, shape in layout] for key, layout in body["layouts"].items()
         }
         return cls(**{**body, "layouts": layouts})
+
+    def open_files(self, path: Path) -> TensorFiles:
+        """The data files that belong to this manifest of a checkpoint."""
+        return TensorFiles(path / self.directory, self.files, self.parameters, self.layouts)
 
     def commit(self, path: Path) -> None:
         """Put the manifest into its place by one rename, so that a reader sees the old checkpoint or the new one.
@@ -199,11 +202,6 @@ def base_key(name: str) -> str:
     return found[1] if found else name
 
 
-def layout_key(options: str, shape: Sequence[int]) -> str:
-    """The key of a block layout: saved number of its options and block shape."""
-    return f"{options}:{'x'.join(map(str, shape))}"
-
-
 def options_record(config: ShampooConfig, lr: float | Tensor) -> dict[str, Any]:
     """A group's options as a manifest has them, in JSON types; ``lr`` is the present one."""
     record: dict[str, Any] = json.loads(
@@ -225,3 +223,42 @@ def other_saves(path: Path) -> list[str]:
             if (file.parent / Manifest.read(file.parent).directory).is_dir():
                 found.append(printable(str(file.parent)))
     return found
+
+
+def sync_directory(path: Path) -> None:
+    """Make what was created and renamed in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_checkpoint(path: Path) -> tuple[Manifest, TensorFiles]:
+    """The manifest and the open files of a checkpoint; those of the new one if a save replaces it now.
+
+    Raises:
+        CheckpointError: if there is no complete checkpoint, or a file is missing or does not fit the manifest.
+    """
+    manifest = Manifest.read(path)
+    while True:
+        try:
+            return manifest, manifest.open_files(path)
+        except MissingError as error:
+            again = Manifest.read(path)
+            if again.directory == manifest.directory:
+                raise CheckpointError(_missing(path, manifest, error)) from None
+            manifest = again
+
+
+def _missing(path: Path, manifest: Manifest, error: MissingError) -> str:
+    """What to say of a manifest whose files are not there."""
+    if (path / manifest.directory).exists():
+        return str(error)
+    there = sorted(printable(found.name) for found in path.glob("data-*")) or ["none"]
+    saves = other_saves(path)
+    return (
+        f"{path / NAME} names {manifest.directory}, which is missing; the folders of data there are "
+        f"{', '.join(there[:3])}{', ...' * (len(there) > 3)}, and "
+        + (f"other complete saves are {', '.join(saves[:3])}" if saves else "no other complete save is in it")
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import shutil
@@ -22,19 +21,28 @@ from torch import Tensor
 
 from shampoo_deepspeed.checkpoint.async_writer import WRITER
 from shampoo_deepspeed.checkpoint.errors import CheckpointError
-from shampoo_deepspeed.checkpoint.files import sync_directory
 from shampoo_deepspeed.checkpoint.lock import FolderLock
 from shampoo_deepspeed.checkpoint.manifest import NAME as MANIFEST
 from shampoo_deepspeed.checkpoint.manifest import (
     Manifest,
     base_key,
-    layout_key,
     options_record,
     stored_name,
+    sync_directory,
     versions,
 )
+from shampoo_deepspeed.checkpoint.schema import layout_key
 from shampoo_deepspeed.checkpoint.stored_state import StoredState
-from shampoo_deepspeed.checkpoint.tensor_files import Item, Place, Written, block_form, box_form, file_name, write
+from shampoo_deepspeed.checkpoint.tensor_files import (
+    Item,
+    Place,
+    Written,
+    file_name,
+    in_order,
+    sizes,
+    stored_form,
+    write,
+)
 from shampoo_deepspeed.distributed.collectives import decide_on_first_rank, job_group, on_all_ranks
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy
@@ -254,7 +262,7 @@ def _items(
     """
     for stack in state.stacks:
         layout = block_layout(stack, form)
-        tensors = block_form(layout)
+        tensors = stored_form(layout)
         for row, key in enumerate(stack.keys):
             parameter, _, index = key.rpartition("/")
             place = Place(names[parameter], int(index))
@@ -265,17 +273,14 @@ def _items(
             for moment, dtype in dtypes.items():
                 values = part.tensors[moment][slice(*where)]
                 place = Place(names[key], f"elementwise/{moment}", Box((elements.start,), (values.numel(),)))
-                yield _box_item(place, values, dtype, (math.prod(shapes[key]),))
+                made = partial(values.to, dtype)
+                yield Item(place, (("", dtype, (values.numel(),)),), made)
     for found in state.buffers:
         dtype = form.dtype(found.kind, found.buffer)
         for key, placed in found.places():
             place = Place(names[key], f"shards/{found.kind}", placed.box)
-            yield _box_item(place, view_of(found.buffer, placed), dtype, shapes[key])
-
-
-def _box_item(place: Place, values: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Item:
-    assert place.box is not None
-    return Item(place, box_form(dtype, place.box), lambda: [values.to(dtype)], shape)
+            made = partial(view_of(found.buffer, placed).to, dtype)
+            yield Item(place, (("", dtype, placed.box.lengths),), made)
 
 
 def _attempt(function: Callable[[], Any]) -> Future[Any]:
@@ -301,8 +306,7 @@ def write_checkpoint(path: Path, share: Future[Share], group: dist.ProcessGroup 
             own = share.result()
         directory = path / decide_on_first_rank(None, lambda _: _new_folder(path, lock), group)
         try:
-            offers = [(item.place, item.bytes) for item in own.items]
-            leave = set(decide_on_first_rank(offers, _written_by_others, group)[_rank(group)])
+            leave = set(decide_on_first_rank(sizes(own.items), _written_by_others, group)[_rank(group)])
             with on_all_ranks(group):
                 items = [item for number, item in enumerate(own.items) if number not in leave]
                 written, size = write(items, directory, _rank(group)) if items else ([], 0)
@@ -390,9 +394,8 @@ def _joined(shares: Sequence[Share], directory: str) -> Manifest:
 
 def _add_written(records: Mapping[str, dict[str, Any]], shares: Sequence[Share]) -> None:
     """Add to the parameters' records where all ranks have written their state, and the checksums."""
-    every = [(found.place, rank, found) for rank, share in enumerate(shares) for found in share.written]
-    for place, rank, found in sorted(every, key=lambda entry: entry[0].order):
-        record = records.get(place.parameter)
+    for rank, found in in_order([share.written for share in shares]):
+        place, record = found.place, records.get(found.place.parameter)
         if record is None:
             raise CheckpointError(f"a rank has written {place}, and no rank knows that parameter")
         if place.box is None:
@@ -400,8 +403,7 @@ def _add_written(records: Mapping[str, dict[str, Any]], shares: Sequence[Share])
                 raise CheckpointError(f"block {len(record['blocks'])} of {place.parameter!r} is on no rank, or on two")
             record["blocks"].append([rank, found.checksums])
         else:
-            dtype = dtype_name(found.dtype)
-            boxes = record["tensors"].setdefault(place.part, {"dtype": dtype, "boxes": []})["boxes"]
+            boxes = record["tensors"].setdefault(place.part, {"dtype": found.dtype, "boxes": []})["boxes"]
             boxes.append([rank, list(place.box.offsets), list(place.box.lengths), found.checksums])
 
 

@@ -1,11 +1,13 @@
-"""The schema of ``manifest.json``: type, keys and range of every field, and how fields must go together.
+"""What ``manifest.json`` may say: strictly JSON, type, keys and range of every field, and how fields go together.
 
-Everything that a manifest says is checked here before it is used, in time and memory in proportion to its length.
+It may come from a stranger. Everything that a manifest says is checked here before it is used, in time and memory in
+proportion to its length.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import re
@@ -20,6 +22,7 @@ from shampoo_deepspeed.state.block_codec import STATUS, TRIANGLE
 FORMAT = 2
 PIECE = 1 << 18  # bytes of a box that share one checksum, so that a part can be verified without the rest
 DIGITS = 8  # of a checksum, CRC-32 in hexadecimal
+LONGEST_NUMBER = 20  # digits; 64 bits have 19
 
 
 class SchemaError(ValueError):
@@ -202,7 +205,7 @@ FILE = Text(r"rank-(0|[1-9][0-9]{0,6})\.safetensors")
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int64")
 DIMS = 64
 SHAPE = ListOf(COUNT, DIMS)
-_NUMBER = r"[0-9]{1,9}"
+_NUMBER = r"(0|[1-9][0-9]{0,8})"
 # The number of a parameter group or of a rule in it, perhaps of blocks of another dtype or of an earlier save.
 OPTIONS = Text(rf"{_NUMBER}( in [a-z0-9]{{1,20}})?( of data-[0-9a-f]{{12}})?")
 LAYOUT_KEY = Text(rf"{OPTIONS.pattern}:([0-9]{{1,16}}(x[0-9]{{1,16}}){{0,{DIMS - 1}}})?", 4096)
@@ -338,7 +341,7 @@ def tiles(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
     those of its starts. These products add up to that of the whole shape if the boxes cover every element once, and
     otherwise with a probability below 1e-15 (they are different polynomials in the weights).
     """
-    ends = [[*box.ends] for box in boxes]
+    ends = [[start + length for start, length in zip(box.offsets, box.lengths, strict=True)] for box in boxes]
     if any(end > n for along in ends for end, n in zip(along, shape, strict=True)):
         return False
     prime, generator = 2**61 - 1, random.SystemRandom()
@@ -355,3 +358,59 @@ def tiles(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
 
     covered = sum(volume(box.offsets, along) for box, along in zip(boxes, ends, strict=True)) % prime
     return covered == volume([0] * len(shape), shape)
+
+
+def layout_key(options: str, shape: Sequence[int]) -> str:
+    """The key of a block layout: saved number of its options and block shape."""
+    return f"{options}:{'x'.join(map(str, shape))}"
+
+
+def parse(content: bytes, most_values: int) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        most_values: more values than this are refused before any is built.
+
+    Raises:
+        ValueError: for anything else than JSON in UTF-8: also for NaN and infinite numbers, for a key that appears
+            twice in an object, for numbers of more than 20 digits, and for too many or too deeply nested values.
+    """
+    found = sum(content.count(mark) for mark in (b",", b"[", b"{"))
+    if found > most_values:
+        raise ValueError(f"it has about {found:,} values, and at most {most_values:,} are read")
+    try:
+        return json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_not_a_number,
+        )
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in made if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:100]!r} appears twice")
+    return made
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > LONGEST_NUMBER:
+        raise ValueError(f"a number has {len(digits):,} digits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {digits[:20]} is too large")
+    return value
+
+
+def _not_a_number(name: str) -> float:
+    raise ValueError(f"{name} is not a number")

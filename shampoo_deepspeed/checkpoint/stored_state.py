@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.algorithm.block_stack import BlockStack
+from shampoo_deepspeed.algorithm.block_stack import BlockStack, read_status
 from shampoo_deepspeed.checkpoint.errors import CheckpointError
-from shampoo_deepspeed.checkpoint.manifest import Manifest, base_key, layout_key, stored_name
+from shampoo_deepspeed.checkpoint.manifest import Manifest, base_key, stored_name
+from shampoo_deepspeed.checkpoint.schema import layout_key
 from shampoo_deepspeed.checkpoint.tensor_files import Item, Place, TensorFiles, Wanted
 from shampoo_deepspeed.distributed.collectives import on_all_ranks
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
 from shampoo_deepspeed.geometry.boxes import Box, whole
-from shampoo_deepspeed.state.block_codec import BlockLayout, fill, read_status, whole_tensors
+from shampoo_deepspeed.state.block_codec import TRIANGLE, BlockLayout, whole_tensors
 from shampoo_deepspeed.state.state_dict import BufferState, ElementwiseState, SavedState, StackState, view_of
 
 
@@ -122,7 +123,7 @@ class StoredState:
                 options = self.manifest.parameters[names[parameter]]["options"]
                 if options not in layouts:
                     layouts[options] = self._layout(options, stack, key)
-                yield Wanted(Place(names[parameter], int(index)), partial(fill, stack, row, layouts[options]))
+                yield Wanted(Place(names[parameter], int(index)), partial(_fill, stack, row, layouts[options]))
 
     def _wanted_buffers(self, unit: StepUnit, names: Mapping[str, str]) -> Iterable[Wanted]:
         stored = {} if self.files is None else self.files.tensors
@@ -196,6 +197,13 @@ class StoredState:
     def items(self) -> Iterable[Item]:
         """All state that no unit has read yet, to be written again unchanged; the same on all ranks."""
         return [] if self.files is None else self.files.items(lambda name: base_key(name) in self.keys)
+
+
+def _fill(stack: BlockStack, row: int, layout: BlockLayout, parts: Sequence[Tensor]) -> None:
+    """Load a stored block's tensors into a row, still without state, of a live stack."""
+    if any(kind.endswith(TRIANGLE) for _, kind, _ in layout):
+        parts = whole_tensors(parts, layout)
+    stack.load_row(row, {name: part for (name, _, _), part in zip(layout, parts, strict=True)})
 
 
 @dataclass

@@ -5,7 +5,10 @@ elements first. So a header is not trusted but compared, and a file is read with
 
 Contents are made when they are written and used when they are read, one at a time, so that neither side holds a second
 copy of everything. That is why the `safetensors` library, which takes all tensors at once, does not write the files; it
-opens each of them before a save is complete. Names in the files:
+opens each of them before a save is complete.
+
+Real folders and files are opened only, never what a link leads to. Links above the checkpoint's folder are the user's
+own, and are followed. Names in the files:
 
 ``blocks/<parameter>/<index>/<tensor>`` a tensor of a block, and its ``status``, see ``state/block_codec.py``;
 ``elementwise/<parameter>/<moment>[0:8]`` elements of a moment of an unpreconditioned parameter (flattened);
@@ -23,8 +26,10 @@ import json
 import logging
 import math
 import os
+import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,15 +39,23 @@ import safetensors
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.checkpoint.errors import CheckpointError, printable, quoted
-from shampoo_deepspeed.checkpoint.files import MissingError, inner_folder, open_file, read_range
-from shampoo_deepspeed.checkpoint.manifest import NAME, Manifest, layout_key, other_saves
-from shampoo_deepspeed.checkpoint.schema import DIGITS, PIECE
-from shampoo_deepspeed.geometry.boxes import Box, FlatRange
+from shampoo_deepspeed.checkpoint.errors import CheckpointError, MissingError, printable, quoted
+from shampoo_deepspeed.checkpoint.schema import DIGITS, PIECE, layout_key
+from shampoo_deepspeed.geometry.boxes import Box
 from shampoo_deepspeed.runtime.progress import LARGE, UNSHOWN, mebibytes, progress
-from shampoo_deepspeed.state.block_codec import BlockLayout, StoredForm, stored_form
+from shampoo_deepspeed.state.block_codec import TRIANGLE, BlockLayout
 
 logger = logging.getLogger("shampoo_deepspeed")
+
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFREG: "a file",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 CODES = {
     torch.float64: "F64",
@@ -51,6 +64,8 @@ CODES = {
     torch.float16: "F16",
     torch.int64: "I64",
 }  # fmt: skip
+# A block's tensors as they are stored: name, dtype, shape.
+StoredForm = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
 SLAB = 32 * PIECE  # bytes of a box that are in memory at a time
 
 
@@ -74,7 +89,8 @@ class Place:
             return f"blocks/{self.parameter}/{self.part}"
         kind, _, name = self.part.partition("/")
         assert self.box is not None
-        ranges = (f"{start}:{stop}" for start, stop in zip(self.box.offsets, self.box.ends, strict=True))
+        box = zip(self.box.offsets, self.box.lengths, strict=True)
+        ranges = (f"{start}:{start + length}" for start, length in box)
         return f"{kind}/{self.parameter}/{name}[{', '.join(ranges)}]"
 
     @property
@@ -96,20 +112,13 @@ class Item:
     """A block, or a box of a tensor, that this rank can write.
 
     Args:
-        form: what is added to the place for the name in the file, dtype and shape, of each of its tensors.
-        contents: makes these tensors.
-        shape: of the whole tensor, if this is a box.
+        form: name in the block, dtype and shape of each of its tensors; of a box the name is empty.
+        contents: makes these tensors, of a box the only one.
     """
 
     place: Place
     form: StoredForm
-    contents: Callable[[], Sequence[Tensor]]
-    shape: tuple[int, ...] = ()
-
-    @property
-    def bytes(self) -> int:
-        """The size of its tensors."""
-        return sum(map(_size, self.form))
+    contents: Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -118,8 +127,7 @@ class Written:
 
     place: Place
     checksums: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -144,14 +152,37 @@ def _size(part: tuple[str, torch.dtype, tuple[int, ...]]) -> int:
     return math.prod(part[2]) * part[1].itemsize
 
 
+def sizes(items: Sequence[Item]) -> list[tuple[Place, int]]:
+    """The place of each item, and its bytes."""
+    return [(item.place, sum(map(_size, item.form))) for item in items]
+
+
+def in_order(ranks: Sequence[Sequence[Written]]) -> list[tuple[int, Written]]:
+    """What the ranks have written, in the order in which a manifest lists it, each with its rank."""
+    every = [(rank, found) for rank, written in enumerate(ranks) for found in written]
+    return sorted(every, key=lambda entry: entry[1].place.order)
+
+
 def file_name(rank: int) -> str:
     """The name of the file that a rank writes."""
     return f"rank-{rank}.safetensors"
 
 
-def block_form(layout: BlockLayout) -> StoredForm:
-    """The tensors of an item that is a block."""
-    return tuple((f"/{name}", dtype, shape) for name, dtype, shape in stored_form(layout))
+def stored_form(layout: BlockLayout) -> StoredForm:
+    """Name, dtype and shape of each tensor of a stored block; a triangle is flat."""
+    return tuple(
+        (
+            name,
+            getattr(torch, kind.removesuffix(TRIANGLE)),
+            (math.comb(shape[0] + 1, 2),) if kind.endswith(TRIANGLE) else tuple(shape),
+        )
+        for name, kind, shape in layout
+    )
+
+
+def _name(place: Place, part: tuple[str, torch.dtype, tuple[int, ...]]) -> str:
+    """The name in the file of a tensor of an item."""
+    return f"{place}/{part[0]}" if place.box is None else str(place)
 
 
 def _laid_out(items: Sequence[tuple[Place, StoredForm]], directory: str) -> tuple[bytes, list[tuple[int, ...]], int]:
@@ -162,13 +193,12 @@ def _laid_out(items: Sequence[tuple[Place, StoredForm]], directory: str) -> tupl
         for n, part in enumerate(form)
     ]
     numbers.sort(key=lambda entry: -entry[2][1].itemsize)  # readers want elements to be aligned
-    names = [str(place) for place, _ in items]
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "save": directory}}
     starts, end = [[0] * len(form) for _, form in items], 0
     for number, n, part in numbers:
         start, end = end, end + _size(part)
         starts[number][n] = start
-        header[names[number] + part[0]] = {
+        header[_name(items[number][0], part)] = {
             "dtype": CODES[part[1]],
             "shape": list(part[2]),
             "data_offsets": [start, end],
@@ -189,27 +219,28 @@ def write(items: Sequence[Item], directory: Path, rank: int) -> tuple[list[Writt
     """
     header, starts, end = _laid_out([(item.place, item.form) for item in items], directory.name)
     file = directory / file_name(rank)
-    total = sum(item.bytes for item in items)
+    total = sum(size for _, size in sizes(items))
     shown = progress("saving", total, mebibytes) if total >= LARGE else UNSHOWN
     written = []
     with file.open("xb", buffering=0) as stream, shown as advance:
         _write_at(stream, 0, memoryview(header))
         for item, places in zip(items, starts, strict=True):
             checksums: list[int] = []
-            for content, (name, dtype, shape), start in zip(item.contents(), item.form, places, strict=True):
+            made = [item.contents()] if item.place.box is not None else item.contents()
+            for content, part, start in zip(made, item.form, places, strict=True):
                 tensor = content.detach().to("cpu").contiguous()
-                if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
-                    raise CheckpointError(f"{item.place}{name} has changed while it was saved")
-                if not is_finite(tensor.view(-1), (name, dtype, shape)):
+                if (tensor.dtype, tuple(tensor.shape)) != part[1:]:
+                    raise CheckpointError(f"{_name(item.place, part)} has changed while it was saved")
+                if not is_finite(tensor.view(-1), part):
                     raise CheckpointError(
-                        f"{printable(str(item.place))}{name} has values that are not finite: a run cannot resume from "
-                        "them, so nothing is saved, and an earlier checkpoint stays"
+                        f"{printable(_name(item.place, part))} has values that are not finite: a run cannot resume "
+                        "from them, so nothing is saved, and an earlier checkpoint stays"
                     )
                 memory = _memory_of(tensor)
                 checksums += _checksums(memory, item.place.piece)
                 _write_at(stream, start, memory)
                 advance(len(memory))
-            written.append(Written(item.place, _written(checksums), item.form[0][1], item.shape))
+            written.append(Written(item.place, _written(checksums), str(item.form[0][1]).removeprefix("torch.")))
         os.fsync(stream.fileno())
     _open_with_the_library(file, sum(len(item.form) for item in items))
     return written, end
@@ -226,13 +257,91 @@ def _open_with_the_library(file: Path, tensors: int) -> None:
         raise CheckpointError(f"the safetensors library finds {found} tensors in {file}, and {tensors} were written")
 
 
+@contextmanager
+def inner_folder(path: Path) -> Iterator[int]:
+    """A descriptor of a folder within a checkpoint's, for `open_file`.
+
+    Raises:
+        CheckpointError: if it is missing or no folder.
+    """
+    descriptor = _checked(path, stat.S_IFDIR, os.O_DIRECTORY, None)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def open_file(path: Path, folder: int | None = None) -> io.FileIO:
+    """A file that is open for reading until what is returned is dropped.
+
+    Args:
+        folder: the descriptor of its folder, which may have been moved since it was opened.
+
+    Raises:
+        CheckpointError: if it is missing, no regular file, or cannot be opened.
+    """
+    # O_NONBLOCK: should a pipe take its place now, opening it would wait for a writer.
+    return io.FileIO(path, opener=lambda *_: _checked(path, stat.S_IFREG, os.O_NONBLOCK, folder))
+
+
+def _checked(path: Path, kind: int, flags: int, folder: int | None) -> int:
+    """Open a path if it is of this kind, both before and after it is opened."""
+    name: str | Path = path if folder is None else path.name
+    try:
+        _check_kind(path, os.stat(name, dir_fd=folder, follow_symlinks=False), kind)
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, dir_fd=folder)
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        _check_kind(path, os.fstat(descriptor), kind)
+    except CheckpointError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_kind(path: Path, found: os.stat_result, wanted: int) -> None:
+    kind = stat.S_IFMT(found.st_mode)
+    if kind != wanted:
+        raise CheckpointError(
+            f"{path} is {_KINDS.get(kind, 'something unknown')}, and must be {_KINDS[wanted]}: nothing in a "
+            "checkpoint's folder may lead out of it"
+        )
+
+
+def read_range(file: io.FileIO, path: Path, start: int, memory: memoryview) -> None:
+    """Fill memory with the bytes of a file from ``start`` on.
+
+    Raises:
+        CheckpointError: if they are not all there, or cannot be read.
+    """
+    done = 0
+    while done < len(memory):
+        try:
+            count = os.preadv(file.fileno(), [memory[done:]], start + done)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if not count:
+            raise CheckpointError(f"{path} has no byte {start + done}: it was cut short")
+        done += count
+
+
 class TensorFiles:
     """The data files of a checkpoint, each open since it was checked that it fits the manifest.
 
     They can be read until this is dropped, even if they are deleted meanwhile.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        files: Mapping[str, Mapping[str, Any]],
+        parameters: Mapping[str, Mapping[str, Any]],
+        layouts: Mapping[str, BlockLayout],
+    ) -> None:
+        """Open the files; the arguments after the folder are the manifest's fields."""
         self.directory = directory
         # The tensors that are stored in boxes, by stored name and kind: dtype, shape, and rank and place of each box.
         self.tensors: dict[tuple[str, str], tuple[torch.dtype, tuple[int, ...], list[tuple[int, _Stored]]]] = {}
@@ -240,18 +349,18 @@ class TensorFiles:
         self._of_rank: dict[int, list[_Stored]] = {}
         self._open: dict[int, io.FileIO] = {}
         found: dict[int, list[tuple[Place, StoredForm, str]]] = {
-            int(name[len("rank-") : -len(".safetensors")]): [] for name in manifest.files
+            int(name[len("rank-") : -len(".safetensors")]): [] for name in files
         }
-        for rank, place, form, checksums in _stored(manifest):
+        for rank, place, form, checksums in _stored(parameters, layouts):
             found[rank].append((place, form, checksums))
         with inner_folder(directory) as folder:
             for rank, items in sorted(found.items()):
-                size = manifest.files[file_name(rank)]["bytes"]
+                size = files[file_name(rank)]["bytes"]
                 header, starts, end = _laid_out([(place, form) for place, form, _ in items], directory.name)
                 self._open_and_check(rank, folder, size, header, end)
                 placed = zip(items, starts, strict=True)
                 self._of_rank[rank] = [_Stored(*item, own) for item, own in placed]
-        self._index(manifest)
+        self._index(parameters)
 
     def __del__(self) -> None:
         for file in self._open.values():
@@ -301,20 +410,20 @@ class TensorFiles:
         for rank in sorted(self._open)[len(self._open) // 2 :]:
             self._open.pop(rank).close()
 
-    def _index(self, manifest: Manifest) -> None:
+    def _index(self, parameters: Mapping[str, Mapping[str, Any]]) -> None:
         for rank, items in self._of_rank.items():
             for stored in items:
                 place = stored.place
                 if isinstance(place.part, int):
                     self._blocks[place.parameter, place.part] = rank, stored
                 else:
-                    record = manifest.parameters[place.parameter]["shape"]
+                    record = parameters[place.parameter]["shape"]
                     shape = (math.prod(record),) if place.part.startswith("elementwise/") else tuple(record)
                     key = place.parameter, place.part
                     self.tensors.setdefault(key, (stored.form[0][1], shape, []))[2].append((rank, stored))
 
-    def verify(self, part: int, parts: int, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, str]:
-        """Verify one of several equal parts of all bytes of the wanted parameters, in little memory.
+    def verify(self, part: int, parts: int, names: set[str]) -> dict[str, str]:
+        """Verify one of several equal parts of all bytes of the parameters with these stored names, in little memory.
 
         Returns:
             By stored name of each parameter, a tensor of it that has values that are not finite.
@@ -326,7 +435,7 @@ class TensorFiles:
             (rank, stored, n)
             for rank, items in self._of_rank.items()
             for stored in items
-            for n in (range(len(stored.form)) if wanted(stored.place.parameter) else ())
+            for n in (range(len(stored.form)) if stored.place.parameter in names else ())
         ]
         every.sort(key=lambda entry: (entry[0], entry[1].starts[entry[2]]))
         total = sum(_size(stored.form[n]) for _, stored, n in every)
@@ -338,17 +447,17 @@ class TensorFiles:
                 for start in range(0, size, max(step, 1)):
                     if begin + start in mine:
                         stop = min(start + step, size)
-                        if not self._is_sound(rank, stored, n, FlatRange(start, stop)):
-                            unfit[stored.place.parameter] = f"{stored.place}{stored.form[n][0]}"
+                        if not self._is_sound(rank, stored, n, range(start, stop)):
+                            unfit[stored.place.parameter] = _name(stored.place, stored.form[n])
                         advance(stop - start)
                 begin += size
         return unfit
 
-    def _is_sound(self, rank: int, stored: _Stored, n: int, bytes_: FlatRange) -> bool:
+    def _is_sound(self, rank: int, stored: _Stored, n: int, bytes_: range) -> bool:
         """Whether these bytes are finite values; raises CheckpointError if they are not those that were saved."""
         value, sums, sound = 0, [], True
         for start in range(bytes_.start, bytes_.stop, PIECE):
-            values = self._raw(rank, stored, n, FlatRange(start, min(start + PIECE, bytes_.stop)))
+            values = self._raw(rank, stored, n, range(start, min(start + PIECE, bytes_.stop)))
             value = zlib.crc32(_memory_of(values), value if stored.place.box is None else 0)
             sums += [value]
             sound = sound and is_finite(values.view(stored.form[n][1]), stored.form[n], start)
@@ -379,13 +488,13 @@ class TensorFiles:
         out, filled = torch.zeros(place.box.lengths, dtype=dtype, device="cpu"), 0
         for rank, stored in boxes:
             assert stored.place.box is not None
-            common = stored.place.box.intersect(place.box)
+            common = _common(stored.place.box, place.box)
             for box, values in [] if common is None else self._rows(rank, stored, common):
                 _part(out, place.box, box).copy_(values)
                 filled += values.numel()
-        if filled != place.box.numel:
+        if filled != out.numel():
             raise CheckpointError(
-                f"the checkpoint holds {filled} of the {place.box.numel} elements of {printable(str(place))}"
+                f"the checkpoint holds {filled} of the {out.numel()} elements of {printable(str(place))}"
             )
         return out
 
@@ -394,12 +503,7 @@ class TensorFiles:
         for stored in (stored for items in self._of_rank.values() for stored in items):
             place = stored.place
             if wanted(place.parameter):
-                shape = () if place.box is None else self._tensor(place)[1]
-                yield Item(place, stored.form, partial(self._contents, place), shape)
-
-    def _contents(self, place: Place) -> list[Tensor]:
-        found = self.read_one(place)
-        return found if place.box is None else [found]
+                yield Item(place, stored.form, partial(self.read_one, place))
 
     def _rows(self, rank: int, stored: _Stored, wanted: Box) -> Iterator[tuple[Box, Tensor]]:
         """The values of a box within a stored one, a few rows at a time."""
@@ -410,8 +514,9 @@ class TensorFiles:
             return
         row = math.prod(outer.lengths[1:]) * dtype.itemsize
         step = max(1, SLAB // row)
-        for first in range(wanted.offsets[0], wanted.ends[0], step):
-            rows = min(step, wanted.ends[0] - first)
+        end = wanted.offsets[0] + wanted.lengths[0]
+        for first in range(wanted.offsets[0], end, step):
+            rows = min(step, end - first)
             start = (first - outer.offsets[0]) * row
             values = self._values(rank, stored, 0, start, start + rows * row).view(rows, *outer.lengths[1:])
             box = Box((first, *wanted.offsets[1:]), (rows, *wanted.lengths[1:]))
@@ -423,13 +528,13 @@ class TensorFiles:
         step = piece or max(size, 1)
         first, last = start // step, max(start // step + 1, -(-stop // step))
         low = first * step
-        values = self._raw(rank, stored, n, FlatRange(low, min(last * step, size)))
+        values = self._raw(rank, stored, n, range(low, min(last * step, size)))
         self._compare(rank, stored, n, n if piece is None else first, _checksums(_memory_of(values), piece))
         return values[start - low : stop - low].view(stored.form[n][1])
 
-    def _raw(self, rank: int, stored: _Stored, n: int, bytes_: FlatRange) -> Tensor:
+    def _raw(self, rank: int, stored: _Stored, n: int, bytes_: range) -> Tensor:
         """Bytes of a stored tensor, not yet verified."""
-        values, path = torch.empty(bytes_.size, dtype=torch.uint8, device="cpu"), self.directory / file_name(rank)
+        values, path = torch.empty(len(bytes_), dtype=torch.uint8, device="cpu"), self.directory / file_name(rank)
         file = self._open.get(rank) or open_file(path)
         read_range(file, path, stored.starts[n] + bytes_.start, _memory_of(values))
         return values
@@ -439,8 +544,8 @@ class TensorFiles:
         expected = stored.checksums[number * DIGITS : (number + len(found)) * DIGITS]
         if _written(found) != expected:
             raise CheckpointError(
-                f"{self.directory / file_name(rank)} is damaged: the bytes of {printable(str(stored.place))}"
-                f"{stored.form[n][0]} are not those that were saved"
+                f"{self.directory / file_name(rank)} is damaged: the bytes of "
+                f"{printable(_name(stored.place, stored.form[n]))} are not those that were saved"
             )
 
     def _block(self, place: Place) -> tuple[int, _Stored]:
@@ -458,58 +563,25 @@ class TensorFiles:
     def _bytes(self, place: Place) -> int:
         if place.box is None:
             return sum(map(_size, self._block(place)[1].form))
-        return place.box.numel * self._tensor(place)[0].itemsize
+        return math.prod(place.box.lengths) * self._tensor(place)[0].itemsize
 
 
-def open_checkpoint(path: Path) -> tuple[Manifest, TensorFiles]:
-    """The manifest and the open files of a checkpoint; those of the new one if a save replaces it now.
-
-    Raises:
-        CheckpointError: if there is no complete checkpoint, or a file is missing or does not fit the manifest.
-    """
-    manifest = Manifest.read(path)
-    while True:
-        try:
-            return manifest, TensorFiles(path / manifest.directory, manifest)
-        except MissingError as error:
-            again = Manifest.read(path)
-            if again.directory == manifest.directory:
-                raise CheckpointError(_missing(path, manifest, error)) from None
-            manifest = again
-
-
-def _missing(path: Path, manifest: Manifest, error: MissingError) -> str:
-    """What to say of a manifest whose files are not there."""
-    if (path / manifest.directory).exists():
-        return str(error)
-    there = sorted(printable(found.name) for found in path.glob("data-*")) or ["none"]
-    saves = other_saves(path)
-    return (
-        f"{path / NAME} names {manifest.directory}, which is missing; the folders of data there are "
-        f"{', '.join(there[:3])}{', ...' * (len(there) > 3)}, and "
-        + (f"other complete saves are {', '.join(saves[:3])}" if saves else "no other complete save is in it")
-    )
-
-
-def _stored(manifest: Manifest) -> Iterator[tuple[int, Place, StoredForm, str]]:
+def _stored(
+    parameters: Mapping[str, Mapping[str, Any]], layouts: Mapping[str, BlockLayout]
+) -> Iterator[tuple[int, Place, StoredForm, str]]:
     """Each item of a checkpoint: the rank that wrote it, its place, tensors and checksums."""
     forms: dict[str, StoredForm] = {}
-    for name, record in manifest.parameters.items():
+    for name, record in parameters.items():
         shapes = itertools.product(*record["cuts"]) if record["blocks"] else []
         for index, ((rank, checksums), shape) in enumerate(zip(record["blocks"], shapes, strict=True)):
             key = layout_key(record["options"], shape)
             if key not in forms:
-                forms[key] = block_form(manifest.layouts[key])
+                forms[key] = stored_form(layouts[key])
             yield rank, Place(name, index), forms[key], checksums
         for kind, found in record["tensors"].items():
             for rank, offsets, lengths, checksums in found["boxes"]:
                 box = Box(tuple(offsets), tuple(lengths))
-                yield rank, Place(name, kind, box), box_form(getattr(torch, found["dtype"]), box), checksums
-
-
-def box_form(dtype: torch.dtype, box: Box) -> StoredForm:
-    """The tensor of an item that is a box."""
-    return (("", dtype, box.lengths),)
+                yield rank, Place(name, kind, box), (("", getattr(torch, found["dtype"]), box.lengths),), checksums
 
 
 def is_finite(values: Tensor, part: tuple[str, torch.dtype, tuple[int, ...]], start: int = 0) -> bool:
@@ -524,7 +596,7 @@ def is_finite(values: Tensor, part: tuple[str, torch.dtype, tuple[int, ...]], st
         return True
     if all(bool(torch.isfinite(value)) for value in torch.aminmax(values)):
         return True
-    if not name.startswith("/factor_") or len(shape) != 2:
+    if not name.startswith("factor_") or len(shape) != 2:
         return False
     places = torch.isfinite(values).logical_not_().nonzero().view(-1) + start // dtype.itemsize
     return not bool((places % shape[1] <= places // shape[1]).any())
@@ -532,9 +604,19 @@ def is_finite(values: Tensor, part: tuple[str, torch.dtype, tuple[int, ...]], st
 
 def _part(tensor: Tensor, outer: Box, box: Box) -> Tensor:
     """The view of a box in the tensor of a larger one."""
-    for dim, (start, length) in enumerate(zip(box.within(outer), box.lengths, strict=True)):
-        tensor = tensor.narrow(dim, start, length)
+    for dim, (outer_start, start, length) in enumerate(zip(outer.offsets, box.offsets, box.lengths, strict=True)):
+        tensor = tensor.narrow(dim, start - outer_start, length)
     return tensor
+
+
+def _common(one: Box, other: Box) -> Box | None:
+    """As `Box.intersect`, in this file because it is called for every box."""
+    found = []
+    for a, n, b, m in zip(one.offsets, one.lengths, other.offsets, other.lengths, strict=True):
+        found.append((max(a, b), min(a + n, b + m)))
+    if any(start >= stop for start, stop in found):
+        return None
+    return Box(tuple(start for start, _ in found), tuple(stop - start for start, stop in found))
 
 
 def _memory_of(tensor: Tensor) -> memoryview:

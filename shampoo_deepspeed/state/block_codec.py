@@ -16,9 +16,6 @@ from shampoo_deepspeed.state.state_dict import StackState
 BlockLayout = list[tuple[str, str, tuple[int, ...]]]
 
 MOMENTS = ("exp_avg", "rotated_exp_avg", "second_moment", "rotated_second_moment", "momentum")
-# A block's tensors as they are stored: name, dtype, shape.
-StoredForm = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
-
 # Not a tensor of the stack: 1 if the block was refreshed plus 2 if a refresh is pending, and how often its roots failed
 # in a row.
 STATUS = ("status", "int64", (2,))
@@ -62,14 +59,6 @@ def block_size(layout: BlockLayout) -> int:
     return sum(_bytes(part) for part in layout)
 
 
-def stored_form(layout: BlockLayout) -> StoredForm:
-    """Name, dtype and shape of each tensor of a stored block; a triangle is flat."""
-    return tuple(
-        (name, _dtype(kind), (math.comb(shape[0] + 1, 2),) if kind.endswith(TRIANGLE) else tuple(shape))
-        for name, kind, shape in layout
-    )
-
-
 def stored_tensors(stack: StackState, row: int, layout: BlockLayout) -> list[Tensor]:
     """A block's state, a row of a stack, as the tensors of its layout, on the CPU."""
     flags = [int(stack.refreshed[row]) + 2 * int(stack.pending[row]), stack.failures[row]]
@@ -91,37 +80,18 @@ def packed(stack: StackState, row: int, layout: BlockLayout) -> Tensor:
 def whole_tensors(parts: Sequence[Tensor], layout: BlockLayout) -> list[Tensor]:
     """The tensors of a block from those that were stored."""
     return [
-        _mirrored(part, shape) if kind.endswith(TRIANGLE) else part
+        _mirrored(part, shape) if kind.endswith(TRIANGLE) else part.view(tuple(shape))
         for part, (_, kind, shape) in zip(parts, layout, strict=True)
     ]
-
-
-def fill(stack: BlockStack, row: int, layout: BlockLayout, parts: Sequence[Tensor]) -> None:
-    """Load a stored block's tensors into a row, still without state, of a live stack."""
-    for (name, _, _), tensor in zip(layout, whole_tensors(parts, layout), strict=True):
-        if name == "status":
-            stack.refreshed[row], stack.failures[row], pending = read_status(tensor.tolist())
-            if pending:
-                stack.pending[row] = None  # the row's next step begins the refresh again
-        else:
-            stack.tensors[name][row].copy_(tensor)
 
 
 def unpack(stack: BlockStack, row: int, layout: BlockLayout, blob: Tensor) -> None:
     """Load a block's bytes into a row, still without state, of a live stack."""
     pieces = torch.split(blob, [_bytes(part) for part in layout])
     # A view as a wider dtype must be aligned for that dtype.
-    parts = [
-        piece.clone().view(dtype).view(shape)
-        for piece, (_, dtype, shape) in zip(pieces, stored_form(layout), strict=True)
-    ]
-    fill(stack, row, layout, parts)
-
-
-def read_status(status: Sequence[int]) -> tuple[bool, int, bool]:
-    """Whether the block was refreshed, failures in a row, whether a refresh is pending."""
-    flags, failures = status
-    return bool(flags & 1), int(failures), bool(flags & 2)
+    parts = [piece.clone().view(_dtype(kind)) for piece, (_, kind, _) in zip(pieces, layout, strict=True)]
+    tensors = whole_tensors(parts, layout)
+    stack.load_row(row, {name: tensor for (name, _, _), tensor in zip(layout, tensors, strict=True)})
 
 
 def dtype_name(dtype: torch.dtype) -> str:
