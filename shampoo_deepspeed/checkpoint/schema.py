@@ -249,7 +249,8 @@ def check(body: Any) -> None:
     """
     MANIFEST.check(body)
     for key, layout in body["layouts"].items():
-        _check(_layout_problem(layout), "layouts", key)
+        lengths = [int(n) for n in key.rpartition(":")[2].split("x") if n]
+        _check(_layout_problem(lengths, layout), "layouts", key)
     for name, record in body["parameters"].items():
         for step, problem in _parameter_problems(record, body):
             raise SchemaError(problem, "parameters", name, step)
@@ -260,7 +261,11 @@ def _check(problem: str | None, *path: str) -> None:
         raise SchemaError(problem, *path)
 
 
-def _layout_problem(layout: Sequence[Any]) -> str | None:
+def _layout_problem(lengths: Sequence[int], layout: Sequence[Any]) -> str | None:
+    """What is wrong with the tensors of blocks of these lengths, if anything is."""
+    most = max(math.prod(lengths), max(lengths, default=0) ** 2, 2)
+    if any(math.prod(shape) > most for _, _, shape in layout):
+        return f"has a tensor of more than {quoted(most)} elements"
     if [*map(tuple, layout[-1:])] != [(STATUS[0], STATUS[1], list(STATUS[2]))]:
         return f"does not end with {list(STATUS)}"
     if len({name for name, _, _ in layout}) < len(layout):
