@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,11 @@ from benchmarks.report import machine, table
 from shampoo_deepspeed import Shampoo, load_shampoo, save_shampoo
 
 WIDTH, BLOCK = 1024, 256
-OPTIONS = {"preconditioner": "shampoo", "max_preconditioner_dim": BLOCK, "start_preconditioning_step": 10**6}
+OPTIONS: dict[str, Any] = {
+    "preconditioner": "shampoo",
+    "max_preconditioner_dim": BLOCK,
+    "start_preconditioning_step": 10**6,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -129,7 +129,12 @@ def stay_with_a_child(folder: Path, sender: Any) -> None:
 def test_a_process_that_was_forked_during_a_save_does_not_keep_the_lock(tmp_path: Path) -> None:
     held = FolderLock.acquire(tmp_path)
     receiver, sender = FORK.Pipe(duplex=False)
-    child = FORK.Process(target=lambda: (sender.send(None), time.sleep(600)))
+
+    def stay() -> None:
+        sender.send(None)
+        time.sleep(600)
+
+    child = FORK.Process(target=stay)
     child.start()
     receiver.recv()
     held.release()
