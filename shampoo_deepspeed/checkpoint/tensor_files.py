@@ -348,6 +348,7 @@ class TensorFiles:
         self._blocks: dict[tuple[str, int], tuple[int, _Stored]] = {}
         self._of_rank: dict[int, list[_Stored]] = {}
         self._open: dict[int, io.FileIO] = {}
+        self._paths: dict[int, Path] = {}
         found: dict[int, list[tuple[Place, StoredForm, str]]] = {
             int(name[len("rank-") : -len(".safetensors")]): [] for name in files
         }
@@ -374,7 +375,7 @@ class TensorFiles:
             size: in the manifest.
             header: that follows from the manifest, and ``end``, where such a file ends.
         """
-        path = self.directory / file_name(rank)
+        path = self._paths[rank] = self.directory / file_name(rank)
         if size != end:
             raise CheckpointError(
                 f"the manifest is not valid: files[{path.name!r}]['bytes'] is {size:,}, and its tensors need {end:,}"
@@ -456,8 +457,9 @@ class TensorFiles:
     def _is_sound(self, rank: int, stored: _Stored, n: int, bytes_: range) -> bool:
         """Whether these bytes are finite values; raises CheckpointError if they are not those that were saved."""
         value, sums, sound = 0, [], True
+        memory = torch.empty(min(PIECE, len(bytes_)), dtype=torch.uint8, device="cpu")
         for start in range(bytes_.start, bytes_.stop, PIECE):
-            values = self._raw(rank, stored, n, range(start, min(start + PIECE, bytes_.stop)))
+            values = self._raw(rank, stored, n, range(start, min(start + PIECE, bytes_.stop)), memory)
             value = zlib.crc32(_memory_of(values), value if stored.place.box is None else 0)
             sums += [value]
             sound = sound and is_finite(values.view(stored.form[n][1]), stored.form[n], start)
@@ -532,9 +534,10 @@ class TensorFiles:
         self._compare(rank, stored, n, n if piece is None else first, _checksums(_memory_of(values), piece))
         return values[start - low : stop - low].view(stored.form[n][1])
 
-    def _raw(self, rank: int, stored: _Stored, n: int, bytes_: range) -> Tensor:
-        """Bytes of a stored tensor, not yet verified."""
-        values, path = torch.empty(len(bytes_), dtype=torch.uint8, device="cpu"), self.directory / file_name(rank)
+    def _raw(self, rank: int, stored: _Stored, n: int, bytes_: range, memory: Tensor | None = None) -> Tensor:
+        """Bytes of a stored tensor, not yet verified; in ``memory`` if it is given."""
+        values = torch.empty(len(bytes_), dtype=torch.uint8, device="cpu") if memory is None else memory[: len(bytes_)]
+        path = self._paths[rank]
         file = self._open.get(rank) or open_file(path)
         read_range(file, path, stored.starts[n] + bytes_.start, _memory_of(values))
         return values
@@ -594,7 +597,7 @@ def is_finite(values: Tensor, part: tuple[str, torch.dtype, tuple[int, ...]], st
     name, dtype, shape = part
     if not dtype.is_floating_point or not values.numel():
         return True
-    if all(bool(torch.isfinite(value)) for value in torch.aminmax(values)):
+    if all(math.isfinite(value.item()) for value in torch.aminmax(values)):
         return True
     if not name.startswith("factor_") or len(shape) != 2:
         return False
