@@ -22,7 +22,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
-from shampoo_deepspeed.checkpoint.manifest import Manifest
+from shampoo_deepspeed.checkpoint.manifest import open_checkpoint
 from shampoo_deepspeed.state.state_dict import SavedState
 from shampoo_deepspeed.state.unwrap import inner_optimizer, unwrap
 
@@ -192,11 +192,7 @@ def what_is_missing(checkpoint: Path) -> str | None:
 
 def _cut_short(folder: Path) -> str | None:
     try:
-        manifest = Manifest.read(folder)
+        open_checkpoint(folder)
     except CheckpointError as error:
         return str(error)
-    for name, facts in manifest.files.items():
-        file = folder / manifest.directory / name
-        if not file.is_file() or file.stat().st_size != facts["bytes"]:
-            return f"{file} is missing or was cut short"
     return None

@@ -11,7 +11,7 @@ from shampoo_deepspeed._autoload import autoload, register
 if TYPE_CHECKING:
     from shampoo_deepspeed._version import __version__ as __version__
     from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo, wait_for_saves
-    from shampoo_deepspeed.checkpoint.manifest import CheckpointError
+    from shampoo_deepspeed.checkpoint.errors import CheckpointError
     from shampoo_deepspeed.distributed.frameworks import LayoutError
     from shampoo_deepspeed.optimizer import Shampoo
     from shampoo_deepspeed.options.checks import OptionError
@@ -37,7 +37,7 @@ _HOMES = {
     "ShampooConfig": "shampoo_deepspeed.options.config",
     "OptionError": "shampoo_deepspeed.options.checks",
     "LayoutError": "shampoo_deepspeed.distributed.frameworks",
-    "CheckpointError": "shampoo_deepspeed.checkpoint.manifest",
+    "CheckpointError": "shampoo_deepspeed.checkpoint.errors",
     "load_shampoo": "shampoo_deepspeed.checkpoint",
     "save_shampoo": "shampoo_deepspeed.checkpoint",
     "unwrap": "shampoo_deepspeed.state.unwrap",

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from shampoo_deepspeed._version import __version__
+from shampoo_deepspeed.checkpoint.errors import CheckpointError
 from shampoo_deepspeed.checkpoint.inspect import describe
-from shampoo_deepspeed.checkpoint.manifest import CheckpointError
 from shampoo_deepspeed.estimate import Estimate, estimate
 from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, SUB_GROUP_SIZE
 from shampoo_deepspeed.estimate.model_shapes import BUILT_IN, parameters_of, parameters_of_file
@@ -49,10 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
-        print(_estimate(given) if given.command == "estimate" else describe(Path(given.checkpoint)))
+        print(_encodable(_estimate(given) if given.command == "estimate" else describe(Path(given.checkpoint))))
     except (ValueError, CheckpointError) as error:  # the package's own errors are all of these kinds
-        parser.exit(1 if isinstance(error, CheckpointError) else 2, f"{parser.prog}: error: {error}\n")
+        parser.exit(1 if isinstance(error, CheckpointError) else 2, _encodable(f"{parser.prog}: error: {error}\n"))
     return 0
+
+
+def _encodable(text: str) -> str:
+    """The text with what the terminal's encoding lacks as escapes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
-from shampoo_deepspeed.checkpoint.manifest import CheckpointError, Manifest
+from shampoo_deepspeed.checkpoint.errors import CheckpointError
+from shampoo_deepspeed.checkpoint.manifest import Manifest
 from shampoo_deepspeed.distributed.collectives import all_gather_objects, job_group
 from shampoo_deepspeed.state.state_dict import START_ANEW, SavedState
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer

@@ -92,6 +92,15 @@ class BlockStack:
         """Start again with new state, after `release`."""
         self.tensors = self._new_tensors()
 
+    def load_row(self, row: int, state: Mapping[str, Tensor]) -> None:
+        """Load a stored block into a row that has no state yet: its tensors, and ``status`` for `read_status`."""
+        for name, tensor in state.items():
+            if name != "status":
+                self.tensors[name][row].copy_(tensor)
+        self.refreshed[row], self.failures[row], pending = read_status(state["status"].tolist())
+        if pending:
+            self.pending[row] = None  # the row's next step begins the refresh again
+
     def _use(self, config: ShampooConfig) -> None:
         """Use these options from now on."""
         self._config, self._preconditioner = config, build(config)
@@ -460,3 +469,9 @@ def _factors_to_rms(update: Tensor) -> Tensor:
     numel = update[0].numel()
     own, least = block_norms(update), math.sqrt(numel * torch.finfo(update.dtype).tiny)
     return torch.where(own > least, grafting.UPDATE_RMS * math.sqrt(numel) / own, 0.0)
+
+
+def read_status(status: Sequence[int]) -> tuple[bool, int, bool]:
+    """Whether the block was refreshed, failures in a row, whether a refresh is pending."""
+    flags, failures = status
+    return bool(flags & 1), int(failures), bool(flags & 2)

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-from shampoo_deepspeed.checkpoint.manifest import CheckpointError
+from shampoo_deepspeed.checkpoint.errors import CheckpointError
 from shampoo_deepspeed.distributed.process_groups import exists
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 

@@ -7,19 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shampoo_deepspeed.checkpoint.manifest import CheckpointError, Manifest, check_files
-from shampoo_deepspeed.geometry.blocks import cut_into_blocks
+from shampoo_deepspeed.checkpoint.errors import CheckpointError, printable
+from shampoo_deepspeed.checkpoint.manifest import NAME, Manifest, open_checkpoint, other_saves
+from shampoo_deepspeed.checkpoint.tensor_files import TensorFiles
 from shampoo_deepspeed.options.config import ShampooConfig
 
 
 def describe(path: Path) -> str:
-    """Parameters, options, sizes and health of a checkpoint.
+    """Parameters, options, sizes and health of a checkpoint; nothing in it can act on a terminal.
 
     Raises:
         CheckpointError: if there is no complete checkpoint, or a file is damaged.
     """
-    manifest = _manifest(path)
-    check_files(path / manifest.directory, manifest.files)
+    manifest, files = _opened(path)
+    not_finite = files.verify(0, 1, set(manifest.parameters))
     size = sum(facts["bytes"] for facts in manifest.files.values())
     steps = {record["steps"] for record in manifest.parameters.values()}
     ranks = f"{manifest.world_size} rank{'s' * (manifest.world_size != 1)}"
@@ -29,23 +30,24 @@ def describe(path: Path) -> str:
         f"{len(manifest.files)} files, {_megabytes(size)}, all checksums match",
         f"steps: {_range(steps)}; rejected: {manifest.rejected_steps}",
     ]
+    lines += [f"NOT FINITE: {tensor}" for tensor in not_finite.values()]
     lines += [f"group {number}: {_changed(options)}" for number, options in sorted(manifest.groups.items())]
     rows = [_row(name, record) for name, record in manifest.parameters.items()]
     header = ("parameter", "shape", "group", "steps", "state")
     widths = [max(len(row[n]) for row in [header, *rows]) for n in range(len(header))]
     lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
-def _manifest(path: Path) -> Manifest:
-    """The manifest of this folder; the error names one that is farther below, as in a Trainer's checkpoint."""
+def _opened(path: Path) -> tuple[Manifest, TensorFiles]:
+    """The checkpoint in this folder; the error names one that is farther below, as in a Trainer's checkpoint."""
     try:
-        return Manifest.read(path)
+        return open_checkpoint(path)
     except CheckpointError as error:
-        below = [*sorted(path.glob("*/manifest.json")), *sorted(path.glob("*/*/manifest.json"))]
-        if (path / "manifest.json").exists() or not below:
+        below = [] if (path / NAME).exists() else other_saves(path)
+        if not below:
             raise
-        raise CheckpointError(f"{error}; there is one in {below[0].parent}") from None
+        raise CheckpointError(f"{error}; there is one in {below[0]}") from None
 
 
 def _versions(found: Mapping[str, str]) -> str:
@@ -56,9 +58,9 @@ def _row(name: str, record: Mapping[str, Any]) -> tuple[str, str, str, str, str]
     shape = "x".join(map(str, record["shape"])) or "scalar"
     state = "element-wise"
     if record["merged"] is not None:
-        blocks = cut_into_blocks(record["merged"], record["cuts"])
-        largest = "x".join(map(str, max((b.lengths for b in blocks), key=math.prod)))
-        state = f"{len(blocks)} block{'s' * (len(blocks) != 1)}, largest {largest}"
+        count = math.prod(map(len, record["cuts"]))
+        largest = "x".join(str(max(lengths, default=0)) for lengths in record["cuts"])
+        state = f"{count} block{'s' * (count != 1)}, largest {largest}"
     return name, shape, str(record["group"]), str(record["steps"]), state
 
 

@@ -14,9 +14,16 @@ import torch
 import torch.distributed as dist
 
 from shampoo_deepspeed.checkpoint.async_writer import WRITER
-from shampoo_deepspeed.checkpoint.manifest import CheckpointError, Manifest, base_key, check_files, options_record
+from shampoo_deepspeed.checkpoint.errors import CheckpointError, printable, quoted
+from shampoo_deepspeed.checkpoint.manifest import Manifest, base_key, open_checkpoint, options_record
 from shampoo_deepspeed.checkpoint.stored_state import StoredState
-from shampoo_deepspeed.distributed.collectives import decide_on_first_rank, job_group, on_all_ranks
+from shampoo_deepspeed.checkpoint.tensor_files import TensorFiles
+from shampoo_deepspeed.distributed.collectives import (
+    all_gather_objects,
+    decide_on_first_rank,
+    job_group,
+    on_all_ranks,
+)
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy, decays_under
 from shampoo_deepspeed.options.checks import OptionError
@@ -45,7 +52,8 @@ class LoadReport:
 def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = True, options: bool = True) -> LoadReport:
     """Resume from a checkpoint at the next step; call it on all ranks. World size and framework may have changed.
 
-    The files are checked now. The next step reads them, when it is known what each rank owns; keep them until then.
+    The files are checked now, each rank reading an equal part of them, and stay open. The next step reads them, when it
+    is known what each rank owns, and verifies again what it reads; the files may be deleted before.
 
     Args:
         optimizer: as for ``save_shampoo``.
@@ -55,7 +63,8 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
             ``load_state_dict`` does; those that shape the state must be equal already.
 
     Raises:
-        CheckpointError: on all ranks: no complete checkpoint, a damaged file, or (strict) what does not fit.
+        CheckpointError: on all ranks: no complete checkpoint, a damaged file, or (strict) what does not fit or holds
+            values that are not finite.
         TypeError: if there is no Shampoo in ``optimizer``.
     """
     optimizer = optimizer if isinstance(optimizer, BlockOptimizer) else unwrap(optimizer)
@@ -64,13 +73,15 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
     # The files are read later, when the script may have changed directory, or a link to its newest checkpoint.
     folder, group = Path(path).resolve(), job_group()
     with on_all_ranks(group):
-        manifest = _checked_manifest(folder, group)
-    records = {base_key(name): record for name, record in manifest.parameters.items()}
+        manifest, files = _opened(folder)
+    keys_of = {name: base_key(name) for name in manifest.parameters}
+    records = {keys_of[name]: record for name, record in manifest.parameters.items()}
     configs = optimizer.configs()
     known = [entry.parameter for entry in optimizer.entries]
     unfit = _incompatibilities(known, optimizer.policies, configs, records, manifest)
     seen = _Seen(manifest.directory, {parameter.key for parameter in known}, unfit)
     unfit, here = decide_on_first_rank(seen, partial(_joined, folder), group)
+    unfit |= _verified(files, keys_of, unfit, group) if not (strict and unfit) else {}
     unused = {
         key: "it is in the checkpoint, but no parameter here has this name" for key in sorted(set(records) - here)
     }
@@ -81,7 +92,7 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
         logger.warning("%s: %s%s", key, why, "" if key in unused else "; it starts with new state")
     going_on = [parameter for parameter in known if parameter.key in records and parameter.key not in unfit]
     keys = frozenset(parameter.key for parameter in going_on)
-    optimizer.take_state(StoredState(folder, manifest, keys))
+    optimizer.take_state(StoredState(folder, manifest, keys, files).without(set()))
     if options:
         _restore_options(optimizer, going_on, configs, records, manifest)
     steps = sorted({records[parameter.key]["steps"] for parameter in going_on})
@@ -115,19 +126,41 @@ def _joined(path: Path, ranks: Sequence[_Seen]) -> tuple[dict[str, str], set[str
     return unfit, {key for seen in ranks for key in seen.keys}
 
 
-def _checked_manifest(path: Path, group: dist.ProcessGroup | None) -> Manifest:
-    """The manifest, after this rank has checked its share of the files.
+def _opened(path: Path) -> tuple[Manifest, TensorFiles]:
+    """The manifest and the open files.
 
     Raises:
-        CheckpointError: if there is no complete checkpoint, or a file is damaged or cannot be read.
+        CheckpointError: if there is no complete checkpoint, or one that does not hold together.
     """
-    rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     try:
-        manifest = Manifest.read(path)
-        check_files(path / manifest.directory, dict(sorted(manifest.files.items())[rank::size]))
+        return open_checkpoint(path)
     except OSError as error:
         raise CheckpointError(str(error)) from error
-    return manifest
+
+
+def _verified(
+    files: TensorFiles, keys_of: Mapping[str, str], unfit: Mapping[str, str], group: dist.ProcessGroup | None
+) -> dict[str, str]:
+    """Verify this rank's part of the parameters that fit; returns which of them no rank can resume from, and why.
+
+    Args:
+        keys_of: keys by stored names.
+        unfit: keys of parameters that do not fit.
+
+    Raises:
+        CheckpointError: on all ranks, if a file is damaged or cannot be read.
+    """
+    rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    with on_all_ranks(group):
+        try:
+            found = files.verify(rank, size, {name for name, key in keys_of.items() if key not in unfit})
+        except OSError as error:
+            raise CheckpointError(str(error)) from error
+    return {
+        keys_of[name]: f"it was saved with values that are not finite, in {printable(tensor)}"
+        for part in all_gather_objects(found, group)
+        for name, tensor in part.items()
+    }
 
 
 def _incompatibilities(
@@ -165,7 +198,9 @@ def _other_options(record: Mapping[str, Any], config: ShampooConfig) -> str | No
     try:
         saved = ShampooConfig.from_saved(record)
     except OptionError as error:
-        return f"it was saved by another version: {error}"
+        return f"it was saved by another version: {printable(str(error))}"
+    except Exception as error:  # of a type that no option has
+        return f"it was saved with options that cannot be: {quoted(error)}"
     before, after = saved.shape_of_state(), config.shape_of_state()
     for name, value in after.items():
         if name not in options_with(NOT_STORED) and value != before[name]:
@@ -224,7 +259,7 @@ def _as_saved(
     manifest: Manifest,
 ) -> bool:
     """Whether a group already has the options with which all of its parameters were saved."""
-    if any(records[p.key].get("decays") != policies[p.key].decays for p in members):
+    if any(records[p.key]["decays"] != policies[p.key].decays for p in members):
         return False
     own = options_record(configs[group["shampoo_group"]], group["lr"])
     return all(manifest.groups[number] == own for number in {str(records[p.key]["group"]) for p in members})
@@ -243,10 +278,8 @@ def _restore_group(
     _take_over(group, config, saved)
     was = {}
     for parameter in members:
-        before, decays = saved[origin[parameter.key]], records[parameter.key].get("decays")
-        if decays is None:  # an older save
-            decays = decays_under(parameter, before)
-        was[parameter.key] = before.weight_decay if decays else 0.0
+        before = saved[origin[parameter.key]]
+        was[parameter.key] = before.weight_decay if records[parameter.key]["decays"] else 0.0
     _restore_decay(group, [p for p in members if not p.frozen], config, was)
 
 

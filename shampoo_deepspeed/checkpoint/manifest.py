@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +17,24 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed._version import __version__
-from shampoo_deepspeed.geometry.blocks import even_cuts
+from shampoo_deepspeed.checkpoint.errors import CheckpointError, MissingError, printable, quoted
+from shampoo_deepspeed.checkpoint.schema import FORMAT, SchemaError, check, parse
+from shampoo_deepspeed.checkpoint.tensor_files import TensorFiles, open_file, read_range
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
-from shampoo_deepspeed.runtime.progress import LARGE, UNSHOWN, mebibytes, progress
 from shampoo_deepspeed.state.block_codec import BlockLayout
 
-FORMAT = 1
 NAME = "manifest.json"
+# A manifest is shorter than the data that it describes, except that of parameters without state. More is not read.
+MOST_BYTES, MOST_VALUES = 1 << 24, 1 << 20
+DATA_PER_VALUE = 16  # bytes
 
 _NUMBERED = re.compile(r"(.+)@[0-9]*", re.DOTALL)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is incomplete, damaged, of an unknown format, or does not fit; the message says which and why."""
+_HEAD = re.compile(rb'\{"format": ([0-9]{1,9}), "crc32": "([0-9a-f]{8})", "body": ')
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of ``manifest.json``.
+    """The contents of ``manifest.json``; ``schema.py`` has the kind and the range of every field.
 
     Args:
         directory: name of the folder next to this file that holds the tensors.
@@ -41,9 +43,10 @@ class Manifest:
         parameters: for each stored name ``shape``, ``group``, ``steps``, and ``options``: the number of the group or of
             a rule in it, with a suffix for blocks of another dtype or of an earlier save. Also ``merged``, the shape
             that is cut into blocks, and ``cuts``, their lengths along each dim (both None if element-wise). With
-            expert parallelism also ``parts``, the number of ranks that hold different ones.
-        layouts: a block's bytes, by ``"options:shape"`` as ``layout_key`` gives it.
-        files: ``bytes`` and ``crc32`` of each file in the folder.
+            expert parallelism also ``parts``, the number of ranks that hold different ones. ``blocks`` and
+            ``tensors`` say where its state is, with checksums; `tensor_files` reads them.
+        layouts: a block's tensors, by ``"options:shape"`` as ``layout_key`` gives it.
+        files: ``bytes`` of each file in the folder.
         versions: of this package and torch, when it was written; for people.
     """
 
@@ -61,60 +64,126 @@ class Manifest:
         """Read the manifest of a checkpoint.
 
         Raises:
-            CheckpointError: if there is none, or it is damaged or of another format.
+            CheckpointError: if there is none, or it is damaged, of another format, or says what no save can have said.
         """
-        file = path / NAME
-        if not file.is_file():
+        file, data = path / NAME, _data_bytes(path)
+        try:
+            content = _content(file, MOST_BYTES + data)
+        except MissingError:
             begun = any(path.glob("data-*")) if path.is_dir() else False
             raise CheckpointError(
                 f"{path} holds no complete Shampoo checkpoint: it has no {NAME}"
                 + ("; a save into it was interrupted" if begun else "")
-            )
+            ) from None
+        body = _body(file, content, MOST_VALUES + data // DATA_PER_VALUE)
         try:
-            content = json.loads(file.read_bytes())
-            body = content["body"]
-            intact = content["crc32"] == _checksum(body)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file} is damaged: {error!r}") from error
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
-        if not intact:
-            raise CheckpointError(f"{file} is damaged: its checksum is not the one that was saved")
-        if body.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{file} has format {body.get('format')!r}, and this version of shampoo_deepspeed reads {FORMAT}"
-            )
-        known = {name: body[name] for name in (f.name for f in fields(cls)) if name in body or name != "versions"}
-        known["parameters"] = {name: _completed(record) for name, record in body["parameters"].items()}
-        known["layouts"] = {
-            key: [(name, dtype, tuple(shape)) for name, dtype, shape in layout]
-            for key, layout in body["layouts"].items()
+            check(body)
+        except SchemaError as error:
+            raise CheckpointError(f"{file} is not valid: {error}") from None
+        layouts = {
+            key: [(name, kind, tuple(shape)) for name, kind, shape in layout] for key, layout in body["layouts"].items()
         }
-        return cls(**known)
+        return cls(**{**body, "layouts": layouts})
+
+    def open_files(self, path: Path) -> TensorFiles:
+        """The data files that belong to this manifest of a checkpoint."""
+        return TensorFiles(path / self.directory, self.files, self.parameters, self.layouts)
 
     def commit(self, path: Path) -> None:
-        """Put the manifest into its place by one rename, so that a reader sees the old checkpoint or the new one."""
-        body = {"format": FORMAT, **asdict(self)}
-        content = json.dumps({"crc32": _checksum(body), "body": body}, indent=1)
+        """Put the manifest into its place by one rename, so that a reader sees the old checkpoint or the new one.
+
+        Raises:
+            CheckpointError: if it could not be read again: the ranks' parts do not make up a whole.
+        """
+        body = json.loads(json.dumps(vars(self)))
+        try:
+            check(body)
+        except SchemaError as error:
+            raise CheckpointError(f"the ranks' parts do not make up a whole checkpoint: {error}") from None
         aside = path / f"{NAME}.{self.directory}"
         try:
-            with aside.open("w", encoding="utf-8") as stream:
-                stream.write(content)
+            with aside.open("wb") as stream:
+                stream.write(encoded(body))
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(aside, path / NAME)
-        except OSError:
+        except BaseException:
             aside.unlink(missing_ok=True)
             raise
         sync_directory(path)
 
 
-def _completed(record: dict[str, Any]) -> dict[str, Any]:
-    """Complete a record from before rules existed: blocks had one size, ``max_dim``, and the group's options."""
-    if "cuts" in record:
-        return record
-    cuts = [list(along) for along in even_cuts(record["merged"], record["max_dim"])] if record["merged"] else None
-    return {**record, "options": record["group"], "cuts": cuts}
+def encoded(body: Mapping[str, Any]) -> bytes:
+    """The file of a manifest; each parameter and each layout is on a line of its own, for people."""
+    parts = []
+    for name, value in body.items():
+        text = json.dumps(value)
+        if name in ("parameters", "layouts", "groups") and value:
+            text = "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(item)}" for key, item in value.items()) + "}"
+        parts.append(f"{json.dumps(name)}: {text}")
+    inner = ("{\n" + ",\n".join(parts) + "}").encode()
+    return b'{"format": %d, "crc32": "%s", "body": %s}\n' % (FORMAT, checksum(inner).encode(), inner)
+
+
+def _content(file: Path, most_bytes: int) -> bytes:
+    with open_file(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > most_bytes:
+            raise CheckpointError(
+                f"{file} is damaged: it has {size:,} bytes, and the data next to it need at most {most_bytes:,}"
+            )
+        content = bytearray(size)
+        read_range(stream, file, 0, memoryview(content))
+    return bytes(content)
+
+
+def _data_bytes(path: Path) -> int:
+    """How much data lies in a checkpoint's folder, of any save; holes in files do not count."""
+    found = 0
+    for folder in path.glob("data-*"):
+        with suppress(OSError):
+            if not folder.is_symlink():
+                stats = [entry.stat(follow_symlinks=False) for entry in os.scandir(folder)]
+                found += sum(min(s.st_size, 8 * 512 * s.st_blocks) for s in stats if stat.S_ISREG(s.st_mode))
+    return found
+
+
+def _body(file: Path, content: bytes, most_values: int) -> Any:
+    """What a manifest says; only its checksum and its format have been checked.
+
+    Raises:
+        CheckpointError: if it is damaged, or of another format.
+    """
+    head = _HEAD.match(content)
+    try:
+        if head is None or int(head[1]) != FORMAT:
+            raise CheckpointError(_other_format(file, parse(content, most_values)))
+        inner = content[head.end() : -2]
+        if content[-2:] != b"}\n" or checksum(inner).encode() != head[2]:
+            raise CheckpointError(f"{file} is damaged: its checksum is not the one that was saved")
+        return parse(inner, most_values)
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {printable(str(error))}") from None
+
+
+def _other_format(file: Path, content: Any) -> str:
+    """Why a JSON file that does not begin like a manifest of this format cannot be read."""
+    found = content.get("format") if isinstance(content, dict) else None
+    if found is None and isinstance(content, dict) and isinstance(content.get("body"), dict):
+        found = content["body"].get("format")
+    if found == 1:
+        return (
+            f"{file} is of format 1, which only development versions before the first release wrote, and which is no "
+            "longer read because reading it could run code: load it with the version that saved it"
+        )
+    if found is None or found == FORMAT:
+        return f"{file} is damaged: it does not begin as a manifest of format {FORMAT} does"
+    return f"{file} has format {quoted(found)}, and this version of shampoo_deepspeed reads {FORMAT}"
+
+
+def checksum(content: bytes | bytearray | memoryview) -> str:
+    """CRC-32 of bytes, as eight hexadecimal digits."""
+    return f"{zlib.crc32(content):08x}"
 
 
 def stored_name(key: str, part: int | None) -> str:
@@ -133,11 +202,6 @@ def base_key(name: str) -> str:
     return found[1] if found else name
 
 
-def layout_key(options: int | str, shape: Sequence[int]) -> str:
-    """The key of a block layout: saved number of its options and block shape."""
-    return f"{options}:{'x'.join(map(str, shape))}"
-
-
 def options_record(config: ShampooConfig, lr: float | Tensor) -> dict[str, Any]:
     """A group's options as a manifest has them, in JSON types; ``lr`` is the present one."""
     record: dict[str, Any] = json.loads(
@@ -148,42 +212,21 @@ def options_record(config: ShampooConfig, lr: float | Tensor) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The versions that a manifest records."""
-    return {"shampoo_deepspeed": __version__, "torch": torch.__version__}
+    return {"shampoo_deepspeed": __version__, "torch": str(torch.__version__)}
 
 
-def check_files(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check files in a folder against what a manifest records of them.
-
-    Raises:
-        CheckpointError: naming the first file that is not as it was written.
-    """
-    total = sum(expected["bytes"] for expected in files.values())
-    with progress("checking the checkpoint", total, mebibytes) if total >= LARGE else UNSHOWN as advance:
-        for name, expected in sorted(files.items()):
-            file = directory / name
-            if not file.is_file():
-                raise CheckpointError(f"{file} is missing")
-            size = file.stat().st_size
-            if size != expected["bytes"]:
-                raise CheckpointError(
-                    f"{file} has {size} bytes and should have {expected['bytes']}: it was cut short or changed"
-                )
-            if checksum(file, advance) != expected["crc32"]:
-                raise CheckpointError(f"{file} is damaged: its checksum is not the one that was saved")
-
-
-def checksum(file: Path, advance: Callable[[int], None] = lambda _: None) -> str:
-    """CRC-32 of a file's bytes, as eight hexadecimal digits."""
-    value = 0
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            value = zlib.crc32(piece, value)
-            advance(len(piece))
-    return f"{value:08x}"
+def other_saves(path: Path) -> list[str]:
+    """Folders with a complete save in or below a checkpoint's folder, other than the one that its manifest names."""
+    found = []
+    for file in sorted({*path.glob("*/manifest.json"), *path.glob("*/*/manifest.json")}):
+        with suppress(CheckpointError, OSError):
+            if (file.parent / Manifest.read(file.parent).directory).is_dir():
+                found.append(printable(str(file.parent)))
+    return found
 
 
 def sync_directory(path: Path) -> None:
-    """Make a rename in a folder durable."""
+    """Make what was created and renamed in a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -191,5 +234,31 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _checksum(body: Any) -> str:
-    return f"{zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x}"
+def open_checkpoint(path: Path) -> tuple[Manifest, TensorFiles]:
+    """The manifest and the open files of a checkpoint; those of the new one if a save replaces it now.
+
+    Raises:
+        CheckpointError: if there is no complete checkpoint, or a file is missing or does not fit the manifest.
+    """
+    manifest = Manifest.read(path)
+    while True:
+        try:
+            return manifest, manifest.open_files(path)
+        except MissingError as error:
+            again = Manifest.read(path)
+            if again.directory == manifest.directory:
+                raise CheckpointError(_missing(path, manifest, error)) from None
+            manifest = again
+
+
+def _missing(path: Path, manifest: Manifest, error: MissingError) -> str:
+    """What to say of a manifest whose files are not there."""
+    if (path / manifest.directory).exists():
+        return str(error)
+    there = sorted(printable(found.name) for found in path.glob("data-*")) or ["none"]
+    saves = other_saves(path)
+    return (
+        f"{path / NAME} names {manifest.directory}, which is missing; the folders of data there are "
+        f"{', '.join(there[:3])}{', ...' * (len(there) > 3)}, and "
+        + (f"other complete saves are {', '.join(saves[:3])}" if saves else "no other complete save is in it")
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import shutil
@@ -21,27 +20,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_deepspeed.checkpoint.async_writer import WRITER
+from shampoo_deepspeed.checkpoint.errors import CheckpointError
+from shampoo_deepspeed.checkpoint.lock import FolderLock
 from shampoo_deepspeed.checkpoint.manifest import NAME as MANIFEST
 from shampoo_deepspeed.checkpoint.manifest import (
-    CheckpointError,
     Manifest,
     base_key,
-    checksum,
-    layout_key,
     options_record,
     stored_name,
     sync_directory,
     versions,
 )
+from shampoo_deepspeed.checkpoint.schema import layout_key
 from shampoo_deepspeed.checkpoint.stored_state import StoredState
-from shampoo_deepspeed.checkpoint.tensor_store import INDEX, Item, write
+from shampoo_deepspeed.checkpoint.tensor_files import (
+    Item,
+    Place,
+    Written,
+    file_name,
+    in_order,
+    sizes,
+    stored_form,
+    write,
+)
 from shampoo_deepspeed.distributed.collectives import decide_on_first_rank, job_group, on_all_ranks
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.boxes import Box
 from shampoo_deepspeed.options.rules import STRIDE
-from shampoo_deepspeed.state.block_codec import BlockLayout, Form, block_layout, block_size, dtype_name, packed
+from shampoo_deepspeed.state.block_codec import BlockLayout, Form, block_layout, dtype_name, stored_tensors
 from shampoo_deepspeed.state.state_dict import SavedState, view_of
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 from shampoo_deepspeed.state.unwrap import unwrap
@@ -106,10 +114,6 @@ def save_shampoo(
     future = WRITER.submit(optimizer, folder, job, group) if asynchronous else _attempt(job)
     if not asynchronous:
         future.result()
-    # Loaded state may still be in files that this save has replaced, and the next step may read it.
-    waiting = keeper.waiting
-    if isinstance(waiting, StoredState) and waiting.has_left and future.exception() is None:
-        keeper.waiting = StoredState(folder, Manifest.read(folder), waiting.keys)
     return future
 
 
@@ -125,6 +129,8 @@ class Share:
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
     layouts: dict[str, BlockLayout] = field(default_factory=dict)
     items: list[Item] = field(default_factory=list)
+    written: list[Written] = field(default_factory=list)
+    bytes: int = 0  # of the rank's file
 
 
 def share_of(optimizer: BlockOptimizer, form: Form, copies: bool = False) -> Share:
@@ -141,21 +147,32 @@ def share_of(optimizer: BlockOptimizer, form: Form, copies: bool = False) -> Sha
     share = Share(groups, optimizer.rejected_steps)
     _add_waiting(share, optimizer, form)
     for unit in optimizer.units:
-        _add_unit(share, unit, optimizer.policies, form)
-    if copies:
-        share.items = [replace(item, content=_constant(item.content())) for item in share.items]
+        state = SavedState.of_units([unit], share.rejected_steps)
+        _add_unit(share, unit, _copied(state) if copies else state, optimizer.policies, form)
     return share
 
 
-def _add_unit(share: Share, unit: StepUnit, policies: Mapping[str, Policy], form: Form) -> None:
+def _copied(state: SavedState) -> SavedState:
+    """The state with a copy of every tensor on the CPU: one copy for each stack, not for each block."""
+    return replace(
+        state,
+        stacks=[replace(stack, tensors=_copies(stack.tensors)) for stack in state.stacks],
+        elementwise=[replace(part, tensors=_copies(part.tensors)) for part in state.elementwise],
+        buffers=[replace(found, buffer=found.buffer.detach().to("cpu", copy=True)) for found in state.buffers],
+    )
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _add_unit(share: Share, unit: StepUnit, state: SavedState, policies: Mapping[str, Policy], form: Form) -> None:
     """Add a unit's state and, on its first rank, the records of its parameters."""
-    state, part = SavedState.of_units([unit], share.rejected_steps), unit.layout.part
+    part = unit.layout.part
     names = {p.key: stored_name(p.key, part) for p in unit.parameters}
     # Blocks of another dtype have other bytes.
     suffix = "" if unit.dtype == torch.float32 else f" in {dtype_name(unit.dtype)}"
-    options = {
-        p.key: f"{policies[p.key].options}{suffix}" if suffix else policies[p.key].options for p in unit.parameters
-    }
+    options = {p.key: f"{policies[p.key].options}{suffix}" for p in unit.parameters}
     if unit.rank == 0:
         parts = {} if part is None else {"parts": unit.layout.parts}
         for p in unit.parameters:
@@ -171,7 +188,7 @@ def _add_waiting(share: Share, optimizer: BlockOptimizer, form: Form) -> None:
     in_units = {p.key for unit in optimizer.units for p in unit.parameters}
     known = {e.parameter.key: e.parameter for e in optimizer.entries if e.parameter.key not in in_units}
     names = {key: stored_name(key, None) for key in known}
-    options = {key: optimizer.policies[key].options for key in known}
+    options = {key: str(optimizer.policies[key].options) for key in known}
     steps = {} if waiting is None else waiting.steps
     for key, parameter in known.items():
         share.parameters[names[key]] = _record(parameter, steps.get(key, 0), optimizer.policies[key], options[key])
@@ -191,7 +208,7 @@ def _add_stored(share: Share, waiting: StoredState, known: Mapping[str, Paramete
         key = base_key(name)
         if key in waiting.keys:
             options = _of_save(record["options"], directory)
-            share.parameters[name] = {**record, "group": known[key].group, "options": options}
+            share.parameters[name] = {**record, "group": known[key].group, "options": options, **_nothing_written()}
             used.add(options)
     for found, layout in waiting.manifest.layouts.items():
         saved_options, _, shape = found.rpartition(":")
@@ -201,12 +218,12 @@ def _add_stored(share: Share, waiting: StoredState, known: Mapping[str, Paramete
     share.items += waiting.items()
 
 
-def _of_save(options: int | str, directory: str) -> str:
+def _of_save(options: str, directory: str) -> str:
     """The options number in layout keys for blocks that an earlier save has written."""
-    return str(options) if " of " in str(options) else f"{options} of {directory}"
+    return options if " of " in options else f"{options} of {directory}"
 
 
-def _record(parameter: Parameter, steps: int, policy: Policy, options: int | str) -> dict[str, Any]:
+def _record(parameter: Parameter, steps: int, policy: Policy, options: str) -> dict[str, Any]:
     blocks = policy.reason is None
     return {
         "shape": list(parameter.shape),
@@ -216,10 +233,15 @@ def _record(parameter: Parameter, steps: int, policy: Policy, options: int | str
         "merged": list(policy.merged) if blocks else None,
         "cuts": [list(along) for along in policy.cuts] if blocks else None,
         "decays": policy.decays,
+        **_nothing_written(),
     }
 
 
-def _layouts(state: SavedState, options: Mapping[str, int | str], form: Form) -> dict[str, BlockLayout]:
+def _nothing_written() -> dict[str, Any]:
+    return {"blocks": [], "tensors": {}}
+
+
+def _layouts(state: SavedState, options: Mapping[str, str], form: Form) -> dict[str, BlockLayout]:
     """The layouts of a state's blocks, by the options of their parameters and their shape."""
     found = {}
     for stack in state.stacks:
@@ -240,28 +262,25 @@ def _items(
     """
     for stack in state.stacks:
         layout = block_layout(stack, form)
-        size = block_size(layout)
+        tensors = stored_form(layout)
         for row, key in enumerate(stack.keys):
             parameter, _, index = key.rpartition("/")
-            name = f"blocks/{names[parameter]}/{index}"
-            yield Item(name, (size,), Box((0,), (size,)), torch.uint8, partial(packed, stack, row, layout))
+            place = Place(names[parameter], int(index))
+            yield Item(place, tensors, partial(stored_tensors, stack, row, layout))
     for part in state.elementwise:
         dtypes = {moment: form.dtype(moment, tensor) for moment, tensor in sorted(part.tensors.items())}
-        for key, elements, place in part.ranges():
+        for key, elements, where in part.ranges():
             for moment, dtype in dtypes.items():
-                values, name = part.tensors[moment][slice(*place)], f"elementwise/{names[key]}/{moment}"
-                box = Box((elements.start,), (values.numel(),))
-                yield Item(name, (math.prod(shapes[key]),), box, dtype, partial(values.to, dtype))
+                values = part.tensors[moment][slice(*where)]
+                place = Place(names[key], f"elementwise/{moment}", Box((elements.start,), (values.numel(),)))
+                made = partial(values.to, dtype)
+                yield Item(place, (("", dtype, (values.numel(),)),), made)
     for found in state.buffers:
         dtype = form.dtype(found.kind, found.buffer)
         for key, placed in found.places():
-            values, name = view_of(found.buffer, placed), f"shards/{names[key]}/{found.kind}"
-            yield Item(name, shapes[key], placed.box, dtype, partial(values.to, dtype))
-
-
-def _constant(tensor: Tensor) -> Callable[[], Tensor]:
-    copy = tensor.detach().cpu().clone()
-    return lambda: copy
+            place = Place(names[key], f"shards/{found.kind}", placed.box)
+            made = partial(view_of(found.buffer, placed).to, dtype)
+            yield Item(place, (("", dtype, placed.box.lengths),), made)
 
 
 def _attempt(function: Callable[[], Any]) -> Future[Any]:
@@ -278,59 +297,80 @@ def write_checkpoint(path: Path, share: Future[Share], group: dist.ProcessGroup 
     """Write the shares of all ranks.
 
     Raises:
-        CheckpointError: on all ranks, if one of them fails or could not make its share.
+        CheckpointError: on all ranks, if one of them fails or could not make its share, or if another job is saving
+            into the folder.
     """
+    lock: list[FolderLock] = []  # on the first rank, which holds it for all
     try:
         with on_all_ranks(group):
             own = share.result()
-        directory = path / decide_on_first_rank(None, lambda _: _new_folder(path), group)
+        directory = path / decide_on_first_rank(None, lambda _: _new_folder(path, lock), group)
         try:
-            write(own.items, directory, group)
+            leave = set(decide_on_first_rank(sizes(own.items), _written_by_others, group)[_rank(group)])
             with on_all_ranks(group):
-                files = _written_files(directory, group)
-            shares = (replace(own, items=[]), files)
-            decide_on_first_rank(shares, lambda found: _complete(path, directory, found), group)
-        except Exception:
-            if _rank(group) == 0 and _not_in_use(path, directory):
+                items = [item for number, item in enumerate(own.items) if number not in leave]
+                written, size = write(items, directory, _rank(group)) if items else ([], 0)
+            sent = replace(own, items=[], written=written, bytes=size)
+            decide_on_first_rank(sent, lambda found: _complete(path, directory, found, lock), group)
+        except BaseException:
+            if lock and _not_in_use(path, directory):
                 shutil.rmtree(directory, ignore_errors=True)
             raise
     except Exception as error:
         raise CheckpointError(f"{path} cannot be written: {str(error) or repr(error)}") from error
+    finally:
+        for held in lock:
+            held.release()
 
 
 def _rank(group: dist.ProcessGroup | None) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
-def _new_folder(path: Path) -> str:
+def _new_folder(path: Path, lock: list[FolderLock]) -> str:
+    """Lock the checkpoint's folder, and make one for this save's data in it."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock.append(FolderLock.acquire(path))
     folder = f"data-{uuid.uuid4().hex[:12]}"  # must match _OURS
-    (path / folder).mkdir(parents=True)
+    (path / folder).mkdir()
     return folder
 
 
-def _written_files(directory: Path, group: dist.ProcessGroup | None) -> dict[str, dict[str, Any]]:
-    """Size and checksum of each file that this rank has written."""
-    rank = _rank(group)
-    own = [*directory.glob(f"__{rank}_*"), *([directory / INDEX] if rank == 0 else [])]
-    return {file.name: {"bytes": file.stat().st_size, "crc32": checksum(file)} for file in own}
+def _written_by_others(ranks: Sequence[Sequence[tuple[Place, int]]]) -> list[list[int]]:
+    """For each rank the numbers of its items that another rank writes: one writes what several hold, by load."""
+    holders: dict[Place, list[tuple[int, int]]] = {}
+    for rank, offers in enumerate(ranks):
+        for number, (place, _) in enumerate(offers):
+            holders.setdefault(place, []).append((rank, number))
+    loads, leave = [0] * len(ranks), [list[int]() for _ in ranks]
+    for _, found in sorted(holders.items(), key=lambda holder: len(holder[1])):  # those without a choice first
+        writer, own = min(found, key=lambda place: loads[place[0]])
+        loads[writer] += ranks[writer][own][1]
+        for rank, number in found:
+            if rank != writer:
+                leave[rank].append(number)
+    return leave
 
 
-def _complete(path: Path, directory: Path, found: Sequence[tuple[Share, Mapping[str, Any]]]) -> None:
-    """Put the manifest of all ranks' shares and files in place, and remove what it has replaced."""
-    manifest = _joined([share for share, _ in found], directory.name)
-    manifest = replace(manifest, files={name: facts for _, files in found for name, facts in files.items()})
+def _complete(path: Path, directory: Path, shares: Sequence[Share], lock: Sequence[FolderLock]) -> None:
+    """Put the manifest of all ranks' shares in place, and remove what it has replaced."""
+    manifest = _joined(shares, directory.name)
     unseen = sorted(name for name in manifest.files if not (directory / name).is_file())
     if unseen:
         raise CheckpointError(
             f"{', '.join(unseen[:3])} of other ranks cannot be seen here: all ranks must share the folder"
         )
     sync_directory(directory)
+    for held in lock:
+        held.check()
     manifest.commit(path)
     _remove_replaced(path, manifest.directory)
+    for held in lock:
+        held.release()
 
 
 def _joined(shares: Sequence[Share], directory: str) -> Manifest:
-    """The manifest of all ranks' shares, without files."""
+    """The manifest of all ranks' shares."""
     parameters: dict[str, Any] = {}
     for share in shares:
         for name, record in share.parameters.items():
@@ -338,15 +378,33 @@ def _joined(shares: Sequence[Share], directory: str) -> Manifest:
                 parameters[name] = record
     # A rank that has not stepped a parameter yet does not know its expert-parallel part.
     whole = {base_key(name) for name in parameters if "@" in name and base_key(name) != name and name[-1] != "@"}
+    records = {name: record for name, record in sorted(parameters.items()) if name not in whole}
+    _add_written(records, shares)
     return Manifest(
         directory=directory,
         world_size=len(shares),
         rejected_steps=max(share.rejected_steps for share in shares),
         groups={number: options for share in shares for number, options in share.groups.items()},
-        parameters={name: record for name, record in sorted(parameters.items()) if name not in whole},
+        parameters=records,
         layouts={key: layout for share in shares for key, layout in share.layouts.items()},
+        files={file_name(rank): {"bytes": share.bytes} for rank, share in enumerate(shares) if share.written},
         versions=versions(),
     )
+
+
+def _add_written(records: Mapping[str, dict[str, Any]], shares: Sequence[Share]) -> None:
+    """Add to the parameters' records where all ranks have written their state, and the checksums."""
+    for rank, found in in_order([share.written for share in shares]):
+        place, record = found.place, records.get(found.place.parameter)
+        if record is None:
+            raise CheckpointError(f"a rank has written {place}, and no rank knows that parameter")
+        if place.box is None:
+            if place.part != len(record["blocks"]):
+                raise CheckpointError(f"block {len(record['blocks'])} of {place.parameter!r} is on no rank, or on two")
+            record["blocks"].append([rank, found.checksums])
+        else:
+            boxes = record["tensors"].setdefault(place.part, {"dtype": found.dtype, "boxes": []})["boxes"]
+            boxes.append([rank, list(place.box.offsets), list(place.box.lengths), found.checksums])
 
 
 def _not_in_use(path: Path, directory: Path) -> bool:
@@ -372,7 +430,7 @@ def _remove_replaced(path: Path, directory: str) -> None:
         return
     for old in replaced:
         try:
-            if old.is_dir():
+            if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
             else:
                 old.unlink()

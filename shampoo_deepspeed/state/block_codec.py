@@ -1,4 +1,4 @@
-"""Converts a block's state to bytes and back: its tensors, one after the other, each in its stored form."""
+"""Converts a block's state to stored tensors and back, each by itself or all of them as bytes."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def block_size(layout: BlockLayout) -> int:
     return sum(_bytes(part) for part in layout)
 
 
-def packed(stack: StackState, row: int, layout: BlockLayout) -> Tensor:
-    """A block's state, a row of a stack, as bytes on the CPU."""
+def stored_tensors(stack: StackState, row: int, layout: BlockLayout) -> list[Tensor]:
+    """A block's state, a row of a stack, as the tensors of its layout, on the CPU."""
     flags = [int(stack.refreshed[row]) + 2 * int(stack.pending[row]), stack.failures[row]]
     status = torch.tensor(flags, dtype=torch.int64, device="cpu")  # under any default device
     parts = []
@@ -68,36 +68,30 @@ def packed(stack: StackState, row: int, layout: BlockLayout) -> Tensor:
         tensor = status if name == "status" else stack.tensors[name][row]
         if kind.endswith(TRIANGLE):
             tensor = tensor[_lower(tensor)]
-        parts.append(tensor.to(_dtype(kind)).contiguous().reshape(-1).view(torch.uint8).cpu())
-    return torch.cat(parts)
+        parts.append(tensor.to(_dtype(kind)).cpu().contiguous())
+    return parts
 
 
-def cut(blob: Tensor, layout: BlockLayout) -> list[Tensor]:
-    """The tensors of a stored block."""
-    pieces = torch.split(blob, [_bytes(part) for part in layout])
-    # A view as a wider dtype must be aligned for that dtype.
-    flat = [piece.clone().view(_dtype(kind)) for piece, (_, kind, _) in zip(pieces, layout, strict=True)]
+def packed(stack: StackState, row: int, layout: BlockLayout) -> Tensor:
+    """A block's state, a row of a stack, as bytes on the CPU."""
+    return torch.cat([part.reshape(-1).view(torch.uint8) for part in stored_tensors(stack, row, layout)])
+
+
+def whole_tensors(parts: Sequence[Tensor], layout: BlockLayout) -> list[Tensor]:
+    """The tensors of a block from those that were stored."""
     return [
-        _mirrored(piece, shape) if kind.endswith(TRIANGLE) else piece.view(tuple(shape))
-        for piece, (_, kind, shape) in zip(flat, layout, strict=True)
+        _mirrored(part, shape) if kind.endswith(TRIANGLE) else part.view(tuple(shape))
+        for part, (_, kind, shape) in zip(parts, layout, strict=True)
     ]
 
 
 def unpack(stack: BlockStack, row: int, layout: BlockLayout, blob: Tensor) -> None:
     """Load a block's bytes into a row, still without state, of a live stack."""
-    for (name, _, _), tensor in zip(layout, cut(blob, layout), strict=True):
-        if name == "status":
-            stack.refreshed[row], stack.failures[row], pending = read_status(tensor.tolist())
-            if pending:
-                stack.pending[row] = None  # the row's next step begins the refresh again
-        else:
-            stack.tensors[name][row].copy_(tensor)
-
-
-def read_status(status: Sequence[int]) -> tuple[bool, int, bool]:
-    """Whether the block was refreshed, failures in a row, whether a refresh is pending."""
-    flags, failures = status
-    return bool(flags & 1), int(failures), bool(flags & 2)
+    pieces = torch.split(blob, [_bytes(part) for part in layout])
+    # A view as a wider dtype must be aligned for that dtype.
+    parts = [piece.clone().view(_dtype(kind)) for piece, (_, kind, _) in zip(pieces, layout, strict=True)]
+    tensors = whole_tensors(parts, layout)
+    stack.load_row(row, {name: tensor for (name, _, _), tensor in zip(layout, tensors, strict=True)})
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""The checkpoint of format 1 that is kept in the tests: how it was made, and what later versions must load from it.
+"""The checkpoint of format 2 that is kept in the tests: how it was made, and what later versions must load from it.
 
 ``python -m tests.support.kept_checkpoint FOLDER`` makes one. The kept one is never replaced, because it stands for the
 checkpoints of users.
@@ -16,7 +16,7 @@ from torch import Tensor
 from shampoo_deepspeed import Shampoo, save_shampoo
 from tests.support.stepping import drive, parameter
 
-FOLDER = Path(__file__).parents[1] / "data" / "checkpoint_format_1"
+FOLDER = Path(__file__).parents[1] / "data" / "checkpoint_format_2"
 SAVED_AT, STEPS = 4, 7
 OPTIONS: dict[str, Any] = {
     "lr": 1e-2,

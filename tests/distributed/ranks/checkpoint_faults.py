@@ -17,16 +17,20 @@ from tests.support.stepping import drive, parameter, shampoo
 
 SAVING = {
     "prepare": "shampoo_deepspeed.checkpoint.save.share_of",
-    "sync": "torch.distributed.checkpoint.filesystem.os.fsync",
-    "checksum": "shampoo_deepspeed.checkpoint.save.checksum",
+    "data": "os.pwrite",
+    "sync": "os.fsync",
 }
 # Faults of the first rank, whose answer the others wait for.
 FIRST = {
     "folder": "shampoo_deepspeed.checkpoint.save.uuid.uuid4",
     "commit": "shampoo_deepspeed.checkpoint.save._complete",
+    "lock": "shampoo_deepspeed.checkpoint.save.FolderLock.acquire",
     "clearing": "pathlib.Path.is_file",
 }
-LOADING = {"manifest": "pathlib.Path.read_bytes", "damage": "shampoo_deepspeed.checkpoint.load.check_files"}
+LOADING = {
+    "manifest": "shampoo_deepspeed.checkpoint.manifest._content",
+    "damage": "shampoo_deepspeed.checkpoint.tensor_files.TensorFiles.verify",
+}
 
 
 def broken(*_: Any) -> None:

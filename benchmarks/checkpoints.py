@@ -1,0 +1,125 @@
+"""Seconds and bytes of a checkpoint: saving, saving in the background, and loading, on any number of ranks.
+
+    python -m benchmarks.checkpoints [--state-gb 1] [--rounds 3] [--folder DIR]
+    torchrun --nproc-per-node 2 -m benchmarks.checkpoints
+
+A load is `load_shampoo`, which checks the files, and what the next step takes longer than a step without a load. "held
+up" is how long a save in the background keeps the caller, and "copy" how long copying the state in memory takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from benchmarks.report import machine, table
+from shampoo_deepspeed import Shampoo, load_shampoo, save_shampoo
+
+WIDTH, BLOCK = 1024, 256
+OPTIONS: dict[str, Any] = {
+    "preconditioner": "shampoo",
+    "max_preconditioner_dim": BLOCK,
+    "start_preconditioning_step": 10**6,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a table of medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--state-gb", type=float, default=1.0, help="state of all ranks together")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", help="where to save; default: a temporary folder")
+    given = parser.parse_args(arguments)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    made = [given.folder or tempfile.mkdtemp(prefix="shampoo-checkpoints-")]
+    if dist.is_initialized():
+        dist.broadcast_object_list(made)
+    folder = Path(made[0])
+    rows = measured(given.state_gb, given.rounds, folder)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        print(machine())
+        print(table(("what", "median"), rows))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def measured(state_gb: float, rounds: int, folder: Path) -> list[tuple[str, str]]:
+    """The rows of the table."""
+    torch.manual_seed(0)
+    params, optimizer = build(state_gb)
+    step(params, optimizer)
+    times: dict[str, list[float]] = {}
+    path, futures = folder / "saved", []
+
+    def save_in_the_background() -> None:
+        futures.append(save_shampoo(optimizer, folder / "background", asynchronous=True))
+
+    for number in range(rounds):
+        times.setdefault("step", []).append(timed(lambda: step(params, optimizer)))
+        times.setdefault("save", []).append(timed(lambda: save_shampoo(optimizer, path)))
+        times.setdefault("save in the background, held up", []).append(timed(save_in_the_background))
+        futures[-1].result()
+        times.setdefault("copy", []).append(timed(lambda: copied(optimizer)))
+        times.setdefault("load", []).append(timed(lambda: load_shampoo(optimizer, path)))
+        times["load"][number] += timed(lambda: step(params, optimizer)) - times["step"][number]
+    nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    rows = [(name, f"{statistics.median(found):.3f} s") for name, found in times.items()]
+    return [*rows, ("bytes", f"{nbytes:,}")]
+
+
+def build(state_gb: float) -> tuple[list[nn.Parameter], Shampoo]:
+    """Parameters of 1024 x 1024 with this much state together, and their optimizer."""
+    count = max(1, round(state_gb * 1e9 / state_bytes(1)))
+    params = [nn.Parameter(torch.randn(WIDTH, WIDTH)) for _ in range(count)]
+    group = dist.group.WORLD if dist.is_initialized() else None
+    named = [(f"layers.{number}.weight", p) for number, p in enumerate(params)]
+    return params, Shampoo(named, process_group=group, **OPTIONS)
+
+
+def state_bytes(count: int) -> int:
+    """Bytes of the state of this many parameters."""
+    params = [nn.Parameter(torch.zeros(WIDTH, WIDTH)) for _ in range(count)]
+    optimizer = Shampoo([(str(n), p) for n, p in enumerate(params)], **OPTIONS)
+    step(params, optimizer)
+    return sum(t.nbytes for unit in optimizer.units for stack in unit.stacks for t in stack.tensors.values())
+
+
+def step(params: Sequence[nn.Parameter], optimizer: Shampoo) -> None:
+    """One step with constant gradients."""
+    for p in params:
+        p.grad = torch.full_like(p, 1e-2)
+    optimizer.step()
+
+
+def copied(optimizer: Shampoo) -> object:
+    """A copy of this rank's blocks in memory."""
+    return [t.clone() for unit in optimizer.units for stack in unit.stacks for t in stack.tensors.values()]
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of the slowest rank, which all ranks begin together."""
+    if dist.is_initialized():
+        dist.barrier()
+    begin = time.perf_counter()
+    work()
+    seconds = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return float(seconds)
+
+
+if __name__ == "__main__":
+    main()
