@@ -23,6 +23,7 @@ from shampoo_deepspeed.state.block_codec import BlockLayout
 FORMAT = 1
 NAME = "manifest.json"
 
+_ADDED = ("versions", "kept_by_others")  # fields that early manifests do not have
 _NUMBERED = re.compile(r"(.+)@[0-9]*", re.DOTALL)
 
 
@@ -45,6 +46,7 @@ class Manifest:
         layouts: a block's bytes, by ``"options:shape"`` as ``layout_key`` gives it.
         files: ``bytes`` and ``crc32`` of each file in the folder.
         versions: of this package and torch, when it was written; for people.
+        kept_by_others: what schedulers and users keep in each parameter group, such as ``initial_lr``, by its number.
     """
 
     directory: str
@@ -55,6 +57,7 @@ class Manifest:
     layouts: Mapping[str, BlockLayout]
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    kept_by_others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -84,7 +87,7 @@ class Manifest:
             raise CheckpointError(
                 f"{file} has format {body.get('format')!r}, and this version of shampoo_deepspeed reads {FORMAT}"
             )
-        known = {name: body[name] for name in (f.name for f in fields(cls)) if name in body or name != "versions"}
+        known = {name: body[name] for name in (f.name for f in fields(cls)) if name in body or name not in _ADDED}
         known["parameters"] = {name: _completed(record) for name, record in body["parameters"].items()}
         known["layouts"] = {
             key: [(name, dtype, tuple(shape)) for name, dtype, shape in layout]

@@ -40,6 +40,7 @@ from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.boxes import Box
+from shampoo_deepspeed.options.param_groups import kept_by_others
 from shampoo_deepspeed.options.rules import STRIDE
 from shampoo_deepspeed.state.block_codec import BlockLayout, Form, block_layout, block_size, dtype_name, packed
 from shampoo_deepspeed.state.state_dict import SavedState, view_of
@@ -125,6 +126,7 @@ class Share:
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
     layouts: dict[str, BlockLayout] = field(default_factory=dict)
     items: list[Item] = field(default_factory=list)
+    kept_by_others: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def share_of(optimizer: BlockOptimizer, form: Form, copies: bool = False) -> Share:
@@ -134,11 +136,13 @@ def share_of(optimizer: BlockOptimizer, form: Form, copies: bool = False) -> Sha
         form: of the state on disk.
         copies: copy the tensors to the CPU, because the next step changes the live ones.
     """
+    optimizer.take_waiting()
     live = {group["shampoo_group"]: group["lr"] for group in optimizer.param_groups}
     # A framework may have removed groups that have no parameters.
     configs = {number: config for number, config in optimizer.configs().items() if number < STRIDE}
     groups = {str(n): options_record(config, live.get(n, config.lr)) for n, config in configs.items()}
-    share = Share(groups, optimizer.rejected_steps)
+    others = {str(group["shampoo_group"]): kept_by_others(group) for group in optimizer.param_groups}
+    share = Share(groups, optimizer.rejected_steps, kept_by_others=others)
     _add_waiting(share, optimizer, form)
     for unit in optimizer.units:
         _add_unit(share, unit, optimizer.policies, form)
@@ -346,6 +350,7 @@ def _joined(shares: Sequence[Share], directory: str) -> Manifest:
         parameters={name: record for name, record in sorted(parameters.items()) if name not in whole},
         layouts={key: layout for share in shares for key, layout in share.layouts.items()},
         versions=versions(),
+        kept_by_others={number: kept for share in shares for number, kept in share.kept_by_others.items()},
     )
 
 

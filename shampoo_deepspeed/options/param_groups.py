@@ -25,12 +25,41 @@ _OTHERS_KEYS = {
     "params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "name", "moe",
     "shampoo_group",
 }  # fmt: skip
+_NAMES_OF_GROUPS = {"params", "param_names", "name", "moe", "shampoo_group"}
 _OWN = {*GIVEN_NAMES, *ALIASES, *IGNORED, *ONLY_FALSE}
 
 
 def group_options(config: ShampooConfig) -> dict[str, Any]:
     """The options as a parameter group holds them."""
     return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def kept_by_others(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What schedulers and users keep in a group in addition to options, in JSON types; other values are left out.
+
+    What says which group it is stays out too.
+    """
+    found = {key: _in_json(value) for key, value in group.items() if key not in {*OPTION_NAMES, *_NAMES_OF_GROUPS}}
+    return {key: value for key, value in found.items() if value is not _NOT_JSON}
+
+
+_NOT_JSON = object()
+
+
+def _in_json(value: Any) -> Any:
+    """A number, a string, None or a list or dict of these, in JSON types; `_NOT_JSON` for anything else."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        inner = [_in_json(item) for item in value]
+        return _NOT_JSON if _NOT_JSON in inner else inner
+    if isinstance(value, Mapping):
+        named = {key: _in_json(item) for key, item in value.items()}
+        fits = all(isinstance(key, str) for key in named) and _NOT_JSON not in named.values()
+        return named if fits else _NOT_JSON
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # of torch or numpy
+        return _in_json(value.item())
+    return _NOT_JSON
 
 
 def unknown_keys(group: Mapping[str, Any]) -> set[str]:
