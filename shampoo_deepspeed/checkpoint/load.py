@@ -21,6 +21,7 @@ from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy, decays_under
 from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import NOT_STORED, OPTION_NAMES, SCHEDULED, ShampooConfig, options_with
+from shampoo_deepspeed.options.param_groups import from_json
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 from shampoo_deepspeed.state.unwrap import unwrap
 
@@ -227,7 +228,7 @@ def _restore_kept_by_others(group: dict[str, Any], saved: set[str], manifest: Ma
         elif isinstance(group.get(key), tuple):
             group[key] = tuple(found[0][key])
         else:
-            _put(group, key, found[0][key])
+            _put(group, key, from_json(found[0][key]))
     if differing:
         logger.warning(
             "group %s keeps its own %s: its parameters were in the groups %s of the checkpoint, which differ in them",

@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
+
 from shampoo_deepspeed.options.checks import OptionError, short
+from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import (
     GIVEN_NAMES,
     OPTION_NAMES,
@@ -44,6 +47,7 @@ def kept_by_others(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _NOT_JSON = object()
+_TENSOR, _DTYPE = "tensor of 0 dims", "dtype"  # schedulers keep such tensors if lr is one
 
 
 def _in_json(value: Any) -> Any:
@@ -57,9 +61,22 @@ def _in_json(value: Any) -> Any:
         named = {key: _in_json(item) for key, item in value.items()}
         fits = all(isinstance(key, str) for key in named) and _NOT_JSON not in named.values()
         return named if fits else _NOT_JSON
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # of torch or numpy
+    if isinstance(value, torch.Tensor) and value.ndim == 0 and _name(value.dtype) in DTYPES:
+        return {_TENSOR: value.item(), _DTYPE: _name(value.dtype)}
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # numpy's
         return _in_json(value.item())
     return _NOT_JSON
+
+
+def from_json(value: Any) -> Any:
+    """A value as `kept_by_others` found it, but lists for tuples."""
+    if isinstance(value, Mapping) and set(value) == {_TENSOR, _DTYPE}:
+        return torch.tensor(value[_TENSOR], dtype=DTYPES[value[_DTYPE]], device="cpu")
+    return value
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def unknown_keys(group: Mapping[str, Any]) -> set[str]:
