@@ -24,17 +24,21 @@ from torch.optim import lr_scheduler
 from shampoo_deepspeed import Shampoo, load_shampoo, save_shampoo
 from tests.support.stepping import made_up, same_bits, shampoo, snapshot, state_of, through_a_file
 
-# No gradient ever reaches `spare` in some of the tests; `frozen` is frozen in some.
-NAMES = ("used", "frozen", "spare", "bias")
-Run = tuple[nn.Module, Shampoo]
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = ((12, 10), (9, 6), (6, 7), (5,))
+        self.used, self.frozen, self.spare, self.bias = (nn.Parameter(torch.randn(shape)) for shape in shapes)
+
+
+Run = tuple[Model, Shampoo]
 
 
 def made(weights: nn.Module | None = None) -> Run:
     """Return a model and an optimizer with blocks, moments of element-wise parameters and momentum."""
-    torch.manual_seed(0)
-    model = nn.Module()
-    for name, shape in zip(NAMES, ((12, 10), (9, 6), (6, 7), (5,)), strict=True):
-        model.register_parameter(name, nn.Parameter(torch.randn(shape)))
+    model = Model()
     optimizer = shampoo(model.named_parameters(), momentum=0.5, refresh="staggered")
     if weights is not None:
         model.load_state_dict(weights.state_dict())
@@ -70,7 +74,7 @@ def by_pickle(run: Run) -> Run:
     return copied
 
 
-def by_helpers(**options: bool) -> Callable[[Run], Run]:
+def by_helpers(**options: Any) -> Callable[[Run], Run]:
     def move(run: Run) -> Run:
         again, how = made(run[0]), StateDictOptions(**options)
         set_optimizer_state_dict(*again, get_optimizer_state_dict(*run, options=how), options=how)
@@ -114,13 +118,13 @@ def test_a_state_moved_twice_without_a_step_between_continues_to_the_bit(first: 
     before = 0 if moment == "fresh" else 4
     steps(run, range(before))
     if moment == "frozen":
-        run[0].frozen.requires_grad_(False)  # type: ignore[union-attr]
+        run[0].frozen.requires_grad_(False)
         steps(run, range(before, before + 2))
         before += 2
     moved = WAYS[first](run)
     if moment == "frozen between":
-        run[0].frozen.requires_grad_(False)  # type: ignore[union-attr]
-        moved[0].frozen.requires_grad_(False)  # type: ignore[union-attr]
+        run[0].frozen.requires_grad_(False)
+        moved[0].frozen.requires_grad_(False)
     moved = WAYS[second](moved)
     for trained in (run, moved):
         steps(trained, range(before, before + 3), without="spare" if moment == "unused since" else "")
@@ -152,7 +156,7 @@ def test_what_wrappers_keep_in_the_state_of_parameters_goes_along(way: str) -> N
     run = made()
     values: dict[str, dict[str, Any]] = {}
     steps(run, range(3))
-    run[0].frozen.requires_grad_(False)  # type: ignore[union-attr]
+    run[0].frozen.requires_grad_(False)
     for number, (name, p) in enumerate(run[0].named_parameters()):
         values[name] = {key: made_up(p, number, salt) for salt, key in enumerate(("z", "momentum", "other_momentum"))}
         # In a full dict, torch itself loads no numbers that the new optimizer's state does not have yet.
@@ -173,7 +177,7 @@ def test_what_wrappers_keep_before_the_first_step_stays(way: str, taken: int) ->
     """A file holds Shampoo's own state only, and loading it leaves what others keep alone."""
     run = made()
     steps(run, range(taken))
-    run[1].state[run[0].used]["z"] = torch.ones(12, 10)  # type: ignore[index]
+    run[1].state[run[0].used]["z"] = torch.ones(12, 10)
     moved = WAYS[way](run)
     if way == "file":
         with tempfile.TemporaryDirectory() as folder:
@@ -181,18 +185,18 @@ def test_what_wrappers_keep_before_the_first_step_stays(way: str, taken: int) ->
             load_shampoo(run[1], folder)
             steps(run, range(taken, taken + 1))
         moved = run
-    assert torch.equal(moved[1].state[moved[0].used]["z"], torch.ones(12, 10))  # type: ignore[index]
+    assert torch.equal(moved[1].state[moved[0].used]["z"], torch.ones(12, 10))
 
 
 def test_a_note_of_external_state_keeps_what_others_have() -> None:
     run, again = made(), made()
     steps(run, range(2))
-    run[1].state[run[0].used]["z"] = torch.ones(12, 10)  # type: ignore[index]
+    run[1].state[run[0].used]["z"] = torch.ones(12, 10)
     for tool in (False, True):
         with run[1].with_external_state({"place": "a drawer"}):
             state: Any = get_optimizer_state_dict(*run) if tool else through_a_file(run[1].state_dict())
         set_optimizer_state_dict(*again, state) if tool else again[1].load_state_dict(state)
-        assert torch.equal(again[1].state[again[0].used].pop("z"), torch.ones(12, 10))  # type: ignore[index]
+        assert torch.equal(again[1].state[again[0].used].pop("z"), torch.ones(12, 10))
         assert again[1].external_state is not None
         for copied in (copy.deepcopy(again), by_pickle(again)):
             with pytest.raises(RuntimeError, match="call load_shampoo"):
@@ -225,7 +229,7 @@ def test_hooks_run_as_in_torch() -> None:
     run[1].register_state_dict_pre_hook(lambda own: own.state[run[0].used].update(z=torch.ones(2)))
     run[1].register_state_dict_post_hook(lambda _, state: seen.append(sorted(state)))
     again[1].register_load_state_dict_pre_hook(lambda own, _: seen.append(own.state_dict()["shampoo"]["steps"]))
-    again[1].register_load_state_dict_post_hook(lambda own: seen.append(state_of(own)))  # type: ignore[arg-type]
+    again[1].register_load_state_dict_post_hook(lambda _: seen.append(state_of(again[1])))
     again[1].register_load_state_dict_post_hook(lambda own: own.state[again[0].used].update(count=1), prepend=True)
     saved = run[1].state_dict()
     again[1].load_state_dict(through_a_file(saved))
@@ -245,7 +249,7 @@ def test_a_flattened_dict_is_taken_though_no_template_was_asked_for(moment: str)
     elif moment == "trained":
         steps(again, range(50, 53))
     else:
-        again[0].used.grad = torch.ones(12, 10)  # type: ignore[union-attr]
+        again[0].used.grad = torch.ones(12, 10)
     set_optimizer_state_dict(*again, state, options=flat)
     again[0].load_state_dict(run[0].state_dict())
     for trained in (run, again):

@@ -172,7 +172,7 @@ def by_state_dict(run: Run, layout: str) -> Run:
     return again
 
 
-def by_helpers(**given: bool) -> Callable[[Run, str], Run]:
+def by_helpers(**given: Any) -> Callable[[Run, str], Run]:
     def move(run: Run, layout: str) -> Run:
         again, options = target(run, layout), StateDictOptions(**given)
         if layout == "ddp":
