@@ -72,11 +72,12 @@ class TorchCheckpointAdapter(Adapter):
         frame = frame_in_module(HELPERS, "_load_optim_state_dict")
         if frame is None or frame.f_locals["info"].fsdp_modules:
             return None
-        given, info = frame.f_locals["state_dict"], frame.f_locals["info"]
+        # Ranks that receive a full dict from the first one may have been given None.
+        given, info = frame.f_locals["state_dict"] or {}, frame.f_locals["info"]
         tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
         wanted = [tensor for tensor in tensors if not (info.full_state_dict and tensor.requires_grad)]
         named = {name: tensor for tensor in wanted for name in info.fqn_param_mapping.get(tensor, ())}
-        state = given.get("state", None) or _unflattened(given, named)
+        state = given["state"] if "state" in given else _unflattened(given, named)
         found = {name: entry for name, entry in state.items() if name in named and entry}
         if info.broadcast_from_rank0:
             found = decide_on_first_rank(found, lambda ranks: ranks[0], job_group())

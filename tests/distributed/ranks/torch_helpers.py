@@ -177,8 +177,8 @@ def by_helpers(**given: Any) -> Callable[[Run, str], Run]:
         again, options = target(run, layout), StateDictOptions(**given)
         if layout == "ddp":
             run[1].consolidate_state_dict()
-        state = get_optimizer_state_dict(*run, options=options)
-        set_optimizer_state_dict(*again, state, options=options)
+        state: Any = get_optimizer_state_dict(*run, options=options)
+        set_optimizer_state_dict(*again, state or None, options=options)  # None as accelerate gives it
         return again
 
     return move
