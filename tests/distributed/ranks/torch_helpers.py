@@ -178,7 +178,8 @@ def by_helpers(**given: Any) -> Callable[[Run, str], Run]:
         if layout == "ddp":
             run[1].consolidate_state_dict()
         state: Any = get_optimizer_state_dict(*run, options=options)
-        set_optimizer_state_dict(*again, state or None, options=options)  # None as accelerate gives it
+        loaded: Any = state or None  # as accelerate gives it
+        set_optimizer_state_dict(*again, loaded, options=options)
         return again
 
     return move
