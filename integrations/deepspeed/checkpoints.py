@@ -229,7 +229,7 @@ def _refuse_moments(optimizer: BlockOptimizer) -> None:
     Raises:
         CheckpointError: if `START_ANEW` is not set.
     """
-    if not any(name in state for state in optimizer.state.values() for name in PLACEHOLDERS):
+    if not any(name in state for state in _states(optimizer) for name in PLACEHOLDERS):
         return
     if os.environ.get(START_ANEW) != "1":
         raise CheckpointError(
@@ -244,9 +244,14 @@ def _refuse_moments(optimizer: BlockOptimizer) -> None:
     optimizer.groups_apart([group["shampoo_group"] for group in optimizer.param_groups])
 
 
+def _states(optimizer: BlockOptimizer) -> list[dict[str, Any]]:
+    """Return the states of tensors; users may keep anything under keys of their own."""
+    return [state for key, state in optimizer.state.items() if isinstance(key, Tensor)]
+
+
 def _drop_placeholders(optimizer: BlockOptimizer) -> None:
     """Remove loaded placeholders; DeepSpeed has made dense tensors and fragments of them (tensor_fragment.py)."""
-    for state in optimizer.state.values():
+    for state in _states(optimizer):
         for name in PLACEHOLDERS:
             state.pop(name, None)
     for entry in optimizer.entries:

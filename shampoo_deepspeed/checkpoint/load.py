@@ -28,6 +28,7 @@ from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy, decays_under
 from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import NOT_STORED, OPTION_NAMES, SCHEDULED, ShampooConfig, options_with
+from shampoo_deepspeed.options.param_groups import from_json
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 from shampoo_deepspeed.state.unwrap import unwrap
 
@@ -60,7 +61,8 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
         strict: raise if anything does not fit. Otherwise parameters that fit resume, the others start with new state,
             and the report and a warning name them.
         options: restore lr and the other options that a group may change at any time, as torch's
-            ``load_state_dict`` does; those that shape the state must be equal already.
+            ``load_state_dict`` does, and what schedulers keep in groups (``initial_lr`` and others). Options that shape
+            the state must be equal already.
 
     Raises:
         CheckpointError: on all ranks: no complete checkpoint, a damaged file, or (strict) what does not fit or holds
@@ -246,8 +248,28 @@ def _restore_options(
     """
     for group in optimizer.param_groups:
         members = [parameter for parameter in going_on if parameter.group == group["shampoo_group"]]
+        _restore_kept_by_others(group, {str(records[parameter.key]["group"]) for parameter in members}, manifest)
         if members and not _as_saved(group, members, optimizer.policies, configs, records, manifest):
             _restore_group(group, members, configs[group["shampoo_group"]], records, manifest)
+
+
+def _restore_kept_by_others(group: dict[str, Any], saved: set[str], manifest: Manifest) -> None:
+    """Restore what schedulers and users keep in a group, where the saved groups of its parameters agree."""
+    found = [manifest.kept_by_others.get(number, {}) for number in sorted(saved)]
+    differing = []
+    for key in sorted({key for kept in found for key in kept}):
+        if any(kept.get(key) != found[0].get(key) for kept in found):
+            differing.append(key)
+        else:
+            value = from_json(found[0][key])
+            _put(group, key, tuple(value) if isinstance(group.get(key), tuple) and isinstance(value, list) else value)
+    if differing:
+        logger.warning(
+            "group %s keeps its own %s: its parameters were in the groups %s of the checkpoint, which differ in them",
+            group["shampoo_group"],
+            ", ".join(differing),
+            ", ".join(sorted(saved)),
+        )
 
 
 def _as_saved(
@@ -328,7 +350,7 @@ def _restorable(saved: Sequence[ShampooConfig], config: ShampooConfig) -> tuple[
 
 
 def _put(group: dict[str, Any], name: str, value: Any) -> None:
-    if isinstance(group[name], torch.Tensor):  # lr, which a compiled step or a scheduler may hold
+    if isinstance(group.get(name), torch.Tensor):  # lr, which a compiled step or a scheduler may hold
         group[name].fill_(value)
     else:
         group[name] = value

@@ -48,6 +48,7 @@ class Manifest:
         layouts: a block's tensors, by ``"options:shape"`` as ``layout_key`` gives it.
         files: ``bytes`` of each file in the folder.
         versions: of this package and torch, when it was written; for people.
+        kept_by_others: what schedulers and users keep in each parameter group, such as ``initial_lr``, by its number.
     """
 
     directory: str
@@ -58,6 +59,7 @@ class Manifest:
     layouts: Mapping[str, BlockLayout]
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    kept_by_others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Manifest:

@@ -31,7 +31,7 @@ from shampoo_deepspeed.checkpoint.manifest import (
     sync_directory,
     versions,
 )
-from shampoo_deepspeed.checkpoint.schema import layout_key
+from shampoo_deepspeed.checkpoint.schema import fits, layout_key
 from shampoo_deepspeed.checkpoint.stored_state import StoredState
 from shampoo_deepspeed.checkpoint.tensor_files import (
     Item,
@@ -48,6 +48,7 @@ from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.boxes import Box
+from shampoo_deepspeed.options.param_groups import KEYS_OF_GROUPS, kept_by_others
 from shampoo_deepspeed.options.rules import STRIDE
 from shampoo_deepspeed.state.block_codec import BlockLayout, Form, block_layout, dtype_name, stored_tensors
 from shampoo_deepspeed.state.state_dict import SavedState, view_of
@@ -131,6 +132,7 @@ class Share:
     items: list[Item] = field(default_factory=list)
     written: list[Written] = field(default_factory=list)
     bytes: int = 0  # of the rank's file
+    kept_by_others: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def share_of(optimizer: BlockOptimizer, form: Form, copies: bool = False) -> Share:
@@ -140,11 +142,18 @@ def share_of(optimizer: BlockOptimizer, form: Form, copies: bool = False) -> Sha
         form: of the state on disk.
         copies: copy the tensors to the CPU, because the next step changes the live ones.
     """
+    if optimizer.state_keeper.waiting is not None:
+        optimizer.take_waiting()
     live = {group["shampoo_group"]: group["lr"] for group in optimizer.param_groups}
     # A framework may have removed groups that have no parameters.
     configs = {number: config for number, config in optimizer.configs().items() if number < STRIDE}
     groups = {str(n): options_record(config, live.get(n, config.lr)) for n, config in configs.items()}
-    share = Share(groups, optimizer.rejected_steps)
+    others = {
+        str(group["shampoo_group"]): {key: value for key, value in kept_by_others(group).items() if fits(value)}
+        for group in optimizer.param_groups
+        if group.keys() - KEYS_OF_GROUPS
+    }
+    share = Share(groups, optimizer.rejected_steps, kept_by_others=others)
     _add_waiting(share, optimizer, form)
     for unit in optimizer.units:
         state = SavedState.of_units([unit], share.rejected_steps)
@@ -389,6 +398,7 @@ def _joined(shares: Sequence[Share], directory: str) -> Manifest:
         layouts={key: layout for share in shares for key, layout in share.layouts.items()},
         files={file_name(rank): {"bytes": share.bytes} for rank, share in enumerate(shares) if share.written},
         versions=versions(),
+        kept_by_others={number: kept for share in shares for number, kept in share.kept_by_others.items()},
     )
 
 

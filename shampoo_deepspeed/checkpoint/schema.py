@@ -237,7 +237,7 @@ MANIFEST = Record(
         "files": MapOf(FILE, Record({"bytes": COUNT})),
         "parameters": MapOf(NAME, PARAMETER),
     },
-    {"versions": MapOf(NAME, NAME)},
+    {"versions": MapOf(NAME, NAME), "kept_by_others": MapOf(Text(_NUMBER), MapOf(NAME, Option()))},
 )
 
 
@@ -254,6 +254,15 @@ def check(body: Any) -> None:
     for name, record in body["parameters"].items():
         for step, problem in _parameter_problems(record, body):
             raise SchemaError(problem, "parameters", name, step)
+
+
+def fits(value: Any) -> bool:
+    """Whether a manifest can hold a value of somebody else's in a parameter group."""
+    try:
+        Option().check(value)
+    except SchemaError:
+        return False
+    return True
 
 
 def _check(problem: str | None, *path: str) -> None:

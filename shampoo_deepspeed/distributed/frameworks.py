@@ -192,7 +192,11 @@ class Adapter(ABC):
         """Called before an optimizer takes parameters, with the model that holds them, if it is known."""
 
     def admit(self, optimizer_class: type) -> None:  # noqa: B027 (most frameworks take any optimizer)
-        """Tell the framework that it can work with this class."""
+        """Tell the framework that it can work with this class.
+
+        Raises:
+            LayoutError: if the framework builds the optimizer and cannot work with it.
+        """
 
     def global_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
         """The unsharded shape, if the framework hides it; None for a parameter that is not the framework's."""
@@ -219,6 +223,14 @@ class Adapter(ABC):
 
         None unless that tool is asking for the state dict right now. The optimizer is a ``BlockOptimizer``, which has
         ``gathered_entries`` and ``external_entries`` for this.
+        """
+        return None
+
+    def loaded_entries(self, optimizer: Any) -> dict[int, dict[str, Any]] | None:
+        """What the framework's own checkpoint tool was given to load, by ``id`` of the tensors.
+
+        None unless that tool is loading right now. A tool may leave out entries, and values in them, before it calls
+        ``load_state_dict``.
         """
         return None
 

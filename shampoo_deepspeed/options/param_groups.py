@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
+
 from shampoo_deepspeed.options.checks import OptionError, short
+from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import (
     GIVEN_NAMES,
     OPTION_NAMES,
@@ -25,12 +29,63 @@ _OTHERS_KEYS = {
     "params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "name", "moe",
     "shampoo_group",
 }  # fmt: skip
+# Keys of every group that are no options of somebody else's: ours, and what says which group it is.
+KEYS_OF_GROUPS = frozenset({*OPTION_NAMES, "params", "param_names", "name", "moe", "shampoo_group"})
 _OWN = {*GIVEN_NAMES, *ALIASES, *IGNORED, *ONLY_FALSE}
 
 
 def group_options(config: ShampooConfig) -> dict[str, Any]:
     """The options as a parameter group holds them."""
     return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def kept_by_others(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What schedulers and users keep in a group in addition to options, in JSON types; other values are left out.
+
+    What says which group it is stays out too.
+    """
+    found = {key: _in_json(value) for key, value in group.items() if key not in KEYS_OF_GROUPS}
+    return {key: value for key, value in found.items() if value is not _NOT_JSON}
+
+
+_NOT_JSON = object()
+_TENSOR, _DTYPE = "tensor of 0 dims", "dtype"  # schedulers keep such tensors if lr is one
+_NOT_FINITE = "number"  # as text, which JSON has no other form for
+
+
+def _in_json(value: Any) -> Any:
+    """A number, a string, None or a list or dict of these, in JSON types; `_NOT_JSON` for anything else."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_NOT_FINITE: str(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        inner = [_in_json(item) for item in value]
+        return _NOT_JSON if _NOT_JSON in inner else inner
+    if isinstance(value, Mapping):
+        named = {key: _in_json(item) for key, item in value.items()}
+        fits = all(isinstance(key, str) for key in named) and _NOT_JSON not in named.values()
+        return named if fits else _NOT_JSON
+    if isinstance(value, torch.Tensor) and value.ndim == 0 and _name(value.dtype) in DTYPES:
+        return {_TENSOR: _in_json(value.item()), _DTYPE: _name(value.dtype)}
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # numpy's
+        return _in_json(value.item())
+    return _NOT_JSON
+
+
+def from_json(value: Any) -> Any:
+    """A value as `kept_by_others` found it, but lists for tuples."""
+    if isinstance(value, Mapping) and set(value) == {_TENSOR, _DTYPE}:
+        return torch.tensor(from_json(value[_TENSOR]), dtype=DTYPES[value[_DTYPE]], device="cpu")
+    if isinstance(value, Mapping) and set(value) == {_NOT_FINITE}:
+        return float(value[_NOT_FINITE])
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    return {key: from_json(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def unknown_keys(group: Mapping[str, Any]) -> set[str]:

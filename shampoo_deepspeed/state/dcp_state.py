@@ -4,7 +4,8 @@ Of a state dict these helpers keep only this and the options. They gather DTenso
 ranks need them, by a template that must have the same keys on all ranks. So the entry of a parameter has:
 ``shampoo_blocks``, the bytes of its blocks in the order of their index (uint8, 1-D), cut over the parameter's mesh;
 ``exp_avg`` and ``second_moment`` if it is element-wise, ``momentum``, ``master``: sharded as the parameter is;
-``step``, ``shampoo_format`` and ``shampoo_rejected`` (the optimizer's count of rejected steps), 0-d.
+``step``, ``shampoo_format`` and ``shampoo_rejected`` (the optimizer's count of rejected steps), 0-d;
+what others keep in ``optimizer.state`` of the parameter, under its own name (see `shown_name`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,33 @@ FLAT_SHARDS = (
     "optimizer.with_external_state({...})"
 )
 
-Entry = dict[str, Tensor]
+# Names that this module gives to parts of our state.
+OWN_NAMES = {"step", MARK, EXTERNAL, REJECTED, BLOCKS, "exp_avg", "second_moment", "momentum", "master"}
+# Precedes the names of others' values that could be mistaken for ours.
+OTHERS = "other_"
+
+Entry = dict[str, Any]
+
+
+def shown_name(name: Any) -> Any:
+    """The name in an entry of what others keep as ``name`` in ``optimizer.state``: never one of ours."""
+    return f"{OTHERS}{name}" if name in OWN_NAMES or str(name).startswith(OTHERS) else name
+
+
+def with_others(entry: Entry, kept: Mapping[Any, Any]) -> Entry:
+    """An entry together with what others keep in ``optimizer.state`` of the same tensor."""
+    return entry | {shown_name(name): value for name, value in kept.items() if name != "step"}
+
+
+def others_in(entry: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What `with_others` has added to an entry."""
+    found = {name: value for name, value in entry.items() if name not in OWN_NAMES}
+    return {n.removeprefix(OTHERS) if isinstance(n, str) else n: value for n, value in found.items()}
+
+
+def blank_entry() -> Entry:
+    """The entry of a tensor that has taken no step and is not trained, so that others' values can be added."""
+    return {"step": as_count(0), MARK: as_count(FORMAT)}
 
 
 def external_entry(tensor: Tensor, step: Tensor, external: bool, shape: tuple[int, ...] = (1,)) -> Entry:
@@ -74,7 +101,13 @@ def unit_entries(
 
 def is_torch_state(state_dict: Mapping[str, Any]) -> bool:
     """Whether a state dict has entries of `unit_entries` or `external_entry`."""
-    return any(isinstance(entry, Mapping) and MARK in entry for entry in state_dict.get("state", {}).values())
+    return any(MARK in entry for entry in _of_parameters(state_dict).values())
+
+
+def others_state(state_dict: Mapping[str, Any]) -> dict[Any, dict[Any, Any]]:
+    """What others keep in ``optimizer.state``, by the saved name or number of each tensor."""
+    found = {place: others_in(entry) for place, entry in _of_parameters(state_dict).items()}
+    return {place: kept for place, kept in found.items() if kept}
 
 
 def robust_group(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +142,8 @@ class TorchState:
         Raises:
             ValueError: for another number of parameters, or another format.
         """
-        notes = [float(entry[EXTERNAL]) for entry in state_dict["state"].values() if EXTERNAL in entry]
+        state = _of_parameters(state_dict)
+        notes = [float(entry[EXTERNAL]) for entry in state.values() if EXTERNAL in entry]
         if notes:
             return cls({}, None if notes[0] == NO_STATE else {"place": "the checkpoint"})
         entries: dict[str, Mapping[str, Tensor]] = {}
@@ -118,8 +152,9 @@ class TorchState:
                 raise ValueError(
                     f"a saved parameter group has {len(group['params'])} parameters, but here it has {len(names)}"
                 )
-            found = {n: state_dict["state"].get(p) for n, p in zip(names, group["params"], strict=True)}
-            entries |= {name: entry for name, entry in found.items() if entry}
+            found = {n: state.get(p, {}) for n, p in zip(names, group["params"], strict=True)}
+            own = {n: {k: v for k, v in entry.items() if k in OWN_NAMES} for n, entry in found.items()}
+            entries |= {name: entry for name, entry in own.items() if entry}
         wrong = {int(entry[MARK]) if MARK in entry else None for entry in entries.values()} - {FORMAT}
         if wrong:
             raise ValueError(f"Shampoo state format {wrong.pop()!r} is unknown here; this version reads {FORMAT}")
@@ -135,13 +170,11 @@ class TorchState:
         return replace(self, entries={key: entry for key, entry in self.entries.items() if key not in keys})
 
     def everything(self) -> SavedState:
-        """An empty state, or an error: this state cannot be gathered without the other ranks."""
-        if not self.entries:
-            return SavedState()
-        raise RuntimeError(
-            "the optimizer's state was loaded by torch's checkpoint helpers, and its blocks go to their owners at the "
-            "next step; save it after that step"
-        )
+        """An empty state: `BlockOptimizer.take_waiting` has put all that has taken steps into units."""
+        left = sorted(key for key, count in self.steps.items() if count)
+        if left:
+            raise RuntimeError(f"the state of {left[0]!r} was loaded by torch's checkpoint helpers and is in no unit")
+        return SavedState(rejected_steps=self.rejected_steps)
 
     def restore_into(self, unit: StepUnit) -> None:
         """Restore a unit's state; the bytes of blocks are sent to their current owners.
@@ -193,6 +226,13 @@ class TorchState:
         for kind in unit.buffers:
             if kind in entry:
                 unit.buffer(kind, number).copy_(local_part(entry[kind]).reshape(-1))
+
+
+def _of_parameters(state_dict: Mapping[str, Any]) -> dict[Any, Mapping[Any, Any]]:
+    """The entries of tensors in a state dict, which may have users' own entries of any type too."""
+    places = {place for group in state_dict["param_groups"] for place in group["params"]}
+    found = {place: entry for place, entry in state_dict.get("state", {}).items() if place in places}
+    return {place: entry for place, entry in found.items() if isinstance(entry, Mapping)}
 
 
 def _flat_moments(unit: StepUnit, number: int, configs: Mapping[int, ShampooConfig]) -> dict[str, Tensor]:

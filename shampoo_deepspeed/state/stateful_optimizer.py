@@ -35,12 +35,16 @@ from shampoo_deepspeed.runtime.metrics import read
 from shampoo_deepspeed.runtime.progress import progress
 from shampoo_deepspeed.state.dcp_state import (
     TorchState,
+    blank_entry,
     completed_group,
     external_entry,
     is_torch_state,
+    others_state,
     robust_group,
     unit_entries,
+    with_others,
 )
+from shampoo_deepspeed.state.dtensor_blocks import is_dtensor
 from shampoo_deepspeed.state.state_dict import START_ANEW, SavedState, StateSource, consolidated, lacking
 
 logger = logging.getLogger("shampoo_deepspeed")
@@ -131,7 +135,7 @@ class StateKeeper:
                 numbers = [group["shampoo_group"] for group in optimizer.param_groups]
                 torch_state = TorchState.parse(state_dict, [keys[number] for number in numbers])
             groups = [completed_group(group) for group in state_dict["param_groups"]]
-            return torch_state, {**state_dict, "state": {}, "param_groups": groups}
+            return torch_state, {**state_dict, "state": others_state(state_dict), "param_groups": groups}
         if "shampoo" not in state_dict and os.environ.get(START_ANEW) == "1":
             logger.warning(
                 "the loaded state dict is not Shampoo's: starting with new state and options (%s = 1)", START_ANEW
@@ -141,7 +145,7 @@ class StateKeeper:
         saved = SavedState.parse(state_dict)
         rest = {key: value for key, value in state_dict.items() if key != "shampoo"}
         if saved.external is not None:
-            return saved, {**rest, "state": {}}
+            return saved, {**rest, "state": _without_placeholders(state_dict["state"])}
         _check_parameters(saved, optimizer.entries)
         groups = state_dict["param_groups"]
         configs = [ShampooConfig.from_saved({n: g[n] for n in OPTION_NAMES if n in g}) for g in groups]
@@ -428,13 +432,27 @@ class BlockOptimizer(torch.optim.Optimizer):
                 ``consolidate_state_dict`` was not called since the last step; or if a tool calls it that cannot carry
                 this state.
         """
+        # Torch calls this hook first of all that are registered, so that those of users see the whole state dict.
+        handle = self.register_state_dict_post_hook(lambda _, made: self._add_own_state(made), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _add_own_state(self, state_dict: dict[str, Any]) -> None:
+        """Complete the state dict that torch has made; users' hooks may have changed the state just before."""
         self.finish_step()
+        groups = [{key: plain(value) for key, value in group.items()} for group in state_dict["param_groups"]]
+        state_dict["param_groups"] = groups
         entries = self._entries_for_a_tool()
         if entries is not None:
-            state = self._torch_state_dict({"state": self._numbered(entries)})
-            return {**state, "param_groups": [robust_group(group) for group in state["param_groups"]]}
-        saved = self.state_keeper.state_to_save(self.units, self.rejected_steps)
-        return self._torch_state_dict({"shampoo": saved.to_dict()})
+            _refuse_own_keys(state_dict)
+            state_dict["state"] = self._numbered(entries)
+            state_dict["param_groups"] = [robust_group(group) for group in groups]
+            return
+        if not self.state_is_external:
+            self.take_waiting()
+        state_dict["shampoo"] = self.state_keeper.state_to_save(self.units, self.rejected_steps).to_dict()
 
     @contextmanager
     def with_external_state(self, where: Mapping[str, Any]) -> Iterator[None]:
@@ -453,7 +471,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         finally:
             self.state_keeper.saved_as = before
             if empty and not self.units and self.state_keeper.waiting is None:
-                self.state.clear()
+                self._forget_steps()
 
     def consolidate_state_dict(self) -> None:
         """Gather the state of all ranks that share parameters, for the next ``state_dict()``; call it on all ranks.
@@ -462,19 +480,45 @@ class BlockOptimizer(torch.optim.Optimizer):
         is on the CPU and is dropped at the next step.
         """
         self.finish_step()
+        self.take_waiting()
         self.state_keeper.consolidate(self.units, self.rejected_steps)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load options and state; blocks go to their owners at the next step.
 
-        Parameters that had no gradient when the state was saved start with new state.
+        Parameters that had no gradient when the state was saved start with new state. What others keep in
+        ``optimizer.state`` is loaded as torch does it.
 
         Raises:
             ValueError: if this is not a Shampoo state dict, or does not fit the parameters. For parameters that have
                 not stepped yet, the next step raises it.
         """
         numbers = [group["shampoo_group"] for group in self.param_groups]
-        loaded = self._torch_load_state_dict(state_dict)
+        loaded: list[SavedState | TorchState] = []
+
+        def take_apart(_: torch.optim.Optimizer, found: Mapping[str, Any]) -> dict[str, Any]:
+            state, of_torch = self.state_keeper.take_apart(self._with_left_out(found), self)
+            loaded.append(state)
+            return of_torch
+
+        # Of all hooks, torch calls the first one last and the other first: those of users see a whole state dict, which
+        # they may replace, and then the loaded state.
+        handles = [
+            self.register_load_state_dict_pre_hook(take_apart),
+            self.register_load_state_dict_post_hook(lambda _: self._take_loaded(loaded[-1], numbers), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)  # type: ignore[arg-type]
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _take_loaded(self, loaded: SavedState | TorchState, numbers: Sequence[int]) -> None:
+        """Continue from a state whose other part torch has loaded.
+
+        Args:
+            numbers: of the groups, which torch has overwritten.
+        """
         if not self.units:  # accelerate loads an empty state while it prepares an optimizer
             given = [tensor for group in self.param_groups for tensor in group["params"]]
             for model in (adapter.model_under_construction({}, given) for adapter in adapters()):
@@ -485,6 +529,8 @@ class BlockOptimizer(torch.optim.Optimizer):
             group["shampoo_group"] = number
         self.configs()
         self.take_state(loaded)
+        if self._divided():
+            self.take_waiting()  # torch's helpers load on all ranks together, but one rank alone may save later
         if self.external_state is not None and self.state_keeper.saved_as is None:  # else the caller knows where it is
             for adapter in adapters():
                 adapter.note_load(self)
@@ -492,12 +538,65 @@ class BlockOptimizer(torch.optim.Optimizer):
     def take_state(self, source: StateSource) -> None:
         """Continue from this state at the next step, and drop the present one; call it on all ranks."""
         self._release_units()
+        self._forget_steps()
         self.state_keeper.take(source)
         self.rejected_steps = source.rejected_steps
-        self.state.clear()
         steps = source.steps
-        for tensor in (tensor for group in self.param_groups for tensor in group["params"] if steps):
+        for tensor in [tensor for group in self.param_groups for tensor in group["params"] if steps]:
             self.state[tensor]["step"] = as_count(max(steps.values()))
+
+    def _forget_steps(self) -> None:
+        """Remove what this package keeps in ``self.state``; what others keep there stays."""
+        for tensor in [key for key in self.state if isinstance(key, Tensor)]:
+            self.state[tensor].pop("step", None)
+            if not self.state[tensor]:
+                del self.state[tensor]
+
+    def take_waiting(self) -> None:
+        """Build the units of all parameters for which torch's helpers have loaded state, so that it can be saved.
+
+        A collective if ranks divide the work; but then the load has done it already, and nothing is left.
+
+        Raises:
+            ValueError: if the state does not fit.
+        """
+        if isinstance(self.state_keeper.waiting, TorchState):
+            self._build_missing(self._loaded_tensors())
+
+    def _divided(self) -> bool:
+        """Whether the state of some parameter may be divided among ranks."""
+        tensors = (tensor for group in self.param_groups for tensor in group["params"])
+        return self.registry.replicas is not None or any(map(is_dtensor, tensors))
+
+    def _build_missing(self, wanted: Iterable[NewTensor]) -> None:
+        """Build units of those of these tensors that have none. A collective if ranks divide the work."""
+        self._take_released()
+        fresh = {id(item.tensor): item for item in wanted if id(item.tensor) not in self.unit_of}
+        if fresh:
+            self._new_units(list(fresh.values()))
+
+    def _loaded_tensors(self) -> list[NewTensor]:
+        """The tensors, trained or frozen, whose loaded state no unit has taken."""
+        found: list[NewTensor] = []
+        waiting, keys = self.state_keeper.waiting, self.registry.keys_by_group()
+        steps = {} if waiting is None else waiting.steps
+        for group in self.param_groups if any(steps.values()) else ():
+            number, tensors = group["shampoo_group"], group["params"]
+            if len(keys[number]) == len(tensors):  # else they are flat shards, which torch's helpers cannot carry
+                pairs = enumerate(zip(tensors, keys[number], strict=True))
+                found += [NewTensor(tensor, number, place) for place, (tensor, key) in pairs if steps.get(key)]
+        return found
+
+    def _with_left_out(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A state dict with what a framework's checkpoint tool was given and has left out of it."""
+        answers = (adapter.loaded_entries(self) for adapter in adapters())
+        given = next((entries for entries in answers if entries is not None), None)
+        if not given or "shampoo" in state_dict:
+            return state_dict
+        places = [place for group in state_dict["param_groups"] for place in group["params"]]
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        found = {place: given[id(t)] for place, t in zip(places, tensors, strict=False) if id(t) in given}
+        return {**state_dict, "state": {**state_dict["state"], **found}}
 
     def _release_units(self) -> None:
         """Free all units; they take state at the next step, on all ranks together, because that needs communication."""
@@ -524,9 +623,10 @@ class BlockOptimizer(torch.optim.Optimizer):
             shape_of: the shape that the tool can take for the note of a tensor.
         """
         entries = {}
-        for tensor, _, _ in self._could_have_state():
-            step = self.state.get(tensor, {}).get("step", as_count(0))
-            entries[id(tensor)] = external_entry(tensor, step, external, shape_of(tensor))
+        for tensor in (item.tensor for item in self._trained()):
+            kept = self.state.get(tensor, {})
+            entry = external_entry(tensor, kept.get("step", as_count(0)), external, shape_of(tensor))
+            entries[id(tensor)] = with_others(entry, kept)
         return entries
 
     def gathered_entries(self) -> dict[int, dict[str, Tensor]]:
@@ -535,69 +635,43 @@ class BlockOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: for parameters whose state torch's helpers cannot carry.
         """
-        self._take_released()
-        fresh = [
-            NewTensor(tensor, group["shampoo_group"], place)
-            for tensor, group, place in self._could_have_state()
-            if id(tensor) not in self.unit_of
-        ]
-        if fresh:
-            self._new_units(fresh)
+        self._build_missing([*self._trained(), *self._loaded_tensors()])
         if any(not unit.fresh for unit in self.units):
             self.state_keeper.refuse_one_rank(self.units)
-        configs, entries = self.configs(), {}
+        configs = self.configs()
+        entries: dict[int, dict[str, Any]] = {}
         for unit in self.units:
             made = unit_entries(unit, configs, self.state_keeper.consolidated, self.rejected_steps)
-            for tensor, entry in zip(unit.tensors, made, strict=True):
-                entries[id(tensor)] = entry
-                for name in entry:  # torch loads entries with the names that it finds here
-                    self.state[tensor].setdefault(name, unit.step_tensor)
+            entries |= {id(tensor): entry for tensor, entry in zip(unit.tensors, made, strict=True)}
+        for tensor in (tensor for group in self.param_groups for tensor in group["params"]):
+            kept = self.state.get(tensor, {})
+            if id(tensor) in entries or set(kept) - {"step"}:
+                entries[id(tensor)] = with_others(entries.get(id(tensor), blank_entry()), kept)
         return entries
 
-    def _could_have_state(self) -> list[tuple[Tensor, dict[str, Any], int]]:
-        """All trainable tensors, each with group and place, so that a save and its template have the same names."""
-        return [(t, g, n) for g in self.param_groups for n, t in enumerate(g["params"]) if t.requires_grad]
+    def _trained(self) -> list[NewTensor]:
+        """All trainable tensors, so that a save and its template have the same names."""
+        return [
+            NewTensor(tensor, group["shampoo_group"], place)
+            for group in self.param_groups
+            for place, tensor in enumerate(group["params"])
+            if tensor.requires_grad
+        ]
 
     def _numbered(self, entries: Mapping[int, Any]) -> dict[int, Any]:
         """Entries by number of the tensors, as in torch's state dicts."""
         tensors = (tensor for group in self.param_groups for tensor in group["params"])
         return {number: entries[id(tensor)] for number, tensor in enumerate(tensors) if id(tensor) in entries}
 
-    def _torch_state_dict(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        def complete(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-            groups = [{key: plain(value) for key, value in group.items()} for group in state["param_groups"]]
-            state.update({"state": _without_names(state["state"]), "param_groups": groups, **own})
-
-        # This hook runs first, so that those of the user see the whole state dict.
-        handle = self.register_state_dict_post_hook(complete, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
-
-    def _torch_load_state_dict(self, state_dict: Mapping[str, Any]) -> SavedState | TorchState:
-        """Let torch load its own part; returns the rest, which is the state."""
-        loaded: list[SavedState | TorchState] = []
-
-        def take_apart(_: torch.optim.Optimizer, found: Mapping[str, Any]) -> dict[str, Any]:
-            state, of_torch = self.state_keeper.take_apart(found, self)
-            loaded.append(state)
-            return of_torch
-
-        # This hook runs last, so that those of the user see the whole state dict and may replace it.
-        handle = self.register_load_state_dict_pre_hook(take_apart)
-        try:
-            super().load_state_dict(state_dict)  # type: ignore[arg-type]
-        finally:
-            handle.remove()
-        return loaded[0]
-
     def __getstate__(self) -> dict[str, Any]:
         if any(unit.group is not None for unit in self.units):
             raise RuntimeError("this optimizer cannot be copied: its state is divided among ranks; use state_dict()")
         self.finish_step()
-        base = super().__getstate__()
-        state = self.state_keeper.state_of(self.units, self.rejected_steps)
+        base, note = super().__getstate__(), self.external_state
+        if note is None:
+            self.take_waiting()
+        own = self.state_keeper.state_of(self.units, self.rejected_steps)
+        state = own if note is None else SavedState(external=note)
         return {**base, "shampoo": state.to_dict(), "entries": [asdict(e.parameter) for e in self.entries]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -619,7 +693,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         self.entries += [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
         self.units, self.unit_of, self._loads = [], {}, {}
         waiting = SavedState.parse({"shampoo": saved})
-        self.state_keeper = StateKeeper(waiting)
+        self.state_keeper = StateKeeper()
+        self.state_keeper.take(waiting)
         self.rejected_steps = waiting.rejected_steps
         self.configs()
 
@@ -672,11 +747,11 @@ def _reshaped(parameter: Parameter, before: ShampooConfig, after: ShampooConfig)
     return not same or policy_of(parameter, before) != policy_of(parameter, after)
 
 
-def _without_names(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
-    """torch's ``"state"`` without entries that are only there for their names."""
+def _without_placeholders(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """torch's ``"state"`` without the tensors of one repeated element that DeepSpeed's converter demands of a save."""
     return {
-        number: {name: value for name, value in entry.items() if name == "step" or value is not entry.get("step")}
-        for number, entry in state.items()
+        place: {n: v for n, v in kept.items() if not _is_repeated(v)} if isinstance(kept, Mapping) else kept
+        for place, kept in state.items()
     }
 
 
@@ -695,6 +770,21 @@ def _tensors_in(given: Sequence[Any]) -> list[Tensor]:
         items += [params] if isinstance(params, Tensor) else list(params) if isinstance(params, Iterable) else []
     last = [item[-1] if isinstance(item, tuple) and item else item for item in items]
     return [item for item in last if isinstance(item, Tensor)]
+
+
+def _is_repeated(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() > 1 and not any(value.stride())
+
+
+def _refuse_own_keys(state_dict: Mapping[str, Any]) -> None:
+    """Raise RuntimeError for entries that belong to no parameter, which torch's helpers cannot carry."""
+    places = {place for group in state_dict["param_groups"] for place in group["params"]}
+    strange = [key for key in state_dict["state"] if key not in places]
+    if strange:
+        raise RuntimeError(
+            f"optimizer.state has an entry {strange[0]!r}, which is no parameter, and torch's checkpoint helpers can "
+            "only carry entries of parameters; take it out and save it on its own, or save optimizer.state_dict()"
+        )
 
 
 def _check_types(params: Any, model: Any, process_group: Any) -> None:

@@ -40,6 +40,8 @@ HELPERS = [
     for gathered, flat in ((False, False), (True, False), (False, True))
     if layout == "fsdp2" or not flat
 ]
+MOVED = [Check(f"moved_twice_{layout}", 2, "torch_helpers:moved_twice", layout) for layout in ("fsdp2", "ddp")]
+REFUSED = Check("zero_redundancy", 2, "torch_helpers:zero_redundancy")
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -100,3 +102,19 @@ def test_a_run_resumes_through_torchs_helpers(check: Check, ask: Ask) -> None:
         assert same(resumed, uninterrupted)
         for parameters in whole:
             assert max(relative_error(p, uninterrupted[n]) for n, p in parameters.items()) <= 1e-5
+
+
+@pytest.mark.parametrize("check", MOVED, ids=named)
+def test_a_state_moved_twice_without_a_step_between_continues_to_the_bit(check: Check, ask: Ask) -> None:
+    for found in ask(check):
+        assert len(found) > 3
+        for case, parameters in found.items():
+            whole = found["uninterrupted up.weight" if case.endswith("up.weight") else "uninterrupted"]
+            assert same(parameters, whole), case
+
+
+@pytest.mark.parametrize("check", [REFUSED], ids=named)
+def test_zero_redundancy_optimizer_is_refused_with_what_to_use_instead(check: Check, ask: Ask) -> None:
+    for errors in ask(check):
+        assert len(errors) == 3
+        assert all("Shampoo(model.named_parameters(), model=model, ...) with the DDP-wrapped" in e for e in errors)

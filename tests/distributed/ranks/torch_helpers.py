@@ -5,9 +5,11 @@ This file is separate from checks with Transformers, because importing that take
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
@@ -18,8 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed import LayoutError, Shampoo, load_shampoo, save_shampoo
 from tests.distributed.ranks.folders import shared_folder
 from tests.distributed.ranks.fsdp import full
 from tests.support import zoo
@@ -102,3 +105,112 @@ def steps(model: nn.Module, optimizer: Shampoo, numbers: range, layout: str) -> 
         optimizer.zero_grad()
         model(**piece).backward()
         optimizer.step()
+
+
+Run = tuple[nn.Module, Shampoo]
+FROZEN, IDLE = "up.weight", "down.weight"
+
+
+def moved_twice(layout: str) -> dict[str, dict[str, Tensor]]:
+    """Return parameters by case: uninterrupted runs, and runs whose state went out and in twice without a step.
+
+    In between and in two steps after it, one parameter has no gradient; in half of the cases another one is frozen from
+    before the first way out, which only FSDP2 allows in the middle of a run.
+    """
+    ways = WAYS if layout == "fsdp2" else {name: WAYS[name] for name in ("state_dict", "full", "file")}
+    names, found = list(ways), {}
+    with shared_folder() as folder:
+        FOLDERS[:] = [folder]
+        for frozen in ("", FROZEN) if layout == "fsdp2" else ("",):
+            run = sharded(layout)
+            steps(*run, range(SAVED), layout)
+            module(run[0]).get_parameter(FROZEN).requires_grad_(not frozen)
+            for number, first in enumerate(names):
+                second = names[(number + bool(frozen)) % len(names)]
+                moved = ways[second](ways[first](run, layout), layout)
+                found[f"{first} {second} {frozen}".strip()] = continued(moved, layout)
+            found[f"uninterrupted {frozen}".strip()] = continued(run, layout)
+    return found
+
+
+def continued(run: Run, layout: str) -> dict[str, Tensor]:
+    model, optimizer = run
+    parts = dist.get_world_size()
+    for step in range(SAVED, STEPS):
+        if step == SAVED + 2:
+            model.requires_grad_(True)
+        (piece,) = zoo.micro_batches(zoo.make_batch("wide", step), dist.get_rank() % parts, parts)
+        optimizer.zero_grad()
+        model(**piece).backward()
+        if step < SAVED + 2:
+            module(model).get_parameter(IDLE).grad = None
+        optimizer.step()
+    return {n.removeprefix("module."): full(p) for n, p in model.named_parameters()}
+
+
+def module(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def target(run: Run, layout: str) -> Run:
+    """Return a new run with the same weights, and the same frozen parameters."""
+    again = sharded(layout, {n.removeprefix("module."): full(p) for n, p in run[0].named_parameters()})
+    for own, other in zip(again[0].parameters(), run[0].parameters(), strict=True):
+        own.requires_grad_(other.requires_grad)
+    return again
+
+
+def by_state_dict(run: Run, layout: str) -> Run:
+    again = target(run, layout)
+    if layout == "ddp":
+        run[1].consolidate_state_dict()
+        states = [run[1].state_dict() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(states, src=0)
+        again[1].load_state_dict(states[0])  # type: ignore[arg-type]
+    else:
+        again[1].load_state_dict(run[1].state_dict())
+    return again
+
+
+def by_helpers(**given: Any) -> Callable[[Run, str], Run]:
+    def move(run: Run, layout: str) -> Run:
+        again, options = target(run, layout), StateDictOptions(**given)
+        if layout == "ddp":
+            run[1].consolidate_state_dict()
+        state: Any = get_optimizer_state_dict(*run, options=options)
+        loaded: Any = state or None  # as accelerate gives it
+        set_optimizer_state_dict(*again, loaded, options=options)
+        return again
+
+    return move
+
+
+def by_file(run: Run, layout: str) -> Run:
+    again, folder = target(run, layout), FOLDERS[-1] / str(len(FOLDERS))
+    FOLDERS.insert(0, folder)
+    save_shampoo(run[1], folder)
+    load_shampoo(again[1], folder)  # the next way, or the next step, reads it
+    return again
+
+
+# What `by_file` has written, and the folder that it writes to.
+FOLDERS: list[Path] = []
+WAYS: dict[str, Callable[[Run, str], Run]] = {
+    "state_dict": by_state_dict,
+    "nested": by_helpers(),
+    "flat": by_helpers(flatten_optimizer_state_dict=True),
+    "full": by_helpers(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True),
+    "full_everywhere": by_helpers(full_state_dict=True),
+    "file": by_file,
+}
+
+
+def zero_redundancy(_: None) -> list[str]:
+    """Return the errors of ZeroRedundancyOptimizer with Shampoo inside."""
+    errors = []
+    model = nn.parallel.DistributedDataParallel(zoo.make_model("wide"))
+    for options in ({}, {"model": model}, {"parameters_as_bucket_view": True}):
+        with pytest.raises(LayoutError) as caught:
+            ZeroRedundancyOptimizer(model.parameters(), Shampoo, lr=0.1, **options)
+        errors.append(str(caught.value))
+    return errors
