@@ -410,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lines.append([f"{framework}, {ranks}", seconds, row.peak, row.before, gathered / 1024, owned, boxes])
             lines[-1] += [moved.collectives, messages, moved.sent / 2**20, moved.state / 2**20]
             lines[-1] += ["equal" if row.equal else "DIFFERENT", row.planner]
-            print(f"{framework}, {ranks}: {seconds:.1f} s", file=sys.stderr, flush=True)
+            print(table(heads, lines[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(heads, lines))
 
 
