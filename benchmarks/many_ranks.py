@@ -94,7 +94,7 @@ class Wire:
         self.collectives = self.gathered = self.sent = self.received = self.objects = 0
 
     def all_reduce(self, values: Tensor, op: Any = None, group: Any = None) -> None:
-        if op == dist.ReduceOp.MAX:
+        if values.dtype == torch.int64:  # the longest message; all else is on the meta device
             values.fill_(2 + max(map(len, self.waiting[0])))
 
     def all_gather_into_tensor(self, out: Tensor, mine: Tensor, group: Any = None) -> None:
@@ -136,7 +136,7 @@ class StepFlags:
         del flags
 
     def read(self) -> list[float]:
-        return [0.0, 1.0, 0.0]
+        return [0.0, 1.0, 0.0, 0.0]
 
 
 @contextlib.contextmanager
@@ -277,6 +277,8 @@ def _under_fsdp(job: Job, model: nn.Module, rank: int) -> Iterator[tuple[Shampoo
 class Engine:
     """What is used of a DeepSpeedEngine of stage 3 with default settings."""
 
+    pipeline_parallelism = False
+
     def __init__(self, optimizer: Shampoo) -> None:
         self.basic_optimizer = self.client_optimizer = optimizer
         zero = SimpleNamespace(stage=3, offload_optimizer=None, offload_param=None)
@@ -306,14 +308,17 @@ def _under_zero3(job: Job, model: nn.Module, rank: int) -> Iterator[tuple[Shampo
     optimizer = Shampoo(model.named_parameters(), model=model, **job.options)
     parameters = list(model.parameters())
     groups = [[parameters[n] for n in unit.parameters] for unit in job.units]
-    zero = SimpleNamespace(fp16_groups=groups, fp32_partitioned_groups_flat=[])
+    zero = SimpleNamespace(fp16_groups=groups, fp32_partitioned_groups_flat=[], grad_position={}, get_param_id=id)
     for number, members in enumerate(groups):
         sizes = [-(-member.numel() // job.ranks) for member in members]
         flat = nn.Parameter(torch.empty(sum(sizes), device=META))
         flat.grad = torch.empty_like(flat)
         flat.ds_id = f"{number}_{rank}"  # type: ignore[attr-defined]
         zero.fp32_partitioned_groups_flat.append(flat)
+        offset = 0
         for member, size in zip(cast(Any, members), sizes, strict=True):
+            zero.grad_position[id(member)] = [number, offset, size]
+            offset += size
             part = torch.empty(size, device=META)
             part.ds_numel = size  # type: ignore[attr-defined]
             member.ds_numel, member.ds_shape, member.ds_tensor = member.numel(), member.shape, part

@@ -202,20 +202,15 @@ class StepUnit:
                 + "\n  ".join(lines)
             )
 
-    def _find_replicas(
-        self, places: Sequence[tuple[int, int, PlacedBox]], everyone: Sequence[Sequence[tuple[int, Box]]]
-    ) -> None:
+    def _find_replicas(self, places: Sequence[tuple[int, int, PlacedBox]], everyone: Shards) -> None:
         """Give every set of ranks that hold equal shards a slot, by which they compare gradients at each step."""
-        holders: dict[tuple[int, Box], list[int]] = defaultdict(list)
-        for rank, shards in enumerate(everyone):
-            for held in shards:
-                holders[held].append(rank)
-        sets = sorted({tuple(ranks) for ranks in holders.values() if len(ranks) > 1})
+        parts = (part for sharding in dict.fromkeys(everyone.shardings) for part in sharding.parts)
+        sets = sorted({ranks for _, ranks in parts if len(ranks) > 1})
         self.slots, slot_of = len(sets), {ranks: n for n, ranks in enumerate(sets)}
         self._slot_of_tensor: dict[int, tuple[int, int]] = {}  # slot, and parameter, which spreads tensors over lanes
         apart = set()  # tensors that are only in part the same on the same ranks
         for p, tensor, place in places:
-            slot = slot_of.get(tuple(holders[p, place.box]), -1)
+            slot = slot_of.get(everyone.shardings[p].ranks_of(place.box), -1)
             if self._slot_of_tensor.setdefault(tensor, (slot, p))[0] != slot:
                 apart.add(tensor)
         for tensor in apart:
