@@ -1,8 +1,8 @@
 """`python -m benchmarks`: short forms of all benchmarks of speed, memory and training, in five minutes.
 
 Run it on an otherwise idle machine. For longer forms and options, see `python -m benchmarks.step_time --help`, and
-likewise end_to_end, slow_link, memory, scaling and convergence. benchmarks.accelerator is for GPUs and is included if
-there is one. benchmarks.exactness, which measures how exact runs are, takes longer and is not included.
+likewise end_to_end, slow_link, memory, scaling, many_ranks and convergence. benchmarks.accelerator is for GPUs and is
+included if there is one. benchmarks.exactness, which measures how exact runs are, takes longer and is not included.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks import end_to_end, memory, scaling, slow_link, step_time
+from benchmarks import end_to_end, many_ranks, memory, scaling, slow_link, step_time
 from benchmarks.convergence import command as convergence
 
 
@@ -29,6 +29,7 @@ def main() -> None:
         (slow_link.main, ["--buckets", "1", "8", "--steps", "15"]),
         (memory.main, ["--preconditioner", "shampoo", "soap"]),
         (scaling.main, ["--ranks", "1", "2", "--rounds", "1", *plans]),
+        (many_ranks.main, ["--ranks", "64", "--model", "llama-3.2-1b"]),
         (convergence.main, tiny),
     ]
     if torch.cuda.is_available():

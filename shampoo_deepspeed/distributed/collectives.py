@@ -1,4 +1,4 @@
-"""Collectives of Python objects and of errors: what one rank raises, all of them raise.
+"""Collectives of integers, Python objects and errors: what one rank raises, all of them raise.
 
 If the group is None, this process is alone: nothing is sent, and errors stay as they are.
 """
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from shampoo_deepspeed.distributed.process_groups import cpu_group, thread_group
-from shampoo_deepspeed.runtime.devices import current_device
+from shampoo_deepspeed.runtime.devices import communication_device, current_device
 
 T = TypeVar("T")
 Answer = TypeVar("Answer")
@@ -49,6 +49,45 @@ def all_gather_objects(mine: T, group: dist.ProcessGroup | None, device: torch.d
     with current_device(device):
         dist.all_gather_object(objects, mine, group=group)
     return objects  # type: ignore[return-value]
+
+
+def all_gather_numbers(
+    mine: Sequence[int], group: dist.ProcessGroup | None, device: torch.device = CPU
+) -> list[list[int]]:
+    """The integers of all ranks of a group, on all of them, in the order of ranks. A collective.
+
+    For what many ranks send: it costs 8 bytes for each number, and no object is pickled.
+
+    Args:
+        mine: at least one number; ranks may have different counts.
+        device: as for `all_gather_objects`.
+    """
+    if group is None:
+        return [list(mine)]
+    ranks, wire = dist.get_world_size(group), communication_device(group, device)
+    longest = torch.tensor([len(mine)], device=wire)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
+    width = int(longest) + 1
+    row = torch.tensor([len(mine), *mine, *[0] * (width - 1 - len(mine))], device=wire)
+    rows = torch.empty(ranks * width, dtype=row.dtype, device=wire)
+    dist.all_gather_into_tensor(rows, row, group=group)
+    return [numbers[1 : 1 + numbers[0]] for numbers in rows.view(ranks, width).tolist()]
+
+
+def object_of_rank(rank: int, mine: T, group: dist.ProcessGroup | None, device: torch.device = CPU) -> T:
+    """The object of one rank of a group, on all of them. A collective.
+
+    Args:
+        rank: its number in the group.
+        mine: this rank's object, which is sent only from that rank.
+        device: as for `all_gather_objects`.
+    """
+    if group is None:
+        return mine
+    objects = [mine]
+    with current_device(device):
+        dist.broadcast_object_list(objects, src=dist.get_global_rank(group, rank), group=group)
+    return objects[0]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +19,14 @@ from torch import Tensor
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.algorithm.elementwise import Elementwise, ElementwiseShard
 from shampoo_deepspeed.algorithm.grafting import is_normalized
-from shampoo_deepspeed.distributed.collectives import all_gather_objects
+from shampoo_deepspeed.distributed.collectives import all_gather_numbers, object_of_rank
 from shampoo_deepspeed.distributed.exchange import Exchange
 from shampoo_deepspeed.distributed.frameworks import Layout, LayoutError, compute_dtype
 from shampoo_deepspeed.distributed.process_groups import delay_exit_for_gloo
 from shampoo_deepspeed.engine.policy import Policy, matrix_of
 from shampoo_deepspeed.geometry.boxes import Box, FlatRange, PlacedBox, merged_places, tiling_error
 from shampoo_deepspeed.geometry.plan import Matrix, Plan, bucket_elements
+from shampoo_deepspeed.geometry.shards import Messages, Sharding, Shards
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.runtime.devices import communication_device
@@ -124,12 +126,12 @@ class StepUnit:
         self._find_replicas(places, everyone)
         number_of = {p: n for n, p in enumerate(p for p, t in enumerate(self.policies) if t.preconditioned)}
         matrices = [self._matrix(p, configs) for p in number_of]
-        held = [[(number_of[p], box) for p, box in shards if p in number_of] for shards in everyone]
         first = configs[self.parameters[0].group]
         item = self.dtype.itemsize
-        self.plan = Plan(matrices, held, bucket_elements(first.bucket_mb, item), prior_loads)
+        shards = everyone.chosen(number_of)
+        self.plan = Plan(matrices, shards, bucket_elements(first.bucket_mb, item), prior_loads)
         wire = DTYPES[first.communication_dtype] if first.communication_dtype else self.dtype
-        own = [(tensor, place) for p, tensor, place in places if p in number_of]
+        own = [(tensor, place) for p, tensor, place in sorted(places, key=_by_box) if p in number_of]
         self.loads_so_far = [a + b for a, b in zip(prior_loads, self.plan.loads, strict=True)]
         self.exchange = Exchange(self.plan, self.rank, own, self.group, wire, self.device)
         self.block_parameters = list(number_of)
@@ -158,58 +160,57 @@ class StepUnit:
                 placed.append((shard.parameter, shard.tensor, place))
         return placed
 
-    def _gather(
-        self, places: Sequence[tuple[int, int, PlacedBox]], configs: Mapping[int, ShampooConfig]
-    ) -> list[list[tuple[int, Box]]]:
-        """All ranks' shards; raises on all of them if any two see different parameters or options."""
+    def _gather(self, places: Sequence[tuple[int, int, PlacedBox]], configs: Mapping[int, ShampooConfig]) -> Shards:
+        """All ranks' shards; raises on all of them if any two see different parameters or options.
+
+        Every rank receives one short message of every other: a digest of what must be equal, and the boxes, which
+        are named once for all layers. What differs is fetched from the two ranks that the error names.
+        """
         mine = [(p, place.box) for p, _, place in places]
         if self.world_size == 1:
             if self.layout.problem:
                 raise LayoutError(self.layout.problem)
-            return [mine]
+            return Shards.of_ranks([mine], len(self.parameters))
         options = {g: str(sorted(configs[g].to_json().items())) for g in {p.group for p in self.parameters}}
         phases = {key: hash(found) for key, found in self._phases.items()}  # all blocks' phases would be megabytes
         signature = [(p.key, p.shape, p.group, options[p.group], phases.get(p.key)) for p in self.parameters]
-        plain = [(p, box.offsets, box.lengths) for p, box in mine]
-        own = (signature, str(self.dtype), plain, self.layout.problem)
-        gathered = all_gather_objects(own, self.group, self.device)
-        for rank, (other, dtype, _, problem) in enumerate(gathered):
+        common = (signature, str(self.dtype))
+        digest = int.from_bytes(sha256(repr(common).encode()).digest()[:7], "big")
+        messages = Messages([(p.key, t.merged) for p, t in zip(self.parameters, self.policies, strict=True)])
+        numbers = [int(self.layout.problem is not None), digest, *messages.write(mine)]
+        gathered = all_gather_numbers(numbers, self.group, self.device)
+        for rank, (problem, other, *_) in enumerate(gathered):
             if problem:
-                raise LayoutError(f"rank {rank}: {problem}")
-            if other != gathered[0][0] or dtype != gathered[0][1]:
-                raise LayoutError(f"ranks 0 and {rank} disagree: {_first_difference(gathered[0], gathered[rank])}")
-        return [[(p, Box(tuple(o), tuple(n))) for p, o, n in shards] for _, _, shards, _ in gathered]
+                raise LayoutError(f"rank {rank}: {object_of_rank(rank, self.layout.problem, self.group, self.device)}")
+            if other != gathered[0][1]:
+                left, right = (object_of_rank(r, common, self.group, self.device) for r in (0, rank))
+                raise LayoutError(f"ranks 0 and {rank} disagree: {_first_difference(left, right)}")
+        return messages.read([numbers[2:] for numbers in gathered])
 
-    def _check_tiling(self, everyone: Sequence[Sequence[tuple[int, Box]]]) -> None:
-        boxes: dict[int, set[Box]] = defaultdict(set)
-        for shards in everyone:
-            for p, box in shards:
-                boxes[p].add(box)
+    def _check_tiling(self, everyone: Shards) -> None:
+        members: dict[tuple[Sharding, tuple[int, ...]], list[int]] = defaultdict(list)
+        for p, sharding in enumerate(everyone.shardings):
+            members[sharding, self.policies[p].merged].append(p)
         wrong = []
-        for p, parameter in enumerate(self.parameters):
-            error = tiling_error(self.policies[p].merged, boxes[p])
-            if error:
-                wrong.append(f"{parameter.key} {parameter.shape}: {error}")
+        for (sharding, shape), numbers in members.items():
+            error = tiling_error(shape, [box for box, _ in sharding.parts])
+            wrong += [(p, error) for p in numbers if error]
         if wrong:
+            lines = [f"{self.parameters[p].key} {self.parameters[p].shape}: {error}" for p, error in sorted(wrong)]
             raise LayoutError(
                 "the framework's shards do not cover every element of these parameters exactly once:\n  "
-                + "\n  ".join(wrong)
+                + "\n  ".join(lines)
             )
 
-    def _find_replicas(
-        self, places: Sequence[tuple[int, int, PlacedBox]], everyone: Sequence[Sequence[tuple[int, Box]]]
-    ) -> None:
+    def _find_replicas(self, places: Sequence[tuple[int, int, PlacedBox]], everyone: Shards) -> None:
         """Give every set of ranks that hold equal shards a slot, by which they compare gradients at each step."""
-        holders: dict[tuple[int, Box], list[int]] = defaultdict(list)
-        for rank, shards in enumerate(everyone):
-            for held in shards:
-                holders[held].append(rank)
-        sets = sorted({tuple(ranks) for ranks in holders.values() if len(ranks) > 1})
+        parts = (part for sharding in dict.fromkeys(everyone.shardings) for part in sharding.parts)
+        sets = sorted({ranks for _, ranks in parts if len(ranks) > 1})
         self.slots, slot_of = len(sets), {ranks: n for n, ranks in enumerate(sets)}
         self._slot_of_tensor: dict[int, tuple[int, int]] = {}  # slot, and parameter, which spreads tensors over lanes
         apart = set()  # tensors that are only in part the same on the same ranks
         for p, tensor, place in places:
-            slot = slot_of.get(tuple(holders[p, place.box]), -1)
+            slot = slot_of.get(everyone.shardings[p].ranks_of(place.box), -1)
             if self._slot_of_tensor.setdefault(tensor, (slot, p))[0] != slot:
                 apart.add(tensor)
         for tensor in apart:
@@ -251,19 +252,15 @@ class StepUnit:
     def _elementwise_part(
         self,
         places: Sequence[tuple[int, int, PlacedBox]],
-        everyone: Sequence[Sequence[tuple[int, Box]]],
+        everyone: Shards,
         configs: Mapping[int, ShampooConfig],
     ) -> Elementwise:
-        copies: dict[tuple[int, Box], int] = defaultdict(int)
-        for shards in everyone:
-            for held in shards:
-                copies[held] += 1
         shards_here = []
         for p, tensor, place in places:
             if not self.policies[p].preconditioned:
                 parameter, policy = self.parameters[p], self.policies[p]
                 (start,), (stop,) = place.box.offsets, place.box.ends
-                elements, share = FlatRange(start, stop), 1.0 / copies[p, place.box]
+                elements, share = FlatRange(start, stop), 1.0 / len(everyone.shardings[p].ranks_of(place.box))
                 local, numel = elements.shift(place.offset - start), math.prod(parameter.shape)
                 how = parameter.key, policy.options, policy.method
                 shard = ElementwiseShard(p, *how, elements, tensor, local, share, numel, policy.embedding)
@@ -319,6 +316,12 @@ def as_count(number: int) -> Tensor:
 
 def _kind(local: Tensor) -> tuple[torch.device, torch.dtype, int]:
     return local.device, local.dtype, local.numel()
+
+
+def _by_box(placed: tuple[int, int, PlacedBox]) -> tuple[int, Box]:
+    """The order in which a plan takes a rank's shards."""
+    parameter, _, place = placed
+    return parameter, place.box
 
 
 def _first_difference(left: Any, right: Any) -> str:

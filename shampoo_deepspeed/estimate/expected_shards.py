@@ -7,11 +7,12 @@ checks compare them.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from shampoo_deepspeed.geometry.boxes import Box, FlatRange, chunk, range_to_boxes, whole
+from shampoo_deepspeed.geometry.shards import HeldBox, Sharding, Shards
 
 FRAMEWORKS = ("zero1", "zero2", "zero3", "fsdp2", "ddp", "hsdp")
 # DeepSpeed's default of zero_optimization.sub_group_size, elements of one rank (deepspeed/runtime/zero/config.py).
@@ -26,12 +27,12 @@ class UnitLayout:
 
     Args:
         parameters: which parameters are in it, by number.
-        shards: for each rank what it holds, as (index into ``parameters``, box). Equal ranks may share one list.
+        shards: what each rank holds of them; parameters are counted as in ``parameters``.
         sizes: for each rank the elements of its local tensors, padding included.
     """
 
     parameters: Sequence[int]
-    shards: Sequence[Sequence[tuple[int, Box]]]
+    shards: Shards
     sizes: Sequence[int]
 
 
@@ -60,19 +61,20 @@ def layouts(
         raise ValueError(f"world_size {world_size} is not allowed: an integer >= 1")
     numbers = range(len(shapes))
     if framework == "ddp":
-        everything = [(n, whole(shape)) for n, shape in enumerate(shapes)]
-        return [UnitLayout(numbers, [everything] * world_size, [sum(map(math.prod, shapes))] * world_size)]
+        everyone = tuple(range(world_size))
+        shardings = {shape: Sharding([HeldBox(whole(shape), everyone)]) for shape in shapes}
+        shards = Shards(world_size, [shardings[shape] for shape in shapes])
+        return [UnitLayout(numbers, shards, [sum(map(math.prod, shapes))] * world_size)]
     if framework in ("zero1", "zero2"):
         return [_flat_buffer(shapes, world_size)]
     if framework == "zero3":
         groups = _sub_groups([-(-math.prod(shape) // world_size) for shape in shapes], sub_group_size)
-        return [_per_parameter(group, [shapes[n] for n in group], world_size, _flat_part) for group in groups]
+        return [_per_parameter(group, [shapes[n] for n in group], world_size, 1, _flat_part) for group in groups]
     sharded = world_size if framework == "fsdp2" else shard_ranks or world_size
     if world_size % sharded:
         raise ValueError(f"shard_ranks {sharded} is not allowed: it must divide world_size, which is {world_size}")
-    unit = _per_parameter(numbers, shapes, sharded, _chunk)
-    copies = world_size // sharded  # the mesh is (replicate, shard): neighbours share a replica
-    return [UnitLayout(numbers, list(unit.shards) * copies, list(unit.sizes) * copies)]
+    # The mesh is (replicate, shard): neighbours share a replica.
+    return [_per_parameter(numbers, shapes, sharded, world_size // sharded, _chunk)]
 
 
 def _flat_buffer(shapes: Sequence[tuple[int, ...]], ranks: int) -> UnitLayout:
@@ -87,7 +89,9 @@ def _flat_buffer(shapes: Sequence[tuple[int, ...]], ranks: int) -> UnitLayout:
             held = FlatRange(max(begin, rank * part), min(end, (rank + 1) * part))
             shards[rank] += [(number, box) for box in range_to_boxes(shape, held.shift(-begin))]
         begin = end
-    return UnitLayout(range(len(shapes)), shards, [part if held else 0 for held in shards])
+    return UnitLayout(
+        range(len(shapes)), Shards.of_ranks(shards, len(shapes)), [part if held else 0 for held in shards]
+    )
 
 
 def _sub_groups(partitions: Sequence[int], limit: int) -> list[list[int]]:
@@ -107,21 +111,22 @@ def _per_parameter(
     numbers: Sequence[int],
     shapes: Sequence[tuple[int, ...]],
     ranks: int,
+    copies: int,
     part: Callable[[tuple[int, ...], int, int], tuple[Sequence[Box], int]],
 ) -> UnitLayout:
-    """Every parameter is cut over all ranks; ``part`` returns boxes and local elements, once for each shape."""
+    """Every parameter is cut over so many ranks, and there are so many copies of them.
 
-    @cache
-    def parts(shape: tuple[int, ...]) -> list[tuple[Sequence[Box], int]]:
-        return [part(shape, ranks, rank) for rank in range(ranks)]
-
-    shards: list[list[tuple[int, Box]]] = [[] for _ in range(ranks)]
+    ``part`` returns boxes and local elements, once for each shape.
+    """
+    holding = [tuple(range(rank, ranks * copies, ranks)) for rank in range(ranks)]
+    shardings: dict[tuple[int, ...], Sharding] = {}
     sizes = [0] * ranks
-    for index, shape in enumerate(shapes):
-        for rank, (boxes, size) in enumerate(parts(shape)):
-            shards[rank] += [(index, box) for box in boxes]
-            sizes[rank] += size
-    return UnitLayout(numbers, shards, sizes)
+    for shape, count in Counter(shapes).items():
+        parts = [part(shape, ranks, rank) for rank in range(ranks)]
+        boxes = (HeldBox(box, held) for (found, _), held in zip(parts, holding, strict=True) for box in found)
+        shardings[shape] = Sharding(boxes)
+        sizes = [total + count * size for total, (_, size) in zip(sizes, parts, strict=True)]
+    return UnitLayout(numbers, Shards(ranks * copies, [shardings[shape] for shape in shapes]), sizes * copies)
 
 
 def _flat_part(shape: tuple[int, ...], ranks: int, rank: int) -> tuple[Sequence[Box], int]:

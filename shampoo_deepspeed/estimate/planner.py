@@ -7,10 +7,11 @@ measured.
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,8 +25,9 @@ from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy, matrix_of, policy_of
 from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
 from shampoo_deepspeed.estimate.expected_shards import SUB_GROUP_SIZE, UnitLayout, layouts
-from shampoo_deepspeed.geometry.boxes import Box, FlatRange, merged_places
+from shampoo_deepspeed.geometry.boxes import FlatRange, merged_places
 from shampoo_deepspeed.geometry.plan import Plan, bucket_elements
+from shampoo_deepspeed.geometry.shards import HeldBox, Sharding, Shards
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.rules import expanded
@@ -234,22 +236,16 @@ class _Unit:
         made.elements += sum(math.prod(p.shape) for p in self.parameters)
         made.preconditioned += sum(math.prod(m.shape) for m in matrices)
 
-    def _merged_shards(self) -> list[list[tuple[int, Box]]]:
-        """Each rank's boxes of preconditioned parameters, in their merged shapes."""
-
-        @cache
-        def merged(shape: tuple[int, ...], dims: tuple[tuple[int, ...], ...], box: Box) -> list[Box]:
-            return [place.box for place in merged_places(box, shape, dims)]
-
-        def of_rank(held: Sequence[tuple[int, Box]]) -> list[tuple[int, Box]]:
-            found = []
-            for n, box in held:
-                if n in self.number_of:
-                    boxes = merged(self.parameters[n].shape, self.policies[n].dims, box)
-                    found += [(self.number_of[n], part) for part in boxes]
-            return found
-
-        return _each_list_once(self.layout.shards, of_rank)
+    def _merged_shards(self) -> Shards:
+        """The shards of preconditioned parameters, in their merged shapes."""
+        known: dict[tuple[Sharding, tuple[tuple[int, ...], ...]], Sharding] = {}
+        for n in self.number_of:
+            sharding, dims, shape = self.layout.shards.shardings[n], self.policies[n].dims, self.parameters[n].shape
+            if (sharding, dims) not in known:
+                places = ((merged_places(box, shape, dims), ranks) for box, ranks in sharding.parts)
+                known[sharding, dims] = Sharding(HeldBox(p.box, ranks) for found, ranks in places for p in found)
+        shardings = [known[self.layout.shards.shardings[n], self.policies[n].dims] for n in self.number_of]
+        return Shards(self.layout.shards.world_size, shardings)
 
     def measure_onto(self, made: Estimate) -> None:
         """Add up the bytes of state: blocks at their owners, the rest with the shards."""
@@ -262,18 +258,16 @@ class _Unit:
             for kind, nbytes in sizes[number, shape].items():
                 made.add_state(kind, rank, count * nbytes)
 
-        def with_shards(held: Sequence[tuple[int, Box]]) -> Counter[tuple[int, str]]:
-            numels: Counter[tuple[int, str]] = Counter()
-            for n, box in held:
-                if n not in self.number_of:
-                    numels[self.policies[n].options, self.policies[n].method] += box.numel
-            return numels
-
-        for rank, numels in enumerate(_each_list_once(self.layout.shards, with_shards)):
-            for (number, method), numel in numels.items():
-                for kind, nbytes in self._elementwise_bytes(number, method).items():
-                    made.add_state(kind, rank, numel * nbytes)
-            size = self.layout.sizes[rank]
+        alike: Counter[tuple[Sharding, int, str]] = Counter()
+        for n, sharding in enumerate(self.layout.shards.shardings):
+            if n not in self.number_of:
+                alike[sharding, self.policies[n].options, self.policies[n].method] += 1
+        for (sharding, number, method), many in alike.items():
+            nbytes_of = self._elementwise_bytes(number, method)
+            for box, ranks in sharding.parts:
+                for rank, (kind, nbytes) in itertools.product(ranks, nbytes_of.items()):
+                    made.add_state(kind, rank, many * box.numel * nbytes)
+        for rank, size in enumerate(self.layout.sizes):
             made.adamw[rank] += 8 * size
             if self.config.momentum:
                 made.add_state("momentum", rank, size * self.dtype.itemsize)
@@ -306,12 +300,3 @@ def _bytes_by_kind(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     for name, tensor in tensors.items():
         kinds[re.sub(r"_\d+$", "", name)] += tensor.nbytes
     return kinds
-
-
-def _each_list_once(lists: Sequence[Sequence[tuple[int, Box]]], function: Callable[..., object]) -> list:
-    """The function of each list; ranks that share one list share its result."""
-    known: dict[int, object] = {}
-    for held in lists:
-        if id(held) not in known:
-            known[id(held)] = function(held)
-    return [known[id(held)] for held in lists]

@@ -174,9 +174,13 @@ def tiling_error(shape: Sequence[int], boxes: Iterable[Box]) -> str | None:
     for box in ordered:
         if any(o < 0 or end > n for o, end, n in zip(box.offsets, box.ends, shape, strict=True)):
             return f"{box} lies outside of shape {tuple(shape)}"
+    # Sweep along a dim in which boxes differ. Along one that all of them cover, each would be compared with all others.
+    differ = (dim for dim in range(len(shape)) if len({(b.offsets[dim], b.lengths[dim]) for b in ordered}) > 1)
+    along = next(differ, 0)
+    ordered.sort(key=lambda b: b.offsets[along : along + 1])
     active: list[Box] = []
     for box in ordered:
-        active = [b for b in active if not b.offsets or b.ends[0] > box.offsets[0]]
+        active = [b for b in active if not b.offsets or b.ends[along] > box.offsets[along]]
         for other in active:
             if box.intersect(other) is not None:
                 return f"{box} and {other} overlap"

@@ -1,28 +1,23 @@
 """Which ranks hold which boxes of a matrix's blocks. Pure integers, no tensors.
 
-Layers of one shape are usually sharded alike, so this is computed once for each shape and sharding. A plan for a
-thousand ranks has millions of boxes but only a few distinct answers.
+Layers of one shape are usually sharded alike, so this is computed once for each shape and sharding. A rank needs the
+boxes of those blocks only that it owns. For the others it needs the few ranks that hold much of them.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from itertools import accumulate
 
 from shampoo_deepspeed.geometry.blocks import Cuts, blocks_touching, cut_into_blocks
 from shampoo_deepspeed.geometry.boxes import Box
+from shampoo_deepspeed.geometry.shards import HeldBox, Sharding
 
 # A rank that holds less than one part in this many of a block is no better an owner than any other.
 SHARE_THAT_COUNTS = 8
-
-
-class HeldBox(NamedTuple):
-    """A box within a block and the ranks that hold it, more than one if there are replicas."""
-
-    box: Box
-    ranks: tuple[int, ...]
 
 
 class BlockHolders:
@@ -30,87 +25,102 @@ class BlockHolders:
 
     Args:
         box: the block.
-        held_boxes: the boxes that it is divided into, each with its ranks, in any order.
+        parts: the boxes that its parameter is divided into.
+        candidates: (elements, ranks) of the ranks that hold enough of it to save traffic as its owner; most first.
     """
 
-    def __init__(self, box: Box, held_boxes: Sequence[HeldBox]) -> None:
+    def __init__(self, box: Box, parts: _Parts, candidates: Sequence[tuple[int, tuple[int, ...]]]) -> None:
         self.box = box
-        self.held_boxes = sorted(held_boxes)
-        self._ranks_by_box = dict(self.held_boxes)
-
-    def ranks_of(self, box: Box) -> tuple[int, ...]:
-        """The ranks that hold one of the boxes."""
-        return self._ranks_by_box[box]
+        self.candidates = candidates
+        self._parts = parts
 
     @cached_property
-    def held(self) -> dict[int, int]:
-        """The number of the block's elements on each rank that holds any."""
-        held: dict[int, int] = defaultdict(int)
-        for box, ranks in self.held_boxes:
-            numel = box.numel
-            for rank in ranks:
-                held[rank] += numel
-        return dict(held)
+    def held_boxes(self) -> list[HeldBox]:
+        """The boxes that the block is divided into, in order, each with its ranks."""
+        found = ((self.box.intersect(box), ranks) for box, ranks in self._parts.near(self.box))
+        return sorted(HeldBox(common, ranks) for common, ranks in found if common is not None)
+
+    def held_by(self, rank: int) -> int:
+        """The number of the block's elements on a rank."""
+        return sum(box.numel for box, ranks in self.held_boxes if holds(ranks, rank))
 
     @cached_property
     def copies(self) -> int:
         """The number of elements on all ranks together; more than the block has if there are replicas."""
-        return sum(self.held.values())
-
-    @cached_property
-    def candidates(self) -> list[tuple[int, tuple[int, ...]]]:
-        """(elements, ranks) of the ranks that hold enough of the block to save traffic as its owner; most first."""
-        elements: dict[tuple[int, ...], int] = defaultdict(int)
-        for box, ranks in self.held_boxes:
-            elements[ranks] += box.numel
-        enough = [(n, ranks) for ranks, n in elements.items() if n * SHARE_THAT_COUNTS >= self.box.numel]
-        return sorted(enough, key=lambda item: (-item[0], item[1]))
+        return sum(box.numel * len(ranks) for box, ranks in self.held_boxes)
 
     def lies_only_on(self, rank: int) -> bool:
         """Whether this rank, and no other, holds all of the block."""
-        return self.copies == self.box.numel == self.held.get(rank, 0)
+        return bool(self.candidates) and self.candidates[0] == (self.box.numel, (rank,))
 
 
-def holders_of_blocks(shape: Sequence[int], cuts: Cuts, held: Sequence[tuple[int, Box]]) -> list[BlockHolders]:
-    """The holders of each block of a matrix, in the order of ``cut_into_blocks``.
+def holds(ranks: Sequence[int], rank: int) -> bool:
+    """Whether a rank is one of these, which are in ascending order."""
+    place = bisect_left(ranks, rank)
+    return place < len(ranks) and ranks[place] == rank
 
-    Args:
-        held: (rank, box) of every shard; equal boxes are replicas.
-    """
-    ranks: dict[Box, list[int]] = defaultdict(list)
-    for rank, box in held:
-        ranks[box].append(rank)
+
+class _Parts:
+    """The boxes of a sharding, to be found by the block that they share elements with."""
+
+    def __init__(self, sharding: Sharding) -> None:
+        self._parts = sharding.parts
+        # Boxes are ordered by where they begin in the first dim. The furthest end so far only grows, too.
+        self._begins = [box.offsets[0] for box, _ in self._parts]
+        self._furthest = list(accumulate((box.ends[0] for box, _ in self._parts), max))
+
+    def near(self, block: Box) -> Iterable[HeldBox]:
+        """The boxes that may share elements with a block."""
+        first = bisect_right(self._furthest, block.offsets[0])
+        return self._parts[first : bisect_left(self._begins, block.ends[0])]
+
+
+def holders_of_blocks(shape: Sequence[int], cuts: Cuts, sharding: Sharding) -> list[BlockHolders]:
+    """The holders of each block of a matrix, in the order of ``cut_into_blocks``."""
     blocks = cut_into_blocks(shape, cuts)
-    held_boxes: list[list[HeldBox]] = [[] for _ in blocks]
-    shared: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for shard, holding in ranks.items():
-        together = tuple(dict.fromkeys(holding))
-        together = shared.setdefault(together, together)
-        for index in blocks_touching(shape, cuts, shard):
-            common = blocks[index].intersect(shard)
-            if common is not None:
-                held_boxes[index].append(HeldBox(common, together))
-    return [BlockHolders(box, found) for box, found in zip(blocks, held_boxes, strict=True)]
+    elements = _elements_of_candidates(shape, cuts, blocks, sharding)
+    parts = _Parts(sharding)
+    found = []
+    for number, box in enumerate(blocks):
+        enough = [(n, ranks) for ranks, n in elements[number].items() if n * SHARE_THAT_COUNTS >= box.numel]
+        found.append(BlockHolders(box, parts, sorted(enough, key=lambda item: (-item[0], item[1]))))
+    return found
+
+
+def _elements_of_candidates(
+    shape: Sequence[int], cuts: Cuts, blocks: Sequence[Box], sharding: Sharding
+) -> Mapping[int, Mapping[tuple[int, ...], int]]:
+    """The elements of each block on ranks that may hold enough of one; replicas count once, together."""
+    together: dict[tuple[int, ...], list[Box]] = defaultdict(list)
+    for box, ranks in sharding.parts:
+        together[ranks].append(box)
+    smallest = min((block.numel for block in blocks), default=0)
+    elements: dict[int, dict[tuple[int, ...], int]] = defaultdict(lambda: defaultdict(int))
+    for ranks, boxes in together.items():
+        if sum(box.numel for box in boxes) * SHARE_THAT_COUNTS < smallest:
+            continue  # with a thousand ranks, this is true of all
+        for box in boxes:
+            for index in blocks_touching(shape, cuts, box):
+                common = blocks[index].intersect(box)
+                if common is not None:
+                    elements[index][ranks] += common.numel
+    return elements
 
 
 def holders_of_matrices(
-    matrices: Sequence[tuple[tuple[int, ...], Cuts]], shards: Sequence[Sequence[tuple[int, Box]]]
+    matrices: Sequence[tuple[tuple[int, ...], Cuts]], shardings: Sequence[Sharding]
 ) -> list[list[BlockHolders]]:
     """``holders_of_blocks`` of each matrix; matrices that are sharded alike share the same objects.
 
     Args:
         matrices: (shape, cuts) of each; cuts must be hashable.
-        shards: for each rank the boxes it holds, as (index of the matrix, box in its shape).
+        shardings: that of each; equal ones should be the same object.
     """
-    by_matrix: list[list[tuple[int, Box]]] = [[] for _ in matrices]
-    for rank, held in enumerate(shards):
-        for number, box in held:
-            by_matrix[number].append((rank, box))
-    known: dict[tuple[tuple[int, ...], Cuts, tuple[tuple[int, Box], ...]], list[BlockHolders]] = {}
+    known: dict[tuple[tuple[int, ...], Cuts, int], list[BlockHolders]] = {}
     found = []
-    for (shape, cuts), held_here in zip(matrices, by_matrix, strict=True):
-        key = (shape, cuts, tuple(held_here))
+    for (shape, cuts), sharding in zip(matrices, shardings, strict=True):
+        key = (shape, cuts, id(sharding))
         if key not in known:
-            known[key] = holders_of_blocks(shape, cuts, held_here)
+            known[key] = holders_of_blocks(shape, cuts, sharding)
         found.append(known[key])
     return found

@@ -51,7 +51,7 @@ def assign(
         for number in sorted(members, key=lambda b: (-blocks[b].cost, b)):
             owner = ledger.local(holders[number], blocks[number])
             if owner is None:
-                owner = ledger.least(range(world_size))
+                owner = ledger.least_of_all()
             ledger.add(owner, blocks[number])
             owners[number] = owner
     return owners, ledger.loads
@@ -87,12 +87,13 @@ class _Ledger:
     def __init__(self, world_size: int, prior_loads: Sequence[float]) -> None:
         self.loads = [0.0] * world_size
         self._carried = prior_loads
+        self._everyone = range(world_size)
 
     def open_phase(self, limit: float, phase_limit: float | None) -> None:
         """Begin the next phase; up to these limits, in total and in this phase, blocks may stay local."""
         self._limit, self._phase_limit = limit, phase_limit
         self._phase_loads = [0.0] * len(self.loads)
-        self._queues: dict[Iterable[int], _Queue] = {}
+        self._queues: dict[int, _Queue] = {}  # by the id of the ranks, as a hash of a thousand would take long
 
     def add(self, rank: int, block: Work) -> None:
         self.loads[rank] += block.cost
@@ -100,19 +101,23 @@ class _Ledger:
             self._phase_loads[rank] += block.refresh
 
     def least(self, ranks: Sequence[int]) -> int:
-        """The least loaded of these ranks."""
+        """The least loaded of these ranks, which must be the same object each time."""
         if len(ranks) == 1:
             return ranks[0]
-        if ranks not in self._queues:
-            self._queues[ranks] = _Queue(ranks, self._key)
-        return self._queues[ranks].least()
+        if id(ranks) not in self._queues:
+            self._queues[id(ranks)] = _Queue(ranks, self._key)
+        return self._queues[id(ranks)].least()
+
+    def least_of_all(self) -> int:
+        """The least loaded rank."""
+        return self.least(self._everyone)
 
     def local(self, holders: BlockHolders, block: Work) -> int | None:
         """The least loaded rank with room for the block among those that hold most of it, or None."""
-        if len(holders.held_boxes) == 1 and len(holders.held_boxes[0].ranks) == len(self.loads):
-            return None  # replicated on all ranks: locality does not matter
         best = None
         for elements, ranks in holders.candidates:
+            if elements == holders.box.numel and len(ranks) == len(self.loads):
+                return None  # replicated on all ranks: locality does not matter
             if best is not None and elements < best[0]:
                 break
             rank = self.least(ranks)

@@ -1,7 +1,8 @@
 """Who owns which block, and what travels between ranks each step. Pure integers, no tensors.
 
 The plan of a step unit is a pure function of the parameters' shapes, the options and the shards of all ranks. So
-every rank computes the same one. Transfers are computed for one rank at a time: all ranks together have millions.
+every rank computes the same one. That takes O(blocks * log(ranks)) for the owners, and O(ranks) for each different
+sharding. Transfers are computed for one rank at a time: all ranks together have millions.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from shampoo_deepspeed.geometry.blocks import Cuts, Side, blocks_touching
 from shampoo_deepspeed.geometry.boxes import Box
-from shampoo_deepspeed.geometry.holders import BlockHolders, holders_of_matrices
+from shampoo_deepspeed.geometry.holders import BlockHolders, holders_of_matrices, holds
 from shampoo_deepspeed.geometry.owners import assign, best_possible
+from shampoo_deepspeed.geometry.shards import Held, Sharding, Shards
 
 # FLOPs of a batched eigendecomposition and of computing the root from it, in units of d^3.
 REFRESH_CUBES = 25.0
@@ -133,8 +135,8 @@ class Plan:
 
     Args:
         matrices: the preconditioned parameters, the same list on all ranks.
-        shards: for each rank the boxes it holds, as (index of the matrix, box in its merged shape).
-            Together they must cover every matrix exactly once; replicas of one box count once.
+        shards: which boxes of the matrices' merged shapes each rank holds, or for each rank a list of them, as (index
+            of the matrix, box). Together they must cover every matrix exactly once; replicas of one box count once.
         bucket_elements: maximum number of elements of an owner's blocks in a bucket; a larger block gets a bucket of
             its own. None: one of ``BUCKETS`` equal parts of what the fullest rank owns, within bounds.
         prior_loads: loads of earlier units, which break ties between ranks in this one.
@@ -143,20 +145,22 @@ class Plan:
     def __init__(
         self,
         matrices: Sequence[Matrix],
-        shards: Sequence[Sequence[tuple[int, Box]]],
+        shards: Shards | Sequence[Sequence[Held]],
         bucket_elements: int | None = 1 << 62,
         prior_loads: Sequence[float] | None = None,
     ) -> None:
-        self.world_size = len(shards)
         self.matrices = tuple(matrices)
-        self._shards = shards
+        self.shards = shards if isinstance(shards, Shards) else Shards.of_ranks(shards, len(self.matrices))
+        self.world_size = self.shards.world_size
         self.blocks: list[Block] = []
         self._holders: list[BlockHolders] = []
         self._first: list[int] = []
-        self._list_blocks(holders_of_matrices([(m.shape, m.cuts) for m in matrices], shards))
+        shardings = self.shards.shardings
+        self._list_blocks(holders_of_matrices([(m.shape, m.cuts) for m in self.matrices], shardings))
         prior_loads = prior_loads or [0.0] * self.world_size
         self.owners, self.loads = assign(self.blocks, self._holders, self.world_size, prior_loads)
         self.owned = self._owned_in_stack_order()
+        self._moved: dict[int, tuple[int, int]] = {}
         self.buckets = self._bucket_blocks(bucket_elements)
         self.bucket_count = max(self.buckets, default=-1) + 1
         self.moving = [False] * self.bucket_count
@@ -227,14 +231,14 @@ class Plan:
         holder.
         """
         out = [Transfers() for _ in range(self.bucket_count)]
-        for transfer in self._held_here(rank):
+        for transfer, ranks in self._held_here(rank):
             block = transfer.block
             owner, bucket = self.owners[block], out[self.buckets[block]]
             if owner == rank:
                 bucket.local.append(transfer)
                 continue
             bucket.updates_in[owner].append(transfer)
-            if self._source(block, self._holders[block].ranks_of(transfer.box)) == rank:
+            if self._source(block, ranks) == rank:
                 bucket.gradients_out[owner].append(transfer)
         for block in sorted(self.owned[rank]):
             bucket = out[self.buckets[block]]
@@ -248,23 +252,22 @@ class Plan:
                     bucket.gradients_in[source].append(transfer)
         return out
 
-    def _held_here(self, rank: int) -> Iterator[Transfer]:
-        """The boxes of blocks that a rank holds, in the order of the blocks and their boxes."""
+    def _held_here(self, rank: int) -> Iterator[tuple[Transfer, tuple[int, ...]]]:
+        """The boxes of blocks that a rank holds, by block and box, each with all ranks that hold it."""
         held = []
-        for shard, (number, box) in enumerate(self._shards[rank]):
+        for shard, (number, box) in enumerate(self.shards.of_rank(rank)):
             matrix, first = self.matrices[number], self._first[number]
+            ranks = self.shards.shardings[number].ranks_of(box)
             for index in blocks_touching(matrix.shape, matrix.cuts, box):
                 common = self.blocks[first + index].box.intersect(box)
                 if common is not None:
-                    held.append((first + index, common, shard))
-        return itertools.starmap(Transfer, sorted(held))
+                    held.append((first + index, common, shard, ranks))
+        return ((Transfer(block, box, shard), ranks) for block, box, shard, ranks in sorted(held))
 
     def _source(self, block: int, ranks: tuple[int, ...]) -> int:
         """The rank whose copy of a box's gradient goes to the owner."""
         owner = self.owners[block]
-        if len(ranks) == 1:
-            return ranks[0]
-        return owner if owner in self._holders[block].held and owner in ranks else ranks[block % len(ranks)]
+        return owner if holds(ranks, owner) else ranks[block % len(ranks)]
 
     @cached_property
     def traffic(self) -> list[tuple[int, int]]:
@@ -274,17 +277,18 @@ class Plan:
         what it owns itself. If no other rank has a copy, it sends the gradients of just these elements.
         """
         sent, received = [0] * self.world_size, [0] * self.world_size
-        copied = [False] * len(self.matrices)
-        for block, holders in zip(self.blocks, self._holders, strict=True):
-            copied[block.parameter] |= holders.copies > holders.box.numel
-        for rank, held in enumerate(self._shards):
-            received[rank] = sum(box.numel for _, box in held)
-            sent[rank] = sum(box.numel for number, box in held if not copied[number])
+        copied: dict[Sharding, bool] = {}
+        for sharding, count in Counter(self.shards.shardings).items():
+            copied[sharding] = any(len(ranks) > 1 for _, ranks in sharding.parts)
+            for box, ranks in sharding.parts:
+                for rank in ranks:
+                    received[rank] += count * box.numel
+                    sent[rank] += 0 if copied[sharding] else count * box.numel
         for number, (holders, owner) in enumerate(zip(self._holders, self.owners, strict=True)):
-            own, numel = holders.held.get(owner, 0), holders.box.numel
-            received[owner] += numel - 2 * own
+            own = holders.held_by(owner)
+            received[owner] += holders.box.numel - 2 * own
             sent[owner] += holders.copies - own
-            if not copied[self.blocks[number].parameter]:
+            if not copied[self.shards.shardings[self.blocks[number].parameter]]:
                 sent[owner] -= own
                 continue
             for box, ranks in holders.held_boxes:
@@ -295,7 +299,18 @@ class Plan:
 
     def elements_moved(self, rank: int) -> tuple[int, int]:
         """Elements that this rank (sends, receives) per step, gradients and updates together."""
-        return self.traffic[rank]
+        if rank not in self._moved:
+            sent = received = 0
+            for transfer, ranks in self._held_here(rank):
+                if self.owners[transfer.block] != rank:
+                    received += transfer.box.numel
+                    sent += transfer.box.numel if self._source(transfer.block, ranks) == rank else 0
+            for holders in (self._holders[block] for block in self.owned[rank]):
+                own = holders.held_by(rank)
+                sent += holders.copies - own
+                received += holders.box.numel - own
+            self._moved[rank] = sent, received
+        return self._moved[rank]
 
     @property
     def imbalance(self) -> float:

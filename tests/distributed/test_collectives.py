@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from shampoo_deepspeed.distributed.collectives import all_gather_objects, decide_on_first_rank, on_all_ranks
+from shampoo_deepspeed.distributed.collectives import (
+    all_gather_numbers,
+    all_gather_objects,
+    decide_on_first_rank,
+    object_of_rank,
+    on_all_ranks,
+)
 from tests.support.launch import Ask, Check
 
 SHARED = Check("shared_errors", 2, "collectives:shared_errors", None)
@@ -22,6 +28,14 @@ def test_an_error_of_one_rank_is_raised_on_all(check: Check, ask: Ask) -> None:
         assert seen["both"] == ("of rank 0", f"of rank {rank}")
         assert seen["decided"] == 1 and seen["gathered"] == [0, 1]
         assert "nothing" in seen["undecided"]
+        assert seen["numbers"] == [[7], [7, 7, 7]] and seen["of the second"] == "of rank 1"
+        refused = seen["layouts"]
+        assert (
+            refused["options"].startswith("ranks 0 and 1 disagree: ('w', (8, 8), 0, ")
+            and " against " in refused["options"]
+        )
+        assert refused["problem"] == "rank 1: it is damaged"
+        assert "w (8, 8): 48 of 64 elements are covered" in refused["rows"]
 
 
 @pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt()], ids=repr)
@@ -30,3 +44,4 @@ def test_a_process_alone_raises_the_error_itself(error: BaseException) -> None:
         raise error
     assert caught.value is error
     assert decide_on_first_rank(3, list, None) == [3] and all_gather_objects(3, None) == [3]
+    assert all_gather_numbers([3], None) == [[3]] and object_of_rank(0, 3, None) == 3

@@ -104,3 +104,24 @@ def test_chunks_are_those_of_torch(length: int, parts: int) -> None:
     found = [torch.arange(length)[slice(*chunk(length, parts, index))] for index in range(parts)]
     expected = torch.arange(length).chunk(parts)
     assert [t.tolist() for t in found if len(t)] == [t.tolist() for t in expected if len(t)]
+
+
+@pytest.mark.parametrize("along", [0, 1, 2])
+def test_a_thousand_parts_are_not_compared_with_one_another(along: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Along whichever dim a tensor is cut; FSDP2 may cut along any (``shard_placement_fn``)."""
+    compared: list[Box] = []
+    intersect = Box.intersect
+
+    def counted(self: Box, other: Box) -> Box | None:
+        compared.append(other)
+        return intersect(self, other)
+
+    monkeypatch.setattr(Box, "intersect", counted)
+    shape, offsets = [2, 2, 2], [[0, 0, 0] for _ in range(1024)]
+    shape[along] = 1024
+    for part, offset in enumerate(offsets):
+        offset[along] = part
+    lengths = tuple(1 if dim == along else 2 for dim in range(3))
+    boxes = [Box(tuple(offset), lengths) for offset in offsets]
+    assert tiling_error(shape, boxes) is None and len(compared) <= 1024
+    assert "overlap" in str(tiling_error(shape, [*boxes[:-1], boxes[0]]))

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from shampoo_deepspeed import CheckpointError
+from shampoo_deepspeed import CheckpointError, LayoutError, ShampooConfig
 from shampoo_deepspeed.distributed.collectives import (
+    all_gather_numbers,
     all_gather_objects,
     decide_on_first_rank,
     job_group,
+    object_of_rank,
     on_all_ranks,
 )
+from shampoo_deepspeed.distributed.frameworks import Layout, Parameter, Shard
+from shampoo_deepspeed.engine.policy import policy_of
+from shampoo_deepspeed.engine.step_unit import StepUnit
+from shampoo_deepspeed.geometry.boxes import Box
 
 
 class NeedsTwo(ValueError):
@@ -50,6 +57,25 @@ def shared_errors(_: None) -> dict[str, Any]:
     except LookupError as caught:
         seen["undecided"] = str(caught)
     seen["gathered"] = all_gather_objects(dist.get_rank(), job_group())
+    seen["numbers"] = all_gather_numbers([7] * (1 + 2 * dist.get_rank()), job_group())
+    seen["of the second"] = object_of_rank(1, f"of rank {dist.get_rank()}", job_group())
+    seen["layouts"] = refused_layouts(dist.get_rank())
+    return seen
+
+
+def refused_layouts(rank: int) -> dict[str, str]:
+    """Return what is raised if the second rank has other options or a problem, or if nobody holds a row."""
+    seen = {}
+    for name in ("options", "problem", "rows"):
+        config = ShampooConfig.from_options({"max_preconditioner_dim": 8 if rank and name == "options" else 4})
+        parameter = Parameter("w", (8, 8), 0, "w")
+        shard = Shard(0, Box((4 * rank, 0), (4 - (name == "rows"), 8)), 0, 0)
+        layout = Layout([parameter], [torch.zeros(shard.box.lengths)], [0], [shard], dist.group.WORLD)
+        layout.problem = "it is damaged" if rank and name == "problem" else None
+        try:
+            StepUnit(layout, {"w": policy_of(parameter, config)}, {0: config})
+        except LayoutError as error:
+            seen[name] = str(error)
     return seen
 
 
