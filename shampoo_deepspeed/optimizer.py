@@ -142,7 +142,9 @@ class Shampoo(BlockOptimizer):
         """Count these units' last step if it was rejected."""
         for _ in rejections(units, self.param_groups[0]["failure_limit"]):
             self.rejected_steps += 1
-            logger.warning("a step was rejected: a gradient was not finite (%d so far)", self.rejected_steps)
+            logger.warning(
+                "a step was rejected: a gradient was not finite or too large (%d so far)", self.rejected_steps
+            )
 
     def _show_step(self, unit: StepUnit) -> None:
         """Give every tensor a ``step`` entry: torch's tools treat an empty ``state`` as that before the first step."""

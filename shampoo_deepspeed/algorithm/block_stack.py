@@ -30,6 +30,11 @@ CACHED_BYTES = 2 << 20
 REFRESHED_BYTES = 512 << 10
 REFRESHED_ON_ACCELERATORS = 256 << 20
 MOST_REFRESHED = 8192
+# The largest root mean square of a block's update without grafting: ten times that of grafting "rms". Without shocks
+# these updates reach about 1.
+LONGEST_RMS = 10.0 * grafting.UPDATE_RMS
+# The root mean square up to which a preconditioned update counts as zero, if moments were scaled to about 1 before.
+FADED = 2.0**-100
 
 
 class BlockStack:
@@ -211,8 +216,11 @@ class BlockStack:
         # Bias corrections are one factor, which is multiplied in last, because each pass over a block costs time.
         if not ready:
             return grafted.updates[0] if grafted.factor == 1.0 else grafted.updates[0] * grafted.factor
-        update = preconditioner.apply(state, gradients, grafted.moments[0], found_inf)
-        return _with_length_of(grafted.updates[0], grafted.factor, update)
+        moments = grafted.moments[0]
+        if not config.normalize_gradients:
+            moments, _ = _scaled_moments(moments)
+        update = preconditioner.apply(state, gradients, moments, found_inf)
+        return _with_length_of(grafted.updates[0], grafted.factor, update, self._norms(update))
 
     def _warm_to_rms(self, kept: list[Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> Tensor:
         """``_updates`` of the given length before the first refresh: in the direction of the first moment."""
@@ -240,15 +248,29 @@ class BlockStack:
         (moments,), correction = grafting.first_moment(kept, [seen], beta1, step, corrected, found_inf, config.beta3)
         if result is not None:
             preconditioner.follow_basis(state, result, moments * correction)
-        update = preconditioner.apply(state, seen, moments, found_inf)
+        scaled, units = (moments, 1.0) if config.normalize_gradients else _scaled_moments(moments)
+        update = preconditioner.apply(state, seen, scaled, found_inf)
         if config.grafting_method == "none":
-            return update.mul_(correction)
+            return update.mul_(_bounded_factors(update, self._norms(update), correction * units))
         if config.grafting_method == "rms":
-            return update.mul_(_factors_to_rms(update) * _presence(moments, correction, config))
+            return update.mul_(self._to_rms(update) * _presence(moments, correction, config))
         moments = preconditioner.project_back(state, moments)
         method, beta2 = config.warm_method, config.second_moment_beta
         (length_of,), factor = grafting.update(method, [moments], second, step, beta2, config.eps)
-        return _with_length_of(length_of, factor * correction, update)
+        return _with_length_of(length_of, factor * correction, update, self._norms(update))
+
+    def _norms(self, update: Tensor) -> Tensor:
+        """The norm of each block of ``update``, as [B, 1, ..., 1], also where its squares are out of range."""
+        if self._config.normalize_gradients:  # they are not
+            return block_norms(update)
+        scales, norms = _scaled_norms(update)
+        return scales * norms
+
+    def _to_rms(self, update: Tensor) -> Tensor:
+        """``_factors_to_rms`` of updates; those of normalized gradients were not made of scaled moments."""
+        if self._config.normalize_gradients:
+            return _factors_to_rms(update)
+        return _factors_to_rms(update, self._norms(update), FADED)
 
     def _refresh(
         self, rows: range, state: dict[str, Tensor], step: int, found_inf: FoundInf | None
@@ -440,10 +462,32 @@ def _scaled_norms(stack: Tensor) -> tuple[Tensor, Tensor]:
     return scales, block_norms(stack / scales)
 
 
-def _with_length_of(other: Tensor, factor: float, update: Tensor) -> Tensor:
-    """Scale each block of ``update`` in place to the length of its block of ``other`` times the factor."""
-    lengths, own = block_norms(other) * factor, block_norms(update)
+def _scaled_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """First moments of about 1, and by what [B, 1, ..., 1] to multiply what is made of them.
+
+    Roots are bounded such that products of these moments with them stay within float32's range; moments of normalized
+    gradients need no scaling. Each block is divided by a power of two, which is exact. A block whose squares would
+    underflow counts as zero, like a second moment that has.
+    """
+    peaks = torch.linalg.vector_norm(moments, math.inf, dim=tuple(range(1, moments.ndim)), keepdim=True)
+    units = peaks / torch.frexp(peaks).mantissa / 2.0
+    seen = peaks > math.sqrt(torch.finfo(moments.dtype).tiny)
+    return moments * torch.where(seen, 1.0 / units, 0.0), torch.where(seen, units, 0.0)
+
+
+def _with_length_of(other: Tensor, factor: float, update: Tensor, own: Tensor) -> Tensor:
+    """Scale each block of ``update``, whose norms are ``own``, in place to the length of ``other`` times the factor."""
+    lengths = block_norms(other) * factor
     return update.mul_(torch.where(own > 0, lengths / own, 0.0))
+
+
+def _bounded_factors(update: Tensor, own: Tensor, factors: Tensor | float) -> Tensor:
+    """The factors, smaller for blocks of ``update`` that would be longer than ``LONGEST_RMS`` allows.
+
+    Without grafting nothing else bounds the update along directions that the factor matrices have not seen before.
+    """
+    longest = LONGEST_RMS * math.sqrt(update[0].numel())
+    return torch.where(own * factors > longest, longest / own, factors)
 
 
 def _presence(moments: Tensor, correction: float, config: ShampooConfig) -> Tensor | float:
@@ -460,14 +504,19 @@ def _presence(moments: Tensor, correction: float, config: ShampooConfig) -> Tens
     return (block_norms(moments) * (correction / least)).clamp_max(1.0)
 
 
-def _factors_to_rms(update: Tensor) -> Tensor:
+def _factors_to_rms(update: Tensor, own: Tensor | None = None, faded: float | None = None) -> Tensor:
     """Factors [B, 1, ..., 1] that give each block of ``update`` the root mean square ``UPDATE_RMS``; 0 for zeros.
 
     When gradients end, a first moment decays until squares underflow. Such a norm is too small, and the factor would be
     far too large, so these blocks get 0 too.
+
+    Args:
+        own: the blocks' norms, if they are known.
+        faded: the root mean square up to which a block counts as zero, if it is not where squares underflow.
     """
     numel = update[0].numel()
-    own, least = block_norms(update), math.sqrt(numel * torch.finfo(update.dtype).tiny)
+    own = block_norms(update) if own is None else own
+    least = math.sqrt(numel) * (math.sqrt(torch.finfo(update.dtype).tiny) if faded is None else faded)
     return torch.where(own > least, grafting.UPDATE_RMS * math.sqrt(numel) / own, 0.0)
 
 

@@ -65,7 +65,7 @@ def update(
     Args:
         moments: first moments M, shapes as ``second``.
         step: t >= 1.
-        eps: added to the square root; if 0, elements that have had no gradient yet get 0.
+        eps: added to the square root; if it ``vanishes``, elements that have had no gradient yet get 0.
 
     Returns:
         Tensors, and the factor to multiply them by. Callers combine it with their own factors, because each pass over
@@ -75,10 +75,18 @@ def update(
         return list(moments), 1.0
     corrected = math.sqrt(1.0 - beta2**step) if method.endswith("adam") else 1.0
     roots = torch._foreach_sqrt(list(second))
-    if eps > 0:
-        torch._foreach_add_(roots, eps * corrected)
-        return list(torch._foreach_div(list(moments), roots)), corrected
-    return [torch.where(r > 0, m / r, 0.0) for m, r in zip(moments, roots, strict=True)], corrected
+    if vanishes(eps * corrected, roots[0].dtype):
+        return [torch.where(r > 0, m / r, 0.0) for m, r in zip(moments, roots, strict=True)], corrected
+    torch._foreach_add_(roots, eps * corrected)
+    return list(torch._foreach_div(list(moments), roots)), corrected
+
+
+def vanishes(eps: float, dtype: torch.dtype) -> bool:
+    """Whether ``eps`` is 0 or so small that squares of gradients of its size underflow.
+
+    A second moment that has underflowed shows nothing of the gradient, and such an ``eps`` would not bound the update.
+    """
+    return eps < math.sqrt(torch.finfo(dtype).tiny)
 
 
 def normalized(gradient: Tensor, norm: Tensor) -> Tensor:
@@ -161,7 +169,9 @@ def _fuses(
     """Whether torch's fused kernel can be used: not without a first moment, nor with eps = 0 (it divides by 0)."""
     if method != "adam" or not first or config.beta3 not in (None, config.betas[0]):
         return False
-    if config.eps <= 0.0 or config.second_moment_beta >= 1.0 or gradients[0].device.type not in FUSED_DEVICES:
+    if vanishes(config.eps * math.sqrt(1.0 - config.second_moment_beta), gradients[0].dtype):
+        return False
+    if config.second_moment_beta >= 1.0 or gradients[0].device.type not in FUSED_DEVICES:
         return False
     return all(g.dtype == m.dtype == v.dtype for g, m, v in zip(gradients, first, second, strict=True))
 

@@ -8,6 +8,7 @@ start of the next step, by which time the copy has completed. It undoes the coun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from shampoo_deepspeed.distributed.frameworks import LayoutError
 from shampoo_deepspeed.engine.shard_update import ShardGradients
 from shampoo_deepspeed.engine.step_unit import LANES, StepUnit
 from shampoo_deepspeed.linalg.inverse_root import extremes
+from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.runtime.devices import communication_device
 
@@ -30,6 +32,16 @@ _FLAGS = 4
 # By how much sketches of equal gradients may differ, relatively. All-reduces give all ranks the same bits, but tensor
 # parallelism computes replicated gradients on each rank, where kernels may round a number in 16 bits differently.
 _ROUNDING = 2.0**-6
+
+# The largest element of a gradient from which float32 factor matrices can be computed if it is not normalized: its
+# square may grow by 2^40 in KL-Shampoo's roots and by the size of the block in the sum.
+LARGEST_GRADIENT = 2.0**32
+# In float64, norms of gradients up to here are finite.
+LARGEST_IN_FLOAT64 = 2.0**480
+# A gradient that is not normalized is a spike if its norm is so many times the root of its running mean square. With
+# it, second moments and factor matrices would be useless for as long as they remember. So the step is rejected,
+# unless so many were rejected before it: then gradients have another scale now.
+SPIKE, SPIKES = 32.0, 3
 
 
 class StepFlags:
@@ -143,7 +155,7 @@ def rejections(units: Iterable[StepUnit], failure_limit: int) -> Iterator[None]:
 def _raise_at_limit(rejected_in_a_row: int, roots_fail: bool, failure_limit: int) -> None:
     if rejected_in_a_row >= failure_limit:
         raise RuntimeError(
-            f"{rejected_in_a_row} steps in a row were rejected because a gradient was not finite "
+            f"{rejected_in_a_row} steps in a row were rejected because a gradient was not finite or too large "
             f"(failure_limit = {failure_limit}); lower the learning rate, or find out why the loss is not finite"
         )
     if roots_fail:
@@ -163,7 +175,8 @@ def _raise_if_apart(values: Sequence[float], units: Sequence[StepUnit]) -> None:
 def agree(work: Sequence[tuple[StepUnit, ShardGradients]], configs: Mapping[int, ShampooConfig]) -> Agreement:
     """Combine this rank's flags with those of all ranks that share a unit of this call.
 
-    One small all-reduce for each unit with several ranks, two if it needs norms; none with a single rank.
+    One small all-reduce for each unit with several ranks, another if it needs norms, and another without
+    ``normalize_gradients``; none with a single rank.
 
     Raises:
         LayoutError: if this is no time for a step, or replicas' gradients differ; on an accelerator after the first
@@ -178,6 +191,9 @@ def agree(work: Sequence[tuple[StepUnit, ShardGradients]], configs: Mapping[int,
             raise LayoutError(reason)
         own, sketches[id(unit)] = _flags(unit, gradients, configs)
         flags = torch.maximum(flags, own.to(home))
+        if not all(config.normalize_gradients for config in configs.values()):
+            spike = _spike(unit, gradients, configs).to(home)
+            flags[_BAD] = torch.maximum(flags[_BAD], spike)
     # Small groups first: the flags of an expert's ranks then reach all ranks through the larger group around them.
     for unit, gradients in sorted(work, key=lambda item: item[0].world_size):
         squares = torch.empty(0, dtype=unit.dtype, device=unit.device)
@@ -200,13 +216,17 @@ def _flags(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, Sham
     """This rank's flags, and its sketches of the gradients that other ranks have as well, flat."""
     used = sorted({shard.tensor for shard in unit.layout.shards if gradients.active[shard.parameter]})
     used = [t for t in used if gradients.raw[t].numel()]
-    peak = _peaks([gradients.raw[t] for t in used]) if used else torch.zeros(1, device=unit.device)
+    empty = torch.zeros(1, dtype=unit.dtype, device=unit.device)
+    peak = decayed = _peaks([gradients.raw[t] for t in used], unit.dtype) if used else empty
+    if used and gradients.decayed is not gradients.raw:
+        decayed = _peaks([gradients.decayed[t] for t in used], unit.dtype)
     failing = sum(
         failures >= configs[stack.options].failure_limit for stack in unit.stacks for failures in stack.failures
     )
-    bad, some = (~torch.isfinite(peak)).any(), (peak != 0).any()
-    flags = torch.stack([bad.float(), some.float(), torch.full_like(peak[0], failing), torch.zeros_like(peak[0])])
-    return flags, _sketch(unit, used, peak)
+    limit = _largest(unit, configs)
+    bad, some = ~((peak <= limit) & (decayed <= limit)).all(), (peak != 0).any()  # NaN is bad too
+    others = torch.full_like(bad, failing, dtype=torch.float32), torch.zeros_like(bad, dtype=torch.float32)
+    return torch.stack([bad.float(), some.float(), *others]), _sketch(unit, used, peak.float())
 
 
 def _sketch(unit: StepUnit, used: Sequence[int], peaks: Tensor) -> Tensor:
@@ -233,12 +253,100 @@ def _with_apart(flags: Tensor, high: Tensor, minus_low: Tensor) -> Tensor:
     return flags
 
 
-def _peaks(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude in each tensor, NaN if it contains NaN: float32 [len(tensors)]."""
+def _largest(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> float:
+    """The largest magnitude of a gradient's element that a step accepts."""
+    wire = configs[unit.parameters[0].group].communication_dtype if unit.parameters else None
+    limit = min(torch.finfo(dtype).max for dtype in (unit.dtype, DTYPES[wire] if wire else unit.dtype))
+    normalizes = all(config.normalize_gradients for config in configs.values())
+    return min(limit, LARGEST_IN_FLOAT64 if normalizes else LARGEST_GRADIENT)
+
+
+def _spike(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, ShampooConfig]) -> Tensor:
+    """Whether gradients that are not normalized are a spike, the same on all ranks: 0-d float32."""
+    measured = _measured(unit, gradients, configs)
+    now = [(gradients.decayed[p.tensor][p.elements], p.share) for p in unit.shared_parts if p.parameter in measured]
+    energies = torch.stack([_sum_of_squares(unit, now), _running_mean_square(unit, measured, configs)])
+    if unit.group is not None:
+        energies = _reduced(energies, dist.ReduceOp.SUM, unit.group)
+    spike = (energies[1] > 0) & ~(energies[0] <= SPIKE**2 * energies[1])
+    return (spike & (unit.rejected_in_a_row < SPIKES)).float()
+
+
+def _measured(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, ShampooConfig]) -> set[int]:
+    """The parameters of this step whose state shows how large their gradients, not normalized, have been."""
+    return {
+        p
+        for p, (part, scaled, policy) in enumerate(zip(gradients.active, unit.scaled, unit.policies, strict=True))
+        if part and scaled and unit.steps[p] and not configs[policy.options].normalize_gradients
+    }
+
+
+def _sum_of_squares(unit: StepUnit, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """The weighted sum of ||x||^2, 0-d float64."""
+    if not parts:
+        return torch.zeros((), dtype=torch.float64, device=unit.device)
+    norms = torch.stack(list(torch._foreach_norm([part for part, _ in parts], 2, torch.float64)))
+    return norms.square() @ _on_device([weight for _, weight in parts], unit.device)
+
+
+def _running_mean_square(unit: StepUnit, measured: set[int], configs: Mapping[int, ShampooConfig]) -> Tensor:
+    """This rank's share of the mean of ||G||^2 so far, by the factor matrices and second moments: 0-d float64."""
+    total = torch.zeros((), dtype=torch.float64, device=unit.device)
+    for stack, parameters in zip(unit.stacks, unit.parameters_of_rows, strict=True):
+        config = configs[stack.options]
+        if not measured.isdisjoint(parameters):
+            name = min((name for name in stack.tensors if name.startswith("factor_")), key=lambda n: int(n[7:]))
+            factor, beta = stack.tensors[name], config.factors_decay
+            scale = 1.0
+            if config.preconditioner == "kl_shampoo":  # its mean eigenvalue is that of an element
+                scale = math.prod(stack.shape) / factor.shape[-1]
+            counts = [_gradients_in(config, unit.steps[p]) if p in measured else 0 for p in parameters]
+            weights = [scale / (n if beta == 1.0 else 1.0 - beta**n) if n else 0.0 for n in counts]
+            traces = factor if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1)
+            total += traces.double().sum(-1) @ _on_device(weights, unit.device)
+    return total + _mean_square_of_elements(unit, measured, configs)
+
+
+def _mean_square_of_elements(unit: StepUnit, measured: set[int], configs: Mapping[int, ShampooConfig]) -> Tensor:
+    """``_running_mean_square`` of element-wise parameters, by second moments, or by first ones if there are none."""
+    seconds, firsts = [], []
+    for number, shard in enumerate(unit.elementwise.shards):
+        config, step = configs[shard.group].for_elementwise, unit.steps[shard.parameter]
+        needs, beta1 = unit.elementwise.needs[shard.group, shard.method], config.betas[0]
+        if shard.parameter not in measured:
+            continue
+        if "second_moment" in needs:
+            decayed = shard.method != "adagrad"
+            weight = 1.0 / (1.0 - config.second_moment_beta**step if decayed else step)
+            seconds.append((unit.elementwise.views["second_moment"][number], weight * shard.share))
+        elif beta1:  # a first moment of pure noise is shorter by the root of (1 + b) / (1 - b)
+            weight = (1.0 + beta1) / (1.0 - beta1) / (1.0 - beta1**step) ** 2
+            firsts.append((unit.elementwise.views["exp_avg"][number], weight * shard.share))
+    total = _sum_of_squares(unit, firsts)
+    if seconds:  # the sum of elements, none of which is negative
+        sums = torch.stack(list(torch._foreach_norm([part for part, _ in seconds], 1, torch.float64)))
+        total = total + sums @ _on_device([weight for _, weight in seconds], unit.device)
+    return total
+
+
+def _gradients_in(config: ShampooConfig, step: int) -> int:
+    """The gradients in a block's first factor matrix after this step (see ``Sampling``)."""
+    dense, sampled = config.dense_statistics, config.sampling
+    return step if step <= dense else dense + sampled * (1 + (step - dense - 1) // sampled)
+
+
+def _on_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """Float64 values on the device, without a wait for it."""
+    found = torch.tensor(values, dtype=torch.float64)
+    return found if device.type == "cpu" else found.pin_memory().to(device, non_blocking=True)
+
+
+def _peaks(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The largest magnitude in each tensor, NaN if it contains NaN: [len(tensors)] of this dtype."""
     if tensors[0].device.type == "cpu":
         low, high = extremes(tensors)
-        return torch.maximum(-low, high).float()
-    return torch.stack([v.float() for v in torch._foreach_norm(list(tensors), float("inf"))])
+        return torch.maximum(-low, high).to(dtype)
+    return torch.stack([v.to(dtype) for v in torch._foreach_norm(list(tensors), float("inf"))])
 
 
 def _reduced(values: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> Tensor:

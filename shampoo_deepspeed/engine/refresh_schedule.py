@@ -8,7 +8,6 @@ accepted step. Phases are computed only from the optimizer's arguments, so they 
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from shampoo_deepspeed.distributed.frameworks import Parameter
@@ -31,22 +30,37 @@ def refresh_phases(
         configs: options by the numbers of groups and rules.
     """
     phases: dict[str, tuple[int, ...]] = {}
-    windows: dict[int, list[float]] = defaultdict(list)
+    windows: dict[int, _Window] = {}
     for parameter in sorted(parameters, key=lambda p: (p.frozen, p.group, p.position)):
         policy = policies[parameter.key]
         config = configs[policy.options]
         if not (config.staggers and policy.preconditioned):
             continue
         frequency = config.precondition_frequency
+        window = windows.setdefault(frequency, _Window(frequency))
         blocks = cut_into_blocks(policy.merged, policy.cuts)
-        costs = [refresh_cost(box.lengths, policy.sides) for box in blocks]
-        found = staggered_phases(costs, frequency, windows[frequency])
-        window = windows[frequency] or [0.0] * frequency
-        for cost, phase in zip(costs, found, strict=True):
-            window[phase] += cost
-        windows[frequency] = window
-        phases[parameter.key] = tuple(found)
+        phases[parameter.key] = tuple(window.place(refresh_cost(box.lengths, policy.sides)) for box in blocks)
     return phases
+
+
+class _Window:
+    """The refresh cost of each phase so far. A phase without blocks takes no memory: a window may be 10^12 steps."""
+
+    def __init__(self, frequency: int, earlier: Sequence[float] = ()) -> None:
+        self._frequency = frequency
+        self._heap = [(cost, phase) for phase, cost in enumerate(earlier)]
+        self._used = len(self._heap)  # phases from this one on have no blocks
+        heapq.heapify(self._heap)
+
+    def place(self, cost: float) -> int:
+        """The phase with the least cost, and the first of several; it gets a block of this cost."""
+        if self._used < self._frequency and (not self._heap or (0.0, self._used) < self._heap[0]):
+            phase, self._used = self._used, self._used + 1
+            heapq.heappush(self._heap, (cost, phase))
+            return phase
+        load, phase = self._heap[0]
+        heapq.heapreplace(self._heap, (load + cost, phase))
+        return phase
 
 
 def staggered_phases(costs: Sequence[float], frequency: int, earlier: Sequence[float] = ()) -> list[int]:
@@ -67,11 +81,5 @@ def staggered_phases(costs: Sequence[float], frequency: int, earlier: Sequence[f
     """
     if earlier and len(earlier) != frequency:
         raise ValueError(f"earlier holds {len(earlier)} phases; with frequency {frequency} there are {frequency}")
-    heap = [(cost, phase) for phase, cost in enumerate(earlier or [0.0] * frequency)]
-    heapq.heapify(heap)
-    phases = []
-    for cost in costs:
-        load, phase = heap[0]
-        heapq.heapreplace(heap, (load + cost, phase))
-        phases.append(phase)
-    return phases
+    window = _Window(frequency, earlier)
+    return [window.place(cost) for cost in costs]

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -50,6 +50,15 @@ class UpdateRange:
     elements: FlatRange
     parameter: int
     decays: bool
+
+
+class SharedPart(NamedTuple):
+    """A part of a parameter in a flattened local tensor; ``share`` is one over the number of ranks that hold it."""
+
+    parameter: int
+    tensor: int
+    elements: slice
+    share: float
 
 
 class StepUnit:
@@ -141,10 +150,13 @@ class StepUnit:
             [self.block_parameters[self.plan.blocks[block].parameter] for block in blocks]
             for blocks in self.exchange.stacks
         ]
+        self.shared_parts = self._shared_parts(places, everyone)
         self.elementwise = self._elementwise_part(places, everyone, configs)
         self.update_ranges = self._joined_ranges()
         elementwise = [t for t in self.policies if not t.preconditioned]
         self.needs_norms = any(is_normalized(t.method) for t in elementwise)
+        # Whether a parameter's state shows how large its gradients have been, if they are not normalized.
+        self.scaled = [t.preconditioned or not is_normalized(t.method) for t in self.policies]
         # The numbers of the options of element-wise parameters, which may ask for norms at any step.
         self.elementwise_options = {t.options for t in elementwise}
 
@@ -248,6 +260,16 @@ class StepUnit:
         keys = [self.block_key(b) for b in blocks]
         phases = [phase for b in blocks if (phase := self.plan.blocks[b].phase) is not None]
         return BlockStack(keys, shape, configs[group], self.device, self.dtype, phases or None, group)
+
+    def _shared_parts(self, places: Sequence[tuple[int, int, PlacedBox]], everyone: Shards) -> list[SharedPart]:
+        ranks = {(tensor, place.offset): everyone.shardings[p].ranks_of(place.box) for p, tensor, place in places}
+        return [
+            SharedPart(
+                s.parameter, s.tensor, slice(s.offset, s.offset + s.box.numel), 1.0 / len(ranks[s.tensor, s.offset])
+            )
+            for s in self.layout.shards
+            if s.box.numel
+        ]
 
     def _elementwise_part(
         self,

@@ -33,6 +33,8 @@ from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.rules import expanded
 
 META = torch.device("meta")
+# Steps of a window that are listed one by one, if it has no block that refreshes later.
+LISTED = 1000
 
 
 class Step(NamedTuple):
@@ -62,7 +64,8 @@ class Estimate:
         received: bytes that each rank receives in a step.
         collectives: all-to-all calls per step.
         loads: FLOPs on each rank per step, with the refreshes' share; all units together.
-        window: each step of a refresh window.
+        window: each step of a refresh window; of a very long one only the first steps.
+        further: the steps of the window after these, all of which equal the last of them.
     """
 
     world_size: int
@@ -77,6 +80,7 @@ class Estimate:
     collectives: int = 0
     loads: list[float] = field(default_factory=list)
     window: list[Step] = field(default_factory=list)
+    further: int = 0
 
     @property
     def state_bytes(self) -> list[int]:
@@ -102,7 +106,11 @@ class Estimate:
     @property
     def mean_step(self) -> float:
         """FLOPs of the slowest rank per step, over a window."""
-        return sum(step.slowest for step in self.window) / max(1, len(self.window))
+        return self.mean_over_window([step.slowest for step in self.window])
+
+    def mean_over_window(self, values: Sequence[float]) -> float:
+        """The mean over all steps of a window, given the values of those in ``window``."""
+        return (sum(values) + self.further * values[-1]) / (len(values) + self.further) if values else 0.0
 
     def add_state(self, kind: str, rank: int, nbytes: int) -> None:
         """Count bytes of a kind on a rank."""
@@ -167,9 +175,12 @@ def estimate(
     made = Estimate(world_size)
     made.adamw, made.loads = [0] * world_size, [0.0] * world_size
     made.sent, made.received = [0] * world_size, [0] * world_size
-    made.window = [Step(0.0, 0.0, 0.0)] * config.precondition_frequency
     policies = {parameter.key: policy_of(parameter, config) for parameter in parameters}
     phases = refresh_phases(parameters, policies, expanded({0: config}))
+    refreshing = 1 + max((max(found) for found in phases.values() if found), default=0)
+    listed = min(config.precondition_frequency, max(refreshing + 1, LISTED))
+    made.window = [Step(0.0, 0.0, 0.0)] * listed
+    made.further = config.precondition_frequency - listed
     with _collector_paused():
         for layout in layouts(framework, [p.shape for p in parameters], world_size, shard_ranks, sub_group_size):
             members = [parameters[n] for n in layout.parameters]

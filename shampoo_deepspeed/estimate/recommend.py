@@ -68,9 +68,8 @@ def expected_overhead(made: Estimate, speed: Speed) -> Overhead:
         speed.overhead(step.slowest - step.refresh, step.refresh, nbytes, made.elements, made.world_size)
         for step in made.window
     ]
-    return Overhead(
-        speed.model_seconds(made.elements, made.world_size), sum(shares) / len(shares), max(shares, default=0.0)
-    )
+    model = speed.model_seconds(made.elements, made.world_size)
+    return Overhead(model, made.mean_over_window(shares), max(shares, default=0.0))
 
 
 @dataclass(frozen=True)

@@ -112,11 +112,17 @@ def kept_or_new(
 
 
 def root_from_basis(
-    values: Tensor, bases: Tensor, root: float, epsilon: float, relative_epsilon: float, damping: str
+    values: Tensor,
+    bases: Tensor,
+    root: float,
+    epsilon: float,
+    relative_epsilon: float,
+    damping: str,
+    share: float | None = None,
 ) -> tuple[Tensor, list[int]]:
     """Q diag(l)^(-1/root) Q' with the regularisation of ``inverse_root``, and the rows that are not finite."""
     order = values.argsort(dim=-1)
-    scales = RootOfEigenvalues(root, epsilon, relative_epsilon, damping).of(values.gather(-1, order))
+    scales = RootOfEigenvalues(root, epsilon, relative_epsilon, damping, share=share).of(values.gather(-1, order))
     columns = bases.gather(-1, order.unsqueeze(-2).expand_as(bases))
     roots = product(columns * scales.unsqueeze(-2), columns.mT)
     return roots, non_finite(roots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -19,6 +20,10 @@ LONG = 1 << 12
 # float32 rounding stays below a tenth of it.
 TRUSTED = ("cpu",)
 ORTHONORMAL = 1e-2
+# Roots are bounded, so that neither they nor their products with a block overflow, for any root p. Of all modes of a
+# block together, the elements of a root differ by a factor of 2^SPREAD at most, and the smallest one is between
+# 2^-SCALE and 2^SCALE. With p >= 1 this changes nothing that float32 factor matrices resolve.
+SPREAD, SCALE = 40.0, 80.0
 
 
 def symmetric(matrices: Tensor) -> Tensor:
@@ -36,6 +41,7 @@ def inverse_root(
     damping: str = "shift",
     in_float64: bool = False,
     conditions: list[Tensor] | None = None,
+    share: float | None = None,
 ) -> tuple[Tensor, list[int]]:
     """A^(-1/root) of each matrix of a stack (arXiv 2309.06497, section 4.1).
 
@@ -55,12 +61,14 @@ def inverse_root(
             accurate to rounding even if the ridge is near the rounding error of the largest eigenvalue.
         conditions: a list to which solvers that know it append the largest condition number of the regularised
             matrices, 0-d.
+        share: bounds the roots, such that the product of several with these shares, whose sum is 1, is in range;
+            None: as they are.
 
     Returns:
         The roots [B, d, d], and the rows that failed even in float64 (their content is undefined).
     """
     work = matrices if matrices.dtype == torch.float64 else matrices.float()
-    rule = RootOfEigenvalues(root, epsilon, relative_epsilon, damping, conditions)
+    rule = RootOfEigenvalues(root, epsilon, relative_epsilon, damping, conditions, share)
     solver = chosen_solver(solver, work, root, relative_epsilon, damping)
     if solver == "eigh":
         roots, failed = _by_eigh(work, rule, in_float64)
@@ -70,6 +78,7 @@ def inverse_root(
     independent = no_switch_counts()
     with nullcontext() if independent else full_precision(work.device.type):
         roots, left = iteration(work.double() if independent else work, int(root), epsilon, relative_epsilon)
+    left = sorted({*left, *non_finite(roots)})
     if not left:
         return roots.to(dtype), []
     found, wrong = _by_eigh(work[left], rule, in_float64)
@@ -114,6 +123,7 @@ class RootOfEigenvalues(NamedTuple):
     relative_epsilon: float
     damping: str
     conditions: list[Tensor] | None = None
+    share: float | None = None
 
     def of(self, values: Tensor) -> Tensor:
         """l^(-1/root) of eigenvalues [B, d] in any order, regularised; 0 for those that are 0 then."""
@@ -123,8 +133,23 @@ class RootOfEigenvalues(NamedTuple):
             smallest = left.amin(dim=-1)
             # A matrix without a condition number (all zero, or not finite) does not count.
             self.conditions.append((values.amax(dim=-1) / smallest).nan_to_num(nan=0.0, posinf=torch.inf).amax())
-        powers = inverse_power(values.clamp_min(torch.finfo(values.dtype).tiny), self.root)
+        held = values
+        if self.share is not None:
+            largest = values.amax(dim=-1, keepdim=True)
+            least = largest * 2.0 ** (-SPREAD * self.share * self.root)
+            held = bounded(torch.maximum(values, least), largest, self.root, self.share)
+        powers = inverse_power(held.clamp_min(torch.finfo(values.dtype).tiny), self.root)
         return torch.where(values == 0, 0.0, powers)
+
+
+def bounded(values: Tensor, largest: Tensor, root: float, share: float = 1.0) -> Tensor:
+    """The values, scaled such that ``largest ** (1 / root)`` is between 2^-SCALE and 2^SCALE, or this share of it.
+
+    Values are as they are if it is already. A root p < 1 has narrower bounds, because it amplifies more.
+    """
+    most = 2.0 ** min(SCALE * share * min(root, root * root), math.log2(torch.finfo(values.dtype).max) - 2.0)
+    target = largest.clamp(1.0 / most, most)
+    return torch.where((target == largest) | (largest == 0), values, values / largest * target)
 
 
 def _by_eigh(work: Tensor, rule: RootOfEigenvalues, in_float64: bool) -> tuple[Tensor, list[int]]:
@@ -151,10 +176,11 @@ def diagonal_root(
     dtype: torch.dtype,
     damping: str,
     conditions: list[Tensor] | None = None,
+    share: float | None = None,
 ) -> tuple[Tensor, list[int]]:
     """``inverse_root`` of diagonal matrices [B, d]; their entries are their eigenvalues."""
     work = diagonals if diagonals.dtype == torch.float64 else diagonals.float()
-    rule = RootOfEigenvalues(root, epsilon, relative_epsilon, damping, conditions)
+    rule = RootOfEigenvalues(root, epsilon, relative_epsilon, damping, conditions, share)
     roots = rule.of(work).to(dtype)
     return roots, non_finite(torch.stack([work, roots.to(work.dtype)], dim=-1))  # the root of infinity is 0
 

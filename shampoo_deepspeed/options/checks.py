@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from numbers import Real
@@ -14,6 +15,10 @@ from torch import Tensor
 
 Check = Callable[[str, object], Any]
 LONGEST = 500  # characters of a value in an error
+# Steps compute in float32. Up to these values, what a step makes of options stays within its range: a million times
+# ``eps``, or a weight after many steps at the largest rate.
+LARGEST, LARGEST_RATE = 1e30, 1e6
+LARGEST_INT = 2**53  # as float64 it is still exact
 
 
 class OptionError(ValueError):
@@ -25,7 +30,10 @@ class OptionError(ValueError):
 
 def short(value: object, longest: int = LONGEST) -> str:
     """A value's ``repr``, cut so that an error fits on a screen."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return f"a value that contains an integer of more than {sys.get_int_max_str_digits():,} digits"
     return text if len(text) <= longest else f"{text[:longest]}... ({len(text):,} characters)"
 
 
@@ -104,35 +112,41 @@ def number(key: str, value: object, low: float, high: float, allowed: str) -> fl
 
 
 def non_negative(key: str, value: object) -> float:
-    return number(key, value, 0.0, 1e300, "a number >= 0")
+    return number(key, value, 0.0, LARGEST, f"a number >= 0, at most {LARGEST:g}")
 
 
-def positive(key: str, value: object) -> float:
-    return number(key, value, 1e-300, 1e300, "a number > 0")
+def rate(key: str, value: object) -> float:
+    return number(key, value, 0.0, LARGEST_RATE, f"a number >= 0, at most {LARGEST_RATE:g}")
+
+
+def positive_rate(key: str, value: object) -> float:
+    return number(key, value, 1e-300, LARGEST_RATE, f"a number > 0, at most {LARGEST_RATE:g}")
 
 
 def learning_rate(key: str, value: object) -> float | Tensor:
     if isinstance(value, Tensor):
-        allowed = "a number >= 0 or a Tensor with one such element"
+        allowed = f"a number >= 0, at most {LARGEST_RATE:g}, or a Tensor with one such element"
         if value.numel() != 1 or value.dtype == torch.bool or value.dtype.is_complex:
             raise bad(key, value, allowed)
         if value.device.type == "cpu":  # reading it on a device would wait
-            number(key, value, 0.0, 1e300, allowed)
+            number(key, value, 0.0, LARGEST_RATE, allowed)
         return value
-    return non_negative(key, value)
+    return rate(key, value)
 
 
 def positive_int(key: str, value: object) -> int:
     found = integer(value)
-    if found is None or found < 1:
-        raise bad(key, value, "an integer >= 1")
+    if found is None or not 1 <= found <= LARGEST_INT:
+        raise bad(key, value, "an integer >= 1, at most 2**53")
     return found
 
 
 def start_step(key: str, value: object) -> int:
     found = integer(value)
-    if found is None or (found < 1 and found != -1):
-        raise bad(key, value, "an integer >= 1, or -1 (precondition_frequency, or 2 with refresh_growth)")
+    if found is None or not (found == -1 or 1 <= found <= LARGEST_INT):
+        raise bad(
+            key, value, "an integer >= 1, or -1 (precondition_frequency, or 2 with refresh_growth), at most 2**53"
+        )
     return found
 
 
@@ -213,7 +227,7 @@ def small_int(key: str, value: object) -> int:
 def lengths(key: str, value: object) -> tuple[int, ...]:
     given = _listed(value)
     if isinstance(given, (tuple, list)) and len(given) != 1:
-        found = [n for n in map(integer, given) if n is not None and n >= 1]
+        found = [n for n in map(integer, given) if n is not None and 1 <= n <= LARGEST_INT]
         if len(found) == len(given):
             return tuple(found)
     raise bad(key, value, "a list of lengths >= 1 such as [4096, 1024, 1024], or [] for no split")
@@ -259,7 +273,7 @@ def dtype_name(*allowed: str) -> Check:
     """One of these dtype names; the torch dtype itself is accepted too."""
 
     def check(key: str, value: object) -> str:
-        name = str(value).removeprefix("torch.")
+        name = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else None
         if name not in allowed:
             raise bad(key, value, f"one of {', '.join(allowed)}")
         return name

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from shampoo_deepspeed.linalg.newton import DB_ROOTS
 from shampoo_deepspeed.options.checks import bad
 
 if TYPE_CHECKING:
     from shampoo_deepspeed.options.config import ShampooConfig
 
+# A step multiplies weights by 1 - decay. From here on they grow in each step.
+LARGEST_DECAY = 2.0
 
 # KL-Shampoo is the default, so users may not know that these options of Shampoo depend on the preconditioner.
 _INSTEAD = "or preconditioner = shampoo"
@@ -82,6 +86,25 @@ def _check_decay(config: ShampooConfig) -> None:
         raise bad("weight_decay_type", config.weight_decay_type, "l2 or null if decoupled_weight_decay is false")
     if config.beta3 is not None and config.betas[0] == 0.0:
         raise bad("beta3", config.beta3, "null if betas[0] is 0, as there is no first moment")
+
+    rate = _known(config.lr)
+    if rate is None or config.weight_decay == 0.0:
+        return
+    peak = config.peak_lr or rate
+    shares = {"corrected": rate * rate / peak if peak else 0.0, "independent": rate / peak if peak else 1.0}
+    share = shares.get(config.decay_type, rate)
+    if config.decay_type == "l2" and not config.normalize_gradients and config.elementwise_method in ("none", "sgd"):
+        share *= max(1.0, config.elementwise_lr, config.embedding_lr or 0.0)
+    if config.weight_decay * share >= LARGEST_DECAY:
+        allowed = f"less than {LARGEST_DECAY / share:g} with this learning rate, or weights would change sign and grow"
+        raise bad("weight_decay", config.weight_decay, allowed)
+
+
+def _known(rate: float | Tensor) -> float | None:
+    """The learning rate as a number; None if it is on a device, whose reading would wait."""
+    if not isinstance(rate, Tensor):
+        return rate
+    return float(rate.detach()) if rate.device.type == "cpu" else None
 
 
 def _check_blocks(config: ShampooConfig) -> None:

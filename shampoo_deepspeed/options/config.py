@@ -32,8 +32,10 @@ from shampoo_deepspeed.options.checks import (
     optional_factor_beta,
     optional_root,
     patterns_with,
-    positive,
     positive_int,
+    positive_rate,
+    rate,
+    short,
     small_int,
     start_step,
 )
@@ -75,7 +77,7 @@ def _rules(key: str, value: object) -> tuple[dict[str, Any], ...]:
         options = _of_rule(key, value, rule) if "match" in rule else {}
         if not options:
             lacking = "options other than 'match'" if "match" in rule else "'match'"
-            raise bad(key, value, f"{rule!r} lacks {lacking}; {allowed}")
+            raise bad(key, value, f"{short(rule)} lacks {lacking}; {allowed}")
         match = rule["match"]
         patterns = _patterns(f"{key}: match", [match] if isinstance(match, str) else match)
         try:
@@ -158,7 +160,7 @@ class ShampooConfig:
     normalize_gradients: bool = _option(
         True, flag, "first divide each block's (or element-wise parameter's) gradient by its root mean square"
     )
-    weight_decay: float = _option(0.0, non_negative, "weight decay", GROUP_ONLY)
+    weight_decay: float = _option(0.0, rate, "weight decay", GROUP_ONLY)
     decoupled_weight_decay: bool = _option(True, flag, "AdamW's decay; false: L2, added to the gradient", GROUP_ONLY)
     weight_decay_type: str | None = _option(
         None,
@@ -168,7 +170,7 @@ class ShampooConfig:
     )
     peak_lr: float | None = _option(
         None,
-        nullable(positive),
+        nullable(positive_rate),
         "learning rate that scales corrected and independent decay; null: lr at the start",
         GROUP_ONLY | SCHEDULED,
     )
@@ -239,10 +241,10 @@ class ShampooConfig:
         _optional_elementwise,
         "method of element-wise parameters; null: as grafting, or adam if that is none or rms",
     )
-    elementwise_lr: float = _option(3.0, non_negative, "factor on the updates of element-wise parameters")
+    elementwise_lr: float = _option(3.0, rate, "factor on the updates of element-wise parameters")
     embedding_lr: float | None = _option(
         24.0,
-        nullable(non_negative),
+        nullable(rate),
         "the same for token embeddings that are not the output head too; null: as elementwise_lr",
     )
     elementwise_betas: tuple[float, float] | None = _option(

@@ -106,8 +106,8 @@ def checked_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[st
     for name in options_with(SHARED):
         if options[name] != defaults[name]:
             raise OptionError(
-                f"Shampoo option {name!r} = {options[name]!r} in a parameter group is not allowed: all groups share "
-                f"one value, here {defaults[name]!r}."
+                f"Shampoo option {name!r} = {short(options[name])} in a parameter group is not allowed: all groups "
+                f"share one value, here {defaults[name]!r}."
             )
     return {**group, **group_options(ShampooConfig.from_options(options).with_peak())}
 

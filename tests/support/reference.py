@@ -466,8 +466,10 @@ class Reference:
         means = {}
         for place, (dim, a) in enumerate(sorted(block.factors.items())):
             means[dim] = a.trace().item() / len(a) / o.correction(t, place, len(block.factors))
+        unseen = {dim for dim, mean in means.items() if mean == 0}  # no gradient yet
         means = {dim: mean if mean > 0 else 1.0 for dim, mean in means.items()}
         block.roots = {dim: root * means[dim] ** 0.5 for dim, root in cls._roots(block, t, o, 2.0).items()}
+        block.roots |= {dim: torch.eye(len(block.roots[dim]), dtype=m.dtype) for dim in unseen}
         block.scale = 1.0
         for mean in means.values():
             block.scale /= mean ** (0.5 / len(means))
@@ -537,8 +539,8 @@ class Reference:
         u = adam_in_basis(block, g, m, o) if o.preconditioner == "soap" else block.scale * m
         for dim, root in block.roots.items():
             u = multiply(u, root, dim)
-        if o.graft == "none":
-            return u
+        if o.graft == "none":  # at most ten times as long as with "rms"
+            return u * min(1.0, 4.0 / max(u.square().mean().sqrt().item(), 1e-300))
         if o.graft == "rms":
             return with_rms(u) * presence(m, o)
         norm = u.norm()

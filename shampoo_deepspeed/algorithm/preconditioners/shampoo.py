@@ -148,20 +148,25 @@ class ShampooPreconditioner:
     ) -> tuple[dict[str, Tensor], list[int]]:
         """The tensors of one mode that a refresh replaces, by name, and the rows that failed."""
         ridge, damping = (self._epsilon, relative_ridge(self._config, step)), self._config.damping
+        share = self._share(len(modes_of(state)))
         if matrices.ndim == 2:
-            roots, failed = diagonal_root(matrices, root, *ridge, self._root_dtype, damping, conditions)
+            roots, failed = diagonal_root(matrices, root, *ridge, self._root_dtype, damping, conditions, share)
             return {f"root_{mode}": roots}, failed
         if self._tolerance is None:
             solver = self._config.solver
             roots, failed = inverse_root(
-                matrices, root, *ridge, self._root_dtype, solver, damping, self._in_float64, conditions
+                matrices, root, *ridge, self._root_dtype, solver, damping, self._in_float64, conditions, share
             )
             return {f"root_{mode}": roots}, failed
         matrices = symmetric(matrices)
         before = state[f"basis_{mode}"].to(matrices.dtype)
         values, bases, failed = kept_or_new(matrices, before, self._tolerance, self._in_float64)
-        roots, overflown = root_from_basis(values, bases, root, *ridge, damping)
+        roots, overflown = root_from_basis(values, bases, root, *ridge, damping, share)
         return {f"root_{mode}": roots, f"basis_{mode}": bases}, sorted({*failed, *overflown})
+
+    def _share(self, modes: int) -> float:
+        """The share of the bounds in ``inverse_root`` that each mode's root has."""
+        return 1.0 / modes
 
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
         update = moments.to(self._apply_dtype or torch.promote_types(moments.dtype, self._root_dtype))
@@ -227,13 +232,19 @@ class KLShampooPreconditioner(ShampooPreconditioner):
         for mode in modes:
             matrices = self._corrected(state, mode, step)
             mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
-            mean = torch.where(mean > 0, mean, 1.0)  # no gradient yet
+            unseen = (mean == 0).view(-1, 1, 1)  # without a gradient roots stay identities, however small the ridge is
+            mean = torch.where(mean > 0, mean, 1.0)
             tensors, wrong = self._refreshed(state, mode, matrices, 2.0, step, conditions)
-            tensors[f"root_{mode}"] = tensors[f"root_{mode}"] * mean.sqrt().view(-1, 1, 1)
+            found = tensors[f"root_{mode}"] * mean.sqrt().view(-1, 1, 1)
+            identity = torch.eye(found.shape[-1], dtype=found.dtype, device=found.device)
+            tensors[f"root_{mode}"] = torch.where(unseen, identity, found)
             scale *= inverse_power(mean, 2.0 * len(modes))
             result |= tensors
             failed.update(wrong)
         return RefreshResult({**result, "scale": scale}, frozenset(failed))
+
+    def _share(self, modes: int) -> float:
+        return 0.6  # roots are scaled to mean eigenvalue 1 anyway, and statistics rely on that
 
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
         update = super().apply(state, entered, moments, found_inf)

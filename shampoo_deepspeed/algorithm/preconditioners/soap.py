@@ -14,7 +14,7 @@ from shampoo_deepspeed.algorithm.preconditioners.shampoo import (
     write,
 )
 from shampoo_deepspeed.linalg.eigenbases import eigenbasis, good_enough, known, power_step
-from shampoo_deepspeed.linalg.inverse_root import non_finite, symmetric
+from shampoo_deepspeed.linalg.inverse_root import SPREAD, bounded, non_finite, symmetric
 from shampoo_deepspeed.linalg.mode_products import multiply_modes
 from shampoo_deepspeed.linalg.precision import power
 from shampoo_deepspeed.options.choices import DTYPES
@@ -175,9 +175,13 @@ class SOAPPreconditioner:
         weight.mul_(self._beta if found_inf is None else found_inf.keep(self._beta, weight.dtype))
         weight.add_(1.0 - self._beta if found_inf is None else found_inf.scale(1.0 - self._beta))
         mean = second / weight.clamp_min(torch.finfo(weight.dtype).tiny).view(-1, *[1] * (second.ndim - 1))
-        roots = mean.sqrt_() if self._root == 2.0 else power(mean, 1.0 / self._root)
-        largest = roots.amax(dim=tuple(range(1, roots.ndim)), keepdim=True)
-        roots.add_(largest.mul_(self._relative_epsilon).add_(self._eps))
+        dims, relative = tuple(range(1, mean.ndim)), self._relative_epsilon
+        if self._root == 2.0:
+            roots = mean.sqrt_()
+        else:  # another root may be out of the dtype's range, or so small that the update would be
+            roots = power(bounded(mean, mean.amax(dims, keepdim=True), self._root), 1.0 / self._root)
+            relative = max(relative, 2.0**-SPREAD)
+        roots.add_(roots.amax(dims, keepdim=True).mul_(relative).add_(self._eps))
         update = torch.where(roots > 0, moments / roots, 0.0)
         return self._rotated(state, update, self._apply_dtype, back=True).to(moments.dtype)
 
