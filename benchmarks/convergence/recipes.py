@@ -39,6 +39,7 @@ BARE: dict[str, Any] = {
     "grafting": "adam",
     "elementwise_lr": 1.0,
     "embedding_lr": None,
+    "tied_embedding_lr": None,
     "normalize_gradients": False,
 }
 KL: dict[str, Any] = {**BARE, "preconditioner": "kl_shampoo", "relative_epsilon": 1e-4}
@@ -51,7 +52,8 @@ RECIPE: dict[str, Any] = {
     "statistics_frequency": 2,
     "grafting": "rms",
     "elementwise_lr": 3.0,
-    "embedding_lr": 24.0,
+    "embedding_lr": 32.0,
+    "tied_embedding_lr": 6.0,
     "normalize_gradients": True,
 }
 

@@ -27,8 +27,7 @@ class ElementwiseShard:
 
     ``elements`` is its range in the flattened global parameter, ``local`` in the flattened local tensor. ``share`` is
     one over the number of ranks that hold the same range, ``method`` the grafting method that computes its update,
-    ``numel`` the number of elements of the global parameter, and ``embedding`` whether that embeds tokens and is not
-    the output head too.
+    ``numel`` the number of elements of the global parameter, and ``rate`` the option with the factor on its rate.
     """
 
     parameter: int
@@ -40,7 +39,7 @@ class ElementwiseShard:
     local: FlatRange
     share: float
     numel: int
-    embedding: bool = False
+    rate: str = "elementwise_lr"
 
 
 class Elementwise:
@@ -113,14 +112,14 @@ class Elementwise:
         Args:
             steps: each parameter's step number, counted from 1; parameters with 0 take no part.
         """
-        cohorts: dict[tuple[int, str, bool, int], list[int]] = defaultdict(list)
+        cohorts: dict[tuple[int, str, str, int], list[int]] = defaultdict(list)
         for number, shard in enumerate(self.shards):
             if steps[shard.parameter] > 0:
-                cohorts[shard.group, shard.method, shard.embedding, steps[shard.parameter]].append(number)
+                cohorts[shard.group, shard.method, shard.rate, steps[shard.parameter]].append(number)
         parts, targets = self._parts(gradients), self._parts(updates)
         means = self._root_mean_squares(squared_norms)
         divisors = means.unbind()
-        for (group, method, embedding, step), numbers in cohorts.items():
+        for (group, method, rate, step), numbers in cohorts.items():
             own = [parts[n].to(self._dtype) for n in numbers]
             if found_inf is not None:
                 own = found_inf.masked(own)
@@ -131,7 +130,7 @@ class Elementwise:
             if "second_moment" in self.needs[group, method]:
                 second = [self.views["second_moment"][n] for n in numbers]
             made, factor = self._updates(numbers, own, second, method, step, config, found_inf, squared_norms)
-            own_rate = config.embedding_lr if embedding else None
+            own_rate: float | None = getattr(config, rate)
             factor *= config.elementwise_lr if own_rate is None else own_rate
             torch._foreach_copy_([targets[n] for n in numbers], made)
             if config.normalize_gradients:

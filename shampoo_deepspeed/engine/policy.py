@@ -10,7 +10,7 @@ from shampoo_deepspeed.geometry.blocks import Side, cut_lengths, merge_small_dim
 from shampoo_deepspeed.geometry.plan import Matrix
 from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import ShampooConfig
-from shampoo_deepspeed.options.parameter_names import embeds_tokens, matching
+from shampoo_deepspeed.options.parameter_names import matching, rate_option
 from shampoo_deepspeed.options.rules import number_under, rule_of
 
 
@@ -24,7 +24,7 @@ class Policy:
         sides: what each dim of a block has.
         method: the method of its update if it is element-wise.
         rule: the pattern of the rule that it is under, if any.
-        embedding: whether it embeds tokens and is not the output head too.
+        rate: the option with the factor on its rate if it is element-wise.
     """
 
     merged: tuple[int, ...]
@@ -36,7 +36,7 @@ class Policy:
     sides: tuple[Side, ...] = ()
     method: str = ""
     rule: str | None = None
-    embedding: bool = False
+    rate: str = "elementwise_lr"
 
     @property
     def preconditioned(self) -> bool:
@@ -63,8 +63,8 @@ def policy_of(parameter: Parameter, config: ShampooConfig) -> Policy:
     reason, method = _why_elementwise(parameter, merged, config)
     if reason is not None:
         flat = (tuple(range(len(parameter.shape))),)
-        merged, embedding = (math.prod(parameter.shape),), embeds_tokens(parameter.kinds)
-        return Policy(merged, flat, reason, decays, options, method=method, rule=pattern, embedding=embedding)
+        merged, rate = (math.prod(parameter.shape),), rate_option(parameter.kinds)
+        return Policy(merged, flat, reason, decays, options, method=method, rule=pattern, rate=rate)
     sides = config.sides(merged)
     try:
         cuts = cut_lengths(merged, limit, sides, batch, config.split)

@@ -285,7 +285,7 @@ class StepUnit:
                 elements, share = FlatRange(start, stop), 1.0 / len(everyone.shardings[p].ranks_of(place.box))
                 local, numel = elements.shift(place.offset - start), math.prod(parameter.shape)
                 how = parameter.key, policy.options, policy.method
-                shard = ElementwiseShard(p, *how, elements, tensor, local, share, numel, policy.embedding)
+                shard = ElementwiseShard(p, *how, elements, tensor, local, share, numel, policy.rate)
                 shards_here.append(shard)
         return Elementwise(shards_here, configs, self.device, self.dtype)
 

@@ -120,6 +120,7 @@ BEFORE: dict[str, Any] = {
     "refresh_growth": 0.0,
     "elementwise_lr": 1.0,
     "embedding_lr": None,
+    "tied_embedding_lr": None,
 }
 
 # From this relative ridge on, KL-Shampoo's roots of float32 factor matrices are accurate enough in float32.
@@ -231,7 +232,7 @@ class ShampooConfig:
     grafting: str | None = _option(
         None,
         _optional_grafting,
-        "method that gives a block's update its length; rms: a root mean square of 0.4; null: rms, or none for soap",
+        "method that gives a block's update its length; rms: a root mean square of 0.6; null: rms, or none for soap",
     )
     grafting_beta2: float | None = _option(
         None, optional_beta2, "decay of second moments; null: betas[1], or 0.999 if that is 1"
@@ -243,9 +244,12 @@ class ShampooConfig:
     )
     elementwise_lr: float = _option(3.0, rate, "factor on the updates of element-wise parameters")
     embedding_lr: float | None = _option(
-        24.0,
+        32.0,
         nullable(rate),
         "the same for token embeddings that are not the output head too; null: as elementwise_lr",
+    )
+    tied_embedding_lr: float | None = _option(
+        6.0, nullable(rate), "the same for token embeddings that are the output head too; null: as elementwise_lr"
     )
     elementwise_betas: tuple[float, float] | None = _option(
         None, nullable(beta_pair), "betas of element-wise parameters; null: betas and grafting_beta2", SCHEDULED

@@ -125,9 +125,11 @@ def kinds_of_holders(holders: Sequence[nn.Module], by_module: Mapping[int, froze
     return kinds
 
 
-def embeds_tokens(kinds: frozenset[str]) -> bool:
-    """Whether a parameter of these kinds embeds tokens and is not the output head too."""
-    return "tokens" in kinds and "lm_head" not in kinds
+def rate_option(kinds: frozenset[str]) -> str:
+    """The option that holds the factor on the rate of an element-wise parameter of these kinds."""
+    if "tokens" not in kinds:
+        return "elementwise_lr"
+    return "tied_embedding_lr" if "lm_head" in kinds else "embedding_lr"
 
 
 def _token_tables(model: nn.Module) -> list[nn.Module]:

@@ -39,6 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "elementwise": None,  # Adam too
         "elementwise_lr": 1.0,
         "embedding_lr": None,
+        "tied_embedding_lr": None,
         "normalize_gradients": False,
         "decoupled_weight_decay": True,
         "weight_decay_type": None,

@@ -41,6 +41,7 @@ class _Options(TypedDict, total=False):
     elementwise: str | None
     elementwise_lr: float
     embedding_lr: float | None
+    tied_embedding_lr: float | None
     elementwise_betas: Sequence[float] | None
     momentum: float
     dampening: float

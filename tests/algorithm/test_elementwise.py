@@ -1,4 +1,4 @@
-"""Rates of element-wise parameters: `elementwise_lr`, and `embedding_lr` for token embeddings that are no head."""
+"""Rates of element-wise parameters: `elementwise_lr`, and those of token embeddings, tied to the head or not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Model(nn.Module):
         return out
 
 
-EQUAL: dict[str, Any] = {"elementwise_lr": 1.0, "embedding_lr": None}
+EQUAL: dict[str, Any] = {"elementwise_lr": 1.0, "embedding_lr": None, "tied_embedding_lr": None}
 
 
 def steps(model: nn.Module, **options: Any) -> dict[str, Tensor]:
@@ -45,17 +45,22 @@ def steps(model: nn.Module, **options: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-    ("options", "own", "embedding"),
-    [({}, 3.0, 24.0), ({"elementwise_lr": 2.0, "embedding_lr": 16.0}, 2.0, 16.0)],
-    ids=["default", "given"],
+    ("options", "factors"),
+    [
+        ({}, (3.0, 32.0, 6.0)),
+        ({"elementwise_lr": 2.0, "embedding_lr": 16.0, "tied_embedding_lr": 5.0}, (2.0, 16.0, 5.0)),
+        ({"tied_embedding_lr": None}, (3.0, 32.0, 3.0)),
+    ],
+    ids=["default", "given", "tied as all"],
 )
-def test_each_kind_has_its_factor(options: dict[str, Any], own: float, embedding: float, tied: bool) -> None:
+def test_each_kind_has_its_factor(options: dict[str, Any], factors: tuple[float, float, float], tied: bool) -> None:
+    own, embedding, tied_embedding = factors
     torch.manual_seed(0)
     model = Model(tied)
     plain = steps(model, **EQUAL)
     found = steps(model, **options)
-    factors = {
-        "tokens.weight": own if tied else embedding,
+    expected = {
+        "tokens.weight": tied_embedding if tied else embedding,
         "kinds.weight": embedding,
         "positions.weight": own,
         "hidden.weight": 1.0,
@@ -64,7 +69,7 @@ def test_each_kind_has_its_factor(options: dict[str, Any], own: float, embedding
         "head.weight": own,
     }
     for name, step in found.items():
-        torch.testing.assert_close(step, factors[name] * plain[name], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(step, expected[name] * plain[name], rtol=1e-3, atol=1e-6)
 
 
 def test_without_a_factor_of_their_own_embeddings_have_that_of_all() -> None:

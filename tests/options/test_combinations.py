@@ -39,7 +39,16 @@ SHAPES = {"vector": (5,), "matrix": (6, 4), "conv": (4, 6, 2), "experts": (3, 2,
 # Options that do not change the rule, and those with their own tests.
 NOT_OF_THE_RULE = {"bucket_mb", "overlap", "failure_limit", "strict_names"}
 NOT_OF_THE_RULE |= {"communication_dtype", "apply_dtype", "factor_dtype", "root_dtype"}
-TRIED_BY_OTHERS = {"embedding_lr", "exclude", "no_decay", "split", "master_weights", "stochastic_rounding", "peak_lr"}
+TRIED_BY_OTHERS = {
+    "embedding_lr",
+    "tied_embedding_lr",
+    "exclude",
+    "no_decay",
+    "split",
+    "master_weights",
+    "stochastic_rounding",
+    "peak_lr",
+}
 
 
 def state_deviations(optimizer: Shampoo, reference: Reference) -> dict[str, float]:

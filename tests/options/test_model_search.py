@@ -184,7 +184,7 @@ def test_a_group_that_joins_later_is_treated_alike() -> None:
     optimizer = Shampoo(model.two.parameters(), lr=1e-3)
     optimizer.add_param_group({"params": model.one.parameters()})
     optimizer.add_param_group({"params": list(model.four.parameters())})
-    assert optimizer.policies["one.weight"].embedding
+    assert optimizer.policies["one.weight"].rate == "embedding_lr"
     assert [p.reason for p in optimizer.policies.values()].count("excluded by 'kind:lm_head'") == 1
 
 
@@ -231,9 +231,9 @@ def test_without_any_model_shapes_may_tell() -> None:
     params = [parameter(*shape) for shape in SHAPES]
     policies = list(Shampoo(params, strict_names=True).policies.values())
     assert [policy.preconditioned for policy in policies] == [False, True, True, False, False]
-    assert [policy.embedding for policy in policies] == [True, False, False, False, False]
+    assert [policy.rate for policy in policies] == ["embedding_lr", *["elementwise_lr"] * 4]
     tied = list(Shampoo(params[:4]).policies.values())
-    assert not tied[0].preconditioned and not tied[0].embedding
+    assert not tied[0].preconditioned and tied[0].rate == "tied_embedding_lr"
 
 
 @pytest.mark.parametrize("shapes", [[(3000, 16)], [(3000, 16), (16, 3000)], [(3000, 16), (2000, 16)], [(60, 16)] * 2])

@@ -39,6 +39,7 @@ INTEGERS: dict[str, Callable[[int], Any]] = {
 }
 HALVES = [name for name in OPTION_NAMES if isinstance(ShampooConfig.__dataclass_fields__[name].default, float)]
 HALVES += ["beta3", "peak_lr", "factor_beta", "refresh_growth", "refresh_tolerance", "grafting_beta2", "embedding_lr"]
+HALVES += ["tied_embedding_lr"]
 HALVES += ["exponent_override", "bucket_mb"]
 WHOLE = ["max_preconditioner_dim", "batch_dims", "statistics_frequency", "precondition_frequency", "failure_limit"]
 WHOLE += ["start_preconditioning_step"]

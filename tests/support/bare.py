@@ -12,5 +12,6 @@ BARE: dict[str, Any] = {
     "grafting": "adam",
     "elementwise_lr": 1.0,
     "embedding_lr": None,
+    "tied_embedding_lr": None,
     "normalize_gradients": False,
 }

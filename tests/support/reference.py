@@ -55,6 +55,7 @@ class Options:
     early_relative_epsilon: float = 0.01
     refresh_growth: float | None = None
     elementwise_lr: float = 3.0
+    tied_embedding_lr: float | None = 6.0
     elementwise_betas: tuple[float, float] | None = None
     normalize_gradients: bool = True
 
@@ -178,7 +179,13 @@ class Parameter:
     blocks: list[Block]
     buffer: Tensor
     peak_lr: float
+    tied: bool = False
     t: int = 0
+
+    @property
+    def elementwise_factor(self) -> float:
+        own = self.options.tied_embedding_lr if self.tied else None
+        return self.options.elementwise_lr if own is None else own
 
 
 def merge(shape: tuple[int, ...], limit: int, batch: int = 0, on: bool = True) -> tuple[int, ...]:
@@ -282,9 +289,9 @@ def adam_in_basis(block: Block, g: Tensor, m: Tensor, o: Options) -> Tensor:
 
 
 def with_rms(u: Tensor) -> Tensor:
-    """Scale u to a root mean square of 0.4."""
+    """Scale u to a root mean square of 0.6."""
     rms = u.square().mean().sqrt()
-    return u * (0.4 / rms) if rms > 0 else torch.zeros_like(u)
+    return u * (0.6 / rms) if rms > 0 else torch.zeros_like(u)
 
 
 def presence(m: Tensor, o: Options) -> float:
@@ -304,7 +311,14 @@ def off_diagonal(x: Tensor) -> Tensor:
 
 
 class Reference:
-    """Shampoo on named tensors; `overrides` has options by name, `exclude` the names of element-wise parameters."""
+    """Shampoo on named tensors.
+
+    Args:
+        params: initial values by name.
+        overrides: options by name.
+        exclude: names of element-wise parameters.
+        tied: names of embeddings that are the output head too.
+    """
 
     def __init__(
         self,
@@ -312,6 +326,7 @@ class Reference:
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         exclude: tuple[str, ...] = (),
         dtype: torch.dtype = torch.float64,
+        tied: tuple[str, ...] = ("embed.weight",),
         **options: Any,
     ) -> None:
         base = Options(**options)
@@ -325,7 +340,7 @@ class Reference:
                 exclude, o = (*exclude, name), replace(o, elementwise="adagrad")
             elementwise = name in exclude or len(merged) - o.batch_dims < 2 or set(sides(merged, o)) == {"none"}
             self.params[name] = Parameter(
-                value, o, tuple(value.shape) if elementwise else merged, [], torch.zeros_like(value), o.lr
+                value, o, tuple(value.shape) if elementwise else merged, [], torch.zeros_like(value), o.lr, name in tied
             )
             self.params[name].blocks = self._blocks(self.params[name], elementwise)
         self._stagger()
@@ -374,7 +389,7 @@ class Reference:
             bg = g.reshape(p.merged)[block.box]
             elementwise = block.box == (...,)
             update[block.box] = self.step_block(block, bg, p.t, o.for_elementwise if elementwise else o)
-            update[block.box] *= o.elementwise_lr if elementwise else 1.0
+            update[block.box] *= p.elementwise_factor if elementwise else 1.0
         update = update.view(g.shape)
         if decay != "l2":
             peak = p.peak_lr if o.peak_lr is None else o.peak_lr

@@ -182,7 +182,8 @@ def make_reference(scenario: Scenario, trained: Mapping[str, Tensor]) -> Referen
     """Build the reference. Groups set their own decay; without groups, biases and norms do not decay."""
     options = scenario.optimizer_options()
     if scenario.optimizer != "Shampoo":
-        bare = {name: value for name, value in BARE.items() if name != "embedding_lr"}  # for which there is no model
+        # There is no model that would tell which parameters are embeddings.
+        bare = {name: value for name, value in BARE.items() if not name.endswith("embedding_lr")}
         options = {**bare, **options, "start_preconditioning_step": 10_000}
     overrides: dict[str, dict[str, Any]] = {n: dict(SECOND_GROUP) for n in scenario.second_group(list(trained))}
     if not overrides and scenario.optimizer == "Shampoo":
