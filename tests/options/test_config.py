@@ -394,7 +394,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "refresh_growth": st.none() | st.just(0.0) | st.floats(0.01, 1.0),
     "eps": numbers,
     "normalize_gradients": st.booleans(),
-    "weight_decay": st.floats(0, 1e-7),  # times any learning rate it is below 2
+    "weight_decay": st.floats(0, 1e-12),  # times any learning rates it is below 2
     "decoupled_weight_decay": st.booleans(),
     "weight_decay_type": st.none() | st.just("l2"),
     "peak_lr": st.none() | st.floats(1e-6, 1.0),
