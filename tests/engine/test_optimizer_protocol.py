@@ -242,7 +242,7 @@ def test_the_first_step_logs_once_what_is_preconditioned(caplog: pytest.LogCaptu
     text = tables[0].getMessage()
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert "6 blocks of at most 8x8" in lines["up.weight"]
-    assert "element-wise" in lines["embed.weight"] and "*embed*" in lines["embed.weight"]
+    assert "element-wise" in lines["embed.weight"] and "kind:embedding" in lines["embed.weight"]
     assert "element-wise" in lines["row.weight"] and "fewer than two dims" in lines["row.weight"]
     assert "sometimes.weight" in lines and "frozen.weight" not in text
     assert "elements" in text.splitlines()[-1]

@@ -71,7 +71,7 @@ def test_a_compiled_model_has_the_names_of_the_plain_one(how: str) -> None:
 def test_a_tied_weight_is_one_parameter() -> None:
     """The zoo's embedding is also its output head; both modules' gradients add up before the single step."""
     model = make_model("odd")
-    as_adamw: dict[str, Any] = {"elementwise_lr": 1.0, "normalize_gradients": False}
+    as_adamw: dict[str, Any] = {"elementwise_lr": 1.0, "tied_embedding_lr": 1.0, "normalize_gradients": False}
     optimizer = shampoo(model.named_parameters(), **as_adamw)
     train(model, optimizer, range(4))
     assert "embed.weight" in keys_of(optimizer) and "head.weight" not in keys_of(optimizer)

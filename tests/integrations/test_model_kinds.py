@@ -90,7 +90,7 @@ def test_parameters_are_treated_as_if_they_had_been_named(name: str) -> None:
     model = build()
     wanted = treatment(Shampoo([(n, p) for n, p in model.named_parameters() if p.requires_grad], model=model))
     assert {n for n, (kinds, _) in wanted.items() if "lm_head" in kinds} == heads
-    assert {n for n, (_, policy) in wanted.items() if policy.embedding} == tokens
+    assert {n for n, (_, policy) in wanted.items() if policy.rate == "embedding_lr"} == tokens
     trained = [p for p in model.parameters() if p.requires_grad]
     halves = [{"params": trained[::2]}, {"params": trained[1::2]}]
     assert treatment(Shampoo(trained)) == wanted

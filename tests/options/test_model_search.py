@@ -114,7 +114,9 @@ def test_the_treatment_is_the_same_however_the_optimizer_is_built(wrapper: str) 
     wanted = Shampoo(plain.named_parameters(), model=plain, no_decay=["kind:norm", "*bias"], weight_decay=0.1)
     weights = trained(plain, wanted)
     assert {name for name, (kinds, _) in treatment(wanted).items() if "lm_head" in kinds} == {"four.weight"}
-    assert treatment(wanted)["one.weight"][1].embedding and treatment(wanted)["two.weight"][1].preconditioned
+    assert (
+        treatment(wanted)["one.weight"][1].rate == "embedding_lr" and treatment(wanted)["two.weight"][1].preconditioned
+    )
     for build in BUILDS:
         model = WRAPPERS[wrapper](language())
         optimizer = Shampoo(**BUILDS[build](model), no_decay=["kind:norm", "*bias"], weight_decay=0.1)
@@ -174,7 +176,7 @@ def test_a_part_of_a_frozen_model_has_the_names_of_the_model() -> None:
 def test_two_models_share_an_optimizer_and_their_equal_names_stay_apart() -> None:
     first, second, alone = language(), nn.Sequential(nn.Embedding(9, 4)), nn.Linear(3, 4)
     found = Shampoo([*first.parameters(), *second.parameters()])
-    assert treatment(found)["0.weight"][1].embedding and treatment(found)["one.weight"][1].embedding
+    assert all(treatment(found)[name][1].rate == "embedding_lr" for name in ("0.weight", "one.weight"))
     twin = nn.Linear(3, 4)
     assert keys([*alone.parameters(), *twin.parameters()]) == [f"group0.{n}" for n in range(4)]
 

@@ -94,7 +94,7 @@ def test_a_step_of_the_default_recipe_by_hand() -> None:
     torch.testing.assert_close(first["norm"], torch.tensor([-3.0, -3.0], dtype=torch.float64))
     second = run(start, grads, lr=1.0)["w"] - first["w"]
     whitened = torch.tensor([3.0 / (18.0 + 0.16), 4.0 / (32.0 + 0.16)], dtype=torch.float64)
-    torch.testing.assert_close(second, -0.8 * torch.diag(whitened / whitened.norm()))
+    torch.testing.assert_close(second, -1.2 * torch.diag(whitened / whitened.norm()))
 
 
 def test_a_zero_eigenvalue_without_epsilon_gets_root_zero() -> None:
