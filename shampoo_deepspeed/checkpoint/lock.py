@@ -1,6 +1,6 @@
 """The lock of a checkpoint's folder, which keeps two jobs from saving into it at the same moment.
 
-The file ``save.lock`` is locked by ``flock``, which ends with the process that holds it, however it dies; its text says
+Its file is locked by ``flock``, which ends with the process that holds it, however it dies; its text says
 who that is. It is there during a save only. File systems without ``flock`` have the text alone. Then a lock is stale if
 its process, of this host, is gone, or if it is of another host and `STALE` seconds old.
 """

@@ -114,9 +114,8 @@ def test_the_treatment_is_the_same_however_the_optimizer_is_built(wrapper: str) 
     wanted = Shampoo(plain.named_parameters(), model=plain, no_decay=["kind:norm", "*bias"], weight_decay=0.1)
     weights = trained(plain, wanted)
     assert {name for name, (kinds, _) in treatment(wanted).items() if "lm_head" in kinds} == {"four.weight"}
-    assert (
-        treatment(wanted)["one.weight"][1].rate == "embedding_lr" and treatment(wanted)["two.weight"][1].preconditioned
-    )
+    policies = {name: policy for name, (_, policy) in treatment(wanted).items()}
+    assert policies["one.weight"].rate == "embedding_lr" and policies["two.weight"].preconditioned
     for build in BUILDS:
         model = WRAPPERS[wrapper](language())
         optimizer = Shampoo(**BUILDS[build](model), no_decay=["kind:norm", "*bias"], weight_decay=0.1)

@@ -61,7 +61,7 @@ def test_pages_name_the_oldest_versions_that_may_be_installed(page: Path) -> Non
         re.split(r"^## .*Install$", page.read_text(encoding="utf-8"), flags=re.M)[1].split("## ")[0].split()
     )
     bounds = dict(re.findall(r"(\w+)>=([\d.]+)", needed))
-    assert bounds.keys() == {"torch", "deepspeed", "transformers", "accelerate"}
+    assert bounds.keys() == {"torch", "safetensors", "deepspeed", "transformers", "accelerate"}
     for name, version in bounds.items():
         assert re.search(rf"{name} (must be )?{re.escape(version)} or newer", text, re.IGNORECASE), name
     for line in extras["examples"].split():
