@@ -59,7 +59,13 @@ def test_both_ends_of_the_versions_are_tested() -> None:
     assert "make docs" in commands("docs") and "make lint" in commands("tests")
     oldest = subprocess.run([sys.executable, ROOT / ".ci" / "oldest.py"], capture_output=True, text=True, check=True)
     pins = oldest.stdout.split()
-    assert sorted(pin.partition("==")[0] for pin in pins) == ["accelerate", "deepspeed", "safetensors", "torch", "transformers"]
+    assert sorted(pin.partition("==")[0] for pin in pins) == [
+        "accelerate",
+        "deepspeed",
+        "safetensors",
+        "torch",
+        "transformers",
+    ]
     for pin in pins:
         assert pin.replace("==", ">=") in (ROOT / "setup.cfg").read_text(encoding="utf-8")
 
