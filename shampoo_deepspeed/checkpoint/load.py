@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -73,7 +74,8 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
     if WRITER.unfinished:
         WRITER.wait(optimizer)
     # The files are read later, when the script may have changed directory, or a link to its newest checkpoint.
-    folder, group = Path(path).resolve(), job_group()
+    # Unlike `Path.resolve`, this leaves a link that leads in a circle to the error that names it.
+    folder, group = Path(os.path.realpath(path)), job_group()
     with on_all_ranks(group):
         manifest, files = _opened(folder)
     keys_of = {name: base_key(name) for name in manifest.parameters}
@@ -137,7 +139,7 @@ def _opened(path: Path) -> tuple[Manifest, TensorFiles]:
     try:
         return open_checkpoint(path)
     except OSError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _verified(
@@ -157,7 +159,7 @@ def _verified(
         try:
             found = files.verify(rank, size, {name for name, key in keys_of.items() if key not in unfit})
         except OSError as error:
-            raise CheckpointError(str(error)) from error
+            raise CheckpointError(f"{files.directory} cannot be read: {error}") from error
     return {
         keys_of[name]: f"it was saved with values that are not finite, in {printable(tensor)}"
         for part in all_gather_objects(found, group)
@@ -195,7 +197,7 @@ def _incompatibilities(
 
 def _other_options(record: Mapping[str, Any], config: ShampooConfig) -> str | None:
     """Why blocks that were saved under a group's options cannot resume under the current ones, or None."""
-    if record == options_record(config, record["lr"]):
+    if record["lr"] >= 0 and record == options_record(config, record["lr"]):
         return None
     try:
         saved = ShampooConfig.from_saved(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -102,14 +103,15 @@ class Manifest:
             check(body)
         except SchemaError as error:
             raise CheckpointError(f"the ranks' parts do not make up a whole checkpoint: {error}") from None
-        aside = path / f"{NAME}.{self.directory}"
+        file, aside, content = path / NAME, path / f"{NAME}.{self.directory}", encoded(body)
+        before = file.read_bytes() if file.exists() else None
         try:
-            with aside.open("wb") as stream:
-                stream.write(encoded(body))
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(aside, path / NAME)
+            _write(aside, content)
+            os.replace(aside, file)
         except BaseException:
+            with suppress(OSError):  # where a rename is not atomic, one that fails may have lost the old one
+                if before is not None and not (file.exists() and file.read_bytes() in (before, content)):
+                    _write(file, before)
             aside.unlink(missing_ok=True)
             raise
         sync_directory(path)
@@ -125,6 +127,18 @@ def encoded(body: Mapping[str, Any]) -> bytes:
         parts.append(f"{json.dumps(name)}: {text}")
     inner = ("{\n" + ",\n".join(parts) + "}").encode()
     return b'{"format": %d, "crc32": "%s", "body": %s}\n' % (FORMAT, checksum(inner).encode(), inner)
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Write a file and make it durable; an error too if the file system takes no bytes and reports none."""
+    with file.open("wb", buffering=0) as stream:
+        left = memoryview(content)
+        while left:
+            count = os.write(stream.fileno(), left)
+            if not count:
+                raise OSError(errno.EIO, f"{os.strerror(errno.EIO)}: nothing could be written", str(file))
+            left = left[count:]
+        os.fsync(stream.fileno())
 
 
 def _content(file: Path, most_bytes: int) -> bytes:

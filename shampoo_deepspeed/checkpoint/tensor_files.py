@@ -223,7 +223,7 @@ def write(items: Sequence[Item], directory: Path, rank: int) -> tuple[list[Writt
     shown = progress("saving", total, mebibytes) if total >= LARGE else UNSHOWN
     written = []
     with file.open("xb", buffering=0) as stream, shown as advance:
-        _write_at(stream, 0, memoryview(header))
+        write_range(stream, 0, memoryview(header))
         for item, places in zip(items, starts, strict=True):
             checksums: list[int] = []
             made = [item.contents()] if item.place.box is not None else item.contents()
@@ -238,7 +238,7 @@ def write(items: Sequence[Item], directory: Path, rank: int) -> tuple[list[Writt
                     )
                 memory = _memory_of(tensor)
                 checksums += _checksums(memory, item.place.piece)
-                _write_at(stream, start, memory)
+                write_range(stream, start, memory)
                 advance(len(memory))
             written.append(Written(item.place, _written(checksums), str(item.form[0][1]).removeprefix("torch.")))
         os.fsync(stream.fileno())
@@ -326,6 +326,19 @@ def read_range(file: io.FileIO, path: Path, start: int, memory: memoryview) -> N
         if not count:
             raise CheckpointError(f"{path} has no byte {start + done}: it was cut short")
         done += count
+
+
+def write_range(file: io.FileIO, start: int, memory: memoryview) -> None:
+    """Write bytes of a file from ``start`` on.
+
+    Raises:
+        OSError: if they cannot be written, also on a file system that takes none of them and reports no error.
+    """
+    while memory:
+        count = os.pwrite(file.fileno(), memory, start)
+        if not count:
+            raise OSError(errno.EIO, f"{os.strerror(errno.EIO)}: nothing could be written", str(file.name))
+        start, memory = start + count, memory[count:]
 
 
 class TensorFiles:
@@ -636,9 +649,3 @@ def _checksums(memory: memoryview, piece: int | None) -> list[int]:
 
 def _written(checksums: Sequence[int]) -> str:
     return "".join(f"{value:08x}" for value in checksums)
-
-
-def _write_at(stream: io.FileIO, start: int, memory: memoryview) -> None:
-    while memory:
-        count = os.pwrite(stream.fileno(), memory, start)
-        start, memory = start + count, memory[count:]

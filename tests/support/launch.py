@@ -132,14 +132,14 @@ class Launch:
     def _wait(self, index: int, deadline: float) -> str | None:
         """Wait for a check; return why the launch cannot continue, or None."""
         while True:
-            missing = [r for r in range(self.ranks) if not self._file(index, r).exists()]
+            missing = [r for r in range(self.ranks) if not self.file(index, r).exists()]
             dead = [
                 r for r, p in enumerate(self.processes) if p.poll() is not None and (r in missing or p.returncode != 0)
             ]
             if dead:
                 time.sleep(0.5)  # so that other ranks can still report their errors
                 return f"ranks {dead} ended with codes {[self.processes[r].returncode for r in dead]}"
-            failures = {self._read(index, r).failure for r in range(self.ranks) if r not in missing}
+            failures = {self.read(index, r).failure for r in range(self.ranks) if r not in missing}
             if not missing and len(failures) == 1:
                 (self.folder / f"{index}.go").touch()  # the same failure on all ranks, so no rank waits for another
                 return None
@@ -158,7 +158,7 @@ class Launch:
         time.sleep(1.0)
 
     def _result(self, index: int, ended: str | None) -> CheckResult:
-        found = {r: self._read(index, r) for r in range(self.ranks) if self._file(index, r).exists()}
+        found = {r: self.read(index, r) for r in range(self.ranks) if self.file(index, r).exists()}
         failures = sorted((x.finished, r, x.failure) for r, x in found.items() if x.failure is not None)
         if not failures and (ended is None or len(found) == self.ranks):
             return CheckResult([found[r].value for r in range(self.ranks)])
@@ -168,11 +168,13 @@ class Launch:
             lines += [f"end of the log of rank {r}:\n{self._log(r)}" for r in range(self.ranks) if r not in found]
         return CheckResult(failure="\n".join(lines))
 
-    def _file(self, index: int, rank: int) -> Path:
+    def file(self, index: int, rank: int) -> Path:
+        """Where a rank leaves the result of a check."""
         return self.folder / f"{index}.{rank}.pickle"
 
-    def _read(self, index: int, rank: int) -> RankResult:
-        result: RankResult = pickle.loads(self._file(index, rank).read_bytes())
+    def read(self, index: int, rank: int) -> RankResult:
+        """A rank's result of a check, which must be there."""
+        result: RankResult = pickle.loads(self.file(index, rank).read_bytes())
         return result
 
     def ready(self) -> bool:
@@ -184,7 +186,7 @@ class Launch:
 
     def end(self) -> None:
         """Give finished ranks a moment to leave the process group, then kill the rest."""
-        through = all(self._file(len(self.checks) - 1, r).exists() for r in range(self.ranks))
+        through = all(self.file(len(self.checks) - 1, r).exists() for r in range(self.ranks))
         deadline = time.monotonic() + (20.0 if through else 0.0)
         while time.monotonic() < deadline and any(p.poll() is None for p in self.processes):
             time.sleep(0.05)

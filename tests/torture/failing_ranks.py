@@ -19,6 +19,7 @@ from typing import Any
 
 from tests.distributed.ranks.failing_ranks import PHASES, TIMEOUT, Case
 from tests.support.launch import Check, Launch, run_checks
+from tests.torture.figures import Figures
 
 WAYS = ("ddp", "fsdp2")
 SLACK = 10.0  # seconds beyond the timeout that a loaded machine may take to raise the error and to end
@@ -86,22 +87,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--every", type=int, default=1, help="only every n-th case")
     args = parser.parse_args(arguments)
-    wrong: list[str] = []
+    figures = Figures()
     for way in args.ways:
         with tempfile.TemporaryDirectory() as folder:
             counts = seen(Case(way, way, "default", ""), Path(folder) / "counted")[1]["counts"]
             wanted = cases(way, counts)[:: args.every]
             print(f"{way}: collectives {counts}; {len(wanted)} jobs", flush=True)
-            wrong += late(way, Path(folder))
+            figures.tried += len(PHASES)
+            for text in late(way, Path(folder)):
+                figures.fault("silent", text)
             for number, case in enumerate(wanted):
                 found = fault(case, Path(folder) / str(number))
+                figures.tried += 1
                 if found:
-                    wrong.append(
-                        f"{way}: the last rank {case.what} in collective {case.number} of {case.phase}: {found}"
-                    )
-                    print(f"    {wrong[-1]}", flush=True)
-    print(f"{len(wrong)} faults")
-    return 1 if wrong else 0
+                    place = f"collective {case.number} of {case.phase}"
+                    hangs = "hangs" in found or "did not end" in found or "took" in found
+                    figures.fault("hangs" if hangs else "bare", f"{way}: rank 1 {case.what} in {place}: {found}")
+    return figures.told()
 
 
 if __name__ == "__main__":

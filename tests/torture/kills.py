@@ -1,6 +1,6 @@
 """kill -9 at random moments: a run resumed from the newest complete save is equal to the bit, or an error names it.
 
-    python -m tests.torture.kills --kills 40 --ways single ddp fsdp2 zero1 zero2 zero3
+    python -m tests.torture.kills --kills 40 --ways single ddp fsdp2 zero1 zero2 zero3 --jobs 2
 
 A reference run of each way notes a checksum of the weights after every step. Then the same run lives again and again:
 it resumes, trains and saves every second step, until all its ranks, or one of them alone, are killed. Each life must
@@ -12,21 +12,28 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.distributed.ranks.lives import KINDS, Life
-from tests.support.launch import Check, Launch, run_checks
+from tests.support.launch import ROOT, Check, Launch, run_checks
 from tests.support.moves import RANKS
+from tests.torture.figures import KINDS as FAULTS
+from tests.torture.figures import Figures
+from tests.torture.figures import read as read_figures
 
 WAYS = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 STEPS = 60
 LONGEST = 2.5  # seconds that a life lasts at most, from the moment at which its ranks know each other
 RUNNING = 0.9  # of the kills wait until the run has resumed; the others may hit its start
+START = 300.0  # seconds within which the ranks know each other
 ALONE = 0.3  # of the kills hit one rank only; the others get a second to notice
 
 
@@ -42,7 +49,8 @@ class Run:
     told: int = 0
     saved: int = 0  # the last step that any life said to have saved
     counts: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
+    figures: Figures = field(default_factory=Figures)
+    alone: bool = False  # whether one rank alone was killed in the present life
 
     @property
     def state(self) -> Path:
@@ -55,16 +63,24 @@ class Run:
             file.unlink()
         launch = Launch([check(self.way, self.kind, self.state)], self.folder / f"life{number}")
         launch.start(fork=True)
+        self.figures.tried += 1
         try:
             self.wait_and_kill(launch)
         finally:
             launch.end_now()
+        for rank in range(launch.ranks if not self.alone else 0):  # one that loses its peer gets errors of gloo
+            if launch.file(0, rank).exists() and (failure := launch.read(0, rank).failure) is not None:
+                self.figures.fault("bare", f"life {number}, rank {rank}: {failure}")
         self.compare(number)
         shutil.rmtree(launch.folder)
 
     def wait_and_kill(self, launch: Launch) -> None:
+        self.alone, begun = False, time.monotonic()
         while not launch.ready():
             time.sleep(0.005)
+            if time.monotonic() - begun > START:
+                self.figures.fault("hangs", f"the ranks do not start: {launch.folder}")
+                return
         if self.generator.random() < RUNNING:
             while not read(self.state / "rank0.txt") and launch.processes[0].poll() is None:
                 time.sleep(0.002)
@@ -74,6 +90,7 @@ class Run:
         if len(launch.processes) > 1 and self.generator.random() < ALONE:
             self.generator.choice(launch.processes).kill()
             self.counts["one rank alone"] += 1
+            self.alone = True
             time.sleep(1.0)
 
     def compare(self, number: int) -> None:
@@ -84,15 +101,15 @@ class Run:
             allowed = self.way.startswith("zero") and self.kind == "one_tag"  # DeepSpeed overwrites its own files
             self.counts["error names it"] += 1
             if not allowed:
-                self.wrong.append(f"life {number}: {refused[0]}")
+                self.figures.fault("losses", f"life {number}: {refused[0]}")
             return self.begin_anew()
         for rank, found in enumerate(notes):
             for line in found:
                 word, *values = line.split()
                 if word == "resumed" and int(values[0]) < before:
-                    self.wrong.append(f"life {number}: resumed at {values[0]} though {before} was saved")
+                    self.figures.fault("losses", f"life {number}: resumed at {values[0]} though {before} was saved")
                 if word == "step" and self.reference[rank].get(int(values[0])) != values[1]:
-                    self.wrong.append(f"life {number}, rank {rank}: other weights after step {values[0]}")
+                    self.figures.fault("silent", f"life {number}, rank {rank}: other weights after step {values[0]}")
         self.counts["equal"] += any(line.startswith("step") for found in notes for line in found)
         self.counts["killed while it started"] += not any(map(len, notes))
         if any("end" in found for found in notes) or self.saved >= STEPS:
@@ -139,7 +156,8 @@ def row(run: Run, kills: int) -> list[str]:
     """A line of the table."""
     return [
         run.way, run.kind.replace("_", " "), str(kills), str(run.counts["one rank alone"]), str(run.counts["equal"]),
-        str(run.counts["error names it"]), str(run.counts["killed while it started"]), str(len(run.wrong)),
+        str(run.counts["error names it"]), str(run.counts["killed while it started"]),
+        str(sum(run.figures.faults.values())),
     ]  # fmt: skip
 
 
@@ -152,18 +170,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="ways and kinds at a time, each a process of its own")
     args = parser.parse_args(arguments)
-    wrong = 0
+    every = [(way, kind) for way in args.ways for kind in args.kinds]
+    figures = Figures()
     print(" | ".join(HEADS), flush=True)
-    for way in args.ways:
-        for kind in args.kinds:
-            with tempfile.TemporaryDirectory() as folder:
-                run = torture(way, kind, args.kills, Path(folder), args.seed)
-            print(" | ".join(row(run, args.kills)), flush=True)
-            for line in run.wrong:
-                print(f"    {line}", flush=True)
-            wrong += len(run.wrong)
-    return 1 if wrong else 0
+    if args.jobs > 1:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for text in pool.map(lambda one: in_a_process(*one, args.kills, args.seed), every):
+                add(figures, text)
+        return figures.told()
+    for way, kind in every:
+        with tempfile.TemporaryDirectory() as folder:
+            run = torture(way, kind, args.kills, Path(folder), args.seed)
+        print(" | ".join(row(run, args.kills)), flush=True)
+        figures.tried += run.figures.tried
+        figures.faults += run.figures.faults
+    return figures.told()
+
+
+def in_a_process(way: str, kind: str, kills: int, seed: int) -> str:
+    """What the torture of one way and kind prints."""
+    command = [sys.executable, "-m", "tests.torture.kills", "--ways", way, "--kinds", kind]
+    command += ["--kills", str(kills), "--seed", str(seed)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.stdout
+
+
+def add(figures: Figures, text: str) -> None:
+    """Print what a process has printed, and add its figures."""
+    found = read_figures(text)
+    print("\n".join(line for line in text.splitlines() if line != " | ".join(HEADS)), flush=True)
+    if found is None:
+        figures.fault("bare", "it ended without figures")
+        return
+    figures.tried += found["tried"]
+    figures.faults.update({kind: found[kind] for kind in FAULTS if found[kind]})
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch
 
 from shampoo_deepspeed import Shampoo, load_shampoo, save_shampoo, wait_for_saves
 from tests.support.zoo import OddModel, make_batch, make_model
+from tests.torture.figures import Figures
 
 ROUND = 60  # steps in which everything happens at least once
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "max_preconditioner_dim": 8, "precondition_frequency": 4}
@@ -175,9 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{last.step} steps: resident memory {last.resident / 2**20:.0f} MiB, grown by {growth(samples):+.3%}; "
         f"{last.threads} threads, {last.files} open files"
     )
+    figures = Figures(last.step)
     for fault in faults(samples):
-        print(f"    {fault}")
-    return 1 if faults(samples) else 0
+        figures.fault("others", fault)
+    return figures.told()
 
 
 if __name__ == "__main__":
