@@ -21,7 +21,7 @@ OLDEST_CHECKS := odd_zero3_2ranks or fsdp2_odd_default_float64_2ranks
 WHEEL_DIR ?= build/wheel
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
-.PHONY: demo test test-fast test-oldest test-wheel lint docs bench dist
+.PHONY: demo test test-fast test-oldest test-wheel torture lint docs bench dist
 
 # Trains one causal language model with Shampoo and with AdamW and draws both curves: demo_output/.
 demo: $(STAMP)
@@ -34,6 +34,11 @@ test: $(STAMP)
 # The tests that start no other process and take less than a minute.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow" --ignore=tests/distributed
+
+# Kills, damage, failing disks and ranks, hostile files, any options and numbers, long runs: about an hour on two idle
+# cores. Writes the table of docs/reliability.md; a short form of each part is in `make test`.
+torture: $(STAMP)
+	$(BIN)/python -m tests.torture --write
 
 # The oldest versions that setup.cfg allows: all tests that need one process, and ZeRO and FSDP2 on two ranks.
 test-oldest: $(OLDEST_STAMP)

@@ -27,7 +27,7 @@ from shampoo_deepspeed.distributed.collectives import (
 )
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy, decays_under
-from shampoo_deepspeed.options.checks import OptionError
+from shampoo_deepspeed.options.checks import LARGEST_RATE, OptionError
 from shampoo_deepspeed.options.config import NOT_STORED, OPTION_NAMES, SCHEDULED, ShampooConfig, options_with
 from shampoo_deepspeed.options.param_groups import from_json
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
@@ -197,7 +197,7 @@ def _incompatibilities(
 
 def _other_options(record: Mapping[str, Any], config: ShampooConfig) -> str | None:
     """Why blocks that were saved under a group's options cannot resume under the current ones, or None."""
-    if record["lr"] >= 0 and record == options_record(config, record["lr"]):
+    if 0.0 <= record["lr"] <= LARGEST_RATE and record == options_record(config, record["lr"]):
         return None
     try:
         saved = ShampooConfig.from_saved(record)

@@ -43,7 +43,7 @@ from shampoo_deepspeed.checkpoint.errors import CheckpointError, MissingError, p
 from shampoo_deepspeed.checkpoint.schema import DIGITS, PIECE, layout_key
 from shampoo_deepspeed.geometry.boxes import Box
 from shampoo_deepspeed.runtime.progress import LARGE, UNSHOWN, mebibytes, progress
-from shampoo_deepspeed.state.block_codec import TRIANGLE, BlockLayout
+from shampoo_deepspeed.state.block_codec import STATUS, TRIANGLE, BlockLayout
 
 logger = logging.getLogger("shampoo_deepspeed")
 
@@ -478,6 +478,13 @@ class TensorFiles:
             sound = sound and is_finite(values.view(stored.form[n][1]), stored.form[n], start)
         number = n if stored.place.box is None else bytes_.start // PIECE
         self._compare(rank, stored, n, number, sums[-1:] if stored.place.box is None else sums)
+        if stored.form[n][0] == STATUS[0]:
+            flags, failures = values.view(torch.int64).tolist()
+            if not (0 <= flags <= 3 and 0 <= failures < 2**31):
+                raise CheckpointError(
+                    f"{self._paths[rank]} is not valid: {printable(_name(stored.place, stored.form[n]))} is "
+                    f"{[flags, failures]}; allowed: flags from 0 to 3, and how often a refresh has failed in a row"
+                )
         return sound
 
     def read(self, wanted: Iterable[Wanted]) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
+from shampoo_deepspeed.checkpoint.manifest import Manifest, checksum
 from tests.support.manifests import body_of, put
 from tests.support.stepping import drive, parameter, same_bits, shampoo, state_of
 
@@ -122,12 +124,26 @@ def test_an_option_that_cannot_be_is_refused_by_name(option: str, value: Any, tm
     body["groups"]["0"][option] = value
     put(tmp_path, body)
     params, optimizer = made()
-    if value == 1e299:  # a rate that the optimizer takes
-        load_shampoo(optimizer, tmp_path)
-        assert optimizer.param_groups[0]["lr"] == value
-        return
     with pytest.raises(CheckpointError, match=option):
         load_shampoo(optimizer, tmp_path)
     report = load_shampoo(optimizer, tmp_path, strict=False)
     assert set(report.left_out) == {"w", "b"}
     drive(optimizer, params, range(1))
+
+
+@pytest.mark.parametrize("status", [[4, 0], [-1, 0], [0, -1], [0, 2**31], [2**62, 0], [1, 2**62]], ids=str)
+def test_a_status_that_no_block_can_have_is_refused_by_name(status: list[int], tmp_path: Path) -> None:
+    save_shampoo(made(2)[1], tmp_path)
+    (file,) = tmp_path.glob("data-*/*.safetensors")
+    found, body = Manifest.read(tmp_path), body_of(tmp_path)
+    ((stored, n),) = [
+        (s, n) for s in found.open_files(tmp_path)._of_rank[0] for n, part in enumerate(s.form) if part[0] == "status"
+    ]
+    new = torch.tensor(status).numpy().tobytes()
+    content, start = file.read_bytes(), stored.starts[n]
+    file.write_bytes(content[:start] + new + content[start + len(new) :])
+    row = body["parameters"]["w"]["blocks"][0]
+    row[1] = row[1][: 8 * n] + checksum(new) + row[1][8 * (n + 1) :]
+    put(tmp_path, body)
+    with pytest.raises(CheckpointError, match="blocks/w/0/status is "):
+        load_shampoo(made()[1], tmp_path)

@@ -50,7 +50,7 @@ def test_no_value_of_an_option_is_imported_or_evaluated(
                 except (OptionError, TypeError) as error:
                     refused.append(str(error))
     assert not called and "crafted_module" not in sys.modules
-    assert all(name in text for text in refused)
+    assert all(name in text or (name == "rules" and "_target_" in text) for text in refused)
     assert len(refused) > len(VALUES) or name in ("exclude", "no_decay")  # which take patterns of names
     import crafted_module  # type: ignore[import-not-found]
 

@@ -86,7 +86,7 @@ PARTS = {
     ),
     "soak": Part(
         "steps in which everything is switched: memory within 1 %, threads and files constant",
-        lambda scale: ["--steps", str(times(50_000, scale, 600))],
+        lambda scale: ["--steps", str(times(50_000, scale, 3000))],
     ),
     "failing_ranks": Part(
         "a rank that dies, hangs or is late in each collective of a step, a save and a load",

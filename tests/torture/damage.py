@@ -197,6 +197,16 @@ def copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
+def a_pipe(file: Path) -> None:
+    remove(file)
+    os.mkfifo(file)
+
+
+def a_folder(file: Path) -> None:
+    remove(file)
+    file.mkdir()
+
+
 def a_socket(file: Path) -> None:
     remove(file)
     before = os.getcwd()
@@ -237,11 +247,11 @@ def renamings(what: str) -> dict[str, Callable[[Saves], None]]:
         "with a space": on(lambda f: f.rename(f.with_name(f"{f.name} "))),
         "with a suffix": on(lambda f: f.rename(f.with_name(f"{f.name}.bak"))),
         "link to itself, moved": on(lambda f: f.symlink_to(moved(f))),
-        "dangling link": on(lambda f: (remove(f), f.symlink_to("nowhere"))),
-        "link in a circle": on(lambda f: (remove(f), f.symlink_to(f.name))),
-        "pipe": on(lambda f: (remove(f), os.mkfifo(f))),
+        "dangling link": on(lambda f: linked(f, Path("nowhere"))),
+        "link in a circle": on(lambda f: linked(f, Path(f.name))),
+        "pipe": on(a_pipe),
         "socket": on(a_socket),
-        "folder": on(lambda f: (remove(f), f.mkdir())),
+        "folder": on(a_folder),
         "clock set back": on(lambda f: os.utime(f, (0, 0))),
         "clock set forward": on(lambda f: os.utime(f, (2**33, 2**33))),
         "copied, and the copy put in place": on(lambda f: copy(moved(f), touched(f))),

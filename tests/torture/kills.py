@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(" | ".join(HEADS), flush=True)
     if args.jobs > 1:
         with ThreadPoolExecutor(args.jobs) as pool:
-            for text in pool.map(lambda one: in_a_process(*one, args.kills, args.seed), every):
+            for text in pool.map(lambda one: in_a_process(one[0], one[1], args.kills, args.seed), every):
                 add(figures, text)
         return figures.told()
     for way, kind in every:

@@ -78,6 +78,7 @@ USUAL: dict[str, st.SearchStrategy[Any]] = {
     "elementwise": st.none() | one_of(*choices.ELEMENTWISE_METHODS),
     "elementwise_lr": reals,
     "embedding_lr": st.none() | reals,
+    "tied_embedding_lr": st.none() | reals,
     "elementwise_betas": st.none() | betas,
     "momentum": fractions,
     "dampening": fractions,

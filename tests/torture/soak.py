@@ -155,11 +155,12 @@ def faults(samples: Sequence[Sample]) -> list[str]:
     found = []
     if growth(samples) > GROWTH:
         found.append(f"resident memory grew by {growth(samples):.2%}")
-    settled = samples[len(samples) // 4]
-    for what in ("threads", "files"):
-        values = {getattr(s, what) for s in samples[len(samples) // 4 :]}
-        if max(values) > getattr(settled, what):
-            found.append(f"{what}: from {getattr(settled, what)} to {max(values)}")
+    quarter = max(1, len(samples) // 4)
+    for what in ("threads", "files"):  # files of a checkpoint are open as long as a frozen parameter's state waits
+        early = max(getattr(s, what) for s in samples[quarter : 2 * quarter] or samples[:1])
+        late = max(getattr(s, what) for s in samples[2 * quarter :] or samples)
+        if late > early:
+            found.append(f"{what}: from {early} to {late}")
     return found
 
 

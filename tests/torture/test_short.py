@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from shampoo_deepspeed import CheckpointError
+from shampoo_deepspeed.options.config import OPTION_NAMES
 from tests.torture import __main__ as torture
-from tests.torture import damage, disk, hostile, soak
+from tests.torture import damage, disk, hostile, options, soak
 from tests.torture.figures import KINDS, Figures, read
 from tests.torture.small_runs import ending
 
@@ -27,7 +28,18 @@ def test_damage_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
 def test_a_failing_disk_loses_no_save(tmp_path: Path) -> None:
     trial, figures = disk.Trial(tmp_path), Figures()
     kinds = set(trial.calls(True, False))
-    assert kinds >= {"open to write", "write", "fsync", "rename", "mkdir", "flock", "truncate", "unlink", "rmdir", "stat"}
+    assert kinds >= {
+        "open to write",
+        "write",
+        "fsync",
+        "rename",
+        "mkdir",
+        "flock",
+        "truncate",
+        "unlink",
+        "rmdir",
+        "stat",
+    }
     disk.saves(trial, figures, 83)
     disk.loads(trial, figures, 53)
     disk.by_bytes(trial, figures, 40)
@@ -47,6 +59,11 @@ def test_hostile_manifests_and_data_are_refused_in_little_time_and_memory() -> N
 def test_a_run_in_which_everything_is_switched_holds_no_more_threads_and_files(tmp_path: Path) -> None:
     found = soak.faults(soak.soak(2 * soak.ROUND, tmp_path))
     assert not [fault for fault in found if "memory" not in fault]  # which so short a run cannot tell
+
+
+def test_every_option_is_tried() -> None:
+    assert options.USUAL.keys() <= set(OPTION_NAMES)
+    assert set(OPTION_NAMES) - options.USUAL.keys() <= {"process_group", "model"}
 
 
 def test_what_is_no_promised_end_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
