@@ -26,7 +26,7 @@ from tests.distributed.ranks.lives import KINDS, Life
 from tests.support.launch import ROOT, Check, Launch, run_checks
 from tests.support.moves import RANKS
 from tests.torture.figures import KINDS as FAULTS
-from tests.torture.figures import Figures
+from tests.torture.figures import MARK, Figures
 from tests.torture.figures import read as read_figures
 
 WAYS = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -200,7 +200,8 @@ def in_a_process(way: str, kind: str, kills: int, seed: int) -> str:
 def add(figures: Figures, text: str) -> None:
     """Print what a process has printed, and add its figures."""
     found = read_figures(text)
-    print("\n".join(line for line in text.splitlines() if line != " | ".join(HEADS)), flush=True)
+    own = (line for line in text.splitlines() if line != " | ".join(HEADS) and not line.startswith(MARK))
+    print("\n".join(own), flush=True)
     if found is None:
         figures.fault("bare", "it ended without figures")
         return
