@@ -100,7 +100,7 @@ def _sharded(entry: Mapping[str, Any], like: Tensor) -> dict[str, Any]:
     }
 
 
-def _has_shape(value: Any, like: Tensor) -> bool:
+def _has_shape(value: object, like: Tensor) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape == like.shape
 
 

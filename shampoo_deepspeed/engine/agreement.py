@@ -285,8 +285,8 @@ def _sum_of_squares(unit: StepUnit, parts: Sequence[tuple[Tensor, float]]) -> Te
     """The weighted sum of ||x||^2, 0-d float64."""
     if not parts:
         return torch.zeros((), dtype=torch.float64, device=unit.device)
-    norms = torch.stack(list(torch._foreach_norm([part for part, _ in parts], 2, torch.float64)))
-    return norms.square() @ _on_device([weight for _, weight in parts], unit.device)
+    norms = torch._foreach_norm([part for part, _ in parts], 2, torch.float64)
+    return _weighted_sum([norm.square() for norm in norms], [weight for _, weight in parts])
 
 
 def _running_mean_square(unit: StepUnit, measured: set[int], configs: Mapping[int, ShampooConfig]) -> Tensor:
@@ -303,7 +303,7 @@ def _running_mean_square(unit: StepUnit, measured: set[int], configs: Mapping[in
             counts = [_gradients_in(config, unit.steps[p]) if p in measured else 0 for p in parameters]
             weights = [scale / (n if beta == 1.0 else 1.0 - beta**n) if n else 0.0 for n in counts]
             traces = factor if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1)
-            total += traces.double().sum(-1) @ _on_device(weights, unit.device)
+            total += _weighted_sum(traces.double().sum(-1).unbind(), weights)
     return total + _mean_square_of_elements(unit, measured, configs)
 
 
@@ -324,8 +324,8 @@ def _mean_square_of_elements(unit: StepUnit, measured: set[int], configs: Mappin
             firsts.append((unit.elementwise.views["exp_avg"][number], weight * shard.share))
     total = _sum_of_squares(unit, firsts)
     if seconds:  # the sum of elements, none of which is negative
-        sums = torch.stack(list(torch._foreach_norm([part for part, _ in seconds], 1, torch.float64)))
-        total = total + sums @ _on_device([weight for _, weight in seconds], unit.device)
+        sums = torch._foreach_norm([part for part, _ in seconds], 1, torch.float64)
+        total = total + _weighted_sum(sums, [weight for _, weight in seconds])
     return total
 
 
@@ -335,10 +335,9 @@ def _gradients_in(config: ShampooConfig, step: int) -> int:
     return step if step <= dense else dense + sampled * (1 + (step - dense - 1) // sampled)
 
 
-def _on_device(values: Sequence[float], device: torch.device) -> Tensor:
-    """Float64 values on the device, without a wait for it."""
-    found = torch.tensor(values, dtype=torch.float64)
-    return found if device.type == "cpu" else found.pin_memory().to(device, non_blocking=True)
+def _weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The sum of 0-d tensors times numbers, which a device gets with its kernels, so that nothing waits for it."""
+    return torch.stack(torch._foreach_mul(list(values), list(weights))).sum()
 
 
 def _peaks(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

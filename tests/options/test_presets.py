@@ -200,6 +200,7 @@ SPELLED_OUT: dict[str, Any] = {
     "grafting_beta2": 0.999,
     "elementwise": "adam",
     "elementwise_lr": 1.0,
+    "tied_embedding_lr": None,
     "normalize_gradients": False,
     "decoupled_weight_decay": True,
     "weight_decay_type": "decoupled",

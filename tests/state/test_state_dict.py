@@ -57,7 +57,7 @@ def test_a_state_saved_before_the_first_step_is_a_fresh_start() -> None:
     model = make_model("odd")
     optimizer = shampoo(model.named_parameters())
     saved, other = through_a_file(optimizer.state_dict()), copy.deepcopy(model)
-    fresh = shampoo(other.named_parameters(), lr=123.0)
+    fresh = shampoo(other.named_parameters(), lr=1.23)
     fresh.load_state_dict(saved)
     train(model, optimizer, range(4))
     train(other, fresh, range(4))

@@ -183,7 +183,7 @@ def make_reference(scenario: Scenario, trained: Mapping[str, Tensor]) -> Referen
     options = scenario.optimizer_options()
     if scenario.optimizer != "Shampoo":
         # There is no model that would tell which parameters are embeddings.
-        bare = {name: value for name, value in BARE.items() if not name.endswith("embedding_lr")}
+        bare = {name: value for name, value in BARE.items() if name != "embedding_lr"}
         options = {**bare, **options, "start_preconditioning_step": 10_000}
     overrides: dict[str, dict[str, Any]] = {n: dict(SECOND_GROUP) for n in scenario.second_group(list(trained))}
     if not overrides and scenario.optimizer == "Shampoo":
