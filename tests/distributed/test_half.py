@@ -17,8 +17,8 @@ from tests.support.zero_checks import OFFLOADED, OFFLOADED_ALL, SMALL_PIECES
 UNSCALED: dict[str, Any] = {"fp16": {"enabled": True, "loss_scale": 1.0}}
 SCALED: dict[str, Any] = {"fp16": {"enabled": True, "loss_scale": 1024.0}}
 FLOAT32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}  # at stage 1: BF16_Optimizer
-# The step by which all blocks have been refreshed: the first ones at step 3, the last ones two steps later.
-ALL_REFRESHED = 5
+# The step by which all blocks have been refreshed twice: early refreshes are of all blocks, from step 2 on.
+ALL_REFRESHED = 3
 
 Pair = tuple[Check, Check]
 
