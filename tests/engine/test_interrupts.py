@@ -44,9 +44,15 @@ def process() -> tuple[Any, ...]:
     )
 
 
-@pytest.mark.parametrize("refresh", ["sync", "background"])
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("first", "kind", "refresh"),
+    [
+        (True, KeyboardInterrupt, "background"),
+        (True, SystemExit, "sync"),
+        (False, KeyboardInterrupt, "sync"),
+        (False, SystemExit, "background"),
+    ],
+)
 def test_an_interrupt_passes_through_and_training_can_go_on(
     first: bool, kind: type[BaseException], refresh: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
