@@ -49,11 +49,11 @@ class DTensorAdapter(Adapter):
     ) -> list[Layout] | None:
         """Return one layout for each mesh and dtype, or None if no tensor of the optimizer is a DTensor.
 
-        Plain tensors beside DTensors are replicas on all ranks of the mesh, as tensor parallelism leaves norms and
+        Plain tensors next to DTensors are replicas on all ranks of the mesh, as tensor parallelism leaves norms and
         embeddings. That their gradients are equal is checked at each step, as with all replicas.
 
         Raises:
-            LayoutError: for plain tensors beside DTensors of several meshes of which none contains the others, and
+            LayoutError: for plain tensors next to DTensors of several meshes of which none contains the others, and
                 for tensors that are not the optimizer's parameters.
         """
         tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
@@ -73,7 +73,7 @@ class DTensorAdapter(Adapter):
 def _replicated(
     meshes: Sequence[DeviceMesh], plain: Sequence[NewTensor], given: int, entries: Sequence[Entry]
 ) -> list[Layout]:
-    """Return the layouts of plain tensors beside DTensors of these meshes."""
+    """Return the layouts of plain tensors next to DTensors of these meshes."""
     if not plain:
         return []
     ranks = [set(mesh.mesh.flatten().tolist()) for mesh in meshes]

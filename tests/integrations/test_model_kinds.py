@@ -79,7 +79,7 @@ class Holding(nn.Module):
         self.model, self.own = model, nn.Linear(2, 2)
 
 
-def treatment(optimizer: Shampoo, prefix: str = "") -> dict[str, Any]:
+def policies_of(optimizer: Shampoo, prefix: str = "") -> dict[str, Any]:
     own = {e.parameter.key: (e.parameter.kinds, optimizer.policies[e.parameter.key]) for e in optimizer.entries}
     return {name.removeprefix(prefix): found for name, found in own.items() if name.startswith(prefix)}
 
@@ -88,16 +88,16 @@ def treatment(optimizer: Shampoo, prefix: str = "") -> dict[str, Any]:
 def test_parameters_are_treated_as_if_they_had_been_named(name: str) -> None:
     build, heads, tokens = MODELS[name]
     model = build()
-    wanted = treatment(Shampoo([(n, p) for n, p in model.named_parameters() if p.requires_grad], model=model))
+    wanted = policies_of(Shampoo([(n, p) for n, p in model.named_parameters() if p.requires_grad], model=model))
     assert {n for n, (kinds, _) in wanted.items() if "lm_head" in kinds} == heads
     assert {n for n, (_, policy) in wanted.items() if policy.rate == "embedding_lr"} == tokens
     trained = [p for p in model.parameters() if p.requires_grad]
     halves = [{"params": trained[::2]}, {"params": trained[1::2]}]
-    assert treatment(Shampoo(trained)) == wanted
-    assert treatment(Shampoo(p for p in model.parameters() if p.requires_grad)) == wanted
-    grouped = treatment(Shampoo(halves))
+    assert policies_of(Shampoo(trained)) == wanted
+    assert policies_of(Shampoo(p for p in model.parameters() if p.requires_grad)) == wanted
+    grouped = policies_of(Shampoo(halves))
     assert {n: kinds for n, (kinds, _) in grouped.items()} == {n: kinds for n, (kinds, _) in wanted.items()}
     held = Holding(model)
     names = [(n, p) for n, p in held.named_parameters() if p.requires_grad]
     for found in (Shampoo([p for _, p in names]), Shampoo(names), Shampoo(names, model=held)):
-        assert treatment(found, "model.") == wanted
+        assert policies_of(found, "model.") == wanted

@@ -104,7 +104,7 @@ def trained(model: Any, optimizer: Shampoo) -> list[Tensor]:
     return snapshot(model.parameters())
 
 
-def treatment(optimizer: Shampoo) -> dict[str, Any]:
+def policies_of(optimizer: Shampoo) -> dict[str, Any]:
     return {e.parameter.key: (e.parameter.kinds, optimizer.policies[e.parameter.key]) for e in optimizer.entries}
 
 
@@ -113,13 +113,13 @@ def test_the_treatment_is_the_same_however_the_optimizer_is_built(wrapper: str) 
     plain = language()
     wanted = Shampoo(plain.named_parameters(), model=plain, no_decay=["kind:norm", "*bias"], weight_decay=0.1)
     weights = trained(plain, wanted)
-    assert {name for name, (kinds, _) in treatment(wanted).items() if "lm_head" in kinds} == {"four.weight"}
-    policies = {name: policy for name, (_, policy) in treatment(wanted).items()}
+    assert {name for name, (kinds, _) in policies_of(wanted).items() if "lm_head" in kinds} == {"four.weight"}
+    policies = {name: policy for name, (_, policy) in policies_of(wanted).items()}
     assert policies["one.weight"].rate == "embedding_lr" and policies["two.weight"].preconditioned
     for build in BUILDS:
         model = WRAPPERS[wrapper](language())
         optimizer = Shampoo(**BUILDS[build](model), no_decay=["kind:norm", "*bias"], weight_decay=0.1)
-        assert treatment(optimizer) == treatment(wanted), build
+        assert policies_of(optimizer) == policies_of(wanted), build
         assert same_bits(trained(model, optimizer), weights), build
         optimizer.load_state_dict(wanted.state_dict())
 
@@ -137,7 +137,7 @@ def test_nothing_is_left_behind() -> None:
     optimizer = Shampoo(model.parameters())
     assert not torch_module._global_forward_pre_hooks
     copied = copy.deepcopy(optimizer)
-    assert treatment(copied) == treatment(optimizer)
+    assert policies_of(copied) == policies_of(optimizer)
     alive: list[weakref.ref[Any]] = [weakref.ref(model), weakref.ref(model.two.weight)]
     optimizer.param_groups[0]["params"] = []
     del model
@@ -163,7 +163,7 @@ def test_the_names_are_those_of_the_module_that_was_given() -> None:
 def test_a_part_alone_is_treated_as_in_its_model() -> None:
     model = language()
     optimizer = Shampoo(model.four.parameters())
-    assert treatment(optimizer)["weight"][1].reason == "excluded by 'kind:lm_head'"
+    assert policies_of(optimizer)["weight"][1].reason == "excluded by 'kind:lm_head'"
 
 
 def test_a_part_of_a_frozen_model_has_the_names_of_the_model() -> None:
@@ -175,7 +175,7 @@ def test_a_part_of_a_frozen_model_has_the_names_of_the_model() -> None:
 def test_two_models_share_an_optimizer_and_their_equal_names_stay_apart() -> None:
     first, second, alone = language(), nn.Sequential(nn.Embedding(9, 4)), nn.Linear(3, 4)
     found = Shampoo([*first.parameters(), *second.parameters()])
-    assert all(treatment(found)[name][1].rate == "embedding_lr" for name in ("0.weight", "one.weight"))
+    assert all(policies_of(found)[name][1].rate == "embedding_lr" for name in ("0.weight", "one.weight"))
     twin = nn.Linear(3, 4)
     assert keys([*alone.parameters(), *twin.parameters()]) == [f"group0.{n}" for n in range(4)]
 
