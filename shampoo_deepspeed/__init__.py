@@ -1,7 +1,7 @@
 """Shampoo for DeepSpeed ZeRO and the Hugging Face Trainer: exact under every sharding, one line to switch on.
 
 Importing the package registers ``torch.optim.Shampoo`` (which DeepSpeed's JSON looks up), unless the environment
-variable ``SHAMPOO_DEEPSPEED_AUTOLOAD`` is 0; everything else is imported when first used.
+variable ``SHAMPOO_DEEPSPEED_AUTOLOAD`` is 0. All other public names are imported when the first of them is used.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -50,10 +50,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    home = import_module(_HOMES[name])
-    # All names of that module, so that each is looked up here once only.
-    globals().update({public: getattr(home, public) for public, where in _HOMES.items() if where == _HOMES[name]})
-    return getattr(home, name)
+    # All names at once, so that no later call passes here; but the version must cost no import of torch.
+    found = [name] if name == "__version__" else [public for public in _HOMES if public != "__version__"]
+    globals().update({public: getattr(import_module(_HOMES[public]), public) for public in found})
+    return globals()[name]
 
 
 # torch's hook imports this package to find its function, so the variable that switches it off must apply here too.

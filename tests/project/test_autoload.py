@@ -73,6 +73,23 @@ print(torch.optim.Shampoo.__name__)
 
 
 @pytest.mark.slow
+def test_public_names_are_imported_together_when_the_first_is_used() -> None:
+    """A later call, such as a save, then has no detour through the package's ``__getattr__``."""
+    script = """
+import sys
+import shampoo_deepspeed
+names = shampoo_deepspeed.__all__
+assert shampoo_deepspeed.__version__ and set(names) & set(vars(shampoo_deepspeed)) == {"register"}
+assert "shampoo_deepspeed.optimizer" not in sys.modules
+assert not hasattr(shampoo_deepspeed, "shampoo")
+shampoo_deepspeed.Shampoo
+assert set(names) <= set(vars(shampoo_deepspeed))
+print("done")
+"""
+    assert run(script) == "done"
+
+
+@pytest.mark.slow
 def test_everything_works_if_no_framework_is_installed() -> None:
     """The adapters exist, but their frameworks cannot be imported. Here our package is imported before torch."""
     script = """
