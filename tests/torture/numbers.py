@@ -5,21 +5,18 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.options import choices
 from tests.torture.options import tensors_in
+from tests.torture.random_examples import check_all, count_from_command_line
 
 SHAPES = {"matrix": (6, 5), "cube": (3, 4, 2), "embed": (7, 3), "bias": (5,)}
 STEPS, AT = 30, 15
@@ -234,30 +231,10 @@ def losses(pattern: str | None, scale: float, dtype: torch.dtype, **options: Any
 
 def run(count: int, derandomize: bool = False) -> None:
     """Try this many cases."""
-
-    @settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=derandomize,
-        database=None,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(cases())
-    def check(case: Case) -> None:
-        try_case(case)
-
-    logging.disable(logging.WARNING)
-    try:
-        check()
-    finally:
-        logging.disable(logging.NOTSET)
+    check_all(try_case, cases(), count, derandomize)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--examples", type=int, default=2_000)
-    torch.set_num_threads(1)
-    wanted = parser.parse_args(sys.argv[1:]).examples
+    wanted = count_from_command_line(__doc__, 2_000)
     run(wanted)
     print(f"{wanted:,} cases, all finite")

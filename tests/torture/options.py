@@ -5,23 +5,20 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
-import logging
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shampoo_deepspeed import OptionError, Shampoo
 from shampoo_deepspeed.options import choices
 from shampoo_deepspeed.options.config import OPTION_NAMES
+from tests.torture.random_examples import check_all, count_from_command_line
 
 STEPS = 20
 SHAPES = {"matrix": (4, 3), "blocks": (2, 3, 2), "embed": (5, 2), "bias": (3,)}
@@ -178,28 +175,12 @@ def run(count: int, derandomize: bool = False) -> Counter[str]:
     """Try this many examples; return how many were refused and how many trained."""
     results: Counter[str] = Counter()
 
-    @settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=derandomize,
-        database=None,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(examples())
     def check(example: tuple[dict[str, Any], str, torch.dtype, float]) -> None:
         results[try_one(*example)] += 1
 
-    logging.disable(logging.WARNING)
-    try:
-        check()
-    finally:
-        logging.disable(logging.NOTSET)
+    check_all(check, examples(), count, derandomize)
     return results
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--examples", type=int, default=10_000)
-    torch.set_num_threads(1)
-    print(dict(run(parser.parse_args(sys.argv[1:]).examples)))
+    print(dict(run(count_from_command_line(__doc__, 10_000))))
