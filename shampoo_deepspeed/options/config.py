@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Flag, auto
@@ -12,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from shampoo_deepspeed.geometry.blocks import Side, sides_of
 from shampoo_deepspeed.options.checks import (
     Check,
     OptionError,
@@ -56,6 +54,7 @@ from shampoo_deepspeed.options.choices import (
     WIDE_DTYPES,
 )
 from shampoo_deepspeed.options.combinations import check_together
+from shampoo_deepspeed.options.derived import DerivedValues
 from shampoo_deepspeed.options.names import renamed
 from shampoo_deepspeed.options.presets import PRESET, without_preset
 
@@ -123,16 +122,13 @@ BEFORE: dict[str, Any] = {
     "tied_embedding_lr": None,
 }
 
-# From this relative ridge on, KL-Shampoo's roots of float32 factor matrices are accurate enough in float32.
-WIDE_RIDGE = 1e-5
-
 
 def _option(default: Any, validator: Check, doc: str, properties: Property = _PLAIN) -> Any:
     return field(default=default, metadata={"check": validator, "doc": doc, "properties": properties})
 
 
 @dataclass(frozen=True)
-class ShampooConfig:
+class ShampooConfig(DerivedValues):
     """The options of one parameter group; names follow the Distributed Shampoo README (arXiv 2309.06497).
 
     ``eps``, ``epsilon`` and ``relative_epsilon`` are three different things. ``eps`` is AdamW's: it is added to
@@ -346,136 +342,6 @@ class ShampooConfig:
         """``under_rule`` of all rules."""
         return tuple(self.under_rule(number) for number in range(len(self.rules)))
 
-    @cached_property
-    def decay_type(self) -> str:
-        """How weight decay enters: l2, decoupled, corrected or independent."""
-        return self.weight_decay_type or ("decoupled" if self.decoupled_weight_decay else "l2")
-
-    def decay(self, rate: float | Tensor) -> float | Tensor:
-        """The factor with which weights are added to the update, given the learning rate of the step.
-
-        ``corrected`` (arXiv 2506.02285) scales by lr / peak lr, ``independent`` by 1 / peak lr, so that the step's own
-        factor lr makes it ``weight_decay * lr / peak_lr``; 0 for ``l2``.
-        """
-        if self.decay_type in ("l2", "decoupled"):
-            return self.weight_decay if self.decay_type == "decoupled" else 0.0
-        assert self.peak_lr is not None
-        return self.weight_decay * (rate if self.decay_type == "corrected" else 1.0) / self.peak_lr
-
-    def with_peak(self) -> ShampooConfig:
-        """These options, with the current learning rate as the peak if one is needed and none is given."""
-        if self.peak_lr is not None or self.decay_type not in ("corrected", "independent"):
-            return self
-        peak = float(self.lr)
-        if peak == 0.0:
-            raise bad("peak_lr", None, f"a number > 0 if lr starts at 0 and weight decay is {self.decay_type}")
-        return dataclasses.replace(self, peak_lr=peak)
-
-    def sides(self, shape: tuple[int, ...]) -> tuple[Side, ...]:
-        """What each dim of a merged shape, or of a block of it, has: a factor matrix, a diagonal or nothing."""
-        if self.preconditioner != "shampoo":
-            return sides_of(shape, self.max_preconditioner_dim, batch_dims=self.batch_dims)
-        large = "block" if self.large_dim == "adagrad" else self.large_dim
-        return sides_of(shape, self.max_preconditioner_dim, large, self.one_sided, self.batch_dims)
-
-    def root(self, count: int) -> float:
-        """The p of A^(-1/p) for a block with so many preconditioned dims."""
-        if self.preconditioner == "kl_shampoo":
-            return 2.0
-        given = self.exponent_override
-        if isinstance(given, tuple):
-            given = given[count - 1] if count <= len(given) else None
-        return 2.0 * count if given is None else given
-
-    @cached_property
-    def growth(self) -> float:
-        """``refresh_growth`` in force. Only KL-Shampoo bears refreshes by the few gradients of the first steps."""
-        if self.refresh_growth is not None:
-            return self.refresh_growth
-        return 0.25 if self.preconditioner == "kl_shampoo" else 0.0
-
-    @cached_property
-    def sampling(self) -> int:
-        """``statistics_frequency`` in force. KL-Shampoo's statistics cost twice as much as Shampoo's."""
-        if self.statistics_frequency is not None:
-            return self.statistics_frequency
-        return 2 if self.preconditioner == "kl_shampoo" else 1
-
-    @cached_property
-    def start(self) -> int:
-        """The first preconditioned step, counted from 1."""
-        start = self.start_preconditioning_step
-        if start == -1:
-            return 2 if self.growth else self.precondition_frequency
-        return start
-
-    @cached_property
-    def factors_decay(self) -> float:
-        """Decay of the factor matrices for each gradient; 1 for sums."""
-        return self.betas[1] if self.factor_beta is None else self.factor_beta
-
-    @cached_property
-    def early_windows(self) -> tuple[int, ...]:
-        """The first steps of the windows that are shorter than the frequency, and of the first full window."""
-        begins = [self.start]
-        while self.growth and (length := max(1, int(self.growth * begins[-1]))) < self.precondition_frequency:
-            begins.append(begins[-1] + length)
-        return tuple(begins)
-
-    def early_refreshes(self) -> tuple[int, int]:
-        """(refreshes of each block, steps) in the windows that are shorter than the frequency; (0, 0) if none is."""
-        begins = self.early_windows
-        return len(begins) - 1, begins[-1] - begins[0]
-
-    def refresh_window(self, step: int) -> tuple[int, int]:
-        """(first step, length) of the window around a step >= ``start``; every block refreshes once per window."""
-        begins = self.early_windows
-        if step >= begins[-1]:
-            return step - (step - begins[-1]) % self.precondition_frequency, self.precondition_frequency
-        place = bisect_right(begins, step)
-        return begins[place - 1], begins[place] - begins[place - 1]
-
-    @cached_property
-    def grafting_method(self) -> str:
-        """The grafting method in force: as given, else the preconditioner's. SOAP already has Adam's step length."""
-        if self.grafting is not None:
-            return self.grafting
-        return "none" if self.preconditioner == "soap" else "rms"
-
-    @cached_property
-    def grafts(self) -> bool:
-        """Whether preconditioned updates get the length of an element-wise method's, which needs its second moment."""
-        return self.grafting_method not in ("none", "rms")
-
-    @cached_property
-    def warm_method(self) -> str:
-        """The method of a block's updates before its first refresh, and of their length after it if grafted."""
-        return self.grafting_method if self.grafts else self.elementwise_method
-
-    @cached_property
-    def second_moment_beta(self) -> float:
-        """Decay of second moments: of grafting, and of SOAP's rotated gradient."""
-        if self.grafting_beta2 is not None:
-            return self.grafting_beta2
-        return self.betas[1] if self.betas[1] < 1.0 else 0.999
-
-    @cached_property
-    def elementwise_method(self) -> str:
-        """The method of element-wise parameters; without grafting, also of blocks before their first refresh."""
-        if self.elementwise is not None:
-            return self.elementwise
-        return self.grafting_method if self.grafts else "adam"
-
-    @cached_property
-    def for_elementwise(self) -> ShampooConfig:
-        """These options with the betas that element-wise parameters have."""
-        if self.elementwise_betas is None:
-            return self
-        beta3 = self.beta3 if self.elementwise_betas[0] else None
-        return dataclasses.replace(
-            self, betas=self.elementwise_betas, elementwise_betas=None, grafting_beta2=None, beta3=beta3
-        )
-
     def shape_of_state(self) -> dict[str, Any]:
         """The values that may not change once there is state, by option."""
         plain = ("none", "sgd")  # no second moment
@@ -488,51 +354,6 @@ class ShampooConfig:
         kinds["refresh_tolerance"] = self.keeps_basis
         kinds["elementwise_betas"] = self.for_elementwise.betas[0] == 0.0
         return {**fixed, "betas": self.betas[0] == 0.0, **kinds}
-
-    def in_force(self, name: str) -> Any:
-        """The value of an option of ``shape_of_state``, for messages; of methods, that in force if none is given."""
-        methods = {"grafting": self.grafting_method, "elementwise": self.elementwise_method}
-        return methods.get(name, getattr(self, name))
-
-    @cached_property
-    def keeps_basis(self) -> bool:
-        """Whether eigenbases are kept next to inverse roots, so that a refresh can reuse one that is good enough."""
-        return self.refresh_tolerance is not None and self.preconditioner != "soap"
-
-    @cached_property
-    def staggers(self) -> bool:
-        """Whether refreshes are spread over the window."""
-        return self.refresh in ("staggered", "background")
-
-    @cached_property
-    def dense_statistics(self) -> int:
-        """The last step up to which every gradient is added to the factor matrices: that of the last early refresh."""
-        return self.early_windows[-1]
-
-    @cached_property
-    def decomposes_in_float64(self) -> bool:
-        """Whether float32 factor matrices are decomposed in float64 for their roots.
-
-        KL-Shampoo's are if the ridge is small: the root -1/2 doubles float32's error of small eigenvalues, and the next
-        statistics are computed from these roots.
-        """
-        return self.preconditioner == "kl_shampoo" and self.relative_epsilon < WIDE_RIDGE
-
-    @cached_property
-    def decompositions(self) -> float:
-        """The time of a decomposition relative to one in float32."""
-        return 2.0 if self.decomposes_in_float64 else 1.0
-
-    def products(self, order: int) -> float:
-        """Products with a matrix of the factor's size, for each step and dim of a block of this order."""
-        statistics = float(order) if self.preconditioner == "kl_shampoo" else 1.0
-        return statistics / self.sampling + (2.0 if self.preconditioner == "soap" else 1.0)
-
-    def refreshes_at(self, step: int) -> bool:
-        """Whether all blocks are refreshed at this step (counted from 1), if refreshes are not spread."""
-        if step < self.start or not self.growth:
-            return step >= self.start and (step == self.start or step % self.precondition_frequency == 0)
-        return self.refresh_window(step)[0] == step
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> ShampooConfig:
