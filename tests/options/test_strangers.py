@@ -30,6 +30,7 @@ VALUES: list[Any] = [
 FORBIDDEN = [*((builtins, name) for name in ("eval", "exec", "compile", "open")), (importlib, "import_module")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*OPTION_NAMES, "preset", "crafted_module.run", "__class__", "_target_"])
 def test_no_value_of_an_option_is_imported_or_evaluated(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

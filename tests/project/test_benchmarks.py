@@ -41,6 +41,7 @@ def test_tables_are_markdown() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_state_is_the_planners_and_a_peak_is_above_what_a_step_leaves() -> None:
     found = memory.measure("soap", "staggered", 32, 32, 0.01, 2)
     assert found["held"] == found["plan"]["state"]
@@ -48,6 +49,7 @@ def test_state_is_the_planners_and_a_peak_is_above_what_a_step_leaves() -> None:
     assert sum(found["step"].operators.values()) <= found["step"].nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run, phrases",
     [

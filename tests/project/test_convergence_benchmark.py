@@ -200,6 +200,7 @@ def test_contestants_of_one_name_and_other_options_stay_apart() -> None:
     assert set(found) == {"a", "a (2)"}
 
 
+@pytest.mark.slow
 def test_the_picture_has_a_panel_for_each_cell(tmp_path: Path) -> None:
     draw([*RESULTS, result("kl", 1e-3, 2.0, length=64)], tmp_path / "losses.png")
     assert (tmp_path / "losses.png").stat().st_size > 10_000
@@ -281,6 +282,7 @@ def test_each_parameter_belongs_to_one_optimizer_and_decay_to_matrices(name: str
     assert all((p.ndim > 1) == (g["weight_decay"] > 0) for g in groups for p in g["params"])
 
 
+@pytest.mark.slow
 def test_the_default_is_one_of_the_complete_recipes(tokens: Path) -> None:
     """When the default changes, so does the name below, and `--quick --remember` is due."""
     corpus = load_corpus(tokens)

@@ -21,6 +21,7 @@ def job(framework: str, layers: int = 1, ranks: int = RANKS) -> Job:
     return Job(framework, parameters, ranks, {"max_preconditioner_dim": 16, "bucket_mb": 0.002}, replicas=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["fsdp2", "hsdp", "zero3"])
 def test_all_ranks_together_are_the_whole_once_and_as_planned(framework: str) -> None:
     """No Python object is gathered over all ranks: `Wire` refuses that. What they gather are a few integers."""
@@ -54,6 +55,7 @@ def received(step: FirstStep, of: int) -> list[tuple[int, int]]:
     return [(b.gradients.receive_splits[of], b.updates.receive_splits[of]) for b in unit.exchange.buckets]
 
 
+@pytest.mark.slow
 def test_what_is_gathered_grows_with_ranks_but_not_with_layers() -> None:
     def gathered(layers: int, ranks: int) -> int:
         of = job("fsdp2", layers, ranks)

@@ -198,6 +198,7 @@ def test_a_missing_gradient_skips_and_leading_zeros_do_nothing() -> None:
     torch.testing.assert_close(reference.values()["w"], run(params, grads, **options)["w"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, change",
     [

@@ -77,6 +77,7 @@ def assert_equal_but_for_rounding(found: list[Tensor], expected: list[Tensor], b
     assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) <= bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_without_refresh_waits_for_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     on_accelerators = {} if case in ALWAYS_EIGH else {"solver": "coupled_newton"}  # what "auto" chooses there
@@ -92,6 +93,7 @@ def test_a_step_without_refresh_waits_for_nothing(case: str, monkeypatch: pytest
     assert_equal_but_for_rounding(found, expected, 1e-3 if case == "narrow" else 5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
 def test_gradients_of_any_scale_are_normalized_there_too(preconditioner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"preconditioner": preconditioner, "normalize_gradients": True, "relative_epsilon": 1e-3, "eps": 0.0}
@@ -110,6 +112,7 @@ def test_a_decay_has_the_precision_of_what_it_multiplies(rejected: bool) -> None
     assert found_inf.keep(0.9999).dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grafting", [None, "rms"])
 @pytest.mark.parametrize("refresh", ["sync", "staggered", "background"])
 @pytest.mark.parametrize("normalizes", [False, True])

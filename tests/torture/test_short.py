@@ -17,6 +17,7 @@ from tests.torture.figures import KINDS, Figures, read
 from tests.torture.small_runs import ending
 
 
+@pytest.mark.slow
 def test_damage_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
     saves, figures = damage.by_one_process(tmp_path / "saves"), Figures()
     every = [*damage.damages_of_names(saves), *damage.damages_of_bytes(saves, 1, 0)]
@@ -25,6 +26,7 @@ def test_damage_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
     assert figures.tried > 60 and figures.seen["equal"] > 5 and figures.seen["error"] > 5
 
 
+@pytest.mark.slow
 def test_a_failing_disk_loses_no_save(tmp_path: Path) -> None:
     trial, figures = disk.Trial(tmp_path), Figures()
     kinds = set(trial.calls(True, False))
@@ -49,6 +51,7 @@ def test_a_failing_disk_loses_no_save(tmp_path: Path) -> None:
     assert {"saved and the new save", "error and the old save", "error and nothing"} <= set(figures.seen)
 
 
+@pytest.mark.slow
 def test_hostile_manifests_and_data_are_refused_in_little_time_and_memory() -> None:
     figures = Figures()
     hostile.torture(50, 0, figures, derandomize=True)
@@ -56,6 +59,7 @@ def test_hostile_manifests_and_data_are_refused_in_little_time_and_memory() -> N
     assert figures.seen["refused"] > 20
 
 
+@pytest.mark.slow
 def test_a_run_in_which_everything_is_switched_holds_no_more_threads_and_files(tmp_path: Path) -> None:
     found = soak.faults(soak.soak(2 * soak.ROUND, tmp_path))
     assert not [fault for fault in found if "memory" not in fault]  # which so short a run cannot tell
