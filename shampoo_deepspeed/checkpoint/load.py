@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from shampoo_deepspeed.checkpoint.async_writer import WRITER
 from shampoo_deepspeed.checkpoint.errors import CheckpointError, printable, quoted
-from shampoo_deepspeed.checkpoint.manifest import Manifest, base_key, open_checkpoint, options_record
+from shampoo_deepspeed.checkpoint.manifest import Manifest, open_checkpoint
+from shampoo_deepspeed.checkpoint.schema import base_key, options_record
 from shampoo_deepspeed.checkpoint.stored_state import StoredState
 from shampoo_deepspeed.checkpoint.tensor_files import TensorFiles
 from shampoo_deepspeed.distributed.collectives import (

@@ -1,9 +1,9 @@
-"""The manifest of a checkpoint: one JSON file next to the tensors, which completes a save when it appears."""
+"""The manifest of a checkpoint, one JSON file next to the tensors, and how it is read: strictly, and checked first."""
 
 from __future__ import annotations
 
-import errno
 import json
+import math
 import os
 import re
 import stat
@@ -14,22 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from shampoo_deepspeed._version import __version__
 from shampoo_deepspeed.checkpoint.errors import CheckpointError, MissingError, printable, quoted
-from shampoo_deepspeed.checkpoint.schema import FORMAT, SchemaError, check, parse
+from shampoo_deepspeed.checkpoint.schema import FORMAT, SchemaError, check
 from shampoo_deepspeed.checkpoint.tensor_files import TensorFiles, open_file, read_range
-from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
 from shampoo_deepspeed.state.block_codec import BlockLayout
 
 NAME = "manifest.json"
 # A manifest is shorter than the data that it describes, except that of parameters without state. More is not read.
 MOST_BYTES, MOST_VALUES = 1 << 24, 1 << 20
 DATA_PER_VALUE = 16  # bytes
+LONGEST_NUMBER = 20  # digits; 64 bits have 19
 
-_NUMBERED = re.compile(r"(.+)@[0-9]*", re.DOTALL)
 _HEAD = re.compile(rb'\{"format": ([0-9]{1,9}), "crc32": "([0-9a-f]{8})", "body": ')
 
 
@@ -92,54 +87,6 @@ class Manifest:
         """The data files that belong to this manifest of a checkpoint."""
         return TensorFiles(path / self.directory, self.files, self.parameters, self.layouts)
 
-    def commit(self, path: Path) -> None:
-        """Put the manifest into its place by one rename, so that a reader sees the old checkpoint or the new one.
-
-        Raises:
-            CheckpointError: if it could not be read again: the ranks' parts do not make up a whole.
-        """
-        body = json.loads(json.dumps(vars(self)))
-        try:
-            check(body)
-        except SchemaError as error:
-            raise CheckpointError(f"the ranks' parts do not make up a whole checkpoint: {error}") from None
-        file, aside, content = path / NAME, path / f"{NAME}.{self.directory}", encoded(body)
-        before = file.read_bytes() if file.exists() else None
-        try:
-            _write(aside, content)
-            os.replace(aside, file)
-        except BaseException:
-            with suppress(OSError):  # where a rename is not atomic, one that fails may have lost the old one
-                if before is not None and not (file.exists() and file.read_bytes() in (before, content)):
-                    _write(file, before)
-            aside.unlink(missing_ok=True)
-            raise
-        sync_directory(path)
-
-
-def encoded(body: Mapping[str, Any]) -> bytes:
-    """The file of a manifest; each parameter and each layout is on a line of its own, for people."""
-    parts = []
-    for name, value in body.items():
-        text = json.dumps(value)
-        if name in ("parameters", "layouts", "groups") and value:
-            text = "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(item)}" for key, item in value.items()) + "}"
-        parts.append(f"{json.dumps(name)}: {text}")
-    inner = ("{\n" + ",\n".join(parts) + "}").encode()
-    return b'{"format": %d, "crc32": "%s", "body": %s}\n' % (FORMAT, checksum(inner).encode(), inner)
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Write a file and make it durable; an error too if the file system takes no bytes and reports none."""
-    with file.open("wb", buffering=0) as stream:
-        left = memoryview(content)
-        while left:
-            count = os.write(stream.fileno(), left)
-            if not count:
-                raise OSError(errno.EIO, f"{os.strerror(errno.EIO)}: nothing could be written", str(file))
-            left = left[count:]
-        os.fsync(stream.fileno())
-
 
 def _content(file: Path, most_bytes: int) -> bytes:
     with open_file(file) as stream:
@@ -197,40 +144,6 @@ def _other_format(file: Path, content: Any) -> str:
     return f"{file} has format {quoted(found)}, and this version of shampoo_deepspeed reads {FORMAT}"
 
 
-def checksum(content: bytes | bytearray | memoryview) -> str:
-    """CRC-32 of bytes, as eight hexadecimal digits."""
-    return f"{zlib.crc32(content):08x}"
-
-
-def stored_name(key: str, part: int | None) -> str:
-    """A parameter's key in checkpoints: with expert parallelism, ranks hold different ones under the same name.
-
-    A key that looks like that of a part gets an "@" at its end.
-    """
-    if part is None:
-        return f"{key}@" if _NUMBERED.fullmatch(key) else key
-    return f"{key}@{part}"
-
-
-def base_key(name: str) -> str:
-    """A parameter's key without the number of its expert-parallel part."""
-    found = _NUMBERED.fullmatch(name)
-    return found[1] if found else name
-
-
-def options_record(config: ShampooConfig, lr: float | Tensor) -> dict[str, Any]:
-    """A group's options as a manifest has them, in JSON types; ``lr`` is the present one."""
-    record: dict[str, Any] = json.loads(
-        json.dumps({name: getattr(config, name) for name in OPTION_NAMES} | {"lr": float(lr)})
-    )
-    return record
-
-
-def versions() -> dict[str, str]:
-    """The versions that a manifest records."""
-    return {"shampoo_deepspeed": __version__, "torch": str(torch.__version__)}
-
-
 def other_saves(path: Path) -> list[str]:
     """Folders with a complete save in or below a checkpoint's folder, other than the one that its manifest names."""
     found = []
@@ -239,15 +152,6 @@ def other_saves(path: Path) -> list[str]:
             if (file.parent / Manifest.read(file.parent).directory).is_dir():
                 found.append(printable(str(file.parent)))
     return found
-
-
-def sync_directory(path: Path) -> None:
-    """Make what was created and renamed in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def open_checkpoint(path: Path) -> tuple[Manifest, TensorFiles]:
@@ -278,3 +182,59 @@ def _missing(path: Path, manifest: Manifest, error: MissingError) -> str:
         f"{', '.join(there[:3])}{', ...' * (len(there) > 3)}, and "
         + (f"other complete saves are {', '.join(saves[:3])}" if saves else "no other complete save is in it")
     )
+
+
+def checksum(content: bytes | bytearray | memoryview) -> str:
+    """CRC-32 of bytes, as eight hexadecimal digits."""
+    return f"{zlib.crc32(content):08x}"
+
+
+def parse(content: bytes, most_values: int) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        most_values: more values than this are refused before any is built.
+
+    Raises:
+        ValueError: for anything else than JSON in UTF-8: also for NaN and infinite numbers, for a key that appears
+            twice in an object, for numbers of more than 20 digits, and for too many or too deeply nested values.
+    """
+    found = sum(content.count(mark) for mark in (b",", b"[", b"{"))
+    if found > most_values:
+        raise ValueError(f"it has about {found:,} values, and at most {most_values:,} are read")
+    try:
+        return json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_not_a_number,
+        )
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in made if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:100]!r} appears twice")
+    return made
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > LONGEST_NUMBER:
+        raise ValueError(f"a number has {len(digits):,} digits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {digits[:20]} is too large")
+    return value
+
+
+def _not_a_number(name: str) -> float:
+    raise ValueError(f"{name} is not a number")

@@ -19,30 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shampoo_deepspeed._version import __version__
 from shampoo_deepspeed.checkpoint.async_writer import WRITER
 from shampoo_deepspeed.checkpoint.errors import CheckpointError
 from shampoo_deepspeed.checkpoint.lock import FolderLock
 from shampoo_deepspeed.checkpoint.manifest import NAME as MANIFEST
-from shampoo_deepspeed.checkpoint.manifest import (
-    Manifest,
-    base_key,
-    options_record,
-    stored_name,
-    sync_directory,
-    versions,
-)
-from shampoo_deepspeed.checkpoint.schema import fits, layout_key
+from shampoo_deepspeed.checkpoint.manifest import Manifest
+from shampoo_deepspeed.checkpoint.schema import base_key, fits, layout_key, options_record, stored_name
 from shampoo_deepspeed.checkpoint.stored_state import StoredState
-from shampoo_deepspeed.checkpoint.tensor_files import (
-    Item,
-    Place,
-    Written,
-    file_name,
-    in_order,
-    sizes,
-    stored_form,
-    write,
-)
+from shampoo_deepspeed.checkpoint.tensor_files import Item, Place, Written, file_name, in_order, sizes, stored_form
+from shampoo_deepspeed.checkpoint.writer import sync_directory, write, write_manifest
 from shampoo_deepspeed.distributed.collectives import decide_on_first_rank, job_group, on_all_ranks
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy
@@ -252,9 +238,9 @@ def _nothing_written() -> dict[str, Any]:
 
 def _layouts(state: SavedState, options: Mapping[str, str], form: Form) -> dict[str, BlockLayout]:
     """The layouts of a state's blocks, by the options of their parameters and their shape."""
+    layouts = [block_layout(stack, form) for stack in state.stacks]
     found = {}
-    for stack in state.stacks:
-        layout = block_layout(stack, form)
+    for stack, layout in zip(state.stacks, layouts, strict=True):
         for number in {options[key.rpartition("/")[0]] for key in stack.keys}:
             found[layout_key(number, stack.shape)] = layout
     return found
@@ -372,7 +358,7 @@ def _complete(path: Path, directory: Path, shares: Sequence[Share], lock: Sequen
     sync_directory(directory)
     for held in lock:
         held.check()
-    manifest.commit(path)
+    write_manifest(manifest, path)
     _remove_replaced(path, manifest.directory)
     for held in lock:
         held.release()
@@ -397,9 +383,14 @@ def _joined(shares: Sequence[Share], directory: str) -> Manifest:
         parameters=records,
         layouts={key: layout for share in shares for key, layout in share.layouts.items()},
         files={file_name(rank): {"bytes": share.bytes} for rank, share in enumerate(shares) if share.written},
-        versions=versions(),
+        versions=_versions(),
         kept_by_others={number: kept for share in shares for number, kept in share.kept_by_others.items()},
     )
+
+
+def _versions() -> dict[str, str]:
+    """The versions that a manifest records."""
+    return {"shampoo_deepspeed": __version__, "torch": str(torch.__version__)}
 
 
 def _add_written(records: Mapping[str, dict[str, Any]], shares: Sequence[Share]) -> None:

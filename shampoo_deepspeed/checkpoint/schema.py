@@ -1,4 +1,4 @@
-"""What ``manifest.json`` may say: strictly JSON, type, keys and range of every field, and how fields go together.
+"""What ``manifest.json`` says: type, keys and range of every field, how fields go together, and how names are written.
 
 It may come from a stranger. Everything that a manifest says is checked here before it is used, in time and memory in
 proportion to its length.
@@ -15,14 +15,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from shampoo_deepspeed.checkpoint.errors import quoted
 from shampoo_deepspeed.geometry.boxes import Box
+from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
 from shampoo_deepspeed.state.block_codec import STATUS, TRIANGLE
 
 FORMAT = 2
 PIECE = 1 << 18  # bytes of a box that share one checksum, so that a part can be verified without the rest
 DIGITS = 8  # of a checksum, CRC-32 in hexadecimal
-LONGEST_NUMBER = 20  # digits; 64 bits have 19
+_NUMBERED = re.compile(r"(.+)@[0-9]*", re.DOTALL)
 
 
 class SchemaError(ValueError):
@@ -379,52 +382,25 @@ def layout_key(options: str, shape: Sequence[int]) -> str:
     return f"{options}:{'x'.join(map(str, shape))}"
 
 
-def parse(content: bytes, most_values: int) -> Any:
-    """The value of a JSON text.
+def stored_name(key: str, part: int | None) -> str:
+    """A parameter's key in checkpoints: with expert parallelism, ranks hold different ones under the same name.
 
-    Args:
-        most_values: more values than this are refused before any is built.
-
-    Raises:
-        ValueError: for anything else than JSON in UTF-8: also for NaN and infinite numbers, for a key that appears
-            twice in an object, for numbers of more than 20 digits, and for too many or too deeply nested values.
+    A key that looks like that of a part gets an "@" at its end.
     """
-    found = sum(content.count(mark) for mark in (b",", b"[", b"{"))
-    if found > most_values:
-        raise ValueError(f"it has about {found:,} values, and at most {most_values:,} are read")
-    try:
-        return json.loads(
-            content.decode("utf-8"),
-            object_pairs_hook=_object,
-            parse_int=_integer,
-            parse_float=_finite,
-            parse_constant=_not_a_number,
-        )
-    except RecursionError:
-        raise ValueError("its values are nested too deeply") from None
+    if part is None:
+        return f"{key}@" if _NUMBERED.fullmatch(key) else key
+    return f"{key}@{part}"
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in made if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:100]!r} appears twice")
-    return made
+def base_key(name: str) -> str:
+    """A parameter's key without the number of its expert-parallel part."""
+    found = _NUMBERED.fullmatch(name)
+    return found[1] if found else name
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > LONGEST_NUMBER:
-        raise ValueError(f"a number has {len(digits):,} digits")
-    return int(digits)
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {digits[:20]} is too large")
-    return value
-
-
-def _not_a_number(name: str) -> float:
-    raise ValueError(f"{name} is not a number")
+def options_record(config: ShampooConfig, lr: float | Tensor) -> dict[str, Any]:
+    """A group's options as a manifest has them, in JSON types; ``lr`` is the present one."""
+    record: dict[str, Any] = json.loads(
+        json.dumps({name: getattr(config, name) for name in OPTION_NAMES} | {"lr": float(lr)})
+    )
+    return record

@@ -1,26 +1,40 @@
-"""A checkpoint on disk as the source of the units' state; `tensor_files` describes the names of what is stored."""
+"""A checkpoint on disk as the source of the units' state: blocks, and boxes put together from those that are stored.
+
+`tensor_files` describes the names of what is stored. It is used as it is read, one block or box at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm.block_stack import BlockStack, read_status
-from shampoo_deepspeed.checkpoint.errors import CheckpointError
-from shampoo_deepspeed.checkpoint.manifest import Manifest, base_key, stored_name
-from shampoo_deepspeed.checkpoint.schema import layout_key
-from shampoo_deepspeed.checkpoint.tensor_files import Item, Place, TensorFiles, Wanted
+from shampoo_deepspeed.checkpoint.errors import CheckpointError, printable
+from shampoo_deepspeed.checkpoint.manifest import Manifest
+from shampoo_deepspeed.checkpoint.schema import base_key, layout_key, stored_name
+from shampoo_deepspeed.checkpoint.tensor_files import SLAB, Item, Place, Stored, TensorFiles, size_of
 from shampoo_deepspeed.distributed.collectives import on_all_ranks
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
 from shampoo_deepspeed.geometry.boxes import Box, whole
+from shampoo_deepspeed.runtime.progress import LARGE, UNSHOWN, mebibytes, progress
 from shampoo_deepspeed.state.block_codec import TRIANGLE, BlockLayout, whole_tensors
 from shampoo_deepspeed.state.state_dict import BufferState, ElementwiseState, SavedState, StackState, view_of
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A block, or any box of a stored tensor, that this rank wants; ``take`` gets the stored tensors, or the box."""
+
+    place: Place
+    take: Callable[[Any], object]
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,7 @@ class StoredState:
                 names = {p.key: stored_name(p.key, unit.layout.part) for p in unit.parameters if p.key in self.keys}
                 steps = {key: self._steps(name, unit.layout.parts) for key, name in names.items()}
                 if self.files is not None:
-                    self.files.read(self._wanted(unit, names, {key for key, count in steps.items() if count}))
+                    read(self.files, self._wanted(unit, names, {key for key, count in steps.items() if count}))
                 unit.steps = [steps.get(p.key, 0) for p in unit.parameters]
         except CheckpointError as error:
             raise CheckpointError(f"the checkpoint {self.path} cannot be loaded: {error}") from error
@@ -179,7 +193,7 @@ class StoredState:
         for kind in sorted(self.manifest.parameters[name]["tensors"]):
             _, shape, boxes = self.files.tensors.get((name, kind), (None, (), []))
             if boxes:
-                yield kind, shape, self.files.read_one(Place(name, kind, whole(shape)))
+                yield kind, shape, read_one(self.files, Place(name, kind, whole(shape)))
 
     def _add_blocks(self, stacks: dict[str, _Rows], name: str, key: str) -> None:
         record = self.manifest.parameters[name]
@@ -187,7 +201,7 @@ class StoredState:
         for index, block in enumerate(cut_into_blocks(record["merged"], record["cuts"]) if record["blocks"] else []):
             options = layout_key(record["options"], block.lengths)
             layout = self.manifest.layouts[options]
-            parts = whole_tensors(self.files.read_one(Place(name, index)), layout)
+            parts = whole_tensors(read_one(self.files, Place(name, index)), layout)
             tensors = dict(zip((part[0] for part in layout), parts, strict=True))
             rows = stacks.setdefault(options, _Rows(list(block.lengths)))
             rows.keys.append(f"{key}/{index}")
@@ -196,7 +210,99 @@ class StoredState:
 
     def items(self) -> Iterable[Item]:
         """All state that no unit has read yet, to be written again unchanged; the same on all ranks."""
-        return [] if self.files is None else self.files.items(lambda name: base_key(name) in self.keys)
+        if self.files is None:
+            return
+        for place, form in self.files.items():
+            if base_key(place.parameter) in self.keys:
+                yield Item(place, form, partial(read_one, self.files, place))
+
+
+def read(files: TensorFiles, wanted: Iterable[Wanted]) -> None:
+    """Read blocks and boxes, and give each of them away as soon as it is verified.
+
+    Raises:
+        CheckpointError: if something is missing, cannot be read, or is not as it was saved.
+    """
+    asked = list(wanted)
+    sizes = [_bytes(files, want.place) for want in asked]
+    total = sum(sizes)
+    with progress("loading", total, mebibytes) if total >= LARGE else UNSHOWN as advance:
+        for want, size in zip(asked, sizes, strict=True):
+            want.take(read_one(files, want.place))
+            advance(size)
+
+
+def read_one(files: TensorFiles, place: Place) -> Any:
+    """A block's stored tensors, or any box of a stored tensor, on the CPU."""
+    if place.box is None:
+        rank, stored = _block(files, place)
+        return [files.values(rank, stored, n, 0, size_of(part)).view(part[2]) for n, part in enumerate(stored.form)]
+    dtype, _, boxes = _tensor(files, place)
+    out, filled = torch.zeros(place.box.lengths, dtype=dtype, device="cpu"), 0
+    for rank, stored in boxes:
+        assert stored.place.box is not None
+        common = _common(stored.place.box, place.box)
+        for box, values in [] if common is None else _rows(files, rank, stored, common):
+            _part(out, place.box, box).copy_(values)
+            filled += values.numel()
+    if filled != out.numel():
+        raise CheckpointError(f"the checkpoint holds {filled} of the {out.numel()} elements of {printable(str(place))}")
+    return out
+
+
+def _rows(files: TensorFiles, rank: int, stored: Stored, wanted: Box) -> Iterator[tuple[Box, Tensor]]:
+    """The values of a box within a stored one, a few rows at a time."""
+    dtype, outer = stored.form[0][1], stored.place.box
+    assert outer is not None
+    if not outer.lengths:
+        yield wanted, files.values(rank, stored, 0, 0, dtype.itemsize).view(())
+        return
+    row = math.prod(outer.lengths[1:]) * dtype.itemsize
+    step = max(1, SLAB // row)
+    end = wanted.offsets[0] + wanted.lengths[0]
+    for first in range(wanted.offsets[0], end, step):
+        rows = min(step, end - first)
+        start = (first - outer.offsets[0]) * row
+        values = files.values(rank, stored, 0, start, start + rows * row).view(rows, *outer.lengths[1:])
+        box = Box((first, *wanted.offsets[1:]), (rows, *wanted.lengths[1:]))
+        yield box, _part(values, Box((first, *outer.offsets[1:]), (rows, *outer.lengths[1:])), box)
+
+
+def _bytes(files: TensorFiles, place: Place) -> int:
+    if place.box is None:
+        return _block(files, place)[1].size
+    return math.prod(place.box.lengths) * _tensor(files, place)[0].itemsize
+
+
+def _block(files: TensorFiles, place: Place) -> tuple[int, Stored]:
+    found = files.blocks.get((place.parameter, int(place.part)))
+    if found is None:
+        raise CheckpointError(f"the checkpoint does not hold {printable(str(place))}")
+    return found
+
+
+def _tensor(files: TensorFiles, place: Place) -> tuple[torch.dtype, tuple[int, ...], list[tuple[int, Stored]]]:
+    found = files.tensors.get((place.parameter, str(place.part)))
+    if found is None:
+        raise CheckpointError(f"the checkpoint does not hold {printable(str(place))}")
+    return found
+
+
+def _part(tensor: Tensor, outer: Box, box: Box) -> Tensor:
+    """The view of a box in the tensor of a larger one."""
+    for dim, (outer_start, start, length) in enumerate(zip(outer.offsets, box.offsets, box.lengths, strict=True)):
+        tensor = tensor.narrow(dim, start - outer_start, length)
+    return tensor
+
+
+def _common(one: Box, other: Box) -> Box | None:
+    """As `Box.intersect`, in this file because it is called for every box."""
+    found = []
+    for a, n, b, m in zip(one.offsets, one.lengths, other.offsets, other.lengths, strict=True):
+        found.append((max(a, b), min(a + n, b + m)))
+    if any(start >= stop for start, stop in found):
+        return None
+    return Box(tuple(start for start, _ in found), tuple(stop - start for start, stop in found))
 
 
 def _fill(stack: BlockStack, row: int, layout: BlockLayout, parts: Sequence[Tensor]) -> None:

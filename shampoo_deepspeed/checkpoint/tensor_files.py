@@ -1,11 +1,7 @@
-"""The data of a checkpoint: one file per rank in the safetensors format, every byte of it under a checksum.
+"""The data files of a checkpoint: one per rank in the safetensors format, every byte of it under a checksum.
 
 What a file holds, and where, follows from the manifest alone: its tensors in the manifest's order, those with wider
 elements first. So a header is not trusted but compared, and a file is read without any parser.
-
-Contents are made when they are written and used when they are read, one at a time, so that neither side holds a second
-copy of everything. That is why the `safetensors` library, which takes all tensors at once, does not write the files; it
-opens each of them before a save is complete.
 
 Real folders and files are opened only, never what a link leads to. Links above the checkpoint's folder are the user's
 own, and are followed. Names in the files:
@@ -28,14 +24,12 @@ import math
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
@@ -130,31 +124,24 @@ class Written:
     dtype: str
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A block, or any box of a stored tensor, that this rank wants; ``take`` gets the stored tensors, or the box."""
-
-    place: Place
-    take: Callable[[Any], object]
-
-
 @dataclass(frozen=True, slots=True)
-class _Stored:
-    """Where an item is in a rank's file: ``starts`` of its tensors."""
+class Stored:
+    """Where an item is in a rank's file: ``starts`` of its tensors, and their ``size`` in bytes."""
 
     place: Place
     form: StoredForm
     checksums: str
-    starts: tuple[int, ...] = ()
+    starts: tuple[int, ...]
+    size: int
 
 
-def _size(part: tuple[str, torch.dtype, tuple[int, ...]]) -> int:
+def size_of(part: tuple[str, torch.dtype, tuple[int, ...]]) -> int:
     return math.prod(part[2]) * part[1].itemsize
 
 
 def sizes(items: Sequence[Item]) -> list[tuple[Place, int]]:
     """The place of each item, and its bytes."""
-    return [(item.place, sum(map(_size, item.form))) for item in items]
+    return [(item.place, sum(map(size_of, item.form))) for item in items]
 
 
 def in_order(ranks: Sequence[Sequence[Written]]) -> list[tuple[int, Written]]:
@@ -180,12 +167,12 @@ def stored_form(layout: BlockLayout) -> StoredForm:
     )
 
 
-def _name(place: Place, part: tuple[str, torch.dtype, tuple[int, ...]]) -> str:
+def name_of(place: Place, part: tuple[str, torch.dtype, tuple[int, ...]]) -> str:
     """The name in the file of a tensor of an item."""
     return f"{place}/{part[0]}" if place.box is None else str(place)
 
 
-def _laid_out(items: Sequence[tuple[Place, StoredForm]], directory: str) -> tuple[bytes, list[tuple[int, ...]], int]:
+def laid_out(items: Sequence[tuple[Place, StoredForm]], directory: str) -> tuple[bytes, list[tuple[int, ...]], int]:
     """The header of a file with these items, where the tensors of each of them start, and where the file ends."""
     numbers = [
         (number, n, part)
@@ -196,9 +183,9 @@ def _laid_out(items: Sequence[tuple[Place, StoredForm]], directory: str) -> tupl
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "save": directory}}
     starts, end = [[0] * len(form) for _, form in items], 0
     for number, n, part in numbers:
-        start, end = end, end + _size(part)
+        start, end = end, end + size_of(part)
         starts[number][n] = start
-        header[_name(items[number][0], part)] = {
+        header[name_of(items[number][0], part)] = {
             "dtype": CODES[part[1]],
             "shape": list(part[2]),
             "data_offsets": [start, end],
@@ -208,53 +195,6 @@ def _laid_out(items: Sequence[tuple[Place, StoredForm]], directory: str) -> tupl
     begin = 8 + len(text)
     places = [tuple(begin + start for start in own) for own in starts]
     return len(text).to_bytes(8, "little") + text, places, begin + end
-
-
-def write(items: Sequence[Item], directory: Path, rank: int) -> tuple[list[Written], int]:
-    """Write a rank's file; returns what is in it, and its size in bytes.
-
-    Raises:
-        CheckpointError: if a tensor has values that are not finite, or the `safetensors` library cannot open the file.
-        OSError: if it cannot be written.
-    """
-    header, starts, end = _laid_out([(item.place, item.form) for item in items], directory.name)
-    file = directory / file_name(rank)
-    total = sum(size for _, size in sizes(items))
-    shown = progress("saving", total, mebibytes) if total >= LARGE else UNSHOWN
-    written = []
-    with file.open("xb", buffering=0) as stream, shown as advance:
-        write_range(stream, 0, memoryview(header))
-        for item, places in zip(items, starts, strict=True):
-            checksums: list[int] = []
-            made = [item.contents()] if item.place.box is not None else item.contents()
-            for content, part, start in zip(made, item.form, places, strict=True):
-                tensor = content.detach().to("cpu").contiguous()
-                if (tensor.dtype, tuple(tensor.shape)) != part[1:]:
-                    raise CheckpointError(f"{_name(item.place, part)} has changed while it was saved")
-                if not is_finite(tensor.view(-1), part):
-                    raise CheckpointError(
-                        f"{printable(_name(item.place, part))} has values that are not finite: a run cannot resume "
-                        "from them, so nothing is saved, and an earlier checkpoint stays"
-                    )
-                memory = _memory_of(tensor)
-                checksums += _checksums(memory, item.place.piece)
-                write_range(stream, start, memory)
-                advance(len(memory))
-            written.append(Written(item.place, _written(checksums), str(item.form[0][1]).removeprefix("torch.")))
-        os.fsync(stream.fileno())
-    _open_with_the_library(file, sum(len(item.form) for item in items))
-    return written, end
-
-
-def _open_with_the_library(file: Path, tensors: int) -> None:
-    """Raise CheckpointError unless anyone can open a file that was written."""
-    try:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            found = len(opened.keys())
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"the safetensors library cannot open {file}: {error}") from error
-    if found != tensors:
-        raise CheckpointError(f"the safetensors library finds {found} tensors in {file}, and {tensors} were written")
 
 
 @contextmanager
@@ -357,9 +297,10 @@ class TensorFiles:
         """Open the files; the arguments after the folder are the manifest's fields."""
         self.directory = directory
         # The tensors that are stored in boxes, by stored name and kind: dtype, shape, and rank and place of each box.
-        self.tensors: dict[tuple[str, str], tuple[torch.dtype, tuple[int, ...], list[tuple[int, _Stored]]]] = {}
-        self._blocks: dict[tuple[str, int], tuple[int, _Stored]] = {}
-        self._of_rank: dict[int, list[_Stored]] = {}
+        self.tensors: dict[tuple[str, str], tuple[torch.dtype, tuple[int, ...], list[tuple[int, Stored]]]] = {}
+        # The blocks, by stored name and number: rank, and where it is in the rank's file.
+        self.blocks: dict[tuple[str, int], tuple[int, Stored]] = {}
+        self._of_rank: dict[int, list[Stored]] = {}
         self._open: dict[int, io.FileIO] = {}
         self._paths: dict[int, Path] = {}
         found: dict[int, list[tuple[Place, StoredForm, str]]] = {
@@ -370,10 +311,10 @@ class TensorFiles:
         with inner_folder(directory) as folder:
             for rank, items in sorted(found.items()):
                 size = files[file_name(rank)]["bytes"]
-                header, starts, end = _laid_out([(place, form) for place, form, _ in items], directory.name)
+                header, starts, end = laid_out([(place, form) for place, form, _ in items], directory.name)
                 self._open_and_check(rank, folder, size, header, end)
                 placed = zip(items, starts, strict=True)
-                self._of_rank[rank] = [_Stored(*item, own) for item, own in placed]
+                self._of_rank[rank] = [Stored(*item, own, sum(map(size_of, item[1]))) for item, own in placed]
         self._index(parameters)
 
     def __del__(self) -> None:
@@ -429,7 +370,7 @@ class TensorFiles:
             for stored in items:
                 place = stored.place
                 if isinstance(place.part, int):
-                    self._blocks[place.parameter, place.part] = rank, stored
+                    self.blocks[place.parameter, place.part] = rank, stored
                 else:
                     record = parameters[place.parameter]["shape"]
                     shape = (math.prod(record),) if place.part.startswith("elementwise/") else tuple(record)
@@ -452,28 +393,28 @@ class TensorFiles:
             for n in (range(len(stored.form)) if stored.place.parameter in names else ())
         ]
         every.sort(key=lambda entry: (entry[0], entry[1].starts[entry[2]]))
-        total = sum(_size(stored.form[n]) for _, stored, n in every)
+        total = sum(size_of(stored.form[n]) for _, stored, n in every)
         mine, begin, unfit = range(total * part // parts, total * (part + 1) // parts), 0, {}
         with progress("checking the checkpoint", len(mine), mebibytes) if total >= LARGE else UNSHOWN as advance:
             for rank, stored, n in every:
-                size = _size(stored.form[n])
+                size = size_of(stored.form[n])
                 step = size if stored.place.box is None else SLAB
                 for start in range(0, size, max(step, 1)):
                     if begin + start in mine:
                         stop = min(start + step, size)
                         if not self._is_sound(rank, stored, n, range(start, stop)):
-                            unfit[stored.place.parameter] = _name(stored.place, stored.form[n])
+                            unfit[stored.place.parameter] = name_of(stored.place, stored.form[n])
                         advance(stop - start)
                 begin += size
         return unfit
 
-    def _is_sound(self, rank: int, stored: _Stored, n: int, bytes_: range) -> bool:
+    def _is_sound(self, rank: int, stored: Stored, n: int, bytes_: range) -> bool:
         """Whether these bytes are finite values; raises CheckpointError if they are not those that were saved."""
         value, sums, sound = 0, [], True
         memory = torch.empty(min(PIECE, len(bytes_)), dtype=torch.uint8, device="cpu")
         for start in range(bytes_.start, bytes_.stop, PIECE):
             values = self._raw(rank, stored, n, range(start, min(start + PIECE, bytes_.stop)), memory)
-            value = zlib.crc32(_memory_of(values), value if stored.place.box is None else 0)
+            value = zlib.crc32(memory_of(values), value if stored.place.box is None else 0)
             sums += [value]
             sound = sound and is_finite(values.view(stored.form[n][1]), stored.form[n], start)
         number = n if stored.place.box is None else bytes_.start // PIECE
@@ -482,111 +423,41 @@ class TensorFiles:
             flags, failures = values.view(torch.int64).tolist()
             if not (0 <= flags <= 3 and 0 <= failures < 2**31):
                 raise CheckpointError(
-                    f"{self._paths[rank]} is not valid: {printable(_name(stored.place, stored.form[n]))} is "
+                    f"{self._paths[rank]} is not valid: {printable(name_of(stored.place, stored.form[n]))} is "
                     f"{[flags, failures]}; allowed: flags from 0 to 3, and how often a refresh has failed in a row"
                 )
         return sound
 
-    def read(self, wanted: Iterable[Wanted]) -> None:
-        """Read blocks and boxes, and give each of them away as soon as it is verified.
+    def items(self) -> Iterator[tuple[Place, StoredForm]]:
+        """The place and the form of all that is stored."""
+        yield from ((stored.place, stored.form) for items in self._of_rank.values() for stored in items)
 
-        Raises:
-            CheckpointError: if something is missing, cannot be read, or is not as it was saved.
-        """
-        asked = list(wanted)
-        sizes = [self._bytes(want.place) for want in asked]
-        total = sum(sizes)
-        with progress("loading", total, mebibytes) if total >= LARGE else UNSHOWN as advance:
-            for want, size in zip(asked, sizes, strict=True):
-                want.take(self.read_one(want.place))
-                advance(size)
-
-    def read_one(self, place: Place) -> Any:
-        """A block's stored tensors, or any box of a stored tensor, on the CPU."""
-        if place.box is None:
-            rank, stored = self._block(place)
-            return [self._values(rank, stored, n, 0, _size(part)).view(part[2]) for n, part in enumerate(stored.form)]
-        dtype, _, boxes = self._tensor(place)
-        out, filled = torch.zeros(place.box.lengths, dtype=dtype, device="cpu"), 0
-        for rank, stored in boxes:
-            assert stored.place.box is not None
-            common = _common(stored.place.box, place.box)
-            for box, values in [] if common is None else self._rows(rank, stored, common):
-                _part(out, place.box, box).copy_(values)
-                filled += values.numel()
-        if filled != out.numel():
-            raise CheckpointError(
-                f"the checkpoint holds {filled} of the {out.numel()} elements of {printable(str(place))}"
-            )
-        return out
-
-    def items(self, wanted: Callable[[str], bool]) -> Iterator[Item]:
-        """All that is stored of the wanted parameters, to be written again unchanged."""
-        for stored in (stored for items in self._of_rank.values() for stored in items):
-            place = stored.place
-            if wanted(place.parameter):
-                yield Item(place, stored.form, partial(self.read_one, place))
-
-    def _rows(self, rank: int, stored: _Stored, wanted: Box) -> Iterator[tuple[Box, Tensor]]:
-        """The values of a box within a stored one, a few rows at a time."""
-        dtype, outer = stored.form[0][1], stored.place.box
-        assert outer is not None
-        if not outer.lengths:
-            yield wanted, self._values(rank, stored, 0, 0, dtype.itemsize).view(())
-            return
-        row = math.prod(outer.lengths[1:]) * dtype.itemsize
-        step = max(1, SLAB // row)
-        end = wanted.offsets[0] + wanted.lengths[0]
-        for first in range(wanted.offsets[0], end, step):
-            rows = min(step, end - first)
-            start = (first - outer.offsets[0]) * row
-            values = self._values(rank, stored, 0, start, start + rows * row).view(rows, *outer.lengths[1:])
-            box = Box((first, *wanted.offsets[1:]), (rows, *wanted.lengths[1:]))
-            yield box, _part(values, Box((first, *outer.offsets[1:]), (rows, *outer.lengths[1:])), box)
-
-    def _values(self, rank: int, stored: _Stored, n: int, start: int, stop: int) -> Tensor:
+    def values(self, rank: int, stored: Stored, n: int, start: int, stop: int) -> Tensor:
         """Elements of a stored tensor, from a range of its bytes; what is verified is what is returned."""
-        size, piece = _size(stored.form[n]), stored.place.piece
+        size, piece = size_of(stored.form[n]), stored.place.piece
         step = piece or max(size, 1)
         first, last = start // step, max(start // step + 1, -(-stop // step))
         low = first * step
         values = self._raw(rank, stored, n, range(low, min(last * step, size)))
-        self._compare(rank, stored, n, n if piece is None else first, _checksums(_memory_of(values), piece))
+        self._compare(rank, stored, n, n if piece is None else first, checksums_of(memory_of(values), piece))
         return values[start - low : stop - low].view(stored.form[n][1])
 
-    def _raw(self, rank: int, stored: _Stored, n: int, bytes_: range, memory: Tensor | None = None) -> Tensor:
+    def _raw(self, rank: int, stored: Stored, n: int, bytes_: range, memory: Tensor | None = None) -> Tensor:
         """Bytes of a stored tensor, not yet verified; in ``memory`` if it is given."""
         values = torch.empty(len(bytes_), dtype=torch.uint8, device="cpu") if memory is None else memory[: len(bytes_)]
         path = self._paths[rank]
         file = self._open.get(rank) or open_file(path)
-        read_range(file, path, stored.starts[n] + bytes_.start, _memory_of(values))
+        read_range(file, path, stored.starts[n] + bytes_.start, memory_of(values))
         return values
 
-    def _compare(self, rank: int, stored: _Stored, n: int, number: int, found: Sequence[int]) -> None:
+    def _compare(self, rank: int, stored: Stored, n: int, number: int, found: Sequence[int]) -> None:
         """Raise CheckpointError if checksums, from that of this number on, are not those that were saved."""
         expected = stored.checksums[number * DIGITS : (number + len(found)) * DIGITS]
-        if _written(found) != expected:
+        if in_hexadecimal(found) != expected:
             raise CheckpointError(
                 f"{self.directory / file_name(rank)} is damaged: the bytes of "
-                f"{printable(_name(stored.place, stored.form[n]))} are not those that were saved"
+                f"{printable(name_of(stored.place, stored.form[n]))} are not those that were saved"
             )
-
-    def _block(self, place: Place) -> tuple[int, _Stored]:
-        found = self._blocks.get((place.parameter, int(place.part)))
-        if found is None:
-            raise CheckpointError(f"the checkpoint does not hold {printable(str(place))}")
-        return found
-
-    def _tensor(self, place: Place) -> tuple[torch.dtype, tuple[int, ...], list[tuple[int, _Stored]]]:
-        found = self.tensors.get((place.parameter, str(place.part)))
-        if found is None:
-            raise CheckpointError(f"the checkpoint does not hold {printable(str(place))}")
-        return found
-
-    def _bytes(self, place: Place) -> int:
-        if place.box is None:
-            return sum(map(_size, self._block(place)[1].form))
-        return math.prod(place.box.lengths) * self._tensor(place)[0].itemsize
 
 
 def _stored(
@@ -625,34 +496,17 @@ def is_finite(values: Tensor, part: tuple[str, torch.dtype, tuple[int, ...]], st
     return not bool((places % shape[1] <= places // shape[1]).any())
 
 
-def _part(tensor: Tensor, outer: Box, box: Box) -> Tensor:
-    """The view of a box in the tensor of a larger one."""
-    for dim, (outer_start, start, length) in enumerate(zip(outer.offsets, box.offsets, box.lengths, strict=True)):
-        tensor = tensor.narrow(dim, start - outer_start, length)
-    return tensor
-
-
-def _common(one: Box, other: Box) -> Box | None:
-    """As `Box.intersect`, in this file because it is called for every box."""
-    found = []
-    for a, n, b, m in zip(one.offsets, one.lengths, other.offsets, other.lengths, strict=True):
-        found.append((max(a, b), min(a + n, b + m)))
-    if any(start >= stop for start, stop in found):
-        return None
-    return Box(tuple(start for start, _ in found), tuple(stop - start for start, stop in found))
-
-
-def _memory_of(tensor: Tensor) -> memoryview:
+def memory_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, which must outlive what is returned."""
     if not tensor.numel():
         return memoryview(b"")
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
-def _checksums(memory: memoryview, piece: int | None) -> list[int]:
+def checksums_of(memory: memoryview, piece: int | None) -> list[int]:
     step = piece or max(len(memory), 1)
     return [zlib.crc32(memory[start : start + step]) for start in range(0, max(len(memory), 1), step)]
 
 
-def _written(checksums: Sequence[int]) -> str:
+def in_hexadecimal(checksums: Sequence[int]) -> str:
     return "".join(f"{value:08x}" for value in checksums)

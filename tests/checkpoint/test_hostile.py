@@ -408,11 +408,11 @@ def not_finite(path: Path, name: str, value: float) -> None:
     """Put a value into a tensor of a checkpoint, with right checksums, as a stranger could."""
     found = Manifest.read(path)
     files = found.open_files(path)
-    stored = next(s for s in files._of_rank[0] for part in s.form if tensor_files._name(s.place, part) == name)
-    n = next(n for n, part in enumerate(stored.form) if tensor_files._name(stored.place, part) == name)
+    stored = next(s for s in files._of_rank[0] for part in s.form if tensor_files.name_of(s.place, part) == name)
+    n = next(n for n, part in enumerate(stored.form) if tensor_files.name_of(stored.place, part) == name)
     file, content = path / found.directory / "rank-0.safetensors", bytearray()
     content += file.read_bytes()
-    start, size = stored.starts[n], tensor_files._size(stored.form[n])
+    start, size = stored.starts[n], tensor_files.size_of(stored.form[n])
     values = torch.frombuffer(content[start : start + size], dtype=stored.form[n][1]).clone()
     values[-1] = value
     content[start : start + size] = values.view(torch.uint8).numpy().tobytes()

@@ -215,7 +215,7 @@ def test_a_manifest_that_cannot_be_written_is_not_left_half(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"shampoo_deepspeed.checkpoint.manifest.{place}", full)
+        patch.setattr(f"shampoo_deepspeed.checkpoint.writer.{place}", full)
         with pytest.raises(CheckpointError, match="No space left"):
             save_shampoo(optimizer, tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
@@ -233,7 +233,7 @@ def test_a_save_that_is_complete_but_not_yet_durable_keeps_its_data(
         if len(calls) == 2:
             raise OSError(5, "Input/output error")
 
-    for module in ("checkpoint.manifest", "checkpoint.save"):
+    for module in ("checkpoint.writer", "checkpoint.save"):
         monkeypatch.setattr(f"shampoo_deepspeed.{module}.sync_directory", second_fails)
     with pytest.raises(CheckpointError, match="Input/output error"):
         save_shampoo(optimizer, tmp_path)

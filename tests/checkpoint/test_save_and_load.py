@@ -177,7 +177,7 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("shampoo_deepspeed.checkpoint.tensor_files.os.fsync", full)
+        patch.setattr("shampoo_deepspeed.checkpoint.writer.os.fsync", full)
         with pytest.raises(CheckpointError, match="No space left"):
             save_shampoo(optimizer, tmp_path)
     load_shampoo(shampoo([("w", w)]), tmp_path)

@@ -205,7 +205,7 @@ def test_unreadable_files_are_reported_like_corruption(tmp_path: Path, monkeypat
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("shampoo_deepspeed.checkpoint.tensor_files.os.pwrite", broken)
+        patch.setattr("shampoo_deepspeed.checkpoint.writer.os.pwrite", broken)
         with pytest.raises(CheckpointError, match="Input/output error"):
             save_shampoo(optimizer, tmp_path)
     assert not list(tmp_path.iterdir())

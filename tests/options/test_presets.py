@@ -11,7 +11,8 @@ from torch import nn
 
 from shampoo_deepspeed import CheckpointError, OptionError, Shampoo, ShampooConfig, load_shampoo, save_shampoo
 from shampoo_deepspeed.__main__ import main
-from shampoo_deepspeed.checkpoint.manifest import Manifest, options_record
+from shampoo_deepspeed.checkpoint.manifest import Manifest
+from shampoo_deepspeed.checkpoint.schema import options_record
 from shampoo_deepspeed.options.config import GROUP_ONLY, OPTION_NAMES, SHARED, options_with
 from shampoo_deepspeed.options.presets import PRESET, PRESETS
 from tests.support.reference import Reference

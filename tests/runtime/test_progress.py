@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import Shampoo, load_shampoo, save_shampoo
-from shampoo_deepspeed.checkpoint import tensor_files
+from shampoo_deepspeed.checkpoint import stored_state, tensor_files, writer
 from shampoo_deepspeed.runtime import progress as module
 from shampoo_deepspeed.runtime.progress import mebibytes, progress
 from tests.support.stepping import drive, parameter
@@ -85,7 +85,8 @@ def test_the_plan_saving_and_loading_are_such_work(
 ) -> None:
     """With a log line for each, though each takes no time here."""
     monkeypatch.setattr(module, "QUIET", -1.0)
-    monkeypatch.setattr(tensor_files, "LARGE", 0)
+    for user in (writer, tensor_files, stored_state):
+        monkeypatch.setattr(user, "LARGE", 0)
     caplog.set_level(logging.INFO, logger="shampoo_deepspeed")
     tensors: list[nn.Parameter] = [parameter(8, 6), parameter(6)]
     optimizer = Shampoo(zip("wb", tensors, strict=True))

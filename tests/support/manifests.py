@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shampoo_deepspeed.checkpoint.manifest import NAME, encoded
+from shampoo_deepspeed.checkpoint.manifest import NAME
+from shampoo_deepspeed.checkpoint.writer import encoded
 
 
 def body_of(folder: Path) -> Any:

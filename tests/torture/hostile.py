@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 from shampoo_deepspeed import CheckpointError, load_shampoo, save_shampoo
 from shampoo_deepspeed.checkpoint import manifest as manifests
-from shampoo_deepspeed.checkpoint import schema, tensor_files
+from shampoo_deepspeed.checkpoint import schema, tensor_files, writer
 from shampoo_deepspeed.checkpoint.inspect import describe
 from shampoo_deepspeed.checkpoint.manifest import Manifest
 from tests.support.manifests import body_of, put
@@ -176,7 +176,7 @@ def examples(draw: st.DrawFn, body: Any, tensors: int) -> Example:
     if how == "valid":
         made = draw(valid(schema.MANIFEST))
         made["directory"] = body["directory"]
-        return Example(f"a manifest of the schema {quoted(made)}", manifests.encoded(made))
+        return Example(f"a manifest of the schema {quoted(made)}", writer.encoded(made))
     if how == "data":
         where = draw(st.integers(0, tensors - 1)), draw(st.integers(0, 2**16))
         value = draw(st.floats(width=32) | st.integers(-(2**63), 2**63 - 1))
@@ -246,7 +246,7 @@ class Target:
         number, element, value = example.values
         stored, n = self.stored[number]
         _, dtype, _ = stored.form[n]
-        start, size = stored.starts[n], tensor_files._size(stored.form[n])
+        start, size = stored.starts[n], tensor_files.size_of(stored.form[n])
         values = torch.frombuffer(bytearray(self.content[start : start + size]), dtype=dtype)
         new = value if dtype.is_floating_point else int(value) if abs(value) < 2**63 else 2**63 - 1
         values[element % len(values)] = new
