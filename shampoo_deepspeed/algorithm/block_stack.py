@@ -102,7 +102,12 @@ class BlockStack:
         for name, tensor in state.items():
             if name != "status":
                 self.tensors[name][row].copy_(tensor)
-        self.refreshed[row], self.failures[row], pending = read_status(state["status"].tolist())
+        self.resume_row(row, *read_status(state["status"].tolist()))
+
+    def resume_row(self, row: int, refreshed: bool, failures: int, pending: bool) -> None:
+        """Go on from a stored status. A run that ended with too many failures may resume: one more ends it again."""
+        self.refreshed[row] = refreshed
+        self.failures[row] = min(failures, self._config.failure_limit - 1)
         if pending:
             self.pending[row] = None  # the row's next step begins the refresh again
 

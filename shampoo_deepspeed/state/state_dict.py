@@ -119,9 +119,8 @@ class StackState:
         """Copy the block of ``own_row`` into a row, still without state, of a live stack, which it must fit."""
         for name, tensor in stack.tensors.items():
             tensor[row].copy_(self.tensors[name][own_row])
-        stack.refreshed[row], stack.failures[row] = bool(self.refreshed[own_row]), int(self.failures[own_row])
-        if self.pending[own_row]:
-            stack.pending[row] = None  # the row's next step begins the refresh again
+        refreshed, pending = bool(self.refreshed[own_row]), bool(self.pending[own_row])
+        stack.resume_row(row, refreshed, int(self.failures[own_row]), pending)
 
 
 @dataclass
