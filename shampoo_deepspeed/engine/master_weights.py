@@ -18,7 +18,7 @@ from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import ShampooConfig
 
 # Dtypes that end below this need a bound. Updates in float32 end far below bfloat16's largest number, as gradients that
-# are not normalized end at `agreement.LARGEST_GRADIENT` and learning rates at `checks.LARGEST_RATE`.
+# are not normalized end at `gradient_limits.LARGEST_GRADIENT` and learning rates at `checks.LARGEST_RATE`.
 SHORT_RANGE = 2.0**100
 
 
@@ -67,8 +67,8 @@ def write_back(unit: StepUnit, wide: Sequence[Tensor], configs: Mapping[int, Sha
 def _bound_(wide: Tensor, largest: float) -> None:
     """Keep finite numbers within a dtype's range, in place; what is infinite or NaN already stays so.
 
-    Updates of ``sgd`` and of normalized methods are as long as gradients. So one finite gradient at the first step, when
-    nothing shows yet that it is a spike, could make float16 weights infinite for ever.
+    Updates of ``sgd`` and of normalized methods are as long as gradients. So one finite gradient at the first step,
+    when nothing shows yet that it is a spike, could make float16 weights infinite for ever.
     """
     wide.copy_(torch.where(wide.isfinite(), wide.clamp(-largest, largest), wide))
 

@@ -65,7 +65,7 @@ def test_walks_are_short(normalizes: bool, tmp_path: Path) -> None:
         optimizer.step()
     compute_gradients()
     walks = {
-        "step": (walk(optimizer.step), STEP),
+        "step": (walk(optimizer.step), STEP if normalizes else (STEP[0] + 1, STEP[1])),  # algorithm/gradient_limits
         "save": (walk(lambda: save_shampoo(optimizer, tmp_path)), SAVE),
         "load": (walk(load_and_step), LOAD),
     }
