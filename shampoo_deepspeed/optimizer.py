@@ -78,6 +78,7 @@ class Shampoo(BlockOptimizer):
     ) -> None:
         super().__init__(params, model, process_group, {"lr": lr, **options})
 
+    @torch.inference_mode(False)  # state that is made in it could not be changed later
     @torch.no_grad()
     @torch.compiler.disable  # torch.compile must leave the step as it is: blocks are batched already
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
