@@ -47,9 +47,17 @@ class StepFlags:
 
     Args:
         flags: 1-D tensor; on an accelerator it is copied at once, and nothing waits until ``read``.
+
+    Raises:
+        LayoutError: on the meta device, as parameters there have no values.
     """
 
     def __init__(self, flags: Tensor) -> None:
+        if flags.device.type == "meta":
+            raise LayoutError(
+                "the parameters of this step are on the meta device and have no values: give the model memory "
+                "(`model.to_empty(device=...)` and its weights) before the optimizer is built"
+            )
         self._event: torch.Event | None = None
         if flags.device.type == "cpu":
             self._flags = flags.clone()

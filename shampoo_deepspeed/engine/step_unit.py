@@ -95,11 +95,6 @@ class StepUnit:
         locals_ = self.local_tensors()
         self.sizes = [t.numel() for t in locals_]
         self.device = locals_[0].device if locals_ else torch.device("cpu")
-        if self.device.type == "meta":
-            raise LayoutError(
-                f"parameter {self.parameters[0].key} is on the meta device, where it has no values: give the model "
-                "memory (`model.to_empty(device=...)` and its weights) before the optimizer is built"
-            )
         self.dtype = compute_dtype(locals_[0]) if locals_ else torch.float32
         self.policies = [policies[p.key] for p in self.parameters]
         self.configs = configs  # when it was built
