@@ -78,6 +78,7 @@ class Shampoo(BlockOptimizer):
     ) -> None:
         super().__init__(params, model, process_group, {"lr": lr, **options})
 
+    @torch.inference_mode(False)  # state that is made in it could not be changed later
     @torch.no_grad()
     @torch.compiler.disable  # torch.compile must leave the step as it is: blocks are batched already
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -102,15 +103,14 @@ class Shampoo(BlockOptimizer):
             if not any(unit.steps) and unit.layout.may_probe and not agreed.any_gradient():
                 self._show_step(unit)
                 continue  # a tool's hidden first call, which is only to create state
+            found_inf = agreed.found_inf(unit)  # None if the step is known to be accepted
+            norms, steps = agreed.squared_norms(unit), agreed.count_step(unit, active)
             with full_precision(unit.device.type):
-                found_inf = agreed.found_inf(unit)  # None if the step is known to be accepted
-                steps = agreed.count_step(unit, active)
+                self._show_step(unit)
                 updates = [torch.empty(n, dtype=unit.dtype, device=unit.device) for n in unit.sizes]
                 _precondition(unit, gradients, updates, steps, configs, found_inf)
-                norms = agreed.squared_norms(unit)
                 unit.elementwise.step(gradients, updates, steps, configs, found_inf, norms)
                 apply_updates(unit, updates, active, configs, rates, found_inf)
-            self._show_step(unit)
         return loss
 
     def _units_now(self) -> list[StepUnit]:

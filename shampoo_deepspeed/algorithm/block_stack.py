@@ -102,7 +102,12 @@ class BlockStack:
         for name, tensor in state.items():
             if name != "status":
                 self.tensors[name][row].copy_(tensor)
-        self.refreshed[row], self.failures[row], pending = read_status(state["status"].tolist())
+        self.resume_row(row, *read_status(state["status"].tolist()))
+
+    def resume_row(self, row: int, refreshed: bool, failures: int, pending: bool) -> None:
+        """Go on from a stored status. A run that ended with too many failures may resume: one more ends it again."""
+        self.refreshed[row] = refreshed
+        self.failures[row] = min(failures, self._config.failure_limit - 1)
         if pending:
             self.pending[row] = None  # the row's next step begins the refresh again
 
@@ -148,9 +153,9 @@ class BlockStack:
 
         Step 1 ends here too, as only the owner of a block has its whole gradient.
         """
-        strengths = _normalize_(gradients, self._config.eps) if self._config.normalize_gradients else None
+        doubtful = _normalize_(gradients, self._config.eps) if self._config.normalize_gradients else None
         updates = self._after_normalizing(first, gradients, step, found_inf)
-        return updates if strengths is None else updates * strengths
+        return updates if doubtful is None else updates * grafting.strengths(doubtful, self._config.eps)
 
     def _after_normalizing(self, first: int, gradients: Tensor, step: int, found_inf: FoundInf | None) -> Tensor:
         """``_advance`` after step 1."""
@@ -428,16 +433,14 @@ def _normalize_(stack: Tensor, eps: float) -> Tensor | None:
     """Divide each block of [B, *shape] by its root mean square, in place; a block of zeros stays zero.
 
     Returns:
-        Factors [B, 1, ..., 1] for the blocks' updates, below 1 where gradients are small compared with ``eps``
-        (``grafting.SURE``); None if all are known to be 1.
+        The root mean squares [B, 1, ..., 1], for ``grafting.strengths``; None if all of these are known to be 1.
     """
     scales, norms = _scaled_norms(stack)
     means = norms / math.sqrt(math.prod(stack.shape[1:])) * scales
     stack.div_(torch.where(means > 0, means, 1.0))
-    doubtful = (means > 0) & (means <= grafting.SURE * eps)
-    if stack.device.type == "cpu" and not doubtful.any():
+    if stack.device.type == "cpu" and ((means == 0) | (means > grafting.SURE * eps)).all():
         return None
-    return torch.where(doubtful, means / (means + eps), 1.0)
+    return means
 
 
 def _scaled_norms(stack: Tensor) -> tuple[Tensor, Tensor]:

@@ -132,10 +132,10 @@ class Elementwise:
             made, factor = self._updates(numbers, own, second, method, step, config, found_inf, squared_norms)
             own_rate: float | None = getattr(config, rate)
             factor *= config.elementwise_lr if own_rate is None else own_rate
+            strengths = grafting.strengths(means, config.eps) if config.normalize_gradients else None
             torch._foreach_copy_([targets[n] for n in numbers], made)
-            if config.normalize_gradients:
-                doubtful = means <= grafting.SURE * config.eps
-                factors = (torch.where(doubtful, means / (means + config.eps), 1.0) * factor).unbind()
+            if strengths is not None:
+                factors = (strengths * factor).unbind()
                 torch._foreach_mul_([targets[n] for n in numbers], [factors[n] for n in numbers])
             elif factor != 1.0:
                 torch._foreach_mul_([targets[n] for n in numbers], factor)

@@ -40,6 +40,15 @@ def is_normalized(method: str) -> bool:
     return method.startswith(NORMALIZED)
 
 
+def strengths(means: Tensor, eps: float) -> Tensor:
+    """Factors for updates of normalized gradients, below 1 where gradients are small compared with ``eps`` (``SURE``).
+
+    Args:
+        means: root mean squares of the gradients; zeros get the factor 1.
+    """
+    return torch.where((means > 0) & (means <= SURE * eps), means / (means + eps), 1.0)
+
+
 def accumulate(
     method: str, second: Sequence[Tensor], gradients: Sequence[Tensor], beta2: float, found_inf: FoundInf | None
 ) -> None:

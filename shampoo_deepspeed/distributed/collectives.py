@@ -90,6 +90,22 @@ def object_of_rank(rank: int, mine: T, group: dist.ProcessGroup | None, device: 
     return objects[0]
 
 
+def first_rank_that(mine: bool, group: dist.ProcessGroup | None, device: torch.device = CPU) -> int | None:
+    """The lowest rank of a group that gives True, None if there is none; the same on all of them. A collective.
+
+    One number is reduced, so it costs next to nothing on many ranks.
+
+    Args:
+        device: as for `all_gather_objects`.
+    """
+    if group is None:
+        return 0 if mine else None
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    lowest = torch.tensor([rank if mine else ranks], device=communication_device(group, device))
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
+    return None if int(lowest) == ranks else int(lowest)
+
+
 @contextmanager
 def on_all_ranks(group: dist.ProcessGroup | None, device: torch.device = CPU) -> Iterator[None]:
     """Raise on all ranks the error of the first rank that fails within the context. A collective.
@@ -110,8 +126,9 @@ def on_all_ranks(group: dist.ProcessGroup | None, device: torch.device = CPU) ->
         yield
     except Exception as caught:
         error = caught
-    found = all_gather_objects(_sent(error), group, device)
-    _raise_first(found, error)
+    failed = first_rank_that(error is not None, group, device)
+    if failed is not None:
+        _raise_first([object_of_rank(failed, _sent(error), group, device)], error)
 
 
 def decide_on_first_rank(mine: T, decide: Callable[[Sequence[T]], Answer], group: dist.ProcessGroup | None) -> Answer:

@@ -8,7 +8,6 @@ start of the next step, by which time the copy has completed. It undoes the coun
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,6 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
+from shampoo_deepspeed.algorithm.gradient_limits import (
+    LARGEST_GRADIENT,
+    LARGEST_IN_FLOAT64,
+    SPIKES,
+    is_spike,
+    mean_square_of_blocks,
+    mean_square_of_elements,
+    sum_of_squares,
+)
 from shampoo_deepspeed.distributed.frameworks import LayoutError
 from shampoo_deepspeed.engine.shard_update import ShardGradients
 from shampoo_deepspeed.engine.step_unit import LANES, StepUnit
@@ -33,25 +41,23 @@ _FLAGS = 4
 # parallelism computes replicated gradients on each rank, where kernels may round a number in 16 bits differently.
 _ROUNDING = 2.0**-6
 
-# The largest element of a gradient from which float32 factor matrices can be computed if it is not normalized: its
-# square may grow by 2^40 in KL-Shampoo's roots and by the size of the block in the sum.
-LARGEST_GRADIENT = 2.0**32
-# In float64, norms of gradients up to here are finite.
-LARGEST_IN_FLOAT64 = 2.0**480
-# A gradient that is not normalized is a spike if its norm is so many times the root of its running mean square. With
-# it, second moments and factor matrices would be useless for as long as they remember. So the step is rejected,
-# unless so many were rejected before it: then gradients have another scale now.
-SPIKE, SPIKES = 32.0, 3
-
 
 class StepFlags:
     """Flags on their way to the CPU, to be read at the next step.
 
     Args:
         flags: 1-D tensor; on an accelerator it is copied at once, and nothing waits until ``read``.
+
+    Raises:
+        LayoutError: on the meta device, as parameters there have no values.
     """
 
     def __init__(self, flags: Tensor) -> None:
+        if flags.device.type == "meta":
+            raise LayoutError(
+                "the parameters of this step are on the meta device and have no values: give the model memory "
+                "(`model.to_empty(device=...)` and its weights) before the optimizer is built"
+            )
         self._event: torch.Event | None = None
         if flags.device.type == "cpu":
             self._flags = flags.clone()
@@ -263,81 +269,25 @@ def _largest(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> float:
 
 def _spike(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, ShampooConfig]) -> Tensor:
     """Whether gradients that are not normalized are a spike, the same on all ranks: 0-d float32."""
-    measured = _measured(unit, gradients, configs)
-    now = [(gradients.decayed[p.tensor][p.elements], p.share) for p in unit.shared_parts if p.parameter in measured]
-    energies = torch.stack([_sum_of_squares(unit, now), _running_mean_square(unit, measured, configs)])
+    steps = _measured_steps(unit, gradients, configs)
+    parts = [p for p in unit.shared_parts if steps[p.parameter]]
+    own = [gradients.decayed[p.tensor][p.elements] for p in parts]
+    now = sum_of_squares(own, [p.share for p in parts], unit.device)
+    blocks = mean_square_of_blocks(unit.stacks, unit.parameters_of_rows, steps, configs, unit.device)
+    elements = mean_square_of_elements(unit.elementwise, steps, configs, unit.device)
+    energies = torch.stack([now, blocks + elements])
     if unit.group is not None:
         energies = _reduced(energies, dist.ReduceOp.SUM, unit.group)
-    spike = (energies[1] > 0) & ~(energies[0] <= SPIKE**2 * energies[1])
+    spike = is_spike(energies[0], energies[1], max(steps, default=0))
     return (spike & (unit.rejected_in_a_row < SPIKES)).float()
 
 
-def _measured(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, ShampooConfig]) -> set[int]:
-    """The parameters of this step whose state shows how large their gradients, not normalized, have been."""
-    return {
-        p
+def _measured_steps(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, ShampooConfig]) -> list[int]:
+    """The steps of each parameter, if its state shows how large its gradients, not normalized, have been; else 0."""
+    return [
+        unit.steps[p] if part and scaled and not configs[policy.options].normalize_gradients else 0
         for p, (part, scaled, policy) in enumerate(zip(gradients.active, unit.scaled, unit.policies, strict=True))
-        if part and scaled and unit.steps[p] and not configs[policy.options].normalize_gradients
-    }
-
-
-def _sum_of_squares(unit: StepUnit, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """The weighted sum of ||x||^2, 0-d float64."""
-    if not parts:
-        return torch.zeros((), dtype=torch.float64, device=unit.device)
-    norms = torch._foreach_norm([part for part, _ in parts], 2, torch.float64)
-    return _weighted_sum([norm.square() for norm in norms], [weight for _, weight in parts])
-
-
-def _running_mean_square(unit: StepUnit, measured: set[int], configs: Mapping[int, ShampooConfig]) -> Tensor:
-    """This rank's share of the mean of ||G||^2 so far, by the factor matrices and second moments: 0-d float64."""
-    total = torch.zeros((), dtype=torch.float64, device=unit.device)
-    for stack, parameters in zip(unit.stacks, unit.parameters_of_rows, strict=True):
-        config = configs[stack.options]
-        if not measured.isdisjoint(parameters):
-            name = min((name for name in stack.tensors if name.startswith("factor_")), key=lambda n: int(n[7:]))
-            factor, beta = stack.tensors[name], config.factors_decay
-            scale = 1.0
-            if config.preconditioner == "kl_shampoo":  # its mean eigenvalue is that of an element
-                scale = math.prod(stack.shape) / factor.shape[-1]
-            counts = [_gradients_in(config, unit.steps[p]) if p in measured else 0 for p in parameters]
-            weights = [scale / (n if beta == 1.0 else 1.0 - beta**n) if n else 0.0 for n in counts]
-            traces = factor if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1)
-            total += _weighted_sum(traces.double().sum(-1).unbind(), weights)
-    return total + _mean_square_of_elements(unit, measured, configs)
-
-
-def _mean_square_of_elements(unit: StepUnit, measured: set[int], configs: Mapping[int, ShampooConfig]) -> Tensor:
-    """``_running_mean_square`` of element-wise parameters, by second moments, or by first ones if there are none."""
-    seconds, firsts = [], []
-    for number, shard in enumerate(unit.elementwise.shards):
-        config, step = configs[shard.group].for_elementwise, unit.steps[shard.parameter]
-        needs, beta1 = unit.elementwise.needs[shard.group, shard.method], config.betas[0]
-        if shard.parameter not in measured:
-            continue
-        if "second_moment" in needs:
-            decayed = shard.method != "adagrad"
-            weight = 1.0 / (1.0 - config.second_moment_beta**step if decayed else step)
-            seconds.append((unit.elementwise.views["second_moment"][number], weight * shard.share))
-        elif beta1:  # a first moment of pure noise is shorter by the root of (1 + b) / (1 - b)
-            weight = (1.0 + beta1) / (1.0 - beta1) / (1.0 - beta1**step) ** 2
-            firsts.append((unit.elementwise.views["exp_avg"][number], weight * shard.share))
-    total = _sum_of_squares(unit, firsts)
-    if seconds:  # the sum of elements, none of which is negative
-        sums = torch._foreach_norm([part for part, _ in seconds], 1, torch.float64)
-        total = total + _weighted_sum(sums, [weight for _, weight in seconds])
-    return total
-
-
-def _gradients_in(config: ShampooConfig, step: int) -> int:
-    """The gradients in a block's first factor matrix after this step (see ``Sampling``)."""
-    dense, sampled = config.dense_statistics, config.sampling
-    return step if step <= dense else dense + sampled * (1 + (step - dense - 1) // sampled)
-
-
-def _weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The sum of 0-d tensors times numbers, which a device gets with its kernels, so that nothing waits for it."""
-    return torch.stack(torch._foreach_mul(list(values), list(weights))).sum()
+    ]
 
 
 def _peaks(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,10 @@ from shampoo_deepspeed.geometry.boxes import Box, row_major
 from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import ShampooConfig
 
+# Dtypes that end below this need a bound. Updates in float32 end far below bfloat16's largest number, as gradients that
+# are not normalized end at `gradient_limits.LARGEST_GRADIENT` and learning rates at `checks.LARGEST_RATE`.
+SHORT_RANGE = 2.0**100
+
 
 def wide_weights(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> list[Tensor]:
     """The unit's local weights to be updated, in the unit's dtype.
@@ -45,14 +49,28 @@ def wide_weights(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> list[T
 
 
 def write_back(unit: StepUnit, wide: Sequence[Tensor], configs: Mapping[int, ShampooConfig]) -> None:
-    """Round updated weights into the unit's local tensors; a weight that did not change stays as it is, to the bit."""
+    """Round updated weights into the unit's local tensors; a weight that did not change stays as it is, to the bit.
+
+    Weights that would leave the range of a narrow dtype get its largest number.
+    """
     for number, (value, updated) in enumerate(zip(unit.local_tensors(), wide, strict=True)):
         if value.dtype == unit.dtype:
             continue
         config = configs[unit.layout.groups[number]]
+        if torch.finfo(value.dtype).max < SHORT_RANGE:
+            _bound_(updated, torch.finfo(value.dtype).max)
         if config.stochastic_rounding and not config.master_weights:
             updated = _randomly_rounded(unit, number, updated)
         value.copy_(updated.view(value.shape))
+
+
+def _bound_(wide: Tensor, largest: float) -> None:
+    """Keep finite numbers within a dtype's range, in place; what is infinite or NaN already stays so.
+
+    Updates of ``sgd`` and of normalized methods are as long as gradients. So one finite gradient at the first step,
+    when nothing shows yet that it is a spike, could make float16 weights infinite for ever.
+    """
+    wide.copy_(torch.where(wide.isfinite(), wide.clamp(-largest, largest), wide))
 
 
 def _randomly_rounded(unit: StepUnit, tensor: int, wide: Tensor) -> Tensor:

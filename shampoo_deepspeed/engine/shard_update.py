@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.grafting import FUSED_DEVICES
+from shampoo_deepspeed.distributed.frameworks import LayoutError
 from shampoo_deepspeed.engine.master_weights import wide_weights, write_back
 from shampoo_deepspeed.engine.step_unit import StepUnit, UpdateRange
 from shampoo_deepspeed.geometry.boxes import FlatRange
@@ -30,16 +31,19 @@ def shard_gradients(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> Sha
 
     Raises:
         RuntimeError: for a sparse gradient.
+        LayoutError: for a tensor that has another size or a wider dtype than at its first step.
     """
     gradients = [unit.layout.gradient(tensor) for tensor in unit.tensors]
     active = _taking_part(unit, gradients)
     flat = []
-    for size, gradient in zip(unit.sizes, gradients, strict=True):
+    for number, (size, gradient) in enumerate(zip(unit.sizes, gradients, strict=True)):
         if gradient is None:
             flat.append(torch.zeros(size, dtype=unit.dtype, device=unit.device))
             continue
         if gradient.layout is not torch.strided:
             raise RuntimeError("Shampoo does not support sparse gradients; build the embedding with sparse=False")
+        if gradient.numel() != size or gradient.dtype.itemsize > unit.dtype.itemsize:
+            raise _replaced(unit, number, gradient)
         flat.append(gradient.detach().reshape(-1).contiguous())  # strides of 0 or 2 survive a reshape
     coupled = [g for g, c in configs.items() if c.weight_decay and c.decay_type == "l2"]
     if not coupled:
@@ -52,6 +56,15 @@ def shard_gradients(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> Sha
             weights = values[r.tensor].reshape(-1)[slice(*r.elements)]
             decayed[r.tensor][slice(*r.elements)].add_(weights, alpha=configs[group].weight_decay)
     return ShardGradients(flat, decayed, active)
+
+
+def _replaced(unit: StepUnit, number: int, gradient: Tensor) -> LayoutError:
+    """The error for a tensor that was replaced since the unit was built, such as by ``parameter.data = ...``."""
+    keys = dict.fromkeys(unit.parameters[s.parameter].key for s in unit.layout.shards if s.tensor == number)
+    return LayoutError(
+        f"{', '.join(keys)} had {unit.sizes[number]} elements, computed in {unit.dtype}, at its first step, but its "
+        f"gradient has {gradient.numel()} elements in {gradient.dtype} now; build a new optimizer for new parameters"
+    )
 
 
 def _taking_part(unit: StepUnit, gradients: Sequence[Tensor | None]) -> list[bool]:

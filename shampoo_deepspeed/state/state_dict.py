@@ -13,7 +13,12 @@ from torch import Tensor
 
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.algorithm.elementwise import Elementwise
-from shampoo_deepspeed.distributed.collectives import all_gather_objects, gather_on_first_rank, on_all_ranks
+from shampoo_deepspeed.distributed.collectives import (
+    all_gather_objects,
+    first_rank_that,
+    gather_on_first_rank,
+    on_all_ranks,
+)
 from shampoo_deepspeed.distributed.frameworks import Shard
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.boxes import Box, FlatRange, PlacedBox
@@ -119,9 +124,8 @@ class StackState:
         """Copy the block of ``own_row`` into a row, still without state, of a live stack, which it must fit."""
         for name, tensor in stack.tensors.items():
             tensor[row].copy_(self.tensors[name][own_row])
-        stack.refreshed[row], stack.failures[row] = bool(self.refreshed[own_row]), int(self.failures[own_row])
-        if self.pending[own_row]:
-            stack.pending[row] = None  # the row's next step begins the refresh again
+        refreshed, pending = bool(self.refreshed[own_row]), bool(self.pending[own_row])
+        stack.resume_row(row, refreshed, int(self.failures[own_row]), pending)
 
 
 @dataclass
@@ -312,11 +316,11 @@ class SavedState:
         group, device = unit.group, unit.device
         with on_all_ranks(group, device):
             self.check_fits(unit)
-        missing = all_gather_objects(self.missing(unit), group, device)
-        wanted = {key for keys in missing for key in keys}
-        if not wanted:
+        missing = self.missing(unit)
+        if first_rank_that(bool(missing), group, device) is None:
             self.load_into(unit)
             return
+        wanted = {key for keys in all_gather_objects(missing, group, device) for key in keys}
         here = [stack.rows(wanted.__contains__) for stack in self.stacks]
         own = [stack.on_cpu() for stack in here if stack.keys]
         offers = [stack for stacks in all_gather_objects(own, group, device) for stack in stacks]

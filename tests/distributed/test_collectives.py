@@ -8,6 +8,7 @@ from shampoo_deepspeed.distributed.collectives import (
     all_gather_numbers,
     all_gather_objects,
     decide_on_first_rank,
+    first_rank_that,
     object_of_rank,
     on_all_ranks,
 )
@@ -29,6 +30,7 @@ def test_an_error_of_one_rank_is_raised_on_all(check: Check, ask: Ask) -> None:
         assert seen["decided"] == 1 and seen["gathered"] == [0, 1]
         assert "nothing" in seen["undecided"]
         assert seen["numbers"] == [[7], [7, 7, 7]] and seen["of the second"] == "of rank 1"
+        assert seen["first"] == [None, 1, 0]
         refused = seen["layouts"]
         assert (
             refused["options"].startswith("ranks 0 and 1 disagree: ('w', (8, 8), 0, ")
@@ -45,3 +47,4 @@ def test_a_process_alone_raises_the_error_itself(error: BaseException) -> None:
     assert caught.value is error
     assert decide_on_first_rank(3, list, None) == [3] and all_gather_objects(3, None) == [3]
     assert all_gather_numbers([3], None) == [[3]] and object_of_rank(0, 3, None) == 3
+    assert (first_rank_that(True, None), first_rank_that(False, None)) == (0, None)

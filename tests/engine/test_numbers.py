@@ -12,9 +12,10 @@ from torch import nn
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
 from shampoo_deepspeed.algorithm.block_stack import LONGEST_RMS
+from shampoo_deepspeed.algorithm.gradient_limits import SPIKE, SPIKES
 from shampoo_deepspeed.distributed.frameworks import Parameter
-from shampoo_deepspeed.engine.agreement import SPIKE, SPIKES
 from shampoo_deepspeed.estimate import estimate
+from shampoo_deepspeed.options import choices
 from shampoo_deepspeed.options.config import OPTION_NAMES
 from tests.support.stepping import drive, made_up, parameter, same_bits, shampoo, snapshot, state_of
 from tests.torture import numbers, options
@@ -105,6 +106,39 @@ def test_a_gradient_whose_squares_overflow_is_rejected_at_any_step() -> None:
     optimizer = paper(params)
     assert not any(stepped(optimizer, params, step, 1e19) for step in range(5))
     assert stepped(optimizer, params, 5, 1.0)
+
+
+@pytest.mark.parametrize("masters", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("method", choices.ELEMENTWISE_METHODS)
+def test_no_finite_gradient_makes_weights_infinite(method: str, dtype: torch.dtype, masters: bool) -> None:
+    """At the first step nothing shows yet that a gradient is a shock. Methods in units of the gradient overshoot."""
+    for grafting in (method, "none", "rms"):
+        params = [parameter(6, 5, dtype=dtype), parameter(7, dtype=dtype), parameter(dtype=dtype)]
+        optimizer = shampoo(
+            params, lr=10.0, weight_decay=0.0, momentum=0.9, grafting=grafting, elementwise=method,
+            normalize_gradients=False, master_weights=masters, failure_limit=30,
+        )  # fmt: skip
+        largest = min(torch.finfo(dtype).max, 1e9)
+        for step in range(8):
+            for number, p in enumerate(params):
+                p.grad = made_up(p, step, number).sign() * (1.0 if step else largest)
+            optimizer.step()
+            assert all(p.isfinite().all() for p in params), (grafting, step)
+        assert optimizer.rejected_steps == 0
+        state = optimizer.state_dict()["shampoo"]
+        assert all(tensor.isfinite().all() for _, tensor in options.tensors_in(state))
+
+
+def test_a_weight_that_is_infinite_already_stays_so() -> None:
+    """The bound of narrow weights hides nothing that was wrong before."""
+    p = parameter(6, 5, dtype=torch.float16)
+    with torch.no_grad():
+        p[0, 0], p[1, 1] = math.inf, math.nan
+    optimizer = shampoo([p], weight_decay=0.0)
+    drive(optimizer, [p], range(3))
+    assert p[0, 0].isinf() and p[1, 1].isnan()
+    assert p.isfinite().sum() == p.numel() - 2
 
 
 def test_decay_that_makes_a_gradient_infinite_rejects_the_step() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from shampoo_deepspeed import ShampooConfig
 from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.block_stack import BlockStack, _normalize_
+from shampoo_deepspeed.algorithm.grafting import strengths
 from shampoo_deepspeed.linalg.eigenbases import eigenbasis, kept_or_new, power_step
 from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root, shrunk
 from shampoo_deepspeed.linalg.mode_products import add_gram_, bmm, multiply_modes
@@ -94,13 +95,15 @@ def test_a_gradient_is_normalized_alike_next_to_any_other(shape: tuple[int, ...]
     scales = torch.tensor([1e-30, 1.0, 0.0, 1e20, 1e-3], dtype=dtype).view(-1, 1, 1)
     stack = gradients(shape, 1, dtype) * scales
     together = stack.clone()
-    strengths = _normalize_(together, 1e-8)
-    assert strengths is not None
+    means = _normalize_(together, 1e-8)
+    assert means is not None
+    factors = strengths(means, 1e-8)
     for row in range(ROWS):
         alone = stack[row : row + 1].clone()
-        strength = _normalize_(alone, 1e-8)
+        mean = _normalize_(alone, 1e-8)
+        one = torch.ones(1, 1, 1, dtype=dtype)
         assert torch.equal(together[row], alone[0])
-        assert torch.equal(strengths[row], torch.ones_like(strengths[row]) if strength is None else strength[0])
+        assert torch.equal(factors[row : row + 1], one if mean is None else strengths(mean, 1e-8))
     wanted = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0], dtype=dtype)
     torch.testing.assert_close(together.square().mean((1, 2)).sqrt(), wanted)
 

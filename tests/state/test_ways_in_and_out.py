@@ -136,6 +136,32 @@ def test_a_state_moved_twice_without_a_step_between_continues_to_the_bit(first: 
     assert by_block(run[1]) == by_block(moved[1])
 
 
+@pytest.mark.parametrize("way", list(WAYS))
+def test_the_state_of_a_run_that_ended_with_failed_roots_resumes(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error advises other options, with which this state must be of use; one more failure is an error again."""
+
+    def refuse(*_: Any) -> Any:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    run = made()
+    steps(run, range(4))
+    run[1].param_groups[0]["failure_limit"] = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", refuse)
+        with pytest.raises(RuntimeError, match="failed 2 times in a row"):
+            steps(run, range(4, 20))
+    saved = by_block(run[1])
+    cured, ends = WAYS[way](run), WAYS[way](run)
+    for resumed in (cured, ends):
+        resumed[1].param_groups[0]["failure_limit"] = 2
+        assert by_block(resumed[1]) == saved
+    steps(cured, range(20, 30))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", refuse)
+        with pytest.raises(RuntimeError, match="failed 2 times in a row"):
+            steps(ends, range(20, 30))
+
+
 def by_block(optimizer: Shampoo) -> dict[Any, Any]:
     """Return the steps, and the state of each block and element-wise parameter as bytes, whatever stack it is in."""
     own = state_of(optimizer)

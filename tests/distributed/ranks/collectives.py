@@ -12,6 +12,7 @@ from shampoo_deepspeed.distributed.collectives import (
     all_gather_numbers,
     all_gather_objects,
     decide_on_first_rank,
+    first_rank_that,
     job_group,
     object_of_rank,
     on_all_ranks,
@@ -59,6 +60,7 @@ def shared_errors(_: None) -> dict[str, Any]:
     seen["gathered"] = all_gather_objects(dist.get_rank(), job_group())
     seen["numbers"] = all_gather_numbers([7] * (1 + 2 * dist.get_rank()), job_group())
     seen["of the second"] = object_of_rank(1, f"of rank {dist.get_rank()}", job_group())
+    seen["first"] = [first_rank_that(dist.get_rank() in those, job_group()) for those in ((), (1,), (0, 1))]
     seen["layouts"] = refused_layouts(dist.get_rank())
     return seen
 
