@@ -96,6 +96,7 @@ def test_the_trajectory_is_that_of_the_reference(name: str, kind: str) -> None:
     assert max(deviations.values()) < 1e-10, deviations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["odd", "wide"])
 @pytest.mark.parametrize(("settings", "bound"), [({"relative_epsilon": 1e-3, "eps": 1e-4}, 1e-5), ({}, 2e-3)])
 def test_float32_stays_with_a_float64_run_of_its_own(settings: dict[str, Any], bound: float, kind: str) -> None:

@@ -44,6 +44,7 @@ def process() -> tuple[Any, ...]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "kind", "refresh"),
     [

@@ -213,6 +213,7 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
 DECAYS: list[dict[str, Any]] = [{}, {"decoupled_weight_decay": False, "momentum": 0.9, "nesterov": True}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", DECAYS)
 @pytest.mark.parametrize("odd_gradient", [False, True])
 @pytest.mark.parametrize("odd_parameter", [False, True])

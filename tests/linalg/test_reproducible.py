@@ -79,6 +79,7 @@ def stepped(rows: range, shape: tuple[int, ...], options: dict[str, Any], dtype:
     return {**stack.tensors, "updates": made}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option, shape, dtype", CASES, ids=str)
 def test_a_block_in_a_stack_steps_as_it_does_alone(option: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     together = stepped(range(ROWS), shape, OPTIONS[option], dtype)

@@ -99,8 +99,8 @@ def test_options_that_do_not_combine_are_an_error_that_names_what_is_allowed() -
         assert any(f"Shampoo option {name!r} = " in str(refusal.value) for name in [*named, "split"]), refusal.value
 
 
-# In a hurry, each value alone with the default preconditioner is enough.
-FAST = [row for row in ALONE if row[0] == 0]
+# In a hurry, every second value alone with the default preconditioner is enough.
+FAST = [row for row in ALONE if row[0] == 0][::2]
 ROWS = [*FAST, *(pytest.param(row, marks=pytest.mark.slow) for row in dict.fromkeys(ALONE + PAIRS) if row not in FAST)]
 
 

@@ -108,6 +108,7 @@ def policies_of(optimizer: Shampoo) -> dict[str, Any]:
     return {e.parameter.key: (e.parameter.kinds, optimizer.policies[e.parameter.key]) for e in optimizer.entries}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_the_treatment_is_the_same_however_the_optimizer_is_built(wrapper: str) -> None:
     plain = language()
@@ -189,6 +190,7 @@ def test_a_group_that_joins_later_is_treated_alike() -> None:
     assert [p.reason for p in optimizer.policies.values()].count("excluded by 'kind:lm_head'") == 1
 
 
+@pytest.mark.slow
 def test_other_threads_are_not_disturbed() -> None:
     """What they are building, such as tuples that grow, may be held by nobody else."""
     model, failures, stop = language(), list[BaseException](), threading.Event()

@@ -36,6 +36,7 @@ CONTINUED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CONTINUED))
 def test_a_saved_optimizer_continues_to_the_last_bit(name: str) -> None:
     """It is saved between two refreshes (3 and 6), and the steps after it contain two more."""
