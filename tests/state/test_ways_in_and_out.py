@@ -112,6 +112,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second", "moment"), CASES)
 def test_a_state_moved_twice_without_a_step_between_continues_to_the_bit(first: str, second: str, moment: str) -> None:
     run = made()
