@@ -52,17 +52,27 @@ def live(life: Life) -> None:
         try:
             begun = saves.resume()
         except (CheckpointError, LayoutError, RuntimeError) as error:
-            note(f"refused {type(error).__name__}: {' '.join(str(error).split())}")
+            note(refused(error))
             return
         note(f"resumed {begun}")
         for step in range(begun, life.end):
-            train(training, range(step, step + 1))
+            try:
+                train(training, range(step, step + 1))
+            except CheckpointError as error:  # an engine that was given a finished optimizer is known at its first step
+                if step > begun:
+                    raise
+                note(refused(error))
+                return
             note(f"step {step + 1} {saves.checksum()}")
             if (step + 1) % EVERY == 0:
                 saves.save(step + 1)
         wait_for_saves()
         saves.note_finished()
         note("end")
+
+
+def refused(error: Exception) -> str:
+    return f"refused {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @dataclass
