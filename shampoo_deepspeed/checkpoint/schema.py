@@ -177,9 +177,13 @@ class OrNull:
 
 @dataclass(frozen=True)
 class Option:
-    """The value of an option: text, number, true, false, null, and lists and objects of these; not too deep."""
+    """The value of an option: text, number, true, false, null, and lists and objects of these.
+
+    It is neither too deep nor too large, as messages about options that differ quote them.
+    """
 
     depth: int = 4
+    most: int = 100_000  # values in lists and objects, those within inner ones too
 
     def check(self, value: Any) -> None:
         if value is None or type(value) is bool:
@@ -187,10 +191,24 @@ class Option:
         if isinstance(value, (list, dict)):
             if not self.depth:
                 raise SchemaError("is nested too deeply")
-            kind = Option(self.depth - 1)
+            if _count(value, self.most) > self.most:
+                raise SchemaError(f"has too many values; allowed: at most {self.most}")
+            kind = Option(self.depth - 1, self.most)
             (ListOf(kind) if isinstance(value, list) else MapOf(NAME, kind)).check(value)
         else:
             (NAME if isinstance(value, str) else Number()).check(value)
+
+
+def _count(value: Any, most: int) -> int:
+    """How many values lists and objects hold; counting ends once there are more than ``most``."""
+    if not isinstance(value, (list, dict)):
+        return 0
+    count = len(value)
+    for item in value.values() if isinstance(value, dict) else value:
+        if count > most:
+            break
+        count += _count(item, most)
+    return count
 
 
 def _within(step: str | int, kind: Kind, value: Any) -> None:

@@ -229,6 +229,13 @@ def test_what_is_not_strictly_json_is_refused(name: str, kept: Path, body: Any) 
     assert message in refusal(kept)
 
 
+@pytest.mark.parametrize("value", [["x"] * 100_001, [[0.5] * 1001] * 100, {"a": [["x"] * 50_001] * 2}])
+def test_an_option_of_too_many_values_is_refused_before_a_message_quotes_it(value: Any, kept: Path, body: Any) -> None:
+    body["groups"]["0"]["exclude"] = value
+    put(kept, body)
+    assert "has too many values; allowed: at most 100000" in refusal(kept)
+
+
 def test_a_manifest_longer_than_its_data_need_is_not_read(kept: Path, body: Any) -> None:
     with (kept / "manifest.json").open("ab") as file:
         file.truncate(1 << 36)  # a hole, which takes no space

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -51,8 +52,8 @@ def live(life: Life) -> None:
         saves = (Zero if life.target.startswith("zero") else Plain)(life, training, note)
         try:
             begun = saves.resume()
-        except (CheckpointError, LayoutError, RuntimeError) as error:
-            note(refused(error))
+        except (CheckpointError, LayoutError, RuntimeError, EOFError, UnpicklingError) as error:
+            note(refused(error))  # the last two come from files that DeepSpeed was overwriting
             return
         note(f"resumed {begun}")
         for step in range(begun, life.end):
