@@ -7,11 +7,13 @@ Shampoo's state. Nor does it notice if another optimizer trains.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.state.unwrap import inner_optimizer
@@ -33,13 +35,15 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
 
     Raises:
         TypeError: if the objects do not hold exactly one Shampoo, or hold more than one model.
-        ValueError: if accelerate would replace the optimizer, or has replaced the parameters that it was built from.
+        ValueError: if accelerate would replace the optimizer, or has replaced the parameters that it was built from; or
+            if a scheduler was built for another optimizer.
         RuntimeError: if another optimizer than Shampoo trains afterwards.
     """
     optimizers = [place for place, given in enumerate(objects) if isinstance(given, Shampoo)]
     models = [place for place, given in enumerate(objects) if isinstance(given, nn.Module)]
     if len(optimizers) != 1 or len(models) > 1:
         raise TypeError(f"pass one Shampoo and its model; got {len(optimizers)} Shampoo, {len(models)} models")
+    _refuse_foreign_schedules(objects)
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
         refuse_offload(plugin.hf_ds_config.config)
@@ -60,6 +64,18 @@ def prepare(accelerator: Accelerator, *objects: Any) -> Any:
         inner.attach_model(model)
     add_to_save_state(accelerator, optimizer)
     return prepared
+
+
+def _refuse_foreign_schedules(objects: Sequence[object]) -> None:
+    """Raise a ValueError if a scheduler among the objects is for an optimizer that is not among them."""
+    optimizers = [given for given in objects if isinstance(given, torch.optim.Optimizer)]
+    for given in objects:
+        scheduled = getattr(given, "optimizer", None)
+        if isinstance(given, LRScheduler) and all(scheduled is not optimizer for optimizer in optimizers):
+            raise ValueError(
+                f"{type(given).__name__} was built for another optimizer ({type(scheduled).__name__}) and would not "
+                "set Shampoo's learning rate; build it for the Shampoo that is prepared"
+            )
 
 
 def refuse_foreign_parameters(model: nn.Module, optimizer: Shampoo, remedy: str) -> None:

@@ -219,6 +219,10 @@ def _refuse_unsupported(engine: Engine) -> None:
     zero = engine._config.zero_config
     offload = zero.offload_optimizer
     reasons = []
+    if engine.client_optimizer is not None and engine.optimizer_params() is not None:
+        reasons.append(
+            'its "optimizer" section next to initialize(optimizer=...) (DeepSpeed drops that section; leave out one)'
+        )
     if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
         reasons.append("offload_optimizer.device = 'nvme' (the swapper moves only flat state; use 'cpu')")
     if offload is not None and getattr(offload, "super_offload", False):

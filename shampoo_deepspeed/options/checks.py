@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal
@@ -19,6 +20,7 @@ LONGEST = 500  # characters of a value in an error
 # ``eps``, or a weight after many steps at the largest rate.
 LARGEST, LARGEST_RATE = 1e30, 1e6
 LARGEST_INT = 2**53  # as float64 it is still exact
+EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")  # which YAML 1.1 reads as text
 
 
 class OptionError(ValueError):
@@ -45,11 +47,14 @@ def bad(key: str, value: object, allowed: str) -> OptionError:
 
 
 def _hinted(allowed: str, value: object) -> str:
-    return (
-        f"{allowed}; only the Hugging Face Trainer fills in 'auto'"
-        if isinstance(value, str) and value == "auto"
-        else allowed
-    )
+    """What is allowed, with the reason why a text stands in place of a number, where there is a likely one."""
+    if value == "auto":
+        return f"{allowed}; only the Hugging Face Trainer fills in 'auto'"
+    if isinstance(value, str) and EXPONENT.fullmatch(value):
+        return (
+            f"{allowed}; it is text, as YAML reads an exponent after a number without a point: write {float(value)!r}"
+        )
+    return allowed
 
 
 def real(value: object) -> float | None:
@@ -160,6 +165,8 @@ def fraction(key: str, value: object) -> float:
 def beta_pair(key: str, value: object) -> tuple[float, float]:
     allowed = "two numbers [beta1, beta2] with 0 <= beta1 < 1 and 0 < beta2 <= 1 (1: an AdaGrad sum)"
     pair = _listed(value)
+    if isinstance(pair, (tuple, list)) and len(pair) == 3:
+        raise bad(key, value, f"{allowed}; three are of another optimizer, as Adan, AdEMAMix or Adafactor: keep two")
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise bad(key, value, _hinted(allowed, value))
     try:

@@ -131,6 +131,13 @@ def test_a_wrong_option_in_the_json_is_refused_by_name(check: Check, parts: tupl
         assert all(part in value["message"] for part in parts), value["message"]
 
 
+@pytest.mark.parametrize("check", [Check(f"two_optimizers_{s}", 2, "refusals:two_optimizers", s) for s in (1, 3)])
+def test_a_second_optimizer_in_the_json_is_refused(check: Check, ask: Ask) -> None:
+    for value in ask(check):
+        assert value["kind"] == "LayoutError", value
+        assert 'its "optimizer" section next to initialize(optimizer=...)' in value["message"]
+
+
 @pytest.mark.parametrize("check, parts", checks(SETTINGS))
 def test_a_setting_that_cannot_work_is_refused_with_its_reason(check: Check, parts: tuple[str, ...], ask: Ask) -> None:
     for value in ask(check):

@@ -53,6 +53,15 @@ def test_the_model_must_hold_the_parameters(accelerator: Accelerator) -> None:
         prepare(accelerator, nn.Linear(6, 4), Shampoo(nn.Linear(6, 4).parameters()))
 
 
+def test_a_schedule_for_another_optimizer_is_refused(accelerator: Accelerator) -> None:
+    model = nn.Linear(6, 4)
+    other = torch.optim.AdamW(model.parameters())
+    with pytest.raises(
+        ValueError, match=r"LambdaLR was built for another optimizer \(AdamW\).*build it for the Shampoo"
+    ):
+        prepare(accelerator, model, Shampoo(model.parameters()), LambdaLR(other, lambda step: 1.0))
+
+
 def test_the_wrapped_model_must_be_attached_before_the_first_step(accelerator: Accelerator) -> None:
     model = nn.Linear(6, 4)
     shampoo = Shampoo(model.parameters())

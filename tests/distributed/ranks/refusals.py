@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from deepspeed.utils import groups
 from torch import nn
 
 import shampoo_deepspeed.integrations.deepspeed as adapter
+from shampoo_deepspeed import Shampoo
 from tests.distributed.ranks.zero import engine_of, train
 from tests.support.scenarios import Scenario
 from tests.support.trainings import make_model as make_transformer
@@ -32,6 +34,22 @@ def refused(scenario: Scenario) -> dict[str, Any]:
                 return {"kind": "nothing was refused", "message": ""}
         except Exception as error:
             return described(error) | {"forwards": len(forwards)}
+
+
+def two_optimizers(stage: int) -> dict[str, Any]:
+    """Return the error of the first step if the configuration has an optimizer too."""
+    scenario = Scenario(stage=stage)
+    model = make_model(scenario.model)
+    config = scenario.deepspeed_config()
+    assert config["optimizer"]["type"] == "Shampoo"
+    engine, *_ = deepspeed.initialize(model=model, optimizer=Shampoo(model.parameters()), config=config)
+    try:
+        train(engine, scenario, range(1))
+    except Exception as error:
+        return described(error)
+    finally:
+        engine.destroy()
+    return {"kind": "nothing was refused", "message": ""}
 
 
 def corrupted(scenario: Scenario) -> dict[str, Any]:
