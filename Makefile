@@ -18,10 +18,12 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_STAMP := $(OLDEST_VENV)/.installed
 # In float64, since FSDP2 of torch 2.8 does not average float32 gradients over gloo: docs/versions.md.
 OLDEST_CHECKS := odd_zero3_2ranks or fsdp2_odd_default_float64_2ranks
+STACKS_VENV ?= .venv-stacks
+STACKS_STAMP := $(STACKS_VENV)/.installed
 WHEEL_DIR ?= build/wheel
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
-.PHONY: demo test test-fast test-oldest test-wheel torture lint docs bench dist
+.PHONY: demo test test-fast test-oldest test-stacks test-wheel torture lint docs bench dist
 
 # Trains one causal language model with Shampoo and with AdamW and draws both curves: demo_output/.
 demo: $(STAMP)
@@ -45,6 +47,10 @@ test-oldest: $(OLDEST_STAMP)
 	$(OLDEST_VENV)/bin/python -m pip list
 	$(OLDEST_VENV)/bin/python -m pytest -n 2 --dist loadscope -m "not slow" --ignore=tests/distributed
 	$(OLDEST_VENV)/bin/python -m pytest tests/distributed/test_zero.py tests/distributed/test_fsdp.py -k "$(OLDEST_CHECKS)"
+
+# TRL, Lightning, axolotl and other training stacks, with their own trainers or functions: docs/stacks.md.
+test-stacks: $(STACKS_STAMP)
+	$(STACKS_VENV)/bin/python -m pytest tests/stacks
 
 # Wheel and source distribution in an empty environment of each Python, without the checkout.
 test-wheel:
@@ -80,6 +86,14 @@ $(OLDEST_STAMP): setup.cfg pyproject.toml .ci/oldest.py
 	$(PYTHON) .ci/oldest.py > $(OLDEST_VENV)/oldest.txt
 	$(OLDEST_VENV)/bin/python -m pip install -c $(OLDEST_VENV)/oldest.txt torch setuptools wheel
 	$(OLDEST_VENV)/bin/python -m pip install -c $(OLDEST_VENV)/oldest.txt -e ".[test]"
+	touch $@
+
+# Some stacks pin versions that they do not need, so those come without what they ask for.
+$(STACKS_STAMP): setup.cfg pyproject.toml constraints.txt tests/stacks/requirements.txt
+	$(PYTHON) -m venv $(STACKS_VENV)
+	$(STACKS_VENV)/bin/python -m pip install -c $(CONSTRAINTS) torch
+	$(STACKS_VENV)/bin/python -m pip install -c $(CONSTRAINTS) -e ".[test,stacks]"
+	$(STACKS_VENV)/bin/python -m pip install --no-deps -r tests/stacks/requirements.txt
 	touch $@
 
 $(DOCS_STAMP): docs/site/requirements.txt

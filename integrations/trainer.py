@@ -31,7 +31,7 @@ from shampoo_deepspeed.state.unwrap import inner_optimizer
 from .accelerate import check_inner_optimizer, refuse_foreign_parameters, refuse_offload
 from .checkpoints import TrainerCheckpoints, check_resumed
 from .fsdp1.tensors import is_flat, refuse_flat
-from .transformers_names import NAME, add_name, options_from_text
+from .transformers_names import NAME, add_check, add_name, options_from_text
 
 if TYPE_CHECKING:
     from accelerate import DeepSpeedPlugin
@@ -63,12 +63,16 @@ def register_with_transformers() -> None:
 
     Call it before TrainingArguments are built or read from ``training_args.bin``; further calls change nothing. The
     learning rate, weight decay, betas and eps come from TrainingArguments unless ``optim_args`` gives them. Lists are
-    written with semicolons.
+    written with semicolons. Importing ``shampoo_deepspeed.integrations.optim_shampoo`` calls this function.
+
+    A Trainer whose arguments have this name, but which would train with another optimizer, then raises an error at the
+    start: one that is given as well, that is in DeepSpeed's JSON, or by which a framework has replaced Shampoo.
 
     Raises:
         RuntimeError: if this version of Transformers keeps its names of optimizers in another way.
     """
     add_name(lambda arguments: _named(arguments).filled(arguments), ShampooFactory)
+    add_check(NamedOptimizerCheck)
 
 
 class ShampooFactory:
@@ -262,6 +266,20 @@ class ShampooCallback(TrainerCallback):
         if logs is not None and "loss" in logs and isinstance(inner, Shampoo):
             logged = {key: value for key, value in logs.items() if key.startswith(PREFIX)}  # from the mixin
             self.history.append({"step": state.global_step, **(logged or _prefixed(inner.metrics()))})
+
+
+class NamedOptimizerCheck(TrainerCallback):
+    """Raises an error at the start of training if ``optim="shampoo"`` is not what trains. All Trainers have it."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, optimizer: object = None, **__: Any
+    ) -> None:
+        if args.optim != NAME:
+            return
+        _refuse_deepspeed(getattr(AcceleratorState(), "deepspeed_plugin", None), None)
+        check_inner_optimizer(
+            optimizer, 'optim="shampoo" asks for Shampoo too; leave out one of them, as only one optimizer can train'
+        )
 
 
 def _warn_of_ignored_fsdp(args: TrainingArguments) -> None:

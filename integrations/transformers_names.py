@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import transformers
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from shampoo_deepspeed import OptionError, ShampooConfig
 from shampoo_deepspeed.options.config import canonical
@@ -86,6 +86,19 @@ def add_name(options_of: Callable[[TrainingArguments], dict[str, Any]], factory:
     handlers[names(NAME)] = lambda context: (factory, options_of(context.args))
 
 
+def add_check(callback: type[TrainerCallback]) -> None:
+    """Make each Trainer that is built from now on have this callback; a second call changes nothing.
+
+    Raises:
+        RuntimeError: if this version of Transformers keeps the callbacks of all Trainers in another way.
+    """
+    callbacks = getattr(importlib.import_module("transformers.trainer"), "DEFAULT_CALLBACKS", None)
+    if not isinstance(callbacks, list):
+        raise _unknown_version()
+    if callback not in callbacks:
+        callbacks.append(callback)
+
+
 def _tables() -> tuple[type[OptimizerNames], dict[str, Callable[..., tuple[type, dict[str, Any]]]]]:
     """Return Transformers' enum of names and its table of handlers; both are private, so their form is checked."""
     try:
@@ -96,9 +109,13 @@ def _tables() -> tuple[type[OptimizerNames], dict[str, Callable[..., tuple[type,
     except (ImportError, AttributeError, ValueError):
         fits = False
     if not fits:
-        raise RuntimeError(
-            f'optim="shampoo" does not work with transformers {transformers.__version__} (it works with 5.2 to 5.23); '
-            'use ShampooTrainer(optimizers=(deferred(lr="auto"), None)) or '
-            "Trainer(optimizer_cls_and_kwargs=(ShampooFactory, {...}))"
-        )
+        raise _unknown_version()
     return names, handlers
+
+
+def _unknown_version() -> RuntimeError:
+    return RuntimeError(
+        f'optim="shampoo" does not work with transformers {transformers.__version__} (it works with 5.2 to 5.23); '
+        'use ShampooTrainer(optimizers=(deferred(lr="auto"), None)) or '
+        "Trainer(optimizer_cls_and_kwargs=(ShampooFactory, {...}))"
+    )

@@ -11,6 +11,7 @@ import torch
 
 from shampoo_deepspeed.checkpoint.manifest import Manifest
 from tests.support.commands import run, torchrun
+from tests.support.tiny_text import prepare
 
 STANDIN = Path(__file__).resolve().parent / "standin"
 SCRIPT, CONFIG = STANDIN / "run_clm.py", STANDIN / "ds_config_zero2.json"
@@ -56,23 +57,6 @@ def trained(folder: Path) -> Path:
     command: list[str | Path] = [*torchrun(2), SCRIPT, *given, "--do_train", "--use_cpu"]
     run(command, folder, LOCAL_SIZE="2", PYTHONPATH=str(folder / "site"))
     return folder / "out"
-
-
-def prepare(folder: Path) -> None:
-    """Write a text, a tokenizer of its words and the configuration of a tiny model."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
-
-    line = "shampoo keeps one factor matrix per side of a weight and divides its gradient by their roots"
-    (folder / "text.txt").write_text("\n".join([line] * 120))
-    vocabulary = {word: i for i, word in enumerate(["?", *dict.fromkeys(line.split())])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder / "model")
-    LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=32, bos_token_id=None, eos_token_id=None, architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder / "model")  # fmt: skip
 
 
 def test_the_script_and_its_json_know_nothing_of_this_package() -> None:

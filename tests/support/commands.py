@@ -14,6 +14,10 @@ from tests.support.launch import ROOT, free_port
 SECONDS = 240
 
 
+def python_module(name: str) -> list[str]:
+    return [sys.executable, "-m", name]
+
+
 def torchrun(ranks: int) -> list[str]:
     port = str(free_port())
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port]

@@ -1,0 +1,1 @@
+"""Training stacks themselves: `make test-stacks` installs them, and `make test` leaves this folder out."""

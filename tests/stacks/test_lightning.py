@@ -1,0 +1,77 @@
+"""Lightning's Trainer and Fabric train with Shampoo, divide its work under DDP, and continue saved runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from tests.stacks.losses import Losses
+from tests.support.commands import run, torchrun
+from tests.support.snippets import run_stack_block
+from tests.support.stack_runs import STEPS, assert_learned, assert_recognised, batches
+from tests.support.trainings import make_model
+
+TOKENS, HEAD = "embed_tokens.weight", "lm_head.weight"
+SCRIPT = Path(__file__).with_name("lightning_script.py")
+
+
+def fitted(folder: Path, **given: Any) -> tuple[Trainer, Losses, Any]:
+    module = run_stack_block("lightning")["Module"](make_model("llama"))
+    seen, saving = Losses(), ModelCheckpoint(folder, every_n_train_steps=STEPS // 2, save_top_k=-1, filename="{step}")
+    trainer = Trainer(
+        max_steps=STEPS, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[seen, saving], default_root_dir=folder,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(batches(), batch_size=None), **given)
+    return trainer, seen, module
+
+
+def test_the_trainer_trains_and_continues(tmp_path: Path) -> None:
+    trainer, whole, module = fitted(tmp_path)
+    inner = assert_recognised(trainer.optimizers[0], TOKENS, HEAD)
+    assert inner.policies["model.model.embed_tokens.weight"].rate == "embedding_lr"
+    assert_learned(whole.losses)
+    assert whole.rates == sorted(whole.rates, reverse=True) and whole.rates[-1] < 3e-3
+    half = tmp_path / f"step={STEPS // 2}.ckpt"
+    _, rest, again = fitted(tmp_path / "again", ckpt_path=str(half))
+    assert rest.losses == whole.losses[STEPS // 2 :] and rest.rates == whole.rates[STEPS // 2 :]
+    assert all(map(torch.equal, again.parameters(), module.parameters()))
+
+
+def test_fabric_trains_and_continues(tmp_path: Path) -> None:
+    losses: list[float] = []
+    made = run_stack_block("fabric", model=make_model("llama"), batches=batches(6), losses=losses)
+    assert_recognised(made["optimizer"], TOKENS, HEAD)
+    state = {"model": made["model"], "optimizer": made["optimizer"]}
+    made["fabric"].save(tmp_path / "state.ckpt", state)
+    fresh = run_stack_block("fabric", model=make_model("llama"), batches=[], losses=[])
+    fresh["fabric"].load(tmp_path / "state.ckpt", {"model": fresh["model"], "optimizer": fresh["optimizer"]})
+    tails = []
+    for one in (made, fresh):
+        tail = []
+        for batch in batches(6):
+            loss = one["model"](**batch).loss
+            one["fabric"].backward(loss)
+            one["optimizer"].step()
+            one["optimizer"].zero_grad()
+            tail.append(loss.item())
+        tails.append(tail)
+    assert_learned(losses + tails[0])
+    assert tails[0] == tails[1]
+
+
+def test_two_ranks_train_as_one_and_divide_the_work(tmp_path: Path) -> None:
+    _, whole, _ = fitted(tmp_path)
+    run([*torchrun(2), SCRIPT, "ddp,fsdp2", tmp_path], tmp_path)
+    for strategy in ("ddp", "fsdp2"):
+        ranks = [json.loads((tmp_path / f"{strategy}-{rank}.json").read_text()) for rank in range(2)]
+        means = [sum(pair) / 2 for pair in zip(*(rank["losses"] for rank in ranks), strict=True)]
+        assert all(abs(mean - loss) < 1e-4 for mean, loss in zip(means, whole.losses, strict=True)), strategy
+        assert sum(rank["bytes"] for rank in ranks) > 0, "no rank has given the other an update"
+        assert all(rank["resumed"] == rank["losses"][STEPS // 2 :] for rank in ranks)
