@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.convergence.models import CELLS
 from benchmarks.convergence.recipes import RECIPES, all_options
@@ -133,27 +133,30 @@ def neighbour(lr: float, direction: int) -> float:
     return max(rung for rung in rungs if rung * 1.2 <= lr)
 
 
-def parse(line: str) -> Experiment:
-    """An experiment from a line of JSON."""
+E = TypeVar("E")
+
+
+def parse(line: str, kind: Callable[..., E] = Experiment) -> E:  # type: ignore[assignment]
+    """An experiment of a kind from a line of JSON."""
     values = json.loads(line)
     if not isinstance(values, dict):
         raise ValueError("not a JSON object")
-    known = {f.name for f in fields(Experiment)}
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"no field {unknown[0]!r}; there are {', '.join(sorted(known))}")
     fixed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return Experiment(**fixed)
+    return kind(**fixed)
 
 
-def read_queue(file: Path) -> tuple[list[Experiment], list[str]]:
+def read_queue(file: Path, kind: Callable[..., E] = Experiment) -> tuple[list[E], list[str]]:  # type: ignore[assignment]
     """The experiments of a queue file, the most urgent first, and a message for each line that is wrong."""
     experiments, wrong = [], []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
-            experiments.append(parse(line))
+            experiments.append(parse(line, kind))
         except (ValueError, TypeError) as error:
             wrong.append(f"line {number}: {error}")
     return experiments, wrong

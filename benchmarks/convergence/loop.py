@@ -8,24 +8,46 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
-from benchmarks.convergence.experiments import Experiment
 from benchmarks.convergence.results import Result, append, read
 from benchmarks.convergence.training import Run
 
 ROOT = Path(__file__).parents[2]
-Queue = Callable[[], Iterable[Experiment]]
+
+
+class Wanting(Protocol):
+    """An experiment of any benchmark: a name, the checkout whose code runs, and the runs that are missing."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def tree(self) -> str: ...
+    def wanted(self, results: Sequence[Result], text: str) -> Iterable[Any]: ...
+
+
+Queue = Callable[[], Iterable[Wanting]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a benchmark's runs are, and the module that does one when it reads it from standard input."""
+
+    run: type
+    program: str
+
+
+CONVERGENCE = Kind(Run, "benchmarks.convergence.training")
 
 
 @dataclass
 class Worker:
     """A process that does one run."""
 
-    run: Run
+    run: Any
     title: str
     process: subprocess.Popen[str]
     errors: IO[str]
@@ -44,7 +66,7 @@ class Worker:
         return Result(self.run, self.title, record)
 
 
-def start(experiment: Experiment, run: Run, tokens: Path, logs: Path) -> Worker:
+def start(experiment: Wanting, run: Any, tokens: Path, logs: Path, program: str) -> Worker:
     """A worker in the experiment's checkout, with the Python of its environment."""
     tree = Path(experiment.tree) if experiment.tree else ROOT
     own = tree / ".venv" / "bin" / "python"
@@ -53,7 +75,7 @@ def start(experiment: Experiment, run: Run, tokens: Path, logs: Path) -> Worker:
     errors = (logs / f"worker_{os.getpid()}_{time.monotonic_ns()}.log").open("w+")
     Path(errors.name).unlink()  # it lives for as long as it is open
     process = subprocess.Popen(
-        [python, "-m", "benchmarks.convergence.training"],
+        [python, "-m", program],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
@@ -67,18 +89,26 @@ def start(experiment: Experiment, run: Run, tokens: Path, logs: Path) -> Worker:
     return Worker(run, experiment.title, process, errors)
 
 
-def work(queue: Queue, output: Path, tokens: Path, text: str, jobs: int, wait: bool = False) -> None:
+def work(
+    queue: Queue,
+    output: Path,
+    tokens: Path,
+    text: str,
+    jobs: int,
+    wait: bool = False,
+    kind: Kind = CONVERGENCE,
+) -> None:
     """Do what the queue wants, and look at it again after every run; with `wait`, go on when it is empty."""
     workers: list[Worker] = []
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         while True:
-            results = read(output)
+            results = read(output, kind.run)
             while len(workers) < jobs:
                 chosen = next_run(queue(), results, text, {w.run.key for w in workers})
                 if chosen is None:
                     break
-                workers.append(start(*chosen, tokens, output.parent))
+                workers.append(start(*chosen, tokens, output.parent, kind.program))
             if not workers and not wait:
                 return
             time.sleep(0.5 if workers else 10)
@@ -87,15 +117,15 @@ def work(queue: Queue, output: Path, tokens: Path, text: str, jobs: int, wait: b
                 result = worker.result()
                 append(output, result)
                 print(describe(result), flush=True)
-                print(remaining(queue(), read(output), text), flush=True)
+                print(remaining(queue(), read(output, kind.run), text), flush=True)
     finally:
         for worker in workers:
             worker.process.terminate()
 
 
 def next_run(
-    experiments: Iterable[Experiment], results: list[Result], text: str, under_way: set[str]
-) -> tuple[Experiment, Run] | None:
+    experiments: Iterable[Wanting], results: list[Result], text: str, under_way: set[str]
+) -> tuple[Wanting, Any] | None:
     """The first run that is wanted and not under way."""
     for experiment in experiments:
         for run in experiment.wanted(results, text):
@@ -113,7 +143,7 @@ def describe(result: Result) -> str:
     return f"{where}: held-out loss {result.loss:.4f}, {result.seconds():.0f} CPU s"
 
 
-def remaining(experiments: Iterable[Experiment], results: list[Result], text: str) -> str:
+def remaining(experiments: Iterable[Wanting], results: list[Result], text: str) -> str:
     """How many runs are wanted now, and about how long they take by the CPU seconds of a step so far."""
     step: dict[tuple[Any, ...], list[float]] = {}
     for r in results:

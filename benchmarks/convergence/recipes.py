@@ -99,34 +99,38 @@ def is_hidden(name: str) -> bool:
     return not any(word in name for word in ("embed", "lm_head", "wte", "wpe"))
 
 
-def build_optimizers(kind: str, options: Mapping[str, Any], lr: float, model: nn.Module) -> list[Stepping]:
-    """The optimizers of a model; each has all of its options from `all_options`."""
-    decayed = [(n, p) for n, p in model.named_parameters() if p.ndim > 1]
-    rest = [(n, p) for n, p in model.named_parameters() if p.ndim <= 1]
+def build_optimizers(
+    kind: str, options: Mapping[str, Any], lr: float, model: nn.Module, weight_decay: float = WEIGHT_DECAY
+) -> list[Stepping]:
+    """The optimizers of a model's trainable parameters; each has all of its options from `all_options`."""
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    decayed = [(n, p) for n, p in trained if p.ndim > 1]
+    rest = [(n, p) for n, p in trained if p.ndim <= 1]
     options = dict(options)
     hidden = [(n, p) for n, p in decayed if is_hidden(n)]
     if kind == "shampoo":
         around = {name: options.pop(name) for name in NAMES if name in options}
         free = around.get("cautious_decay") or around.get("hyperball")  # decayed otherwise, or not at all
-        parts = [(hidden, 0.0 if free else WEIGHT_DECAY)]
-        parts += [([(n, p) for n, p in decayed if not is_hidden(n)], WEIGHT_DECAY), (rest, 0.0)]
-        groups = [{"params": part, "weight_decay": decay} for part, decay in parts]
+        parts = [(hidden, 0.0 if free else weight_decay)]
+        parts += [([(n, p) for n, p in decayed if not is_hidden(n)], weight_decay), (rest, 0.0)]
+        groups = [{"params": part, "weight_decay": decay} for part, decay in parts if part]
         optimizer = Shampoo(groups, model=model, lr=lr, **options)
-        return [Around(optimizer, [p for _, p in hidden], WEIGHT_DECAY, **around) if around else optimizer]
+        return [Around(optimizer, [p for _, p in hidden], weight_decay, **around) if around else optimizer]
     optimizers: list[Stepping] = []
     if kind == "muon":
         own = {name: options.pop(name) for name in ("momentum", "scale", "iterations") if name in options}
-        optimizers.append(Muon(hidden, lr, weight_decay=WEIGHT_DECAY, **own))
+        optimizers.append(Muon(hidden, lr, weight_decay=weight_decay, **own))
         lr *= options.pop("rest", 1.0)  # the rate of all other parameters, as a factor
         known = {id(p) for _, p in hidden}
         decayed = [(n, p) for n, p in decayed if id(p) not in known]
     # The rate of token embeddings, as a factor: what our `embedding_lr` is to them.
     factor, tables = options.pop("embedding_lr", 1.0), {id(p) for p in token_embeddings(model)}
     groups = [
-        {"params": [p for _, p in decayed if id(p) not in tables], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for _, p in decayed if id(p) in tables], "weight_decay": WEIGHT_DECAY, "lr": lr * factor},
+        {"params": [p for _, p in decayed if id(p) not in tables], "weight_decay": weight_decay},
+        {"params": [p for _, p in decayed if id(p) in tables], "weight_decay": weight_decay, "lr": lr * factor},
         {"params": [p for _, p in rest], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    optimizers.append(torch.optim.AdamW(groups, lr=lr, foreach=True, **options))
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=lr, foreach=True, **options))
     return optimizers

@@ -8,16 +8,18 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from benchmarks.convergence.training import Run
 
+R = TypeVar("R")  # what determines a run: this benchmark's `Run` or that of another one
+
 
 @dataclass(frozen=True)
-class Result:
+class Result(Generic[R]):
     """A run, the name under which it ran, and what was recorded."""
 
-    run: Run
+    run: R
     name: str
     record: dict[str, Any]
 
@@ -29,7 +31,8 @@ class Result:
 
     def seconds(self, tokens: int | None = None) -> float:
         """CPU seconds of all steps; with `tokens`, what they would be with so many tokens a step."""
-        share = 1.0 if tokens is None else tokens / (self.run.batch * self.run.length)
+        run: Any = self.run
+        share = 1.0 if tokens is None else tokens / (run.batch * run.length)
         return float(self.record["model_seconds"]) * share + float(self.record["optimizer_seconds"])
 
 
@@ -46,13 +49,13 @@ def append(file: Path, result: Result) -> None:
         stream.write(line.encode())
 
 
-def read(file: Path) -> list[Result]:
-    """All whole lines; the last one counts if two are of the same run."""
+def read(file: Path, kind: type = Run) -> list[Result]:
+    """All whole lines of runs of a kind; the last one counts if two are of the same run."""
     found: dict[str, Result] = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
             record = json.loads(line)
-            run, name = Run(**record.pop("run")), record.pop("name")
+            run, name = kind(**record.pop("run")), record.pop("name")
         except (ValueError, KeyError, TypeError):
             continue
         found[run.key] = Result(run, name, record)
