@@ -1,4 +1,4 @@
-"""`python -m shampoo_deepspeed`: `estimate` tells what a run will need, `inspect` what a checkpoint holds."""
+"""`python -m shampoo_deepspeed`: `estimate` a run's needs, `inspect` a checkpoint, draw a `report` of a run's log."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, SUB_GROUP_SIZ
 from shampoo_deepspeed.estimate.model_shapes import BUILT_IN, parameters_of, parameters_of_file
 from shampoo_deepspeed.estimate.recommend import Overhead, Recommendation, Speed, expected_overhead, recommend
 from shampoo_deepspeed.options.config import ShampooConfig, canonical
+from shampoo_deepspeed.runtime.report import page
+from shampoo_deepspeed.runtime.run_log import read_log
 
 # Float32 products run at about a tenth of the speed of bfloat16 ones on current accelerators.
 FLOAT32_SHARE = 0.1
@@ -38,6 +40,10 @@ INSPECT_EXAMPLE = """\
 TRAINER_EXAMPLE = """\
   python -m shampoo_deepspeed inspect output/checkpoint-500/shampoo
 """
+REPORT_EXAMPLE = """\
+  python -m shampoo_deepspeed report output/checkpoint-500
+"""
+EXAMPLES = ESTIMATE_EXAMPLE + INSPECT_EXAMPLE + REPORT_EXAMPLE
 
 
 class UsageError(ValueError):
@@ -49,10 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
-        print(_encodable(_estimate(given) if given.command == "estimate" else describe(Path(given.checkpoint))))
+        print(_encodable(_answer(given)))
     except (ValueError, CheckpointError) as error:  # the package's own errors are all of these kinds
         parser.exit(1 if isinstance(error, CheckpointError) else 2, _encodable(f"{parser.prog}: error: {error}\n"))
     return 0
+
+
+def _answer(given: argparse.Namespace) -> str:
+    """What a command prints."""
+    if given.command == "estimate":
+        return _estimate(given)
+    return _report(given) if given.command == "report" else describe(Path(given.checkpoint))
 
 
 def _encodable(text: str) -> str:
@@ -65,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m shampoo_deepspeed",
-        description="Plan a run with Shampoo before it starts, and look into its checkpoints.",
-        epilog=f"examples:\n{ESTIMATE_EXAMPLE}{INSPECT_EXAMPLE}\nCOMMAND --help shows the arguments of a command.",
+        description="Plan a run with Shampoo before it starts, look into its checkpoints, and draw its log.",
+        epilog=f"examples:\n{EXAMPLES}\nCOMMAND --help shows the arguments of a command.",
         formatter_class=plain,
     )
     parser.add_argument("--version", action="version", version=f"shampoo-deepspeed {__version__}")
@@ -107,7 +120,29 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=plain,
     )
     look.add_argument("checkpoint", help="the folder with manifest.json")
+    drawn = commands.add_parser(
+        "report",
+        help="plots of a run's log, as one HTML page",
+        description="Draw a log as one HTML page: losses, rates, and the optimizer's metrics. It needs no network.",
+        epilog=f"examples:\n{REPORT_EXAMPLE}",
+        formatter_class=plain,
+    )
+    drawn.add_argument("run", help='a Trainer\'s folder or trainer_state.json, or JSON lines with a "step" (*.jsonl)')
+    drawn.add_argument("--output", help="the page; default: report.html next to the log")
+    drawn.add_argument("--title", help="its heading; default: the name of the run's folder")
     return parser
+
+
+def _report(given: argparse.Namespace) -> str:
+    """Write the page, and return its path."""
+    log = read_log(Path(given.run))
+    output = Path(given.output) if given.output else log.source.with_name("report.html")
+    title = given.title or log.source.resolve().parent.name
+    try:
+        output.write_text(page(log, title), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--output {str(output)!r} cannot be written: {error}") from None
+    return str(output)
 
 
 def _estimate(given: argparse.Namespace) -> str:
