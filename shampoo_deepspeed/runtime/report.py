@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from html import escape
+from itertools import cycle
 from typing import NamedTuple
 
 from shampoo_deepspeed.runtime.run_log import Points, RunLog, finite
@@ -13,12 +15,12 @@ from shampoo_deepspeed.runtime.run_log import Points, RunLog, finite
 WIDTH, HEIGHT = 560, 240  # of a plot, in pixels
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 12, 32  # of its frame
 MOST_POINTS = 1000  # of a line; more would not be seen
-LOGARITHMIC = 1e3  # the ratio of the largest to the smallest value from which a panel has a logarithmic scale
+LOGARITHMIC = 1e2  # the ratio of the largest to the smallest value from which a panel has a logarithmic scale
 COLOURS = ("#3b6fb6", "#c8354a", "#3c8d5a", "#a5720f", "#7a5195")
 
 
 class Panel(NamedTuple):
-    """A plot: its title, and the names of the series that it may have."""
+    """A plot: its title, and the names of the series that it may have, as shell patterns."""
 
     title: str
     names: tuple[str, ...]
@@ -26,7 +28,8 @@ class Panel(NamedTuple):
 
 # The Trainer's names, those of `Shampoo.metrics()`, and some that scripts may log.
 PANELS = (
-    Panel("Loss", ("loss", "train_loss", "eval_loss")),
+    Panel("Loss", ("loss", "*_loss")),
+    Panel("Accuracy", ("*accuracy",)),
     Panel("Learning rate", ("learning_rate", "lr")),
     Panel("Gradient norm", ("grad_norm",)),
     Panel("Root mean square of the update", ("update_rms",)),
@@ -46,7 +49,7 @@ svg { width: 100%; height: auto; } text { font-size: 12px; fill: currentColor; }
 .grid { stroke: var(--line); } .curve { fill: none; stroke-width: 1.8; }
 table { border-collapse: collapse; margin: 1.5rem 0; } td, th { padding: .15rem .8rem .15rem 0; text-align: right; }
 td:first-child, th:first-child { text-align: left; } tr { border-bottom: 1px solid var(--line); }
-.note { color: #c8354a; }
+.note { color: #c8354a; margin: 0; } .legend { margin: 0; font-size: 13px; } .legend span { margin-right: 1em; }
 """
 
 
@@ -63,12 +66,13 @@ def page(log: RunLog, title: str) -> str:
 
 def _panels(log: RunLog) -> Iterator[Panel]:
     """Panels with series of this run; a series of which nothing is known has one of its own."""
+    left = sorted(log.series)
     for panel in PANELS:
-        names = tuple(name for name in panel.names if name in log.series)
+        names = tuple(name for pattern in panel.names for name in left if fnmatchcase(name, pattern))
+        left = [name for name in left if name not in names]
         if names:
             yield Panel(panel.title, names)
-    known = {name for panel in PANELS for name in panel.names}
-    yield from (Panel(name, (name,)) for name in sorted(set(log.series) - known))
+    yield from (Panel(name, (name,)) for name in left)
 
 
 def _table(log: RunLog) -> str:
@@ -86,9 +90,19 @@ def _table(log: RunLog) -> str:
 def _section(panel: Panel, log: RunLog) -> str:
     drawn = {name: finite(log.series[name]) for name in panel.names}
     wrong = sum(len(log.series[name]) - len(points) for name, points in drawn.items())
-    note = f'<p class="note">{wrong} values are not finite</p>' if wrong else ""
+    note = f'<p class="note">values that are not finite: {wrong}</p>' if wrong else ""
     plot = _plot({name: points for name, points in drawn.items() if points})
-    return f"<section><h2>{escape(panel.title)}</h2>{note}{plot}</section>"
+    return f"<section><h2>{escape(panel.title)}</h2>{note}{_legend(log, panel)}{plot}</section>"
+
+
+def _legend(log: RunLog, panel: Panel) -> str:
+    """The names of a plot's lines in their colours, each with its last value."""
+    names = [name for name in panel.names if finite(log.series[name])]
+    parts = [
+        f'<span style="color:{colour}">{escape(name)} {number(finite(log.series[name])[-1][1])}</span>'
+        for name, colour in zip(names, cycle(COLOURS), strict=False)
+    ]
+    return f'<p class="legend">{" ".join(parts)}</p>'
 
 
 class Scale(NamedTuple):
@@ -126,16 +140,11 @@ def _plot(series: dict[str, Points]) -> str:
     margin = 0.0 if logarithmic else 0.04
     y = Scale(*_widened(min(values), max(values), margin), HEIGHT - BOTTOM, TOP, logarithmic)
     parts = [_axes(x, y)]
-    for place, (name, points) in enumerate(series.items()):
-        colour = COLOURS[place % len(COLOURS)]
+    for (name, points), colour in zip(series.items(), cycle(COLOURS), strict=False):
         line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in thinned(points))
         dots = f'<circle cx="{x(points[0][0]):.1f}" cy="{y(points[0][1]):.1f}" r="3" fill="{colour}"/>'
         curve = f'<polyline class="curve" data-name="{escape(name)}" stroke="{colour}" points="{line}"/>'
         parts.append(curve if len(points) > 1 else dots)
-        parts.append(
-            f'<text x="{WIDTH - RIGHT}" y="{TOP + 14 + 16 * place}" text-anchor="end" style="fill:{colour}">'
-            f"{escape(name)} {number(points[-1][1])}</text>"
-        )
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
@@ -173,6 +182,6 @@ def thinned(points: Sequence[tuple[int, float]]) -> Points:
 
 def number(value: float) -> str:
     """A number in few characters."""
-    if value == int(value) and abs(value) < 1e6:
-        return f"{int(value):,}"
+    if abs(value) < 1e6 and (value == int(value) or abs(value) >= 1e4):
+        return f"{value:,.0f}"
     return f"{value:.3g}" if abs(value) < 1 or abs(value) >= 1e4 else f"{value:,.4g}"

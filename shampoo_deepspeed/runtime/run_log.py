@@ -15,7 +15,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 PREFIX = "shampoo/"  # of `Shampoo.metrics()` in a Trainer's log
 STEP = "step"
 # What a Trainer adds to logs that is no measurement of training.
-LEFT_OUT = {STEP, "epoch", "total_flos"}
+LEFT_OUT = re.compile(rf"{STEP}|epoch|total_flos|(\w+_)?runtime|\w+_per_second")
 
 Points = list[tuple[int, float]]
 
@@ -73,7 +73,7 @@ def read_log(run: Path) -> RunLog:
     series: dict[str, dict[int, float]] = {}
     for record in _records(file):
         for name, value in record.items():
-            if name not in LEFT_OUT and type(value) in (int, float):
+            if not LEFT_OUT.fullmatch(name) and type(value) in (int, float):
                 series.setdefault(name.removeprefix(PREFIX), {})[record[STEP]] = float(value)
     if not series:
         raise LogError(f"{file} holds no numbers by step")

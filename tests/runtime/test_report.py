@@ -19,7 +19,7 @@ from tests.support.stepping import drive, parameter, shampoo
 HISTORY: list[dict[str, Any]] = [
     {"epoch": 0.1, "grad_norm": 1.5, "learning_rate": 1e-3, "loss": 4.0, "shampoo/refresh_ms": 3.0, "step": 1},
     {"epoch": 0.2, "grad_norm": 1.1, "learning_rate": 5e-4, "loss": 3.0, "shampoo/refresh_ms": 0.0, "step": 2},
-    {"epoch": 0.2, "eval_loss": 3.5, "eval_runtime": 2.0, "step": 2},
+    {"epoch": 0.2, "eval_loss": 3.5, "eval_runtime": 2.0, "eval_steps_per_second": 9.0, "mine": 7, "step": 2},
     {"epoch": 0.3, "grad_norm": 1.0, "learning_rate": 1e-4, "loss": 2.5, "shampoo/refresh_ms": 1.0, "step": 3},
 ]
 
@@ -57,7 +57,7 @@ def test_a_trainers_log_is_read_without_the_prefix(tmp_path: Path) -> None:
     log = read_log(trainer_state(tmp_path))
     assert log.series["loss"] == [(1, 4.0), (2, 3.0), (3, 2.5)] and log.series["eval_loss"] == [(2, 3.5)]
     assert log.series["refresh_ms"] == [(1, 3.0), (2, 0.0), (3, 1.0)] and log.steps == 3
-    assert not {"step", "epoch"} & set(log.series)
+    assert not {"step", "epoch", "eval_runtime", "eval_steps_per_second"} & set(log.series)
 
 
 def test_the_metrics_of_a_loop_are_read_as_json_lines(tmp_path: Path) -> None:
@@ -123,8 +123,8 @@ def test_every_series_is_drawn_with_its_shape(tmp_path: Path) -> None:
     (x1, y1), (x2, y2), (x3, y3) = found["loss"]
     assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2) and y1 < y2 < y3  # pixels count downwards
     assert (y2 - y1) / (y3 - y1) == pytest.approx(2 / 3, abs=0.01)
-    assert len(list(tree(html).iter("circle"))) == 2  # eval_loss and eval_runtime
-    assert heads(html)[:3] == ["Loss", "Learning rate", "Gradient norm"] and "eval_runtime" in heads(html)
+    assert len(list(tree(html).iter("circle"))) == 2  # eval_loss and mine
+    assert heads(html)[:3] == ["Loss", "Learning rate", "Gradient norm"] and heads(html)[-1] == "mine"
     assert "a &lt;run&gt; &amp; more" in html
 
 
@@ -138,7 +138,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
 
 def test_values_that_are_not_finite_are_counted_and_not_drawn() -> None:
     html = page(log_of(loss=[3.0, math.nan, 2.0, math.inf], lost=[math.nan]), "run")
-    assert "2 values are not finite" in html and "1 values are not finite" in html
+    assert "values that are not finite: 2<" in html and "values that are not finite: 1<" in html
     assert len(curves(html)["loss"]) == 2
     assert not re.search(r"\b(nan|inf)\b", html.split("<main>")[1])
 
