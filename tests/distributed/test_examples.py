@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
+from shampoo_deepspeed.runtime.run_log import read_log
 from tests.support.commands import accelerate_launch, losses, run, torchrun
 from tests.support.launch import ROOT, free_port
 from tests.support.zoo import relative_error
@@ -102,6 +103,46 @@ def test_lora_is_the_same_plain_and_under_zero2(ddp: tuple[list[float], Path], f
     sharded = start([*torchrun(2), script, *arguments(folder, 2), *own, *zero], folder)
     assert_falling(losses(plain))
     assert losses(sharded) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_fine_tuning_is_the_same_plain_and_under_zero2(
+    ddp: tuple[list[float], Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log has all figures before, during and after, from which the demo draws its picture."""
+    script = EXAMPLES / "finetune.py"
+    size = ["--sequence_length", "128", "--held_out_rows", "8", "--general_rows", "4", "--eval_steps", "2"]
+    own = ["--model", str(ddp[1]), *size, "--max_steps", str(STEPS), "--learning_rate", "1e-3", "--use_cpu"]
+
+    def given(name: str, ranks: int) -> list[str]:
+        batch = str(GLOBAL_BATCH // ranks)
+        return [*own, "--output_dir", str(folder / name), "--per_device_train_batch_size", batch]
+
+    plain = start([sys.executable, script, *given("plain", 1)], folder)
+    zero = ["--deepspeed", str(EXAMPLES / "ds_zero2.json")]
+    sharded = start([*torchrun(2), script, *given("zero", 2), *zero], folder)
+    assert_falling(losses(plain))
+    assert losses(sharded) == pytest.approx(losses(plain), rel=1e-4)
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from finetune_demo import FIGURES, Run, draw, table
+
+    found = [Run.read(name, 1e-3, folder / name) for name in ("plain", "zero")]
+    for one in found:
+        assert one.steps == [0, 2, 4] and one.figures.keys() == FIGURES.keys()
+        assert one.figures["eval_task_loss"][-1] < one.figures["eval_task_loss"][0]
+    assert found[0].figures["eval_task_loss"] == pytest.approx(found[1].figures["eval_task_loss"], rel=1e-3)
+    draw(found, folder / "picture.png")
+    assert (folder / "picture.png").stat().st_size > 10_000 and len(table(found).splitlines()) == 4
+    log = read_log(folder / "plain")
+    assert {"loss", "learning_rate", "refresh_ms", "eval_task_accuracy", "eval_general_loss"} <= set(log.series)
+
+
+def test_adapters_are_fine_tuned_with_either_optimizer(ddp: tuple[list[float], Path], folder: Path) -> None:
+    for optimizer in ("shampoo", "adamw"):
+        given = ["--model", str(ddp[1]), "--sequence_length", "128", "--held_out_rows", "8", "--general_rows", "4"]
+        given += ["--max_steps", str(STEPS), "--learning_rate", "1e-2", "--lora_rank", "4", "--use_cpu"]
+        given += ["--optimizer", optimizer, "--output_dir", str(folder / f"lora_{optimizer}")]
+        assert_falling(losses(start([sys.executable, EXAMPLES / "finetune.py", *given], folder)))
 
 
 def test_causal_lm_deepspeed(folder: Path) -> None:

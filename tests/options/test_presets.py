@@ -1,4 +1,4 @@
-"""Presets: a name stands for the options of a published algorithm, at every level, and given options win over it."""
+"""Presets: a name stands for the options of an algorithm or of a kind of training; given options win over it."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_rule_takes_what_a_rule_may_set() -> None:
 
 @pytest.mark.parametrize("value", ["papers", "", 1, True, ["paper"], "auto"])
 def test_an_unknown_preset_is_an_error_that_names_the_known_ones(value: Any) -> None:
-    message = f"Shampoo option 'preset' = {value!r} is not allowed: null or one of paper."
+    message = f"Shampoo option 'preset' = {value!r} is not allowed: null or one of {', '.join(PRESETS)}."
     group: dict[str, Any] = {"params": [parameter(3)], "preset": value}
     builds = [
         lambda: ShampooConfig.from_options({"preset": value}),
@@ -151,7 +151,7 @@ def test_the_planner_takes_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert of(json.loads(capsys.readouterr().out)["options"]) == {**PAPER, "statistics_frequency": 2}
     with pytest.raises(SystemExit):
         main([*ESTIMATE, "--framework", "zero3", "--option", "preset=pape"])
-    assert "'preset' = 'pape' is not allowed: null or one of paper" in capsys.readouterr().err
+    assert "'preset' = 'pape' is not allowed: null or one of paper, pretrain" in capsys.readouterr().err
 
 
 def test_the_page_on_options_shows_what_each_preset_sets() -> None:
@@ -234,6 +234,74 @@ def test_a_run_with_the_paper_s_preset_is_that_of_the_reference_with_its_options
         optimizer.step()
     deviations = {n: relative_error(params[n].detach(), value) for n, value in reference.values().items()}
     assert max(deviations.values()) <= 1e-9, deviations
+
+
+# The other presets in the words of the reference. Refreshes of all blocks together are given next to them.
+FEWER_CHANGES: dict[str, Any] = {
+    "betas": (0.9, 0.999),
+    "factor_beta": 0.999,
+    "relative_epsilon": 1e-4,
+    "early_relative_epsilon": 0.0,
+    "statistics_frequency": 1,
+    "refresh_growth": 0.0,
+    "start_preconditioning_step": 3,
+    "elementwise": "adam",
+    "elementwise_lr": 1.0,
+    "tied_embedding_lr": None,
+    "normalize_gradients": False,
+    "decoupled_weight_decay": True,
+}
+IN_WORDS: dict[str, dict[str, Any]] = {
+    "finetune": {"preconditioner": "soap", "grafting": "none", **FEWER_CHANGES},
+    "lora": {"preconditioner": "shampoo", "exponent_override": 2.0, "grafting": "adam", **FEWER_CHANGES},
+    "pretrain": {
+        "preconditioner": "kl_shampoo",
+        "exponent_override": 2.0,
+        "betas": (0.9, 0.999),
+        "factor_beta": 0.95,
+        "relative_epsilon": 1e-4,
+        "early_relative_epsilon": 0.01,
+        "statistics_frequency": 2,
+        "refresh_growth": 0.25,
+        "start_preconditioning_step": 2,
+        "grafting": "rms",
+        "elementwise": "adam",
+        "elementwise_lr": 3.0,
+        "tied_embedding_lr": 6.0,
+        "normalize_gradients": True,
+        "decoupled_weight_decay": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", IN_WORDS)
+def test_a_run_with_a_preset_for_a_kind_of_training_is_that_of_the_reference(name: str) -> None:
+    """Embeddings are left out: the model of the other test has neither a head nor tokens of its own rate."""
+    common: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "precondition_frequency": 3, "max_preconditioner_dim": 8}
+    common["refresh"] = "sync"
+    params = {n: p for n, p in Model().double().named_parameters() if n != "embed.weight"}
+    reference = Reference(params, **common, **IN_WORDS[name])
+    chosen: dict[str, Any] = {"preset": name}
+    optimizer = Shampoo(params.items(), **chosen, factor_dtype="float64", root_dtype="float64", **common)
+    for step in range(12):
+        for number, p in enumerate(params.values()):
+            p.grad = made_up(p, step, number)
+        reference.step({n: p.grad for n, p in params.items()})
+        optimizer.step()
+    deviations = {n: relative_error(params[n].detach(), value) for n, value in reference.values().items()}
+    assert max(deviations.values()) <= 1e-9, deviations
+
+
+def test_the_preset_for_new_weights_is_the_default() -> None:
+    assert ShampooConfig(**PRESETS["pretrain"]) == ShampooConfig()
+    assert all(PRESETS["pretrain"].keys() <= preset.keys() for preset in PRESETS.values())
+
+
+@pytest.mark.parametrize("name", ["finetune", "lora"])
+def test_presets_for_pretrained_models_keep_the_rate_of_embeddings_and_norms(name: str) -> None:
+    config = ShampooConfig.from_options({"preset": name})
+    assert (config.elementwise_lr, config.embedding_lr, config.tied_embedding_lr) == (1.0, None, None)
+    assert config.factors_decay == config.betas[1] and not config.normalize_gradients and config.growth == 0.0
 
 
 FEW: dict[str, Any] = {"max_preconditioner_dim": 8, "precondition_frequency": 3}
