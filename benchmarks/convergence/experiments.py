@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,8 @@ from benchmarks.convergence.training import Run
 BUDGETS = (0.25, 0.3, 0.35, 0.4, 0.5, 1.0)
 LADDER = (1.2, 2.0, 3.0, 5.0, 8.0)  # a decade of rates
 MOST_RATES = 9  # of one search
+
+E = TypeVar("E")
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,13 @@ def neighbour(lr: float, direction: int) -> float:
     return max(rung for rung in rungs if rung * 1.2 <= lr)
 
 
-E = TypeVar("E")
+def parse(line: str) -> Experiment:
+    """An experiment from a line of JSON."""
+    return parse_as(Experiment, line)
 
 
-def parse(line: str, kind: Callable[..., E] = Experiment) -> E:  # type: ignore[assignment]
-    """An experiment of a kind from a line of JSON."""
+def parse_as(kind: type[E], line: str) -> E:
+    """An experiment of any benchmark, a dataclass, from a line of JSON."""
     values = json.loads(line)
     if not isinstance(values, dict):
         raise ValueError("not a JSON object")
@@ -149,14 +153,19 @@ def parse(line: str, kind: Callable[..., E] = Experiment) -> E:  # type: ignore[
     return kind(**fixed)
 
 
-def read_queue(file: Path, kind: Callable[..., E] = Experiment) -> tuple[list[E], list[str]]:  # type: ignore[assignment]
+def read_queue(file: Path) -> tuple[list[Experiment], list[str]]:
     """The experiments of a queue file, the most urgent first, and a message for each line that is wrong."""
+    return read_queue_as(Experiment, file)
+
+
+def read_queue_as(kind: type[E], file: Path) -> tuple[list[E], list[str]]:
+    """`read_queue` of any benchmark."""
     experiments, wrong = [], []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
-            experiments.append(parse(line, kind))
+            experiments.append(parse_as(kind, line))
         except (ValueError, TypeError) as error:
             wrong.append(f"line {number}: {error}")
     return experiments, wrong

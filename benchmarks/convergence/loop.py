@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeVar
 
 from benchmarks.convergence.results import Result, append, read
 from benchmarks.convergence.training import Run
@@ -29,6 +29,7 @@ class Wanting(Protocol):
     def wanted(self, results: Sequence[Result], text: str) -> Iterable[Any]: ...
 
 
+W = TypeVar("W", bound=Wanting)
 Queue = Callable[[], Iterable[Wanting]]
 
 
@@ -123,9 +124,7 @@ def work(
             worker.process.terminate()
 
 
-def next_run(
-    experiments: Iterable[Wanting], results: list[Result], text: str, under_way: set[str]
-) -> tuple[Wanting, Any] | None:
+def next_run(experiments: Iterable[W], results: list[Result], text: str, under_way: set[str]) -> tuple[W, Any] | None:
     """The first run that is wanted and not under way."""
     for experiment in experiments:
         for run in experiment.wanted(results, text):

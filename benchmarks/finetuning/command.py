@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import benchmarks.finetuning as package
-from benchmarks.convergence.experiments import read_queue
+from benchmarks.convergence.experiments import read_queue_as
 from benchmarks.convergence.loop import Kind, remaining, work
 from benchmarks.convergence.results import read
 from benchmarks.finetuning.analysis import draw, report
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     def experiments() -> list[Experiment]:
         if args.queue is None:
             return standard(args)
-        found, wrong = read_queue(args.queue, Experiment)
+        found, wrong = read_queue_as(Experiment, args.queue)
         for message in wrong:
             if message not in reported:
                 reported.add(message)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ class Experiment:
     tokens: int = 512
 
     def __post_init__(self) -> None:
-        allowed = {"contestant": RECIPES, "tasks": LENGTHS, "methods": METHODS}
+        allowed: dict[str, Collection[str]] = {"contestant": RECIPES, "tasks": LENGTHS, "methods": METHODS}
         for name, known in allowed.items():
             given = getattr(self, name)
             for value in (given,) if isinstance(given, str) else given:

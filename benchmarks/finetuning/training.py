@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def prepared(folder: Path, method: str, seed: int) -> nn.Module:
 
     rank = int(method.removeprefix("lora"))
     adapters = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    return get_peft_model(model, adapters).train()  # type: ignore[arg-type]
+    return get_peft_model(model, adapters).train()
 
 
 class Displacement:
@@ -97,11 +98,12 @@ class Displacement:
     def _of_adapters(self) -> tuple[float, float]:
         """Of the layers with adapters; an adapter begins at zero, as its B does."""
         moved = norms = 0.0
-        for layer in self.model.modules():
+        layers: Iterable[Any] = self.model.modules()
+        for layer in layers:
             if hasattr(layer, "get_delta_weight") and "default" in getattr(layer, "lora_A", {}):
                 delta: Tensor = layer.get_delta_weight("default")
                 moved += float(delta.square().sum())
-                norms += float(layer.base_layer.weight.square().sum())  # type: ignore[union-attr, operator]
+                norms += float(layer.base_layer.weight.square().sum())
         return moved, norms
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.convergence.experiments import read_queue_as
 from benchmarks.convergence.loop import next_run
 from benchmarks.convergence.results import Result, append, read
 from benchmarks.finetuning import command, sources
@@ -115,7 +116,7 @@ def test_accuracy_and_exact_answers_count_labels_only() -> None:
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 5, 6], [4, 5, 6, 7]])
     labels = torch.tensor([[IGNORED, IGNORED, 2, 3], [IGNORED, IGNORED, 5, 6], [IGNORED, IGNORED, IGNORED, 7]])
     loss, accuracy, exact = on_task(Certain(), ids, labels)
-    assert (accuracy, exact) == (pytest.approx(4 / 5), pytest.approx(2 / 3))
+    assert accuracy == pytest.approx(4 / 5) and exact == pytest.approx(2 / 3)
     assert loss == pytest.approx(20 / 5, rel=1e-3)  # one wrong token of five
 
 
@@ -135,7 +136,7 @@ def tiny_model() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, tie_word_embeddings=True))
 
 
@@ -151,7 +152,7 @@ def tasks() -> Tasks:
 def run_of(name: str, method: str = "full", **changes: Any) -> Run:
     recipe = RECIPES[name]
     options = all_options(recipe.kind, recipe.options)
-    values = {"lr": 3e-3, "seed": 0, "steps": 8, "tokens": 64, "text": "digest"} | changes
+    values: dict[str, Any] = {"lr": 3e-3, "seed": 0, "steps": 8, "tokens": 64, "text": "digest"} | changes
     return Run("dictionary", method, recipe.kind, options, **values)
 
 
@@ -169,7 +170,7 @@ def test_every_contestant_learns_and_drifts(name: str, tasks: Tasks) -> None:
 def test_adapters_alone_are_trained(name: str, tasks: Tasks) -> None:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))  # type: ignore[arg-type]
+    model = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     record = train(run_of(name, "lora8"), tasks, model.train())
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
@@ -178,12 +179,12 @@ def test_adapters_alone_are_trained(name: str, tasks: Tasks) -> None:
 
 
 def test_a_displacement_is_relative_to_all_matrices() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    start = Displacement(model)
-    norms = sum(float(layer.weight.detach().square().sum()) for layer in model)  # type: ignore[union-attr, operator]
+    layers = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    start = Displacement(nn.Sequential(*layers))
+    norms = sum(float(layer.weight.detach().square().sum()) for layer in layers)
     with torch.no_grad():
-        model[0].weight.add_(1.0)
-        model[0].bias.add_(9.0)
+        layers[0].weight.add_(1.0)
+        layers[0].bias.add_(9.0)
     assert start.read() == pytest.approx(math.sqrt(4.0 / norms), rel=1e-5)
 
 
@@ -275,9 +276,7 @@ def test_finished_runs_are_never_repeated(tmp_path: Path) -> None:
 def test_a_line_with_an_unknown_name_says_what_there_is(field: str, value: Any, tmp_path: Path) -> None:
     queue = tmp_path / "queue.jsonl"
     queue.write_text(json.dumps({"contestant": "adamw", field: value}))
-    from benchmarks.convergence.experiments import read_queue
-
-    found, wrong = read_queue(queue, Experiment)
+    found, wrong = read_queue_as(Experiment, queue)
     name = value if isinstance(value, str) else value[0]
     assert not found and len(wrong) == 1 and f"{field}: there is no {name!r}; there are" in wrong[0]
 
