@@ -64,6 +64,7 @@ class FineTuning:
     held_out_rows: int = field(default=64, metadata={"help": "Of the task"})
     general_rows: int = field(default=32, metadata={"help": "Of the text that the model knew before"})
     max_preconditioner_dim: int = field(default=256, metadata={"help": "Block size; 1024 on GPUs"})
+    precondition_frequency: int = field(default=10, metadata={"help": "Steps between two refreshes"})
 
 
 def predicted(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
@@ -90,10 +91,12 @@ def optimizers(arguments: FineTuning) -> tuple[Any, None]:
     """Return what the Trainer takes as `optimizers`; without an optimizer it uses AdamW."""
     if arguments.optimizer == "adamw":
         return None, None
-    block = 4 * arguments.lora_rank or arguments.max_preconditioner_dim
-    preset = "lora" if arguments.lora_rank else "finetune"
-    made = deferred(lr="auto", betas="auto", weight_decay="auto", preset=preset, max_preconditioner_dim=block)
-    return made, None
+    options: dict[str, Any] = {
+        "preset": "lora" if arguments.lora_rank else "finetune",
+        "max_preconditioner_dim": 4 * arguments.lora_rank or arguments.max_preconditioner_dim,
+        "precondition_frequency": arguments.precondition_frequency,
+    }
+    return deferred(lr="auto", betas="auto", weight_decay="auto", **options), None
 
 
 def main() -> None:

@@ -111,7 +111,8 @@ def test_fine_tuning_is_the_same_plain_and_under_zero2(
     """The log has all figures before, during and after, from which the demo draws its picture."""
     script = EXAMPLES / "finetune.py"
     size = ["--sequence_length", "128", "--held_out_rows", "8", "--general_rows", "4", "--eval_steps", "2"]
-    own = ["--model", str(ddp[1]), *size, "--max_steps", str(STEPS), "--learning_rate", "1e-3", "--use_cpu"]
+    own = ["--model", str(ddp[1]), *size, "--max_steps", str(STEPS), "--learning_rate", "1e-2", "--use_cpu"]
+    own += ["--warmup_steps", "0", "--precondition_frequency", "2"]
 
     def given(name: str, ranks: int) -> list[str]:
         batch = str(GLOBAL_BATCH // ranks)
@@ -141,6 +142,7 @@ def test_adapters_are_fine_tuned_with_either_optimizer(ddp: tuple[list[float], P
     for optimizer in ("shampoo", "adamw"):
         given = ["--model", str(ddp[1]), "--sequence_length", "128", "--held_out_rows", "8", "--general_rows", "4"]
         given += ["--max_steps", str(STEPS), "--learning_rate", "1e-2", "--lora_rank", "4", "--use_cpu"]
+        given += ["--warmup_steps", "0", "--precondition_frequency", "2"]
         given += ["--optimizer", optimizer, "--output_dir", str(folder / f"lora_{optimizer}")]
         assert_falling(losses(start([sys.executable, EXAMPLES / "finetune.py", *given], folder)))
 
