@@ -39,7 +39,7 @@ class Matrix:
 
     ``phases`` holds each block's refresh phase, or is None if all refresh together. ``sides`` is what each dim has;
     None means a factor matrix for all. ``products`` is the number of products of a factor's size for each dim and
-    step. ``decompositions`` is the time of a decomposition relative to one in float32.
+    step. ``decompositions`` is the time of a refresh relative to a decomposition in float32.
     """
 
     shape: tuple[int, ...]

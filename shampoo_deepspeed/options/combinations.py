@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.linalg.newton import DB_ROOTS
 from shampoo_deepspeed.options.checks import bad
+from shampoo_deepspeed.options.choices import OF_BASES
 
 if TYPE_CHECKING:
     from shampoo_deepspeed.options.config import ShampooConfig
@@ -49,10 +50,10 @@ def _check_preconditioner(config: ShampooConfig) -> None:
             raise bad(name, value, f"{allowed} with preconditioner {config.preconditioner}; {_INSTEAD}")
     if config.preconditioner == "soap" and isinstance(config.exponent_override, tuple):
         raise bad("exponent_override", config.exponent_override, "null or a number with preconditioner soap")
-    if config.refresh_tolerance is not None and config.solver not in ("auto", "eigh"):
-        raise bad("solver", config.solver, "auto or eigh together with refresh_tolerance, which keeps eigenbases")
-    if config.preconditioner == "soap" and config.solver not in ("auto", "eigh"):
-        raise bad("solver", config.solver, "auto or eigh with preconditioner soap, which takes no inverse roots")
+    if config.refresh_tolerance is not None and config.solver not in OF_BASES:
+        raise bad("solver", config.solver, "auto, eigh or qr together with refresh_tolerance, which keeps eigenbases")
+    if config.preconditioner == "soap" and config.solver not in OF_BASES:
+        raise bad("solver", config.solver, "auto, eigh or qr with preconditioner soap, which takes no inverse roots")
 
 
 def _check_regularisation(config: ShampooConfig) -> None:
@@ -65,8 +66,8 @@ def _check_regularisation(config: ShampooConfig) -> None:
         # A gradient along directions that are cut off in every mode would never reach the statistics, for good.
         allowed = "shift or saturate with preconditioner kl_shampoo, whose statistics would never see what is cut off"
         raise bad("damping", config.damping, f"{allowed}; {_INSTEAD}")
-    if config.damping != "shift" and config.solver not in ("auto", "eigh"):
-        raise bad("solver", config.solver, f"auto or eigh if damping is {config.damping}, which needs eigenvalues")
+    if config.damping != "shift" and config.solver not in OF_BASES:
+        raise bad("solver", config.solver, f"auto, eigh or qr if damping is {config.damping}, which needs eigenvalues")
 
 
 def _check_solver(config: ShampooConfig) -> None:

@@ -269,7 +269,9 @@ class ShampooConfig(DerivedValues):
         non_negative,
         "a refresh mixes this share of the identity, divided by the number of gradients, into factor matrices; 0: off",
     )
-    solver: str = _option("auto", one_of(*SOLVERS), "how inverse roots are computed; auto: by device and root")
+    solver: str = _option(
+        "auto", one_of(*SOLVERS), "how roots or eigenbases are computed; auto: by device and root, or qr for soap"
+    )
     exclude: tuple[str, ...] = _option(
         DEFAULT_EXCLUDE, _patterns, "patterns of parameters that stay element-wise", FIXED | GROUP_ONLY | NOT_STORED
     )
@@ -351,9 +353,15 @@ class ShampooConfig(DerivedValues):
         # Ungrafted SOAP has one second moment after the other in the same tensor.
         none = self.grafting_method == "rms" or (self.preconditioner == "soap" and not self.grafts)
         kinds = {"grafting": none or self.warm_method in plain, "elementwise": self.elementwise_method in plain}
-        kinds["refresh_tolerance"] = self.keeps_basis
+        kinds["refresh_tolerance"] = kinds["solver"] = self.keeps_basis
         kinds["elementwise_betas"] = self.for_elementwise.betas[0] == 0.0
         return {**fixed, "betas": self.betas[0] == 0.0, **kinds}
+
+    def reshaped_by(self, other: ShampooConfig) -> list[str]:
+        """The options whose values under ``other`` would need another state, those that differ first."""
+        before, after = self.shape_of_state(), other.shape_of_state()
+        found = [name for name, value in after.items() if value != before[name]]
+        return sorted(found, key=lambda name: bool(self.in_force(name) == other.in_force(name)))
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> ShampooConfig:

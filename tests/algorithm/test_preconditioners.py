@@ -37,6 +37,12 @@ ALL: dict[str, dict[str, Any]] = {
     "sums": {**SUMS},
     "gradients_as_they_are": {"normalize_gradients": False, "early_relative_epsilon": 0.0},
     "statistics_every_third_step": {**EVERY_THIRD, "betas": (0.9, 0.9)},
+    "eigh": {"solver": "eigh"},
+    "eigh_columns_change_places": {"solver": "eigh", "factor_beta": 0.7, "refresh_tolerance": 0.1},
+    "qr": {"solver": "qr"},
+    "qr_every_step": {"solver": "qr", "precondition_frequency": 1, "early_relative_epsilon": 0.3},
+    "qr_tolerance": {"solver": "qr", "refresh_tolerance": 0.1, "factor_beta": 0.7},
+    "qr_background": {"solver": "qr", "refresh": "background", "use_bias_correction": False},
 }
 SOAP: dict[str, dict[str, Any]] = {
     "columns_change_places": {"betas": (0.9, 0.7), "grafting_beta2": 0.99},
@@ -60,6 +66,8 @@ KL: dict[str, dict[str, Any]] = {
     "saturated_in_kept_bases": {"damping": "saturate", "relative_epsilon": 0.05, "refresh_tolerance": 0.1},
     "shrunk": {"shrinkage": 3.0, "factor_beta": 0.9},
     "shrunk_kept_bases": {**EVERY_SECOND, "shrinkage": 3.0, "refresh_tolerance": 0.1},
+    "qr_saturated": {"solver": "qr", "damping": "saturate", "relative_epsilon": 0.05, "shrinkage": 1.0},
+    "qr_ungrafted": {**EVERY_SECOND, "solver": "qr", "grafting": "none"},
 }
 SHAMPOO: dict[str, dict[str, Any]] = {
     "tolerance_root_ungrafted": {"refresh_tolerance": 0.2, "exponent_override": 3.0, "grafting": "none"},
@@ -68,6 +76,8 @@ SHAMPOO: dict[str, dict[str, Any]] = {
     "shrunk_kept_bases": {**EVERY_SECOND, "shrinkage": 3.0, "refresh_tolerance": 0.1},
     "shrunk_sums": {**EVERY_SECOND, **SUMS, "shrinkage": 3.0},
     "shrunk_in_the_background": {**EVERY_THIRD, "betas": (0.9, 0.9), "shrinkage": 3.0, "refresh": "background"},
+    "qr_cut_off": {"solver": "qr", "damping": "cutoff", "relative_epsilon": 1e-3},
+    "qr_other_root": {"solver": "qr", "exponent_override": 3.0, "grafting": "adam", "shrinkage": 3.0},
     "grafted": {"grafting": "adam"},
     "normalized": {"grafting": "normalized_adam"},
     "shrunk_uncorrected": {"shrinkage": 3.0, "use_bias_correction": False},

@@ -15,7 +15,7 @@ from shampoo_deepspeed import ShampooConfig
 from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.block_stack import BlockStack, _normalize_
 from shampoo_deepspeed.algorithm.grafting import strengths
-from shampoo_deepspeed.linalg.eigenbases import eigenbasis, kept_or_new, power_step
+from shampoo_deepspeed.linalg.eigenbases import eigenbasis, power_step, rayleigh, renewed
 from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root, shrunk
 from shampoo_deepspeed.linalg.mode_products import add_gram_, bmm, multiply_modes
 from shampoo_deepspeed.linalg.precision import LANES, UNDIVIDED, elementwise, power
@@ -46,6 +46,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kl_coupled_newton": {"solver": "coupled_newton"},
     "kl_in_float64": {"relative_epsilon": 1e-6, "early_relative_epsilon": 0.0},
     "kl_tolerance": {"preconditioner": "kl_shampoo", "refresh_tolerance": 0.1},
+    "qr": {"preconditioner": "shampoo", "solver": "qr"},
+    "kl_qr": {"solver": "qr"},
+    "soap_eigh": {"preconditioner": "soap", "solver": "eigh"},
     "soap": {"preconditioner": "soap"},
     "soap_other_root": {"preconditioner": "soap", "exponent_override": 3.0},
     "soap_grafted": {"preconditioner": "soap", "grafting": "adam", "apply_dtype": "bfloat16"},
@@ -131,7 +134,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "shrunk": lambda a: (shrunk(a, 0.3), shrunk(a[..., 0], 0.3)),
     "eigenbasis": lambda a: eigenbasis(a)[:2],
     "power_step": lambda a: power_step(a, one_basis(a), 1e-6),
-    "kept_or_new": lambda a: kept_or_new(a, one_basis(a), 0.3)[:2],
+    "rayleigh": lambda a: (rayleigh(a, one_basis(a)),),
+    "kept_or_new": lambda a: renewed(a, one_basis(a), False, 0.3)[:3],
+    "tracked": lambda a: renewed(a, one_basis(a), True, 0.3, 1e-4)[:3],
 }
 
 

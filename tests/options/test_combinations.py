@@ -73,9 +73,9 @@ def state_deviations(optimizer: Shampoo, reference: Reference) -> dict[str, floa
 
 
 def reference_of(params: Mapping[str, Tensor], options: dict[str, Any]) -> Reference:
-    """Build the reference; it ignores solvers, which are not part of the rule, and takes rules as overrides by name."""
+    """Build the reference, which takes rules as overrides by name."""
     overrides = {rule["match"]: {k: v for k, v in rule.items() if k != "match"} for rule in options.get("rules", [])}
-    return Reference(params, overrides, **{k: v for k, v in options.items() if k not in ("solver", "rules")})
+    return Reference(params, overrides, **{k: v for k, v in options.items() if k != "rules"})
 
 
 def test_the_rows_hold_every_pair_and_every_option_of_the_rule() -> None:

@@ -38,6 +38,9 @@ CASES: dict[str, dict[str, Any]] = {
     "cutoff": {"preconditioner": "shampoo", "damping": "cutoff"},
     "saturate": {"damping": "saturate", "shrinkage": 0.5},
     "tolerance": {"refresh_tolerance": 0.1},
+    "qr": {"solver": "qr"},
+    "qr_shampoo": {"preconditioner": "shampoo", "solver": "qr", "refresh_tolerance": 0.1},
+    "soap_eigh": {"preconditioner": "soap", "solver": "eigh"},
     "statistics": {"preconditioner": "shampoo", "statistics_frequency": 2},
 }
 ALWAYS_EIGH = ("soap", "cutoff", "saturate", "tolerance")

@@ -23,6 +23,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "newton_db": {"preconditioner": "shampoo", "solver": "newton_db", "relative_epsilon": 1e-3},
     "soap": {"preconditioner": "soap"},
     "soap_tolerance": {"preconditioner": "soap", "refresh_tolerance": 0.5, "grafting": "adam"},
+    "qr": {"solver": "qr"},
+    "soap_eigh": {"preconditioner": "soap", "solver": "eigh"},
     "every_step": {"precondition_frequency": 1},
     "soap_every_step": {"preconditioner": "soap", "precondition_frequency": 1},
 }

@@ -41,7 +41,13 @@ VALUES: dict[str, list[dict[str, Any]]] = {
         {"early_relative_epsilon": 0.3, "relative_epsilon": 0.02},
         {"damping": "saturate", "relative_epsilon": 0.02},
     ],
-    "tolerance": [{}, {"refresh_tolerance": 0.2}],
+    "bases": [
+        {},
+        {"refresh_tolerance": 0.2},
+        {"solver": "qr"},
+        {"solver": "eigh"},
+        {"solver": "qr", "refresh_tolerance": 0.2},
+    ],
     "normalization": [{}, {"normalize_gradients": False}],
     "shrinkage": [{}, {"shrinkage": 2.0}],
     "one_sided": [{}, {"one_sided": "left"}, {"one_sided": "right"}, {"one_sided": "smaller"}],
@@ -92,7 +98,7 @@ REFUSED: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
         "large_dim": (1, 2),
     },
     ("preconditioner", 0): {"root": (1, 2), "regularisation": (1,), "one_sided": (1, 2, 3), "large_dim": (1, 2)},
-    ("tolerance", 1): {"regularisation": (2, 3)},
+    ("bases", 1): {"regularisation": (2, 3)},
     ("split", 1): {"one_sided": (3,), "large_dim": (1, 2)},
 }
 # SOAP's basis of a factor matrix with several null directions is not unique, so there would be no unique trajectory to

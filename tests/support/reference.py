@@ -50,6 +50,7 @@ class Options:
     split: tuple[int, ...] = ()
     damping: str = "shift"
     shrinkage: float = 0.0
+    solver: str = "auto"
     statistics_frequency: int | None = None
     factor_beta: float | None = 0.95
     early_relative_epsilon: float = 0.01
@@ -88,6 +89,11 @@ class Options:
             return self
         beta3 = self.beta3 if self.elementwise_betas[0] else None
         return replace(self, betas=self.elementwise_betas, grafting_beta2=None, beta3=beta3)
+
+    @property
+    def tracks(self) -> bool:
+        """Return whether known bases take a step of orthogonal iteration."""
+        return self.solver == "qr" or (self.solver == "auto" and self.preconditioner == "soap")
 
     def ridge(self, t: int) -> float:
         return max(self.relative_epsilon, self.early_relative_epsilon / t)
@@ -310,6 +316,21 @@ def off_diagonal(x: Tensor) -> Tensor:
     return x - torch.diag(torch.diagonal(x))
 
 
+def fits(q: Tensor, a: Tensor, o: Options) -> bool:
+    """Return whether a is diagonal enough in the basis q to keep it."""
+    if o.refresh_tolerance is None:
+        return False
+    return bool(off_diagonal(q.T @ a @ q).norm() <= o.refresh_tolerance * a.norm())
+
+
+def orthogonal_step(a: Tensor, q: Tensor, o: Options) -> tuple[Tensor, Tensor]:
+    """Return the next basis, in descending order of q'aq, and that order; a ridge keeps directions without gradient."""
+    estimates = torch.diagonal(q.T @ a @ q)
+    order = estimates.argsort(descending=True)
+    ridge = o.relative_epsilon * estimates.max() * torch.eye(len(a), dtype=a.dtype)
+    return torch.linalg.qr((a + ridge) @ q[:, order]).Q, order
+
+
 class Reference:
     """Shampoo on named tensors.
 
@@ -455,15 +476,15 @@ class Reference:
         for place, (dim, factor) in enumerate(sorted(block.factors.items())):
             here = t, place, len(block.factors)
             a = shrink(factor / o.correction(*here), o.share(*here))
-            if o.refresh_tolerance is None or a.ndim == 1:
+            if (o.refresh_tolerance is None and not o.tracks) or a.ndim == 1:
                 roots[dim] = inverse_root(a, p, o)
                 continue
             kept = block.bases.get(dim)
-            inside = None if kept is None else kept.T @ a @ kept
-            if kept is None or inside is None or off_diagonal(inside).norm() > o.refresh_tolerance * a.norm():
+            if kept is None or (not fits(kept, a, o) and not o.tracks):
                 lam, q = torch.linalg.eigh(a)
             else:
-                lam, q = torch.diagonal(inside), kept
+                q = kept if fits(kept, a, o) else orthogonal_step(a, kept, o)[0]
+                lam = torch.diagonal(q.T @ a @ q)
             block.bases[dim] = q
             roots[dim] = root_of(lam, q, p, o)
         return roots
@@ -491,7 +512,7 @@ class Reference:
 
     @staticmethod
     def _refresh_soap(block: Block, m: Tensor, t: int, o: Options) -> None:
-        """Compute eigenbases: by eigh at first, with v from the factors; later by a power step in descending order.
+        """Compute eigenbases: by eigh at first, with v from the factors; later usually by an orthogonal step.
 
         v is permuted like the columns. If a basis has moved, v is raised to at least M^2.
         """
@@ -509,13 +530,10 @@ class Reference:
                 block.rotated = (block.rotated.movedim(dim, -1) * share).movedim(-1, dim)
         else:
             for dim, a in block.factors.items():
-                q = block.bases[dim]
-                inside = q.T @ a @ q
-                if o.refresh_tolerance is not None and off_diagonal(inside).norm() <= o.refresh_tolerance * a.norm():
+                if fits(block.bases[dim], a, o):
                     continue
-                order = torch.diagonal(inside).argsort(descending=True)
-                ridge = o.relative_epsilon * torch.diagonal(inside).max() * torch.eye(len(a), dtype=a.dtype)
-                block.bases[dim] = torch.linalg.qr((a + ridge) @ q[:, order]).Q
+                q, order = orthogonal_step(a, block.bases[dim], o)
+                block.bases[dim] = q if o.tracks else torch.linalg.eigh(a).eigenvectors.flip(1)
                 block.rotated = block.rotated.index_select(dim, order)
                 moved = True
         if moved:

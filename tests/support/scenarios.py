@@ -193,7 +193,7 @@ def make_reference(scenario: Scenario, trained: Mapping[str, Tensor]) -> Referen
         overrides[rule["match"]] = overrides.get(rule["match"], {}) | changed
     second = scenario.second_group(list(trained))  # its blocks get their phases after those of the first group
     trained = {n: trained[n] for n in [*(n for n in trained if n not in second), *second]}
-    for name in ("bucket_mb", "communication_dtype", "solver"):  # the rule does not depend on these
+    for name in ("bucket_mb", "communication_dtype"):  # the rule does not depend on these
         options.pop(name, None)
     exclude = ("embed.weight",) if options.pop("exclude", None) is None else ()
     return Reference(trained, overrides, exclude, **options)

@@ -16,7 +16,7 @@ from torch import Tensor
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.geometry.blocks import Side
-from shampoo_deepspeed.linalg.eigenbases import kept_or_new, root_from_basis
+from shampoo_deepspeed.linalg.eigenbases import rayleigh, renewed, root_from_basis
 from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_power, inverse_root, shrunk, symmetric
 from shampoo_deepspeed.linalg.mode_products import add_gram_, multiply, multiply_modes
 from shampoo_deepspeed.options.choices import DTYPES
@@ -30,8 +30,10 @@ class ShampooPreconditioner:
     modes that have a factor at all. A mode may have only the diagonal of its factor, or nothing (``sides``); the rest
     is neither kept nor computed.
 
-    With ``refresh_tolerance`` eigenbases are kept too. A refresh then computes a new one only if the factor matrix has
-    moved out of its basis. Otherwise the diagonal of Q'AQ gives the eigenvalues (arXiv 2506.03595).
+    With ``refresh_tolerance`` or ``solver="qr"`` eigenbases are kept too. With a tolerance a refresh keeps a basis
+    unless the factor matrix has moved out of it; the diagonal of Q'AQ gives the eigenvalues (arXiv 2506.03595). With
+    "qr" a basis that is not kept takes one step of orthogonal iteration instead of being computed anew, with the ridge
+    in force. Directions below the ridge then hardly move, but their roots are equal too.
     """
 
     first_moment = "exp_avg"
@@ -62,7 +64,7 @@ class ShampooPreconditioner:
         been computed yet.
         """
         kinds = {"factor": self._factor_dtype, "root": self._root_dtype}
-        if self._tolerance is not None:
+        if self._config.keeps_basis:
             kinds["basis"] = self._root_dtype
         state = {}
         for mode, (d, side) in enumerate(zip(shape, self.sides(shape), strict=True)):
@@ -152,7 +154,7 @@ class ShampooPreconditioner:
         if matrices.ndim == 2:
             roots, failed = diagonal_root(matrices, root, *ridge, self._root_dtype, damping, conditions, share)
             return {f"root_{mode}": roots}, failed
-        if self._tolerance is None:
+        if not self._config.keeps_basis:
             solver = self._config.solver
             roots, failed = inverse_root(
                 matrices, root, *ridge, self._root_dtype, solver, damping, self._in_float64, conditions, share
@@ -160,9 +162,12 @@ class ShampooPreconditioner:
             return {f"root_{mode}": roots}, failed
         matrices = symmetric(matrices)
         before = state[f"basis_{mode}"].to(matrices.dtype)
-        values, bases, failed = kept_or_new(matrices, before, self._tolerance, self._in_float64)
-        roots, overflown = root_from_basis(values, bases, root, *ridge, damping, share)
-        return {f"root_{mode}": roots, f"basis_{mode}": bases}, sorted({*failed, *overflown})
+        found = renewed(matrices, before, self._config.tracks_basis, self._tolerance, ridge[1], self._in_float64)
+        values, rows = found.values, found.stepped
+        if len(rows):
+            values[rows] = rayleigh(matrices[rows], found.bases[rows])
+        roots, overflown = root_from_basis(values, found.bases, root, *ridge, damping, share)
+        return {f"root_{mode}": roots, f"basis_{mode}": found.bases}, sorted({*found.failed, *overflown})
 
     def _share(self, modes: int) -> float:
         """The share of the bounds in ``inverse_root`` that each mode's root has."""

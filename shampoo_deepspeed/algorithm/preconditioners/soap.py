@@ -13,7 +13,7 @@ from shampoo_deepspeed.algorithm.preconditioners.shampoo import (
     wide,
     write,
 )
-from shampoo_deepspeed.linalg.eigenbases import eigenbasis, good_enough, known, power_step
+from shampoo_deepspeed.linalg.eigenbases import Renewed, known, renewed
 from shampoo_deepspeed.linalg.inverse_root import SPREAD, bounded, non_finite, symmetric
 from shampoo_deepspeed.linalg.mode_products import multiply_modes
 from shampoo_deepspeed.linalg.precision import power
@@ -35,7 +35,8 @@ class SOAPPreconditioner:
       estimate in this basis (claim 1 of the paper). From then on v <- b v + (1 - b) (Q'G)^2, and the sum of weights w
       follows alike; v / w is the corrected mean.
     - Later refreshes: one step of orthogonal iteration, columns ordered by eigenvalue estimate, and v permuted alike.
-      It iterates with A + ``relative_epsilon`` l_max I, so that null directions of A stay as they are.
+      It iterates with A + ``relative_epsilon`` l_max I, so that null directions of A stay as they are. With
+      ``solver="eigh"`` a decomposition takes the place of the step.
     - When a basis moves, M gets components of which v has seen nothing, and M / sqrt(v) is unbounded. So at each
       refresh that moves the basis v becomes max(v, M^2): no element of that step exceeds Adam's usual 1.
     - ``refresh_tolerance``: a mode's basis is kept if its factor is still diagonal in it to that tolerance.
@@ -88,10 +89,11 @@ class SOAPPreconditioner:
         result: dict[str, Tensor] = {}
         failed: set[int] = set()
         for mode in modes_of(state):
-            bases, values, columns, drifted, wrong = self._renewed_basis(state, mode)
-            result |= {f"basis_{mode}": bases, f"values_{mode}": values, f"columns_{mode}": columns}
-            moved = moved | drifted
-            failed.update(wrong)
+            found = self._renewed_basis(state, mode)
+            bases = found.bases.to(self._basis_dtype)
+            result |= {f"basis_{mode}": bases, f"values_{mode}": found.values, f"columns_{mode}": found.columns}
+            moved = moved | found.moved
+            failed.update(found.failed)
         weight = torch.full_like(state["rotated_weight"], 1.0 - self._beta**step)
         trace = self._trace(state, step).to(weight.dtype)
         result |= {"first": first, "moved": moved, "first_weight": weight, "trace": trace}
@@ -134,32 +136,17 @@ class SOAPPreconditioner:
     def project_back(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
         return self._rotated(state, moments, self._apply_dtype, back=True).to(moments.dtype)
 
-    def _renewed_basis(self, state: dict[str, Tensor], mode: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
-        """One mode's bases, eigenvalues, columns, which bases [B] took a step, and the rows that failed.
-
-        Only bases computed for the first time have eigenvalues, which are divided by their sum. For known ones,
-        columns are the old places of their columns.
-        """
+    def _renewed_basis(self, state: dict[str, Tensor], mode: int) -> Renewed:
+        """One mode's bases, and their eigenvalues divided by their sum."""
+        # Decompositions are in float64: in the basis all directions count alike, even those of the smallest
+        # eigenvalues, which float32 resolves poorly. A step from a known basis loses far less.
         matrices = symmetric(wide(state[f"factor_{mode}"]))
-        bases = state[f"basis_{mode}"].to(matrices.dtype, copy=True)
-        count, d = bases.shape[:2]
-        values = bases.new_zeros(count, d)
-        columns = torch.arange(d, device=bases.device).repeat(count, 1)
-        old = known(bases)
-        drifted = old if self._tolerance is None else old & ~good_enough(matrices, bases, self._tolerance)
-        unknown, moving = (mask.nonzero().flatten() for mask in (~old, drifted))
-        failed = []
-        if len(unknown):
-            # Afterwards all directions count alike, even those of the smallest eigenvalues, which a decomposition in
-            # float32 resolves poorly. This happens once per block; a power step from a known basis loses far less.
-            found, bases[unknown], wrong = eigenbasis(matrices[unknown], in_float64=True)
-            found = found.clamp_min(0.0)
-            total = found.sum(-1, keepdim=True)
-            values[unknown] = torch.where(total > 0, found / total, 0.0)
-            failed = unknown[wrong].tolist()
-        if len(moving):
-            bases[moving], columns[moving] = power_step(matrices[moving], bases[moving], self._relative_epsilon)
-        return bases.to(self._basis_dtype), values, columns, drifted, sorted({*failed, *non_finite(bases)})
+        bases, tracks = state[f"basis_{mode}"].to(matrices.dtype), self._config.tracks_basis
+        found = renewed(matrices, bases, tracks, self._tolerance, self._relative_epsilon, in_float64=True)
+        values = found.values.clamp_min(0.0)
+        total = values.sum(-1, keepdim=True)
+        failed = sorted({*found.failed, *non_finite(found.bases)})
+        return found._replace(values=torch.where(total > 0, values / total, 0.0), failed=failed)
 
     def _trace(self, state: dict[str, Tensor], step: int) -> Tensor:
         """The mean of ||G||^2 by the factor matrices [B]; the first mode's stands for all."""
