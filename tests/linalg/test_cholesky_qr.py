@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_deepspeed.linalg import eigenbases
 from shampoo_deepspeed.linalg.cholesky_qr import cholesky_qr
 from shampoo_deepspeed.linalg.eigenbases import power_step, rayleigh, root_from_basis
+from tests.support.multiply_adds import MultiplyAdds
 from tests.support.simulated_device import Mode, OnDevice, simulate
 
 F64 = torch.float64
@@ -68,29 +66,6 @@ def test_dependent_columns_give_nan_and_no_other_matrix_suffers() -> None:
     found = cholesky_qr(stack)
     assert found.isnan().flatten(1).all(1).tolist() == [False, True, True, True, True, False]
     assert torch.equal(found[0], found[5]) and torch.equal(found[0], cholesky_qr(stack[:1])[0])
-
-
-class MultiplyAdds(TorchDispatchMode):
-    """Counts multiply-adds of products, Cholesky factors (d^3 / 6) and triangular solves (d^3 / 2)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0.0
-        self.decompositions: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in ("bmm", "mm"):
-            self.count += args[0].numel() * args[1].shape[-1]
-        elif name == "baddbmm":
-            self.count += args[1].numel() * args[2].shape[-1]
-        elif name == "linalg_cholesky_ex":
-            self.count += args[0].numel() * args[0].shape[-1] / 6
-        elif name == "linalg_solve_triangular":
-            self.count += args[1].numel() * args[0].shape[-1] / 2
-        elif "linalg" in name and "norm" not in name:
-            self.decompositions.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def refresh(matrices: Tensor, bases: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from shampoo_deepspeed.algorithm.grafting import strengths
 from shampoo_deepspeed.linalg.eigenbases import eigenbasis, power_step, rayleigh, renewed
 from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root, shrunk
 from shampoo_deepspeed.linalg.mode_products import add_gram_, bmm, multiply_modes
+from shampoo_deepspeed.linalg.orthogonalise import orthogonalised
 from shampoo_deepspeed.linalg.precision import LANES, UNDIVIDED, elementwise, power
 from tests.support.bare import BARE
 
@@ -52,6 +53,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "soap": {"preconditioner": "soap"},
     "soap_other_root": {"preconditioner": "soap", "exponent_override": 3.0},
     "soap_grafted": {"preconditioner": "soap", "grafting": "adam", "apply_dtype": "bfloat16"},
+    "kl_soap": {"preconditioner": "kl_soap"},
+    "soap_muon": {"preconditioner": "soap_muon"},
+    "muon": {"preconditioner": "muon"},
+    "muon_ungrafted": {"preconditioner": "muon", "grafting": "none", "normalize_gradients": False},
     "shampoo_rms": {"preconditioner": "shampoo", "grafting": "rms"},
     "soap_rms": {"preconditioner": "soap", "grafting": "rms"},
 }
@@ -131,6 +136,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "newton_db": lambda a: inverse_root(a, 4.0, 0.0, 1e-4, a.dtype, "newton_db")[:1],
     "diagonal_root": lambda a: diagonal_root(a[..., 0].abs(), 3.0, 0.0, 1e-6, a.dtype, "shift")[:1],
     "saturated_root": lambda a: inverse_root(a, 2.0, 0.0, 1e-3, a.dtype, damping="saturate")[:1],
+    "orthogonalised": lambda a: (orthogonalised(a), orthogonalised(a[:, :, : a.shape[-1] // 2 + 1])),
     "shrunk": lambda a: (shrunk(a, 0.3), shrunk(a[..., 0], 0.3)),
     "eigenbasis": lambda a: eigenbasis(a)[:2],
     "power_step": lambda a: power_step(a, one_basis(a), 1e-6),

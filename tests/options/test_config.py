@@ -96,8 +96,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("factor_beta", 0.0, "null or a number in (0, 1]"),
     ("early_relative_epsilon", 1.0, "a number in [0, 1)"),
     ("grafting", "lamb", METHODS),
-    ("preconditioner", "muon", "one of shampoo, soap, kl_shampoo"),
-    ("preconditioner", None, "one of shampoo, soap, kl_shampoo"),
+    ("preconditioner", "lamb", "one of shampoo, soap, kl_shampoo, kl_soap, soap_muon, muon"),
+    ("preconditioner", None, "one of shampoo, soap, kl_shampoo, kl_soap, soap_muon, muon"),
     ("refresh_tolerance", -0.1, "null or a number in [0, 1)"),
     ("refresh_tolerance", 1, "null or a number in [0, 1)"),
     ("refresh_tolerance", "0.1", "null or a number in [0, 1)"),
@@ -451,8 +451,10 @@ def test_options_survive_json(options: dict[str, Any]) -> None:
     assert VALUES.keys() == set(OPTION_NAMES)
     if options["preconditioner"] != "shampoo":  # options that the others do not allow
         options = {**options, "exponent_override": None, "one_sided": None, "damping": "shift"}
-    if options["preconditioner"] == "soap":
+    if options["preconditioner"] not in ("shampoo", "kl_shampoo"):
         options = {**options, "shrinkage": 0.0}
+    if options["preconditioner"] == "muon":
+        options = {**options, "refresh_tolerance": None, "solver": "auto"}
     config = ShampooConfig.from_options(options)
     assert {name: getattr(config, name) for name in OPTION_NAMES} == options
     assert ShampooConfig.from_options(json.loads(json.dumps(config.to_json()))) == config
@@ -479,9 +481,12 @@ def test_refreshes_are_dense_at_first_and_thin_out_to_the_frequency() -> None:
 
 def test_early_refreshes_and_sampled_statistics_are_kl_shampoos_own_unless_told_otherwise() -> None:
     own = {name: ShampooConfig(preconditioner=name) for name in PRECONDITIONERS}
-    assert {name: c.growth for name, c in own.items()} == {"shampoo": 0.0, "soap": 0.0, "kl_shampoo": 0.25}
-    assert {name: c.sampling for name, c in own.items()} == {"shampoo": 1, "soap": 1, "kl_shampoo": 2}
-    assert {name: c.start for name, c in own.items()} == {"shampoo": 10, "soap": 10, "kl_shampoo": 2}
+    assert {name: c.growth for name, c in own.items()} == dict.fromkeys(PRECONDITIONERS, 0.0) | {"kl_shampoo": 0.25}
+    assert {name: c.sampling for name, c in own.items()} == dict.fromkeys(PRECONDITIONERS, 1) | {
+        "kl_shampoo": 2,
+        "kl_soap": 2,
+    }
+    assert {name: c.start for name, c in own.items()} == dict.fromkeys(PRECONDITIONERS, 10) | {"kl_shampoo": 2}
     for name in PRECONDITIONERS:
         config = ShampooConfig(preconditioner=name, refresh_growth=0.0, statistics_frequency=3)
         assert (config.growth, config.sampling, config.start) == (0.0, 3, 10)
@@ -528,7 +533,7 @@ def test_the_grafting_second_moment_decays_as_the_factors_do_unless_told_otherwi
 
 def test_grafting_is_the_preconditioners_own_unless_told_otherwise() -> None:
     own = {name: ShampooConfig(preconditioner=name).grafting_method for name in PRECONDITIONERS}
-    assert own == {"shampoo": "rms", "soap": "none", "kl_shampoo": "rms"}
+    assert own == dict.fromkeys(PRECONDITIONERS, "rms") | {"soap": "none", "kl_soap": "none"}
     for name in PRECONDITIONERS:
         for given_method in GRAFTING_METHODS:
             config = ShampooConfig(preconditioner=name, grafting=given_method)
@@ -570,6 +575,20 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"preconditioner": "kl_shampoo", "damping": "cutoff"}, "'damping' = 'cutoff'.*shift or saturate with.*never see"),
     ({"preconditioner": "soap", "damping": "saturate"}, "'damping' = 'saturate'.*shift with preconditioner soap"),
     ({"preconditioner": "soap", "shrinkage": 0.1}, "'shrinkage' = 0.1.*0 with preconditioner soap"),
+    ({"preconditioner": "kl_soap", "damping": "cutoff"}, "'damping' = 'cutoff'.*shift with preconditioner kl_soap"),
+    (
+        {"preconditioner": "soap_muon", "solver": "newton_db"},
+        "'solver' = 'newton_db'.*auto, eigh or qr with.*soap_muon",
+    ),
+    ({"preconditioner": "muon", "solver": "qr"}, "'solver' = 'qr'.*auto with preconditioner muon, which has no factor"),
+    ({"preconditioner": "muon", "exponent_override": 2}, "'exponent_override' = 2.0.*null with.*muon, which has no"),
+    ({"preconditioner": "muon", "refresh_tolerance": 0.1}, "'refresh_tolerance' = 0.1.*null with.*muon, which has no"),
+    (
+        {"preconditioner": "muon", "damping": "saturate"},
+        "'damping' = 'saturate'.*shift with.*muon, which has no factor",
+    ),
+    ({"preconditioner": "muon", "shrinkage": 0.1}, "'shrinkage' = 0.1.*0.0 with.*muon, which has no factor matrices"),
+    ({"preconditioner": "muon", "one_sided": "left"}, "'one_sided' = 'left'.*null with preconditioner muon"),
 ]
 
 

@@ -33,4 +33,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "bare": BARE,
     "kept_bases": {"refresh_tolerance": 0.5},
     "qr": {"solver": "qr"},
+    "kl_soap": {"preconditioner": "kl_soap"},
+    "muon": {"preconditioner": "muon"},
 }

@@ -20,6 +20,7 @@ BOUND = {"strict": 1e-5, "default": 2e-3}
 FAMILY: dict[str, dict[str, Any]] = {
     "soap": {"preconditioner": "soap", "start_preconditioning_step": 9, "eps": 1e-3},
     "kl_shampoo": {"preconditioner": "kl_shampoo", "start_preconditioning_step": 9, "eps": 1e-3},
+    "muon": {"preconditioner": "muon", "max_preconditioner_dim": None, "eps": 1e-3},
 }
 FROZEN_STEPS = 2  # number of steps for which a layer is frozen, in runs that freeze one
 # Options of single parameters, which may be parts of one flat tensor and have no whole block on any rank.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
+from shampoo_deepspeed.algorithm.preconditioners.base import Preconditioner
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import (
     ShampooPreconditioner,
@@ -21,7 +22,7 @@ from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
 
 
-class SOAPPreconditioner:
+class SOAPPreconditioner(Preconditioner):
     """Update Q (Q'M / (sqrt(v) + eps)), where v is the mean square of the rotated gradient Q'G.
 
     Factor matrices A_i are Shampoo's, Q_i their eigenbases, and ' multiplies along every mode. The first moment is kept
@@ -45,11 +46,11 @@ class SOAPPreconditioner:
     """
 
     first_moment = "rotated_exp_avg"
-    filled_by_refresh: str | None = "rotated_second_moment"
+    filled_by_refresh = "rotated_second_moment"
     rotates_moments = True
 
     def __init__(self, config: ShampooConfig) -> None:
-        self._config = config
+        super().__init__(config)
         self._factor_beta = config.factors_decay
         self._beta = config.second_moment_beta
         self._root = config.exponent_override if isinstance(config.exponent_override, float) else 2.0
@@ -113,7 +114,7 @@ class SOAPPreconditioner:
         weight = torch.where(found["first"], found["first_weight"], state["rotated_weight"])
         second = torch.where(found["first"].view(rows), (found["trace"] * weight).view(rows) * seed, second)
         changed = {"rotated_second_moment": second, "rotated_weight": weight}
-        bases = {f"basis_{mode}": found[f"basis_{mode}"] for mode in modes_of(state)}
+        bases = {name: tensor for name, tensor in found.items() if name in state}
         if self.first_moment in state:
             kept = state[self.first_moment]
             plain = torch.where(found["first"].view(rows), kept, self._rotated(state, kept, back=True).to(kept.dtype))
@@ -150,10 +151,14 @@ class SOAPPreconditioner:
 
     def _trace(self, state: dict[str, Tensor], step: int) -> Tensor:
         """The mean of ||G||^2 by the factor matrices [B]; the first mode's stands for all."""
+        return self._mean_trace(state, 0, step)
+
+    def _mean_trace(self, state: dict[str, Tensor], place: int, step: int) -> Tensor:
+        """The trace of the mean statistics [B] of one of the modes that have a factor."""
         modes = modes_of(state)
-        seen = self._factors.sampling.counted(step, 0, len(modes)).gradients
+        seen = self._factors.sampling.counted(step, place, len(modes)).gradients
         weight = float(seen) if self._factor_beta == 1.0 else 1.0 - self._factor_beta**seen
-        return wide(state[f"factor_{modes[0]}"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
+        return wide(state[f"factor_{modes[place]}"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
 
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
         second, weight = state["rotated_second_moment"], state["rotated_weight"]
