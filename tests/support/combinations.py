@@ -101,11 +101,12 @@ REFUSED: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
     ("split", 1): {"one_sided": (3,), "large_dim": (1, 2)},
 }
 # SOAP's basis of a factor matrix with several null directions is not unique, so there would be no unique trajectory to
-# compare with. So SOAP starts only when there are none. A tracked basis is not unique either without a relative ridge.
+# compare with. So SOAP starts only when there are none. A tracked basis from the first gradient, or without a relative
+# ridge, is not unique either.
 LEFT_OUT: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
     **{("preconditioner", PRECONDITIONERS.index(name)): {"schedule": (0, 3, 5)} for name in IN_BASIS},
-    ("bases", 2): {"regularisation": (2, 3)},
-    ("bases", 4): {"regularisation": (2, 3)},
+    ("bases", 2): {"regularisation": (2, 3), "schedule": (3,)},
+    ("bases", 4): {"regularisation": (2, 3), "schedule": (3,)},
 }
 
 
