@@ -173,6 +173,8 @@ def _estimate(given: argparse.Namespace) -> str:
     overhead = expected_overhead(made, speed) if speed is not None else None
     fitting = None
     if given.memory_budget is not None:
+        if not config.parts.statistics:
+            raise UsageError(f"--memory-budget is not allowed with {config.preconditioner}, whose matrices are not cut")
         fitting = recommend(parameters, config, made, given.memory_budget * 2**30, speed, given.overhead_budget)
     if given.json:
         out: dict[str, Any] = {
@@ -242,7 +244,7 @@ def _speed(given: argparse.Namespace) -> Speed | None:
 
 def _heading(given: argparse.Namespace, framework: str, config: ShampooConfig) -> list[str]:
     ranks = f"{given.world_size} rank{'s' if given.world_size > 1 else ''}"
-    blocks = f"blocks of at most {config.max_preconditioner_dim}, refresh every {config.precondition_frequency} steps"
+    blocks = f"blocks of at most {config.block_size}, refresh every {config.precondition_frequency} steps"
     lines = [f"{given.model or given.shapes} under {framework} on {ranks}, {blocks}"]
     refreshes, steps = config.early_refreshes()
     if refreshes:

@@ -67,11 +67,13 @@ class BlockStack:
         self._dtype = dtype
         self._use(config)
         self.tensors = self._new_tensors()
+        # Without factor matrices there is nothing to refresh, and blocks are preconditioned from the start.
+        self._refreshes = any(name.startswith("factor_") for name in self.tensors)
         self.meter = RefreshMeter()
         self._reset_counts()
 
     def _reset_counts(self) -> None:
-        self.refreshed = [False] * len(self.keys)
+        self.refreshed = [not self._refreshes] * len(self.keys)
         self.failures = [0] * len(self.keys)
         # Rows whose refresh in the background is not installed yet; None if it has not begun since loading.
         self.pending: dict[int, Refresh | None] = {}
@@ -113,8 +115,9 @@ class BlockStack:
 
     def _use(self, config: ShampooConfig) -> None:
         """Use these options from now on."""
-        self._config, self._preconditioner = config, build(config)
-        self._second_moment = _second_moment(self._preconditioner, config)
+        self._given, self._config = config, config.for_blocks
+        self._preconditioner = build(self._config)
+        self._second_moment = _second_moment(self._preconditioner, self._config)
 
     def step(
         self, first: int, gradients: Tensor, steps: Sequence[int], config: ShampooConfig, found_inf: FoundInf | None
@@ -127,7 +130,7 @@ class BlockStack:
             steps: each row's step number, counted from 1; rows with 0 take no part: they get update 0 and keep
                 their state.
         """
-        if config is not self._config:
+        if config is not self._given:
             self._use(config)
         together = list(self._stepped_together(steps, gradients))
         if len(together) == 1 and together[0][1] > 0:
@@ -256,7 +259,8 @@ class BlockStack:
         scaled, units = (moments, 1.0) if config.normalize_gradients else _scaled_moments(moments)
         update = preconditioner.apply(state, seen, scaled, found_inf)
         if config.grafting_method == "none":
-            return update.mul_(_bounded_factors(update, self._norms(update), correction * units))
+            lengths = _presence(moments, correction, config) if preconditioner.own_length else correction * units
+            return update.mul_(_bounded_factors(update, self._norms(update), lengths))
         if config.grafting_method == "rms":
             return update.mul_(self._to_rms(update) * _presence(moments, correction, config))
         moments = preconditioner.project_back(state, moments)
@@ -376,6 +380,8 @@ class BlockStack:
         ``refresh_growth`` the first windows are shorter, and each step in them stands for several phases.
         """
         config = self._config
+        if not self._refreshes:
+            return []
         if self.phases is None:
             return [slice(0, len(rows))] if config.refreshes_at(step) else []
         if step < config.start:
@@ -392,7 +398,7 @@ class BlockStack:
         return [slice(first - rows.start, stop - rows.start)] if first < stop else []
 
     def _note_refresh(self, rows: Sequence[int], failed: set[int]) -> None:
-        what = "eigenbasis" if self._config.preconditioner == "soap" else "inverse root"
+        what = "eigenbasis" if self._config.parts.in_basis else "inverse root"
         for position, row in enumerate(rows):
             if position not in failed:
                 self.refreshed[row] = True
@@ -411,10 +417,11 @@ class BlockStack:
 def _second_moment(preconditioner: Preconditioner, config: ShampooConfig) -> str | None:
     """The name of the second moment of grafting or of the updates before the first refresh; None if they have none.
 
-    Updates of a given length need none. If it is not needed after the first refresh, it shares the tensor that the
-    refresh fills.
+    Updates of a given length need none, nor do blocks without refreshes. If it is not needed after the first refresh,
+    it shares the tensor that the refresh fills.
     """
-    if config.grafting_method == "rms" or not grafting.has_second_moment(config.warm_method):
+    without = config.grafting_method == "rms" or not (config.grafts or config.parts.statistics)
+    if without or not grafting.has_second_moment(config.warm_method):
         return None
     ends = not config.grafts and preconditioner.filled_by_refresh is not None
     return preconditioner.filled_by_refresh if ends else "second_moment"

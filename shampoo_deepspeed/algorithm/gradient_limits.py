@@ -50,7 +50,7 @@ def mean_square_of_blocks(
     configs: Mapping[int, ShampooConfig],
     device: torch.device,
 ) -> Tensor:
-    """The running mean of ||G||^2 of these blocks, by their factor matrices: 0-d float64.
+    """The running mean of ||G||^2 of these blocks, by factor matrices or without any by first moments: 0-d float64.
 
     Args:
         parameters_of_rows: the parameter of each row of each stack.
@@ -60,11 +60,15 @@ def mean_square_of_blocks(
     for stack, parameters in zip(stacks, parameters_of_rows, strict=True):
         config = configs[stack.options]
         counts = [_gradients_in(config, steps[p]) if steps[p] else 0 for p in parameters]
-        if any(counts):
-            name = min((name for name in stack.tensors if name.startswith("factor_")), key=lambda n: int(n[7:]))
+        factors = [name for name in stack.tensors if name.startswith("factor_")]
+        if any(counts) and not factors and "exp_avg" in stack.tensors:
+            weights = [_of_first_moment(config.betas[0], steps[p]) if steps[p] else 0.0 for p in parameters]
+            total += sum_of_squares(stack.tensors["exp_avg"].unbind(), weights, device)
+        elif any(counts) and factors:
+            name = min(factors, key=lambda n: int(n[7:]))
             factor, beta = stack.tensors[name], config.factors_decay
             scale = 1.0
-            if config.preconditioner == "kl_shampoo":  # its mean eigenvalue is that of an element
+            if config.parts.whitens:  # its mean eigenvalue is that of an element
                 scale = math.prod(stack.shape) / factor.shape[-1]
             weights = [scale / (n if beta == 1.0 else 1.0 - beta**n) if n else 0.0 for n in counts]
             traces = factor if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1)
@@ -87,14 +91,18 @@ def mean_square_of_elements(
             decayed = shard.method != "adagrad"
             weight = 1.0 / (1.0 - config.second_moment_beta**step if decayed else step)
             seconds.append((elementwise.views["second_moment"][number], weight * shard.share))
-        elif beta1:  # a first moment of pure noise is shorter by the root of (1 + b) / (1 - b)
-            weight = (1.0 + beta1) / (1.0 - beta1) / (1.0 - beta1**step) ** 2
-            firsts.append((elementwise.views["exp_avg"][number], weight * shard.share))
+        elif beta1:
+            firsts.append((elementwise.views["exp_avg"][number], _of_first_moment(beta1, step) * shard.share))
     total = sum_of_squares([part for part, _ in firsts], [weight for _, weight in firsts], device)
     if seconds:  # the sum of elements, none of which is negative
         sums = torch._foreach_norm([part for part, _ in seconds], 1, torch.float64)
         total = total + _weighted_sum(sums, [weight for _, weight in seconds])
     return total
+
+
+def _of_first_moment(beta1: float, step: int) -> float:
+    """||G||^2 divided by that of a first moment of pure noise, which is shorter by the root of (1 + b) / (1 - b)."""
+    return (1.0 + beta1) / (1.0 - beta1) / (1.0 - beta1**step) ** 2
 
 
 def _gradients_in(config: ShampooConfig, step: int) -> int:

@@ -206,9 +206,8 @@ def _other_options(record: Mapping[str, Any], config: ShampooConfig) -> str | No
         return f"it was saved by another version: {printable(str(error))}"
     except Exception as error:  # of a type that no option has
         return f"it was saved with options that cannot be: {quoted(error)}"
-    before, after = saved.shape_of_state(), config.shape_of_state()
-    for name, value in after.items():
-        if name not in options_with(NOT_STORED) and value != before[name]:
+    for name in saved.reshaped_by(config):
+        if name not in options_with(NOT_STORED):
             was, is_ = saved.in_force(name), config.in_force(name)
             return f"it was saved with {name} = {was!r}, but here it is {is_!r}; set it to {was!r}"
     return None
@@ -341,7 +340,7 @@ def _take_over(group: dict[str, Any], config: ShampooConfig, saved: Mapping[str,
 def _restorable(saved: Sequence[ShampooConfig], config: ShampooConfig) -> tuple[list[str], list[str]]:
     """Which options a group restores from the saved groups of its parameters, and in which these differ."""
     # These only need the same tensors, which has been checked.
-    fixed = set(config.shape_of_state()) - {"betas", "elementwise_betas", "grafting", "elementwise"}
+    fixed = set(config.shape_of_state()) - {"betas", "elementwise_betas", "grafting", "elementwise", "solver"}
     equal = {name for name in OPTION_NAMES if all(getattr(s, name) == getattr(saved[0], name) for s in saved)}
     differing = [name for name in OPTION_NAMES if name not in equal | fixed and name != "weight_decay"]
     taken = equal - fixed - {"weight_decay"}

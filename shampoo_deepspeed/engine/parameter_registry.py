@@ -291,13 +291,11 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 def _refuse_reshaping(before: ShampooConfig, after: ShampooConfig) -> None:
     """Raise OptionError if an option that shapes state has changed; all ranks do, before they exchange anything."""
-    shape = before.shape_of_state()
-    for name, value in after.shape_of_state().items():
-        if value != shape[name]:
-            raise OptionError(
-                f"Shampoo option {name!r} = {after.in_force(name)!r} is not allowed: it was {before.in_force(name)!r} "
-                "at the first step, and blocks and state depend on it; load a state dict to start with other options"
-            )
+    for name in before.reshaped_by(after):
+        raise OptionError(
+            f"Shampoo option {name!r} = {after.in_force(name)!r} is not allowed: it was {before.in_force(name)!r} "
+            "at the first step, and blocks and state depend on it; load a state dict to start with other options"
+        )
 
 
 def _trains(tensor: Tensor | None) -> bool:

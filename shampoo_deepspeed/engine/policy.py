@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.geometry.blocks import Side, cut_lengths, merge_small_dims
 from shampoo_deepspeed.geometry.plan import Matrix
+from shampoo_deepspeed.linalg.orthogonalise import ITERATIONS
 from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.parameter_names import matching, rate_option
@@ -58,7 +59,7 @@ def policy_of(parameter: Parameter, config: ShampooConfig) -> Policy:
     if rule is not None:
         pattern = matching(config.rules[rule]["match"], parameter.name, parameter.kinds, parameter.shape)
         config = config.by_rule[rule]
-    limit, batch = config.max_preconditioner_dim, config.batch_dims
+    limit, batch = config.block_size, config.batch_dims
     merged, dims = merge_small_dims(parameter.shape, limit, batch, config.merge_small_dims)
     reason, method = _why_elementwise(parameter, merged, config)
     if reason is not None:
@@ -87,10 +88,10 @@ def _why_elementwise(parameter: Parameter, merged: tuple[int, ...], config: Sham
         return f"excluded by {pattern!r}", config.elementwise_method
     if len(merged) - config.batch_dims < 2 or 0 in merged:
         return "fewer than two dims larger than 1", config.elementwise_method
-    if config.large_dim == "adagrad" and max(merged[config.batch_dims :]) > config.max_preconditioner_dim:
-        return f"a dim above {config.max_preconditioner_dim}: AdaGrad", "adagrad"
-    if not any(side != "none" for side in config.sides(merged)):
-        return f"its dims are above {config.max_preconditioner_dim}", config.elementwise_method
+    if config.large_dim == "adagrad" and max(merged[config.batch_dims :]) > config.block_size:
+        return f"a dim above {config.block_size}: AdaGrad", "adagrad"
+    if config.parts.statistics and not any(side != "none" for side in config.sides(merged)):
+        return f"its dims are above {config.block_size}", config.elementwise_method
     return None, config.elementwise_method
 
 
@@ -106,4 +107,6 @@ def matrix_of(policy: Policy, config: ShampooConfig, phases: tuple[int, ...] | N
         policy.sides,
         products,
         config.decompositions,
+        ITERATIONS if config.parts.orthogonalises else 0,
+        config.batch_dims,
     )

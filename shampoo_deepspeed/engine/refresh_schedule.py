@@ -34,7 +34,7 @@ def refresh_phases(
     for parameter in sorted(parameters, key=lambda p: (p.frozen, p.group, p.position)):
         policy = policies[parameter.key]
         config = configs[policy.options]
-        if not (config.staggers and policy.preconditioned):
+        if not (config.staggers and policy.preconditioned and any(side != "none" for side in policy.sides)):
             continue
         frequency = config.precondition_frequency
         window = windows.setdefault(frequency, _Window(frequency))

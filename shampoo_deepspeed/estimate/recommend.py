@@ -128,8 +128,8 @@ def _blocks(parameters: Sequence[Parameter], config: ShampooConfig) -> Mapping[t
     for shape, times in shapes.items():
         cut: dict[tuple[int, ...], int] = {(): times}
         for n in shape:
-            whole, rest = divmod(n, config.max_preconditioner_dim)
-            lengths = [(config.max_preconditioner_dim, whole), (rest, 1 if rest else 0)]
+            whole, rest = divmod(n, config.block_size)
+            lengths = [(config.block_size, whole), (rest, 1 if rest else 0)]
             cut = {(*head, d): many * some for head, many in cut.items() for d, some in lengths if some}
         blocks.update(cut)
     return blocks

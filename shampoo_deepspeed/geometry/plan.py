@@ -39,7 +39,9 @@ class Matrix:
 
     ``phases`` holds each block's refresh phase, or is None if all refresh together. ``sides`` is what each dim has;
     None means a factor matrix for all. ``products`` is the number of products of a factor's size for each dim and
-    step. ``decompositions`` is the time of a decomposition relative to one in float32.
+    step. ``decompositions`` is the time of a refresh relative to a decomposition in float32.
+    ``orthogonalisations`` is the number of iterations that orthogonalise each block in a step; batch dims are not part
+    of a block's matrix then.
     """
 
     shape: tuple[int, ...]
@@ -50,6 +52,8 @@ class Matrix:
     sides: tuple[Side, ...] | None = None
     products: float = 2.0
     decompositions: float = 1.0
+    orthogonalisations: int = 0
+    batch_dims: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,13 @@ def step_cost(lengths: Sequence[int], sides: Sequence[Side] | None = None, produ
     for n, side in zip(lengths, sides or ["matrix"] * len(lengths), strict=True):
         total += {"matrix": 2.0 * products * n * numel, "diagonal": 4.0 * numel, "none": 0.0}[side]
     return total
+
+
+def iteration_cost(lengths: Sequence[int]) -> float:
+    """FLOPs of one Newton-Schulz iteration of a block, as the matrix of its first dim and all others."""
+    numel = math.prod(lengths)
+    short, long = sorted((lengths[0], numel // lengths[0]))
+    return 2.0 * (2.0 * short * short * long + short**3)
 
 
 def refresh_cost(lengths: Sequence[int], sides: Sequence[Side] | None = None) -> float:
@@ -178,7 +189,8 @@ class Plan:
             shapes = {held.box.lengths for held in found}
             costs = {
                 shape: (
-                    step_cost(shape, matrix.sides, matrix.products),
+                    step_cost(shape, matrix.sides, matrix.products)
+                    + matrix.orthogonalisations * iteration_cost(shape[matrix.batch_dims :]),
                     matrix.decompositions * refresh_cost(shape, matrix.sides),
                 )
                 for shape in shapes

@@ -6,9 +6,12 @@ computed yet.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from shampoo_deepspeed.linalg.cholesky_qr import cholesky_qr
 from shampoo_deepspeed.linalg.inverse_root import RootOfEigenvalues, decomposed, non_finite
 from shampoo_deepspeed.linalg.mode_products import product
 
@@ -55,19 +58,85 @@ def power_step(matrices: Tensor, bases: Tensor, ridge: float = 0.0) -> tuple[Ten
     products = product(matrices, bases)
     estimates = (bases * products).sum(-2)
     order = estimates.argsort(dim=-1, descending=True, stable=True)
+    largest = estimates.amax(-1).view(-1, 1, 1)
     if ridge > 0:
-        products = products + (ridge * estimates.amax(-1)).view(-1, 1, 1) * bases
+        products = products + (ridge * largest) * bases
+    if matrices.device.type != "cpu":  # CholeskyQR needs columns; those of a zero matrix stay as they are
+        products = torch.where(largest == 0, bases, products)
     return orthonormalised(products.gather(-1, order.unsqueeze(-2).expand_as(products))), order
 
 
 def orthonormalised(matrices: Tensor) -> Tensor:
-    """Q of each matrix's QR decomposition [B, d, d]; it depends on the matrix's values alone (see ``precision``)."""
+    """Q of each matrix's QR decomposition [B, d, d]; it depends on the matrix's values alone (see ``precision``).
+
+    On accelerators by ``cholesky_qr``, which gives NaN for dependent columns; signs of columns may differ.
+    """
     if matrices.device.type != "cpu":
-        return torch.linalg.qr(matrices)[0]
+        return cholesky_qr(matrices)
     out = torch.empty_like(matrices)
     for matrix, target in zip(matrices, out, strict=True):
         target.copy_(torch.linalg.qr(matrix)[0])
     return out
+
+
+class Renewed(NamedTuple):
+    """Bases after a refresh.
+
+    Attributes:
+        bases: [B, d, d].
+        values: eigenvalues [B, d] in the order of the columns; 0 for bases that took a step (see ``rayleigh``).
+        columns: [B, d]: column i continues column ``columns[:, i]`` of the basis before.
+        moved: [B] bool: bases that were known and are not the same as before.
+        stepped: the rows among them whose bases took a step of orthogonal iteration.
+        failed: the rows whose content is undefined.
+    """
+
+    bases: Tensor
+    values: Tensor
+    columns: Tensor
+    moved: Tensor
+    stepped: Tensor
+    failed: list[int]
+
+
+def renewed(
+    matrices: Tensor, bases: Tensor, tracks: bool, tolerance: float | None, ridge: float = 0.0, in_float64: bool = False
+) -> Renewed:
+    """Bring eigenbases up to date; those that are not known yet come from an eigendecomposition.
+
+    Args:
+        matrices: [B, d, d], symmetric.
+        bases: the last ones [B, d, d].
+        tracks: known bases take one ``power_step`` with this ``ridge`` instead of a decomposition.
+        tolerance: bases that are ``good_enough`` stay; None: none does.
+        in_float64: decompose in float64.
+    """
+    old, inside = known(bases), None
+    moved, values = old, torch.zeros_like(bases[..., 0])
+    if tolerance is not None:
+        inside = in_basis(matrices, bases)
+        moved = old & ~good_enough(matrices, bases, tolerance, inside)
+        values = inside.diagonal(dim1=-2, dim2=-1).clone()
+    out = bases.clone()
+    columns = torch.arange(bases.shape[-1], device=bases.device).repeat(len(bases), 1)
+    stepping = (moved & tracks).nonzero().flatten()
+    decomposing = (~old if tracks else ~old | moved).nonzero().flatten()
+    failed: list[int] = []
+    if len(decomposing):
+        own = matrices[decomposing]
+        columns[decomposing] = rayleigh(own, bases[decomposing]).argsort(dim=-1, descending=True, stable=True)
+        values[decomposing], out[decomposing], wrong = eigenbasis(own, in_float64)
+        failed = decomposing[wrong].tolist()
+    if len(stepping):
+        values[stepping] = 0.0
+        out[stepping], columns[stepping] = power_step(matrices[stepping], bases[stepping], ridge)
+        failed += stepping[non_finite(out[stepping])].tolist()
+    return Renewed(out, values, columns, moved, stepping, sorted(failed))
+
+
+def rayleigh(matrices: Tensor, bases: Tensor) -> Tensor:
+    """Estimates of eigenvalues [B, d]: q'Aq of each column q of each basis."""
+    return (bases * product(matrices, bases)).sum(-2)
 
 
 def known(bases: Tensor) -> Tensor:
@@ -90,25 +159,6 @@ def good_enough(matrices: Tensor, bases: Tensor, tolerance: float, inside: Tenso
     off = torch.linalg.matrix_norm(inside - torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1)))
     whole = torch.linalg.matrix_norm(matrices)
     return known(bases) & (off <= tolerance * whole)
-
-
-def kept_or_new(
-    matrices: Tensor, bases: Tensor, tolerance: float, in_float64: bool = False
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Eigenvalues and bases: bases that are good enough are kept and give diag(Q'AQ); the others are computed.
-
-    Returns:
-        Eigenvalues [B, d] in the order of the columns, bases [B, d, d], and the rows that failed.
-    """
-    inside = in_basis(matrices, bases)
-    stays = good_enough(matrices, bases, tolerance, inside)
-    values = inside.diagonal(dim1=-2, dim2=-1).clone()
-    vectors = bases.clone()
-    rows = (~stays).nonzero().flatten()
-    if not len(rows):
-        return values, vectors, []
-    values[rows], vectors[rows], failed = eigenbasis(matrices[rows], in_float64)
-    return values, vectors, rows[failed].tolist()
 
 
 def root_from_basis(

@@ -6,7 +6,7 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from numbers import Real
 from typing import Any
@@ -247,6 +247,15 @@ def one_of(*allowed: str) -> Check:
         if not isinstance(value, str) or value.lower() not in allowed:
             raise bad(key, value, f"one of {', '.join(allowed)}")
         return value.lower()
+
+    return check
+
+
+def key_of(table: Mapping[str, object]) -> Check:
+    """A key of the table as it is then, in lower or upper case."""
+
+    def check(key: str, value: object) -> str:
+        return one_of(*table)(key, value)
 
     return check
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from shampoo_deepspeed.options.family import FAMILY
+
 ELEMENTWISE_METHODS = (
     "none",
     "sgd",
@@ -22,8 +24,9 @@ DECAYS = ("l2", "decoupled", "corrected", "independent")
 LARGE_DIMS = ("block", "diagonal", "identity", "adagrad")
 SIDES = ("smaller", "left", "right")
 DAMPINGS = ("shift", "cutoff", "saturate")
-SOLVERS = ("auto", "eigh", "coupled_newton", "newton_db")
-PRECONDITIONERS = ("shampoo", "soap", "kl_shampoo")
+SOLVERS = ("auto", "eigh", "qr", "coupled_newton", "newton_db")
+OF_BASES = ("auto", "eigh", "qr")  # the solvers that compute eigenbases
+PRECONDITIONERS = tuple(FAMILY)
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 WIDE_DTYPES = ("float32", "float64")  # in 16 bits a slow average neither decays nor registers small terms
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.linalg.newton import DB_ROOTS
 from shampoo_deepspeed.options.checks import bad
+from shampoo_deepspeed.options.choices import OF_BASES
 
 if TYPE_CHECKING:
     from shampoo_deepspeed.options.config import ShampooConfig
@@ -37,36 +38,50 @@ def check_together(config: ShampooConfig) -> None:
 
 
 def _check_preconditioner(config: ShampooConfig) -> None:
-    """Options that only Shampoo has, and those that rule out kept eigenbases."""
-    if config.preconditioner == "kl_shampoo" and config.exponent_override is not None:
-        allowed = f"null with preconditioner kl_shampoo, whose statistics use inverse square roots; {_INSTEAD}"
+    """Options that only some preconditioners have, and those that rule out kept eigenbases."""
+    parts, name = config.parts, f"preconditioner {config.preconditioner}"
+    if parts.whitens and not parts.in_basis and config.exponent_override is not None:
+        allowed = f"null with {name}, whose statistics use inverse square roots; {_INSTEAD}"
         raise bad("exponent_override", config.exponent_override, allowed)
     defaults = {"one_sided": (None,), "large_dim": ("block", "adagrad")}
-    for name, values in defaults.items():
-        value = getattr(config, name)
-        if config.preconditioner != "shampoo" and value not in values:
+    for option, values in defaults.items():
+        value = getattr(config, option)
+        if not (parts.takes_roots and not parts.whitens) and value not in values:
             allowed = " or ".join("null" if v is None else v for v in values)
-            raise bad(name, value, f"{allowed} with preconditioner {config.preconditioner}; {_INSTEAD}")
-    if config.preconditioner == "soap" and isinstance(config.exponent_override, tuple):
-        raise bad("exponent_override", config.exponent_override, "null or a number with preconditioner soap")
-    if config.refresh_tolerance is not None and config.solver not in ("auto", "eigh"):
-        raise bad("solver", config.solver, "auto or eigh together with refresh_tolerance, which keeps eigenbases")
-    if config.preconditioner == "soap" and config.solver not in ("auto", "eigh"):
-        raise bad("solver", config.solver, "auto or eigh with preconditioner soap, which takes no inverse roots")
+            raise bad(option, value, f"{allowed} with {name}; {_INSTEAD}")
+    if parts.in_basis and isinstance(config.exponent_override, tuple):
+        raise bad("exponent_override", config.exponent_override, f"null or a number with {name}")
+    if config.refresh_tolerance is not None and config.solver not in OF_BASES:
+        raise bad("solver", config.solver, "auto, eigh or qr together with refresh_tolerance, which keeps eigenbases")
+    if parts.in_basis and config.solver not in OF_BASES:
+        raise bad("solver", config.solver, f"auto, eigh or qr with {name}, which takes no inverse roots")
+    if parts.statistics is None:
+        _check_without_statistics(config)
+
+
+def _check_without_statistics(config: ShampooConfig) -> None:
+    """Options of factor matrices where there are none."""
+    without = {"exponent_override": None, "refresh_tolerance": None, "solver": "auto", "damping": "shift"}
+    for option, value in {**without, "shrinkage": 0.0}.items():
+        if getattr(config, option) != value:
+            shown = "null" if value is None else value
+            allowed = f"{shown} with preconditioner {config.preconditioner}, which has no factor matrices"
+            raise bad(option, getattr(config, option), allowed)
 
 
 def _check_regularisation(config: ShampooConfig) -> None:
-    if config.preconditioner == "soap" and config.damping != "shift":
-        raise bad("damping", config.damping, "shift with preconditioner soap, which takes no inverse roots")
-    if config.preconditioner == "soap" and config.shrinkage > 0.0:
-        allowed = "0 with preconditioner soap; a multiple of the identity does not change its eigenbases"
+    parts, name = config.parts, f"preconditioner {config.preconditioner}"
+    if parts.in_basis and config.damping != "shift":
+        raise bad("damping", config.damping, f"shift with {name}, which takes no inverse roots")
+    if parts.in_basis and config.shrinkage > 0.0:
+        allowed = f"0 with {name}; a multiple of the identity does not change its eigenbases"
         raise bad("shrinkage", config.shrinkage, allowed)
-    if config.preconditioner == "kl_shampoo" and config.damping == "cutoff":
+    if parts.whitens and config.damping == "cutoff":
         # A gradient along directions that are cut off in every mode would never reach the statistics, for good.
-        allowed = "shift or saturate with preconditioner kl_shampoo, whose statistics would never see what is cut off"
+        allowed = f"shift or saturate with {name}, whose statistics would never see what is cut off"
         raise bad("damping", config.damping, f"{allowed}; {_INSTEAD}")
-    if config.damping != "shift" and config.solver not in ("auto", "eigh"):
-        raise bad("solver", config.solver, f"auto or eigh if damping is {config.damping}, which needs eigenvalues")
+    if config.damping != "shift" and config.solver not in OF_BASES:
+        raise bad("solver", config.solver, f"auto, eigh or qr if damping is {config.damping}, which needs eigenvalues")
 
 
 def _check_solver(config: ShampooConfig) -> None:

@@ -21,6 +21,7 @@ from shampoo_deepspeed.options.checks import (
     flag,
     fraction,
     growth,
+    key_of,
     learning_rate,
     lengths,
     non_negative,
@@ -47,7 +48,6 @@ from shampoo_deepspeed.options.choices import (
     GRAFTING_METHODS,
     KINDS,
     LARGE_DIMS,
-    PRECONDITIONERS,
     REFRESHES,
     SIDES,
     SOLVERS,
@@ -55,6 +55,7 @@ from shampoo_deepspeed.options.choices import (
 )
 from shampoo_deepspeed.options.combinations import check_together
 from shampoo_deepspeed.options.derived import DerivedValues
+from shampoo_deepspeed.options.family import FAMILY
 from shampoo_deepspeed.options.names import renamed
 from shampoo_deepspeed.options.presets import PRESET, without_preset
 
@@ -152,7 +153,11 @@ class ShampooConfig(DerivedValues):
     factor_beta: float | None = _option(
         0.95, optional_factor_beta, "decay of the factor matrices; null: betas[1]", SCHEDULED
     )
-    beta3: float | None = _option(None, nullable(fraction), "weight of the old first moment in M; null: betas[0]")
+    beta3: float | None = _option(
+        None,
+        nullable(fraction),
+        "weight of the old first moment in M; null: betas[0], squared for (soap_)muon",
+    )
     eps: float = _option(1e-8, non_negative, "added to the square root of second moments, as in AdamW")
     normalize_gradients: bool = _option(
         True, flag, "first divide each block's (or element-wise parameter's) gradient by its root mean square"
@@ -181,9 +186,14 @@ class ShampooConfig(DerivedValues):
         fraction,
         "in early steps t, relative_epsilon is raised to at least this divided by t; 0: off",
     )
-    preconditioner: str = _option("kl_shampoo", one_of(*PRECONDITIONERS), "kl_shampoo, shampoo or soap", FIXED)
-    max_preconditioner_dim: int = _option(
-        1024, positive_int, "block size: larger dims are cut, small ones merged", FIXED
+    preconditioner: str = _option(
+        "kl_shampoo", key_of(FAMILY), "kl_shampoo, shampoo, soap, kl_soap, soap_muon or muon", FIXED
+    )
+    max_preconditioner_dim: int | None = _option(
+        None,
+        nullable(positive_int),
+        "block size: larger dims are cut, small ones merged; null: 1024, or no limit for muon",
+        FIXED,
     )
     merge_small_dims: bool = _option(
         True, flag, "merge small neighbouring dims; false: only drop dims of size 1", FIXED
@@ -202,7 +212,7 @@ class ShampooConfig(DerivedValues):
     statistics_frequency: int | None = _option(
         None,
         nullable(positive_int),
-        "after the early refreshes, one gradient in n goes into a factor matrix; null: 2 for kl_shampoo, else 1",
+        "after the early refreshes, one gradient in n goes into a factor matrix; null: 2 for kl_*, else 1",
     )
     precondition_frequency: int = _option(
         10, positive_int, "steps between two refreshes of roots or eigenbases", NOT_STORED
@@ -228,7 +238,7 @@ class ShampooConfig(DerivedValues):
     grafting: str | None = _option(
         None,
         _optional_grafting,
-        "method that gives a block's update its length; rms: a root mean square of 0.6; null: rms, or none for soap",
+        "method that gives updates of blocks their length; rms: a root mean square of 0.6; null: rms, or none in bases",
     )
     grafting_beta2: float | None = _option(
         None, optional_beta2, "decay of second moments; null: betas[1], or 0.999 if that is 1"
@@ -269,7 +279,9 @@ class ShampooConfig(DerivedValues):
         non_negative,
         "a refresh mixes this share of the identity, divided by the number of gradients, into factor matrices; 0: off",
     )
-    solver: str = _option("auto", one_of(*SOLVERS), "how inverse roots are computed; auto: by device and root")
+    solver: str = _option(
+        "auto", one_of(*SOLVERS), "how roots or eigenbases are computed; auto: by device and root, or qr in bases"
+    )
     exclude: tuple[str, ...] = _option(
         DEFAULT_EXCLUDE, _patterns, "patterns of parameters that stay element-wise", FIXED | GROUP_ONLY | NOT_STORED
     )
@@ -345,15 +357,21 @@ class ShampooConfig(DerivedValues):
     def shape_of_state(self) -> dict[str, Any]:
         """The values that may not change once there is state, by option."""
         plain = ("none", "sgd")  # no second moment
-        fixed = {name: getattr(self, name) for name in options_with(FIXED)}
+        fixed = {name: self.in_force(name) for name in options_with(FIXED)}
         if self.staggers:  # phases depend on this frequency
             fixed["precondition_frequency"] = self.precondition_frequency
-        # Ungrafted SOAP has one second moment after the other in the same tensor.
-        none = self.grafting_method == "rms" or (self.preconditioner == "soap" and not self.grafts)
+        # Ungrafted SOAP has one second moment after the other in the same tensor, and ungrafted Muon has none.
+        none = self.grafting_method == "rms" or not (self.parts.takes_roots or self.grafts)
         kinds = {"grafting": none or self.warm_method in plain, "elementwise": self.elementwise_method in plain}
-        kinds["refresh_tolerance"] = self.keeps_basis
+        kinds["refresh_tolerance"] = kinds["solver"] = self.keeps_basis
         kinds["elementwise_betas"] = self.for_elementwise.betas[0] == 0.0
         return {**fixed, "betas": self.betas[0] == 0.0, **kinds}
+
+    def reshaped_by(self, other: ShampooConfig) -> list[str]:
+        """The options whose values under ``other`` would need another state, those that differ first."""
+        before, after = self.shape_of_state(), other.shape_of_state()
+        found = [name for name, value in after.items() if name in before and value != before[name]]
+        return sorted(found, key=lambda name: bool(self.in_force(name) == other.in_force(name)))
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> ShampooConfig:

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from shampoo_deepspeed.geometry.blocks import Side, sides_of
-from shampoo_deepspeed.options.checks import bad
+from shampoo_deepspeed.options.checks import LARGEST_INT, bad
+from shampoo_deepspeed.options.family import FAMILY, Parts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# The block size if none is given.
+BLOCK_SIZE = 1024
 # From this relative ridge on, KL-Shampoo's roots of float32 factor matrices are accurate enough in float32.
 WIDE_RIDGE = 1e-5
 
@@ -33,7 +36,7 @@ class DerivedValues:
     peak_lr: float | None
     relative_epsilon: float
     preconditioner: str
-    max_preconditioner_dim: int
+    max_preconditioner_dim: int | None
     large_dim: str
     one_sided: str | None
     batch_dims: int
@@ -41,6 +44,7 @@ class DerivedValues:
     precondition_frequency: int
     refresh_growth: float | None
     refresh_tolerance: float | None
+    solver: str
     refresh: str
     start_preconditioning_step: int
     grafting: str | None
@@ -52,6 +56,25 @@ class DerivedValues:
     def _replaced(self, **changes: Any) -> Self:
         """These options with some changes."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    @cached_property
+    def parts(self) -> Parts:
+        """What the preconditioner is made of."""
+        return FAMILY[self.preconditioner]
+
+    @cached_property
+    def block_size(self) -> int:
+        """``max_preconditioner_dim`` in force. Orthogonalised matrices without factor matrices stay whole."""
+        if self.max_preconditioner_dim is not None:
+            return self.max_preconditioner_dim
+        return BLOCK_SIZE if self.parts.statistics else LARGEST_INT
+
+    @cached_property
+    def for_blocks(self) -> Self:
+        """These options as blocks see them. If they are orthogonalised, Nesterov's momentum is the default."""
+        if not self.parts.orthogonalises or self.beta3 is not None or self.betas[0] == 0.0:
+            return self
+        return self._replaced(beta3=self.betas[0] ** 2)
 
     @cached_property
     def decay_type(self) -> str:
@@ -80,14 +103,14 @@ class DerivedValues:
 
     def sides(self, shape: tuple[int, ...]) -> tuple[Side, ...]:
         """What each dim of a merged shape, or of a block of it, has: a factor matrix, a diagonal or nothing."""
-        if self.preconditioner != "shampoo":
-            return sides_of(shape, self.max_preconditioner_dim, batch_dims=self.batch_dims)
+        if self.parts.statistics is None:
+            return tuple[Side, ...]("none" for _ in shape)
         large = "block" if self.large_dim == "adagrad" else self.large_dim
-        return sides_of(shape, self.max_preconditioner_dim, large, self.one_sided, self.batch_dims)
+        return sides_of(shape, self.block_size, large, self.one_sided, self.batch_dims)
 
     def root(self, count: int) -> float:
         """The p of A^(-1/p) for a block with so many preconditioned dims."""
-        if self.preconditioner == "kl_shampoo":
+        if self.parts.whitens:
             return 2.0
         given = self.exponent_override
         if isinstance(given, tuple):
@@ -96,22 +119,24 @@ class DerivedValues:
 
     @cached_property
     def decomposes_in_float64(self) -> bool:
-        """Whether float32 factor matrices are decomposed in float64 for their roots.
+        """Whether float32 factor matrices are decomposed in float64.
 
         KL-Shampoo's are if the ridge is small: the root -1/2 doubles float32's error of small eigenvalues, and the next
-        statistics are computed from these roots.
+        statistics are computed from these roots. In SOAP's basis all directions count alike.
         """
-        return self.preconditioner == "kl_shampoo" and self.relative_epsilon < WIDE_RIDGE
+        return self.parts.in_basis or (self.parts.whitens and self.relative_epsilon < WIDE_RIDGE)
 
     @cached_property
     def decompositions(self) -> float:
-        """The time of a decomposition relative to one in float32."""
+        """The time of a refresh relative to a decomposition in float32; a QR step takes 65 to 80 % on the CPU."""
+        if self.tracks_basis:
+            return 0.7
         return 2.0 if self.decomposes_in_float64 else 1.0
 
     def products(self, order: int) -> float:
         """Products with a matrix of the factor's size, for each step and dim of a block of this order."""
-        statistics = float(order) if self.preconditioner == "kl_shampoo" else 1.0
-        return statistics / self.sampling + (2.0 if self.preconditioner == "soap" else 1.0)
+        statistics = float(order) if self.parts.whitens else 1.0
+        return statistics / self.sampling + (2.0 if self.parts.in_basis else 1.0)
 
     @cached_property
     def factors_decay(self) -> float:
@@ -123,7 +148,7 @@ class DerivedValues:
         """``statistics_frequency`` in force. KL-Shampoo's statistics cost twice as much as Shampoo's."""
         if self.statistics_frequency is not None:
             return self.statistics_frequency
-        return 2 if self.preconditioner == "kl_shampoo" else 1
+        return 2 if self.parts.whitens else 1
 
     @cached_property
     def dense_statistics(self) -> int:
@@ -135,7 +160,7 @@ class DerivedValues:
         """``refresh_growth`` in force. Only KL-Shampoo bears refreshes by the few gradients of the first steps."""
         if self.refresh_growth is not None:
             return self.refresh_growth
-        return 0.25 if self.preconditioner == "kl_shampoo" else 0.0
+        return 0.25 if self.parts.whitens and not self.parts.in_basis else 0.0
 
     @cached_property
     def start(self) -> int:
@@ -179,15 +204,20 @@ class DerivedValues:
 
     @cached_property
     def keeps_basis(self) -> bool:
-        """Whether eigenbases are kept next to inverse roots, so that a refresh can reuse one that is good enough."""
-        return self.refresh_tolerance is not None and self.preconditioner != "soap"
+        """Whether eigenbases are kept next to inverse roots, so that a refresh can start from the last ones."""
+        return self.parts.takes_roots and (self.refresh_tolerance is not None or self.solver == "qr")
+
+    @cached_property
+    def tracks_basis(self) -> bool:
+        """Whether known eigenbases take a step of orthogonal iteration at a refresh, instead of being computed anew."""
+        return self.solver == "qr" or (self.solver == "auto" and self.parts.in_basis)
 
     @cached_property
     def grafting_method(self) -> str:
         """The grafting method in force: as given, else the preconditioner's. SOAP already has Adam's step length."""
         if self.grafting is not None:
             return self.grafting
-        return "none" if self.preconditioner == "soap" else "rms"
+        return "none" if self.parts.in_basis and not self.parts.orthogonalises else "rms"
 
     @cached_property
     def grafts(self) -> bool:
@@ -222,6 +252,7 @@ class DerivedValues:
         return self._replaced(betas=self.elementwise_betas, elementwise_betas=None, grafting_beta2=None, beta3=beta3)
 
     def in_force(self, name: str) -> Any:
-        """The value of an option of ``shape_of_state``, for messages; of methods, that in force if none is given."""
-        methods = {"grafting": self.grafting_method, "elementwise": self.elementwise_method}
-        return methods.get(name, getattr(self, name))
+        """The value of an option of ``shape_of_state``, or what stands for it if none is given."""
+        stand_ins: dict[str, Any] = {"grafting": self.grafting_method, "elementwise": self.elementwise_method}
+        stand_ins["max_preconditioner_dim"] = self.block_size
+        return stand_ins.get(name, getattr(self, name))

@@ -24,7 +24,7 @@ class _Options(TypedDict, total=False):
     relative_epsilon: float
     early_relative_epsilon: float
     preconditioner: str
-    max_preconditioner_dim: int
+    max_preconditioner_dim: int | None
     merge_small_dims: bool
     large_dim: str
     one_sided: str | None

@@ -46,6 +46,8 @@ def single_features() -> list[Check]:
         found.append(final(f"fsdp2_{name}", Run(settings="default", dtype="float64", extra=extra), 2))
     for name, extra in FAMILY.items():
         found += [final(f"fsdp2_{name}", replace(base, steps=13, extra=extra), 2) for base in SETTINGS]
+    muon = Run(model="wide", layout="tensor_parallel", extra=FAMILY["muon"])
+    found += [final("tensor_parallel_muon", muon, 4), final("fsdp1_muon", replace(muon, layout="fsdp1_full_shard"), 2)]
     coupled = {"weight_decay": 0.3, "decoupled_weight_decay": False}
     found.append(Check("flat_moved_to_fsdp2", 2, "fsdp:moved", MOVED))
     found.append(final("hsdp_coupled", Run(settings="default", dtype="float64", extra=coupled, layout="hsdp"), 4))

@@ -8,7 +8,7 @@ from tests.support.covering import fewest
 from tests.support.fsdp_runs import Run
 from tests.support.launch import Ask, Check, named
 
-PRECONDITIONERS = ("shampoo", "soap", "kl_shampoo")
+PRECONDITIONERS = ("shampoo", "soap", "kl_shampoo", "kl_soap", "soap_muon", "muon")
 SCHEDULES = ("sync", "staggered", "background")
 # Layout, model and number of ranks. ZeRO's are in test_zero_checkpoints.py, the Trainer's in test_checkpoint_hooks.py.
 FRAMEWORKS = [
@@ -34,7 +34,7 @@ EVERY = [
 def features(item: tuple[Run, int]) -> set[object]:
     """Return a run's features: preconditioner with refresh mode, and framework with roots or bases."""
     layout, (p, schedule) = item[0].layout, item[0].extra.values()
-    return {(p, schedule), (layout, p == "shampoo")}
+    return {(p, schedule) if p in PRECONDITIONERS[:3] else p, (layout, p == "shampoo")}
 
 
 RUNS = fewest(EVERY, features)

@@ -34,7 +34,9 @@ def options() -> list[Check]:
         "rules": {"rules": RULES},
     }
     checks += [final(Scenario(stage=stage, options=o), name) for name, o in of_ranks.items() for stage in (0, 2, 3)]
-    checks += [final(Scenario(stage=2 + n, options=o, steps=13), name) for n, (name, o) in enumerate(FAMILY.items())]
+    checks += [
+        final(Scenario(stage=(n + 1) % 3 + 1, options=o, steps=13), name) for n, (name, o) in enumerate(FAMILY.items())
+    ]
     checks += [final(Scenario(stage=stage, unused=0, late_first=True), "late_group") for stage in (0, 1, 2)]
     scaled = {"preconditioner": "shampoo", "one_sided": "smaller", "weight_decay_type": "corrected"}
     checks += [final(Scenario(stage=stage, decay=0.8, options=scaled), "scaled_decay_one_side") for stage in (0, 1, 3)]

@@ -15,9 +15,10 @@ from shampoo_deepspeed import ShampooConfig
 from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.block_stack import BlockStack, _normalize_
 from shampoo_deepspeed.algorithm.grafting import strengths
-from shampoo_deepspeed.linalg.eigenbases import eigenbasis, kept_or_new, power_step
+from shampoo_deepspeed.linalg.eigenbases import eigenbasis, power_step, rayleigh, renewed
 from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root, shrunk
 from shampoo_deepspeed.linalg.mode_products import add_gram_, bmm, multiply_modes
+from shampoo_deepspeed.linalg.orthogonalise import orthogonalised
 from shampoo_deepspeed.linalg.precision import LANES, UNDIVIDED, elementwise, power
 from tests.support.bare import BARE
 
@@ -46,9 +47,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kl_coupled_newton": {"solver": "coupled_newton"},
     "kl_in_float64": {"relative_epsilon": 1e-6, "early_relative_epsilon": 0.0},
     "kl_tolerance": {"preconditioner": "kl_shampoo", "refresh_tolerance": 0.1},
+    "qr": {"preconditioner": "shampoo", "solver": "qr"},
+    "kl_qr": {"solver": "qr"},
+    "soap_eigh": {"preconditioner": "soap", "solver": "eigh"},
     "soap": {"preconditioner": "soap"},
     "soap_other_root": {"preconditioner": "soap", "exponent_override": 3.0},
     "soap_grafted": {"preconditioner": "soap", "grafting": "adam", "apply_dtype": "bfloat16"},
+    "kl_soap": {"preconditioner": "kl_soap"},
+    "soap_muon": {"preconditioner": "soap_muon"},
+    "muon": {"preconditioner": "muon"},
+    "muon_ungrafted": {"preconditioner": "muon", "grafting": "none", "normalize_gradients": False},
     "shampoo_rms": {"preconditioner": "shampoo", "grafting": "rms"},
     "soap_rms": {"preconditioner": "soap", "grafting": "rms"},
 }
@@ -128,10 +136,13 @@ FUNCTIONS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "newton_db": lambda a: inverse_root(a, 4.0, 0.0, 1e-4, a.dtype, "newton_db")[:1],
     "diagonal_root": lambda a: diagonal_root(a[..., 0].abs(), 3.0, 0.0, 1e-6, a.dtype, "shift")[:1],
     "saturated_root": lambda a: inverse_root(a, 2.0, 0.0, 1e-3, a.dtype, damping="saturate")[:1],
+    "orthogonalised": lambda a: (orthogonalised(a), orthogonalised(a[:, :, : a.shape[-1] // 2 + 1])),
     "shrunk": lambda a: (shrunk(a, 0.3), shrunk(a[..., 0], 0.3)),
     "eigenbasis": lambda a: eigenbasis(a)[:2],
     "power_step": lambda a: power_step(a, one_basis(a), 1e-6),
-    "kept_or_new": lambda a: kept_or_new(a, one_basis(a), 0.3)[:2],
+    "rayleigh": lambda a: (rayleigh(a, one_basis(a)),),
+    "kept_or_new": lambda a: renewed(a, one_basis(a), False, 0.3)[:3],
+    "tracked": lambda a: renewed(a, one_basis(a), True, 0.3, 1e-4)[:3],
 }
 
 

@@ -21,6 +21,7 @@ from shampoo_deepspeed.options.choices import (
     DTYPES,
     ELEMENTWISE_METHODS,
     GRAFTING_METHODS,
+    OF_BASES,
     PRECONDITIONERS,
 )
 from shampoo_deepspeed.options.config import OPTION_NAMES, SHARED, options_with
@@ -95,8 +96,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("factor_beta", 0.0, "null or a number in (0, 1]"),
     ("early_relative_epsilon", 1.0, "a number in [0, 1)"),
     ("grafting", "lamb", METHODS),
-    ("preconditioner", "muon", "one of shampoo, soap, kl_shampoo"),
-    ("preconditioner", None, "one of shampoo, soap, kl_shampoo"),
+    ("preconditioner", "lamb", "one of shampoo, soap, kl_shampoo, kl_soap, soap_muon, muon"),
+    ("preconditioner", None, "one of shampoo, soap, kl_shampoo, kl_soap, soap_muon, muon"),
     ("refresh_tolerance", -0.1, "null or a number in [0, 1)"),
     ("refresh_tolerance", 1, "null or a number in [0, 1)"),
     ("refresh_tolerance", "0.1", "null or a number in [0, 1)"),
@@ -124,8 +125,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("rules", [{"max_preconditioner_dim": 3}], "a list of rules such as"),
     ("damping", "pseudo_inverse", "one of shift, cutoff, saturate"),
     ("shrinkage", -0.5, NUMBER),
-    ("solver", "qr", "one of auto, eigh, coupled_newton, newton_db"),
-    ("solver", None, "one of auto, eigh, coupled_newton, newton_db"),
+    ("solver", "svd", "one of auto, eigh, qr, coupled_newton, newton_db"),
+    ("solver", None, "one of auto, eigh, qr, coupled_newton, newton_db"),
     ("grafting_beta2", 0.0, "null or a number in (0, 1)"),
     ("grafting_beta2", 1.0, "null or a number in (0, 1)"),
     ("grafting_beta2", "0.9", "null or a number in (0, 1)"),
@@ -429,7 +430,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "exponent_override": st.none() | st.floats(0.1, 100) | st.tuples(st.none(), st.floats(0.1, 100)),
     "damping": st.sampled_from(DAMPINGS),
     "shrinkage": numbers,
-    "solver": st.sampled_from(["auto", "eigh"]),
+    "solver": st.sampled_from(OF_BASES),
     "exclude": patterns,
     "rules": st.sampled_from([(), ({"match": ("*q*", "kind:2d"), "max_preconditioner_dim": 8, "betas": (0.5, 0.9)},)]),
     "factor_dtype": st.sampled_from(["float32", "float64"]),
@@ -450,8 +451,10 @@ def test_options_survive_json(options: dict[str, Any]) -> None:
     assert VALUES.keys() == set(OPTION_NAMES)
     if options["preconditioner"] != "shampoo":  # options that the others do not allow
         options = {**options, "exponent_override": None, "one_sided": None, "damping": "shift"}
-    if options["preconditioner"] == "soap":
+    if options["preconditioner"] not in ("shampoo", "kl_shampoo"):
         options = {**options, "shrinkage": 0.0}
+    if options["preconditioner"] == "muon":
+        options = {**options, "refresh_tolerance": None, "solver": "auto"}
     config = ShampooConfig.from_options(options)
     assert {name: getattr(config, name) for name in OPTION_NAMES} == options
     assert ShampooConfig.from_options(json.loads(json.dumps(config.to_json()))) == config
@@ -478,9 +481,12 @@ def test_refreshes_are_dense_at_first_and_thin_out_to_the_frequency() -> None:
 
 def test_early_refreshes_and_sampled_statistics_are_kl_shampoos_own_unless_told_otherwise() -> None:
     own = {name: ShampooConfig(preconditioner=name) for name in PRECONDITIONERS}
-    assert {name: c.growth for name, c in own.items()} == {"shampoo": 0.0, "soap": 0.0, "kl_shampoo": 0.25}
-    assert {name: c.sampling for name, c in own.items()} == {"shampoo": 1, "soap": 1, "kl_shampoo": 2}
-    assert {name: c.start for name, c in own.items()} == {"shampoo": 10, "soap": 10, "kl_shampoo": 2}
+    assert {name: c.growth for name, c in own.items()} == dict.fromkeys(PRECONDITIONERS, 0.0) | {"kl_shampoo": 0.25}
+    assert {name: c.sampling for name, c in own.items()} == dict.fromkeys(PRECONDITIONERS, 1) | {
+        "kl_shampoo": 2,
+        "kl_soap": 2,
+    }
+    assert {name: c.start for name, c in own.items()} == dict.fromkeys(PRECONDITIONERS, 10) | {"kl_shampoo": 2}
     for name in PRECONDITIONERS:
         config = ShampooConfig(preconditioner=name, refresh_growth=0.0, statistics_frequency=3)
         assert (config.growth, config.sampling, config.start) == (0.0, 3, 10)
@@ -527,7 +533,7 @@ def test_the_grafting_second_moment_decays_as_the_factors_do_unless_told_otherwi
 
 def test_grafting_is_the_preconditioners_own_unless_told_otherwise() -> None:
     own = {name: ShampooConfig(preconditioner=name).grafting_method for name in PRECONDITIONERS}
-    assert own == {"shampoo": "rms", "soap": "none", "kl_shampoo": "rms"}
+    assert own == dict.fromkeys(PRECONDITIONERS, "rms") | {"soap": "none", "kl_soap": "none"}
     for name in PRECONDITIONERS:
         for given_method in GRAFTING_METHODS:
             config = ShampooConfig(preconditioner=name, grafting=given_method)
@@ -558,17 +564,31 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"one_sided": "left"}, "'one_sided' = 'left'.*null with preconditioner kl_shampoo; or preconditioner = shampoo"),
     ({"exponent_override": 2}, "'exponent_override' = 2.0.*null with.*kl_shampoo.*; or preconditioner = shampoo"),
     ({"preconditioner": "soap", "one_sided": "left"}, "'one_sided' = 'left'.*null with preconditioner soap"),
-    ({"preconditioner": "soap", "solver": "newton_db"}, "'solver' = 'newton_db'.*eigh with preconditioner soap"),
+    ({"preconditioner": "soap", "solver": "newton_db"}, "'solver' = 'newton_db'.*auto, eigh or qr with.*soap"),
     ({"preconditioner": "soap", "exponent_override": [2, 4]}, "'exponent_override'.*null or a number with"),
     ({"refresh_tolerance": 0.1, "solver": "newton_db"}, "'solver' = 'newton_db'.*together with refresh_tolerance"),
     (
         {"preconditioner": "shampoo", "damping": "cutoff", "solver": "newton_db"},
-        "'solver' = 'newton_db'.*auto or eigh if damping is cutoff",
+        "'solver' = 'newton_db'.*auto, eigh or qr if damping is cutoff",
     ),
     ({"damping": "saturate", "solver": "coupled_newton"}, "'solver' = 'coupled_newton'.*if damping is saturate"),
     ({"preconditioner": "kl_shampoo", "damping": "cutoff"}, "'damping' = 'cutoff'.*shift or saturate with.*never see"),
     ({"preconditioner": "soap", "damping": "saturate"}, "'damping' = 'saturate'.*shift with preconditioner soap"),
     ({"preconditioner": "soap", "shrinkage": 0.1}, "'shrinkage' = 0.1.*0 with preconditioner soap"),
+    ({"preconditioner": "kl_soap", "damping": "cutoff"}, "'damping' = 'cutoff'.*shift with preconditioner kl_soap"),
+    (
+        {"preconditioner": "soap_muon", "solver": "newton_db"},
+        "'solver' = 'newton_db'.*auto, eigh or qr with.*soap_muon",
+    ),
+    ({"preconditioner": "muon", "solver": "qr"}, "'solver' = 'qr'.*auto with preconditioner muon, which has no factor"),
+    ({"preconditioner": "muon", "exponent_override": 2}, "'exponent_override' = 2.0.*null with.*muon, which has no"),
+    ({"preconditioner": "muon", "refresh_tolerance": 0.1}, "'refresh_tolerance' = 0.1.*null with.*muon, which has no"),
+    (
+        {"preconditioner": "muon", "damping": "saturate"},
+        "'damping' = 'saturate'.*shift with.*muon, which has no factor",
+    ),
+    ({"preconditioner": "muon", "shrinkage": 0.1}, "'shrinkage' = 0.1.*0.0 with.*muon, which has no factor matrices"),
+    ({"preconditioner": "muon", "one_sided": "left"}, "'one_sided' = 'left'.*null with preconditioner muon"),
 ]
 
 

@@ -32,6 +32,12 @@ CONTINUED: dict[str, dict[str, Any]] = {
     "soap_other_dtypes": {"preconditioner": "soap", "factor_dtype": "float64", "root_dtype": "bfloat16"},
     "kl_shampoo": {"preconditioner": "kl_shampoo"},
     "kept_bases": {"refresh_tolerance": 0.5},
+    "qr": {"solver": "qr"},
+    "kl_soap": {"preconditioner": "kl_soap"},
+    "soap_muon": {"preconditioner": "soap_muon"},
+    "muon": {"preconditioner": "muon"},
+    "muon_ungrafted": {"preconditioner": "muon", "grafting": "none"},
+    "soap_eigh": {"preconditioner": "soap", "solver": "eigh"},
     "kl_shampoo_kept_bases": {"preconditioner": "kl_shampoo", "refresh_tolerance": 0.5},
 }
 
@@ -364,6 +370,10 @@ def test_groups_with_and_without_momentum_go_on_together() -> None:
         ({}, {"preconditioner": "soap"}),
         ({"preconditioner": "kl_shampoo"}, {"preconditioner": "shampoo"}),
         ({"refresh_tolerance": 0.1}, {"refresh_tolerance": None}),
+        ({}, {"solver": "qr"}),
+        ({"solver": "qr"}, {"solver": "eigh"}),
+        ({"preconditioner": "soap"}, {"preconditioner": "kl_soap"}),
+        ({"preconditioner": "muon"}, {"max_preconditioner_dim": 8}),
     ],
 )
 def test_options_that_shape_state_cannot_change_on_the_way(at_first: dict[str, Any], later: dict[str, Any]) -> None:

@@ -23,6 +23,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "newton_db": {"preconditioner": "shampoo", "solver": "newton_db", "relative_epsilon": 1e-3},
     "soap": {"preconditioner": "soap"},
     "soap_tolerance": {"preconditioner": "soap", "refresh_tolerance": 0.5, "grafting": "adam"},
+    "qr": {"solver": "qr"},
+    "kl_soap": {"preconditioner": "kl_soap"},
+    "soap_muon": {"preconditioner": "soap_muon"},
+    "soap_eigh": {"preconditioner": "soap", "solver": "eigh"},
     "every_step": {"precondition_frequency": 1},
     "soap_every_step": {"preconditioner": "soap", "precondition_frequency": 1},
 }

@@ -8,8 +8,10 @@ from typing import Any, TypeAlias
 
 # Options in one value can only be used together. Iterative solvers have the reference's ridge only if it is absolute.
 # The first value is the default, if the option has one; the schedule's and the factors' are those of the whole recipe.
+PRECONDITIONERS = ("kl_shampoo", "shampoo", "soap", "kl_soap", "soap_muon", "muon")
+IN_BASIS = ("soap", "kl_soap", "soap_muon")
 VALUES: dict[str, list[dict[str, Any]]] = {
-    "preconditioner": [{"preconditioner": name} for name in ("kl_shampoo", "shampoo", "soap")],
+    "preconditioner": [{"preconditioner": name} for name in PRECONDITIONERS],
     "first_moment": [{"betas0": 0.9}, {"betas0": 0.0}, {"betas0": 0.9, "beta3": 0.4}],
     "factors": [
         {"betas1": 0.99},
@@ -41,7 +43,13 @@ VALUES: dict[str, list[dict[str, Any]]] = {
         {"early_relative_epsilon": 0.3, "relative_epsilon": 0.02},
         {"damping": "saturate", "relative_epsilon": 0.02},
     ],
-    "tolerance": [{}, {"refresh_tolerance": 0.2}],
+    "bases": [
+        {},
+        {"refresh_tolerance": 0.2},
+        {"solver": "qr"},
+        {"solver": "eigh"},
+        {"solver": "qr", "refresh_tolerance": 0.2},
+    ],
     "normalization": [{}, {"normalize_gradients": False}],
     "shrinkage": [{}, {"shrinkage": 2.0}],
     "one_sided": [{}, {"one_sided": "left"}, {"one_sided": "right"}, {"one_sided": "smaller"}],
@@ -83,21 +91,23 @@ def row_of(*values: Value) -> Row:
 
 
 # Pairs that the package refuses, by the indices of values: with a value of one option, these of others are not allowed.
+SIDES: dict[str, tuple[int, ...]] = {"one_sided": (1, 2, 3), "large_dim": (1, 2)}
+WITHOUT_ROOTS: dict[str, tuple[int, ...]] = {"regularisation": (1, 2, 3, 5), "shrinkage": (1,), **SIDES}
 REFUSED: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
-    ("preconditioner", 2): {
-        "root": (2,),
-        "regularisation": (1, 2, 3, 5),
-        "shrinkage": (1,),
-        "one_sided": (1, 2, 3),
-        "large_dim": (1, 2),
-    },
-    ("preconditioner", 0): {"root": (1, 2), "regularisation": (1,), "one_sided": (1, 2, 3), "large_dim": (1, 2)},
-    ("tolerance", 1): {"regularisation": (2, 3)},
+    **{("preconditioner", PRECONDITIONERS.index(name)): {"root": (2,), **WITHOUT_ROOTS} for name in IN_BASIS},
+    ("preconditioner", 5): {"root": (1, 2), "bases": (1, 2, 3, 4), **WITHOUT_ROOTS},
+    ("preconditioner", 0): {"root": (1, 2), "regularisation": (1,), **SIDES},
+    ("bases", 1): {"regularisation": (2, 3)},
     ("split", 1): {"one_sided": (3,), "large_dim": (1, 2)},
 }
 # SOAP's basis of a factor matrix with several null directions is not unique, so there would be no unique trajectory to
-# compare with. So SOAP starts only when there are none.
-LEFT_OUT: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {("preconditioner", 2): {"schedule": (0, 3, 5)}}
+# compare with. So SOAP starts only when there are none. A tracked basis from the first gradient, or without a relative
+# ridge, is not unique either.
+LEFT_OUT: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
+    **{("preconditioner", PRECONDITIONERS.index(name)): {"schedule": (0, 3, 5)} for name in IN_BASIS},
+    ("bases", 2): {"regularisation": (2, 3), "schedule": (3,)},
+    ("bases", 4): {"regularisation": (2, 3), "schedule": (3,)},
+}
 
 
 def _pairs_in(table: dict[tuple[str, int], dict[str, tuple[int, ...]]]) -> set[tuple[Value, Value]]:
@@ -158,14 +168,14 @@ def rows_of_single_values() -> list[Row]:
 
 
 def rows_of_all_values() -> list[Row]:
-    """Return few rows that together contain every value, two of them with SOAP and two with KL-Shampoo.
+    """Return few rows that together contain every value, and each preconditioner once at least.
 
     Options of large dims have an effect only if there are large dims, which needs the smallest block size.
     """
     large, block = OPTIONS.index("large_dim"), OPTIONS.index("block")
     missing = {(option, n) for option, size in enumerate(SIZES) for n in range(size)}
     found: list[Row] = []
-    for preconditioner in (1, 2, 0, 1, 2, 0, 1, 1):
+    for preconditioner in (1, 2, 0, 1, 5, 3, 4, 0, 1, 2, 1):
         chosen = {0: preconditioner}
         for option in sorted(range(1, len(SIZES)), key=lambda n: -SIZES[n]):
             able = [n for n in range(SIZES[option]) if all(combines((option, n), other) for other in chosen.items())]

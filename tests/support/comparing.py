@@ -29,17 +29,21 @@ def block_deviations(tensors: Mapping[str, Tensor], row: int, block: Block, prec
     expected |= {"rotated_second_moment": block.rotated, "rotated_weight": block.first.new_tensor(block.weight)}
     expected |= {f"factor_{mode}": factor for mode, factor in block.factors.items()}
     expected |= {f"root_{mode}": root for mode, root in block.roots.items()}
+    expected |= {f"whitening_{mode}": root for mode, root in block.whiteners.items()}
     found = {}
     back = {int(name.rpartition("_")[2]): stack[row].T for name, stack in tensors.items() if name.startswith("basis")}
     for name, stack in tensors.items():
         kind, _, mode = name.rpartition("_")
         if kind == "basis":
             own = stack[row]
-            if preconditioner == "soap":
+            if preconditioner in ("soap", "kl_soap", "soap_muon"):
                 found[name] = deviation(ordered_projector(own), ordered_projector(block.bases[int(mode)]))
             else:
                 inside = own.T @ block.roots[int(mode)] @ own
                 found[name] = deviation(inside.diagonal().diag(), inside)
+        elif kind == "whitening":  # the eigenvalues of a root, in the order of the basis
+            basis = tensors[f"basis_{mode}"][row]
+            found[name] = deviation(basis @ torch.diag(stack[row]) @ basis.T, expected[name])
         elif name == "rotated_exp_avg":  # not rotated before the first refresh
             found[name] = deviation(rotate(stack[row], back), block.first)
         else:

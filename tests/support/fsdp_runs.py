@@ -78,7 +78,6 @@ def replayed(run: Run, steps: Sequence[Mapping[str, Tensor]]) -> dict[str, Tenso
 def make_reference(run: Run, values: Mapping[str, Tensor]) -> Reference:
     options = run.rule()
     spared = options.pop("no_decay", ())
-    options.pop("solver", None)  # the rule does not say how roots are computed
     overrides: dict[str, dict[str, Any]] = {
         n: {"weight_decay": 0.0} for n in values if matching(spared, n, frozenset())
     }

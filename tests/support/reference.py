@@ -27,7 +27,7 @@ class Options:
     epsilon: float = 1e-12
     relative_epsilon: float = 1e-4
     preconditioner: str = "kl_shampoo"
-    max_preconditioner_dim: int = 1024
+    max_preconditioner_dim: int | None = None
     precondition_frequency: int = 10
     refresh_tolerance: float | None = None
     refresh: str = "staggered"
@@ -50,6 +50,7 @@ class Options:
     split: tuple[int, ...] = ()
     damping: str = "shift"
     shrinkage: float = 0.0
+    solver: str = "auto"
     statistics_frequency: int | None = None
     factor_beta: float | None = 0.95
     early_relative_epsilon: float = 0.01
@@ -66,9 +67,26 @@ class Options:
         return self.refresh_growth
 
     @property
+    def limit(self) -> int:
+        """Return the block size; without any, Muon's matrices stay whole."""
+        return self.max_preconditioner_dim or (2**53 if self.preconditioner == "muon" else 1024)
+
+    @property
+    def kl(self) -> bool:
+        return self.preconditioner in ("kl_shampoo", "kl_soap")
+
+    @property
+    def in_basis(self) -> bool:
+        return self.preconditioner in ("soap", "kl_soap", "soap_muon")
+
+    @property
+    def orthogonal(self) -> bool:
+        return self.preconditioner in ("muon", "soap_muon")
+
+    @property
     def sampled(self) -> int:
         if self.statistics_frequency is None:
-            return 2 if self.preconditioner == "kl_shampoo" else 1
+            return 2 if self.kl else 1
         return self.statistics_frequency
 
     @property
@@ -88,6 +106,11 @@ class Options:
             return self
         beta3 = self.beta3 if self.elementwise_betas[0] else None
         return replace(self, betas=self.elementwise_betas, grafting_beta2=None, beta3=beta3)
+
+    @property
+    def tracks(self) -> bool:
+        """Return whether known bases take a step of orthogonal iteration."""
+        return self.solver == "qr" or (self.solver == "auto" and self.in_basis)
 
     def ridge(self, t: int) -> float:
         return max(self.relative_epsilon, self.early_relative_epsilon / t)
@@ -134,7 +157,7 @@ class Options:
 
     @property
     def graft(self) -> str:
-        return self.grafting or ("none" if self.preconditioner == "soap" else "rms")
+        return self.grafting or ("none" if self.preconditioner in ("soap", "kl_soap") else "rms")
 
     @property
     def warm(self) -> str:
@@ -164,11 +187,13 @@ class Block:
     roots: dict[int, Tensor] = field(default_factory=dict)
     bases: dict[int, Tensor] = field(default_factory=dict)
     scale: float = 1.0  # KL-Shampoo: scale of the product of the roots
+    whiteners: dict[int, Tensor] = field(default_factory=dict)  # KL-SOAP: roots of its factors, for its statistics
     rotated: Tensor = field(default_factory=lambda: torch.zeros(()))  # SOAP: weighted sum of (Q'G)^2
     weight: float = 0.0  # SOAP: sum of those weights
     phase: int | None = None  # staggered: steps from the start step to its first refresh
     seen: tuple[int, dict[int, Tensor]] | None = None  # background: step and factors of a refresh to be installed
-    ready: bool = False  # whether it has been refreshed
+    ready: bool = False  # whether it has been refreshed, or needs not be
+    looks_ahead: bool = False  # whether its momentum is Nesterov's by default
 
 
 @dataclass
@@ -203,10 +228,12 @@ def merge(shape: tuple[int, ...], limit: int, batch: int = 0, on: bool = True) -
 
 def sides(shape: tuple[int, ...], o: Options) -> list[str]:
     """Return the kind of factor of each dim of a parameter: "full", "diagonal" or "none"."""
+    if o.preconditioner == "muon":
+        return ["none"] * len(shape)
     own = shape[o.batch_dims :]
     kept = {None: range(len(own)), "left": [0], "right": [len(own) - 1], "smaller": [own.index(min(own))]}[o.one_sided]
     large = {"diagonal": "diagonal", "identity": "none"}.get(o.large_dim, "full")
-    found = [(large if d > o.max_preconditioner_dim else "full") if i in kept else "none" for i, d in enumerate(own)]
+    found = [(large if d > o.limit else "full") if i in kept else "none" for i, d in enumerate(own)]
     return ["none"] * o.batch_dims + found
 
 
@@ -219,7 +246,7 @@ def cut(shape: tuple[int, ...], limit: int, o: Options | None = None) -> list[tu
         parts = [d]
         if i >= o.batch_dims and unsplit and sum(unsplit) == d:
             parts, unsplit = unsplit, []
-        size = 1 if i < o.batch_dims else limit if kinds[i] == "full" else d
+        size = 1 if i < o.batch_dims else limit if kinds[i] == "full" or o.preconditioner == "muon" else d
         along, start = [], 0
         for part in parts:
             along += [slice(a, min(a + size, start + part)) for a in range(start, start + part, size)]
@@ -261,13 +288,14 @@ def root_of(lam: Tensor, q: Tensor, p: float, o: Options) -> Tensor:
 
 
 def new_block(box: tuple[Any, ...], zero: Tensor, o: Options, kinds: list[str] | None = None) -> Block:
-    kinds = ["full"] * zero.ndim if kinds is None else kinds
+    muon = o.preconditioner == "muon"
+    kinds = ["none" if muon else "full"] * zero.ndim if kinds is None else kinds
     factors = {
         dim: zero.new_zeros(d, d) if kinds[dim] == "full" else zero.new_zeros(d)
         for dim, d in enumerate(zero.shape)
         if kinds[dim] != "none"
     }
-    return Block(box, o.warm, factors, zero.clone(), zero.clone())
+    return Block(box, o.warm, factors, zero.clone(), zero.clone(), ready=muon, looks_ahead=o.orthogonal)
 
 
 def rotate(x: Tensor, bases: dict[int, Tensor]) -> Tensor:
@@ -286,6 +314,19 @@ def adam_in_basis(block: Block, g: Tensor, m: Tensor, o: Options) -> Tensor:
     below = below + o.eps + o.relative_epsilon * below.max()
     u = torch.where(below > 0, rotate(m, block.bases) / below, 0.0)
     return rotate(u, {dim: q.T for dim, q in block.bases.items()})
+
+
+def orthogonalised(u: Tensor, o: Options) -> Tensor:
+    """Return the block with all singular values near 1, by five steps of Muon's iteration, and a mean square of 0.04.
+
+    As a matrix it is the first dim, after batch dims, against the others. The polynomial acts on its singular values.
+    """
+    matrix = u.reshape(u.shape[o.batch_dims], -1)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / max(values.norm().item(), 1e-300)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return (0.2 * max(matrix.shape) ** 0.5 * (left * values) @ right).reshape(u.shape)
 
 
 def with_rms(u: Tensor) -> Tensor:
@@ -308,6 +349,31 @@ def strength(g: Tensor, o: Options) -> float:
 
 def off_diagonal(x: Tensor) -> Tensor:
     return x - torch.diag(torch.diagonal(x))
+
+
+def mean_square(block: Block, t: int, o: Options) -> float:
+    """Return what KL factors say of the mean square of a gradient's elements: the geometric mean of all of theirs."""
+    out = 1.0
+    for place, (_, a) in enumerate(sorted(block.factors.items())):
+        counts = sum(o.counts(t, place, len(block.factors)))
+        mean = a.trace().item() / len(a) / (counts if o.beta == 1.0 else 1.0 - o.beta**counts)
+        out *= mean ** (1.0 / len(block.factors))
+    return out
+
+
+def fits(q: Tensor, a: Tensor, o: Options) -> bool:
+    """Return whether a is diagonal enough in the basis q to keep it."""
+    if o.refresh_tolerance is None:
+        return False
+    return bool(off_diagonal(q.T @ a @ q).norm() <= o.refresh_tolerance * a.norm())
+
+
+def orthogonal_step(a: Tensor, q: Tensor, o: Options) -> tuple[Tensor, Tensor]:
+    """Return the next basis, in descending order of q'aq, and that order; a ridge keeps directions without gradient."""
+    estimates = torch.diagonal(q.T @ a @ q)
+    order = estimates.argsort(descending=True)
+    ridge = o.relative_epsilon * estimates.max() * torch.eye(len(a), dtype=a.dtype)
+    return torch.linalg.qr((a + ridge) @ q[:, order]).Q, order
 
 
 class Reference:
@@ -334,11 +400,12 @@ class Reference:
         for name, p in params.items():
             o = replace(base, **(overrides or {}).get(name, {}))
             value = p.detach().to(dtype).clone()
-            merged = merge(tuple(value.shape), o.max_preconditioner_dim, o.batch_dims, o.merge_small_dims)
-            large = len(merged) - o.batch_dims >= 2 and max(merged[o.batch_dims :]) > o.max_preconditioner_dim
+            merged = merge(tuple(value.shape), o.limit, o.batch_dims, o.merge_small_dims)
+            large = len(merged) - o.batch_dims >= 2 and max(merged[o.batch_dims :]) > o.limit
             if large and o.large_dim == "adagrad" and name not in exclude:
                 exclude, o = (*exclude, name), replace(o, elementwise="adagrad")
-            elementwise = name in exclude or len(merged) - o.batch_dims < 2 or set(sides(merged, o)) == {"none"}
+            elementwise = name in exclude or len(merged) - o.batch_dims < 2
+            elementwise = elementwise or (o.preconditioner != "muon" and set(sides(merged, o)) == {"none"})
             self.params[name] = Parameter(
                 value, o, tuple(value.shape) if elementwise else merged, [], torch.zeros_like(value), o.lr, name in tied
             )
@@ -351,7 +418,7 @@ class Reference:
         if elementwise:
             return [Block((...,), o.fallback, {}, torch.zeros_like(p.value), torch.zeros_like(p.value))]
         blocks = []
-        for box in cut(p.merged, o.max_preconditioner_dim, o):
+        for box in cut(p.merged, o.limit, o):
             blocks.append(new_block(box, torch.zeros_like(p.value.view(p.merged)[box]), o, sides(p.merged, o)))
         return blocks
 
@@ -421,8 +488,10 @@ class Reference:
     @classmethod
     def _renew(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
         block.ready = True
-        refresh = {"shampoo": cls._refresh, "kl_shampoo": cls._refresh_kl, "soap": cls._refresh_soap}[o.preconditioner]
-        refresh(block, m, t, o)
+        if o.in_basis:
+            cls._refresh_soap(block, m, t, o)
+        else:
+            (cls._refresh_kl if o.kl else cls._refresh)(block, m, t, o)
 
     @staticmethod
     def _due(block: Block, t: int, o: Options) -> bool:
@@ -440,8 +509,8 @@ class Reference:
             if n == 0:
                 continue
             beta2 = o.beta**n
-            if o.preconditioner == "kl_shampoo":
-                for other, root in block.roots.items():  # none before the first refresh
+            if o.kl:
+                for other, root in (block.whiteners or block.roots).items():  # none before the first refresh
                     x = multiply(x, root, other) if other != dim else x
                 x = x / (g.numel() / g.shape[dim]) ** 0.5
             unfolded = x.movedim(dim, 0).reshape(g.shape[dim], -1)
@@ -455,15 +524,15 @@ class Reference:
         for place, (dim, factor) in enumerate(sorted(block.factors.items())):
             here = t, place, len(block.factors)
             a = shrink(factor / o.correction(*here), o.share(*here))
-            if o.refresh_tolerance is None or a.ndim == 1:
+            if (o.refresh_tolerance is None and not o.tracks) or a.ndim == 1:
                 roots[dim] = inverse_root(a, p, o)
                 continue
             kept = block.bases.get(dim)
-            inside = None if kept is None else kept.T @ a @ kept
-            if kept is None or inside is None or off_diagonal(inside).norm() > o.refresh_tolerance * a.norm():
+            if kept is None or (not fits(kept, a, o) and not o.tracks):
                 lam, q = torch.linalg.eigh(a)
             else:
-                lam, q = torch.diagonal(inside), kept
+                q = kept if fits(kept, a, o) else orthogonal_step(a, kept, o)[0]
+                lam = torch.diagonal(q.T @ a @ q)
             block.bases[dim] = q
             roots[dim] = root_of(lam, q, p, o)
         return roots
@@ -491,7 +560,7 @@ class Reference:
 
     @staticmethod
     def _refresh_soap(block: Block, m: Tensor, t: int, o: Options) -> None:
-        """Compute eigenbases: by eigh at first, with v from the factors; later by a power step in descending order.
+        """Compute eigenbases: by eigh at first, with v from the factors; later usually by an orthogonal step.
 
         v is permuted like the columns. If a basis has moved, v is raised to at least M^2.
         """
@@ -501,6 +570,8 @@ class Reference:
             counts = sum(o.counts(t, 0, len(block.factors)))
             seen = counts if o.beta == 1.0 else 1.0 - o.beta**counts
             block.rotated = torch.full_like(m, block.weight * next(iter(block.factors.values())).trace().item() / seen)
+            if o.kl:
+                block.rotated = torch.full_like(m, block.weight * m.numel() * mean_square(block, t, o))
             for dim, a in block.factors.items():
                 lam, q = torch.linalg.eigh(a)
                 lam = lam.flip(0).clamp(min=0.0)
@@ -509,15 +580,17 @@ class Reference:
                 block.rotated = (block.rotated.movedim(dim, -1) * share).movedim(-1, dim)
         else:
             for dim, a in block.factors.items():
-                q = block.bases[dim]
-                inside = q.T @ a @ q
-                if o.refresh_tolerance is not None and off_diagonal(inside).norm() <= o.refresh_tolerance * a.norm():
+                if fits(block.bases[dim], a, o):
                     continue
-                order = torch.diagonal(inside).argsort(descending=True)
-                ridge = o.relative_epsilon * torch.diagonal(inside).max() * torch.eye(len(a), dtype=a.dtype)
-                block.bases[dim] = torch.linalg.qr((a + ridge) @ q[:, order]).Q
+                q, order = orthogonal_step(a, block.bases[dim], o)
+                block.bases[dim] = q if o.tracks else torch.linalg.eigh(a).eigenvectors.flip(1)
                 block.rotated = block.rotated.index_select(dim, order)
                 moved = True
+        for place, (dim, a) in enumerate(sorted(block.factors.items() if o.kl else ())):
+            a, q = a / o.correction(t, place, len(block.factors)), block.bases[dim]
+            root = root_of(torch.diagonal(q.T @ a @ q), q, 2.0, replace(o, relative_epsilon=o.ridge(t)))
+            mean = a.trace() / len(a)
+            block.whiteners[dim] = root * mean**0.5 if mean > 0 else torch.eye(len(a), dtype=a.dtype)
         if moved:
             block.rotated = torch.maximum(block.rotated, block.weight * rotate(m, block.bases) ** 2)
 
@@ -539,6 +612,8 @@ class Reference:
         if beta1 == 0.0:
             return g
         beta3 = beta1 if o.beta3 is None else o.beta3
+        if o.beta3 is None and block.looks_ahead:
+            beta3 = beta1**2
         filtered = beta3 * block.first + (1.0 - beta3) * g
         block.first.mul_(beta1).add_(g, alpha=1.0 - beta1)
         return filtered / (1.0 - beta3 * beta1 ** (t - 1) if o.use_bias_correction else 1.0)
@@ -551,9 +626,13 @@ class Reference:
             graft = m / ((block.second / correct).sqrt() + o.eps)
         if not block.ready:
             return with_rms(m) * presence(m, o) if block.factors and o.graft == "rms" else graft
-        u = adam_in_basis(block, g, m, o) if o.preconditioner == "soap" else block.scale * m
+        u = adam_in_basis(block, g, m, o) if o.in_basis else block.scale * m
         for dim, root in block.roots.items():
             u = multiply(u, root, dim)
+        if o.orthogonal:
+            u = orthogonalised(u, o)
+            if o.graft == "none":
+                return u * presence(m, o)
         if o.graft == "none":  # at most ten times as long as with "rms"
             return u * min(1.0, 4.0 / max(u.square().mean().sqrt().item(), 1e-300))
         if o.graft == "rms":

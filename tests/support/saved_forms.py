@@ -32,4 +32,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "soap": {"preconditioner": "soap"},
     "bare": BARE,
     "kept_bases": {"refresh_tolerance": 0.5},
+    "qr": {"solver": "qr"},
+    "kl_soap": {"preconditioner": "kl_soap"},
+    "muon": {"preconditioner": "muon"},
 }

@@ -20,6 +20,7 @@ BOUND = {"strict": 1e-5, "default": 2e-3}
 FAMILY: dict[str, dict[str, Any]] = {
     "soap": {"preconditioner": "soap", "start_preconditioning_step": 9, "eps": 1e-3},
     "kl_shampoo": {"preconditioner": "kl_shampoo", "start_preconditioning_step": 9, "eps": 1e-3},
+    "muon": {"preconditioner": "muon", "max_preconditioner_dim": None, "eps": 1e-3},
 }
 FROZEN_STEPS = 2  # number of steps for which a layer is frozen, in runs that freeze one
 # Options of single parameters, which may be parts of one flat tensor and have no whole block on any rank.
@@ -193,7 +194,7 @@ def make_reference(scenario: Scenario, trained: Mapping[str, Tensor]) -> Referen
         overrides[rule["match"]] = overrides.get(rule["match"], {}) | changed
     second = scenario.second_group(list(trained))  # its blocks get their phases after those of the first group
     trained = {n: trained[n] for n in [*(n for n in trained if n not in second), *second]}
-    for name in ("bucket_mb", "communication_dtype", "solver"):  # the rule does not depend on these
+    for name in ("bucket_mb", "communication_dtype"):  # the rule does not depend on these
         options.pop(name, None)
     exclude = ("embed.weight",) if options.pop("exclude", None) is None else ()
     return Reference(trained, overrides, exclude, **options)

@@ -11,7 +11,7 @@ from typing import Any
 from tests.support.launch import ROOT
 
 STACKS = "docs/stacks.md"  # whose blocks are run by the tests that name them, one for each stack
-PAGES = ("README.md", "docs/frameworks.md", "docs/tuning.md")
+PAGES = ("README.md", "docs/frameworks.md", "docs/how-a-step-works.md", "docs/tuning.md")
 FENCE = re.compile(r"^(?:<!-- snippet: ([\w-]+) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -7,44 +7,47 @@ Kullback-Leibler divergence.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
+from shampoo_deepspeed.algorithm.preconditioners.base import Preconditioner
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.geometry.blocks import Side
-from shampoo_deepspeed.linalg.eigenbases import kept_or_new, root_from_basis
+from shampoo_deepspeed.linalg.eigenbases import rayleigh, renewed, root_from_basis
 from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_power, inverse_root, shrunk, symmetric
 from shampoo_deepspeed.linalg.mode_products import add_gram_, multiply, multiply_modes
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
 
+# Multiplies a stack along a mode by the inverse root of that mode's factor, up to a rotation of the mode.
+Whitening: TypeAlias = Callable[[Tensor, int], Tensor]
 
-class ShampooPreconditioner:
+
+class ShampooPreconditioner(Preconditioner):
     """Factor matrices A_i <- b A_i + (1 - b) G_(i) G_(i)^T (b: ``factor_beta``), applied as A_i^(-1/p) along mode i.
 
     Only the lower triangle of each factor matrix is defined; elements above it may be stale. p is twice the number of
     modes that have a factor at all. A mode may have only the diagonal of its factor, or nothing (``sides``); the rest
     is neither kept nor computed.
 
-    With ``refresh_tolerance`` eigenbases are kept too. A refresh then computes a new one only if the factor matrix has
-    moved out of its basis. Otherwise the diagonal of Q'AQ gives the eigenvalues (arXiv 2506.03595).
+    With ``refresh_tolerance`` or ``solver="qr"`` eigenbases are kept too. With a tolerance a refresh keeps a basis
+    unless the factor matrix has moved out of it; the diagonal of Q'AQ gives the eigenvalues (arXiv 2506.03595). With
+    "qr" a basis that is not kept takes one step of orthogonal iteration instead of being computed anew, with the ridge
+    in force. Directions below the ridge then hardly move, but their roots are equal too.
     """
 
-    first_moment = "exp_avg"
-    filled_by_refresh: str | None = None
-    rotates_moments = False
     # In float32 a root -1/4 at the default ridge is accurate to 2e-4; see docs/solvers.md.
     _in_float64 = False
 
     def __init__(self, config: ShampooConfig) -> None:
+        super().__init__(config)
         self._beta = config.factors_decay
         self.sampling = Sampling(config.dense_statistics, config.sampling)
         self._bias_correction = config.use_bias_correction
-        self._config = config
         self._sides: dict[tuple[int, ...], tuple[Side, ...]] = {}
         self._roots: dict[int, float] = {}  # p by the number of modes
         self._epsilon = config.epsilon
@@ -62,7 +65,7 @@ class ShampooPreconditioner:
         been computed yet.
         """
         kinds = {"factor": self._factor_dtype, "root": self._root_dtype}
-        if self._tolerance is not None:
+        if self._config.keeps_basis:
             kinds["basis"] = self._root_dtype
         state = {}
         for mode, (d, side) in enumerate(zip(shape, self.sides(shape), strict=True)):
@@ -79,7 +82,20 @@ class ShampooPreconditioner:
         return self._sides[shape]
 
     def accumulate(self, state: dict[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
-        self._add(state, [(mode, count, gradients) for mode, count in self._due(state, step)], found_inf)
+        self.add(state, [(mode, count, gradients) for mode, count in self._due(state, step)], found_inf)
+
+    def accumulate_whitened(
+        self, state: dict[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None, whiten: Whitening
+    ) -> None:
+        """Add the gradients to the factors whose step it is, each whitened along every other mode."""
+        parts, modes = [], modes_of(state)
+        for mode, count in self._due(state, step):
+            whitened = gradients
+            for other in modes:
+                if other != mode:
+                    whitened = whiten(whitened, other)
+            parts.append((mode, count, whitened / math.sqrt(gradients[0].numel() // gradients.shape[mode + 1])))
+        self.add(state, parts, found_inf)
 
     def _due(self, state: dict[str, Tensor], step: int) -> list[tuple[int, int]]:
         """The modes whose factor gets this step's gradient, and how many gradients it stands for."""
@@ -87,7 +103,7 @@ class ShampooPreconditioner:
         counts = [self.sampling.stands_for(step, place, len(modes)) for place in range(len(modes))]
         return [(mode, count) for mode, count in zip(modes, counts, strict=True) if count]
 
-    def _add(
+    def add(
         self, state: dict[str, Tensor], parts: Sequence[tuple[int, int, Tensor]], found_inf: FoundInf | None
     ) -> None:
         """A <- b^n A + (1 - b^n) XX', for an X that stands for n gradients; for sums A + n XX'.
@@ -111,7 +127,7 @@ class ShampooPreconditioner:
         result: dict[str, Tensor] = {}
         failed: set[int] = set()
         for mode in modes:
-            tensors, wrong = self._refreshed(state, mode, self._corrected(state, mode, step), root, step, conditions)
+            tensors, wrong = self._refreshed(state, mode, self.corrected(state, mode, step), root, step, conditions)
             result |= tensors
             failed.update(wrong)
         return RefreshResult(result, frozenset(failed))
@@ -120,16 +136,7 @@ class ShampooPreconditioner:
         write(state, result.tensors, result.failed)
         return sorted(result.failed)
 
-    def project(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
-        return gradients
-
-    def follow_basis(self, state: dict[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
-        """Never called: roots do not depend on moments."""
-
-    def project_back(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
-        return moments
-
-    def _corrected(self, state: dict[str, Tensor], mode: int, step: int) -> Tensor:
+    def corrected(self, state: dict[str, Tensor], mode: int, step: int) -> Tensor:
         """The factor matrices of a mode as a refresh sees them, in new tensors.
 
         They are wide enough to decompose. If asked, they are corrected for their zero start, and shrunk towards a
@@ -152,7 +159,7 @@ class ShampooPreconditioner:
         if matrices.ndim == 2:
             roots, failed = diagonal_root(matrices, root, *ridge, self._root_dtype, damping, conditions, share)
             return {f"root_{mode}": roots}, failed
-        if self._tolerance is None:
+        if not self._config.keeps_basis:
             solver = self._config.solver
             roots, failed = inverse_root(
                 matrices, root, *ridge, self._root_dtype, solver, damping, self._in_float64, conditions, share
@@ -160,9 +167,12 @@ class ShampooPreconditioner:
             return {f"root_{mode}": roots}, failed
         matrices = symmetric(matrices)
         before = state[f"basis_{mode}"].to(matrices.dtype)
-        values, bases, failed = kept_or_new(matrices, before, self._tolerance, self._in_float64)
-        roots, overflown = root_from_basis(values, bases, root, *ridge, damping, share)
-        return {f"root_{mode}": roots, f"basis_{mode}": bases}, sorted({*failed, *overflown})
+        found = renewed(matrices, before, self._config.tracks_basis, self._tolerance, ridge[1], self._in_float64)
+        values, rows = found.values, found.stepped
+        if len(rows):
+            values[rows] = rayleigh(matrices[rows], found.bases[rows])
+        roots, overflown = root_from_basis(values, found.bases, root, *ridge, damping, share)
+        return {f"root_{mode}": roots, f"basis_{mode}": found.bases}, sorted({*found.failed, *overflown})
 
     def _share(self, modes: int) -> float:
         """The share of the bounds in ``inverse_root`` that each mode's root has."""
@@ -215,14 +225,9 @@ class KLShampooPreconditioner(ShampooPreconditioner):
 
     def accumulate(self, state: dict[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
         whole = gradients.to(torch.promote_types(gradients.dtype, self._root_dtype))
-        parts, modes = [], modes_of(state)
-        for mode, count in self._due(state, step):
-            whitened = whole
-            for other in modes:
-                if other != mode:
-                    whitened = multiply(whitened, state[f"root_{other}"], other)
-            parts.append((mode, count, whitened / math.sqrt(whole[0].numel() // whole.shape[mode + 1])))
-        self._add(state, parts, found_inf)
+        self.accumulate_whitened(
+            state, whole, step, found_inf, lambda stack, mode: multiply(stack, state[f"root_{mode}"], mode)
+        )
 
     def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         modes = modes_of(state)
@@ -230,7 +235,7 @@ class KLShampooPreconditioner(ShampooPreconditioner):
         result: dict[str, Tensor] = {}
         failed: set[int] = set()
         for mode in modes:
-            matrices = self._corrected(state, mode, step)
+            matrices = self.corrected(state, mode, step)
             mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
             unseen = (mean == 0).view(-1, 1, 1)  # without a gradient roots stay identities, however small the ridge is
             mean = torch.where(mean > 0, mean, 1.0)

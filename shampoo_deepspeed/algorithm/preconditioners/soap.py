@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
+from shampoo_deepspeed.algorithm.preconditioners.base import Preconditioner
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import (
     ShampooPreconditioner,
@@ -13,7 +14,7 @@ from shampoo_deepspeed.algorithm.preconditioners.shampoo import (
     wide,
     write,
 )
-from shampoo_deepspeed.linalg.eigenbases import eigenbasis, good_enough, known, power_step
+from shampoo_deepspeed.linalg.eigenbases import Renewed, known, renewed
 from shampoo_deepspeed.linalg.inverse_root import SPREAD, bounded, non_finite, symmetric
 from shampoo_deepspeed.linalg.mode_products import multiply_modes
 from shampoo_deepspeed.linalg.precision import power
@@ -21,7 +22,7 @@ from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
 
 
-class SOAPPreconditioner:
+class SOAPPreconditioner(Preconditioner):
     """Update Q (Q'M / (sqrt(v) + eps)), where v is the mean square of the rotated gradient Q'G.
 
     Factor matrices A_i are Shampoo's, Q_i their eigenbases, and ' multiplies along every mode. The first moment is kept
@@ -35,7 +36,8 @@ class SOAPPreconditioner:
       estimate in this basis (claim 1 of the paper). From then on v <- b v + (1 - b) (Q'G)^2, and the sum of weights w
       follows alike; v / w is the corrected mean.
     - Later refreshes: one step of orthogonal iteration, columns ordered by eigenvalue estimate, and v permuted alike.
-      It iterates with A + ``relative_epsilon`` l_max I, so that null directions of A stay as they are.
+      It iterates with A + ``relative_epsilon`` l_max I, so that null directions of A stay as they are. With
+      ``solver="eigh"`` a decomposition takes the place of the step.
     - When a basis moves, M gets components of which v has seen nothing, and M / sqrt(v) is unbounded. So at each
       refresh that moves the basis v becomes max(v, M^2): no element of that step exceeds Adam's usual 1.
     - ``refresh_tolerance``: a mode's basis is kept if its factor is still diagonal in it to that tolerance.
@@ -44,11 +46,11 @@ class SOAPPreconditioner:
     """
 
     first_moment = "rotated_exp_avg"
-    filled_by_refresh: str | None = "rotated_second_moment"
+    filled_by_refresh = "rotated_second_moment"
     rotates_moments = True
 
     def __init__(self, config: ShampooConfig) -> None:
-        self._config = config
+        super().__init__(config)
         self._factor_beta = config.factors_decay
         self._beta = config.second_moment_beta
         self._root = config.exponent_override if isinstance(config.exponent_override, float) else 2.0
@@ -88,10 +90,11 @@ class SOAPPreconditioner:
         result: dict[str, Tensor] = {}
         failed: set[int] = set()
         for mode in modes_of(state):
-            bases, values, columns, drifted, wrong = self._renewed_basis(state, mode)
-            result |= {f"basis_{mode}": bases, f"values_{mode}": values, f"columns_{mode}": columns}
-            moved = moved | drifted
-            failed.update(wrong)
+            found = self._renewed_basis(state, mode)
+            bases = found.bases.to(self._basis_dtype)
+            result |= {f"basis_{mode}": bases, f"values_{mode}": found.values, f"columns_{mode}": found.columns}
+            moved = moved | found.moved
+            failed.update(found.failed)
         weight = torch.full_like(state["rotated_weight"], 1.0 - self._beta**step)
         trace = self._trace(state, step).to(weight.dtype)
         result |= {"first": first, "moved": moved, "first_weight": weight, "trace": trace}
@@ -111,7 +114,7 @@ class SOAPPreconditioner:
         weight = torch.where(found["first"], found["first_weight"], state["rotated_weight"])
         second = torch.where(found["first"].view(rows), (found["trace"] * weight).view(rows) * seed, second)
         changed = {"rotated_second_moment": second, "rotated_weight": weight}
-        bases = {f"basis_{mode}": found[f"basis_{mode}"] for mode in modes_of(state)}
+        bases = {name: tensor for name, tensor in found.items() if name in state}
         if self.first_moment in state:
             kept = state[self.first_moment]
             plain = torch.where(found["first"].view(rows), kept, self._rotated(state, kept, back=True).to(kept.dtype))
@@ -134,39 +137,28 @@ class SOAPPreconditioner:
     def project_back(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
         return self._rotated(state, moments, self._apply_dtype, back=True).to(moments.dtype)
 
-    def _renewed_basis(self, state: dict[str, Tensor], mode: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
-        """One mode's bases, eigenvalues, columns, which bases [B] took a step, and the rows that failed.
-
-        Only bases computed for the first time have eigenvalues, which are divided by their sum. For known ones,
-        columns are the old places of their columns.
-        """
+    def _renewed_basis(self, state: dict[str, Tensor], mode: int) -> Renewed:
+        """One mode's bases, and their eigenvalues divided by their sum."""
+        # Decompositions are in float64: in the basis all directions count alike, even those of the smallest
+        # eigenvalues, which float32 resolves poorly. A step from a known basis loses far less.
         matrices = symmetric(wide(state[f"factor_{mode}"]))
-        bases = state[f"basis_{mode}"].to(matrices.dtype, copy=True)
-        count, d = bases.shape[:2]
-        values = bases.new_zeros(count, d)
-        columns = torch.arange(d, device=bases.device).repeat(count, 1)
-        old = known(bases)
-        drifted = old if self._tolerance is None else old & ~good_enough(matrices, bases, self._tolerance)
-        unknown, moving = (mask.nonzero().flatten() for mask in (~old, drifted))
-        failed = []
-        if len(unknown):
-            # Afterwards all directions count alike, even those of the smallest eigenvalues, which a decomposition in
-            # float32 resolves poorly. This happens once per block; a power step from a known basis loses far less.
-            found, bases[unknown], wrong = eigenbasis(matrices[unknown], in_float64=True)
-            found = found.clamp_min(0.0)
-            total = found.sum(-1, keepdim=True)
-            values[unknown] = torch.where(total > 0, found / total, 0.0)
-            failed = unknown[wrong].tolist()
-        if len(moving):
-            bases[moving], columns[moving] = power_step(matrices[moving], bases[moving], self._relative_epsilon)
-        return bases.to(self._basis_dtype), values, columns, drifted, sorted({*failed, *non_finite(bases)})
+        bases, tracks = state[f"basis_{mode}"].to(matrices.dtype), self._config.tracks_basis
+        found = renewed(matrices, bases, tracks, self._tolerance, self._relative_epsilon, in_float64=True)
+        values = found.values.clamp_min(0.0)
+        total = values.sum(-1, keepdim=True)
+        failed = sorted({*found.failed, *non_finite(found.bases)})
+        return found._replace(values=torch.where(total > 0, values / total, 0.0), failed=failed)
 
     def _trace(self, state: dict[str, Tensor], step: int) -> Tensor:
         """The mean of ||G||^2 by the factor matrices [B]; the first mode's stands for all."""
+        return self._mean_trace(state, 0, step)
+
+    def _mean_trace(self, state: dict[str, Tensor], place: int, step: int) -> Tensor:
+        """The trace of the mean statistics [B] of one of the modes that have a factor."""
         modes = modes_of(state)
-        seen = self._factors.sampling.counted(step, 0, len(modes)).gradients
+        seen = self._factors.sampling.counted(step, place, len(modes)).gradients
         weight = float(seen) if self._factor_beta == 1.0 else 1.0 - self._factor_beta**seen
-        return wide(state[f"factor_{modes[0]}"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
+        return wide(state[f"factor_{modes[place]}"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
 
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
         second, weight = state["rotated_second_moment"], state["rotated_weight"]
