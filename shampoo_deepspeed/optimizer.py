@@ -104,11 +104,12 @@ class Shampoo(BlockOptimizer):
                 self._show_step(unit)
                 continue  # a tool's hidden first call, which is only to create state
             found_inf = agreed.found_inf(unit)  # None if the step is known to be accepted
+            of_blocks = agreed.found_inf_of_blocks(unit)
             norms, steps = agreed.squared_norms(unit), agreed.count_step(unit, active)
             with full_precision(unit.compute_device.type):
                 self._show_step(unit)
                 updates = [torch.empty(n, dtype=unit.dtype, device=unit.device) for n in unit.sizes]
-                _precondition(unit, gradients, updates, steps, configs, agreed.found_inf_of_blocks(unit))
+                _precondition(unit, gradients, updates, steps, configs, of_blocks)
                 unit.elementwise.step(gradients, updates, steps, configs, found_inf, norms)
                 apply_updates(unit, updates, active, configs, rates, found_inf)
         return loss

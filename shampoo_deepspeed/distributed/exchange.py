@@ -185,7 +185,7 @@ class Exchange:
         """Start moving a bucket's gradients from the shards to their owners."""
         with self._measured(bucket.gradients):
             staged = self._stage(shard_gradients, bucket.local_shards)
-            return self._start(bucket.gradients, shard_gradients, self.blocks_on)._replace(staged=staged)
+            return self._start(bucket.gradients, shard_gradients, self.blocks_on, staged)
 
     def receive_gradients(
         self, bucket: Bucket, transit: Transit, shard_gradients: Sequence[Tensor], gradients: Sequence[Tensor]
@@ -201,7 +201,7 @@ class Exchange:
             _copy(views(shard_updates, bucket.local_shards), self._rounded(views(updates, bucket.local_blocks)))
         with self._measured(bucket.updates):
             staged = self._stage(updates, bucket.local_blocks)
-            return self._start(bucket.updates, updates, self.shards_on)._replace(staged=staged)
+            return self._start(bucket.updates, updates, self.shards_on, staged)
 
     def receive_updates(self, bucket: Bucket, transit: Transit, shard_updates: Sequence[Tensor]) -> None:
         """Fill this rank's parts of the updates."""
@@ -242,10 +242,10 @@ class Exchange:
         _copy(_cut(packed, boxes), views(bases, boxes))
         return packed
 
-    def _start(self, route: Route, bases: Sequence[Tensor], target: torch.device) -> Transit:
-        """Start a direction of a bucket, towards this device."""
+    def _start(self, route: Route, bases: Sequence[Tensor], target: torch.device, staged: Copy | None) -> Transit:
+        """Start a direction of a bucket, towards this device; what stays on this rank is staged already, if at all."""
         if not route.moves:
-            return Transit()
+            return Transit(staged=staged)
         outgoing = self._on_wire(self._packed(bases, route.send, self.dtype))
         pins = self._staging is not None and outgoing.device.type == "cpu"
         count = sum(route.receive_splits)
@@ -262,7 +262,7 @@ class Exchange:
         arriving = None
         if self._staging is not None and target.type == "cpu" and incoming.device.type != "cpu":
             arriving = self._staging.begin(incoming, work)
-        return Transit(work, outgoing, incoming, arriving)
+        return Transit(work, outgoing, incoming, arriving, staged)
 
     def _on_wire(self, packed: Tensor) -> Tensor:
         """The buffer on the device from which the group sends."""
