@@ -104,11 +104,12 @@ class Shampoo(BlockOptimizer):
                 self._show_step(unit)
                 continue  # a tool's hidden first call, which is only to create state
             found_inf = agreed.found_inf(unit)  # None if the step is known to be accepted
+            of_blocks = agreed.found_inf_of_blocks(unit)
             norms, steps = agreed.squared_norms(unit), agreed.count_step(unit, active)
-            with full_precision(unit.device.type):
+            with full_precision(unit.compute_device.type):
                 self._show_step(unit)
                 updates = [torch.empty(n, dtype=unit.dtype, device=unit.device) for n in unit.sizes]
-                _precondition(unit, gradients, updates, steps, configs, found_inf)
+                _precondition(unit, gradients, updates, steps, configs, of_blocks)
                 unit.elementwise.step(gradients, updates, steps, configs, found_inf, norms)
                 apply_updates(unit, updates, active, configs, rates, found_inf)
         return loss
@@ -186,7 +187,7 @@ def _precondition(
     leaving: deque[tuple[Bucket, Transit]] = deque()
     for number, bucket in enumerate(buckets):
         shapes = [(stop - first, *unit.stacks[stack].shape) for stack, (first, stop) in bucket.rows]
-        blocks = [torch.empty(shape, dtype=unit.dtype, device=unit.device) for shape in shapes]
+        blocks = [torch.empty(shape, dtype=unit.dtype, device=unit.compute_device) for shape in shapes]
         exchange.receive_gradients(bucket, arriving.popleft(), gradients, blocks)
         if number + IN_FLIGHT < len(buckets):
             arriving.append(exchange.send_gradients(buckets[number + IN_FLIGHT], gradients))

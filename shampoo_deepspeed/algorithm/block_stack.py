@@ -16,6 +16,7 @@ from shampoo_deepspeed.algorithm.background import Refresh
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners import Preconditioner, build
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
+from shampoo_deepspeed.algorithm.refresh_errors import free_cached_memory, survivable
 from shampoo_deepspeed.linalg.precision import ACCURATE_NORMS
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.runtime.metrics import RefreshMeter
@@ -294,41 +295,66 @@ class BlockStack:
         # A refresh waits for the device anyway, so the CPU may read the flag here.
         if (not waiting and not due) or (found_inf is not None and found_inf.rejected):
             return []
-        installed = [self._install(rows, state, here, refresh) for here, refresh in waiting]
+        installed = [found for here, refresh in waiting for found in self._install(rows, state, here, refresh)]
         for here in due:
             if self._config.refresh == "background":
                 self._begin(rows[here], _part(state, here), step)
             else:
-                installed += self._refresh_now(rows, state, here, step)
+                for few in self._few_at_a_time(here):
+                    installed += self._refresh_now(rows, state, few, step)
         return installed if self._preconditioner.rotates_moments else []
 
     def _install(
         self, rows: range, state: dict[str, Tensor], here: slice, refresh: Refresh | None
-    ) -> tuple[slice, RefreshResult]:
-        """Install what the background thread has computed for some of the rows."""
+    ) -> list[tuple[slice, RefreshResult]]:
+        """Install what the background thread has computed for some of the rows; nothing if it could not."""
         assert refresh is not None
-        result = refresh.result().rows(rows[here][0] - refresh.first, rows[here][-1] + 1 - refresh.first)
+        whole = self._result_of(refresh)
         self.meter.take(refresh.meter)
+        if whole is None:
+            for row in rows[here]:
+                del self.pending[row]
+            self._note_refresh(rows[here], set(range(len(rows[here]))))
+            return []
+        result = whole.rows(rows[here][0] - refresh.first, rows[here][-1] + 1 - refresh.first)
         with self.meter.watch.span(self._device):
             failed = set(self._preconditioner.install(_part(state, here), result))
         for row in rows[here]:
             del self.pending[row]
         self._note_refresh(rows[here], failed)
-        return here, result
+        return [(here, result)]
+
+    def _result_of(self, refresh: Refresh) -> RefreshResult | None:
+        """What the thread has computed; None if the device could not."""
+        try:
+            return refresh.result()
+        except RuntimeError as error:
+            if not survivable(error):
+                raise
+            return None
 
     def _refresh_now(
         self, rows: range, state: dict[str, Tensor], here: slice, step: int
     ) -> list[tuple[slice, RefreshResult]]:
-        """Refresh some of the rows, a few at a time."""
-        installed = []
-        for few in self._few_at_a_time(here):
-            part = _part(state, few)
+        """Refresh some of the rows together; if the device cannot, one after the other. Other ranks must not wait."""
+        part = _part(state, here)
+        try:
             with self.meter.refreshing(self._device) as conditions:
                 result = self._preconditioner.compute(part, step, conditions)
                 failed = set(self._preconditioner.install(part, result))
-            self._note_refresh(rows[few], failed)
-            installed.append((few, result))
-        return installed
+            self._note_refresh(rows[here], failed)
+            return [(here, result)]
+        except RuntimeError as error:
+            if not survivable(error):
+                raise
+            logger.warning("a refresh of %d blocks failed: %s", here.stop - here.start, str(error))
+        # The error is gone here, and with it the temporaries that its traceback holds.
+        free_cached_memory(self._device)
+        if here.stop - here.start == 1:
+            self._note_refresh(rows[here], {0})
+            return []
+        ones = (slice(row, row + 1) for row in range(here.start, here.stop))
+        return [found for one in ones for found in self._refresh_now(rows, state, one, step)]
 
     def _few_at_a_time(self, here: slice) -> Iterator[slice]:
         """So few rows at a time that the temporaries of a refresh stay small."""
@@ -362,7 +388,7 @@ class BlockStack:
                 self._begin(rows[here], _part(state, here), step - 1)
         for _, refresh in self._waiting(rows):
             assert refresh is not None
-            refresh.result()
+            self._result_of(refresh)
 
     def _waiting(self, rows: range) -> Iterator[tuple[slice, Refresh | None]]:
         """Neighbours among these rows whose refresh is pending, as a slice of ``rows``, and that refresh."""

@@ -55,6 +55,7 @@ def mean_square_of_blocks(
     Args:
         parameters_of_rows: the parameter of each row of each stack.
         steps: the step count of each parameter; those with 0 do not count.
+        device: of the result.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     for stack, parameters in zip(stacks, parameters_of_rows, strict=True):
@@ -72,7 +73,7 @@ def mean_square_of_blocks(
                 scale = math.prod(stack.shape) / factor.shape[-1]
             weights = [scale / (n if beta == 1.0 else 1.0 - beta**n) if n else 0.0 for n in counts]
             traces = factor if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1)
-            total += _weighted_sum(traces.double().sum(-1).unbind(), weights)
+            total += _weighted_sum(traces.double().sum(-1).unbind(), weights).to(device)
     return total
 
 

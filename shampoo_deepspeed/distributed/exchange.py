@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.geometry.boxes import FlatRange, PlacedBox
 from shampoo_deepspeed.geometry.plan import Plan, Transfer, Transfers
-from shampoo_deepspeed.runtime.devices import communication_device
+from shampoo_deepspeed.runtime.devices import Copy, Staging, communication_device
 from shampoo_deepspeed.runtime.metrics import ExchangeMeter
 
 TransfersByPeer: TypeAlias = dict[int, list[Transfer]]
@@ -47,8 +47,12 @@ def _cut(buffer: Tensor, boxes: Sequence[BaseBox]) -> list[Tensor]:
 
 @dataclass
 class Route:
-    """One direction of one bucket: boxes in send order and receive order, and elements per peer."""
+    """One direction of one bucket: boxes in send order and receive order, and elements per peer.
 
+    ``moves`` is the same on all ranks: whether anything travels between any two of them.
+    """
+
+    moves: bool
     send: list[BaseBox] = field(default_factory=list)
     receive: list[BaseBox] = field(default_factory=list)
     send_splits: list[int] = field(default_factory=list)
@@ -63,7 +67,6 @@ class Bucket:
     """
 
     rows: list[tuple[int, FlatRange]]
-    moves: bool
     local_shards: list[BaseBox]
     local_blocks: list[BaseBox]
     gradients: Route
@@ -88,7 +91,9 @@ class Exchange:
         shards: this rank's shards, in the order given to the plan.
         group: process group that spans the shards; None if there is only one rank.
         dtype: dtype of what is sent.
-        device: device of the base tensors and the stacks, even if this rank has none.
+        shards_on: device of the base tensors, even if this rank has none.
+        blocks_on: device of the stacks; None if it is the same.
+        wide: dtype of the stacks' gradients and updates; None if it is that of what is sent.
     """
 
     def __init__(
@@ -98,9 +103,16 @@ class Exchange:
         shards: Sequence[BaseBox],
         group: dist.ProcessGroup | None,
         dtype: torch.dtype,
-        device: torch.device,
+        shards_on: torch.device,
+        blocks_on: torch.device | None = None,
+        wide: torch.dtype | None = None,
     ) -> None:
-        self.plan, self.rank, self.group, self.dtype, self.device = plan, rank, group, dtype, device
+        self.plan, self.rank, self.group, self.dtype = plan, rank, group, dtype
+        self.shards_on, self.blocks_on = shards_on, blocks_on or shards_on
+        # What stays on this rank is rounded as what is sent, unless there is only this rank.
+        exact = wide or dtype
+        self._staying = dtype if plan.world_size > 1 and dtype.itemsize < exact.itemsize else exact
+        self._staging = None if self.shards_on == self.blocks_on else Staging(self.blocks_on)
         self._shards = shards
         self._place_of_block: dict[int, tuple[int, int]] = {}
         self.stacks: list[list[int]] = []
@@ -139,8 +151,10 @@ class Exchange:
             base, place = self._shards[transfer.shard]
             return base, place.part(transfer.box)
 
-        def route(out: TransfersByPeer, sender: Resolver, into: TransfersByPeer, receiver: Resolver) -> Route:
-            made = Route()
+        def route(
+            moves: bool, out: TransfersByPeer, sender: Resolver, into: TransfersByPeer, receiver: Resolver
+        ) -> Route:
+            made = Route(moves)
             for peer in range(self.plan.world_size):
                 leaving, coming = out.get(peer, []), into.get(peer, [])
                 made.send += [sender(transfer) for transfer in leaving]
@@ -151,11 +165,10 @@ class Exchange:
 
         return Bucket(
             rows=rows,
-            moves=self.plan.moving[number],
             local_shards=[at_shard(transfer) for transfer in t.local],
             local_blocks=[at_block(transfer) for transfer in t.local],
-            gradients=route(t.gradients_out, at_shard, t.gradients_in, at_block),
-            updates=route(t.updates_out, at_block, t.updates_in, at_shard),
+            gradients=route(self.plan.gradients_move[number], t.gradients_out, at_shard, t.gradients_in, at_block),
+            updates=route(self.plan.updates_move[number], t.updates_out, at_block, t.updates_in, at_shard),
         )
 
     def begin_step(self, waits: bool) -> None:
@@ -170,39 +183,73 @@ class Exchange:
 
     def send_gradients(self, bucket: Bucket, shard_gradients: Sequence[Tensor]) -> Transit:
         """Start moving a bucket's gradients from the shards to their owners."""
-        with self._measured(bucket):
-            return self._start(bucket, bucket.gradients, shard_gradients)
+        with self._measured(bucket.gradients):
+            staged = self._stage(shard_gradients, bucket.local_shards)
+            return self._start(bucket.gradients, shard_gradients, self.blocks_on, staged)
 
     def receive_gradients(
         self, bucket: Bucket, transit: Transit, shard_gradients: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> None:
         """Fill the block gradients (one tensor [rows, *block shape] per entry of ``bucket.rows``)."""
-        _copy(views(gradients, bucket.local_blocks), self._rounded(views(shard_gradients, bucket.local_shards)))
-        with self._measured(bucket):
+        self._finish_local(transit, shard_gradients, bucket.local_shards, gradients, bucket.local_blocks)
+        with self._measured(bucket.gradients):
             self._finish(transit, bucket.gradients, gradients)
 
     def send_updates(self, bucket: Bucket, updates: Sequence[Tensor], shard_updates: Sequence[Tensor]) -> Transit:
-        """Start moving updates from the owners to all holders; what stays here is copied at once."""
-        _copy(views(shard_updates, bucket.local_shards), self._rounded(views(updates, bucket.local_blocks)))
-        with self._measured(bucket):
-            return self._start(bucket, bucket.updates, updates)
+        """Start moving updates from the owners to all holders; what stays on this device is copied at once."""
+        if self._staging is None:
+            _copy(views(shard_updates, bucket.local_shards), self._rounded(views(updates, bucket.local_blocks)))
+        with self._measured(bucket.updates):
+            staged = self._stage(updates, bucket.local_blocks)
+            return self._start(bucket.updates, updates, self.shards_on, staged)
 
     def receive_updates(self, bucket: Bucket, transit: Transit, shard_updates: Sequence[Tensor]) -> None:
         """Fill this rank's parts of the updates."""
-        with self._measured(bucket):
+        if transit.staged is not None:
+            _copy(views(shard_updates, bucket.local_shards), _cut(transit.staged.arrive(), bucket.local_shards))
+        with self._measured(bucket.updates):
             self._finish(transit, bucket.updates, shard_updates)
 
-    def _measured(self, bucket: Bucket) -> AbstractContextManager[None]:
-        return self.meter.watch.span(self.device) if bucket.moves else nullcontext()
+    def _finish_local(
+        self,
+        transit: Transit,
+        sources: Sequence[Tensor],
+        source_boxes: Sequence[BaseBox],
+        targets: Sequence[Tensor],
+        boxes: Sequence[BaseBox],
+    ) -> None:
+        """Copy what stays on this rank."""
+        if transit.staged is None:
+            _copy(views(targets, boxes), self._rounded(views(sources, source_boxes)))
+        else:
+            _copy(views(targets, boxes), _cut(transit.staged.arrive(), boxes))
 
-    def _start(self, bucket: Bucket, route: Route, bases: Sequence[Tensor]) -> Transit:
-        if not bucket.moves:
-            return Transit(None, None, None)
-        packed = torch.empty(sum(route.send_splits), dtype=self.dtype, device=self.device)
-        _copy(_cut(packed, route.send), views(bases, route.send))
-        wire = communication_device(self.group, self.device)
-        outgoing = packed.to(wire)
-        incoming = torch.empty(sum(route.receive_splits), dtype=self.dtype, device=wire)
+    def _measured(self, route: Route) -> AbstractContextManager[None]:
+        return self.meter.watch.span(self.shards_on) if route.moves else nullcontext()
+
+    def _stage(self, bases: Sequence[Tensor], boxes: Sequence[BaseBox]) -> Copy | None:
+        """Start moving what stays on this rank to the other device, if there are two."""
+        if self._staging is None or not boxes:
+            return None
+        return self._staging.begin(self._packed(bases, boxes, self._staying))
+
+    def _packed(self, bases: Sequence[Tensor], boxes: Sequence[BaseBox], dtype: torch.dtype) -> Tensor:
+        """The boxes in one buffer on their device, one after the other; in pinned memory, if it is to be staged."""
+        numel = sum(place.box.numel for _, place in boxes)
+        device = bases[0].device if bases else self.shards_on
+        pins = self._staging is not None and device.type == "cpu"
+        packed = torch.empty(numel, dtype=dtype, device=device, pin_memory=pins)
+        _copy(_cut(packed, boxes), views(bases, boxes))
+        return packed
+
+    def _start(self, route: Route, bases: Sequence[Tensor], target: torch.device, staged: Copy | None) -> Transit:
+        """Start a direction of a bucket, towards this device; what stays on this rank is staged already, if at all."""
+        if not route.moves:
+            return Transit(staged=staged)
+        outgoing = self._on_wire(self._packed(bases, route.send, self.dtype))
+        pins = self._staging is not None and outgoing.device.type == "cpu"
+        count = sum(route.receive_splits)
+        incoming = torch.empty(count, dtype=self.dtype, device=outgoing.device, pin_memory=pins)
         work = dist.all_to_all_single(
             incoming, outgoing, route.receive_splits, route.send_splits, group=self.group, async_op=True
         )
@@ -212,13 +259,30 @@ class Exchange:
         self.stats.bytes_received += incoming.nbytes
         self.stats.collectives += 1
         self.meter.bytes_moved += outgoing.nbytes + incoming.nbytes
-        return Transit(work, outgoing, incoming)
+        arriving = None
+        if self._staging is not None and target.type == "cpu" and incoming.device.type != "cpu":
+            arriving = self._staging.begin(incoming, work)
+        return Transit(work, outgoing, incoming, arriving, staged)
+
+    def _on_wire(self, packed: Tensor) -> Tensor:
+        """The buffer on the device from which the group sends."""
+        if self._staging is None:
+            return packed.to(communication_device(self.group, self.shards_on))
+        wire = staged_wire(self.group, self.blocks_on)
+        return packed if packed.device == wire else self._staging.begin(packed).arrive()
 
     def _finish(self, transit: Transit, route: Route, bases: Sequence[Tensor]) -> None:
         if transit.work is None or transit.incoming is None:
             return
-        transit.work.wait()
-        _copy(views(bases, route.receive), _cut(transit.incoming.to(self.device), route.receive))
+        if transit.arriving is not None:
+            incoming = transit.arriving.arrive()
+        else:
+            transit.work.wait()
+            incoming = transit.incoming
+        if bases and incoming.device != bases[0].device:
+            staged = None if self._staging is None else self._staging.begin(incoming)
+            incoming = incoming.to(bases[0].device) if staged is None else staged.arrive()
+        _copy(views(bases, route.receive), _cut(incoming, route.receive))
 
     def _rounded(self, staying: list[Tensor]) -> list[Tensor]:
         """Tensors that stay here, rounded like those that are sent: else replicas and owners would drift apart."""
@@ -227,9 +291,17 @@ class Exchange:
         return [t.to(self.dtype) if t.dtype.itemsize > self.dtype.itemsize else t for t in staying]
 
 
-class Transit(NamedTuple):
-    """A bucket in flight: the collective's handle and the buffers that it still uses."""
+def staged_wire(group: dist.ProcessGroup | None, accelerator: torch.device) -> torch.device:
+    """The device from which a group sends what is computed on an accelerator: that one, unless it only serves CPUs."""
+    serves = accelerator.type in dist.get_backend_config(group)
+    return accelerator if serves else torch.device("cpu")
 
-    work: dist.Work | None
-    outgoing: Tensor | None
-    incoming: Tensor | None
+
+class Transit(NamedTuple):
+    """A bucket in flight: the collective's handle, the buffers that it still uses, and copies between two devices."""
+
+    work: dist.Work | None = None
+    outgoing: Tensor | None = None
+    incoming: Tensor | None = None
+    arriving: Copy | None = None
+    staged: Copy | None = None

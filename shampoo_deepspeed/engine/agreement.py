@@ -31,7 +31,7 @@ from shampoo_deepspeed.engine.step_unit import LANES, StepUnit
 from shampoo_deepspeed.linalg.inverse_root import extremes
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
-from shampoo_deepspeed.runtime.devices import communication_device
+from shampoo_deepspeed.runtime.devices import Arriving, communication_device
 
 # The positions of the flags; sketches of replicas' gradients follow them.
 _BAD, _NONZERO, _FAILING, _APART = range(4)
@@ -58,20 +58,12 @@ class StepFlags:
                 "the parameters of this step are on the meta device and have no values: give the model memory "
                 "(`model.to_empty(device=...)` and its weights) before the optimizer is built"
             )
-        self._event: torch.Event | None = None
-        if flags.device.type == "cpu":
-            self._flags = flags.clone()
-            return
-        self._flags = torch.empty(flags.shape, dtype=flags.dtype, device="cpu", pin_memory=True)
-        self._flags.copy_(flags, non_blocking=True)
-        self._event = torch.Event(flags.device)
-        self._event.record(torch.accelerator.current_stream(flags.device))
+        self._arriving = None if flags.device.type == "cpu" else Arriving(flags)
+        self._flags = flags.clone() if self._arriving is None else flags
 
     def read(self) -> list[float]:
         """The values; waits for that copy only, not for what was queued since."""
-        if self._event is not None:
-            self._event.synchronize()
-        values: list[float] = self._flags.tolist()
+        values: list[float] = self._flags.tolist() if self._arriving is None else self._arriving.read()
         return values
 
 
@@ -97,9 +89,18 @@ class Agreement:
 
     def found_inf(self, unit: StepUnit) -> FoundInf | None:
         """The flag that masks the step of a unit's tensors; None if the step is known to be accepted."""
+        return self._found_inf(unit, unit.device)
+
+    def found_inf_of_blocks(self, unit: StepUnit) -> FoundInf | None:
+        """The same flag on the device of the unit's blocks."""
+        return self._found_inf(unit, unit.compute_device)
+
+    def _found_inf(self, unit: StepUnit, device: torch.device) -> FoundInf | None:
         flag = (self._flags[_BAD] > 0).to(unit.device)
-        if flag.device.type == "cpu" and not flag:
-            return None
+        if flag.device.type == "cpu":
+            if not flag:
+                return None
+            flag = torch.full((), True, device=device)
         return FoundInf(flag, unit.dtype, lambda: self.flags.read()[_BAD] > 0)
 
     def refuse_unequal(self, units: Sequence[StepUnit]) -> None:

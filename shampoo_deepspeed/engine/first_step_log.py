@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
+
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
@@ -43,6 +45,29 @@ def policy_table(
     total = max(1, sum(elements.values()))
     share = f"{elements[True]:,} of {total:,} elements ({elements[True] / total:.1%}) are preconditioned"
     return "\n".join([*table, share])
+
+
+def places_of_work(units: Iterable[tuple[torch.device, torch.device, float]]) -> list[str]:
+    """Messages about where this rank computes its blocks, and how much that is.
+
+    Args:
+        units: of each step unit the device of its shards, that of its blocks, and its FLOPs in a step, with the
+            refreshes' share.
+    """
+    found: dict[tuple[torch.device, torch.device], float] = {}
+    for shards, blocks, flops in units:
+        found[shards, blocks] = found.get((shards, blocks), 0.0) + flops
+    return [_place_of_work(*places, flops) for places, flops in found.items() if flops]
+
+
+def _place_of_work(shards: torch.device, blocks: torch.device, flops: float) -> str:
+    work = f"about {flops / 1e9:.3g} GFLOP a step on this rank"
+    if blocks.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"blocks are computed on the CPU by {threads} thread{'s' if threads > 1 else ''}, {work}"
+    if shards != blocks:
+        return f"blocks are kept and computed on {blocks}, and their shards lie on {shards}; {work} (compute_device)"
+    return f"blocks are computed on {blocks}, {work}"
 
 
 def _shortened(name: str) -> str:

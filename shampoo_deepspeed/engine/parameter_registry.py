@@ -20,7 +20,7 @@ from shampoo_deepspeed.distributed.frameworks import (
     adapters,
     plain_layouts,
 )
-from shampoo_deepspeed.engine.first_step_log import nameless_matrices, policy_table, unmatched_patterns
+from shampoo_deepspeed.engine.first_step_log import nameless_matrices, places_of_work, policy_table, unmatched_patterns
 from shampoo_deepspeed.engine.policy import Policy, policy_of
 from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
 from shampoo_deepspeed.engine.step_unit import StepUnit
@@ -193,12 +193,18 @@ class ParameterRegistry:
             if nameless is not None:
                 raise OptionError(f"strict_names = True: {nameless}")
 
-    def report(self) -> None:
-        """Log once, on the first rank, how the parameters are treated, and warn about likely mistakes."""
+    def report(self, units: Iterable[StepUnit]) -> None:
+        """Log once, on the first rank, how the parameters are treated, and warn about likely mistakes.
+
+        Args:
+            units: those of the first step.
+        """
         first = not dist.is_initialized() or dist.get_rank() == 0
         if first and not self.reported:
             trained = [e.parameter for e in self.entries if _trains(e.reference())]
             logger.info("Shampoo preconditions:\n%s", policy_table(trained, self.policies, self.configs))
+            for line in places_of_work((u.device, u.compute_device, u.plan.loads[u.rank]) for u in units):
+                logger.info(line)
             given = [e.parameter for e in self.entries]
             for mistake in unmatched_patterns(given, self.configs.values()):
                 logger.warning(mistake)

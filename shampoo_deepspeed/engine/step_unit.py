@@ -19,7 +19,7 @@ from torch import Tensor
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.algorithm.elementwise import Elementwise, ElementwiseShard
 from shampoo_deepspeed.algorithm.grafting import is_normalized
-from shampoo_deepspeed.distributed.collectives import all_gather_numbers, object_of_rank
+from shampoo_deepspeed.distributed.collectives import all_gather_numbers, object_of_rank, on_all_ranks
 from shampoo_deepspeed.distributed.exchange import Exchange
 from shampoo_deepspeed.distributed.frameworks import Layout, LayoutError, compute_dtype
 from shampoo_deepspeed.distributed.process_groups import delay_exit_for_gloo
@@ -27,9 +27,10 @@ from shampoo_deepspeed.engine.policy import Policy, matrix_of
 from shampoo_deepspeed.geometry.boxes import Box, FlatRange, PlacedBox, merged_places, tiling_error
 from shampoo_deepspeed.geometry.plan import Matrix, Plan, bucket_elements
 from shampoo_deepspeed.geometry.shards import Messages, Sharding, Shards
+from shampoo_deepspeed.options.checks import bad
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
-from shampoo_deepspeed.runtime.devices import communication_device
+from shampoo_deepspeed.runtime.devices import communication_device, device_of_blocks
 from shampoo_deepspeed.runtime.metrics import Measured
 
 if TYPE_CHECKING:  # it imports this file
@@ -129,6 +130,8 @@ class StepUnit:
         return [_kind(tensor) for tensor in self.local_tensors()] == self._locals
 
     def _build(self, configs: Mapping[int, ShampooConfig], prior_loads: Sequence[float]) -> None:
+        with on_all_ranks(self.group, self.device):
+            self.compute_device = self._compute_device(configs[self.parameters[0].group].compute_device)
         places = self._placed_shards()
         everyone = self._gather(places, configs)
         self._check_tiling(everyone)
@@ -138,20 +141,25 @@ class StepUnit:
         first = configs[self.parameters[0].group]
         item = self.dtype.itemsize
         shards = everyone.chosen(number_of)
-        self.plan = Plan(matrices, shards, bucket_elements(first.bucket_mb, item), prior_loads)
+        bucket = bucket_elements(first.bucket_mb, item)
+        self.plan = Plan(matrices, shards, bucket, prior_loads, self._on_accelerators)
         wire = DTYPES[first.communication_dtype] if first.communication_dtype else self.dtype
         own = [(tensor, place) for p, tensor, place in sorted(places, key=_by_box) if p in number_of]
         self.loads_so_far = [a + b for a, b in zip(prior_loads, self.plan.loads, strict=True)]
-        self.exchange = Exchange(self.plan, self.rank, own, self.group, wire, self.device)
+        self.exchange = Exchange(
+            self.plan, self.rank, own, self.group, wire, self.device, self.compute_device, self.dtype
+        )
         self.block_parameters = list(number_of)
-        self.stacks = [self._stack(blocks, configs) for blocks in self.exchange.stacks]
+        # Ranks own different blocks, so memory may be too small on some of them only.
+        with on_all_ranks(self.group, self.device):
+            self.stacks = [self._stack(blocks, configs) for blocks in self.exchange.stacks]
+            self.elementwise = self._elementwise_part(places, everyone, configs)
         # The parameter of each row of each stack.
         self.parameters_of_rows = [
             [self.block_parameters[self.plan.blocks[block].parameter] for block in blocks]
             for blocks in self.exchange.stacks
         ]
         self.shared_parts = self._shared_parts(places, everyone)
-        self.elementwise = self._elementwise_part(places, everyone, configs)
         self.update_ranges = self._joined_ranges()
         elementwise = [t for t in self.policies if not t.preconditioned]
         self.needs_norms = any(is_normalized(t.method) for t in elementwise)
@@ -179,6 +187,7 @@ class StepUnit:
         are named once for all layers. What differs is fetched from the two ranks that the error names.
         """
         mine = [(p, place.box) for p, _, place in places]
+        self._on_accelerators = self.compute_device.type != "cpu"  # of any rank, as all need the same plan
         if self.world_size == 1:
             if self.layout.problem:
                 raise LayoutError(self.layout.problem)
@@ -189,7 +198,7 @@ class StepUnit:
         common = (signature, str(self.dtype))
         digest = int.from_bytes(sha256(repr(common).encode()).digest()[:7], "big")
         messages = Messages([(p.key, t.merged) for p, t in zip(self.parameters, self.policies, strict=True)])
-        numbers = [int(self.layout.problem is not None), digest, *messages.write(mine)]
+        numbers = [int(self.layout.problem is not None), digest, int(self._on_accelerators), *messages.write(mine)]
         gathered = all_gather_numbers(numbers, self.group, self.device)
         for rank, (problem, other, *_) in enumerate(gathered):
             if problem:
@@ -197,7 +206,8 @@ class StepUnit:
             if other != gathered[0][1]:
                 left, right = (object_of_rank(r, common, self.group, self.device) for r in (0, rank))
                 raise LayoutError(f"ranks 0 and {rank} disagree: {_first_difference(left, right)}")
-        return messages.read([numbers[2:] for numbers in gathered])
+        self._on_accelerators = any(numbers[2] for numbers in gathered)
+        return messages.read([numbers[3:] for numbers in gathered])
 
     def _check_tiling(self, everyone: Shards) -> None:
         members: dict[tuple[Sharding, tuple[int, ...]], list[int]] = defaultdict(list)
@@ -259,7 +269,13 @@ class StepUnit:
         group, shape = self.plan.blocks[blocks[0]].stack
         keys = [self.block_key(b) for b in blocks]
         phases = [phase for b in blocks if (phase := self.plan.blocks[b].phase) is not None]
-        return BlockStack(keys, shape, configs[group], self.device, self.dtype, phases or None, group)
+        return BlockStack(keys, shape, configs[group], self.compute_device, self.dtype, phases or None, group)
+
+    def _compute_device(self, wanted: str) -> torch.device:
+        try:
+            return device_of_blocks(wanted, self.device, self.group)
+        except ValueError as error:
+            raise bad("compute_device", wanted, f"here it can be {error}") from None
 
     def _shared_parts(self, places: Sequence[tuple[int, int, PlacedBox]], everyone: Shards) -> list[SharedPart]:
         ranks = {(tensor, place.offset): everyone.shardings[p].ranks_of(place.box) for p, tensor, place in places}

@@ -239,7 +239,7 @@ class _Unit:
         for rank, (sent, received) in enumerate(plan.traffic):
             made.sent[rank] += sent * wire
             made.received[rank] += received * wire
-        made.collectives += 2 * sum(plan.moving)
+        made.collectives += sum(plan.gradients_move) + sum(plan.updates_move)
         made.loads = [a + b for a, b in zip(made.loads, plan.loads, strict=True)]
         made.window = [_with_unit(step, plan, offset) for offset, step in enumerate(made.window)]
         made.blocks += len(plan.blocks)

@@ -28,6 +28,9 @@ REFRESH_CUBES = 25.0
 # while it is processed. More than eight hid no more. Buckets of less than half a million elements cost more in
 # calls than they hide; above four million a link gains nothing and memory is wasted (benchmarks.slow_link).
 BUCKETS, FEWEST_IN_BUCKET, MOST_IN_BUCKET = 8, 1 << 19, 1 << 22
+# An accelerator has no such cache, and each bucket costs the CPU a millisecond of launches. So memory bounds its
+# buckets: 128 MiB of float32 if anything moves, as there are eight in flight, else 1 GiB.
+MOST_ON_ACCELERATORS, MOST_THAT_STAYS = 1 << 25, 1 << 28
 # Relative sizes of the first buckets, and in reverse of the last ones. They apply if there are at least this many
 # buckets and no block is larger than the smallest of them.
 TAPER, FEWEST_TAPERED = (0.25, 0.5), 4
@@ -151,6 +154,7 @@ class Plan:
         bucket_elements: maximum number of elements of an owner's blocks in a bucket; a larger block gets a bucket of
             its own. None: one of ``BUCKETS`` equal parts of what the fullest rank owns, within bounds.
         prior_loads: loads of earlier units, which break ties between ranks in this one.
+        on_accelerators: whether blocks are computed on accelerators, which allows larger buckets.
     """
 
     def __init__(
@@ -159,6 +163,7 @@ class Plan:
         shards: Shards | Sequence[Sequence[Held]],
         bucket_elements: int | None = 1 << 62,
         prior_loads: Sequence[float] | None = None,
+        on_accelerators: bool = False,
     ) -> None:
         self.matrices = tuple(matrices)
         self.shards = shards if isinstance(shards, Shards) else Shards.of_ranks(shards, len(self.matrices))
@@ -172,12 +177,16 @@ class Plan:
         self.owners, self.loads = assign(self.blocks, self._holders, self.world_size, prior_loads)
         self.owned = self._owned_in_stack_order()
         self._moved: dict[int, tuple[int, int]] = {}
-        self.buckets = self._bucket_blocks(bucket_elements)
+        self.buckets = self._bucket_blocks(bucket_elements, on_accelerators)
         self.bucket_count = max(self.buckets, default=-1) + 1
-        self.moving = [False] * self.bucket_count
+        # Whether any gradient, and any update, of a bucket moves between ranks; replicas move updates only.
+        self.gradients_move = [False] * self.bucket_count
+        self.updates_move = [False] * self.bucket_count
         for holders, owner, bucket in zip(self._holders, self.owners, self.buckets, strict=True):
-            if not self.moving[bucket] and not holders.lies_only_on(owner):
-                self.moving[bucket] = True
+            if not self.updates_move[bucket] and not holders.lies_only_on(owner):
+                self.updates_move[bucket] = True
+            if not self.gradients_move[bucket] and holders.held_by(owner) < holders.box.numel:
+                self.gradients_move[bucket] = True
 
     def _list_blocks(self, holders: Sequence[Sequence[BlockHolders]]) -> None:
         for number, (matrix, found) in enumerate(zip(self.matrices, holders, strict=True)):
@@ -208,15 +217,18 @@ class Plan:
             owned[self.owners[block]].append(block)
         return owned
 
-    def _bucket_blocks(self, bucket_elements: int | None) -> list[int]:
+    def _bucket_blocks(self, bucket_elements: int | None, on_accelerators: bool) -> list[int]:
         """The bucket of each block, in the order of each owner's stacks, so that a bucket is a slice of each stack.
 
         If the first and last buckets are small, all owners have the same share of their blocks in a bucket.
         Otherwise each owner fills one bucket after another.
         """
         totals = [sum(self.blocks[block].box.numel for block in owned) for owned in self.owned]
+        if bucket_elements is None and on_accelerators and self._moves_nothing():
+            bucket_elements = MOST_THAT_STAYS
         if bucket_elements is None:
-            bucket_elements = min(max(max(totals) // BUCKETS, FEWEST_IN_BUCKET), MOST_IN_BUCKET)
+            most = MOST_ON_ACCELERATORS if on_accelerators else MOST_IN_BUCKET
+            bucket_elements = min(max(max(totals) // BUCKETS, FEWEST_IN_BUCKET), most)
         largest = max((block.box.numel for block in self.blocks), default=0)
         count = -(-max(totals) // bucket_elements)
         tapers = self.world_size > 1 and count >= FEWEST_TAPERED and largest <= TAPER[0] * bucket_elements
@@ -235,6 +247,9 @@ class Plan:
                 filled += numel
                 done += numel
         return buckets
+
+    def _moves_nothing(self) -> bool:
+        return all(found.lies_only_on(owner) for found, owner in zip(self._holders, self.owners, strict=True))
 
     def transfers(self, rank: int) -> list[Transfers]:
         """What this rank sends, receives and keeps, bucket by bucket.

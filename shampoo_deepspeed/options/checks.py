@@ -297,6 +297,20 @@ def dtype_name(*allowed: str) -> Check:
     return check
 
 
+def device_name(key: str, value: object) -> str:
+    """``"auto"``, ``"shard"``, or the name of a device, in lower case; the torch device itself is accepted too."""
+    allowed = 'auto, shard, or a device such as "cuda" or "cuda:1"'
+    if isinstance(value, str) and value.lower() in ("auto", "shard"):
+        return value.lower()
+    try:
+        device = torch.device(value.lower() if isinstance(value, str) else value)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        raise bad(key, value, allowed) from None
+    if device.type == "meta" or not isinstance(value, (str, torch.device)):
+        raise bad(key, value, allowed)
+    return str(device)
+
+
 def patterns_with(kinds: Sequence[str]) -> Check:
     """A list of name patterns, and of ``kind:`` with one of these kinds."""
 

@@ -16,6 +16,7 @@ from shampoo_deepspeed.options.checks import (
     OptionError,
     bad,
     beta_pair,
+    device_name,
     dtype_name,
     exactly,
     flag,
@@ -311,10 +312,16 @@ class ShampooConfig(DerivedValues):
         "dtype between ranks; null: that of the moments",
         FIXED | GROUP_ONLY | SHARED | NOT_STORED,
     )
+    compute_device: str = _option(
+        "auto",
+        device_name,
+        "where blocks are kept and computed; auto: the accelerator, if there is one; shard: where their shards lie",
+        FIXED | GROUP_ONLY | SHARED | NOT_STORED,
+    )
     bucket_mb: float | None = _option(
         None,
         nullable(non_negative),
-        "megabytes in a bucket, eight in flight at once; null: an eighth of a rank's blocks, 2 to 16",
+        "megabytes in a bucket, eight in flight; null: an eighth of a rank's blocks, 2 to 16, on accelerators to 128",
         FIXED | GROUP_ONLY | SHARED | NOT_STORED,
     )
     overlap: bool = _option(

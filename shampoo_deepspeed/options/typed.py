@@ -59,6 +59,7 @@ class _Options(TypedDict, total=False):
     stochastic_rounding: bool
     apply_dtype: str | None
     communication_dtype: str | None
+    compute_device: str
     bucket_mb: float | None
     overlap: bool
     failure_limit: int

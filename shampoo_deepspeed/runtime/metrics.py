@@ -10,10 +10,13 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from shampoo_deepspeed.runtime.devices import Arriving
 
 
 class Stopwatch:
@@ -71,6 +74,7 @@ class RefreshMeter:
         self.rows: set[int] = set()
         self._worst: float | None = None
         self._read = False
+        self._arriving: deque[Arriving] = deque()  # condition numbers that the device has not computed yet
 
     @contextmanager
     def refreshing(self, device: torch.device) -> Iterator[list[Tensor]]:
@@ -78,8 +82,19 @@ class RefreshMeter:
         conditions: list[Tensor] = []
         with self.watch.span(device):
             yield conditions
-        if conditions:  # the refresh has waited for the device, so these are available
-            self._note(torch.stack([condition.double() for condition in conditions]).amax().item())
+        if not conditions:
+            return
+        widest = reduce(torch.promote_types, [condition.dtype for condition in conditions])
+        worst = torch.stack([condition.to(widest) for condition in conditions]).amax()
+        if worst.device.type == "cpu":
+            self._note(worst.item())
+        else:
+            self._arriving.append(Arriving(worst.view(1)))
+            self._note_arrived()
+
+    def _note_arrived(self) -> None:
+        while self._arriving and self._arriving[0].arrived:
+            self._note(*self._arriving.popleft().read())
 
     def _note(self, condition: float) -> None:
         self._worst = condition if self._read or self._worst is None else max(self._worst, condition)
@@ -88,12 +103,17 @@ class RefreshMeter:
     def take(self, other: RefreshMeter) -> None:
         """Add what the meter of a refresh on another thread has measured since the last call."""
         self.watch.add(other.watch.read())
+        other._note_arrived()
         condition, other._worst = other._worst, None
         if condition is not None:
             self._note(condition)
 
     def read_condition(self) -> float | None:
-        """The largest condition number of the refreshes since the last reading; without any, the previous value."""
+        """The largest condition number of the refreshes since the last reading; without any, the previous value.
+
+        A refresh that the device has not finished counts in a later reading.
+        """
+        self._note_arrived()
         self._read = True
         return self._worst
 

@@ -20,6 +20,7 @@ from shampoo_deepspeed.distributed.collectives import (
     on_all_ranks,
 )
 from shampoo_deepspeed.distributed.frameworks import Shard
+from shampoo_deepspeed.distributed.process_groups import cpu_group
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.boxes import Box, FlatRange, PlacedBox
 
@@ -323,7 +324,9 @@ class SavedState:
         wanted = {key for keys in all_gather_objects(missing, group, device) for key in keys}
         here = [stack.rows(wanted.__contains__) for stack in self.stacks]
         own = [stack.on_cpu() for stack in here if stack.keys]
-        offers = [stack for stacks in all_gather_objects(own, group, device) for stack in stacks]
+        # Whole blocks: an accelerator's group would hold those of all ranks in its memory.
+        large = None if group is None else cpu_group(group)
+        offers = [stack for stacks in all_gather_objects(own, large) for stack in stacks]
         complete = replace(self, stacks=self.stacks + offers)
         lost = sorted(wanted - set(complete.rows()))
         if lost:

@@ -231,7 +231,7 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
                 self._join(unit)
                 made.append(unit)
                 advance(len(unit.tensors))
-        self.registry.report()
+        self.registry.report(made)
         return made
 
     def _take_released(self) -> None:

@@ -217,6 +217,7 @@ TEXTS: dict[str, tuple[bytes, str]] = {
     "not JSON": (b"{]", "Expecting"),
     "many": (b"[" + b"0," * (1 << 21) + b"0]", "values"),
     "empty lists": (b"[" + b"[]," * (1 << 21) + b"0]", "values"),
+    "keys": (b"{" + b",".join(b'"%d":0' % n for n in range(1 << 20)) + b"}", "values"),
     "a list": (b"[]", "allowed: an object"),
     "a text": (b'"x"', "allowed: an object"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -122,16 +123,16 @@ def test_all_ranks_compute_the_same_plan(made: tuple[Plan, list[list[tuple[int, 
 @given(plans())
 def test_blocks_that_lie_whole_with_their_owner_move_nothing(made: tuple[Plan, list[list[tuple[int, Box]]]]) -> None:
     plan, shards = made
-    for number, moves in enumerate(plan.moving):
-        travelling = [
-            found
-            for rank in range(plan.world_size)
-            for kind in ("gradients_out", "updates_out")
-            for found in getattr(plan.transfers(rank)[number], kind).values()
-        ]
-        assert moves == any(travelling)
-    if plan.world_size == 1:
-        assert not any(plan.moving)
+    for kind, moving in (("gradients_out", plan.gradients_move), ("updates_out", plan.updates_move)):
+        for number, moves in enumerate(moving):
+            travelling = [
+                found
+                for rank in range(plan.world_size)
+                for found in getattr(plan.transfers(rank)[number], kind).values()
+            ]
+            assert moves == any(travelling)
+        if plan.world_size == 1:
+            assert not any(moving)
 
 
 @settings(max_examples=100)
@@ -208,8 +209,27 @@ def test_a_block_stays_where_it_lies_when_balance_allows() -> None:
     matrices = [Matrix((8, 8), 4, 0, 10)] * 2
     plan = Plan(matrices, [[(0, whole((8, 8)))], [(1, whole((8, 8)))]])
     assert plan.owners == [0] * 4 + [1] * 4
-    assert not any(plan.moving)
+    assert not any(plan.gradients_move) and not any(plan.updates_move)
     assert plan.elements_moved(0) == (0, 0)
+
+
+def test_buckets_on_accelerators_follow_memory() -> None:
+    matrices = [Matrix((4096, 4096), 1024, 0, 10)] * 32  # 512 blocks of 2^20 elements
+    rows = [(n, whole((4096, 4096))) for n in range(32)]
+    assert Plan(matrices, [rows], None).bucket_count == 128
+    assert Plan(matrices, [rows], None, on_accelerators=True).bucket_count == 2  # nothing moves
+    halves = [[(n, Box((2048 * r, 0), (2048, 4096))) for n in range(32)] for r in range(2)]
+    assert Plan(matrices, halves, None, on_accelerators=True).bucket_count == 1  # nothing moves
+    columns = [[(n, Box((0, 2000 * r), (4096, 2000 + 96 * r))) for n in range(32)] for r in range(2)]
+    moved = Plan(matrices, columns, None, on_accelerators=True)
+    assert any(moved.updates_move) and max(Counter(moved.buckets).values()) <= 2 * 32
+    assert Plan(matrices, columns, None).bucket_count > 4 * moved.bucket_count
+    assert Plan(matrices, columns, 1 << 20, on_accelerators=True).bucket_count >= 256  # as asked
+
+
+def test_replicas_move_no_gradients() -> None:
+    plan = Plan([Matrix((8, 8), 4, 0, 10)] * 2, [[(0, whole((8, 8))), (1, whole((8, 8)))]] * 2)
+    assert all(plan.updates_move) and not any(plan.gradients_move)
 
 
 def test_replicas_share_the_work_and_each_gets_the_others_updates() -> None:

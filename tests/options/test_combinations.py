@@ -38,7 +38,7 @@ BOUND = 1e-9
 SHAPES = {"vector": (5,), "matrix": (6, 4), "conv": (4, 6, 2), "experts": (3, 2, 3, 2)}
 # Options that do not change the rule, and those with their own tests.
 NOT_OF_THE_RULE = {"bucket_mb", "overlap", "failure_limit", "strict_names"}
-NOT_OF_THE_RULE |= {"communication_dtype", "apply_dtype", "factor_dtype", "root_dtype"}
+NOT_OF_THE_RULE |= {"communication_dtype", "compute_device", "apply_dtype", "factor_dtype", "root_dtype"}
 TRIED_BY_OTHERS = {
     "embedding_lr",
     "tied_embedding_lr",

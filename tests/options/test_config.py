@@ -154,6 +154,10 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("root_dtype", None, DTYPE),
     ("apply_dtype", "fp8", DTYPE),
     ("communication_dtype", "int8", DTYPE),
+    ("compute_device", "gpu", "auto, shard, or a device"),
+    ("compute_device", "meta", "auto, shard, or a device"),
+    ("compute_device", None, "auto, shard, or a device"),
+    ("compute_device", 1, "auto, shard, or a device"),
     ("bucket_mb", -1, "null or a number >= 0"),
     ("bucket_mb", "auto", "null or a number >= 0"),
     ("master_weights", "no", FLAG),
@@ -205,8 +209,8 @@ def test_a_bad_value_from_json_is_the_same_error(key: str, value: Any) -> None:
         ShampooConfig.from_options(json.loads(json.dumps({key: value})))
 
 
-@pytest.mark.parametrize("key", [name for name in OPTION_NAMES if name != "solver"])
-def test_auto_is_an_error_for_every_option_but_the_solver(key: str) -> None:
+@pytest.mark.parametrize("key", [name for name in OPTION_NAMES if name not in ("solver", "compute_device")])
+def test_auto_is_an_error_for_every_option_but_the_solver_and_the_device(key: str) -> None:
     with pytest.raises(OptionError, match=f"{key!r} = 'auto' is not allowed"):
         ShampooConfig.from_options({key: "auto"})
 
@@ -337,7 +341,7 @@ def test_a_wrong_type_is_an_error_before_the_first_step(arguments: tuple[Any, ..
 @pytest.mark.parametrize("key", options_with(SHARED))
 def test_what_all_groups_share_cannot_differ_in_one(key: str) -> None:
     values = {"communication_dtype": "bfloat16", "bucket_mb": 1, "overlap": False, "failure_limit": 3}
-    value = {**values, "strict_names": True}[key]
+    value = {**values, "strict_names": True, "compute_device": "shard"}[key]
     Shampoo([{"params": [parameter(3)], key: value}], **keyword(key, value))
     with pytest.raises(OptionError, match=f"{key!r} = {value!r} in a parameter group.*all groups share one value"):
         Shampoo([{"params": [parameter(3)], key: value}])
@@ -439,6 +443,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "stochastic_rounding": st.booleans(),
     "apply_dtype": st.none() | dtypes,
     "communication_dtype": st.none() | dtypes,
+    "compute_device": st.sampled_from(["auto", "shard", "cpu", "cuda:1"]),
     "bucket_mb": st.none() | numbers,
     "overlap": st.booleans(),
     "failure_limit": counts,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from tests.support.bare import BARE
-from tests.support.simulated_device import Device, Mode, OnDevice, simulate
+from tests.support.simulated_device import Device, Mode, on_device, simulate, values_of
 
 STEPS, FREQUENCY = 7, 3
 SHAPES = {"a": (20, 12), "b": (12,), "c": (6, 4, 3, 3), "s": ()}
@@ -61,7 +61,7 @@ def trained(
 
     Each step's gradients are multiplied by one of the factors; those of step ``bad`` are NaN.
     """
-    mark = (lambda t: t.as_subclass(OnDevice)) if device else (lambda t: t)
+    mark = on_device if device else (lambda t: t)
     params = {name: nn.Parameter(mark(gradient(name, -1))) for name in SHAPES}
     reads = []
     with Mode() if device else contextlib.nullcontext():
@@ -69,14 +69,13 @@ def trained(
         optimizer = Shampoo(list(params.items()), lr=1e-2, **own)
         for step in range(STEPS):
             for name, p in params.items():
-                with torch._C.DisableTorchFunctionSubclass():
-                    p.grad = mark(gradient(name, step) * (torch.nan if step == bad else factors[step]))
+                p.grad = mark(gradient(name, step) * (torch.nan if step == bad else factors[step]))
             before = len(device.reads) if device else 0
             optimizer.step()
             reads.append(device.reads[before:] if device else [])
         optimizer.finish_step()
     assert optimizer.rejected_steps == (bad >= 0)
-    return [p.detach().as_subclass(Tensor) for p in params.values()], reads
+    return [values_of(p) for p in params.values()], reads
 
 
 def assert_equal_but_for_rounding(found: list[Tensor], expected: list[Tensor], bound: float = 5e-6) -> None:

@@ -94,6 +94,7 @@ USUAL: dict[str, st.SearchStrategy[Any]] = {
     "stochastic_rounding": st.booleans(),
     "apply_dtype": st.none() | dtypes,
     "communication_dtype": st.none() | dtypes,
+    "compute_device": st.sampled_from(["auto", "shard", "cpu"]),
     "bucket_mb": st.none() | reals,
     "overlap": st.booleans(),
     "failure_limit": counts,
