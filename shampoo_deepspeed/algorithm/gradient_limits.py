@@ -69,7 +69,7 @@ def mean_square_of_blocks(
             name = min(factors, key=lambda n: int(n[7:]))
             factor, beta = stack.tensors[name], config.factors_decay
             scale = 1.0
-            if config.parts.whitens:  # its mean eigenvalue is that of an element
+            if config.parts.statistics == "whitened":  # its mean eigenvalue is that of an element
                 scale = math.prod(stack.shape) / factor.shape[-1]
             weights = [scale / (n if beta == 1.0 else 1.0 - beta**n) if n else 0.0 for n in counts]
             traces = factor if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1)

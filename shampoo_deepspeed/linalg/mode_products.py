@@ -96,6 +96,11 @@ def multiply(stack: Tensor, matrices: Tensor, mode: int) -> Tensor:
     return fold(bmm(matrices, unfold(stack, mode)), stack.shape, mode)
 
 
+def multiply_along(matrices: Mapping[int, Tensor], stack: Tensor, mode: int) -> Tensor:
+    """``multiply`` by the mode's own matrices of several modes'."""
+    return multiply(stack, matrices[mode], mode)
+
+
 def multiply_modes(stack: Tensor, matrices: Mapping[int, Tensor]) -> Tensor:
     """``multiply`` along several modes, each by its own matrices; a new tensor if there are any."""
     square = stack.ndim == 3 and sorted(matrices) == [0, 1] and all(m.ndim == 3 for m in matrices.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -19,7 +20,7 @@ from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshRe
 from shampoo_deepspeed.geometry.blocks import Side
 from shampoo_deepspeed.linalg.eigenbases import rayleigh, renewed, root_from_basis
 from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_power, inverse_root, shrunk, symmetric
-from shampoo_deepspeed.linalg.mode_products import add_gram_, multiply, multiply_modes
+from shampoo_deepspeed.linalg.mode_products import add_gram_, multiply_along, multiply_modes
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
 
@@ -225,9 +226,8 @@ class KLShampooPreconditioner(ShampooPreconditioner):
 
     def accumulate(self, state: dict[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
         whole = gradients.to(torch.promote_types(gradients.dtype, self._root_dtype))
-        self.accumulate_whitened(
-            state, whole, step, found_inf, lambda stack, mode: multiply(stack, state[f"root_{mode}"], mode)
-        )
+        roots = {mode: state[f"root_{mode}"] for mode in modes_of(state)}
+        self.accumulate_whitened(state, whole, step, found_inf, partial(multiply_along, roots))
 
     def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         modes = modes_of(state)

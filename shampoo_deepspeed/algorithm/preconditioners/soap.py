@@ -147,7 +147,8 @@ class SOAPPreconditioner(Preconditioner):
         values = found.values.clamp_min(0.0)
         total = values.sum(-1, keepdim=True)
         failed = sorted({*found.failed, *non_finite(found.bases)})
-        return found._replace(values=torch.where(total > 0, values / total, 0.0), failed=failed)
+        values = torch.where(total > 0, values / total, 0.0)
+        return Renewed(found.bases, values, found.columns, found.moved, found.stepped, failed)
 
     def _trace(self, state: dict[str, Tensor], step: int) -> Tensor:
         """The mean of ||G||^2 by the factor matrices [B]; the first mode's stands for all."""
