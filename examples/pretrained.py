@@ -6,6 +6,7 @@ its checksum is checked. The weights are converted to float32 and kept as a fold
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -45,10 +46,8 @@ def download(folder: Path) -> Path:
 
 def convert(file: Path, folder: Path) -> None:
     """Write a GGUF file as a folder that `from_pretrained` reads in seconds, with float32 weights."""
-    try:
-        import gguf  # noqa: F401  # what Transformers needs to read such a file
-    except ImportError:
-        raise SystemExit("the package gguf is missing: pip install shampoo-deepspeed[finetune]") from None
+    if importlib.util.find_spec("gguf") is None:  # which Transformers needs to read such a file
+        raise SystemExit("the package gguf is missing: pip install shampoo-deepspeed[finetune]")
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # Transformers refuses to save a model that it has read from such a file, so its weights move to a plain one.

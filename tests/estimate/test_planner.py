@@ -387,7 +387,10 @@ def test_bad_arguments_are_named(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["estimate"], ["inspect"], ["report"]], ids=["all", "estimate", "inspect", "report"])
+COMMANDS = ["estimate", "inspect", "report"]
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)], ids=["all", *COMMANDS])
 def test_help_shows_examples_that_the_command_takes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([*arguments, "--help"])
@@ -397,7 +400,7 @@ def test_help_shows_examples_that_the_command_takes(arguments: list[str], capsys
     examples = [line.split()[3:] for line in lines if line.startswith("python -m")]
     assert examples
     for example in examples:
-        assert _parser().parse_args(example).command in (arguments or ["estimate", "inspect", "report"])
+        assert _parser().parse_args(example).command in (arguments or COMMANDS)
 
 
 def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

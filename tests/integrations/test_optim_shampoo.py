@@ -39,7 +39,13 @@ LINE = ["--output_dir", "out", "--use_cpu", "--optim", "shampoo", "--optim_args"
 @pytest.fixture
 def arguments(tmp_path: Path) -> Any:
     def make(**changes: Any) -> TrainingArguments:
-        given = {"use_cpu": True, "max_steps": 2, "report_to": "none", "save_strategy": "no", "optim": "shampoo"}
+        given: dict[str, Any] = {
+            "use_cpu": True,
+            "max_steps": 2,
+            "report_to": "none",
+            "save_strategy": "no",
+            "optim": "shampoo",
+        }
         return TrainingArguments(str(tmp_path), **given | changes)
 
     return make
@@ -90,7 +96,7 @@ def test_a_second_optimizer_is_an_error(kind: type[Trainer], arguments: Any) -> 
     model = make_model("llama")
     before = [p.detach().clone() for p in model.parameters()]
     adam = torch.optim.AdamW(model.parameters(), lr=0.1)
-    run = kind(model, arguments(), train_dataset=make_data(2), optimizers=(adam, None))  # type: ignore[arg-type]
+    run = kind(model, arguments(), train_dataset=make_data(2), optimizers=(adam, None))
     with pytest.raises(RuntimeError, match=r'AdamW, not Shampoo; optim="shampoo" asks for Shampoo too; leave out one'):
         run.train()
     assert all(map(torch.equal, before, model.parameters()))
@@ -105,6 +111,7 @@ def test_an_optimizer_in_deepspeed_s_json_is_an_error(arguments: Any, monkeypatc
     plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.DEEPSPEED)
     monkeypatch.setitem(AcceleratorState._shared_state, "deepspeed_plugins", plugin)
+    assert run.model is not None
     optimizer = Shampoo(run.model.parameters())
     with pytest.raises(ValueError, match='the DeepSpeed JSON has an "optimizer" section'):
         NamedOptimizerCheck().on_train_begin(run.args, run.state, run.control, optimizer=optimizer)

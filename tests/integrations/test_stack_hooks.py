@@ -31,13 +31,15 @@ def titan_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": list(params), "param_names": list(names), "fused": False, "foreach": True, **OPTIONS}]
 
 
+NOT_FOREACH: dict[str, Any] = {"foreach": False}
+FUSED: dict[str, Any] = {"fused": True}
 # How each builds an optimizer from a model, as of the versions on the page.
 BUILDS: dict[str, Callable[[nn.Module], Shampoo]] = {
     "torchtune": lambda model: Shampoo(model.parameters(), **OPTIONS),
     "verl": lambda model: Shampoo(model.parameters(), **OPTIONS, betas=[0.9, 0.95]),
-    "nemo-automodel": lambda model: Shampoo(params=list(model.parameters()), foreach=False, **OPTIONS),
+    "nemo-automodel": lambda model: Shampoo(params=list(model.parameters()), **NOT_FOREACH, **OPTIONS),
     "torchtitan": lambda model: Shampoo(titan_groups(model)),
-    "nanoGPT": lambda model: Shampoo(decay_groups(model), lr=3e-3, betas=(0.9, 0.95), fused=True),
+    "nanoGPT": lambda model: Shampoo(decay_groups(model), lr=3e-3, betas=(0.9, 0.95), **FUSED),
     "lightning": lambda model: Shampoo(nn.ModuleDict({"model": model}).parameters(), **OPTIONS),
 }
 
@@ -87,7 +89,7 @@ def accelerate_ends() -> Any:
 def test_accelerate_s_accumulation_and_schedule_apply(accelerate_ends: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     losses: list[float] = []
-    loader = DataLoader(batches(12), batch_size=None)  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(batches(12), batch_size=None)  # type: ignore[arg-type]
     model = make_model("llama")
     made = run_stack_block("accelerate-loop", torch=torch, model=model, loader=loader, losses=losses)
     inner = assert_recognised(made["optimizer"], TOKENS, HEAD)

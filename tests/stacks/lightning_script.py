@@ -40,7 +40,7 @@ def fit(strategy: str, folder: Path, **given: Any) -> tuple[Losses, Any]:
         max_steps=STEPS, accelerator="cpu", devices=2, strategy=kind, logger=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[seen, saving], default_root_dir=folder, use_distributed_sampler=False,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(own_part(), batch_size=None), **given)
+    trainer.fit(module, DataLoader(own_part(), batch_size=None), **given)  # type: ignore[arg-type]
     return seen, unwrap(trainer.optimizers[0])
 
 

@@ -28,7 +28,7 @@ def fitted(folder: Path, **given: Any) -> tuple[Trainer, Losses, Any]:
         max_steps=STEPS, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[seen, saving], default_root_dir=folder,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(batches(), batch_size=None), **given)
+    trainer.fit(module, DataLoader(batches(), batch_size=None), **given)  # type: ignore[arg-type]
     return trainer, seen, module
 
 

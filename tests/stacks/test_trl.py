@@ -52,7 +52,7 @@ def lines(kind: str) -> Dataset:
         "dpo": {"prompt": [" ".join(words[:6])] * 40, "chosen": [" ".join(words[6:])] * 40, "rejected": ["a its"] * 40},
         "grpo": {"prompt": [" ".join(words[:4])] * 40},
         "reward": {"chosen": [LINE] * 40, "rejected": [" ".join(reversed(words))] * 40},
-    }[kind]  # type: ignore[assignment]
+    }[kind]
     return Dataset.from_dict(halves)
 
 

@@ -9,7 +9,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -70,6 +70,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {
 }
 
 
-def policies_of(optimizer: Shampoo, prefix: str = "") -> dict[str, Any]:
+def policies_of(optimizer: BlockOptimizer, prefix: str = "") -> dict[str, Any]:
     own = {e.parameter.key: (e.parameter.kinds, optimizer.policies[e.parameter.key]) for e in optimizer.entries}
     return {name.removeprefix(prefix): found for name, found in own.items() if name.startswith(prefix)}
