@@ -50,6 +50,8 @@ from shampoo_deepspeed.options.config import ShampooConfig
 FRAMEWORKS = ("fsdp2", "hsdp", "zero3")
 REPLICAS = 8  # under HSDP: 8 x 128 on 1,024 ranks
 CPU, META = torch.device("cpu"), torch.device("meta")
+# Before its boxes a rank sends a mark of a problem, a digest, and whether it computes on an accelerator.
+LEADING = 3
 
 
 @dataclass
@@ -85,7 +87,7 @@ class Wire:
     """Stands for all other ranks: fills in what they send at the first step, and counts what this rank sends.
 
     Args:
-        rows: for each step unit the messages of all ranks, without the count and the digest that precede them.
+        rows: for each step unit the messages of all ranks, without the `LEADING` numbers that precede them.
     """
 
     def __init__(self, rank: int, rows: Sequence[Sequence[Sequence[int]]]) -> None:
@@ -94,16 +96,21 @@ class Wire:
         self.collectives = self.gathered = self.sent = self.received = self.objects = 0
 
     def all_reduce(self, values: Tensor, op: Any = None, group: Any = None) -> None:
-        if values.dtype == torch.int64:  # the longest message; all else is on the meta device
-            values.fill_(2 + max(map(len, self.waiting[0])))
+        if op == dist.ReduceOp.MAX and values.dtype == torch.int64:  # the longest message
+            values.fill_(LEADING + max(map(len, self.waiting[0])))
+        # No other rank fails, so the lowest rank that does is this one or none. All else is on the meta device.
 
     def all_gather_into_tensor(self, out: Tensor, mine: Tensor, group: Any = None) -> None:
-        """Fill in the rows of all ranks; the digest of what must be equal is this rank's for all of them."""
+        """Fill in the rows of all ranks, with this rank's digest of what must be equal for all of them.
+
+        All say that they compute on the CPU, as the planner assumes; the meta device would count as an accelerator.
+        """
         own, rows = mine.tolist(), self.waiting.pop(0)
-        if own[3 : 1 + own[0]] != list(rows[self.rank]):
+        if own[1 + LEADING : 1 + own[0]] != list(rows[self.rank]):
             raise RuntimeError(f"rank {self.rank} holds other boxes than the planner expects")
         for row, numbers in zip(out.view(len(rows), -1), rows, strict=True):
-            row[: 3 + len(numbers)] = torch.tensor([2 + len(numbers), *own[1:3], *numbers])
+            filled = torch.tensor([LEADING + len(numbers), *own[1:LEADING], 0, *numbers])
+            row[: len(filled)] = filled
         self.gathered += out.nbytes
 
     def all_to_all_single(
@@ -286,6 +293,9 @@ class Engine:
 
     def zero_optimization_stage(self) -> int:
         return 3
+
+    def optimizer_params(self) -> None:
+        """There is no "optimizer" section."""
 
     def torch_autocast_enabled(self) -> bool:
         return False

@@ -68,7 +68,10 @@ def policy_of(parameter: Parameter, config: ShampooConfig) -> Policy:
         return Policy(merged, flat, reason, decays, options, method=method, rule=pattern, rate=rate)
     sides = config.sides(merged)
     try:
-        cuts = cut_lengths(merged, limit, sides, batch, config.split)
+        # A rule without factor matrices works on blocks of at most the given size in every dim.
+        every: Side = "matrix"
+        cut = sides if config.parts.statistics else (every,) * len(merged)
+        cuts = cut_lengths(merged, limit, cut, batch, config.split)
         return Policy(merged, dims, None, decays, options, cuts, sides, rule=pattern)
     except ValueError as error:
         raise OptionError(f"Shampoo option 'split' does not fit parameter {parameter.key}: {error}.") from None

@@ -62,7 +62,7 @@ class Estimate:
         adamw: bytes of AdamW's two float32 moments on each rank under the same framework.
         sent: bytes that each rank sends in a step.
         received: bytes that each rank receives in a step.
-        collectives: all-to-all calls per step.
+        collectives: all-to-all calls per step of ranks that compute on CPUs; accelerators have larger buckets.
         loads: FLOPs on each rank per step, with the refreshes' share; all units together.
         window: each step of a refresh window; of a very long one only the first steps.
         further: the steps of the window after these, all of which equal the last of them.

@@ -85,9 +85,8 @@ def cut_lengths(
 ) -> tuple[tuple[int, ...], ...]:
     """Lengths of the blocks along each dim of a merged shape.
 
-    A dim with a factor matrix is cut into lengths of at most ``max_dim``. A dim without one is not cut if others have
-    one, as that would gain nothing; if none has, all are cut. Batch dims are cut into single matrices. ``split`` first
-    cuts the first dim whose length is its sum.
+    A dim with a factor matrix is cut into lengths of at most ``max_dim``. A dim without one is not cut, as that would
+    gain nothing. Batch dims are cut into single matrices. ``split`` first cuts the first dim whose length is its sum.
 
     Raises:
         ValueError: if no dim has the length that ``split`` adds up to.
@@ -95,11 +94,10 @@ def cut_lengths(
     first = next((dim for dim in range(batch_dims, len(shape)) if shape[dim] == sum(split)), None)
     if split and first is None:
         raise ValueError(f"split = {list(split)} adds up to {sum(split)}, and no dim of {tuple(shape)} is that long")
-    alone = all(side == "none" for side in sides)
     lengths = []
     for dim, (n, side) in enumerate(zip(shape, sides, strict=True)):
         parts = split if split and dim == first else (n,)
-        longest = 1 if dim < batch_dims else max_dim if side == "matrix" or alone else n
+        longest = 1 if dim < batch_dims else max_dim if side == "matrix" else n
         lengths.append(tuple(length for part in parts for length in _even(part, longest)))
     return tuple(lengths)
 

@@ -48,9 +48,11 @@ def bad(key: str, value: object, allowed: str) -> OptionError:
 
 def _hinted(allowed: str, value: object) -> str:
     """What is allowed, with the reason why a text stands in place of a number, where there is a likely one."""
+    if not isinstance(value, str):
+        return allowed
     if value == "auto":
         return f"{allowed}; only the Hugging Face Trainer fills in 'auto'"
-    if isinstance(value, str) and EXPONENT.fullmatch(value):
+    if EXPONENT.fullmatch(value):
         return (
             f"{allowed}; it is text, as YAML reads an exponent after a number without a point: write {float(value)!r}"
         )

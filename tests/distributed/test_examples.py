@@ -62,8 +62,8 @@ def start(command: Sequence[str | Path], folder: Path, **environment: str) -> st
     return printed
 
 
-def assert_falling(found: list[float]) -> None:
-    assert len(found) == STEPS and all(0.0 < loss < 10.0 for loss in found)
+def assert_falling(found: list[float], steps: int = STEPS) -> None:
+    assert len(found) == steps and all(0.0 < loss < 10.0 for loss in found)
     assert found[-1] < found[0]
 
 
@@ -141,10 +141,10 @@ def test_fine_tuning_is_the_same_plain_and_under_zero2(
 def test_adapters_are_fine_tuned_with_either_optimizer(ddp: tuple[list[float], Path], folder: Path) -> None:
     for optimizer in ("shampoo", "adamw"):
         given = ["--model", str(ddp[1]), "--sequence_length", "128", "--held_out_rows", "8", "--general_rows", "4"]
-        given += ["--max_steps", str(STEPS), "--learning_rate", "1e-2", "--lora_rank", "4", "--use_cpu"]
+        given += ["--max_steps", "16", "--learning_rate", "5e-2", "--lora_rank", "4", "--use_cpu"]
         given += ["--warmup_steps", "0", "--precondition_frequency", "2"]
         given += ["--optimizer", optimizer, "--output_dir", str(folder / f"lora_{optimizer}")]
-        assert_falling(losses(start([sys.executable, EXAMPLES / "finetune.py", *given], folder)))
+        assert_falling(losses(start([sys.executable, EXAMPLES / "finetune.py", *given], folder)), 16)
 
 
 def test_causal_lm_deepspeed(folder: Path) -> None:

@@ -10,7 +10,7 @@ from shampoo_deepspeed.linalg import eigenbases
 from shampoo_deepspeed.linalg.cholesky_qr import cholesky_qr
 from shampoo_deepspeed.linalg.eigenbases import power_step, rayleigh, root_from_basis
 from tests.support.multiply_adds import MultiplyAdds
-from tests.support.simulated_device import Mode, OnDevice, simulate
+from tests.support.simulated_device import Mode, on_device, simulate, values_of
 
 F64 = torch.float64
 
@@ -91,10 +91,10 @@ def test_on_an_accelerator_it_takes_the_place_of_qr_and_reads_nothing_back(monke
     device = simulate(monkeypatch)
     monkeypatch.setattr(torch.linalg, "qr", None)
     with Mode():
-        there, known = matrix.as_subclass(OnDevice), basis.as_subclass(OnDevice)
+        there, known = on_device(matrix), on_device(basis)
         power_step(there, known, 1e-4)
         assert not device.reads and not device.mixed
-        found, values, roots = (t.as_subclass(Tensor) for t in refresh(there, known))
+        found, values, roots = (values_of(t) for t in refresh(there, known))
     torch.testing.assert_close((found.mT @ expected[0]).abs(), torch.eye(64).expand(3, 64, 64), rtol=0, atol=1e-4)
     torch.testing.assert_close(values, expected[1], rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(roots, expected[2], rtol=0, atol=1e-3 * expected[2].max().item())
@@ -105,5 +105,5 @@ def test_a_zero_matrix_keeps_its_basis_on_an_accelerator(monkeypatch: pytest.Mon
     _, basis = stale(5, 10.0, 0.0)
     simulate(monkeypatch)
     with Mode():
-        found, _ = power_step(torch.zeros(1, 5, 5, dtype=F64).as_subclass(OnDevice), basis.as_subclass(OnDevice), 1e-4)
-    torch.testing.assert_close(found.as_subclass(Tensor), basis)
+        found, _ = power_step(on_device(torch.zeros(1, 5, 5, dtype=F64)), on_device(basis), 1e-4)
+    torch.testing.assert_close(values_of(found), basis)

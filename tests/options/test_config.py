@@ -56,7 +56,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("lr", torch.ones(2), "a Tensor with one such element"),
     ("lr", torch.tensor(-1.0), "a Tensor with one such element"),
     ("lr", torch.tensor(math.nan), "a Tensor with one such element"),
-    ("lr", "3e-3", "it is text, as YAML reads an exponent without a decimal point: write 0.003"),
+    ("lr", "3e-3", "it is text, as YAML reads an exponent after a number without a point: write 0.003"),
     ("weight_decay", "1E-2", "write 0.01"),
     ("betas", 0.9, BETAS),
     ("betas", [0.9], BETAS),

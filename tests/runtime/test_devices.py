@@ -70,6 +70,8 @@ def trained(
         for step in range(STEPS):
             for name, p in params.items():
                 p.grad = mark(gradient(name, step) * (torch.nan if step == bad else factors[step]))
+            if device:
+                device.catch_up()  # during the forward and backward pass
             before = len(device.reads) if device else 0
             optimizer.step()
             reads.append(device.reads[before:] if device else [])

@@ -373,7 +373,7 @@ def test_groups_with_and_without_momentum_go_on_together() -> None:
         ({}, {"solver": "qr"}),
         ({"solver": "qr"}, {"solver": "eigh"}),
         ({"preconditioner": "soap"}, {"preconditioner": "kl_soap"}),
-        ({"preconditioner": "muon"}, {"max_preconditioner_dim": 8}),
+        ({"preconditioner": "muon"}, {"max_preconditioner_dim": 4}),
     ],
 )
 def test_options_that_shape_state_cannot_change_on_the_way(at_first: dict[str, Any], later: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.options import choices
+from shampoo_deepspeed.options.family import FAMILY
 from tests.torture.options import tensors_in
 from tests.torture.random_examples import check_all, count_from_command_line
 
@@ -115,9 +116,9 @@ def cases(draw: st.DrawFn) -> Case:
         options["damping"] = draw(st.sampled_from(choices.DAMPINGS))
         options["large_dim"] = draw(st.sampled_from(choices.LARGE_DIMS))
         options["one_sided"] = draw(st.sampled_from([None, "left", "smaller"]))
-    elif preconditioner == "soap":
+    elif FAMILY[preconditioner].in_basis:
         options["exponent_override"] = draw(st.sampled_from([None, 0.001, 0.1, 1.0, 3.0, 1000.0]))
-    if draw(st.booleans()):
+    if FAMILY[preconditioner].statistics is not None and draw(st.booleans()):  # Muon has no bases to keep
         options["refresh_tolerance"] = 0.1
     hit = draw(st.sets(st.sampled_from(sorted(SHAPES)), min_size=1).map(sorted).map(tuple))
     steps = draw(st.sets(st.integers(0, STEPS - 2), min_size=1, max_size=3).map(sorted).map(tuple))
