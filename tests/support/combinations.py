@@ -169,7 +169,7 @@ def rows_of_single_values() -> list[Row]:
 
 
 def rows_tracked_from_the_first_gradients() -> set[Row]:
-    """Return rows with the early schedules that ``LEFT_OUT`` parts from tracked bases: small blocks are not singular."""
+    """Return rows with early schedules, which ``LEFT_OUT`` parts from tracked bases: small blocks are not singular."""
     bases, schedule = OPTIONS.index("bases"), OPTIONS.index("schedule")
     plain = [{0: p, bases: n, schedule: early} for p in (0, 1) for n in (2, 4) for early in (0, 5)]
     return {tuple(values.get(option, 0) for option in range(len(SIZES))) for values in plain}
