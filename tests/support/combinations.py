@@ -106,6 +106,7 @@ REFUSED: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
 # the off-diagonal part that a tolerance judges and the next step depend on the choice of null directions.
 LEFT_OUT: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
     **{("preconditioner", PRECONDITIONERS.index(name)): {"schedule": (0, 3, 5)} for name in IN_BASIS},
+    ("bases", 1): {"schedule": (0, 3, 5)},
     ("bases", 2): {"regularisation": (2, 3), "schedule": (0, 3, 5)},
     ("bases", 4): {"regularisation": (2, 3), "schedule": (0, 3, 5)},
 }
