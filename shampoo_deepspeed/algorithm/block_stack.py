@@ -83,9 +83,9 @@ class BlockStack:
         """The state of blocks that have not seen a gradient."""
         count, name = len(self.keys), self._second_moment
         moments = (count, *self.shape)
-        tensors = self._preconditioner.new_state(count, self.shape, self._device, self._dtype)
+        tensors = self.preconditioner.new_state(count, self.shape, self._device, self._dtype)
         if self._config.betas[0] != 0.0:
-            first = self._preconditioner.first_moment
+            first = self.preconditioner.first_moment
             tensors[first] = torch.zeros(moments, dtype=self._dtype, device=self._device)
         if name is not None and name not in tensors:
             tensors[name] = torch.zeros(moments, dtype=self._dtype, device=self._device)
@@ -117,8 +117,8 @@ class BlockStack:
     def _use(self, config: ShampooConfig) -> None:
         """Use these options from now on."""
         self._given, self._config = config, config.for_blocks
-        self._preconditioner = build(self._config)
-        self._second_moment = _second_moment(self._preconditioner, self._config)
+        self.preconditioner = build(self._config)
+        self._second_moment = _second_moment(self.preconditioner, self._config)
 
     def step(
         self, first: int, gradients: Tensor, steps: Sequence[int], config: ShampooConfig, found_inf: FoundInf | None
@@ -167,7 +167,7 @@ class BlockStack:
         state = {name: tensor[first : rows.stop] for name, tensor in self.tensors.items()}
         if self.pending:
             self._await_background(rows, state, step)
-        self._preconditioner.accumulate(state, gradients, step, found_inf)
+        self.preconditioner.accumulate(state, gradients, step, found_inf)
         installed = self._refresh(rows, state, step, found_inf)
         if not installed and len({self.refreshed[row] for row in rows}) == 1:
             return self._updates(rows, state, gradients, None, step, found_inf)
@@ -208,7 +208,7 @@ class BlockStack:
         Args:
             result: the refresh that was just installed for them, if any.
         """
-        config, preconditioner, method = self._config, self._preconditioner, self._config.warm_method
+        config, preconditioner, method = self._config, self.preconditioner, self._config.warm_method
         ready, name = self.refreshed[rows[0]], self._second_moment
         second = [] if name is None or (ready and name == preconditioner.filled_by_refresh) else [state[name]]
         kept = [state[preconditioner.first_moment]] if config.betas[0] else []
@@ -251,7 +251,7 @@ class BlockStack:
         found_inf: FoundInf | None,
     ) -> Tensor:
         """``_updates`` if first moments are in the preconditioner's own coordinates, or no length is grafted."""
-        config, preconditioner = self._config, self._preconditioner
+        config, preconditioner = self._config, self.preconditioner
         seen = preconditioner.project(state, gradients) if preconditioner.rotates_moments else gradients
         beta1, corrected = config.betas[0], config.use_bias_correction
         (moments,), correction = grafting.first_moment(kept, [seen], beta1, step, corrected, found_inf, config.beta3)
@@ -302,7 +302,7 @@ class BlockStack:
             else:
                 for few in self._few_at_a_time(here):
                     installed += self._refresh_now(rows, state, few, step)
-        return installed if self._preconditioner.rotates_moments else []
+        return installed if self.preconditioner.rotates_moments else []
 
     def _install(
         self, rows: range, state: dict[str, Tensor], here: slice, refresh: Refresh | None
@@ -318,7 +318,7 @@ class BlockStack:
             return []
         result = whole.rows(rows[here][0] - refresh.first, rows[here][-1] + 1 - refresh.first)
         with self.meter.watch.span(self._device):
-            failed = set(self._preconditioner.install(_part(state, here), result))
+            failed = set(self.preconditioner.install(_part(state, here), result))
         for row in rows[here]:
             del self.pending[row]
         self._note_refresh(rows[here], failed)
@@ -340,8 +340,8 @@ class BlockStack:
         part = _part(state, here)
         try:
             with self.meter.refreshing(self._device) as conditions:
-                result = self._preconditioner.compute(part, step, conditions)
-                failed = set(self._preconditioner.install(part, result))
+                result = self.preconditioner.compute(part, step, conditions)
+                failed = set(self.preconditioner.install(part, result))
             self._note_refresh(rows[here], failed)
             return [(here, result)]
         except RuntimeError as error:
@@ -367,7 +367,7 @@ class BlockStack:
 
     def _begin(self, rows: range, state: dict[str, Tensor], step: int) -> None:
         """Start a refresh in the background; the state stays as it is until these rows' next step, which waits."""
-        preconditioner = self._preconditioner
+        preconditioner = self.preconditioner
 
         def compute(conditions: list[Tensor]) -> RefreshResult:
             groups = list(self._few_at_a_time(slice(0, len(rows))))

@@ -98,6 +98,31 @@ class Elementwise:
         squares = torch.zeros(count, dtype=torch.float64, device=device)
         return squares.index_add_(0, self._parameters, norms.square() * self._shares)
 
+    def squares_so_far(self, steps: Sequence[int], configs: Mapping[int, ShampooConfig]) -> list[tuple[Tensor, float]]:
+        """This rank's share of the running mean of ||G||^2: 0-d float64 tensors and their factors.
+
+        Second moments show it, or first ones if there are none. Parameters with step 0 do not count.
+        """
+        firsts: list[tuple[Tensor, float]] = []
+        seconds: list[tuple[Tensor, float]] = []
+        for number, shard in enumerate(self.shards):
+            config, step = configs[shard.group].for_elementwise, steps[shard.parameter]
+            needs, beta1 = self.needs[shard.group, shard.method], config.betas[0]
+            if step and "second_moment" in needs:
+                weight = step if shard.method == "adagrad" else 1.0 - config.second_moment_beta**step
+                seconds.append((self.views["second_moment"][number], shard.share / weight))
+            elif step and beta1:
+                factor = grafting.noise_in_first_moment(beta1, step)
+                firsts.append((self.views["exp_avg"][number], factor * shard.share))
+        found = []
+        if firsts:
+            norms = torch._foreach_norm([part for part, _ in firsts], 2, torch.float64)
+            found += [(norm.square(), factor) for norm, (_, factor) in zip(norms, firsts, strict=True)]
+        if seconds:  # none of their elements is negative
+            sums = torch._foreach_norm([part for part, _ in seconds], 1, torch.float64)
+            found += [(total, factor) for total, (_, factor) in zip(sums, seconds, strict=True)]
+        return found
+
     def step(
         self,
         gradients: Sequence[Tensor],

@@ -131,6 +131,11 @@ def first_moment(
     return ahead, 1.0 / (1.0 - beta3 * beta1 ** (step - 1)) if bias_correction else 1.0
 
 
+def noise_in_first_moment(beta1: float, step: int) -> float:
+    """||G||^2 divided by that of a first moment of pure noise, which is shorter by the root of (1 + b) / (1 - b)."""
+    return (1.0 + beta1) / (1.0 - beta1) / (1.0 - beta1**step) ** 2
+
+
 class ElementwiseStep(NamedTuple):
     """First moments and updates of an element-wise step, to be multiplied by ``lacking`` and ``factor``.
 

@@ -16,15 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
-from shampoo_deepspeed.algorithm.gradient_limits import (
-    LARGEST_GRADIENT,
-    LARGEST_IN_FLOAT64,
-    SPIKES,
-    is_spike,
-    mean_square_of_blocks,
-    mean_square_of_elements,
-    sum_of_squares,
-)
 from shampoo_deepspeed.distributed.frameworks import LayoutError
 from shampoo_deepspeed.engine.shard_update import ShardGradients
 from shampoo_deepspeed.engine.step_unit import LANES, StepUnit
@@ -40,6 +31,18 @@ _FLAGS = 4
 # By how much sketches of equal gradients may differ, relatively. All-reduces give all ranks the same bits, but tensor
 # parallelism computes replicated gradients on each rank, where kernels may round a number in 16 bits differently.
 _ROUNDING = 2.0**-6
+
+# The largest element of a gradient from which float32 factor matrices can be computed if it is not normalized: its
+# square may grow by 2^40 in KL-Shampoo's roots and by the size of the block in the sum.
+LARGEST_GRADIENT = 2.0**32
+# In float64, norms of gradients up to here are finite.
+LARGEST_IN_FLOAT64 = 2.0**480
+# A gradient is a spike if its norm is so many times the root of its running mean square. With it, second moments and
+# factor matrices would be useless for as long as they remember. After n gradients it is SPIKE * (1 + DOUBT / n) times,
+# as the mean of a few is not sure yet. docs/reliability.md has the share of usual gradients that count as spikes.
+SPIKE, DOUBT = 32.0, 8.0
+# If so many steps in a row were rejected as spikes, gradients have another scale now.
+SPIKES = 3
 
 
 class StepFlags:
@@ -273,14 +276,32 @@ def _spike(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, Sham
     steps = _measured_steps(unit, gradients, configs)
     parts = [p for p in unit.shared_parts if steps[p.parameter]]
     own = [gradients.decayed[p.tensor][p.elements] for p in parts]
-    now = sum_of_squares(own, [p.share for p in parts], unit.device)
-    blocks = mean_square_of_blocks(unit.stacks, unit.parameters_of_rows, steps, configs, unit.device)
-    elements = mean_square_of_elements(unit.elementwise, steps, configs, unit.device)
-    energies = torch.stack([now, blocks + elements])
+    norms = torch._foreach_norm(own, 2, torch.float64) if own else []
+    now = [(norm.square(), part.share) for norm, part in zip(norms, parts, strict=True)]
+    of_rows = [[steps[p] for p in parameters] for parameters in unit.parameters_of_rows]
+    before = unit.elementwise.squares_so_far(steps, configs)
+    for stack, taken in zip(unit.stacks, of_rows, strict=True):
+        if any(taken):
+            before += stack.preconditioner.squares_so_far(stack.tensors, stack.shape, taken)
+    energies = torch.stack([_sum(terms, unit.device) for terms in (now, before)])
     if unit.group is not None:
         energies = _reduced(energies, dist.ReduceOp.SUM, unit.group)
     spike = is_spike(energies[0], energies[1], max(steps, default=0))
     return (spike & (unit.rejected_in_a_row < SPIKES)).float()
+
+
+def _sum(terms: Sequence[tuple[Tensor, float]], device: torch.device) -> Tensor:
+    """The sum of 0-d tensors times numbers, which devices get with their kernels, so that nothing waits for it."""
+    if not terms:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    products = torch._foreach_mul([value for value, _ in terms], [factor for _, factor in terms])
+    return torch.stack([product.to(device) for product in products]).sum()
+
+
+def is_spike(now: Tensor, before: Tensor, seen: int) -> Tensor:
+    """Whether gradients are a spike, given ||G||^2 and its running mean after ``seen`` gradients; NaN is one."""
+    factor = SPIKE * (1.0 + DOUBT / max(1, seen))
+    return (before > 0) & ~(now <= factor * factor * before)
 
 
 def _measured_steps(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, ShampooConfig]) -> list[int]:

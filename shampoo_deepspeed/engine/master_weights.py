@@ -18,7 +18,7 @@ from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import ShampooConfig
 
 # Dtypes that end below this need a bound. Updates in float32 end far below bfloat16's largest number, as gradients that
-# are not normalized end at `gradient_limits.LARGEST_GRADIENT` and learning rates at `checks.LARGEST_RATE`.
+# are not normalized end at `agreement.LARGEST_GRADIENT` and learning rates at `checks.LARGEST_RATE`.
 SHORT_RANGE = 2.0**100
 
 

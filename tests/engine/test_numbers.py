@@ -12,8 +12,8 @@ from torch import nn
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
 from shampoo_deepspeed.algorithm.block_stack import LONGEST_RMS
-from shampoo_deepspeed.algorithm.gradient_limits import SPIKE, SPIKES
 from shampoo_deepspeed.distributed.frameworks import Parameter
+from shampoo_deepspeed.engine.agreement import SPIKE, SPIKES
 from shampoo_deepspeed.estimate import estimate
 from shampoo_deepspeed.options import choices
 from shampoo_deepspeed.options.config import OPTION_NAMES

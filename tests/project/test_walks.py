@@ -70,7 +70,6 @@ def test_walks_are_short(normalizes: bool, tmp_path: Path) -> None:
         "load": (walk(load_and_step), LOAD),
     }
     for name, (passed, (files, changes)) in walks.items():
-        files += not normalizes and name != "save"  # algorithm/gradient_limits
         story = f"{name}: " + " > ".join(str(Path(file).relative_to(PACKAGE)) for file in passed)
         assert passed, name
         assert len(set(passed)) <= files and len(passed) <= changes, story

@@ -166,13 +166,13 @@ def rows_of_single_values() -> list[Row]:
     rows = {row_of((0, p)) for p in range(SIZES[0])}
     for p, (option, size) in itertools.product(range(SIZES[0]), list(enumerate(SIZES))[1:]):
         rows |= {row_of((0, p), (option, n)) for n in range(1, size) if combines((0, p), (option, n))}
-    return sorted(rows | rows_tracked_from_the_first_gradients())
+    return sorted(rows | rows_with_bases_from_the_first_gradients())
 
 
-def rows_tracked_from_the_first_gradients() -> set[Row]:
-    """Return rows with early schedules, which ``LEFT_OUT`` parts from tracked bases: small blocks are not singular."""
+def rows_with_bases_from_the_first_gradients() -> set[Row]:
+    """Return rows with early schedules, which ``LEFT_OUT`` parts from kept bases: small blocks are not singular."""
     bases, schedule = OPTIONS.index("bases"), OPTIONS.index("schedule")
-    plain = [{0: p, bases: n, schedule: early} for p in (0, 1) for n in (2, 4) for early in (0, 5)]
+    plain = [{0: p, bases: n, schedule: early} for p in (0, 1) for n in (1, 2, 4) for early in (0, 5)]
     return {tuple(values.get(option, 0) for option in range(len(SIZES))) for values in plain}
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.options.config import ShampooConfig
@@ -69,3 +72,17 @@ class Preconditioner:
     def project_back(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
         """First moments in the gradients' coordinates; undoes ``project``."""
         return moments
+
+    def squares_so_far(
+        self, state: dict[str, Tensor], shape: tuple[int, ...], steps: Sequence[int]
+    ) -> list[tuple[Tensor, float]]:
+        """The running mean of ||G||^2 of blocks [B, *shape] that had so many steps: float64 numbers and their factors.
+
+        Blocks with 0 steps do not count. Without factor matrices first moments show it, if there are any.
+        """
+        if self.first_moment not in state:
+            return []
+        beta1, moments = self._config.betas[0], state[self.first_moment]
+        factors = [grafting.noise_in_first_moment(beta1, step) if step else 0.0 for step in steps]
+        norms = torch.linalg.vector_norm(moments.flatten(1), dim=1, dtype=torch.float64)
+        return [*zip(norms.square().unbind(), factors, strict=True)]

@@ -137,6 +137,23 @@ class ShampooPreconditioner(Preconditioner):
         write(state, result.tensors, result.failed)
         return sorted(result.failed)
 
+    def squares_so_far(
+        self, state: dict[str, Tensor], shape: tuple[int, ...], steps: Sequence[int]
+    ) -> list[tuple[Tensor, float]]:
+        """By the traces of the first mode's factors, if there are any."""
+        modes = modes_of(state)
+        if not modes:
+            return super().squares_so_far(state, shape, steps)
+        factor, own = state[f"factor_{modes[0]}"], self._divisor(shape, modes[0])
+        counts = [self.sampling.counted(step, 0, 1).gradients if step else 0 for step in steps]
+        factors = [own / weight_of(self._beta, count) if count else 0.0 for count in counts]
+        traces = factor if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1)
+        return [*zip(traces.double().sum(-1).unbind(), factors, strict=True)]
+
+    def _divisor(self, shape: tuple[int, ...], mode: int) -> float:
+        """By what the statistics of a mode are divided."""
+        return math.prod(shape) / shape[mode] if self._config.parts.statistics == "whitened" else 1.0
+
     def corrected(self, state: dict[str, Tensor], mode: int, step: int) -> Tensor:
         """The factor matrices of a mode as a refresh sees them, in new tensors.
 
@@ -254,6 +271,11 @@ class KLShampooPreconditioner(ShampooPreconditioner):
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
         update = super().apply(state, entered, moments, found_inf)
         return update * state["scale"].view(-1, *[1] * (moments.ndim - 1))
+
+
+def weight_of(beta: float, gradients: int) -> float:
+    """The sum of the weights of so many gradients in a factor matrix."""
+    return float(gradients) if beta == 1.0 else 1.0 - beta**gradients
 
 
 def relative_ridge(config: ShampooConfig, step: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshRe
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import (
     ShampooPreconditioner,
     modes_of,
+    weight_of,
     wide,
     write,
 )
@@ -51,7 +54,6 @@ class SOAPPreconditioner(Preconditioner):
 
     def __init__(self, config: ShampooConfig) -> None:
         super().__init__(config)
-        self._factor_beta = config.factors_decay
         self._beta = config.second_moment_beta
         self._root = config.exponent_override if isinstance(config.exponent_override, float) else 2.0
         self._eps = config.eps
@@ -158,8 +160,13 @@ class SOAPPreconditioner(Preconditioner):
         """The trace of the mean statistics [B] of one of the modes that have a factor."""
         modes = modes_of(state)
         seen = self._factors.sampling.counted(step, place, len(modes)).gradients
-        weight = float(seen) if self._factor_beta == 1.0 else 1.0 - self._factor_beta**seen
+        weight = weight_of(self._config.factors_decay, seen)
         return wide(state[f"factor_{modes[place]}"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
+
+    def squares_so_far(
+        self, state: dict[str, Tensor], shape: tuple[int, ...], steps: Sequence[int]
+    ) -> list[tuple[Tensor, float]]:
+        return self._factors.squares_so_far(state, shape, steps)
 
     def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
         second, weight = state["rotated_second_moment"], state["rotated_weight"]

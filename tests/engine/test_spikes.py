@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from shampoo_deepspeed.algorithm.gradient_limits import SPIKES, is_spike
+from shampoo_deepspeed.engine.agreement import SPIKES, is_spike
 
 RUNS, EARLY, STEPS = 4_000, 20, 80
 # By step, counted from 0: the factor on the norms of all gradients, as training of language models shows it.
