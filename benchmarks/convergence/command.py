@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import benchmarks.convergence as package
 from benchmarks.convergence import quick
 from benchmarks.convergence.analysis import draw, report
-from benchmarks.convergence.experiments import BUDGETS, Experiment, read_queue
+from benchmarks.convergence.experiments import BUDGETS, Experiment, followed
 from benchmarks.convergence.loop import remaining, work
 from benchmarks.convergence.models import CELLS
 from benchmarks.convergence.recipes import RECIPES
@@ -70,18 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = load_corpus(tokens).digest
     if args.quick:
         return _quick(args, tokens, text)
-    reported: set[str] = set()
-
-    def experiments() -> list[Experiment]:
-        if args.queue is None:
-            return standard(args)
-        found, wrong = read_queue(args.queue)
-        for message in wrong:
-            if message not in reported:
-                reported.add(message)
-                print(f"{args.queue}, {message}", flush=True)
-        return found
-
+    experiments = followed(Experiment, args.queue) if args.queue else partial(standard, args)
     print(f"text {text}; {remaining(experiments(), read(args.output), text).strip()}", flush=True)
     work(experiments, args.output, tokens, text, args.jobs, args.wait and args.queue is not None)
     return _print(args.output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,9 +48,7 @@ class Experiment:
 
     @property
     def title(self) -> str:
-        own = " ".join(f"{name}={value}" for name, value in self.options.items())
-        name = self.name or f"{self.contestant} {own}".strip()
-        return f"{name} @{self.version}" if self.version else name
+        return title_of(self.name, self.contestant, self.options, self.version)
 
     def run(self, cell: str, seed: int, budget: float, lr: float, text: str) -> Run:
         recipe = RECIPES[self.contestant]
@@ -90,6 +88,13 @@ class Experiment:
             return start
         further = next_rate(tried)
         return [] if further is None else [further]
+
+
+def title_of(name: str, contestant: str, options: Mapping[str, Any], version: str) -> str:
+    """A contestant in the table: its name, or what it is and its own options."""
+    own = " ".join(f"{option}={value}" for option, value in options.items())
+    title = name or f"{contestant} {own}".strip()
+    return f"{title} @{version}" if version else title
 
 
 def searched_together(run: Run, other: Run) -> bool:
@@ -135,13 +140,8 @@ def neighbour(lr: float, direction: int) -> float:
     return max(rung for rung in rungs if rung * 1.2 <= lr)
 
 
-def parse(line: str) -> Experiment:
-    """An experiment from a line of JSON."""
-    return parse_as(Experiment, line)
-
-
-def parse_as(kind: type[E], line: str) -> E:
-    """An experiment of any benchmark, a dataclass, from a line of JSON."""
+def parse(kind: type[E], line: str) -> E:
+    """An experiment, a dataclass, from a line of JSON."""
     values = json.loads(line)
     if not isinstance(values, dict):
         raise ValueError("not a JSON object")
@@ -153,19 +153,29 @@ def parse_as(kind: type[E], line: str) -> E:
     return kind(**fixed)
 
 
-def read_queue(file: Path) -> tuple[list[Experiment], list[str]]:
+def followed(kind: type[E], file: Path) -> Callable[[], list[E]]:
+    """What reads a queue again at each call, and prints a message for a wrong line once."""
+    reported: set[str] = set()
+
+    def read() -> list[E]:
+        found, wrong = read_queue(kind, file)
+        for message in wrong:
+            if message not in reported:
+                reported.add(message)
+                print(f"{file}, {message}", flush=True)
+        return found
+
+    return read
+
+
+def read_queue(kind: type[E], file: Path) -> tuple[list[E], list[str]]:
     """The experiments of a queue file, the most urgent first, and a message for each line that is wrong."""
-    return read_queue_as(Experiment, file)
-
-
-def read_queue_as(kind: type[E], file: Path) -> tuple[list[E], list[str]]:
-    """`read_queue` of any benchmark."""
     experiments, wrong = [], []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
-            experiments.append(parse_as(kind, line))
+            experiments.append(parse(kind, line))
         except (ValueError, TypeError) as error:
             wrong.append(f"line {number}: {error}")
     return experiments, wrong

@@ -7,15 +7,17 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.convergence.models import build_model
-from benchmarks.convergence.recipes import build_optimizers
+from benchmarks.convergence.recipes import Stepping, build_optimizers
 from benchmarks.convergence.text import VOCABULARY, Corpus, load_corpus
 
 HELD_OUT_TOKENS = 32_768
@@ -53,6 +55,48 @@ def schedule(step: int, steps: int, warm_up: float) -> float:
     return (step + 1) / warm if step < warm else (steps - step) / (steps - warm + 1)
 
 
+class Clocked:
+    """Steps of a model's optimizers under one schedule, their losses, and the CPU seconds of both.
+
+    Args:
+        steps: how many there will be.
+        warm_up: the share of them in which rates grow.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Stepping], steps: int, warm_up: float) -> None:
+        self._model, self._optimizers = model, optimizers
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._peaks = [(group, group["lr"]) for group in groups]
+        self._steps, self._warm_up = steps, warm_up
+        self.losses: list[float] = []
+        self._model_seconds = self._optimizer_seconds = 0.0
+
+    def step(self, forward: Callable[[], Tensor]) -> bool:
+        """Take a step down the loss that ``forward`` computes; False if it is not finite."""
+        for group, peak in self._peaks:
+            group["lr"] = peak * schedule(len(self.losses), self._steps, self._warm_up)
+        begin = time.process_time()
+        loss = forward()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        middle = time.process_time()
+        for optimizer in self._optimizers:
+            optimizer.step()
+        self._model.zero_grad()
+        self._optimizer_seconds += time.process_time() - middle
+        self._model_seconds += middle - begin
+        self.losses.append(loss.item())
+        return math.isfinite(self.losses[-1])
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {
+            "losses": [round(x, 4) for x in self.losses if math.isfinite(x)],
+            "model_seconds": round(self._model_seconds, 2),
+            "optimizer_seconds": round(self._optimizer_seconds, 2),
+        }
+
+
 def train(run: Run, corpus: Corpus) -> dict[str, Any]:
     """Loss on held-out documents, the training losses, and CPU seconds of the model and of the optimizer."""
     if run.text != corpus.digest:
@@ -60,34 +104,19 @@ def train(run: Run, corpus: Corpus) -> dict[str, Any]:
     rows = corpus.rows(run.seed, run.length)
     model = build_model(run.cell, VOCABULARY, run.length, run.seed)
     optimizers = build_optimizers(run.kind, run.options, run.lr, model)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    peaks = [group["lr"] for group in groups]
-    losses: list[float] = []
-    model_seconds = optimizer_seconds = 0.0
+    clocked = Clocked(model, optimizers, run.steps, run.warm_up)
+    finite = True
     for step in range(run.steps):
-        for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * schedule(step, run.steps, run.warm_up)
         picked = torch.arange(step * run.batch, (step + 1) * run.batch) % len(rows)
-        batch = rows[picked].long()
-        begin = time.process_time()
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        middle = time.process_time()
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
-        optimizer_seconds += time.process_time() - middle
-        model_seconds += middle - begin
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
+        finite = clocked.step(partial(_loss, model, rows[picked].long()))
+        if not finite:
             break
-    return {
-        "held_out": _held_out_loss(model, corpus, run) if math.isfinite(losses[-1]) else None,
-        "losses": [round(x, 4) for x in losses if math.isfinite(x)],
-        "model_seconds": round(model_seconds, 2),
-        "optimizer_seconds": round(optimizer_seconds, 2),
-    }
+    return {"held_out": _held_out_loss(model, corpus, run) if finite else None, **clocked.record}
+
+
+def _loss(model: nn.Module, batch: Tensor) -> Tensor:
+    loss: Tensor = model(input_ids=batch, labels=batch).loss
+    return loss
 
 
 @torch.no_grad()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 import benchmarks.finetuning as package
-from benchmarks.convergence.experiments import read_queue_as
+from benchmarks.convergence.experiments import followed
 from benchmarks.convergence.loop import Kind, remaining, work
 from benchmarks.convergence.results import read
 from benchmarks.finetuning.analysis import draw, report
@@ -65,18 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _print(args.output)
     tasks = _tasks(args)
     text = load_tasks(tasks).digest
-    reported: set[str] = set()
-
-    def experiments() -> list[Experiment]:
-        if args.queue is None:
-            return standard(args)
-        found, wrong = read_queue_as(Experiment, args.queue)
-        for message in wrong:
-            if message not in reported:
-                reported.add(message)
-                print(f"{args.queue}, {message}", flush=True)
-        return found
-
+    experiments = followed(Experiment, args.queue) if args.queue else partial(standard, args)
     print(f"text {text}; {remaining(experiments(), read(args.output, Run), text).strip()}", flush=True)
     work(experiments, args.output, tasks, text, args.jobs, args.wait and args.queue is not None, KIND)
     return _print(args.output)

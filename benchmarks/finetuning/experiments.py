@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.convergence.experiments import title_of
 from benchmarks.convergence.results import Result
 from benchmarks.finetuning.recipes import RECIPES, all_options
 from benchmarks.finetuning.tasks import LENGTHS
@@ -38,9 +39,7 @@ class Experiment:
 
     @property
     def title(self) -> str:
-        own = " ".join(f"{name}={value}" for name, value in self.options.items())
-        name = self.name or f"{self.contestant} {own}".strip()
-        return f"{name} @{self.version}" if self.version else name
+        return title_of(self.name, self.contestant, self.options, self.version)
 
     def run(self, task: str, method: str, seed: int, lr: float, text: str) -> Run:
         recipe = RECIPES[self.contestant]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.convergence.recipes import Stepping, build_optimizers
-from benchmarks.convergence.training import commit, schedule
+from benchmarks.convergence.training import Clocked, commit
 from benchmarks.convergence.variants import Around
 from benchmarks.finetuning.evaluation import figures
 from benchmarks.finetuning.tasks import LENGTHS, Tasks, load_tasks
@@ -127,41 +127,29 @@ def train(run: Run, tasks: Tasks, model: nn.Module) -> dict[str, Any]:
     task = tasks.tasks[run.task]
     start = Displacement(model)
     optimizers = build_optimizers(run.kind, run.options, run.lr, model, WEIGHT_DECAY)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    peaks = [group["lr"] for group in groups]
+    clocked = Clocked(model, optimizers, run.steps, run.warm_up)
     when = {round(run.steps * n / EVALUATIONS) for n in range(1, EVALUATIONS + 1)}
-    losses: list[float] = []
     curve: list[dict[str, float]] = []
-    model_seconds = optimizer_seconds = 0.0
+    finished = False
     for step in range(run.steps):
-        for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * schedule(step, run.steps, run.warm_up)
         ids, labels = task.batch(run.seed, step, run.batch)
-        begin = time.process_time()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        middle = time.process_time()
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
-        optimizer_seconds += time.process_time() - middle
-        model_seconds += middle - begin
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
+
+        def forward(ids: Tensor = ids, labels: Tensor = labels) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss: Tensor = model(input_ids=ids, labels=labels).loss
+            return loss
+
+        if not clocked.step(forward):
             break
         if step + 1 in when:
             curve.append({"step": step + 1, **figures(model, task, tasks.known)})
-    finished = len(losses) == run.steps and math.isfinite(losses[-1]) and math.isfinite(curve[-1]["loss"])
+            finished = step + 1 == run.steps and math.isfinite(curve[-1]["loss"])
     return {
         "held_out": curve[-1]["loss"] if finished else None,
         "start": tasks.start[run.task],
         "curve": [point for point in curve if all(map(math.isfinite, point.values()))],
-        "losses": [round(x, 4) for x in losses if math.isfinite(x)],
         "displacement": round(start.read(), 6) if finished else None,
-        "model_seconds": round(model_seconds, 2),
-        "optimizer_seconds": round(optimizer_seconds, 2),
+        **clocked.record,
         "state_mb": round(state_bytes(optimizers) / 1e6, 1),
         "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
     }

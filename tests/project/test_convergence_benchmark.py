@@ -130,7 +130,7 @@ def test_a_queue_may_have_comments_and_wrong_lines(tmp_path: Path) -> None:
     lines = ["# first", "", '{"contestant": "kl", "budgets": [1], "options": {"eps": 1e-9}}', '{"contestant": "kl"']
     lines += ['{"contestant": "none"}', '{"contestant": "kl", "seed": 1}', '{"contestant": "kl", "cells": ["big"]}']
     file.write_text("\n".join(lines))
-    experiments, wrong = read_queue(file)
+    experiments, wrong = read_queue(Experiment, file)
     assert [e.title for e in experiments] == ["kl eps=1e-09"]
     assert [message.split(":")[0] for message in wrong] == ["line 4", "line 5", "line 6", "line 7"]
     assert "no field 'seed'" in wrong[2]
@@ -142,7 +142,7 @@ def test_a_run_is_the_same_after_it_was_written_and_read(tmp_path: Path) -> None
         written = result(name, 3e-3, 2.5)
         append(file, written)
         assert read(file)[-1] == written
-    whole = parse('{"contestant": "kl", "budgets": [1], "rates": [3e-3], "steps": 100, "walk": false}')
+    whole = parse(Experiment, '{"contestant": "kl", "budgets": [1], "rates": [3e-3], "steps": 100, "walk": false}')
     assert list(whole.wanted(read(file), "text")) == []
 
 

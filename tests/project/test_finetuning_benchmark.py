@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.convergence.experiments import read_queue_as
+from benchmarks.convergence.experiments import read_queue
 from benchmarks.convergence.loop import next_run
 from benchmarks.convergence.results import Result, append, read
 from benchmarks.finetuning import command, sources
@@ -276,7 +276,7 @@ def test_finished_runs_are_never_repeated(tmp_path: Path) -> None:
 def test_a_line_with_an_unknown_name_says_what_there_is(field: str, value: Any, tmp_path: Path) -> None:
     queue = tmp_path / "queue.jsonl"
     queue.write_text(json.dumps({"contestant": "adamw", field: value}))
-    found, wrong = read_queue_as(Experiment, queue)
+    found, wrong = read_queue(Experiment, queue)
     name = value if isinstance(value, str) else value[0]
     assert not found and len(wrong) == 1 and f"{field}: there is no {name!r}; there are" in wrong[0]
 
