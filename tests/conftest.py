@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # else blocks would be comput
 
 import pytest
 from hypothesis import settings
+
+from tests.support.torch_settings import assert_same_settings, torch_settings
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("suite")
@@ -53,3 +56,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @functools.cache
 def _asks_ranks(file: Path) -> bool:
     return "ask: Ask" in file.read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def _leaves_torch_as_it_was() -> Iterator[None]:
+    """Else other tests would pass or fail by their order."""
+    before = torch_settings()
+    yield
+    assert_same_settings(before)

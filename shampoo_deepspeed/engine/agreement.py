@@ -291,11 +291,12 @@ def _spike(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, Sham
 
 
 def _sum(terms: Sequence[tuple[Tensor, float]], device: torch.device) -> Tensor:
-    """The sum of 0-d tensors times numbers, which devices get with their kernels, so that nothing waits for it."""
-    if not terms:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    products = torch._foreach_mul([value for value, _ in terms], [factor for _, factor in terms])
-    return torch.stack([product.to(device) for product in products]).sum()
+    """The sum of 0-d tensors times numbers, which devices get with their kernels; each other device is waited for once."""
+    products = torch._foreach_mul([value for value, _ in terms], [factor for _, factor in terms]) if terms else []
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for other in {product.device: None for product in products}:
+        total += torch.stack([product for product in products if product.device == other]).sum().to(device)
+    return total
 
 
 def is_spike(now: Tensor, before: Tensor, seen: int) -> Tensor:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from shampoo_deepspeed.distributed.process_groups import delay_exit_for_gloo
 from tests.support.launch import Check, RankResult
+from tests.support.torch_settings import assert_same_settings, torch_settings
 
 PARENT_SECONDS = 120.0
 
@@ -51,7 +52,9 @@ def attempt(check: Check) -> RankResult:
         modules = len(sys.modules)
         imported = importlib.import_module(f"tests.distributed.ranks.{module}")
         collect_garbage(modules)
+        before = torch_settings()
         value = getattr(imported, name)(check.argument)
+        assert_same_settings(before)
     except BaseException:
         failure = traceback.format_exc()
     return RankResult(value, failure, time.time())
