@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
 from shampoo_deepspeed.checkpoint.errors import CheckpointError
 from shampoo_deepspeed.checkpoint.manifest import Manifest
-from shampoo_deepspeed.distributed.collectives import all_gather_objects, job_group
+from shampoo_deepspeed.distributed.collectives import first_rank_that, job_group, object_of_rank
 from shampoo_deepspeed.state.state_dict import START_ANEW, SavedState
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
@@ -115,12 +115,14 @@ def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = 
     near = folder or where.get("folder")
     optimizer.external_state = where if near is None else {**where, "folder": str(near)}
     found, reasons = _found(where, near)
-    answers = all_gather_objects((found is not None, reasons), job_group())
-    missing = next((reason for there, reason in answers if not there), None)
-    if missing is None:
+    group = job_group()
+    without = first_rank_that(found is None, group)
+    if without is None:
         assert found is not None
         load_shampoo(optimizer, found, options=overwritten)
-    elif os.environ.get(START_ANEW) == "1":
+        return
+    missing = object_of_rank(without, reasons, group)
+    if os.environ.get(START_ANEW) == "1":
         logger.warning("%s; Shampoo starts with new state (%s = 1)", missing, START_ANEW)
         optimizer.take_state(SavedState())
     else:
@@ -142,8 +144,7 @@ def _saved(optimizer: BlockOptimizer, folder: Path) -> dict[str, str]:
     resume(optimizer)
     path = folder.absolute() / FOLDER
     save_shampoo(optimizer, path)
-    saved = all_gather_objects(Manifest.read(path).directory if dist.get_rank() == 0 else None, job_group())[0]
-    assert saved is not None
+    saved = object_of_rank(0, Manifest.read(path).directory if dist.get_rank() == 0 else "", job_group())
     return {"saved_by": SAVED_BY, "id": saved, "path": str(path)}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
-from shampoo_deepspeed.distributed.collectives import all_gather_objects, job_group
+from shampoo_deepspeed.distributed.collectives import first_rank_that, job_group
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
 from ..frames import frame_in_module
@@ -49,7 +49,7 @@ def load_from_folder(optimizer: BlockOptimizer) -> None:
         CheckpointError: on all ranks, for a save that is incomplete or damaged, or does not fit.
     """
     folder = _folder("load_fsdp_optimizer", "input_dir")
-    if folder is not None and any(all_gather_objects(folder.is_dir(), job_group())):
+    if folder is not None and first_rank_that(folder.is_dir(), job_group()) is not None:
         load_shampoo(optimizer, folder)
 
 

@@ -23,7 +23,9 @@ from shampoo_deepspeed.checkpoint.tensor_files import TensorFiles
 from shampoo_deepspeed.distributed.collectives import (
     all_gather_objects,
     decide_on_first_rank,
+    first_rank_that,
     job_group,
+    object_of_rank,
     on_all_ranks,
 )
 from shampoo_deepspeed.distributed.frameworks import Parameter
@@ -85,7 +87,7 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
     known = [entry.parameter for entry in optimizer.entries]
     unfit = _incompatibilities(known, optimizer.policies, configs, records, manifest)
     seen = _Seen(manifest.directory, {parameter.key for parameter in known}, unfit)
-    unfit, here = decide_on_first_rank(seen, partial(_joined, folder), group)
+    unfit, here = _seen_by_all(seen, folder, group)
     unfit |= _verified(files, keys_of, unfit, group) if not (strict and unfit) else {}
     unused = {
         key: "it is in the checkpoint, but no parameter here has this name" for key in sorted(set(records) - here)
@@ -113,6 +115,19 @@ class _Seen:
     directory: str
     keys: set[str]
     unfit: dict[str, str]
+
+
+def _seen_by_all(seen: _Seen, folder: Path, group: dist.ProcessGroup | None) -> tuple[dict[str, str], set[str]]:
+    """What does not fit on any rank, and the keys of all parameters.
+
+    Usually all ranks see the same, so what many ranks send does not grow with the model.
+
+    Raises:
+        CheckpointError: if the ranks see different saves.
+    """
+    if first_rank_that(object_of_rank(0, seen, group) != seen, group) is None:
+        return seen.unfit, seen.keys
+    return decide_on_first_rank(seen, partial(_joined, folder), group)
 
 
 def _joined(path: Path, ranks: Sequence[_Seen]) -> tuple[dict[str, str], set[str]]:
@@ -161,6 +176,8 @@ def _verified(
             found = files.verify(rank, size, {name for name, key in keys_of.items() if key not in unfit})
         except OSError as error:
             raise CheckpointError(f"{files.directory} cannot be read: {error}") from error
+    if first_rank_that(bool(found), group) is None:
+        return {}
     return {
         keys_of[name]: f"it was saved with values that are not finite, in {printable(tensor)}"
         for part in all_gather_objects(found, group)

@@ -74,6 +74,20 @@ def all_gather_numbers(
     return [numbers[1 : 1 + numbers[0]] for numbers in rows.view(ranks, width).tolist()]
 
 
+def all_reduce_maxima(mine: Sequence[int], group: dist.ProcessGroup | None, device: torch.device = CPU) -> list[int]:
+    """The largest integer of all ranks of a group at each place. A collective, whose cost does not grow with ranks.
+
+    Args:
+        mine: as many on each rank.
+        device: as for `all_gather_objects`.
+    """
+    if group is None or not mine:
+        return list(mine)
+    numbers = torch.tensor(list(mine), device=communication_device(group, device))
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
+    return numbers.tolist()
+
+
 def object_of_rank(rank: int, mine: T, group: dist.ProcessGroup | None, device: torch.device = CPU) -> T:
     """The object of one rank of a group, on all of them. A collective.
 

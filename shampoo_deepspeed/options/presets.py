@@ -32,7 +32,7 @@ _OF_ALL: dict[str, Any] = {  # of our own presets
 }
 _NEAR_ADAM: dict[str, Any] = {  # what has been measured on pre-trained models
     "early_relative_epsilon": 0.0,
-    "factor_beta": None,  # betas[1]
+    "factor_beta": 0.95,  # whatever betas are: a Trainer's "auto" gives 0.999
     "statistics_frequency": 1,
     "refresh_growth": 0.0,
     "elementwise_lr": 1.0,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.algorithm.elementwise import moments_of
-from shampoo_deepspeed.distributed.collectives import all_gather_objects, on_all_ranks
+from shampoo_deepspeed.distributed.collectives import all_gather_numbers, on_all_ranks
 from shampoo_deepspeed.engine.step_unit import StepUnit, as_count
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
 from shampoo_deepspeed.options.param_groups import group_options
@@ -186,7 +186,8 @@ class TorchState:
         with on_all_ranks(unit.group, unit.device):
             self._check_fits(unit, blocks)
         mine = [bytes_here(self.entries.get(p.key, {}).get(BLOCKS)) for p in unit.parameters]
-        everyone = all_gather_objects(mine, unit.group, unit.device)
+        numbers = all_gather_numbers([number for held in mine for number in held], unit.group, unit.device)
+        everyone = [list(map(FlatRange, of_rank[::2], of_rank[1::2])) for of_rank in numbers]
         for number, parameter in enumerate(unit.parameters):
             entry = self.entries.get(parameter.key)
             if entry is None:

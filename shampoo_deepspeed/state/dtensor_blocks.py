@@ -5,7 +5,9 @@ DTensors can describe this form, so torch's own tools gather and cut it like any
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_deepspeed.distributed.collectives import all_gather_objects
+from shampoo_deepspeed.distributed.collectives import all_reduce_maxima
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.boxes import FlatRange, chunk
 from shampoo_deepspeed.runtime.devices import communication_device
@@ -30,18 +32,20 @@ class BlockBytes:
 
     def __init__(self, unit: StepUnit) -> None:
         self.unit = unit
-        mine = {
-            unit.plan.blocks[owned[0]].stack: block_size(block_layout(stack))
-            for stack, owned in zip(unit.stacks, unit.exchange.stacks, strict=True)
-        }
-        gathered = all_gather_objects(mine, unit.group, unit.device)
-        sizes = {stack: size for found in gathered for stack, size in found.items()}
+        sizes = [0] * (1 + max((block.stack for block in unit.plan.blocks), default=-1))
+        for stack, owned in zip(unit.stacks, unit.exchange.stacks, strict=True):
+            sizes[unit.plan.blocks[owned[0]].stack] = block_size(block_layout(stack))
+        sizes = all_reduce_maxima(sizes, unit.group, unit.device)
         self._totals = [0] * len(unit.parameters)
         self._of_blocks: list[BytesOfBlocks] = [{} for _ in unit.parameters]
+        # The same, also by owner: a rank looks up what it sends to and gets from each of the others.
+        self._of_owners: list[dict[int, BytesOfBlocks]] = [defaultdict(dict) for _ in unit.parameters]
+        self._places: dict[Any, list[tuple[int, ...]]] = {}  # of the unit's ranks in each mesh
         for number, block in enumerate(unit.plan.blocks):
             parameter = unit.block_parameters[block.parameter]
             start, stop = self._totals[parameter], self._totals[parameter] + sizes[block.stack]
             self._of_blocks[parameter][number] = FlatRange(start, stop)
+            self._of_owners[parameter][unit.plan.owners[number]][number] = FlatRange(start, stop)
             self._totals[parameter] = stop
 
     def total(self, number: int) -> int:
@@ -92,7 +96,7 @@ class BlockBytes:
             held: the range of bytes on each rank.
         """
         unit, everything = self.unit, FlatRange(0, self.total(number))
-        own = {b: whole for b, whole in self._of_blocks[number].items() if unit.plan.owners[b] == unit.rank}
+        own = self._of_owners[number].get(unit.rank, {})
         blobs = {b: torch.empty(whole.size, dtype=torch.uint8, device="cpu") for b, whole in own.items()}
         if all(theirs == everything for theirs in held):
             for b, whole in own.items():
@@ -113,12 +117,8 @@ class BlockBytes:
 
     def _common(self, number: int, owner: int, held: FlatRange) -> BytesOfBlocks:
         """The bytes of an owner's blocks within ``held``."""
-        found = {}
-        for b, whole in self._of_blocks[number].items():
-            common = whole.intersect(held)
-            if self.unit.plan.owners[b] == owner and common is not None:
-                found[b] = common
-        return found
+        blocks = self._of_owners[number].get(owner, {})
+        return {b: common for b, whole in blocks.items() if (common := whole.intersect(held)) is not None}
 
     def _exchanged(
         self, leaving: Sequence[Sequence[Tensor]], arriving: Sequence[BytesOfBlocks]
@@ -142,8 +142,11 @@ class BlockBytes:
         mesh, group = _dtensor(tensor).device_mesh, self.unit.group
         if group is None:
             return [_cut(total, mesh, mesh.get_coordinate())]
-        places = [(mesh.mesh == rank).nonzero()[0].tolist() for rank in dist.get_process_group_ranks(group)]
-        return [_cut(total, mesh, place) for place in places]
+        if mesh not in self._places:
+            coordinates = itertools.product(*(range(size) for size in mesh.shape))
+            of_ranks = dict(zip(mesh.mesh.flatten().tolist(), coordinates, strict=True))
+            self._places[mesh] = [of_ranks[rank] for rank in dist.get_process_group_ranks(group)]
+        return [_cut(total, mesh, place) for place in self._places[mesh]]
 
 
 def bytes_here(value: Tensor | None) -> FlatRange:

@@ -62,13 +62,13 @@ def loaded(path: Path, **how: Any) -> Shampoo:
 
 def refusal(path: Path) -> str:
     """The message with which a checkpoint is refused, at once, by all that read it."""
-    begin = time.perf_counter()
+    begin = time.process_time()
     messages = []
     for read in (loaded, describe):
         with pytest.raises(CheckpointError) as caught:
             read(path)
         messages.append(str(caught.value))
-    assert time.perf_counter() - begin < 2.0
+    assert time.process_time() - begin < 2.0
     assert all(text.isprintable() or "\n" in text for text in messages)
     return messages[0]
 
@@ -194,14 +194,14 @@ def test_hostile_manifests_by_hypothesis(kept: Path, body: Any, data: st.DataObj
         max_leaves=12,
     )  # fmt: skip
     put_raw(kept, json.dumps(replaced(body, path, data.draw(junk))).encode())
-    begin = time.perf_counter()
+    begin = time.process_time()
     for read in (loaded, describe):
         try:
             read(kept)
         except CheckpointError as error:
             assert "\x1b" not in str(error)
             str(error).encode()
-    assert time.perf_counter() - begin < 2.0
+    assert time.process_time() - begin < 2.0
 
 
 DEEP = b"[" * 100_000

@@ -239,7 +239,7 @@ def test_a_run_with_the_paper_s_preset_is_that_of_the_reference_with_its_options
 # The other presets in the words of the reference. Refreshes of all blocks together are given next to them.
 FEWER_CHANGES: dict[str, Any] = {
     "betas": (0.9, 0.999),
-    "factor_beta": 0.999,
+    "factor_beta": 0.95,
     "relative_epsilon": 1e-4,
     "early_relative_epsilon": 0.0,
     "statistics_frequency": 1,
