@@ -21,6 +21,7 @@ from torch import Tensor
 from shampoo_deepspeed.algorithm.elementwise import moments_of
 from shampoo_deepspeed.distributed.collectives import all_gather_numbers, on_all_ranks
 from shampoo_deepspeed.engine.step_unit import StepUnit, as_count
+from shampoo_deepspeed.geometry.boxes import FlatRange
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
 from shampoo_deepspeed.options.param_groups import group_options
 from shampoo_deepspeed.state.dtensor_blocks import BlockBytes, as_sharded, bytes_here, local_part

@@ -299,9 +299,10 @@ def test_the_preset_for_new_weights_is_the_default() -> None:
 
 @pytest.mark.parametrize("name", ["finetune", "lora"])
 def test_presets_for_pretrained_models_keep_the_rate_of_embeddings_and_norms(name: str) -> None:
-    config = ShampooConfig.from_options({"preset": name})
+    """What factor matrices remember does not follow a Trainer's ``"auto"`` betas."""
+    config = ShampooConfig.from_options({"preset": name, "betas": (0.9, 0.999)})
     assert (config.elementwise_lr, config.embedding_lr, config.tied_embedding_lr) == (1.0, None, None)
-    assert config.factors_decay == config.betas[1] and not config.normalize_gradients and config.growth == 0.0
+    assert config.factors_decay == 0.95 and not config.normalize_gradients and config.growth == 0.0
 
 
 FEW: dict[str, Any] = {"max_preconditioner_dim": 8, "precondition_frequency": 3}
