@@ -32,10 +32,13 @@ class BlockBytes:
 
     def __init__(self, unit: StepUnit) -> None:
         self.unit = unit
-        sizes = [0] * (1 + max((block.stack for block in unit.plan.blocks), default=-1))
-        for stack, owned in zip(unit.stacks, unit.exchange.stacks, strict=True):
-            sizes[unit.plan.blocks[owned[0]].stack] = block_size(block_layout(stack))
-        sizes = all_reduce_maxima(sizes, unit.group, unit.device)
+        here = {
+            unit.plan.blocks[owned[0]].stack: block_size(block_layout(stack))
+            for stack, owned in zip(unit.stacks, unit.exchange.stacks, strict=True)
+        }
+        kinds = list(dict.fromkeys(block.stack for block in unit.plan.blocks))  # in the same order on all ranks
+        found = all_reduce_maxima([here.get(kind, 0) for kind in kinds], unit.group, unit.device)
+        sizes = dict(zip(kinds, found, strict=True))
         self._totals = [0] * len(unit.parameters)
         self._of_blocks: list[BytesOfBlocks] = [{} for _ in unit.parameters]
         # The same, also by owner: a rank looks up what it sends to and gets from each of the others.

@@ -19,7 +19,7 @@ BYTES, OF_EACH = 96, 4  # of a block; blocks of each rank
 
 def block_bytes(ranks: int, monkeypatch: pytest.MonkeyPatch) -> BlockBytes:
     """One parameter, whose blocks ranks own in rotation."""
-    blocks = [SimpleNamespace(parameter=0, stack=0) for _ in range(OF_EACH * ranks)]
+    blocks = [SimpleNamespace(parameter=0, stack=(0, (4, 6))) for _ in range(OF_EACH * ranks)]
     owners = [number % ranks for number in range(len(blocks))]
     unit: Any = SimpleNamespace(
         plan=SimpleNamespace(blocks=blocks, owners=owners),
