@@ -88,6 +88,7 @@ class Shampoo(BlockOptimizer):
             LayoutError: at the first step, if the framework's shards are inconsistent or not supported.
             RuntimeError: if ``failure_limit`` steps in a row were rejected or roots of a block failed.
         """
+        self.refuse_averages("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():

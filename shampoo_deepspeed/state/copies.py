@@ -21,6 +21,7 @@ class Copies(StateDicts):
     def __getstate__(self) -> dict[str, Any]:
         if any(unit.group is not None for unit in self.units):
             raise RuntimeError("this optimizer cannot be copied: its state is divided among ranks; use state_dict()")
+        self.refuse_averages("a copy")
         self.finish_step()
         base, note = super().__getstate__(), self.external_state
         if note is None:

@@ -260,6 +260,7 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
 
     def take_state(self, source: StateSource) -> None:
         """Continue from this state at the next step, and drop the present one; call it on all ranks."""
+        self.refuse_averages("a load")
         self._release_units()
         self._forget_steps()
         self.state_keeper.take(source)
@@ -267,6 +268,18 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
         steps = source.steps
         for tensor in [tensor for group in self.param_groups for tensor in group["params"] if steps]:
             self.state[tensor]["step"] = as_count(max(steps.values()))
+
+    @property
+    def averages_in_use(self) -> bool:
+        """Whether the model has averages in place of weights on this rank."""
+        return any(unit.own_weights for unit in self.units)
+
+    def refuse_averages(self, what: str) -> None:
+        """Raise RuntimeError if averages are in use."""
+        if self.averages_in_use:
+            raise RuntimeError(
+                f"{what} while the model has averaged weights: call optimizer.use_weights() on all ranks first"
+            )
 
     def _forget_steps(self) -> None:
         """Remove what this package keeps in ``self.state``; what others keep there stays."""
