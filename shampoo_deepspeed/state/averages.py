@@ -22,12 +22,15 @@ class Averages(Copies):
         Meanwhile there is a second copy of the shards, and steps and saves raise RuntimeError. Parameters without an
         average keep their weights: those of groups whose ``ema_decay`` is 0, and all before the first step.
         """
+        if not any(group["ema_decay"] for group in self.param_groups):
+            return
         self.finish_step()
         if self.state_keeper.waiting is not None or self.state_keeper.released:
             self._build_missing(self._trained())  # of a loaded state, which else comes with the next step
         configs = self.configs()
         for unit in self.units:
             use_averages(unit, configs)
+        self.averages_in_use = bool(self.units)
         self._pass_weights_on()
 
     @torch.no_grad()
@@ -36,6 +39,7 @@ class Averages(Copies):
         if self.averages_in_use:
             for unit in self.units:
                 use_weights(unit)
+            self.averages_in_use = False
             self._pass_weights_on()
 
     @contextmanager
