@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -204,6 +205,20 @@ class ShampooTrainerMixin(TrainerCheckpoints):
             logs = logs | _prefixed(optimizer.metrics())
         super().log(logs, *args, **kwargs)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate and predict with the averaged weights of the option ``ema_decay``, if it is set."""
+        with self._averaged_weights():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model with averaged weights; checkpoints, from which training resumes, hold the weights."""
+        with nullcontext() if _internal_call else self._averaged_weights():
+            super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _averaged_weights(self) -> AbstractContextManager[None]:
+        optimizer = inner_optimizer(self.optimizer)
+        return optimizer.averaged_weights() if isinstance(optimizer, Shampoo) else nullcontext()
+
     def create_scheduler(self, *args: Any, **kwargs: Any) -> LRScheduler:
         """Return the given scheduler, also under DeepSpeed, where the Trainer has dropped it."""
         if self.lr_scheduler is None and self._given_scheduler is not None:
@@ -247,6 +262,11 @@ class ShampooCallback(TrainerCallback):
             '"optimizer": {"type": "Shampoo"} in its JSON',
         )
         _warn_of_ignored_fsdp(args)
+        if args.load_best_model_at_end and any(group["ema_decay"] for group in inner.param_groups):
+            raise ValueError(
+                "load_best_model_at_end = True is not allowed with Shampoo's ema_decay: evaluations see averaged "
+                "weights, and checkpoints hold the weights; set it to False and call save_model() after training"
+            )
         # A second train() of the same Trainer begins at step 0 too, and continues with the optimizer's present state.
         if self.start_from is not None and state.global_step == 0 and not inner.has_state:
             load_shampoo(inner, self.start_from, options=False)

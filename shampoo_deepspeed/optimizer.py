@@ -21,6 +21,7 @@ from shampoo_deepspeed.linalg.precision import full_precision
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.param_groups import signature_with_options
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
+from shampoo_deepspeed.state.units import in_use
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -88,6 +89,8 @@ class Shampoo(BlockOptimizer):
             LayoutError: at the first step, if the framework's shards are inconsistent or not supported.
             RuntimeError: if ``failure_limit`` steps in a row were rejected or roots of a block failed.
         """
+        if self.averages_in_use:
+            raise in_use("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -27,6 +27,7 @@ from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 from ..frames import calling_frame
 from .checkpoints import is_loading, note_folder, resume, wrap_checkpointing
 from .layouts import is_partition, paired, partition_layout, replicated
+from .weights import pass_on
 from .whole_step import WholeStep, needs_decision
 
 if TYPE_CHECKING:
@@ -148,6 +149,12 @@ class DeepSpeedAdapter(Adapter):
             self._adopt(frame.f_locals["self"])
             folder = Path(frame.f_locals["load_dir"]) / str(frame.f_locals["tag"])
         note_folder(optimizer, folder)
+
+    def weights_changed(self, optimizer: BlockOptimizer) -> None:
+        """Give the model the masters' weights."""
+        engine = self._engine_of(optimizer)
+        if engine is not None:
+            pass_on(engine)
 
     def resume(self, optimizer: BlockOptimizer) -> None:
         """Load external state that is still missing, because no engine was known when ``load_checkpoint`` ran."""

@@ -45,8 +45,13 @@ class ZeroOptimizer(Protocol):
     bit16_groups: Sequence[Sequence[Tensor]]
     averaged_gradients: Mapping[int, Sequence[Tensor | None] | None]
     single_partition_of_fp32_groups: Sequence[Tensor]
+    persistent_parameters: Sequence[ZeroParameter]
 
     def get_param_id(self, parameter: ZeroParameter) -> int: ...
+    def update_lp_params(self) -> None: ...
+    def invalidate_secondary_tensor(self) -> None: ...
+    def _partition_all_parameters(self) -> None: ...
+    def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None: ...
 
 
 class Engine(Protocol):
@@ -108,6 +113,8 @@ class ZeroParameter(Protocol):
     ds_numel: int
     ds_tensor: ZeroPartition
     ds_process_group: dist.ProcessGroup
+
+    def all_gather(self, parameters: Sequence[ZeroParameter]) -> None: ...
 
 
 class Address(Protocol):

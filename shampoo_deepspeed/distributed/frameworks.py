@@ -241,6 +241,9 @@ class Adapter(ABC):
         on the ranks one after another.
         """
 
+    def weights_changed(self, optimizer: Any) -> None:  # noqa: B027 (most models hold the optimizer's tensors)
+        """Pass weights on to the model that were changed between two steps. Called on all ranks together."""
+
     def resume(self, optimizer: Any) -> None:  # noqa: B027 (most frameworks keep no state of their own)
         """Load the state that ``optimizer.external_state`` names, if there is any.
 

@@ -14,6 +14,7 @@ from shampoo_deepspeed.algorithm.grafting import FUSED_DEVICES
 from shampoo_deepspeed.distributed.frameworks import LayoutError
 from shampoo_deepspeed.engine.master_weights import wide_weights, write_back
 from shampoo_deepspeed.engine.step_unit import StepUnit, UpdateRange
+from shampoo_deepspeed.engine.weight_averages import begin_averages, follow_weights
 from shampoo_deepspeed.geometry.boxes import FlatRange
 from shampoo_deepspeed.options.config import ShampooConfig
 
@@ -93,6 +94,9 @@ def apply_updates(
     narrow = any(value.dtype != unit.dtype for value in values)
     if narrow:
         values = wide_weights(unit, configs)
+    averages = any(config.ema_decay for config in configs.values())
+    if averages:
+        begin_averages(unit, values, active, configs)
     for group, ranges in _ranges_by_group(unit, active).items():
         config, rate = configs[group], rates[group]
         if isinstance(rate, Tensor) and rate.device.type == "cpu":
@@ -111,6 +115,8 @@ def apply_updates(
             _in_many_passes(unit, [ranges[n] for n in rest], *others, config, rate, found_inf)
     if narrow:
         write_back(unit, values, configs)
+    if averages:
+        follow_weights(unit, values, active, configs, found_inf)
     # A fused kernel and a write into a local part do not count as changes of the parameter. Autograd must see them, so
     # that a second backward through a graph from before the step is an error and not a wrong gradient.
     changed = {r.tensor for r in unit.update_ranges if active[r.parameter]}

@@ -109,8 +109,9 @@ class StepUnit:
         self.step_tensor = as_count(0)  # the largest of them, in the form that torch's tools expect
         self.unread: Unread | None = None
         self.rejected_in_a_row = 0
-        # Flat buffers on the ranks that hold the shards, by kind ("momentum", "master") and local tensor.
-        self.buffers: dict[str, dict[int, Tensor]] = {"momentum": {}, "master": {}}
+        # Flat buffers on the ranks that hold the shards, by kind and local tensor.
+        self.buffers: dict[str, dict[int, Tensor]] = {"momentum": {}, "master": {}, "average": {}}
+        self.own_weights: dict[int, Tensor] = {}  # by local tensor, while it has its average
 
     def release_state(self) -> None:
         """Free the memory of the state; `new_state` must follow before the unit is used."""

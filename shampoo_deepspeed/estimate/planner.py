@@ -282,6 +282,8 @@ class _Unit:
             made.adamw[rank] += 8 * size
             if self.config.momentum:
                 made.add_state("momentum", rank, size * self.dtype.itemsize)
+            if self.config.ema_decay:
+                made.add_state("average", rank, size * self.dtype.itemsize)
             if self.config.master_weights and self.weights != self.dtype:
                 made.add_state("master", rank, size * self.dtype.itemsize)
 

@@ -264,6 +264,9 @@ class ShampooConfig(DerivedValues):
     momentum: float = _option(0.0, fraction, "momentum on the finished update", GROUP_ONLY | SCHEDULED)
     dampening: float = _option(0.0, fraction, "dampening of momentum", GROUP_ONLY)
     nesterov: bool = _option(False, flag, "Nesterov momentum", GROUP_ONLY)
+    ema_decay: float = _option(
+        0.0, fraction, "decay of a moving average of the weights, see use_averages(); 0: none", GROUP_ONLY
+    )
     use_bias_correction: bool = _option(True, flag, "correct first moment and factor matrices for their zero start")
     exponent_override: float | tuple[float | None, ...] | None = _option(
         None,

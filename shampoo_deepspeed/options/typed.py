@@ -44,6 +44,7 @@ class _Options(TypedDict, total=False):
     tied_embedding_lr: float | None
     elementwise_betas: Sequence[float] | None
     momentum: float
+    ema_decay: float
     dampening: float
     nesterov: bool
     use_bias_correction: bool

@@ -12,7 +12,7 @@ from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.param_groups import group_options
 from shampoo_deepspeed.state.state_dict import SavedState
 from shampoo_deepspeed.state.state_dict_hooks import StateDicts
-from shampoo_deepspeed.state.units import StateKeeper
+from shampoo_deepspeed.state.units import StateKeeper, in_use
 
 
 class Copies(StateDicts):
@@ -21,6 +21,8 @@ class Copies(StateDicts):
     def __getstate__(self) -> dict[str, Any]:
         if any(unit.group is not None for unit in self.units):
             raise RuntimeError("this optimizer cannot be copied: its state is divided among ranks; use state_dict()")
+        if self.averages_in_use:
+            raise in_use("a copy")
         self.finish_step()
         base, note = super().__getstate__(), self.external_state
         if note is None:

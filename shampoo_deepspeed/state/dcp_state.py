@@ -3,7 +3,7 @@
 Of a state dict these helpers keep only this and the options. They gather DTensors or cut whole tensors as the current
 ranks need them, by a template that must have the same keys on all ranks. So the entry of a parameter has:
 ``shampoo_blocks``, the bytes of its blocks in the order of their index (uint8, 1-D), cut over the parameter's mesh;
-``exp_avg`` and ``second_moment`` if it is element-wise, ``momentum``, ``master``: sharded as the parameter is;
+``exp_avg``, ``second_moment`` if it is element-wise, ``momentum``, ``master``, ``average``: sharded as it is;
 ``step``, ``shampoo_format`` and ``shampoo_rejected`` (the optimizer's count of rejected steps), 0-d;
 what others keep in ``optimizer.state`` of the parameter, under its own name (see `shown_name`).
 """
@@ -37,7 +37,7 @@ FLAT_SHARDS = (
 )
 
 # Names that this module gives to parts of our state.
-OWN_NAMES = {"step", MARK, EXTERNAL, REJECTED, BLOCKS, "exp_avg", "second_moment", "momentum", "master"}
+OWN_NAMES = {"step", MARK, EXTERNAL, REJECTED, BLOCKS, "exp_avg", "second_moment", "momentum", "master", "average"}
 # Precedes the names of others' values that could be mistaken for ours.
 OTHERS = "other_"
 
@@ -249,4 +249,10 @@ def _flat_moments(unit: StepUnit, number: int, configs: Mapping[int, ShampooConf
                     out[name][slice(*shard.local)].copy_(view)
     narrow = unit.layout.local(unit.tensors[number]).dtype != unit.dtype
     used = {"momentum": config.momentum != 0.0, "master": narrow and config.master_weights}
-    return out | {kind: unit.buffer(kind, number).clone() for kind in sorted(unit.buffers) if used[kind]}
+    out |= {kind: unit.buffer(kind, number).clone() for kind in sorted(used) if used[kind]}
+    if config.ema_decay:
+        average = unit.buffers["average"].get(number)
+        # Before the first step it is the weights; a template must have it too.
+        value = unit.layout.local(unit.tensors[number]).to(unit.dtype).reshape(-1) if average is None else average
+        out["average"] = value.clone()
+    return out

@@ -26,6 +26,7 @@ from shampoo_deepspeed.state.dcp_state import (
 from shampoo_deepspeed.state.dtensor_blocks import is_dtensor
 from shampoo_deepspeed.state.state_dict import START_ANEW, SavedState, lacking
 from shampoo_deepspeed.state.tool_entries import EntriesForTools, refuse_own_keys
+from shampoo_deepspeed.state.units import in_use
 
 logger = logging.getLogger("shampoo_deepspeed")
 
@@ -46,6 +47,8 @@ class StateDicts(EntriesForTools):
                 ``consolidate_state_dict`` was not called since the last step; or if a tool calls it that cannot carry
                 this state.
         """
+        if self.averages_in_use:
+            raise in_use("state_dict()")
         # Torch calls this hook first of all that are registered, so that those of users see the whole state dict.
         handle = self.register_state_dict_post_hook(lambda _, made: self._add_own_state(made), prepend=True)
         try:
@@ -112,6 +115,8 @@ class StateDicts(EntriesForTools):
             ValueError: if this is not a Shampoo state dict, or does not fit the parameters. For parameters that have
                 not stepped yet, the next step raises it.
         """
+        if self.averages_in_use:
+            raise in_use("load_state_dict()")
         numbers = [group["shampoo_group"] for group in self.param_groups]
         loaded: list[SavedState | TorchState] = []
 

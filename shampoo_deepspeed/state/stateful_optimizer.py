@@ -18,16 +18,16 @@ from shampoo_deepspeed.options.model_search import FoundModels, find_models
 from shampoo_deepspeed.options.names import nearest
 from shampoo_deepspeed.options.param_groups import checked_group, group_options, printed_group, unknown_keys
 from shampoo_deepspeed.runtime.metrics import read
-from shampoo_deepspeed.state.copies import Copies
+from shampoo_deepspeed.state.averages import Averages
 from shampoo_deepspeed.state.units import StateKeeper
 
 logger = logging.getLogger("shampoo_deepspeed")
 
 
-class BlockOptimizer(Copies):
+class BlockOptimizer(Averages):
     """A blockwise optimizer apart from its step: torch's interface over two parts, the registry and the state keeper.
 
-    Each base class has one subject in a file of its own: units, entries for tools, state dicts, copies.
+    Each base class has one subject in a file of its own: units, entries for tools, state dicts, copies, averages.
     """
 
     def __init__(

@@ -142,6 +142,7 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
     policies: dict[str, Policy]
     state_keeper: StateKeeper
     rejected_steps: int
+    averages_in_use: bool = False  # whether the model has averages in place of weights
     _warned: bool  # whether a warning that a step did nothing was logged
 
     def _without_units(self) -> None:
@@ -260,6 +261,8 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
 
     def take_state(self, source: StateSource) -> None:
         """Continue from this state at the next step, and drop the present one; call it on all ranks."""
+        if self.averages_in_use:
+            raise in_use("a load")
         self._release_units()
         self._forget_steps()
         self.state_keeper.take(source)
@@ -318,6 +321,11 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
             for place, tensor in enumerate(group["params"])
             if tensor.requires_grad
         ]
+
+
+def in_use(what: str) -> RuntimeError:
+    """The error of what cannot be done while averages are in use."""
+    return RuntimeError(f"{what} while the model has averaged weights: call optimizer.use_weights() on all ranks first")
 
 
 # Options that every step reads from the groups; units do not depend on them.

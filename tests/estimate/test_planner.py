@@ -54,7 +54,7 @@ def matrices(*of: tuple[int, ...]) -> list[Parameter]:
     "options",
     [
         {},
-        {"momentum": 0.9},
+        {"momentum": 0.9, "ema_decay": 0.9},
         {"grafting": "rms"},
         {"grafting": "rms", "preconditioner": "soap"},
         {"preconditioner": "kl_soap"},

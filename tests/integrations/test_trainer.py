@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
@@ -83,6 +84,48 @@ def trained(
     trainer = kind(model, arguments, train_dataset=make_data(TRAINING.steps), callbacks=[seen], **given)
     trainer.train()
     return trainer, seen
+
+
+def test_the_trainer_evaluates_and_saves_averages_and_checkpoints_hold_weights(arguments: Any, tmp_path: Path) -> None:
+    model = make_model("llama")
+    data = make_data(TRAINING.steps)
+    trainer = ShampooTrainer(
+        model,
+        arguments(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2),
+        train_dataset=data,
+        eval_dataset=data,
+        optimizers=(deferred(ema_decay=0.8, **OPTIONS), None),
+    )
+    trainer.train()
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    found = trainer.evaluate()["eval_loss"]
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    trainer.save_model(str(tmp_path / "averaged"))
+    saved = load_file(tmp_path / "averaged" / "model.safetensors")
+    assert not torch.equal(saved["model.norm.weight"], weights["model.norm.weight"])
+    newest = max(tmp_path.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    assert int(newest.name.rpartition("-")[2]) == TRAINING.steps
+    kept = load_file(newest / "model.safetensors")
+    assert all(torch.equal(kept[n], weights[n]) for n in kept)
+    model.load_state_dict(saved, strict=False)
+    plain = Trainer(model, arguments(), eval_dataset=data)
+    assert plain.evaluate()["eval_loss"] == pytest.approx(found, abs=1e-6)
+
+
+def test_the_best_checkpoint_cannot_be_one_of_averages(arguments: Any) -> None:
+    best = arguments(
+        load_best_model_at_end=True, save_strategy="steps", eval_strategy="steps", save_steps=2, eval_steps=2
+    )
+    data = make_data(TRAINING.steps)
+    trainer = ShampooTrainer(
+        make_model("llama"),
+        best,
+        train_dataset=data,
+        eval_dataset=data,
+        optimizers=(deferred(ema_decay=0.8, **OPTIONS), None),
+    )
+    with pytest.raises(ValueError, match="load_best_model_at_end = True is not allowed with Shampoo's ema_decay"):
+        trainer.train()
 
 
 def built(model: nn.Module) -> Shampoo:

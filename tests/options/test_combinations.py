@@ -48,6 +48,7 @@ TRIED_BY_OTHERS = {
     "master_weights",
     "stochastic_rounding",
     "peak_lr",
+    "ema_decay",
 }
 
 

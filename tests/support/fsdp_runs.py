@@ -52,7 +52,8 @@ class Run:
         return self.rule() | {"factor_dtype": self.dtype, "root_dtype": self.dtype}
 
 
-def expected(run: Run) -> dict[str, Tensor]:
+def expected(run: Run, averages: bool = False) -> dict[str, Tensor]:
+    """Return the final parameters of the reference, or their moving averages."""
     model = make_model(run.model, torch.float64)
     values = {n: p for n, p in model.named_parameters() if p.requires_grad}
     reference = make_reference(run, values)
@@ -63,7 +64,7 @@ def expected(run: Run) -> dict[str, Tensor]:
         reference.step({n: None if step < run.frozen_steps and n in FROZEN else g for n, g in found.items()})
         for name, value in reference.values().items():
             values[name].data.copy_(value)
-    return reference.values()
+    return reference.averages() if averages else reference.values()
 
 
 def replayed(run: Run, steps: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

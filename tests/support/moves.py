@@ -31,6 +31,7 @@ RULE: dict[str, Any] = {
     "precondition_frequency": 3,
     "max_preconditioner_dim": 8,
     "momentum": 0.5,
+    "ema_decay": 0.8,
 }
 
 
@@ -58,7 +59,7 @@ def rule(settings: str) -> dict[str, Any]:
 
 @cache
 def unbroken(settings: str) -> dict[str, Tensor]:
-    """Return the parameters after all steps of one float64 run."""
+    """Return the parameters after all steps of one float64 run, and their averages under ``averaged``'s names."""
     model = make_model("odd", torch.float64)
     values = {n: p for n, p in model.named_parameters() if p.requires_grad}
     reference = Reference(values, exclude=("embed.weight",), **rule(settings))
@@ -66,4 +67,9 @@ def unbroken(settings: str) -> dict[str, Tensor]:
         reference.step(gradients(model, make_batch("odd", step), False))
         for name, value in reference.values().items():
             values[name].data.copy_(value)
-    return reference.values()
+    return reference.values() | averaged(reference.averages())
+
+
+def averaged(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return averages under names of their own."""
+    return {f"average of {name}": value for name, value in values.items()}

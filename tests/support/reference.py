@@ -38,6 +38,7 @@ class Options:
     momentum: float = 0.0
     dampening: float = 0.0
     nesterov: bool = False
+    ema_decay: float = 0.0
     use_bias_correction: bool = True
     exponent_override: float | list[float | None] | None = None
     beta3: float | None = None
@@ -206,6 +207,7 @@ class Parameter:
     peak_lr: float
     tied: bool = False
     t: int = 0
+    average: Tensor = field(default_factory=lambda: torch.zeros(()))  # of the values
 
     @property
     def elementwise_factor(self) -> float:
@@ -435,6 +437,9 @@ class Reference:
     def values(self) -> dict[str, Tensor]:
         return {name: p.value for name, p in self.params.items()}
 
+    def averages(self) -> dict[str, Tensor]:
+        return {name: p.average if p.t else p.value for name, p in self.params.items()}
+
     @torch.no_grad()
     def step(self, grads: Mapping[str, Tensor | None]) -> None:
         """Do one step; a gradient of None skips its parameter, decay included."""
@@ -462,7 +467,11 @@ class Reference:
             peak = p.peak_lr if o.peak_lr is None else o.peak_lr
             scale = {"decoupled": 1.0, "corrected": o.lr / peak, "independent": 1.0 / peak}[decay]
             update = update + scale * o.weight_decay * p.value
+        before = p.value.clone()
         p.value -= o.lr * self._momentum(p, update, o)
+        if o.ema_decay:
+            share = max(1.0 - o.ema_decay, 9.0 / (10.0 + p.t))  # of the new weights
+            p.average = (1.0 - share) * (before if p.t == 1 else p.average) + share * p.value
 
     @classmethod
     def step_block(cls, block: Block, g: Tensor, t: int, o: Options) -> Tensor:

@@ -9,6 +9,7 @@ from tests.support.bare import BARE
 FORMS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "momentum": {"momentum": 0.9, "nesterov": True},
+    "averages": {"ema_decay": 0.9},
     "one_moment": {"betas": (0.0, 0.99)},
     "other_dtypes": {"factor_dtype": "float64", "root_dtype": "bfloat16"},
     "adagrad": {"betas": (0.9, 1.0), "grafting": "adagrad"},

@@ -121,6 +121,7 @@ def reference_run(
     scenario: Scenario,
     without: Mapping[str, range] | None = None,
     weights: Sequence[Mapping[str, Tensor]] | None = None,
+    averages: bool = False,
 ) -> dict[str, Tensor]:
     """Run the reference and return its final masters.
 
@@ -129,6 +130,7 @@ def reference_run(
         weights: a run's 16-bit weights after each step. Gradients are computed at these instead of the rounded
             masters. A master may be so close to the middle of two 16-bit numbers that its eighth digit decides how it
             is rounded; gradients then differ in the third digit.
+        averages: return the moving averages of the masters.
     """
     model = make_model(scenario.model, scenario.dtype if scenario.half else torch.float64)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -145,7 +147,7 @@ def reference_run(
             trained[name].data.copy_(p.value if weights is None else weights[step][name])
             p.options = replace(p.options, lr=p.options.lr * scenario.decay)
     assert clipped > 0 or scenario.clip == 0.0, "the clipping of this scenario never clips"
-    masters = reference.values()
+    masters = reference.averages() if averages else reference.values()
     return {n: masters.get(n, p.detach()) for n, p in model.named_parameters()}
 
 

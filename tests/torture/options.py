@@ -80,6 +80,7 @@ USUAL: dict[str, st.SearchStrategy[Any]] = {
     "momentum": fractions,
     "dampening": fractions,
     "nesterov": st.booleans(),
+    "ema_decay": fractions,
     "use_bias_correction": st.booleans(),
     "exponent_override": st.none() | roots | st.lists(st.none() | roots, min_size=1, max_size=3),
     "damping": one_of(*choices.DAMPINGS),

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from shampoo_deepspeed import Shampoo, load_shampoo, save_shampoo
 from shampoo_deepspeed.options.parameter_names import clean_name
-from tests.support.moves import HALF, STEPS, Move
+from tests.support.moves import HALF, STEPS, Move, averaged
 from tests.support.zoo import make_batch, make_model, micro_batches
 
 
@@ -47,7 +47,9 @@ def second_half(move: Move) -> dict[str, Tensor]:
     with framework(move, weights) as training:
         load_shampoo(training.optimizer, Path(move.folder) / move.source)
         train(training, range(HALF, STEPS))
-        return training.whole()
+        with training.optimizer.averaged_weights():
+            averages = averaged(training.whole())
+        return training.whole() | averages
 
 
 def train(training: Training, steps: range) -> None:

@@ -1,0 +1,58 @@
+"""Averaged weights in place of the weights, for evaluation and for saving a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from shampoo_deepspeed.distributed.frameworks import adapters
+from shampoo_deepspeed.engine.weight_averages import use_averages, use_weights
+from shampoo_deepspeed.state.copies import Copies
+
+
+class Averages(Copies):
+    """Part of a blockwise optimizer: which weights the model has, the optimizer's own or their averages."""
+
+    @torch.no_grad()
+    def use_averages(self) -> None:
+        """Put the moving averages (option ``ema_decay``) into the model; call it on all ranks, between two steps.
+
+        Meanwhile there is a second copy of the shards, and steps and saves raise RuntimeError. Parameters without an
+        average keep their weights: those of groups whose ``ema_decay`` is 0, and all before the first step.
+        """
+        if not any(group["ema_decay"] for group in self.param_groups):
+            return
+        self.finish_step()
+        if self.state_keeper.waiting is not None or self.state_keeper.released:
+            self._build_missing(self._trained())  # of a loaded state, which else comes with the next step
+        configs = self.configs()
+        for unit in self.units:
+            use_averages(unit, configs)
+        self.averages_in_use = bool(self.units)
+        self._pass_weights_on()
+
+    @torch.no_grad()
+    def use_weights(self) -> None:
+        """Put the weights back into the model, to the bit; call it on all ranks. Does nothing if they are there."""
+        if self.averages_in_use:
+            for unit in self.units:
+                use_weights(unit)
+            self.averages_in_use = False
+            self._pass_weights_on()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """``with optimizer.averaged_weights(): evaluate(model)``: `use_averages`, and `use_weights` at its end."""
+        already = self.averages_in_use
+        self.use_averages()
+        try:
+            yield
+        finally:
+            if not already:
+                self.use_weights()
+
+    def _pass_weights_on(self) -> None:
+        for adapter in adapters():
+            adapter.weights_changed(self)
