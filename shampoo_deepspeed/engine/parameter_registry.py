@@ -201,7 +201,7 @@ class ParameterRegistry:
         """
         first = not dist.is_initialized() or dist.get_rank() == 0
         if first and not self.reported:
-            trained = [e.parameter for e in self.entries if _trains(e.reference())]
+            trained = [e.parameter for e in self.entries if _trains(e)]
             logger.info("Shampoo preconditions:\n%s", policy_table(trained, self.policies, self.configs))
             for line in places_of_work((u.device, u.compute_device, u.plan.loads[u.rank]) for u in units):
                 logger.info(line)
@@ -304,5 +304,7 @@ def _refuse_reshaping(before: ShampooConfig, after: ShampooConfig) -> None:
         )
 
 
-def _trains(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
+def _trains(entry: Entry) -> bool:
+    """Whether a parameter requires a gradient; of one that a framework has replaced since, whether it did."""
+    tensor = entry.reference()
+    return not entry.parameter.frozen if tensor is None else tensor.requires_grad
