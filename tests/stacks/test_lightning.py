@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 from torch.utils.data import DataLoader
 
+from shampoo_deepspeed import LayoutError
 from tests.stacks.losses import Losses
 from tests.support.commands import run, torchrun
 from tests.support.snippets import run_stack_block
@@ -42,6 +45,21 @@ def test_the_trainer_trains_and_continues(tmp_path: Path) -> None:
     _, rest, again = fitted(tmp_path / "again", ckpt_path=str(half))
     assert rest.losses == whole.losses[STEPS // 2 :] and rest.rates == whole.rates[STEPS // 2 :]
     assert all(map(torch.equal, again.parameters(), module.parameters()))
+
+
+def test_a_layer_that_is_new_since_the_optimizer_was_built_is_an_error(tmp_path: Path) -> None:
+    Module: Any = run_stack_block("lightning")["Module"]
+
+    class Late(Module):
+        def on_train_start(self) -> None:
+            self.model.lm_head = nn.Linear(32, self.model.config.vocab_size, bias=False)
+
+    trainer = Trainer(
+        max_steps=1, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(LayoutError, match=r"\(model.lm_head.weight\).*build the optimizer from the model as it is now"):
+        trainer.fit(Late(make_model("llama")), DataLoader(batches(), batch_size=None))  # type: ignore[arg-type]
 
 
 def test_fabric_trains_and_continues(tmp_path: Path) -> None:
