@@ -32,6 +32,8 @@ UNEQUAL_REPLICAS = (
     "the work: build Shampoo from the model without DDP's wrapper (model=ddp.module), without process_group, and with "
     "accelerate call accelerator.prepare()"
 )
+# What to do if the model has other parameters than the optimizer.
+REBUILD = "build the optimizer from the model as it is now: optimizer = Shampoo(model.named_parameters(), ...)"
 # What to do about uneven inputs.
 UNEVEN_INPUTS = (
     "within join() of DDP, torch's Join, or accelerate's join_uneven_inputs(), a rank with fewer inputs stops "
@@ -145,12 +147,14 @@ class Layout:
 class Entry:
     """A parameter as the optimizer was given it; the reference is weak, so nothing unsharded is kept alive.
 
-    ``stand_in`` is a framework's copy of it in ``param_groups``, once an adapter has found it.
+    ``stand_in`` is a framework's copy of it in ``param_groups``, once an adapter has found it. ``held`` says whether a
+    module held it when the optimizer got it.
     """
 
     parameter: Parameter
     reference: weakref.ref[Tensor] = field(repr=False)
     stand_in: weakref.ref[Tensor] | None = field(default=None, repr=False)
+    held: bool = False
 
 
 @dataclass
@@ -292,6 +296,7 @@ def plain_layouts(
                 "some tensors in param_groups are not the parameters that the optimizer was built with, and no known "
                 "framework has put them there; build the optimizer after wrapping the model"
             )
+        _refuse_resized(parameters, items)
         layout = whole_tensors(parameters, items)
         if replicas is not None and dist.get_world_size(replicas) > 1:
             layout.process_group, layout.one_rank_saves = replicas, True
@@ -328,6 +333,16 @@ def whole_tensors(parameters: list[Parameter], items: Sequence[NewTensor]) -> La
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of moments and updates: float32 or wider."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _refuse_resized(parameters: Sequence[Parameter], items: Sequence[NewTensor]) -> None:
+    """Raise LayoutError if a parameter has been given other sizes in place, as new tokens do to an embedding."""
+    for parameter, item in zip(parameters, items, strict=True):
+        if parameter.shape != tuple(item.tensor.shape):
+            raise LayoutError(
+                f"{parameter.key} has the shape {tuple(item.tensor.shape)} and had {parameter.shape} when the "
+                f"optimizer was built; {REBUILD}"
+            )
 
 
 def _refuse_sharded(tensor: Tensor) -> None:

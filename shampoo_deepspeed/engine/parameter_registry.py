@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo_deepspeed.distributed.frameworks import (
+    REBUILD,
     Entry,
     FlatMember,
+    LayoutError,
     NewTensor,
     Parameter,
     adapters,
@@ -26,7 +28,7 @@ from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.options.checks import OptionError, learning_rate, short
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
-from shampoo_deepspeed.options.model_search import FoundModels, find_models
+from shampoo_deepspeed.options.model_search import FoundModels, find_models, replaced
 from shampoo_deepspeed.options.parameter_names import as_in_model, clean_names, kinds_by_shape, names_and_kinds
 from shampoo_deepspeed.options.rules import expanded
 
@@ -73,6 +75,8 @@ class ParameterRegistry:
         self.configs: dict[int, ShampooConfig] = {}
         self.replicas = replicas
         self.reported = False
+        self._models: list[weakref.ref[nn.Module]] = []  # that have named parameters
+        self._searched: set[bool] = set()  # for replaced parameters, in a step without and in one with gradients
         self._known: Known | None = None  # while the optimizer is built
 
     def attach_model(self, model: nn.Module) -> None:
@@ -88,7 +92,7 @@ class ParameterRegistry:
         Args:
             unheld: tensors of which the shape may tell something if no model holds them.
         """
-        self._known = known_from(models, unheld)
+        self._known = self._known_from(models, unheld)
 
     def forget_names(self) -> None:
         """Search again for the models of parameters that are added from now on."""
@@ -193,6 +197,32 @@ class ParameterRegistry:
             if nameless is not None:
                 raise OptionError(f"strict_names = True: {nameless}")
 
+    def refuse_replaced(self, waiting: Sequence[NewTensor]) -> None:
+        """Raise LayoutError at the first step if the model has replaced parameters, so that nothing would train them.
+
+        One that is still in the model is unused or frozen for a while. One that was taken out of it has no successor
+        of its name. Neither is an error, and parameters that no module ever held are not judged.
+
+        Args:
+            waiting: the trainable tensors in the optimizer's groups.
+        """
+        trained = any(item.tensor.grad is not None for item in waiting)
+        if self.reported or trained in self._searched:
+            return
+        own = {id(tensor): e for e in self.entries if e.held and (tensor := e.reference()) is not None}
+        given = {own[id(item.tensor)].parameter.key: item.tensor for item in waiting if id(item.tensor) in own}
+        if all(tensor.grad is not None for tensor in given.values()):
+            return
+        self._searched.add(trained)
+        names = replaced(given, self._models, all_gone=not trained)
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise LayoutError(
+                f"{len(names)} of the optimizer's {len(self.entries)} parameters are no longer the model's and would "
+                f"never be trained ({shown}): it was wrapped or converted, or got new layers, after the optimizer was "
+                f"built; {REBUILD}"
+            )
+
     def report(self, units: Iterable[StepUnit]) -> None:
         """Log once, on the first rank, how the parameters are treated, and warn about likely mistakes.
 
@@ -201,7 +231,7 @@ class ParameterRegistry:
         """
         first = not dist.is_initialized() or dist.get_rank() == 0
         if first and not self.reported:
-            trained = [e.parameter for e in self.entries if _trains(e.reference())]
+            trained = [e.parameter for e in self.entries if _trains(e)]
             logger.info("Shampoo preconditions:\n%s", policy_table(trained, self.policies, self.configs))
             for line in places_of_work((u.device, u.compute_device, u.plan.loads[u.rank]) for u in units):
                 logger.info(line)
@@ -219,7 +249,12 @@ class ParameterRegistry:
         if self._known is not None:
             return self._known
         others = (entry.reference() for entry in self.entries)
-        return known_from(find_models([*added, *(tensor for tensor in others if tensor is not None)]), added)
+        return self._known_from(find_models([*added, *(tensor for tensor in others if tensor is not None)]), added)
+
+    def _known_from(self, models: FoundModels, unheld: Sequence[Tensor]) -> Known:
+        """What these models tell; later it can be seen whether they still hold the parameters."""
+        self._models += [weakref.ref(model) for model in models.named_by]
+        return known_from(models, unheld)
 
     def _new_entries(self, group: dict[str, Any], number: int, known: Known) -> list[Entry]:
         """The entries of a new group's parameters."""
@@ -248,7 +283,8 @@ class ParameterRegistry:
             position, frozen = member.position, not tensors[index].requires_grad
             position = position if position is not None else index
             parameter = Parameter(key, member.shape, number, member.name, member.kinds, frozen, position)
-            entries.append(Entry(parameter, weakref.ref(tensors[index])))
+            held = known.get(id(tensors[index]), (None, None))[0] is not None
+            entries.append(Entry(parameter, weakref.ref(tensors[index]), held=held))
         return entries
 
 
@@ -304,5 +340,7 @@ def _refuse_reshaping(before: ShampooConfig, after: ShampooConfig) -> None:
         )
 
 
-def _trains(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
+def _trains(entry: Entry) -> bool:
+    """Whether a parameter requires a gradient; of one that a framework has replaced since, whether it did."""
+    tensor = entry.reference()
+    return not entry.parameter.frozen if tensor is None else tensor.requires_grad

@@ -10,12 +10,14 @@ import gc
 import types
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress, groupby, starmap
 from typing import Any
 
 from torch import Tensor, nn
+
+from shampoo_deepspeed.options.parameter_names import clean_path
 
 # Types of no interest: what is put in place of objects of these types.
 _DROPPED: dict[type, Iterable[Any]] = dict.fromkeys(
@@ -69,6 +71,27 @@ def find_models(tensors: Sequence[Tensor]) -> FoundModels:
         for parameter in chosen.parameters():
             wanted.pop(id(parameter), None)
     return FoundModels(tuple(named_by), tuple(outermost.values()))
+
+
+def replaced(given: Mapping[str, Tensor], models: Sequence[weakref.ref[nn.Module]], all_gone: bool) -> list[str]:
+    """The names of parameters that their models have replaced: they are not in them, but others of their names are.
+
+    Args:
+        given: parameters by the names that they had in their models.
+        models: those. If one is gone, a wrapper may have been, so that the modules inside it are searched for.
+        all_gone: whether parameters are taken for replaced, by whatever, if none is left.
+    """
+    living = [model for reference in models if (model := reference()) is not None]
+    if len(living) < len(models):
+        living += find_models(list(given.values())).outermost
+    now = [(model, name, p) for model in living for name, p in model.named_parameters()]
+    held = {id(p) for _, _, p in now}
+    gone = [name for name, tensor in given.items() if id(tensor) not in held]
+    if len(gone) == len(given) and all_gone:
+        return gone
+    own = set(map(id, given.values()))
+    others = {clean_path(model, name) for model, name, p in now if p.requires_grad and id(p) not in own} if gone else ()
+    return [name for name in gone if name in others]
 
 
 def _fitness(module: nn.Module, wanted: Iterable[int]) -> tuple[int, bool, int, str]:

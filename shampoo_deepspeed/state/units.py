@@ -201,6 +201,7 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
             for adapter in adapters():
                 adapter.resume(self)
             units, waiting = self._known_and_waiting()
+        self.registry.refuse_replaced(waiting)
         joining = {id(item) for adapter in adapters() for item in adapter.joining(waiting)} if waiting else set()
         fresh = [item for item in waiting if item.tensor.grad is not None or id(item) in joining]
         if not fresh:

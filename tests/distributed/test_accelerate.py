@@ -23,6 +23,7 @@ def run(route: str, framework: str, training: Training = TRAINING, name: str = "
 OWN_LINE = [run("stock", framework) for framework in ("ddp", "fsdp1", "fsdp2", "zero1", "zero3")]
 PREPARED = [run("ours", framework, DEFAULT) for framework in ("ddp", "fsdp1", "fsdp2", "zero1", "zero3")]
 AFTER = [run("after", "fsdp1")]
+DUMMY = [run("dummy", framework) for framework in ("zero1", "zero3")]
 RESUMED = [run("ours", framework, SAVED, "accelerate_saved") for framework in ("ddp", "zero1", "zero3")]
 
 
@@ -41,7 +42,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("check", OWN_LINE + PREPARED + AFTER + RESUMED, ids=named)
+@pytest.mark.parametrize("check", OWN_LINE + PREPARED + AFTER + DUMMY + RESUMED, ids=named)
 def test_the_loop_is_the_training_of_one_process(check: Check, ask: Ask, record_property: Any) -> None:
     """The runs in RESUMED save and load in between."""
     _, framework, training = check.argument

@@ -68,6 +68,8 @@ REFUSED = [
     (Check("fsdp1_refused_swapped", 2, "fsdp:refused", "swapped"), "build the optimizer after wrapping"),
     (Check("fsdp1_refused_ignored", 2, "fsdp:refused", "ignored"), "1 of 2 parameters with a gradient are not FSDP1's"),
     (Check("fsdp1_refused_hybrid", 4, "fsdp:refused", "hybrid"), "sharded over 2 of 4 ranks"),
+    (Check("fsdp2_sharded_after", 2, "fsdp:sharded_after", "fsdp2"), "are no longer the model's and would never be"),
+    (Check("fsdp1_sharded_after", 2, "fsdp:sharded_after", "fsdp1"), "are no longer the model's and would never be"),
     (Check("fsdp1_refused_tensor_parallel", 4, "fsdp:refused", "tensor_parallel"), "over tensor parallelism"),
 ]
 PRECISION = ("bf16", "fsdp1_bf16", "flat_bf16", "flat_bf16_gradients")

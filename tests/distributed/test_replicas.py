@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.support.exactness import assert_ranks_agree
 from tests.support.launch import Ask, Check, named
@@ -20,6 +21,7 @@ JOINED = [
     Check(f"joined_{case}", 2, "replicas:joined", case)
     for case in ("ddp", "accelerate", "both", "wrapped_later", "later")
 ]
+AVERAGED = Check("local_sgd_undivided", 2, "replicas:averaged", 6)
 UNDIVIDED = Check("joined_undivided", 2, "replicas:joined", "undivided")
 
 
@@ -45,3 +47,11 @@ def test_uneven_inputs_train_if_each_rank_does_all_of_the_work(check: Check, ask
     seen = ask(check)
     assert [(s["error"], s["steps"]) for s in seen] == [("", 2), ("", 3)]
     assert_ranks_agree([s["weights"] for s in seen])
+
+
+@pytest.mark.parametrize("check", [AVERAGED], ids=named)
+def test_local_sgd_trains_if_each_rank_does_all_of_the_work(check: Check, ask: Ask) -> None:
+    first, second = seen = ask(check)
+    assert not any(map(torch.equal, first["apart"], second["apart"])), "each rank steps by its own gradients"
+    assert_ranks_agree([s["weights"] for s in seen])
+    assert all(s["losses"][-1] < s["losses"][0] for s in seen)

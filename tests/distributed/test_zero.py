@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
 
+from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.options.choices import TRAINER_NO_DECAY
 from tests.support.exactness import assert_exact, assert_on_trajectory, assert_ranks_agree
 from tests.support.launch import Ask, Check, named
+from tests.support.pipelines import SYNC, Stage, stage_data
 from tests.support.scenarios import FAMILY, RULES, BadStep, Scenario, expected
 from tests.support.zero_checks import EVERYTHING, NORMALIZED, OFFLOADED, covering, final
+from tests.support.zoo import relative_error
 
 
 def options() -> list[Check]:
@@ -74,6 +81,9 @@ PIPELINES = [
     for name, stage, zero in (("zero0", 0, {}), ("zero1", 1, UNSEEN), ("zero1_seen", 1, {}))
     for bad in (0, 1)
 ]
+STAGES = [
+    Check(f"pipeline_stages_{name}", 2, "zero:stages", saved) for name, saved in (("whole", False), ("resumed", True))
+]
 TRAFFIC = [
     Check(
         f"traffic_zero{stage}_{ranks}ranks",
@@ -100,6 +110,29 @@ def test_the_trajectory_is_that_of_the_reference(check: Check, ask: Ask) -> None
 def test_a_non_finite_gradient_on_one_stage_rejects_the_step_of_all(check: Check, ask: Ask) -> None:
     for seen in ask(check):
         assert seen == {"moved": [True, True, False, True], "steps": [3], "finite": True}
+
+
+@pytest.mark.parametrize("check", STAGES, ids=named)
+def test_a_pipeline_of_two_stages_trains_as_one_process_and_continues(check: Check, ask: Ask) -> None:
+    seen = ask(check)
+    model = nn.ModuleDict({n.split(".")[0]: Stage() for s in seen for n in s["begin"]})
+    model.load_state_dict({n: w for s in seen for n, w in s["begin"].items()})
+    scenario = Scenario(ranks=1, options=SYNC)
+    # Without `no_decay`, DeepSpeed's JSON decays neither norms nor biases, as the Trainer.
+    optimizer = Shampoo(model.named_parameters(), no_decay=TRAINER_NO_DECAY, **scenario.optimizer_options())
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        found = [F.mse_loss(model["1"](model["0"](x)), y) for x, y in stage_data(2)]
+        loss = torch.stack(found).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    weights = dict(model.named_parameters())
+    assert sorted(n for s in seen for n in s["weights"]) == sorted(weights)
+    assert all(relative_error(w, weights[n].detach()) <= 1e-5 for s in seen for n, w in s["weights"].items())
+    assert all(s["losses"] == pytest.approx(losses, rel=1e-5) for s in seen) and losses[-1] < losses[0]
+    assert [s["state"] for s in seen] == [[f"{n}.linear.bias", f"{n}.linear.weight"] for n in range(2)]
 
 
 @pytest.mark.parametrize("check", BAD + IN_TURN, ids=named)

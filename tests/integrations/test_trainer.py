@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.training_args import OptimizerNames
 
-from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
+from shampoo_deepspeed import LayoutError, OptionError, Shampoo, ShampooConfig
 from shampoo_deepspeed.integrations.trainer import (
     ShampooCallback,
     ShampooFactory,
@@ -199,6 +199,16 @@ def test_a_finished_optimizer_is_the_one_that_trains(arguments: Any) -> None:
     optimizer = built(model)
     trainer, _ = trained(ShampooTrainer, model, arguments(), optimizers=(optimizer, None))
     assert inner_optimizer(trainer.optimizer) is optimizer
+
+
+@pytest.mark.parametrize("kind", [Trainer, ShampooTrainer])
+def test_a_layer_that_is_new_since_the_optimizer_was_built_is_an_error(kind: type[Trainer], arguments: Any) -> None:
+    model: Any = make_model("llama")
+    optimizer = built(model)
+    model.lm_head = nn.Linear(32, model.config.vocab_size, bias=False)
+    message = r"(are no longer the model's and would never be trained \(lm_head.weight\)|1 of .* are not the model's)"
+    with pytest.raises((LayoutError, ValueError), match=message):
+        trained(kind, model, arguments(), optimizers=(optimizer, None))
 
 
 def test_auto_takes_the_values_of_the_arguments(arguments: Any) -> None:

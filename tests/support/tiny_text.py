@@ -23,6 +23,26 @@ def prepare(folder: Path) -> None:
     ).save_pretrained(folder / "model")  # fmt: skip
 
 
+def other_line() -> str:
+    """The words of the text in reverse: a model that learns the text becomes worse at these."""
+    return " ".join(reversed(LINE.split()))
+
+
+def save_lines(folder: Path) -> None:
+    """Write `other.txt`, a folder `lines` with both texts as a data set, and let the tokenizer end and pad texts."""
+    import json
+
+    from transformers import AutoTokenizer
+
+    (folder / "other.txt").write_text("\n".join([other_line()] * 24))
+    (folder / "lines").mkdir()
+    for split, line, rows in (("train", LINE, 120), ("test", other_line(), 24)):
+        (folder / "lines" / f"{split}.jsonl").write_text((json.dumps({"text": line}) + "\n") * rows)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.pad_token = tokenizer.eos_token = tokenizer.unk_token
+    tokenizer.save_pretrained(folder / "model")
+
+
 def save_weights(folder: Path) -> None:
     """Add the weights of a fresh model to the folder `model`, for scripts that start from a trained one."""
     import torch

@@ -11,15 +11,17 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.state import DistributedType, PartialState
+from accelerate.utils import DummyOptim, DummyScheduler
 from torch import Tensor, nn
 from transformers import get_scheduler
 
 from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.integrations.accelerate import prepare
 from shampoo_deepspeed.options.choices import TRAINER_NO_DECAY
+from shampoo_deepspeed.state.unwrap import inner_optimizer
 from tests.distributed.ranks.trainer import clean_process, shared_folder
 from tests.distributed.ranks.trainer_optimizers import whole
-from tests.support.trainings import GLOBAL_BATCH, Training, make_data, make_model, trainer_groups
+from tests.support.trainings import DECAY, GLOBAL_BATCH, RATE, Training, make_data, make_model, trainer_groups
 
 
 def train(argument: tuple[str, str, Training]) -> dict[str, Any]:
@@ -27,9 +29,13 @@ def train(argument: tuple[str, str, Training]) -> dict[str, Any]:
     route, framework, training = argument
     deepspeed.init_distributed("gloo")
     with shared_folder() as folder, clean_process():
-        accelerator = accelerator_for(framework, training)
-        model, optimizer, inner = made(route, accelerator, framework, training)
-        schedule = get_scheduler(training.schedule, inner, training.warmup, training.steps)
+        if route == "dummy":
+            accelerator = accelerator_for(framework, training, {"optimizer": in_json(training)})
+            model, optimizer, inner, schedule = placeholders(accelerator, training)
+        else:
+            accelerator = accelerator_for(framework, training)
+            model, optimizer, inner = made(route, accelerator, framework, training)
+            schedule = get_scheduler(training.schedule, inner, training.warmup, training.steps)
         losses = []
         for step in range(training.steps):
             loss = model(**own_part(training, step)).loss
@@ -52,6 +58,25 @@ def train(argument: tuple[str, str, Training]) -> dict[str, Any]:
         if hasattr(engine, "destroy"):
             engine.destroy()
         return result
+
+
+def in_json(training: Training) -> dict[str, Any]:
+    """Return the optimizer's section of DeepSpeed's JSON; accelerate fills "auto" from its DummyOptim."""
+    params = training.own_options() | training.trainer_options() | {"lr": "auto", "weight_decay": "auto"}
+    return {"type": "Shampoo", "params": params}
+
+
+def placeholders(accelerator: Accelerator, training: Training) -> tuple[nn.Module, Any, Shampoo, Any]:
+    """Return what accelerate's example `deepspeed_with_config_support` gets: the JSON's optimizer and a scheduler."""
+    model = make_model(training.model)
+    dummy = DummyOptim(model.parameters(), lr=RATE, weight_decay=DECAY)
+    schedule = DummyScheduler(
+        dummy, lr_scheduler_callable=lambda inner: get_scheduler("cosine", inner, training.warmup, training.steps)
+    )
+    model, optimizer, schedule = accelerator.prepare(model, dummy, schedule)
+    inner = inner_optimizer(optimizer)
+    assert isinstance(inner, Shampoo) and training.schedule == "cosine"
+    return model, optimizer, inner, schedule
 
 
 def refused(argument: tuple[str, str, dict[str, Any]]) -> str:

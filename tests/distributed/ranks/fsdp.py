@@ -302,6 +302,23 @@ def refused(case: str) -> str:
     return ""
 
 
+def sharded_after(way: str) -> str:
+    """Return the error of the first step if a plain loop shards the model after it has built the optimizer."""
+    model: Any = make_model("wide")
+    optimizer = Shampoo(model.parameters())
+    if way == "fsdp2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    else:
+        model = FullyShardedDataParallel(model, use_orig_params=False, device_id=torch.device("cpu"))
+    (piece,) = micro_batches(make_batch("wide", 0), dist.get_rank(), dist.get_world_size())
+    model(**piece).backward()
+    try:
+        optimizer.step()
+    except LayoutError as error:
+        return str(error)
+    return ""
+
+
 def traffic(run: Run) -> dict[str, int]:
     """Return what the last step moved."""
     model, mesh = sharded(run)

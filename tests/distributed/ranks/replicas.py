@@ -87,6 +87,33 @@ def local_sgd(model: nn.Module) -> Stepper:
     return step, optimizer, averaging
 
 
+def averaged(steps: int) -> dict[str, Any]:
+    """Train by accelerate's LocalSGD with a Shampoo that does all of the work; return weights before and after a mean.
+
+    Each rank's weights are its own until accelerate averages them, every second step.
+    """
+    with clean_process():
+        accelerator = Accelerator(cpu=True)
+        model: Any = make_model("wide")
+        ddp, optimizer = accelerator.prepare(model, Shampoo(model.parameters(), **OPTIONS))
+        apart = []
+        losses = []
+        with LocalSGD(accelerator, ddp, local_sgd_steps=2) as averaging:
+            for _ in range(steps):
+                loss = own_loss(ddp, 0)
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                apart.append(model.up.weight.detach().clone())
+                averaging.step()
+                losses.append(loss.item())
+        return {
+            "apart": apart,
+            "weights": {n: p.detach().clone() for n, p in model.named_parameters()},
+            "losses": losses,
+        }
+
+
 def post_local_sgd(model: nn.Module) -> Stepper:
     """torch's own local SGD: DDP's gradients are averaged in the first two steps only."""
     ddp = DistributedDataParallel(model)

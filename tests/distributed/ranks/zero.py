@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shampoo_deepspeed  # noqa: F401  registers the optimizer
+from tests.distributed.ranks.folders import shared_folder
+from tests.support.pipelines import SYNC, Stage, stage_data
 from tests.support.scenarios import SECOND_GROUP, BadStep, Scenario
 from tests.support.zoo import MODELS, cast, make_batch, make_model, micro_batches
 
@@ -146,17 +148,6 @@ def gradients_in_turn(engine: Any) -> list[Tensor]:
     return [next(g for g in found[number] if g.numel()) for number in sorted(found)]
 
 
-class Stage(nn.Module):
-    """A layer of a pipeline."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.linear(x))
-
-
 def pipeline(argument: tuple[int, dict[str, Any], int]) -> dict[str, Any]:
     """Train a pipeline of a stage per rank, with one non-finite gradient on one of them; see what that step changes."""
     stage, zero, bad = argument
@@ -187,6 +178,36 @@ def pipeline(argument: tuple[int, dict[str, Any], int]) -> dict[str, Any]:
     engine.destroy()
     vars(groups).update(found_there)
     return {"moved": moved, "steps": steps, "finite": bool(torch.isfinite(weight).all())}
+
+
+def stages(saved: bool) -> dict[str, Any]:
+    """Train a pipeline of one layer per rank and save in between; with `saved`, continue from there in a new engine."""
+    deepspeed.init_distributed("gloo")
+    found_there = dict(vars(groups))
+    scenario = Scenario(stage=1, ranks=1, accumulate=2, options=SYNC)
+    seen: dict[str, Any] = {}
+    with shared_folder() as folder:
+        for engine_steps in (range(6), range(3, 6))[: 1 + saved]:
+            torch.manual_seed(50)
+            layers = [LayerSpec(Stage) for _ in range(dist.get_world_size())]
+            module = PipelineModule(layers, num_stages=dist.get_world_size(), loss_fn=F.mse_loss)
+            engine, *_ = deepspeed.initialize(
+                model=module, model_parameters=list(module.parameters()), config=scenario.deepspeed_config()
+            )
+            seen.setdefault("begin", {n: p.detach().clone() for n, p in module.named_parameters()})
+            if engine_steps.start:
+                engine.load_checkpoint(str(folder))
+            losses = []
+            for step in engine_steps:
+                losses.append(float(engine.train_batch(iter(stage_data(scenario.accumulate)))))
+                if step == 2 and not engine_steps.start:
+                    engine.save_checkpoint(str(folder))
+            seen["losses"] = [*seen.get("losses", [])[: engine_steps.start], *losses]
+            seen["weights"] = {n: p.detach().clone() for n, p in module.named_parameters()}
+            seen["state"] = sorted(engine.basic_optimizer.policies)
+            engine.destroy()
+            vars(groups).update(found_there)
+    return seen
 
 
 def traffic(scenario: Scenario) -> dict[str, Any]:

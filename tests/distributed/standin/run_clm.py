@@ -1,6 +1,7 @@
 """A stand-in for another project's training script, after Transformers' run_clm.py: it names no optimizer."""
 
 import logging
+import math
 import sys
 from dataclasses import dataclass, field
 from itertools import chain
@@ -36,6 +37,7 @@ class DataTrainingArguments:
     """Arguments pertaining to what data we are going to input our model for training."""
 
     train_file: str = field(metadata={"help": "The input training data file (a text file)."})
+    validation_file: str | None = field(default=None, metadata={"help": "An optional file to evaluate on."})
     block_size: int = field(default=16, metadata={"help": "Input sequence length after tokenization."})
 
 
@@ -50,7 +52,10 @@ def main() -> None:
     datasets.utils.logging.set_verbosity(log_level)
     set_seed(training_args.seed)
 
-    raw_datasets = load_dataset("text", data_files={"train": data_args.train_file}, cache_dir=training_args.output_dir)
+    data_files = {"train": data_args.train_file}
+    if data_args.validation_file is not None:
+        data_files["validation"] = data_args.validation_file
+    raw_datasets = load_dataset("text", data_files=data_files, cache_dir=training_args.output_dir)
     config = AutoConfig.from_pretrained(model_args.config_name)
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name)
     model = AutoModelForCausalLM.from_config(config)
@@ -73,12 +78,22 @@ def main() -> None:
     with training_args.main_process_first(desc="grouping texts together"):
         lm_datasets = tokenized.map(group_texts, batched=True)
 
+    def preprocess_logits_for_metrics(logits, labels):
+        return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+
+    def compute_metrics(eval_preds):
+        predicted, labels = eval_preds
+        return {"accuracy": float((predicted[:, :-1] == labels[:, 1:]).mean())}
+
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=lm_datasets["train"],
+        train_dataset=lm_datasets["train"] if training_args.do_train else None,
+        eval_dataset=lm_datasets["validation"] if training_args.do_eval else None,
         processing_class=tokenizer,
         data_collator=default_data_collator,
+        compute_metrics=compute_metrics if training_args.do_eval else None,
+        preprocess_logits_for_metrics=preprocess_logits_for_metrics if training_args.do_eval else None,
     )
     if training_args.do_train:
         checkpoint = get_last_checkpoint(training_args.output_dir) or training_args.resume_from_checkpoint
@@ -87,6 +102,11 @@ def main() -> None:
         trainer.log_metrics("train", train_result.metrics)
         trainer.save_metrics("train", train_result.metrics)
         trainer.save_state()
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        metrics["perplexity"] = math.exp(metrics["eval_loss"])
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
 
 
 if __name__ == "__main__":
