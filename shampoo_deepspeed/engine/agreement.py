@@ -291,7 +291,7 @@ def _spike(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, Sham
 
 
 def _sum(terms: Sequence[tuple[Tensor, float]], device: torch.device) -> Tensor:
-    """The sum of 0-d tensors times numbers, which devices get with their kernels; each other device is waited for once."""
+    """The sum of 0-d tensors times numbers, which go with the kernels; each other device is waited for once."""
     products = torch._foreach_mul([value for value, _ in terms], [factor for _, factor in terms]) if terms else []
     total = torch.zeros((), dtype=torch.float64, device=device)
     for other in {product.device: None for product in products}:

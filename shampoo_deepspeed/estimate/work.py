@@ -103,6 +103,8 @@ BASES = {"eigh": Refresh(2.0, 49.5, 45.0, 119, 10), "qr": Refresh(4.0, 66.5, 45.
 WHITENED = Refresh(1.0, 13.5, 0.0, 94, 0)
 # An eigendecomposition in float64 is one of a matrix at a time: launches and reads for each block, both modes.
 ONE_BY_ONE_LAUNCHES, ONE_BY_ONE_READS = 50, 2
+# KL-Shampoo's with a small ridge computes the whole root so. The numbers are instead of those of `ROOTS` and `SCALED`.
+WIDE_ROOTS, WIDE_LAUNCHES, WIDE_READS, WIDE_BYTES = Refresh(2.0, 35.0, 0.0, 33, 0), 104, 2, 2.0
 
 
 class Newton(NamedTuple):
@@ -116,6 +118,7 @@ class Newton(NamedTuple):
 
 COUPLED = {True: Newton(99, 11, 70.0), False: Newton(100, 10, 69.0)}  # whether the root is 4
 DENMAN_BEAVERS = {True: Newton(112, 10, 99.0, 17), False: Newton(99, 10, 74.0)}
+QR_ON_CPU = 0.7
 BOUND = 6  # products of the bound of the largest eigenvalue
 # Passes of an iteration over each matrix, and over one that all blocks of a batch share: identities.
 NEWTON_PASSES, SHARED_PASSES, SHARED_AT_FIRST = 7.0, 4.0, 4.0
@@ -131,14 +134,18 @@ def factor_dims(shape: tuple[int, ...], config: ShampooConfig) -> list[int]:
     return [d for d, side in zip(shape, config.sides(shape), strict=True) if side == "matrix"]
 
 
-def solver_in_force(config: ShampooConfig, count: int) -> str:
-    """The solver of a block with so many factor matrices on an accelerator: eigh, qr, coupled_newton or newton_db."""
+def solver_in_force(config: ShampooConfig, count: int, accelerator: bool = True) -> str:
+    """The solver of a block with so many factor matrices: eigh, qr, coupled_newton or newton_db."""
     if config.tracks_basis:
         return "qr"
     if config.parts.in_basis or config.keeps_basis:
         return "eigh"
-    unused = torch.empty(0, device="meta")
+    unused = torch.empty(0, device="meta" if accelerator else "cpu")
     return chosen_solver(config.solver, unused, config.root(count), config.relative_epsilon, config.damping)
+
+
+def _roots_in_float64(config: ShampooConfig, solver: str) -> bool:
+    return solver == "eigh" and config.decomposes_in_float64 and not config.parts.in_basis and not config.keeps_basis
 
 
 def plain_work(shape: tuple[int, ...], config: ShampooConfig) -> Work:
@@ -163,14 +170,13 @@ def plain_work(shape: tuple[int, ...], config: ShampooConfig) -> Work:
 
 
 def _gram(numel: int, d: int, precision: str) -> Work:
-    """One statistics product: on accelerators with a lower precision the sum is a pass of its own."""
+    """One statistics product. Of bfloat16 operands, which are passes of their own, so is the sum."""
     narrow = precision == "medium"
-    work = Work(
+    return Work(
         lowered=2.0 * d * numel,
         lowered_bytes=FLOAT * ((1.0 if narrow else 2.0) * numel + d * d),
-        nbytes=FLOAT * 3.0 * d * d if precision != "highest" else 0.0,
+        nbytes=FLOAT * 3.0 * (numel + d * d) if narrow else 0.0,
     )
-    return work + Work(nbytes=FLOAT * 3.0 * numel if narrow else 0.0)
 
 
 def _along(numel: int, d: int, precision: str) -> Work:
@@ -208,8 +214,8 @@ def plain_launches(config: ShampooConfig, order: int) -> float:
         return MUON.launches + ITERATIONS * ITERATION_LAUNCHES + ORTHOGONALISED.launches
     passes, modes = PLAIN[parts.whitens, parts.in_basis], order / config.sampling
     launches = passes.launches + passes.launches_of_mode * modes
-    lowered, narrow = config.matmul_precision != "highest", config.matmul_precision == "medium"
-    launches += 2 * modes * lowered + 2 * modes * narrow  # the sum, and the operands
+    narrow = config.matmul_precision == "medium"
+    launches += 4 * modes * narrow  # the sum, and the operands
     if parts.whitens:
         launches += 2 * modes * (order - 1) * narrow
     if parts.orthogonalises:
@@ -232,21 +238,32 @@ def _until_converged(root: int, start: float) -> int:
     return max(0, math.ceil(-math.log(start) / (root * math.log1p(1.0 / root)))) + 4
 
 
-def refresh_work(shape: tuple[int, ...], config: ShampooConfig, batch: float = math.inf) -> Work:
-    """A block's refresh among ``batch`` together, on top of the step; zero without factor matrices."""
+def refresh_work(
+    shape: tuple[int, ...], config: ShampooConfig, batch: float = math.inf, accelerator: bool = True
+) -> Work:
+    """A block's refresh among ``batch`` together, on top of the step; zero without factor matrices.
+
+    A CPU's QR decomposition counts as 0.7 eigendecompositions, its measured time (docs/solvers.md).
+    """
     numel, dims, parts = math.prod(shape), factor_dims(shape, config), config.parts
     if not parts.statistics or not dims:
         return Work()
-    solver, count = solver_in_force(config, len(dims)), len(dims)
+    solver, count = solver_in_force(config, len(dims), accelerator), len(dims)
     cubes, squares = sum(float(d) ** 3 for d in dims), sum(float(d) ** 2 for d in dims)
     table = BASES if parts.in_basis else ROOTS
     if solver in table:
         found, extra = table[solver], WHITENED if parts.in_basis else SCALED
         products = found.products + (extra.products if parts.whitens else 0.0)
         passes = found.passes + (extra.passes if parts.whitens else 0.0)
-        work = Work(full=2.0 * products * cubes, full_bytes=FLOAT * _bytes_of(solver, parts.in_basis, parts.whitens) * squares)
+        moved = _bytes_of(solver, parts.in_basis, parts.whitens)
+        if _roots_in_float64(config, solver):
+            passes, moved = WIDE_ROOTS.passes + 2.0 / batch, WIDE_BYTES * moved
+        work = Work(full=2.0 * products * cubes, full_bytes=FLOAT * moved * squares)
         work += Work(nbytes=FLOAT * (passes * squares + found.elements * numel))
-        if solver == "qr":
+        if solver == "qr" and not accelerator:
+            in_passes = Work(full=-2.0 * PASSES * cubes, full_bytes=-FLOAT * 2.0 * PASSES * squares)
+            work += in_passes + Work(decomposed=QR_ON_CPU * cubes)
+        elif solver == "qr":
             work += Work(factorizations=PASSES * 4.0 / 3.0 * cubes)
         else:
             work += Work(decomposed=cubes)
@@ -277,13 +294,15 @@ def _bytes_of(solver: str, in_basis: bool, whitens: bool) -> float:
     return 18.0 if solver == "qr" else 6.0
 
 
-def refresh_launches(config: ShampooConfig, order: int, batch: float) -> tuple[float, float]:
+def refresh_launches(config: ShampooConfig, order: int, batch: float, accelerator: bool = True) -> tuple[float, float]:
     """(operators, reads) of a refresh of so many blocks together."""
-    parts, solver = config.parts, solver_in_force(config, order)
+    parts, solver = config.parts, solver_in_force(config, order, accelerator)
     table = BASES if parts.in_basis else ROOTS
     if solver in table:
         found, extra = table[solver], WHITENED if parts.in_basis else SCALED
         launches, reads = float(found.launches + extra.launches * parts.whitens), float(found.reads)
+        if _roots_in_float64(config, solver):
+            return WIDE_ROOTS.launches + WIDE_LAUNCHES * batch, WIDE_READS * batch
         if parts.in_basis and solver == "eigh":
             return launches + ONE_BY_ONE_LAUNCHES * batch, reads + ONE_BY_ONE_READS * batch
         return launches, reads

@@ -159,7 +159,7 @@ def add_gram_(
     d, on_cpu = factors.shape[-1], factors.device.type == "cpu"
     if precision != "highest":
         if not on_cpu:
-            factors.mul_(decay).add_(lowered(unfolded, unfolded.mT, precision), alpha=weight)
+            _add_lowered_(factors, unfolded, decay, weight, precision)
             return
         unfolded = rounded(unfolded, precision)
     if factors.dtype != unfolded.dtype or (on_cpu and not aligned_rows(d * d, factors.dtype)):
@@ -173,3 +173,13 @@ def add_gram_(
         end = min(d, begin + width)
         rows = factors[:, begin:end, :end]
         rows.baddbmm_(unfolded[:, begin:end], unfolded[:, :end].mT, beta=decay, alpha=weight)
+
+
+def _add_lowered_(factors: Tensor, unfolded: Tensor, decay: float, weight: float, precision: str) -> None:
+    """``add_gram_`` of an accelerator's matrices; in TF32 without a tensor for the product."""
+    if precision == "high" and factors.device.type == "cuda" and factors.dtype == unfolded.dtype == torch.float32:
+        with tensor_float_32() as on:
+            if on:
+                factors.baddbmm_(unfolded, unfolded.mT, beta=decay, alpha=weight)
+                return
+    factors.mul_(decay).add_(lowered(unfolded, unfolded.mT, precision), alpha=weight)

@@ -310,7 +310,7 @@ class ShampooConfig(DerivedValues):
     matmul_precision: str = _option(
         "highest",
         exactly(*MATMUL_PRECISIONS),
-        "operands of statistics and of products with roots or bases; highest: as they are; high: TF32; medium: bfloat16",
+        "operands of statistics and of products with roots or bases; highest: unrounded; high: TF32; medium: bfloat16",
         NOT_STORED,
     )
     communication_dtype: str | None = _option(

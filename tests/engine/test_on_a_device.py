@@ -170,10 +170,7 @@ def test_blocks_of_shards_on_the_cpu_are_computed_on_the_accelerator(
     assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) <= 1e-5
     copies = [read for read in device.reads if not any(part in read for part in ("linalg/", "preconditioners/"))]
     # Updates are waited for where the CPU needs them; to tell a spike, it reads how large gradients were on the device.
-    assert all(
-        "in arrive" in read or "in read" in read or (not normalizes and "in _sum" in read)
-        for read in copies
-    )
+    assert all("in arrive" in read or "in read" in read or (not normalizes and "in _sum" in read) for read in copies)
 
 
 def test_blocks_stay_with_their_shards_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,14 +20,14 @@ from tests.support.simulated_device import DEVICE, Mode, on_device, simulate
 from tests.support.stepping import made_up
 
 SHAPE, BATCH = (48, 80), 3
-# Numbers for each block and each row and column of one are not planned: they are this share of the smallest blocks here.
+# Numbers for each block and for each of its rows and columns are not planned: they are at most this share here.
 SMALL = 0.04
 WITH_FACTORS = [name for name in PRECONDITIONERS if FAMILY[name].statistics]
 SOLVERS = {name: ("auto", "eigh", "qr", "coupled_newton", "newton_db") for name in ("shampoo", "kl_shampoo")}
 
 
 def options(**more: Any) -> ShampooConfig:
-    """All blocks refresh in steps 5 and 10. Every gradient goes into the factors, or one in ``statistics_frequency``."""
+    """All blocks refresh in steps 5 and 10; every gradient goes into the factors, or one in so many."""
     schedule = {"refresh": "sync", "precondition_frequency": 5, "start_preconditioning_step": 5, "refresh_growth": 0.0}
     return ShampooConfig(**{**schedule, "early_relative_epsilon": 0.0, "statistics_frequency": 1, **more})
 

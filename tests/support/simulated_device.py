@@ -245,6 +245,9 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
     if func is aten.bmm.default and args[0].dtype == torch.float32 and _in_tf32():
         high = Options(matmul_precision="high")
         return torch.bmm(low(args[0], high), low(args[1], high))
+    if func is aten.baddbmm_.default and args[1].dtype == torch.float32 and _in_tf32():
+        high = Options(matmul_precision="high")
+        return func(args[0], low(args[1], high), low(args[2], high), **kwargs)
     return func(*args, **kwargs)
 
 
