@@ -23,6 +23,8 @@ from shampoo_deepspeed.estimate.work import (
     STEP_LAUNCHES,
     Work,
     factor_dims,
+    guarded_launches,
+    guarded_work,
     plain_launches,
     plain_work,
     refresh_launches,
@@ -143,14 +145,16 @@ def predict_rank(
     plain, launches = Work(), float(STEP_LAUNCHES + BUCKET_LAUNCHES * rank.buckets)
     by_precision: dict[str, float] = dict.fromkeys(MATMUL_PRECISIONS, 0.0)
     slices = len(rank.stacks) + max(0, rank.buckets - 1)
-    refreshing = worst = reads = refresh_operators = 0.0
+    refreshing = worst = reads = refresh_operators = guards = 0.0
     for (number, shape), count in rank.stacks.items():
         config = configs[number].for_blocks
         dims = factor_dims(shape, config)
-        work = plain_work(shape, config).times(count)
+        work = (plain_work(shape, config) + guarded_work(shape, config)).times(count)
         plain += work
         by_precision[config.matmul_precision] += work.lowered
-        launches += plain_launches(config, len(dims)) * slices / len(rank.stacks)
+        of_stack, once = guarded_launches(config, len(dims))
+        launches += (plain_launches(config, len(dims)) + of_stack) * slices / len(rank.stacks)
+        guards = max(guards, once)
         if not dims:
             continue
         due, steps = _due(count, config)
@@ -163,7 +167,9 @@ def predict_rank(
         refresh_operators += operators * times
         reads += waits * times
         worst += seconds * due
-    launches += STACK_LAUNCHES * max(0, len(rank.stacks) - 1) + (ELEMENTWISE_LAUNCHES if rank.elementwise else 0)
+    launches += (
+        guards + STACK_LAUNCHES * max(0, len(rank.stacks) - 1) + (ELEMENTWISE_LAUNCHES if rank.elementwise else 0)
+    )
     products = sum(flops / device.products(p) for p, flops in by_precision.items()) + plain.full / device.products(
         "highest"
     )

@@ -32,7 +32,7 @@ class Work:
         decomposed: d^3 of all eigendecomposed matrices.
         lowered_bytes: operands and results of the first products.
         full_bytes: those of the second.
-        nbytes: what all other operators read and write.
+        nbytes: tensors that all other operators read or write; one that is changed in place counts once.
     """
 
     lowered: float = 0.0
@@ -124,8 +124,11 @@ BOUND = 6  # products of the bound of the largest eigenvalue
 NEWTON_PASSES, SHARED_PASSES, SHARED_AT_FIRST = 7.0, 4.0, 4.0
 # Of a step, apart from its stacks: once, for each bucket, for each further stack in a bucket, and for the element-wise
 # part. Passes over preconditioned elements on the ranks that hold them, and over element-wise ones with their update.
-STEP_LAUNCHES, BUCKET_LAUNCHES, STACK_LAUNCHES, ELEMENTWISE_LAUNCHES = 26, 5, 3, 31
-HELD_PASSES, ELEMENTWISE_PASSES = 10.0, 17.0
+STEP_LAUNCHES, BUCKET_LAUNCHES, STACK_LAUNCHES, ELEMENTWISE_LAUNCHES = 24, 3, 1, 31
+HELD_PASSES, ELEMENTWISE_PASSES = 8.0, 17.0
+# What a decay costs that a rejected step must not apply: a number once in a step, and an operator where it is used, one
+# for each factor matrix that gets the gradient, two for a second moment in a basis.
+GUARD_LAUNCHES, GUARDED_MOMENT_LAUNCHES = 2, 2
 ADAMW_PASSES = 7.0  # fused: weights, gradient and two moments are read, all but the gradient written
 
 
@@ -221,6 +224,22 @@ def plain_launches(config: ShampooConfig, order: int) -> float:
     if parts.orthogonalises:
         return launches + ITERATIONS * ITERATION_LAUNCHES + ORTHOGONALISED.launches
     return launches + 2 * order * (2 if parts.in_basis else 1) * narrow
+
+
+def guarded_work(shape: tuple[int, ...], config: ShampooConfig) -> Work:
+    """What a block's step does in addition, because the step may be rejected: decays are passes of their own."""
+    if not config.parts.statistics:
+        return Work()
+    return Work(nbytes=FLOAT * sum(float(d) ** 2 for d in factor_dims(shape, config)) / config.sampling)
+
+
+def guarded_launches(config: ShampooConfig, order: int) -> tuple[float, float]:
+    """Operators for that: (of each stack, once in a step)."""
+    parts = config.parts
+    if not parts.statistics:
+        return 0.0, 0.0
+    of_stack = order / config.sampling + GUARDED_MOMENT_LAUNCHES * parts.in_basis
+    return of_stack, float(GUARD_LAUNCHES * (1 + parts.in_basis))
 
 
 def newton_iterations(solver: str, root: int, ridge: float) -> int:

@@ -26,6 +26,8 @@ from shampoo_deepspeed.estimate.work import (
     HELD_PASSES,
     STACK_LAUNCHES,
     STEP_LAUNCHES,
+    guarded_launches,
+    guarded_work,
     plain_launches,
     plain_work,
     refresh_work,
@@ -57,7 +59,7 @@ def rank(count: float, **more: Any) -> RankWork:
 # --- the whole step
 
 
-@pytest.mark.parametrize("preconditioner", ["shampoo", "muon"])
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize(
     ("shapes", "buckets"),
     [
@@ -74,7 +76,7 @@ def test_launches_and_bytes_of_a_whole_step(
     """A step without a refresh, in one process: what stacks do, and what there is in addition."""
     device = simulate(monkeypatch)
     schedule: dict[str, Any] = {"refresh": "sync", "precondition_frequency": 5, "start_preconditioning_step": 5}
-    schedule |= {"refresh_growth": 0.0, "preconditioner": preconditioner}
+    schedule |= {"refresh_growth": 0.0, "preconditioner": preconditioner, "statistics_frequency": 1}
     schedule |= {"bucket_mb": 2 * 64 * 96 * 4 / 2**20} if buckets > 1 else {}
     with Mode():
         params = {f"layer{n}": nn.Parameter(on_device(parameter(*s, seed=n))) for n, s in enumerate(shapes)}
@@ -90,11 +92,12 @@ def test_launches_and_bytes_of_a_whole_step(
     blocks = [shape for shape in shapes if len(shape) == 2]
     stacks, elementwise = len(set(blocks)), sum(shape[0] for shape in shapes if len(shape) == 1)
     slices = stacks + buckets - 1
-    launches = STEP_LAUNCHES + BUCKET_LAUNCHES * buckets + STACK_LAUNCHES * (stacks - 1)
-    launches += slices * plain_launches(config, 2) + (ELEMENTWISE_LAUNCHES if elementwise else 0)
+    launches: float = STEP_LAUNCHES + BUCKET_LAUNCHES * buckets + STACK_LAUNCHES * (stacks - 1)
+    of_stack, once = guarded_launches(config, 2)
+    launches += once + slices * (plain_launches(config, 2) + of_stack) + (ELEMENTWISE_LAUNCHES if elementwise else 0)
     assert found.launches == launches
-    nbytes: float = sum(plain_work(shape, config).nbytes for shape in blocks)
-    nbytes += FLOAT * (HELD_PASSES * sum(m * n for m, n in blocks) + ELEMENTWISE_PASSES * elementwise)
+    own = sum((plain_work(shape, config) + guarded_work(shape, config)).nbytes for shape in blocks)
+    nbytes = own + FLOAT * (HELD_PASSES * sum(m * n for m, n in blocks) + ELEMENTWISE_PASSES * elementwise)
     assert found.other_bytes == pytest.approx(nbytes, rel=0.04)
 
 
@@ -104,7 +107,8 @@ def test_launches_and_bytes_of_a_whole_step(
 def test_milliseconds_are_work_over_speed() -> None:
     config = ShampooConfig(solver="qr", matmul_precision="high", precondition_frequency=4, refresh="sync")
     found = predict_rank(rank(3.0), {0: config}, UNIT, model=100.0)
-    plain, refresh = plain_work(BIG, config).times(3.0), refresh_work(BIG, config, 3.0).times(3.0)
+    plain = (plain_work(BIG, config) + guarded_work(BIG, config)).times(3.0)
+    refresh = refresh_work(BIG, config, 3.0).times(3.0)
     assert found.products == pytest.approx(1e3 * plain.lowered / 2e12)
     assert found.passes == pytest.approx(1e3 * plain.nbytes / 1e12)
     once = refresh.full / 1e12 + refresh.nbytes / 1e12 + refresh.factorizations / 0.5e12
@@ -129,7 +133,7 @@ def test_the_cpu_bounds_a_step_of_many_launches_and_waits_add_up() -> None:
     config = ShampooConfig(solver="eigh", precondition_frequency=1)
     slow = replace(UNIT, launch=1e6, read=1e5)
     found = predict_rank(rank(1.0), {0: config}, slow, None)
-    launches = STEP_LAUNCHES + BUCKET_LAUNCHES + plain_launches(config, 2) + 131
+    launches = STEP_LAUNCHES + BUCKET_LAUNCHES + plain_launches(config, 2) + sum(guarded_launches(config, 2)) + 131
     assert found.launches == pytest.approx(1e6 * launches / 1e3)
     assert found.reads == pytest.approx(2 * 1e5 / 1e3)
     assert found.mean == pytest.approx(found.launches + found.reads)
@@ -219,7 +223,7 @@ def test_collectives_of_accelerators_are_those_of_their_plan(framework: str, mon
         plans.append(self)
 
     monkeypatch.setattr(Plan, "__init__", noted)
-    found = estimate(matrices(*[(2048, 4096)] * 12), 4, framework, ShampooConfig())
+    found = estimate(matrices(*[(2048, 4096)] * 24), 4, framework, ShampooConfig())
     (plan,) = plans
     again = Plan(plan.matrices, plan.shards, None, on_accelerators=True)
     assert found.accelerator_collectives == sum(again.gradients_move) + sum(again.updates_move)
