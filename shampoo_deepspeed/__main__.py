@@ -13,9 +13,12 @@ from typing import Any
 from shampoo_deepspeed._version import __version__
 from shampoo_deepspeed.checkpoint.errors import CheckpointError
 from shampoo_deepspeed.checkpoint.inspect import describe
+from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.estimate import Estimate, estimate
 from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, SUB_GROUP_SIZE
+from shampoo_deepspeed.estimate.hardware import HARDWARE, Hardware, calibrated
 from shampoo_deepspeed.estimate.model_shapes import BUILT_IN, parameters_of, parameters_of_file
+from shampoo_deepspeed.estimate.prediction import Advice, Prediction, advise, predict
 from shampoo_deepspeed.estimate.recommend import Overhead, Recommendation, Speed, expected_overhead, recommend
 from shampoo_deepspeed.options.config import ShampooConfig, canonical
 from shampoo_deepspeed.runtime.report import page
@@ -30,6 +33,10 @@ ESTIMATE_EXAMPLE = """\
 JSON_EXAMPLE = """\
   python -m shampoo_deepspeed estimate --model ./my_model/config.json --world-size 8 --ds-config ds.json --json
 """
+DEVICE_EXAMPLE = """\
+  python -m shampoo_deepspeed estimate --model llama-3-8b --world-size 8 --framework fsdp2 --device h100 \\
+      --tokens-per-step 131072 --option matmul_precision=high --option solver=qr
+"""
 BUDGET_EXAMPLE = """\
   python -m shampoo_deepspeed estimate --model llama-3-8b --world-size 64 --framework fsdp2 --memory-budget 12 \\
       --tokens-per-step 4e6 --tflops 400
@@ -43,7 +50,7 @@ TRAINER_EXAMPLE = """\
 REPORT_EXAMPLE = """\
   python -m shampoo_deepspeed report output/checkpoint-500
 """
-EXAMPLES = ESTIMATE_EXAMPLE + INSPECT_EXAMPLE + REPORT_EXAMPLE
+EXAMPLES = ESTIMATE_EXAMPLE + DEVICE_EXAMPLE + INSPECT_EXAMPLE + REPORT_EXAMPLE
 
 
 class UsageError(ValueError):
@@ -88,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "estimate",
         help="memory, bytes, FLOPs and balance of a run, before it starts",
         description="Print what each rank of a run will hold, send and compute. Nothing is built.",
-        epilog=f"examples:\n{ESTIMATE_EXAMPLE}{JSON_EXAMPLE}{BUDGET_EXAMPLE}",
+        epilog=f"examples:\n{ESTIMATE_EXAMPLE}{JSON_EXAMPLE}{DEVICE_EXAMPLE}{BUDGET_EXAMPLE}",
         formatter_class=plain,
     )
     model = command.add_mutually_exclusive_group(required=True)
@@ -106,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--weights-dtype", default="float32", help="of what the optimizer updates (not under ZeRO)")
     command.add_argument("--tokens-per-step", type=float, help="on all ranks together; with --tflops gives overhead")
     command.add_argument("--tflops", type=float, help="what a rank reaches in forward and backward")
+    place = command.add_mutually_exclusive_group()
+    place.add_argument("--device", choices=HARDWARE, help="predicts times by its published speeds; recommends options")
+    place.add_argument("--calibrate", action="store_true", help="the same by speeds measured here, in 30 s")
+    command.add_argument("--offload", action="store_true", help="shards lie in the CPU's memory, blocks on the device")
     command.add_argument("--optimizer-tflops", type=float, help="what it reaches in float32; default: a tenth of it")
     command.add_argument("--refresh-tflops", type=float, help="what it reaches in refreshes; default: the same")
     command.add_argument("--bandwidth", type=float, help="GB/s of a rank between ranks; default: exchange is hidden")
@@ -176,6 +187,9 @@ def _estimate(given: argparse.Namespace) -> str:
         if not config.parts.statistics:
             raise UsageError(f"--memory-budget is not allowed with {config.preconditioner}, whose matrices are not cut")
         fitting = recommend(parameters, config, made, given.memory_budget * 2**30, speed, given.overhead_budget)
+    device = _device(given)
+    timed = predict(made, device, given.tokens_per_step, given.tflops, given.offload) if device else None
+    advice = _advice(given, parameters, config, made, device)
     if given.json:
         out: dict[str, Any] = {
             "model": given.model or given.shapes,
@@ -184,9 +198,37 @@ def _estimate(given: argparse.Namespace) -> str:
         }
         out |= made.to_json() | {"overhead": overhead and asdict(overhead)}
         out |= {"recommendation": fitting and asdict(fitting)} if given.memory_budget is not None else {}
+        if device and timed:
+            shares = {"over_model": timed.over_model, "over_adamw": timed.over_adamw}
+            out |= {"device": asdict(device), "predicted_ms": asdict(timed) | shares}
+            out |= {"advice": advice and asdict(advice)}
         return json.dumps(out, indent=2)
     lines = [*_heading(given, framework, config), *_table(made), *_overhead_lines(overhead, config)]
-    return "\n".join(lines + _recommendation_lines(given, fitting, speed))
+    lines += _prediction_lines(given, device, timed) if device and timed else []
+    lines += _recommendation_lines(given, fitting, speed)
+    return "\n".join(lines + (_advice_lines(given, advice) if device and given.tokens_per_step else []))
+
+
+def _device(given: argparse.Namespace) -> Hardware | None:
+    if given.calibrate:
+        return calibrated()
+    if given.device is None and given.offload:
+        raise UsageError("--offload is not allowed without --device or --calibrate, whose links it needs")
+    return HARDWARE[given.device] if given.device else None
+
+
+def _advice(
+    given: argparse.Namespace,
+    parameters: Sequence[Parameter],
+    config: ShampooConfig,
+    made: Estimate,
+    device: Hardware | None,
+) -> Advice | None:
+    if device is None or given.tokens_per_step is None:
+        return None
+    memory = None if given.memory_budget is None else given.memory_budget * 2**30
+    how = {"tokens": given.tokens_per_step, "tflops": given.tflops, "offloaded": given.offload}
+    return advise(parameters, config, made, device, given.overhead_budget, memory, **how)
 
 
 def _own_options(given: argparse.Namespace) -> dict[str, Any]:
@@ -234,6 +276,14 @@ def _speed(given: argparse.Namespace) -> Speed | None:
         value = getattr(given, name)
         if value is not None and value <= 0:
             raise UsageError(f"--{name.replace('_', '-')} {value:g} is not allowed: a number > 0")
+    if given.device or given.calibrate:
+        if given.tflops is not None and given.tokens_per_step is None:
+            raise UsageError("--tflops is not allowed without --tokens-per-step")
+        place = "--calibrate" if given.calibrate else "--device"
+        for name in ("optimizer_tflops", "refresh_tflops", "bandwidth"):
+            if getattr(given, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} is not allowed with {place}, which has its own speeds")
+        return None
     if (given.tokens_per_step is None) != (given.tflops is None):
         raise UsageError("--tokens-per-step and --tflops go together: both, or none")
     if given.tflops is None:
@@ -276,7 +326,8 @@ def _table(made: Estimate) -> list[str]:
         "",
         f"slowest rank: {made.imbalance:.3f} of the mean; {_flops(made.mean_step)} in the mean step, "
         f"{_flops(made.fastest_step)} in the fastest, {_flops(made.slowest_step)} in the slowest",
-        f"{made.collectives} collectives a step in {made.units} step unit{'s' if made.units != 1 else ''}",
+        f"{made.collectives} collectives a step on CPUs and {made.accelerator_collectives} on accelerators, "
+        f"in {made.units} step unit{'s' if made.units != 1 else ''}",
     ]
 
 
@@ -287,6 +338,37 @@ def _overhead_lines(overhead: Overhead | None, config: ShampooConfig) -> list[st
         f"overhead over forward and backward ({overhead.model_seconds:.3g} s): {overhead.mean:.1%} in the mean of "
         f"{config.precondition_frequency} steps, {overhead.slowest:.1%} in the slowest"
     ]
+
+
+def _prediction_lines(given: argparse.Namespace, device: Hardware, timed: Prediction) -> list[str]:
+    what = "measured here" if device.calibrated else "published speeds"
+    rows = [
+        ("products", timed.products),
+        ("passes over memory", timed.passes),
+        ("refreshes", timed.refresh),
+        ("launches, beside these", timed.launches),
+        ("waits", timed.reads),
+        ("exchange not hidden", timed.exchange),
+        *([("offload not hidden", timed.offload)] if given.offload else []),
+        ("step without refreshes", timed.plain),
+        ("mean step", timed.mean),
+        ("slowest step", timed.slowest),
+        ("fused AdamW", timed.adamw),
+        *([("forward and backward", timed.model)] if timed.model is not None else []),
+    ]
+    lines = ["", f"predicted for {device.name} ({what}), milliseconds; nothing of this has been measured in a run"]
+    lines += [f"{name.ljust(24)}{value:10.1f}" for name, value in rows]
+    if timed.over_model is not None and timed.over_adamw is not None:
+        lines.append(f"{timed.over_model:.1%} of forward and backward; {timed.over_adamw:.1%} slower than with AdamW")
+    return [*lines, f"NCCL's buffers and buckets in flight: at most {_bytes(timed.buffers)}"]
+
+
+def _advice_lines(given: argparse.Namespace, advice: Advice | None) -> list[str]:
+    if advice is None:
+        return [f"no options keep within {given.overhead_budget:.1%} over AdamW by these predictions"]
+    options = ", ".join(f"{name} {value}" for name, value in advice.options().items())
+    share, state = advice.prediction.over_adamw or 0.0, _bytes(advice.state_bytes)
+    return [f"predicted best within {given.overhead_budget:.1%} over AdamW ({share:.1%}, {state} a rank): {options}"]
 
 
 def _recommendation_lines(given: argparse.Namespace, fitting: Recommendation | None, speed: Speed | None) -> list[str]:

@@ -62,7 +62,13 @@ class Estimate:
         adamw: bytes of AdamW's two float32 moments on each rank under the same framework.
         sent: bytes that each rank sends in a step.
         received: bytes that each rank receives in a step.
-        collectives: all-to-all calls per step of ranks that compute on CPUs; accelerators have larger buckets.
+        collectives: all-to-all calls per step of ranks that compute on CPUs.
+        accelerator_collectives: the same on accelerators, which have larger buckets.
+        accelerator_buckets: how many buckets these have, also where nothing moves.
+        stacks: each rank's blocks by step unit, number of their options and shape.
+        held: preconditioned elements that lie on each rank, with those of replicas.
+        elementwise: element-wise elements on each rank.
+        configs: the options by number.
         loads: FLOPs on each rank per step, with the refreshes' share; all units together.
         window: each step of a refresh window; of a very long one only the first steps.
         further: the steps of the window after these, all of which equal the last of them.
@@ -78,6 +84,12 @@ class Estimate:
     sent: list[int] = field(default_factory=list)
     received: list[int] = field(default_factory=list)
     collectives: int = 0
+    accelerator_collectives: int = 0
+    accelerator_buckets: int = 0
+    stacks: list[Counter[tuple[int, int, tuple[int, ...]]]] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
+    elementwise: list[int] = field(default_factory=list)
+    configs: Mapping[int, ShampooConfig] = field(default_factory=dict)
     loads: list[float] = field(default_factory=list)
     window: list[Step] = field(default_factory=list)
     further: int = 0
@@ -130,6 +142,7 @@ class Estimate:
             "bytes_sent_per_step": _over_ranks(self.sent),
             "bytes_received_per_step": _over_ranks(self.received),
             "collectives_per_step": self.collectives,
+            "collectives_per_step_on_accelerators": self.accelerator_collectives,
             "flops_per_step": _over_ranks(self.loads),
             "flops_of_slowest_rank": {
                 "mean_step": self.mean_step,
@@ -175,6 +188,9 @@ def estimate(
     made = Estimate(world_size)
     made.adamw, made.loads = [0] * world_size, [0.0] * world_size
     made.sent, made.received = [0] * world_size, [0] * world_size
+    made.held, made.elementwise = [0] * world_size, [0] * world_size
+    made.stacks = [Counter() for _ in range(world_size)]
+    made.configs = expanded({0: config})
     policies = {parameter.key: policy_of(parameter, config) for parameter in parameters}
     phases = refresh_phases(parameters, policies, expanded({0: config}))
     refreshing = 1 + max((max(found) for found in phases.values() if found), default=0)
@@ -240,6 +256,9 @@ class _Unit:
             made.sent[rank] += sent * wire
             made.received[rank] += received * wire
         made.collectives += sum(plan.gradients_move) + sum(plan.updates_move)
+        buckets, collectives = plan.collectives(bucket, on_accelerators=True)
+        made.accelerator_buckets += buckets
+        made.accelerator_collectives += collectives
         made.loads = [a + b for a, b in zip(made.loads, plan.loads, strict=True)]
         made.window = [_with_unit(step, plan, offset) for offset, step in enumerate(made.window)]
         made.blocks += len(plan.blocks)
@@ -266,6 +285,7 @@ class _Unit:
         kinds_of_blocks = {(number, shape) for _, number, shape in counts}
         sizes = {(n, shape): block_bytes(shape, self.configs[n], self.dtype) for n, shape in kinds_of_blocks}
         for (rank, number, shape), count in counts.items():
+            made.stacks[rank][made.units, number, shape] = count
             for kind, nbytes in sizes[number, shape].items():
                 made.add_state(kind, rank, count * nbytes)
 
@@ -276,8 +296,14 @@ class _Unit:
         for (sharding, number, method), many in alike.items():
             nbytes_of = self._elementwise_bytes(number, method)
             for box, ranks in sharding.parts:
+                for rank in ranks:
+                    made.elementwise[rank] += many * box.numel
                 for rank, (kind, nbytes) in itertools.product(ranks, nbytes_of.items()):
                     made.add_state(kind, rank, many * box.numel * nbytes)
+        for n in self.number_of:
+            for box, ranks in self.layout.shards.shardings[n].parts:
+                for rank in ranks:
+                    made.held[rank] += box.numel
         for rank, size in enumerate(self.layout.sizes):
             made.adamw[rank] += 8 * size
             if self.config.momentum:

@@ -103,12 +103,12 @@ def recommend(
     Returns:
         None if no block size fits.
     """
-    with_shards = max(made.state_bytes) - _owned_bytes(_blocks(parameters, config), config, made.world_size)
+    with_shards = max(made.state_bytes) - owned_bytes(blocks_of(parameters, config), config, made.world_size)
     fitting = None
     for size in BLOCK_SIZES:
         candidate = replace(config, max_preconditioner_dim=size)
-        blocks = _blocks(parameters, candidate)
-        needed = max(0.0, with_shards) + _owned_bytes(blocks, candidate, made.world_size)
+        blocks = blocks_of(parameters, candidate)
+        needed = max(0.0, with_shards) + owned_bytes(blocks, candidate, made.world_size)
         if needed > budget:
             continue
         found = Recommendation(size, needed, _frequency(blocks, candidate, made, speed, overhead))
@@ -117,7 +117,7 @@ def recommend(
     return fitting
 
 
-def _blocks(parameters: Sequence[Parameter], config: ShampooConfig) -> Mapping[tuple[int, ...], int]:
+def blocks_of(parameters: Sequence[Parameter], config: ShampooConfig) -> Mapping[tuple[int, ...], int]:
     """How many blocks there are of each shape."""
     shapes: Counter[tuple[int, ...]] = Counter()
     for parameter in parameters:
@@ -135,7 +135,7 @@ def _blocks(parameters: Sequence[Parameter], config: ShampooConfig) -> Mapping[t
     return blocks
 
 
-def _owned_bytes(blocks: Mapping[tuple[int, ...], int], config: ShampooConfig, ranks: int) -> float:
+def owned_bytes(blocks: Mapping[tuple[int, ...], int], config: ShampooConfig, ranks: int) -> float:
     """Bytes of blocks on the fullest rank: the mean with the planner's tolerance, or whole blocks if there are few."""
     sizes = {shape: sum(block_bytes(shape, config).values()) for shape in blocks}
     total = sum(sizes[shape] * many for shape, many in blocks.items())

@@ -179,14 +179,23 @@ class Plan:
         self._moved: dict[int, tuple[int, int]] = {}
         self.buckets = self._bucket_blocks(bucket_elements, on_accelerators)
         self.bucket_count = max(self.buckets, default=-1) + 1
-        # Whether any gradient, and any update, of a bucket moves between ranks; replicas move updates only.
-        self.gradients_move = [False] * self.bucket_count
-        self.updates_move = [False] * self.bucket_count
-        for holders, owner, bucket in zip(self._holders, self.owners, self.buckets, strict=True):
-            if not self.updates_move[bucket] and not holders.lies_only_on(owner):
-                self.updates_move[bucket] = True
-            if not self.gradients_move[bucket] and holders.held_by(owner) < holders.box.numel:
-                self.gradients_move[bucket] = True
+        self.gradients_move, self.updates_move = self._moves(self.buckets)
+
+    def _moves(self, buckets: Sequence[int]) -> tuple[list[bool], list[bool]]:
+        """Whether any gradient, and any update, of a bucket moves between ranks; replicas move updates only."""
+        count = max(buckets, default=-1) + 1
+        gradients, updates = [False] * count, [False] * count
+        for holders, owner, bucket in zip(self._holders, self.owners, buckets, strict=True):
+            if not updates[bucket] and not holders.lies_only_on(owner):
+                updates[bucket] = True
+            if not gradients[bucket] and holders.held_by(owner) < holders.box.numel:
+                gradients[bucket] = True
+        return gradients, updates
+
+    def collectives(self, bucket_elements: int | None, on_accelerators: bool) -> tuple[int, int]:
+        """(buckets, collectives) of a step if blocks were computed on CPUs or on accelerators."""
+        buckets = self._bucket_blocks(bucket_elements, on_accelerators)
+        return max(buckets, default=-1) + 1, sum(map(sum, self._moves(buckets)))
 
     def _list_blocks(self, holders: Sequence[Sequence[BlockHolders]]) -> None:
         for number, (matrix, found) in enumerate(zip(self.matrices, holders, strict=True)):

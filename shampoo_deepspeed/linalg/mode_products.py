@@ -1,4 +1,8 @@
-"""Products of stacked matrices, of blocks along one mode, and of an unfolding with itself."""
+"""Products of stacked matrices, of blocks along one mode, and of an unfolding with itself.
+
+Functions with a ``precision`` take ``"highest"`` (the dtype's own), ``"high"`` (TF32) or ``"medium"`` (bfloat16), as
+torch names them: operands are rounded, sums are not. Narrower dtypes than float32 are not affected.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.linalg.precision import INDEPENDENT
+from shampoo_deepspeed.linalg.precision import INDEPENDENT, rounded, tensor_float_32
 
 # Products of one size and dtype are bitwise equal if all their matrices begin at multiples of this many bytes.
 ALIGNMENT = 64
@@ -24,6 +28,21 @@ CHAINED = 128 * 128
 def product(left: Tensor, right: Tensor) -> Tensor:
     """``bmm``; in float64 within ``independent_of_switches``, rounded to the dtype of ``left``."""
     return bmm(left.double(), right.double()).to(left.dtype) if INDEPENDENT.get() else bmm(left, right)
+
+
+def lowered(left: Tensor, right: Tensor, precision: str) -> Tensor:
+    """``bmm`` of operands that are rounded to a precision; on NVIDIA's and AMD's devices by their own units."""
+    if left.device.type == "cuda" and left.dtype == torch.float32:
+        if precision == "medium":
+            narrow: Tensor = torch.bmm(left.bfloat16(), right.bfloat16(), out_dtype=torch.float32)
+            return narrow
+        if precision == "high":
+            with tensor_float_32() as on:
+                if on:
+                    return torch.bmm(left, right)
+    if precision != "highest":
+        left, right = rounded(left, precision), rounded(right, precision)
+    return bmm(left, right)
 
 
 def bmm(left: Tensor, right: Tensor) -> Tensor:
@@ -82,7 +101,7 @@ def fold(unfolded: Tensor, shape: torch.Size, mode: int) -> Tensor:
     return unfolded.reshape(shape[0], shape[mode + 1], *others).movedim(1, mode + 1)
 
 
-def multiply(stack: Tensor, matrices: Tensor, mode: int) -> Tensor:
+def multiply(stack: Tensor, matrices: Tensor, mode: int, precision: str = "highest") -> Tensor:
     """Each block of [B, *shape] multiplied along one mode by its own matrix of [B, d_mode, d_mode].
 
     Diagonal matrices are given as vectors [B, d_mode].
@@ -92,22 +111,22 @@ def multiply(stack: Tensor, matrices: Tensor, mode: int) -> Tensor:
         return stack * matrices.view(len(stack), *(n if dim == mode else 1 for dim, n in enumerate(stack.shape[1:])))
     if mode == stack.ndim - 2:  # from the right, which needs no transposed copy
         flat = stack.reshape(stack.shape[0], -1, stack.shape[-1])
-        return bmm(flat, matrices.mT).view(stack.shape)
-    return fold(bmm(matrices, unfold(stack, mode)), stack.shape, mode)
+        return lowered(flat, matrices.mT, precision).view(stack.shape)
+    return fold(lowered(matrices, unfold(stack, mode), precision), stack.shape, mode)
 
 
-def multiply_along(matrices: Mapping[int, Tensor], stack: Tensor, mode: int) -> Tensor:
+def multiply_along(matrices: Mapping[int, Tensor], precision: str, stack: Tensor, mode: int) -> Tensor:
     """``multiply`` by the mode's own matrices of several modes'."""
-    return multiply(stack, matrices[mode], mode)
+    return multiply(stack, matrices[mode], mode, precision)
 
 
-def multiply_modes(stack: Tensor, matrices: Mapping[int, Tensor]) -> Tensor:
+def multiply_modes(stack: Tensor, matrices: Mapping[int, Tensor], precision: str = "highest") -> Tensor:
     """``multiply`` along several modes, each by its own matrices; a new tensor if there are any."""
     square = stack.ndim == 3 and sorted(matrices) == [0, 1] and all(m.ndim == 3 for m in matrices.values())
-    if square and stack.device.type == "cpu" and _worth_chaining(stack):
+    if square and stack.device.type == "cpu" and precision == "highest" and _worth_chaining(stack):
         return _chained(*(aligned(each.to(stack.dtype)) for each in (stack, matrices[0], matrices[1])))
     for mode, own in sorted(matrices.items()):
-        stack = multiply(stack, own, mode)
+        stack = multiply(stack, own, mode, precision)
     return stack
 
 
@@ -124,7 +143,9 @@ def _chained(stack: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return made
 
 
-def add_gram_(factors: Tensor, stack: Tensor, mode: int, decay: float, weight: float) -> None:
+def add_gram_(
+    factors: Tensor, stack: Tensor, mode: int, decay: float, weight: float, precision: str = "highest"
+) -> None:
     """A <- decay * A + weight * XX' in place, for the mode unfoldings X [B, d, n] of a stack [B, *shape].
 
     Only the lower triangles of A [B, d, d] are defined; the elements above them may be stale (see
@@ -136,6 +157,11 @@ def add_gram_(factors: Tensor, stack: Tensor, mode: int, decay: float, weight: f
         factors.mul_(decay).add_(unfolded.square().sum(dim=-1), alpha=weight)
         return
     d, on_cpu = factors.shape[-1], factors.device.type == "cpu"
+    if precision != "highest":
+        if not on_cpu:
+            _add_lowered_(factors, unfolded, decay, weight, precision)
+            return
+        unfolded = rounded(unfolded, precision)
     if factors.dtype != unfolded.dtype or (on_cpu and not aligned_rows(d * d, factors.dtype)):
         factors.mul_(decay).add_(bmm(unfolded, unfolded.mT), alpha=weight)
         return
@@ -147,3 +173,13 @@ def add_gram_(factors: Tensor, stack: Tensor, mode: int, decay: float, weight: f
         end = min(d, begin + width)
         rows = factors[:, begin:end, :end]
         rows.baddbmm_(unfolded[:, begin:end], unfolded[:, :end].mT, beta=decay, alpha=weight)
+
+
+def _add_lowered_(factors: Tensor, unfolded: Tensor, decay: float, weight: float, precision: str) -> None:
+    """``add_gram_`` of an accelerator's matrices; in TF32 without a tensor for the product."""
+    if precision == "high" and factors.device.type == "cuda" and factors.dtype == unfolded.dtype == torch.float32:
+        with tensor_float_32() as on:
+            if on:
+                factors.baddbmm_(unfolded, unfolded.mT, beta=decay, alpha=weight)
+                return
+    factors.mul_(decay).add_(lowered(unfolded, unfolded.mT, precision), alpha=weight)

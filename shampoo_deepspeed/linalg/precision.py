@@ -1,6 +1,7 @@
 """Arithmetic that depends on values alone: neither on a script's precision switches nor on places in memory.
 
-*Switches.* Float32 products are computed in float32, independent of the global TF32 and autocast switches.
+*Switches.* Float32 products are computed in float32, independent of the global TF32 and autocast switches. A caller
+may ask for less, product by product (``rounded``, ``tensor_float_32``); the switches never do.
 
 *Places.* Libraries do not promise that a result is the same everywhere in memory. LAPACK kernels, and MKL's products
 on AMD's CPUs, take other paths for unaligned matrices, such as matrices of odd size inside a batch. Torch's vectorised
@@ -86,6 +87,22 @@ class _Switches:
                 self._restore[-1]()
                 self._restore.pop()
 
+    @contextmanager
+    def lowered(self) -> Iterator[bool]:
+        """Products in TF32 where the device has it, while no other step is under way; whether that is so.
+
+        The lock is held as long, so a step that begins on another thread waits until these products are launched.
+        """
+        with self._lock:
+            alone = len(self._within) == 1
+            if alone:
+                _set_products("tf32", "high")
+            try:
+                yield alone
+            finally:
+                if alone:
+                    _set_products("ieee", "highest")
+
     def after_fork(self) -> None:
         """In a forked process, in which only this thread goes on: restore what other threads have set.
 
@@ -104,10 +121,22 @@ class _Switches:
             self._restore.append(lambda: torch.set_float32_matmul_precision(before))
             torch.set_float32_matmul_precision("highest")
             return
-        matmuls: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-        for backend in matmuls:
+        for backend in _backends():
             self._restore.append(partial(_set_precision, backend, backend.fp32_precision))
             backend.fp32_precision = "ieee"
+
+
+def _backends() -> list[Any]:
+    return [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+
+
+def _set_products(precision: str, older: str) -> None:
+    """The precision of products within a step, by the name of the backends or by torch 2.8's older one."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        torch.set_float32_matmul_precision(older)
+        return
+    for backend in _backends():
+        backend.fp32_precision = precision
 
 
 def _set_precision(backend: Any, precision: str) -> None:
@@ -143,6 +172,42 @@ def independent_of_switches() -> Iterator[None]:
 def no_switch_counts() -> bool:
     """Whether this is within ``independent_of_switches``."""
     return INDEPENDENT.get()
+
+
+# The bits that are dropped from a significand, by precision: TF32 keeps 10 of float32's 23 bits, bfloat16 keeps 7.
+_KEPT = {"high": 10, "medium": 7}
+_FORMATS = {torch.float32: (torch.int32, 23), torch.float64: (torch.int64, 52)}
+
+
+def rounded(values: Tensor, precision: str) -> Tensor:
+    """The values with fewer bits, in their own dtype and range: operands of a product of this precision.
+
+    A product of two rounded numbers is exact in float32. So a float32 product of rounded operands is a product in TF32
+    ("high") or in bfloat16 ("medium") with float32 accumulation, on every device. Ties go to even.
+
+    Args:
+        values: float32 or float64; narrower dtypes are returned as they are.
+        precision: ``"high"`` or ``"medium"``.
+    """
+    if values.dtype not in _FORMATS:
+        return values
+    integer, bits = _FORMATS[values.dtype]
+    dropped = bits - _KEPT[precision]
+    raw = values.view(integer)
+    last = (raw >> dropped) & 1
+    out = ((raw + (last + ((1 << (dropped - 1)) - 1))) & -(1 << dropped)).view(values.dtype)
+    return torch.where(values.isfinite(), out, values)  # a carry would make an infinity or a zero of NaN
+
+
+@contextmanager
+def tensor_float_32() -> Iterator[bool]:
+    """Compute an accelerator's float32 products in TF32; whether that is so.
+
+    Only within ``full_precision``. It is not so while a step is under way on another thread, because the switch belongs
+    to the process. The caller then rounds operands itself. Devices without TF32 compute in float32.
+    """
+    with SWITCHES.lowered() as on:
+        yield on
 
 
 def elementwise(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ from shampoo_deepspeed.options.choices import (
     GRAFTING_METHODS,
     KINDS,
     LARGE_DIMS,
+    MATMUL_PRECISIONS,
     REFRESHES,
     SIDES,
     SOLVERS,
@@ -307,6 +308,12 @@ class ShampooConfig(DerivedValues):
         None,
         _optional_dtype,
         "dtype of products with roots or bases; null: the wider of root_dtype and the moments'",
+        NOT_STORED,
+    )
+    matmul_precision: str = _option(
+        "highest",
+        exactly(*MATMUL_PRECISIONS),
+        "operands of statistics and of products with roots or bases; highest: unrounded; high: TF32; medium: bfloat16",
         NOT_STORED,
     )
     communication_dtype: str | None = _option(

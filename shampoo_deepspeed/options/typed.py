@@ -59,6 +59,7 @@ class _Options(TypedDict, total=False):
     master_weights: bool
     stochastic_rounding: bool
     apply_dtype: str | None
+    matmul_precision: str
     communication_dtype: str | None
     compute_device: str
     bucket_mb: float | None

@@ -111,6 +111,7 @@ class Twins:
         # not those of a decomposition, and Muon has no factor matrices to solve for.
         if FAMILY[self.optimizer.param_groups[0]["preconditioner"]].takes_roots:
             wide["solver"] = "eigh"
+        wide["matmul_precision"] = "highest"
         self.reference = Shampoo(self.exact.items(), **(common | wide))
         self.losses: list[float] = []
 
@@ -145,7 +146,7 @@ class Twins:
         return sum(sum(stack["refreshed"]) for stack in self.optimizer.state_dict()["shampoo"]["stacks"])
 
 
-def assert_aligned(twins: Twins, shared: bool) -> None:
+def assert_aligned(twins: Twins, shared: bool, cosine: float = 0.999) -> None:
     """Check each step of the run, so before, at and after every refresh."""
     worst = {}
     for step, row in enumerate(batches(), start=1):
@@ -157,7 +158,7 @@ def assert_aligned(twins: Twins, shared: bool) -> None:
     assert twins.refreshed() == LAYERS * (4 + 3) + 2  # every matrix of the layers, positions, and the head
     least = sorted(worst.items(), key=lambda item: item[1])[:5]
     print(least)  # shown by pytest -rP
-    assert least[0][1][0] >= 0.999, least
+    assert least[0][1][0] >= cosine, least
 
 
 FREE: dict[str, dict[str, Any]] = {
@@ -186,3 +187,20 @@ def test_float32_updates_are_those_of_a_float64_run_at_the_default_settings(opti
 def test_float32_updates_are_those_of_float64_from_the_same_state(preconditioner: str) -> None:
     """Single float32 steps are compared at the default settings: before, at and after each refresh."""
     assert_aligned(Twins(preconditioner=preconditioner), shared=True)
+
+
+COSINES = {"high": 0.999, "medium": 0.99}
+
+
+@pytest.mark.parametrize("precision", list(COSINES))
+@pytest.mark.parametrize("preconditioner", [name for name in PRECONDITIONERS if FAMILY[name].statistics])
+def test_products_of_less_precision_leave_updates_near_those_of_float64(preconditioner: str, precision: str) -> None:
+    """Each step is compared from the same state: before, at and after each refresh."""
+    assert_aligned(Twins(preconditioner=preconditioner, matmul_precision=precision), True, COSINES[precision])
+
+
+@pytest.mark.parametrize("precision", list(COSINES))
+@pytest.mark.parametrize("preconditioner", ["kl_shampoo", "shampoo"])
+def test_deviations_of_less_precise_products_do_not_add_up(preconditioner: str, precision: str) -> None:
+    """The two runs are separate. Those in a basis drift apart in any precision, as their smallest directions do."""
+    assert_aligned(Twins(preconditioner=preconditioner, matmul_precision=precision), False, COSINES[precision])

@@ -16,6 +16,8 @@ from tests.support.zoo import relative_error
 
 STEPS = 20
 FLOAT64_BOUND = 1e-10
+# An operand whose last bits differ may be rounded the other way, above all those of bases with close eigenvalues.
+LOWERED = {"float32": 5e-4, "float64": 1e-6}
 # The model's awkward shapes need some other numbers: its dims are 5 to 27, and an absolute ridge must fit the scale of
 # its gradients. Roots and bases start only when no factor is rank-deficient any more.
 OTHER: dict[str, Any] = {
@@ -76,7 +78,7 @@ def test_the_runs_hold_all_values() -> None:
 
 @pytest.mark.parametrize("check", CHECKS, ids=named)
 def test_under_zero_the_trajectory_is_that_of_the_reference(check: Check, ask: Ask) -> None:
-    assert_on_trajectory(check, ask)
+    assert_on_trajectory(check, ask, LOWERED["float32"] if "matmul_precision" in check.argument.options else None)
 
 
 @pytest.mark.parametrize("check", FSDP, ids=named)
@@ -86,4 +88,5 @@ def test_under_fsdp2_the_trajectory_is_that_of_the_reference(check: Check, ask: 
     found = {n: relative_error(values[0][n], wanted[n]) for n in wanted}
     worst = max(found, key=lambda n: found[n])
     print(f"{worst} deviates by {found[worst]:.1e}")  # shown by pytest -rP
-    assert found[worst] <= FLOAT64_BOUND, found
+    lowered = "matmul_precision" in check.argument.extra
+    assert found[worst] <= (LOWERED["float64"] if lowered else FLOAT64_BOUND), found

@@ -51,6 +51,7 @@ VALUES: dict[str, list[dict[str, Any]]] = {
         {"solver": "qr", "refresh_tolerance": 0.2},
     ],
     "normalization": [{}, {"normalize_gradients": False}],
+    "precision": [{}, {"matmul_precision": "high"}, {"matmul_precision": "medium"}],
     "shrinkage": [{}, {"shrinkage": 2.0}],
     "one_sided": [{}, {"one_sided": "left"}, {"one_sided": "right"}, {"one_sided": "smaller"}],
     "large_dim": [{"large_dim": kind} for kind in ("block", "diagonal", "identity", "adagrad")],

@@ -60,6 +60,7 @@ class Options:
     tied_embedding_lr: float | None = 6.0
     elementwise_betas: tuple[float, float] | None = None
     normalize_gradients: bool = True
+    matmul_precision: str = "highest"
 
     @property
     def growth(self) -> float:
@@ -83,6 +84,15 @@ class Options:
     @property
     def orthogonal(self) -> bool:
         return self.preconditioner in ("muon", "soap_muon")
+
+    @property
+    def lowers(self) -> bool:
+        return self.matmul_precision != "highest"
+
+    @property
+    def of_projections(self) -> Options:
+        """Return these options with the precision of projections."""
+        return replace(self, matmul_precision="highest") if self.orthogonal else self
 
     @property
     def sampled(self) -> int:
@@ -195,6 +205,8 @@ class Block:
     seen: tuple[int, dict[int, Tensor]] | None = None  # background: step and factors of a refresh to be installed
     ready: bool = False  # whether it has been refreshed, or needs not be
     looks_ahead: bool = False  # whether its momentum is Nesterov's by default
+    entered: Tensor = field(default_factory=lambda: torch.zeros(()))  # the gradient of the step
+    share: float = 1.0  # its weight in M
 
 
 @dataclass
@@ -257,8 +269,19 @@ def cut(shape: tuple[int, ...], limit: int, o: Options | None = None) -> list[tu
     return list(product(*pieces))
 
 
-def multiply(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
-    """Multiply one mode of x by the matrix, or by a diagonal matrix given as a vector."""
+def low(x: Tensor, o: Options) -> Tensor:
+    """Return x as an operand of a product: 11 significant bits of each element (TF32) or 8 (bfloat16), or all."""
+    if not o.lowers:
+        return x
+    bits = {"high": 11, "medium": 8}[o.matmul_precision]
+    mantissa, exponent = torch.frexp(x)  # the mantissa is from 0.5 to 1
+    return (mantissa * 2**bits).round() / 2**bits * torch.pow(torch.tensor(2.0, dtype=x.dtype), exponent)
+
+
+def multiply(x: Tensor, matrix: Tensor, dim: int, o: Options | None = None) -> Tensor:
+    """Multiply one mode of x by the matrix, or by a diagonal matrix given as a vector; matrices in o's precision."""
+    if o is not None and matrix.ndim == 2:
+        x, matrix = low(x, o), low(matrix, o)
     matrix = torch.diag(matrix) if matrix.ndim == 1 else matrix
     return torch.tensordot(matrix, x, dims=([1], [dim])).movedim(0, dim)
 
@@ -300,22 +323,58 @@ def new_block(box: tuple[Any, ...], zero: Tensor, o: Options, kinds: list[str] |
     return Block(box, o.warm, factors, zero.clone(), zero.clone(), ready=muon, looks_ahead=o.orthogonal)
 
 
-def rotate(x: Tensor, bases: dict[int, Tensor]) -> Tensor:
+def rotate(x: Tensor, bases: dict[int, Tensor], o: Options | None = None) -> Tensor:
     for dim, q in bases.items():
-        x = multiply(x, q.T, dim)
+        x = multiply(x, q.T, dim, o)
     return x
+
+
+def back(x: Tensor, bases: dict[int, Tensor], o: Options | None = None) -> Tensor:
+    return rotate(x, {dim: q.T for dim, q in bases.items()}, o)
+
+
+def whitened(block: Block, x: Tensor, dim: int, o: Options) -> Tensor:
+    """Return x times another mode's root, up to a rotation. Before the first refresh KL-Shampoo's roots are identities.
+
+    KL-SOAP's is known by basis and eigenvalues, and only the product with the basis is one of matrices.
+    """
+    if dim in block.whiteners:
+        q = block.bases[dim]
+        return multiply(multiply(x, q.T, dim, o), torch.diagonal(q.T @ block.whiteners[dim] @ q), dim)
+    if dim in block.roots:
+        return multiply(x, block.roots[dim], dim, o)
+    return x if o.in_basis else low(x, o)
+
+
+def first_moment_betas(block: Block, t: int, o: Options) -> tuple[float, float]:
+    """Return the weight of the old first moment in M, and the sum of all weights if M is corrected for it."""
+    beta1 = o.betas[0]
+    if beta1 == 0.0:
+        return 0.0, 1.0
+    beta3 = beta1 if o.beta3 is None else o.beta3
+    if o.beta3 is None and block.looks_ahead:
+        beta3 = beta1**2
+    return beta3, 1.0 - beta3 * beta1 ** (t - 1) if o.use_bias_correction else 1.0
+
+
+def lost(block: Block, o: Options) -> Tensor:
+    """Return what a projection in low precision changes in the gradient, whose moments are kept in the basis."""
+    g = block.entered
+    if not (o.lowers and o.in_basis and block.bases):
+        return torch.zeros_like(g)
+    return back(rotate(g, block.bases, o.of_projections), block.bases) - g
 
 
 def adam_in_basis(block: Block, g: Tensor, m: Tensor, o: Options) -> Tensor:
     """Return SOAP's update: v is the mean square of the rotated gradient, with the second moments' b2."""
     b = o.graft_beta2
-    block.rotated = b * block.rotated + (1.0 - b) * rotate(g, block.bases) ** 2
+    block.rotated = b * block.rotated + (1.0 - b) * rotate(g, block.bases, o.of_projections) ** 2
     block.weight = b * block.weight + (1.0 - b)
     assert not isinstance(o.exponent_override, list)
     below = (block.rotated / block.weight) ** (1.0 / (o.exponent_override or 2.0))
     below = below + o.eps + o.relative_epsilon * below.max()
     u = torch.where(below > 0, rotate(m, block.bases) / below, 0.0)
-    return rotate(u, {dim: q.T for dim, q in block.bases.items()})
+    return back(u, block.bases, o.of_projections)
 
 
 def orthogonalised(u: Tensor, o: Options) -> Tensor:
@@ -482,6 +541,8 @@ class Reference:
         cls._factors(block, g, t, o)
         cls._second_moment(block, g, o)
         m = cls._first_moment(block, g, t, o)
+        beta3, weights = first_moment_betas(block, t, o)
+        block.entered, block.share = g, (1.0 - beta3) / weights
         if block.seen is not None:  # in the background: from the factors of the last step, with the moments of this one
             (before, factors), block.seen, now = block.seen, None, block.factors
             block.factors = factors
@@ -492,7 +553,8 @@ class Reference:
                 block.seen = t, {dim: a.clone() for dim, a in block.factors.items()}
             else:
                 cls._renew(block, m, t, o)
-        return by * cls._update(block, g, m, t, o)
+        block.first += (1.0 - o.betas[0]) * lost(block, o) if o.betas[0] else 0.0
+        return by * cls._update(block, g, m + block.share * lost(block, o), t, o)
 
     @classmethod
     def _renew(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
@@ -519,9 +581,10 @@ class Reference:
                 continue
             beta2 = o.beta**n
             if o.kl:
-                for other, root in (block.whiteners or block.roots).items():  # none before the first refresh
-                    x = multiply(x, root, other) if other != dim else x
+                for other in sorted(block.factors):
+                    x = whitened(block, x, other, o) if other != dim else x
                 x = x / (g.numel() / g.shape[dim]) ** 0.5
+            x = x if a.ndim == 1 else low(x, o)
             unfolded = x.movedim(dim, 0).reshape(g.shape[dim], -1)
             outer = unfolded @ unfolded.T
             a.mul_(beta2).add_(outer if a.ndim == 2 else outer.diagonal(), alpha=n if beta2 == 1.0 else 1.0 - beta2)
@@ -601,6 +664,7 @@ class Reference:
             mean = a.trace() / len(a)
             block.whiteners[dim] = root * mean**0.5 if mean > 0 else torch.eye(len(a), dtype=a.dtype)
         if moved:
+            m = m + block.share * lost(block, o)
             block.rotated = torch.maximum(block.rotated, block.weight * rotate(m, block.bases) ** 2)
 
     @staticmethod
@@ -620,24 +684,26 @@ class Reference:
         beta1 = o.betas[0]
         if beta1 == 0.0:
             return g
-        beta3 = beta1 if o.beta3 is None else o.beta3
-        if o.beta3 is None and block.looks_ahead:
-            beta3 = beta1**2
+        beta3, weights = first_moment_betas(block, t, o)
         filtered = beta3 * block.first + (1.0 - beta3) * g
         block.first.mul_(beta1).add_(g, alpha=1.0 - beta1)
-        return filtered / (1.0 - beta3 * beta1 ** (t - 1) if o.use_bias_correction else 1.0)
+        return filtered / weights
 
     @staticmethod
     def _update(block: Block, g: Tensor, m: Tensor, t: int, o: Options) -> Tensor:
+        weights = first_moment_betas(block, t, o)[1]  # products are of moments that are not corrected yet
         graft = m
+        if o.lowers and o.in_basis and block.ready:
+            graft = back(rotate(m * weights, block.bases), block.bases, o.of_projections) / weights
         if block.method != "sgd":
             correct = 1.0 - o.graft_beta2**t if block.method.endswith("adam") else 1.0
-            graft = m / ((block.second / correct).sqrt() + o.eps)
+            graft = graft / ((block.second / correct).sqrt() + o.eps)
         if not block.ready:
             return with_rms(m) * presence(m, o) if block.factors and o.graft == "rms" else graft
-        u = adam_in_basis(block, g, m, o) if o.in_basis else block.scale * m
+        u = adam_in_basis(block, g, m * weights, o) if o.in_basis else m * weights
         for dim, root in block.roots.items():
-            u = multiply(u, root, dim)
+            u = multiply(u, root, dim, o)
+        u = u * (block.scale / weights)
         if o.orthogonal:
             u = orthogonalised(u, o)
             if o.graft == "none":

@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from shampoo_deepspeed.algorithm import background
+from tests.support.reference import Options, low
 
 DEVICE, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 CPU = torch.device("cpu")
@@ -229,12 +230,32 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if asked is not None:
         named["device"] = CPU
     pins = named.pop("pin_memory", None)
-    made = func(*plain, **named)
+    made = _computed(func, plain, named)
     if pins:
         _pin(made)
     if func in SCALARS or target.type == "cpu":
         return _with_same(made, args, kwargs) if here else made
     return _with_same(made, args, kwargs, target.index or 0)
+
+
+def _computed(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result on the CPU. Products are in TF32 if the switch says so, or of bfloat16 with float32 sums."""
+    if func is aten.bmm.dtype:
+        return torch.bmm(args[0].to(args[2]), args[1].to(args[2]))
+    if func is aten.bmm.default and args[0].dtype == torch.float32 and _in_tf32():
+        high = Options(matmul_precision="high")
+        return torch.bmm(low(args[0], high), low(args[1], high))
+    if func is aten.baddbmm_.default and args[1].dtype == torch.float32 and _in_tf32():
+        high = Options(matmul_precision="high")
+        return func(args[0], low(args[1], high), low(args[2], high), **kwargs)
+    return func(*args, **kwargs)
+
+
+def _in_tf32() -> bool:
+    products = torch.backends.cuda.matmul
+    if hasattr(products, "fp32_precision"):
+        return bool(products.fp32_precision == "tf32")
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def _target(asked: torch.device | None, here: list[OnDevice]) -> torch.device:

@@ -94,6 +94,7 @@ USUAL: dict[str, st.SearchStrategy[Any]] = {
     "master_weights": st.booleans(),
     "stochastic_rounding": st.booleans(),
     "apply_dtype": st.none() | dtypes,
+    "matmul_precision": st.sampled_from(choices.MATMUL_PRECISIONS),
     "communication_dtype": st.none() | dtypes,
     "compute_device": st.sampled_from(["auto", "shard", "cpu"]),
     "bucket_mb": st.none() | reals,

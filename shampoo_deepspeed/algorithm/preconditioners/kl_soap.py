@@ -41,7 +41,8 @@ class KLSOAPPreconditioner(SOAPPreconditioner):
         """The stack times diag(l^(-1/2)) Q' along a mode; blocks without a basis stay as they are."""
         scales = state[f"whitening_{mode}"]
         known = (scales > 0).any(-1).view(-1, *[1] * (stack.ndim - 1))
-        return torch.where(known, multiply(multiply(stack, state[f"basis_{mode}"].mT, mode), scales, mode), stack)
+        turned = multiply(stack, state[f"basis_{mode}"].mT, mode, self._precision)
+        return torch.where(known, multiply(turned, scales, mode), stack)
 
     def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         result = super().compute(state, step, conditions)

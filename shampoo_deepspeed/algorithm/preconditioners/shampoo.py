@@ -56,6 +56,8 @@ class ShampooPreconditioner(Preconditioner):
         self._factor_dtype = DTYPES[config.factor_dtype]
         self._root_dtype = DTYPES[config.root_dtype]
         self._apply_dtype = DTYPES[config.apply_dtype] if config.apply_dtype else None
+        # Of statistics and applications alone. Refreshes amplify rounding by the ridge's inverse and stay as they are.
+        self._precision = config.matmul_precision
 
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
@@ -118,7 +120,7 @@ class ShampooPreconditioner(Preconditioner):
             if found_inf is not None:
                 factor.mul_(found_inf.keep(decay, factor.dtype))
                 decay = 1.0
-            add_gram_(factor, stack, mode, decay, weight)
+            add_gram_(factor, stack, mode, decay, weight, self._precision)
 
     def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         modes = modes_of(state)
@@ -201,7 +203,7 @@ class ShampooPreconditioner(Preconditioner):
         roots = {mode: state[f"root_{mode}"] for mode in modes_of(state)}
         # Roots are symmetric, and products on the CPU are faster with transposed ones.
         transposed = {mode: root if root.ndim == 2 else root.mT for mode, root in roots.items()}
-        update = multiply_modes(update, transposed)
+        update = multiply_modes(update, transposed, self._precision)
         return update.to(moments.dtype)
 
 
@@ -244,7 +246,7 @@ class KLShampooPreconditioner(ShampooPreconditioner):
     def accumulate(self, state: dict[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
         whole = gradients.to(torch.promote_types(gradients.dtype, self._root_dtype))
         roots = {mode: state[f"root_{mode}"] for mode in modes_of(state)}
-        self.accumulate_whitened(state, whole, step, found_inf, partial(multiply_along, roots))
+        self.accumulate_whitened(state, whole, step, found_inf, partial(multiply_along, roots, self._precision))
 
     def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         modes = modes_of(state)

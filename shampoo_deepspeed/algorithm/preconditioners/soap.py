@@ -61,6 +61,9 @@ class SOAPPreconditioner(Preconditioner):
         self._tolerance = config.refresh_tolerance
         self._basis_dtype = DTYPES[config.root_dtype]
         self._apply_dtype = DTYPES[config.apply_dtype] if config.apply_dtype else None
+        # Of projections. Moments that follow a basis at a refresh keep the result, so these products stay as they are.
+        # So do those of updates that are orthogonalised, which lifts the smallest directions to the size of others.
+        self._precision = "highest" if config.parts.orthogonalises else config.matmul_precision
         self._factor_dtype = DTYPES[config.factor_dtype]
         self._factors = ShampooPreconditioner(config)
 
@@ -134,10 +137,10 @@ class SOAPPreconditioner(Preconditioner):
         write(state, {"rotated_second_moment": floored}, result.failed)
 
     def project(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
-        return self._rotated(state, gradients, self._apply_dtype).to(gradients.dtype)
+        return self._projected(state, gradients).to(gradients.dtype)
 
     def project_back(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
-        return self._rotated(state, moments, self._apply_dtype, back=True).to(moments.dtype)
+        return self._projected(state, moments, back=True).to(moments.dtype)
 
     def _renewed_basis(self, state: dict[str, Tensor], mode: int) -> Renewed:
         """One mode's bases, and their eigenvalues divided by their sum."""
@@ -183,12 +186,21 @@ class SOAPPreconditioner(Preconditioner):
             relative = max(relative, 2.0**-SPREAD)
         roots.add_(roots.amax(dims, keepdim=True).mul_(relative).add_(self._eps))
         update = torch.where(roots > 0, moments / roots, 0.0)
-        return self._rotated(state, update, self._apply_dtype, back=True).to(moments.dtype)
+        return self._projected(state, update, back=True).to(moments.dtype)
+
+    def _projected(self, state: dict[str, Tensor], stack: Tensor, back: bool = False) -> Tensor:
+        """``_rotated`` in the dtype and precision of a step's products."""
+        return self._rotated(state, stack, self._apply_dtype, back, self._precision)
 
     def _rotated(
-        self, state: dict[str, Tensor], stack: Tensor, dtype: torch.dtype | None = None, back: bool = False
+        self,
+        state: dict[str, Tensor],
+        stack: Tensor,
+        dtype: torch.dtype | None = None,
+        back: bool = False,
+        precision: str = "highest",
     ) -> Tensor:
         """The stack rotated into the eigenbases, or back."""
         rotated = stack.to(dtype or torch.promote_types(stack.dtype, self._basis_dtype))
         bases = {mode: state[f"basis_{mode}"] for mode in range(stack.ndim - 1) if f"basis_{mode}" in state}
-        return multiply_modes(rotated, {mode: basis if back else basis.mT for mode, basis in bases.items()})
+        return multiply_modes(rotated, {mode: basis if back else basis.mT for mode, basis in bases.items()}, precision)
