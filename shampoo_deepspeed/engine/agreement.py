@@ -282,7 +282,10 @@ def _spike(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, Sham
     before = unit.elementwise.squares_so_far(steps, configs)
     for stack, taken in zip(unit.stacks, of_rows, strict=True):
         if any(taken):
-            before += stack.preconditioner.squares_so_far(stack.tensors, stack.shape, taken)
+            if stack.narrow:
+                before += stack.squares_so_far(taken)
+            else:
+                before += stack.preconditioner.squares_so_far(stack.tensors, stack.shape, taken)
     energies = torch.stack([_sum(terms, unit.device) for terms in (now, before)])
     if unit.group is not None:
         energies = _reduced(energies, dist.ReduceOp.SUM, unit.group)
@@ -291,7 +294,7 @@ def _spike(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, Sham
 
 
 def _sum(terms: Sequence[tuple[Tensor, float]], device: torch.device) -> Tensor:
-    """The sum of 0-d tensors times numbers, which devices get with their kernels; each other device is waited for once."""
+    """The sum of 0-d tensors times numbers, which devices get with their kernels; others are waited for once each."""
     products = torch._foreach_mul([value for value, _ in terms], [factor for _, factor in terms]) if terms else []
     total = torch.zeros((), dtype=torch.float64, device=device)
     for other in {product.device: None for product in products}:

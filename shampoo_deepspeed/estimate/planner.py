@@ -21,6 +21,7 @@ import torch
 
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.algorithm.elementwise import Elementwise, ElementwiseShard
+from shampoo_deepspeed.algorithm.formats import base_name
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy, matrix_of, policy_of
 from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
@@ -309,5 +310,5 @@ def _bytes_by_kind(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Bytes by name; names that differ only in a trailing number (factor matrices of each dim) are added up."""
     kinds: dict[str, int] = defaultdict(int)
     for name, tensor in tensors.items():
-        kinds[re.sub(r"_\d+$", "", name)] += tensor.nbytes
+        kinds[re.sub(r"_\d+$", "", base_name(name))] += tensor.nbytes
     return kinds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -82,10 +82,10 @@ class SOAPPreconditioner(Preconditioner):
         state["rotated_weight"] = torch.zeros(count, dtype=dtype, device=device)
         return state
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
+    def accumulate(self, state: Mapping[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
         self._factors.accumulate(state, gradients, step, found_inf)
 
-    def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
+    def compute(self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         """New bases, and how the second moment begins or how its columns move."""
         first = ~known(state[f"basis_{modes_of(state)[0]}"])
         moved = first
@@ -102,7 +102,7 @@ class SOAPPreconditioner(Preconditioner):
         result |= {"first": first, "moved": moved, "first_weight": weight, "trace": trace}
         return RefreshResult(result, frozenset(failed))
 
-    def install(self, state: dict[str, Tensor], result: RefreshResult) -> list[int]:
+    def install(self, state: Mapping[str, Tensor], result: RefreshResult) -> list[int]:
         """Install bases, and change the current second moment, which may have seen gradients since ``compute``."""
         found = result.tensors
         second = state["rotated_second_moment"].clone()
@@ -125,7 +125,7 @@ class SOAPPreconditioner(Preconditioner):
         write(state, {**bases, **changed}, result.failed)
         return sorted(result.failed)
 
-    def follow_basis(self, state: dict[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
+    def follow_basis(self, state: Mapping[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
         """Raise the second moment to at least M^2 in blocks whose basis moved."""
         rows = (-1, *[1] * (moments.ndim - 1))
         second = state["rotated_second_moment"]
@@ -133,13 +133,13 @@ class SOAPPreconditioner(Preconditioner):
         floored = torch.where(result.tensors["moved"].view(rows), torch.maximum(second, floor), second)
         write(state, {"rotated_second_moment": floored}, result.failed)
 
-    def project(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
+    def project(self, state: Mapping[str, Tensor], gradients: Tensor) -> Tensor:
         return self._rotated(state, gradients, self._apply_dtype).to(gradients.dtype)
 
-    def project_back(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
+    def project_back(self, state: Mapping[str, Tensor], moments: Tensor) -> Tensor:
         return self._rotated(state, moments, self._apply_dtype, back=True).to(moments.dtype)
 
-    def _renewed_basis(self, state: dict[str, Tensor], mode: int) -> Renewed:
+    def _renewed_basis(self, state: Mapping[str, Tensor], mode: int) -> Renewed:
         """One mode's bases, and their eigenvalues divided by their sum."""
         # Decompositions are in float64: in the basis all directions count alike, even those of the smallest
         # eigenvalues, which float32 resolves poorly. A step from a known basis loses far less.
@@ -152,11 +152,11 @@ class SOAPPreconditioner(Preconditioner):
         values = torch.where(total > 0, values / total, 0.0)
         return Renewed(found.bases, values, found.columns, found.moved, found.stepped, failed)
 
-    def _trace(self, state: dict[str, Tensor], step: int) -> Tensor:
+    def _trace(self, state: Mapping[str, Tensor], step: int) -> Tensor:
         """The mean of ||G||^2 by the factor matrices [B]; the first mode's stands for all."""
         return self._mean_trace(state, 0, step)
 
-    def _mean_trace(self, state: dict[str, Tensor], place: int, step: int) -> Tensor:
+    def _mean_trace(self, state: Mapping[str, Tensor], place: int, step: int) -> Tensor:
         """The trace of the mean statistics [B] of one of the modes that have a factor."""
         modes = modes_of(state)
         seen = self._factors.sampling.counted(step, place, len(modes)).gradients
@@ -164,11 +164,13 @@ class SOAPPreconditioner(Preconditioner):
         return wide(state[f"factor_{modes[place]}"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
 
     def squares_so_far(
-        self, state: dict[str, Tensor], shape: tuple[int, ...], steps: Sequence[int]
+        self, state: Mapping[str, Tensor], shape: tuple[int, ...], steps: Sequence[int]
     ) -> list[tuple[Tensor, float]]:
         return self._factors.squares_so_far(state, shape, steps)
 
-    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
+    def apply(
+        self, state: Mapping[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None
+    ) -> Tensor:
         second, weight = state["rotated_second_moment"], state["rotated_weight"]
         second.mul_(self._beta if found_inf is None else found_inf.keep(self._beta, second.dtype))
         second.addcmul_(entered, entered, value=1.0 - self._beta)
@@ -186,7 +188,7 @@ class SOAPPreconditioner(Preconditioner):
         return self._rotated(state, update, self._apply_dtype, back=True).to(moments.dtype)
 
     def _rotated(
-        self, state: dict[str, Tensor], stack: Tensor, dtype: torch.dtype | None = None, back: bool = False
+        self, state: Mapping[str, Tensor], stack: Tensor, dtype: torch.dtype | None = None, back: bool = False
     ) -> Tensor:
         """The stack rotated into the eigenbases, or back."""
         rotated = stack.to(dtype or torch.promote_types(stack.dtype, self._basis_dtype))
