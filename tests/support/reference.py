@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.support.narrow import kept
+
 
 @dataclass(frozen=True)
 class Options:
@@ -59,6 +61,9 @@ class Options:
     tied_embedding_lr: float | None = 6.0
     elementwise_betas: tuple[float, float] | None = None
     normalize_gradients: bool = True
+    factor_format: str = "float32"
+    root_format: str = "float32"
+    moment_format: str = "float32"
 
     @property
     def growth(self) -> float:
@@ -183,17 +188,18 @@ class Block:
     method: str
     factors: dict[int, Tensor]  # by dim: a matrix, or a vector of its diagonal
     second: Tensor
-    first: Tensor
+    first: Tensor  # SOAP: in the basis, once there is one
     roots: dict[int, Tensor] = field(default_factory=dict)
     bases: dict[int, Tensor] = field(default_factory=dict)
     scale: float = 1.0  # KL-Shampoo: scale of the product of the roots
-    whiteners: dict[int, Tensor] = field(default_factory=dict)  # KL-SOAP: roots of its factors, for its statistics
+    whiteners: dict[int, Tensor] = field(default_factory=dict)  # KL-SOAP: roots of eigenvalues, for its statistics
     rotated: Tensor = field(default_factory=lambda: torch.zeros(()))  # SOAP: weighted sum of (Q'G)^2
     weight: float = 0.0  # SOAP: sum of those weights
     phase: int | None = None  # staggered: steps from the start step to its first refresh
     seen: tuple[int, dict[int, Tensor]] | None = None  # background: step and factors of a refresh to be installed
     ready: bool = False  # whether it has been refreshed, or needs not be
     looks_ahead: bool = False  # whether its momentum is Nesterov's by default
+    key: str = ""  # "parameter/index", from which the random bits of its formats follow
 
 
 @dataclass
@@ -304,16 +310,19 @@ def rotate(x: Tensor, bases: dict[int, Tensor]) -> Tensor:
     return x
 
 
+def rotate_back(x: Tensor, bases: dict[int, Tensor]) -> Tensor:
+    return rotate(x, {dim: q.T for dim, q in bases.items()})
+
+
 def adam_in_basis(block: Block, g: Tensor, m: Tensor, o: Options) -> Tensor:
-    """Return SOAP's update: v is the mean square of the rotated gradient, with the second moments' b2."""
+    """Return SOAP's update of a rotated gradient and moment: v is the mean square, with the second moments' b2."""
     b = o.graft_beta2
-    block.rotated = b * block.rotated + (1.0 - b) * rotate(g, block.bases) ** 2
+    block.rotated = b * block.rotated + (1.0 - b) * g**2
     block.weight = b * block.weight + (1.0 - b)
     assert not isinstance(o.exponent_override, list)
     below = (block.rotated / block.weight) ** (1.0 / (o.exponent_override or 2.0))
     below = below + o.eps + o.relative_epsilon * below.max()
-    u = torch.where(below > 0, rotate(m, block.bases) / below, 0.0)
-    return rotate(u, {dim: q.T for dim, q in block.bases.items()})
+    return rotate_back(torch.where(below > 0, m / below, 0.0), block.bases)
 
 
 def orthogonalised(u: Tensor, o: Options) -> Tensor:
@@ -410,6 +419,8 @@ class Reference:
                 value, o, tuple(value.shape) if elementwise else merged, [], torch.zeros_like(value), o.lr, name in tied
             )
             self.params[name].blocks = self._blocks(self.params[name], elementwise)
+            for index, block in enumerate(self.params[name].blocks):
+                block.key = f"{name}/{index}"
         self._stagger()
 
     @staticmethod
@@ -472,26 +483,50 @@ class Reference:
             g = g / g.square().mean().sqrt()
         cls._factors(block, g, t, o)
         cls._second_moment(block, g, o)
-        m = cls._first_moment(block, g, t, o)
-        if block.seen is not None:  # in the background: from the factors of the last step, with the moments of this one
+        moved = False
+        if block.seen is not None:  # in the background: from the factors of the last step
             (before, factors), block.seen, now = block.seen, None, block.factors
             block.factors = factors
-            cls._renew(block, m, before, o)
+            moved = cls._renew(block, before, o)
             block.factors = now
         if block.factors and cls._due(block, t, o):
             if o.refresh == "background":
                 block.seen = t, {dim: a.clone() for dim, a in block.factors.items()}
             else:
-                cls._renew(block, m, t, o)
-        return by * cls._update(block, g, m, t, o)
+                moved = cls._renew(block, t, o)
+        if o.in_basis and block.ready:
+            g = rotate(g, block.bases)
+        m = cls._first_moment(block, g, t, o)
+        if moved:
+            block.rotated = torch.maximum(block.rotated, block.weight * m**2)
+        update = by * cls._update(block, g, m, t, o)
+        if block.box != (...,) or block.factors:
+            cls._keep_moments(block, t, o)
+        return update
 
     @classmethod
-    def _renew(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
+    def _renew(cls, block: Block, t: int, o: Options) -> bool:
+        """Refresh roots or bases; return whether moments are in a basis that has moved."""
         block.ready = True
         if o.in_basis:
-            cls._refresh_soap(block, m, t, o)
+            moved = cls._refresh_soap(block, t, o)
         else:
-            (cls._refresh_kl if o.kl else cls._refresh)(block, m, t, o)
+            (cls._refresh_kl if o.kl else cls._refresh)(block, t, o)
+            moved = False
+        for kind, tensors in (("root", block.roots), ("basis", block.bases)):
+            for dim, x in tensors.items():
+                tensors[dim] = kept(x, o.root_format if x.ndim == 2 else "float32", f"{kind}_{dim}")
+        return moved
+
+    @staticmethod
+    def _keep_moments(block: Block, t: int, o: Options) -> None:
+        """Round moments as their format does. SOAP's second moment before its first refresh has the tensor of later."""
+        form, random = o.moment_format, (block.key, t)
+        block.first = kept(block.first, form, "rotated_exp_avg" if o.in_basis else "exp_avg", random)
+        own = o.in_basis and o.graft == "none"
+        block.second = kept(block.second, form, "rotated_second_moment" if own else "second_moment", random)
+        if block.rotated.shape == block.first.shape:
+            block.rotated = kept(block.rotated, form, "rotated_second_moment", random)
 
     @staticmethod
     def _due(block: Block, t: int, o: Options) -> bool:
@@ -510,12 +545,15 @@ class Reference:
                 continue
             beta2 = o.beta**n
             if o.kl:
-                for other, root in (block.whiteners or block.roots).items():  # none before the first refresh
+                for other, root in block.roots.items():  # none before the first refresh
                     x = multiply(x, root, other) if other != dim else x
+                for other, powers in block.whiteners.items():
+                    x = multiply(x, torch.diag(powers) @ block.bases[other].T, other) if other != dim else x
                 x = x / (g.numel() / g.shape[dim]) ** 0.5
             unfolded = x.movedim(dim, 0).reshape(g.shape[dim], -1)
             outer = unfolded @ unfolded.T
             a.mul_(beta2).add_(outer if a.ndim == 2 else outer.diagonal(), alpha=n if beta2 == 1.0 else 1.0 - beta2)
+            a.copy_(kept(a, o.factor_format if a.ndim == 2 else "float32", f"factor_{dim}", (block.key, t)))
 
     @staticmethod
     def _roots(block: Block, t: int, o: Options, p: float) -> dict[int, Tensor]:
@@ -538,14 +576,14 @@ class Reference:
         return roots
 
     @classmethod
-    def _refresh(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
+    def _refresh(cls, block: Block, t: int, o: Options) -> None:
         p = o.exponent_override
         if isinstance(p, (list, tuple)):
             p = p[len(block.factors) - 1] if len(block.factors) <= len(p) else None
         block.roots = cls._roots(block, t, o, p or 2 * len(block.factors))
 
     @classmethod
-    def _refresh_kl(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
+    def _refresh_kl(cls, block: Block, t: int, o: Options) -> None:
         """Compute roots of factors scaled to a mean eigenvalue of 1; scale takes the means' geometric mean."""
         means = {}
         for place, (dim, a) in enumerate(sorted(block.factors.items())):
@@ -553,17 +591,18 @@ class Reference:
         unseen = {dim for dim, mean in means.items() if mean == 0}  # no gradient yet
         means = {dim: mean if mean > 0 else 1.0 for dim, mean in means.items()}
         block.roots = {dim: root * means[dim] ** 0.5 for dim, root in cls._roots(block, t, o, 2.0).items()}
-        block.roots |= {dim: torch.eye(len(block.roots[dim]), dtype=m.dtype) for dim in unseen}
+        block.roots |= {dim: torch.eye(len(block.roots[dim]), dtype=block.first.dtype) for dim in unseen}
         block.scale = 1.0
         for mean in means.values():
             block.scale /= mean ** (0.5 / len(means))
 
     @staticmethod
-    def _refresh_soap(block: Block, m: Tensor, t: int, o: Options) -> None:
+    def _refresh_soap(block: Block, t: int, o: Options) -> bool:
         """Compute eigenbases: by eigh at first, with v from the factors; later usually by an orthogonal step.
 
-        v is permuted like the columns. If a basis has moved, v is raised to at least M^2.
+        v is permuted like the columns, and the first moment follows; return whether a basis has moved.
         """
+        m, before = block.first, dict(block.bases)
         moved = not block.bases
         if not block.bases:
             block.weight = 1.0 - o.graft_beta2**t
@@ -588,11 +627,13 @@ class Reference:
                 moved = True
         for place, (dim, a) in enumerate(sorted(block.factors.items() if o.kl else ())):
             a, q = a / o.correction(t, place, len(block.factors)), block.bases[dim]
-            root = root_of(torch.diagonal(q.T @ a @ q), q, 2.0, replace(o, relative_epsilon=o.ridge(t)))
+            same = torch.eye(len(a), dtype=a.dtype)
+            root = root_of(torch.diagonal(q.T @ a @ q), same, 2.0, replace(o, relative_epsilon=o.ridge(t)))
             mean = a.trace() / len(a)
-            block.whiteners[dim] = root * mean**0.5 if mean > 0 else torch.eye(len(a), dtype=a.dtype)
+            block.whiteners[dim] = (root * mean**0.5 if mean > 0 else same).diagonal()
         if moved:
-            block.rotated = torch.maximum(block.rotated, block.weight * rotate(m, block.bases) ** 2)
+            block.first = rotate(rotate_back(m, before), block.bases)
+        return moved
 
     @staticmethod
     def _second_moment(block: Block, g: Tensor, o: Options) -> None:
@@ -620,10 +661,10 @@ class Reference:
 
     @staticmethod
     def _update(block: Block, g: Tensor, m: Tensor, t: int, o: Options) -> Tensor:
-        graft = m
+        graft = rotate_back(m, block.bases) if o.in_basis and block.ready else m
         if block.method != "sgd":
             correct = 1.0 - o.graft_beta2**t if block.method.endswith("adam") else 1.0
-            graft = m / ((block.second / correct).sqrt() + o.eps)
+            graft = graft / ((block.second / correct).sqrt() + o.eps)
         if not block.ready:
             return with_rms(m) * presence(m, o) if block.factors and o.graft == "rms" else graft
         u = adam_in_basis(block, g, m, o) if o.in_basis else block.scale * m
