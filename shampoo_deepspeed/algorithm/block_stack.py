@@ -120,11 +120,12 @@ class BlockStack:
 
         A run that ended with too many failures may resume: one more ends it again.
         """
-        if state.keys() == self.tensors.keys():
+        other = state.keys() != self.tensors.keys()
+        if other or (self.narrow and any(t.dtype != self.tensors[name].dtype for name, t in state.items())):
+            self._load_other_formats(row, state)
+        else:
             for name, tensor in state.items():
                 self.tensors[name][row].copy_(tensor)
-        else:
-            self._load_other_formats(row, state)
         self.refreshed[row] = refreshed
         self.failures[row] = min(failures, self._config.failure_limit - 1)
         if pending:

@@ -123,7 +123,7 @@ def converted(
     before = stored_forms({name: (tensor.dtype, tensor.shape) for name, tensor in state.items()})
     changed = []
     for name, form in forms.items():
-        if before[name].stored.keys() == form.stored.keys():
+        if before[name].stored == form.stored:
             for part in form.stored:
                 targets[part][0].copy_(state[part])
             continue

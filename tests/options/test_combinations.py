@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
-from shampoo_deepspeed.options.config import GROUP_ONLY, OPTION_NAMES, options_with
 from shampoo_deepspeed.algorithm.formats import stored_forms
+from shampoo_deepspeed.options.config import GROUP_ONLY, OPTION_NAMES, options_with
 from tests.support.combinations import (
     ALONE,
     NO_PAIRS,
