@@ -16,6 +16,8 @@ from shampoo_deepspeed.checkpoint.inspect import describe
 from shampoo_deepspeed.estimate import Estimate, estimate
 from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, SUB_GROUP_SIZE
 from shampoo_deepspeed.estimate.model_shapes import BUILT_IN, parameters_of, parameters_of_file
+from shampoo_deepspeed.estimate.planner import ADAMW_8BIT
+from shampoo_deepspeed.estimate.planner import ADAMW_8BIT
 from shampoo_deepspeed.estimate.recommend import Overhead, Recommendation, Speed, expected_overhead, recommend
 from shampoo_deepspeed.options.config import ShampooConfig, canonical
 from shampoo_deepspeed.runtime.report import page
@@ -264,6 +266,7 @@ def _table(made: Estimate) -> list[str]:
     rows = [("per rank", "mean", "largest")]
     rows += [(kinds.get(kind, kind), *_spread(values, _bytes)) for kind, values in made.state.items()]
     rows += [("all optimizer state", *_spread(made.state_bytes, _bytes)), ("AdamW's", *_spread(made.adamw, _bytes))]
+    rows += [("8-bit AdamW's", *_spread(made.adamw_8bit, _bytes))]
     rows += [("sent a step", *_spread(made.sent, _bytes)), ("received a step", *_spread(made.received, _bytes))]
     rows += [("work a step", *_spread(made.loads, _flops))]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -274,6 +277,8 @@ def _table(made: Estimate) -> list[str]:
         "",
         *lines,
         "",
+        f"{made.bytes_per_element:.2f} bytes of state for each parameter; AdamW's are 8, those of 8-bit AdamW "
+        f"{ADAMW_8BIT:.2f}",
         f"slowest rank: {made.imbalance:.3f} of the mean; {_flops(made.mean_step)} in the mean step, "
         f"{_flops(made.fastest_step)} in the fastest, {_flops(made.slowest_step)} in the slowest",
         f"{made.collectives} collectives a step in {made.units} step unit{'s' if made.units != 1 else ''}",

@@ -36,7 +36,9 @@ def named() -> dict[str, nn.Parameter]:
     return {"w": parameter(21, 16), "v": parameter(16, 9, seed=1), "u": parameter(8, 8, seed=2), "b": parameter(7)}
 
 
-def run(steps: range, like: dict[str, nn.Parameter] | None = None, **options: Any) -> tuple[list[Tensor], Shampoo]:
+def run(
+    steps: range, like: dict[str, nn.Parameter] | None = None, **options: Any
+) -> tuple[list[nn.Parameter], Shampoo]:
     params = {name: nn.Parameter(p.detach().clone()) for name, p in (like or named()).items()}
     optimizer = shampoo(params.items(), **options)
     drive(optimizer, list(params.values()), steps)
@@ -61,7 +63,7 @@ BYTES: dict[str, tuple[float, float, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("most", "least", "options"), BYTES.values(), ids=BYTES)
 def test_a_model_like_llama_needs_so_many_bytes(most: float, least: float, options: dict[str, Any]) -> None:
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 32}
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 32}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
     optimizer = Shampoo(model.named_parameters(), model=model, max_preconditioner_dim=64, **options)
     model(input_ids=torch.arange(32)[None], labels=torch.arange(32)[None]).loss.backward()
