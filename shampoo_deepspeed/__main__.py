@@ -17,7 +17,6 @@ from shampoo_deepspeed.estimate import Estimate, estimate
 from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, SUB_GROUP_SIZE
 from shampoo_deepspeed.estimate.model_shapes import BUILT_IN, parameters_of, parameters_of_file
 from shampoo_deepspeed.estimate.planner import ADAMW_8BIT
-from shampoo_deepspeed.estimate.planner import ADAMW_8BIT
 from shampoo_deepspeed.estimate.recommend import Overhead, Recommendation, Speed, expected_overhead, recommend
 from shampoo_deepspeed.options.config import ShampooConfig, canonical
 from shampoo_deepspeed.runtime.report import page

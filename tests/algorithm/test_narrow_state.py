@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig, load_shampoo, save_shampoo
