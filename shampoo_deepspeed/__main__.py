@@ -18,6 +18,7 @@ from shampoo_deepspeed.estimate import Estimate, estimate
 from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, SUB_GROUP_SIZE
 from shampoo_deepspeed.estimate.hardware import HARDWARE, Hardware, calibrated
 from shampoo_deepspeed.estimate.model_shapes import BUILT_IN, parameters_of, parameters_of_file
+from shampoo_deepspeed.estimate.planner import ADAMW_8BIT
 from shampoo_deepspeed.estimate.prediction import Advice, Prediction, advise, predict
 from shampoo_deepspeed.estimate.recommend import Overhead, Recommendation, Speed, expected_overhead, recommend
 from shampoo_deepspeed.options.config import ShampooConfig, canonical
@@ -314,6 +315,7 @@ def _table(made: Estimate) -> list[str]:
     rows = [("per rank", "mean", "largest")]
     rows += [(kinds.get(kind, kind), *_spread(values, _bytes)) for kind, values in made.state.items()]
     rows += [("all optimizer state", *_spread(made.state_bytes, _bytes)), ("AdamW's", *_spread(made.adamw, _bytes))]
+    rows += [("8-bit AdamW's", *_spread(made.adamw_8bit, _bytes))]
     rows += [("sent a step", *_spread(made.sent, _bytes)), ("received a step", *_spread(made.received, _bytes))]
     rows += [("work a step", *_spread(made.loads, _flops))]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -324,6 +326,8 @@ def _table(made: Estimate) -> list[str]:
         "",
         *lines,
         "",
+        f"{made.bytes_per_element:.2f} bytes of state for each parameter; AdamW's are 8, those of 8-bit AdamW "
+        f"{ADAMW_8BIT:.2f}",
         f"slowest rank: {made.imbalance:.3f} of the mean; {_flops(made.mean_step)} in the mean step, "
         f"{_flops(made.fastest_step)} in the fastest, {_flops(made.slowest_step)} in the slowest",
         f"{made.collectives} collectives a step on CPUs and {made.accelerator_collectives} on accelerators, "

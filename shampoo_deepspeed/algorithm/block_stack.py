@@ -13,7 +13,9 @@ from torch import Tensor
 
 from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.background import Refresh
+from shampoo_deepspeed.algorithm.formats import Form, described
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
+from shampoo_deepspeed.algorithm.narrow_state import MOMENTS, REFRESHED, STATISTICS, NarrowState, Rows, converted
 from shampoo_deepspeed.algorithm.preconditioners import Preconditioner, build
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.algorithm.refresh_errors import free_cached_memory, survivable
@@ -67,9 +69,11 @@ class BlockStack:
         self._device = device
         self._dtype = dtype
         self._use(config)
+        self._narrow = NarrowState(self._new_state(1, torch.device("meta")), self._config.formats, self.keys, device)
+        self.narrow = self._narrow.narrow  # whether any of the state is stored in another form than it is computed with
         self.tensors = self._new_tensors()
         # Without factor matrices there is nothing to refresh, and blocks are preconditioned from the start.
-        self._refreshes = any(name.startswith("factor_") for name in self.tensors)
+        self._refreshes = any(name.startswith("factor_") for name in self.forms)
         self.meter = RefreshMeter()
         self._reset_counts()
 
@@ -78,18 +82,29 @@ class BlockStack:
         self.failures = [0] * len(self.keys)
         # Rows whose refresh in the background is not installed yet; None if it has not begun since loading.
         self.pending: dict[int, Refresh | None] = {}
+        self._has_converted = False
 
     def _new_tensors(self) -> dict[str, Tensor]:
-        """The state of blocks that have not seen a gradient."""
-        count, name = len(self.keys), self._second_moment
-        moments = (count, *self.shape)
-        tensors = self.preconditioner.new_state(count, self.shape, self._device, self._dtype)
+        """The stored state of blocks that have not seen a gradient."""
+        if self.narrow:  # all blocks begin alike, so that only one must ever be there in full
+            return self._narrow.new_tensors(self._new_state(1, self._device))
+        return self._new_state(len(self.keys), self._device)
+
+    def _new_state(self, count: int, device: torch.device) -> dict[str, Tensor]:
+        """The state of so many blocks that have not seen a gradient, as the mathematics sees it."""
+        name, moments = self._second_moment, (count, *self.shape)
+        tensors = self.preconditioner.new_state(count, self.shape, device, self._dtype)
         if self._config.betas[0] != 0.0:
             first = self.preconditioner.first_moment
-            tensors[first] = torch.zeros(moments, dtype=self._dtype, device=self._device)
+            tensors[first] = torch.zeros(moments, dtype=self._dtype, device=device)
         if name is not None and name not in tensors:
-            tensors[name] = torch.zeros(moments, dtype=self._dtype, device=self._device)
+            tensors[name] = torch.zeros(moments, dtype=self._dtype, device=device)
         return tensors
+
+    @property
+    def forms(self) -> Mapping[str, Form]:
+        """How each tensor of the state is stored, by name; ``tensors`` has the stored ones."""
+        return self._narrow.forms
 
     def release(self) -> None:
         """Free the state's memory; `renew` must follow before the next step."""
@@ -100,19 +115,31 @@ class BlockStack:
         """Start again with new state, after `release`."""
         self.tensors = self._new_tensors()
 
-    def load_row(self, row: int, state: Mapping[str, Tensor]) -> None:
-        """Load a stored block into a row that has no state yet: its tensors, and ``status`` for `read_status`."""
-        for name, tensor in state.items():
-            if name != "status":
-                self.tensors[name][row].copy_(tensor)
-        self.resume_row(row, *read_status(state["status"].tolist()))
+    def load_row(self, row: int, state: Mapping[str, Tensor], refreshed: bool, failures: int, pending: bool) -> None:
+        """Load a stored block into a row that has no state yet: its tensors, perhaps of other formats, and its status.
 
-    def resume_row(self, row: int, refreshed: bool, failures: int, pending: bool) -> None:
-        """Go on from a stored status. A run that ended with too many failures may resume: one more ends it again."""
+        A run that ended with too many failures may resume: one more ends it again.
+        """
+        other = state.keys() != self.tensors.keys()
+        if other or (self.narrow and any(t.dtype != self.tensors[name].dtype for name, t in state.items())):
+            self._load_other_formats(row, state)
+        else:
+            for name, tensor in state.items():
+                self.tensors[name][row].copy_(tensor)
         self.refreshed[row] = refreshed
         self.failures[row] = min(failures, self._config.failure_limit - 1)
         if pending:
             self.pending[row] = None  # the row's next step begins the refresh again
+
+    def _load_other_formats(self, row: int, state: Mapping[str, Tensor]) -> None:
+        changed = converted(state, self.forms, {name: tensor[row : row + 1] for name, tensor in self.tensors.items()})
+        if not self._has_converted:
+            self._has_converted = True
+            logger.warning(
+                "blocks of shape %s were saved in other formats, and are converted: %s",
+                self.shape,
+                ", ".join(f"{name} from {described(before)} to {described(now)}" for name, before, now in changed),
+            )
 
     def _use(self, config: ShampooConfig) -> None:
         """Use these options from now on."""
@@ -164,17 +191,37 @@ class BlockStack:
     def _after_normalizing(self, first: int, gradients: Tensor, step: int, found_inf: FoundInf | None) -> Tensor:
         """``_advance`` after step 1."""
         rows = range(first, first + len(gradients))
-        state = {name: tensor[first : rows.stop] for name, tensor in self.tensors.items()}
+        state = self._opened(slice(first, rows.stop), step)
         if self.pending:
             self._await_background(rows, state, step)
         self.preconditioner.accumulate(state, gradients, step, found_inf)
+        if isinstance(state, Rows):
+            state.store(STATISTICS)
         installed = self._refresh(rows, state, step, found_inf)
         if not installed and len({self.refreshed[row] for row in rows}) == 1:
-            return self._updates(rows, state, gradients, None, step, found_inf)
+            updates = self._updates(rows, state, gradients, None, step, found_inf)
+            if isinstance(state, Rows):
+                state.store(MOMENTS)
+            return updates
         for here, result in self._alike(rows, installed):
             part = _part(state, here)
             gradients[here] = self._updates(rows[here], part, gradients[here], result, step, found_inf)
+        if isinstance(state, Rows):
+            state.store(MOMENTS)
         return gradients
+
+    def _opened(self, rows: slice, step: int) -> Mapping[str, Tensor]:
+        """The state of some rows as the mathematics sees it; the live tensors where they are stored so."""
+        if self.narrow:
+            return self._narrow.rows(self.tensors, rows, step)
+        return {name: tensor[rows] for name, tensor in self.tensors.items()}
+
+    def squares_so_far(self, steps: Sequence[int]) -> list[tuple[Tensor, float]]:
+        """`Preconditioner.squares_so_far` of all rows, of which only a few are decoded at a time."""
+        everything, found = slice(0, len(self.keys)), []
+        for few in self._few_at_a_time(everything) if self.narrow else [everything]:
+            found += self.preconditioner.squares_so_far(self._opened(few, 0), self.shape, steps[few])
+        return found
 
     def _alike(
         self, rows: range, installed: Sequence[tuple[slice, RefreshResult]]
@@ -197,7 +244,7 @@ class BlockStack:
     def _updates(
         self,
         rows: range,
-        state: dict[str, Tensor],
+        state: Mapping[str, Tensor],
         gradients: Tensor,
         result: RefreshResult | None,
         step: int,
@@ -242,7 +289,7 @@ class BlockStack:
 
     def _updates_in_basis(
         self,
-        state: dict[str, Tensor],
+        state: Mapping[str, Tensor],
         kept: list[Tensor],
         second: list[Tensor],
         gradients: Tensor,
@@ -283,7 +330,7 @@ class BlockStack:
         return _factors_to_rms(update, self._norms(update), FADED)
 
     def _refresh(
-        self, rows: range, state: dict[str, Tensor], step: int, found_inf: FoundInf | None
+        self, rows: range, state: Mapping[str, Tensor], step: int, found_inf: FoundInf | None
     ) -> list[tuple[slice, RefreshResult]]:
         """Step 3 of the rule: install what was computed in the background, and refresh what is due.
 
@@ -305,7 +352,7 @@ class BlockStack:
         return installed if self.preconditioner.rotates_moments else []
 
     def _install(
-        self, rows: range, state: dict[str, Tensor], here: slice, refresh: Refresh | None
+        self, rows: range, state: Mapping[str, Tensor], here: slice, refresh: Refresh | None
     ) -> list[tuple[slice, RefreshResult]]:
         """Install what the background thread has computed for some of the rows; nothing if it could not."""
         assert refresh is not None
@@ -318,7 +365,10 @@ class BlockStack:
             return []
         result = whole.rows(rows[here][0] - refresh.first, rows[here][-1] + 1 - refresh.first)
         with self.meter.watch.span(self._device):
-            failed = set(self.preconditioner.install(_part(state, here), result))
+            part = _part(state, here)
+            failed = set(self.preconditioner.install(part, result))
+            if isinstance(part, Rows):
+                part.store(REFRESHED)
         for row in rows[here]:
             del self.pending[row]
         self._note_refresh(rows[here], failed)
@@ -334,7 +384,7 @@ class BlockStack:
             return None
 
     def _refresh_now(
-        self, rows: range, state: dict[str, Tensor], here: slice, step: int
+        self, rows: range, state: Mapping[str, Tensor], here: slice, step: int
     ) -> list[tuple[slice, RefreshResult]]:
         """Refresh some of the rows together; if the device cannot, one after the other. Other ranks must not wait."""
         part = _part(state, here)
@@ -342,6 +392,8 @@ class BlockStack:
             with self.meter.refreshing(self._device) as conditions:
                 result = self.preconditioner.compute(part, step, conditions)
                 failed = set(self.preconditioner.install(part, result))
+                if isinstance(part, Rows):
+                    part.store(REFRESHED)
             self._note_refresh(rows[here], failed)
             return [(here, result)]
         except RuntimeError as error:
@@ -358,16 +410,18 @@ class BlockStack:
 
     def _few_at_a_time(self, here: slice) -> Iterator[slice]:
         """So few rows at a time that the temporaries of a refresh stay small."""
-        factors = [tensor[0].numel() for name, tensor in self.tensors.items() if name.startswith("factor_")]
-        largest = max(math.prod(self.shape), *factors)
+        factors = [math.prod(form.shape) for name, form in self.forms.items() if name.startswith("factor_")]
+        largest = max([math.prod(self.shape), *factors])
         most = REFRESHED_BYTES if self._device.type == "cpu" else REFRESHED_ON_ACCELERATORS
-        most = max(1, min(MOST_REFRESHED, most // (largest * self.tensors[next(iter(self.tensors))].itemsize)))
+        most = max(1, min(MOST_REFRESHED, most // (largest * self.forms[next(iter(self.forms))].dtype.itemsize)))
         for begin in range(here.start, here.stop, most):
             yield slice(begin, min(begin + most, here.stop))
 
-    def _begin(self, rows: range, state: dict[str, Tensor], step: int) -> None:
+    def _begin(self, rows: range, state: Mapping[str, Tensor], step: int) -> None:
         """Start a refresh in the background; the state stays as it is until these rows' next step, which waits."""
         preconditioner = self.preconditioner
+        if isinstance(state, Rows):
+            state = state.part(slice(0, len(rows)), alone=True)
 
         def compute(conditions: list[Tensor]) -> RefreshResult:
             groups = list(self._few_at_a_time(slice(0, len(rows))))
@@ -377,7 +431,7 @@ class BlockStack:
         refresh = Refresh(compute, rows[0], self._device)
         self.pending.update(dict.fromkeys(rows, refresh))
 
-    def _await_background(self, rows: range, state: dict[str, Tensor], step: int) -> None:
+    def _await_background(self, rows: range, state: Mapping[str, Tensor], step: int) -> None:
         """Wait for the background refreshes of these rows before their factor matrices change.
 
         A refresh that was pending when they were saved begins here: it depends only on state that has not changed
@@ -453,8 +507,8 @@ def _second_moment(preconditioner: Preconditioner, config: ShampooConfig) -> str
     return preconditioner.filled_by_refresh if ends else "second_moment"
 
 
-def _part(state: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
-    return {name: tensor[rows] for name, tensor in state.items()}
+def _part(state: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
+    return state.part(rows) if isinstance(state, Rows) else {name: tensor[rows] for name, tensor in state.items()}
 
 
 def block_norms(stack: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from shampoo_deepspeed.distributed.collectives import (
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy, decays_under
 from shampoo_deepspeed.options.checks import LARGEST_RATE, OptionError
-from shampoo_deepspeed.options.config import NOT_STORED, OPTION_NAMES, SCHEDULED, ShampooConfig, options_with
+from shampoo_deepspeed.options.config import CONVERTED, NOT_STORED, OPTION_NAMES, SCHEDULED, ShampooConfig, options_with
 from shampoo_deepspeed.options.param_groups import from_json
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 from shampoo_deepspeed.state.unwrap import unwrap
@@ -224,7 +224,7 @@ def _other_options(record: Mapping[str, Any], config: ShampooConfig) -> str | No
     except Exception as error:  # of a type that no option has
         return f"it was saved with options that cannot be: {quoted(error)}"
     for name in saved.reshaped_by(config):
-        if name not in options_with(NOT_STORED):
+        if name not in options_with(NOT_STORED) and name not in options_with(CONVERTED):
             was, is_ = saved.in_force(name), config.in_force(name)
             return f"it was saved with {name} = {was!r}, but here it is {is_!r}; set it to {was!r}"
     return None

@@ -223,7 +223,7 @@ COUNT, NAME = Int(), Text()
 CHECKSUMS = Text(rf"([0-9a-f]{{{DIGITS}}})*", 2**53)
 DIRECTORY = Text(r"data-[0-9a-f]{12}")
 FILE = Text(r"rank-(0|[1-9][0-9]{0,6})\.safetensors")
-DTYPES = ("float64", "float32", "bfloat16", "float16", "int64")
+DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int8")
 DIMS = 64
 SHAPE = ListOf(COUNT, DIMS)
 _NUMBER = r"(0|[1-9][0-9]{0,8})"
@@ -361,7 +361,7 @@ def _tensor_problem(kind: str, found: Mapping[str, Any], whole: Sequence[int], f
     return None if tiles(shape, boxes) else f"has boxes that do not make up {quoted(shape)}"
 
 
-ITEM_SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}
+ITEM_SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int8": 1}
 
 
 def pieces(size: int) -> int:

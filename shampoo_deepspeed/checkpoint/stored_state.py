@@ -25,7 +25,7 @@ from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
 from shampoo_deepspeed.geometry.boxes import Box, whole
 from shampoo_deepspeed.runtime.progress import LARGE, UNSHOWN, mebibytes, progress
-from shampoo_deepspeed.state.block_codec import TRIANGLE, BlockLayout, whole_tensors
+from shampoo_deepspeed.state.block_codec import TRIANGLE, BlockLayout, shapes_in, whole_tensors
 from shampoo_deepspeed.state.state_dict import BufferState, ElementwiseState, SavedState, StackState, view_of
 
 
@@ -160,9 +160,11 @@ class StoredState:
         layout = self.manifest.layouts.get(layout_key(options, stack.shape))
         if layout is None:
             raise ValueError(f"it holds no blocks of shape {stack.shape}, which {key} has here")
-        saved = {name: shape for name, _, shape in layout[:-1]}
-        here = {name: tuple(tensor.shape[1:]) for name, tensor in stack.tensors.items()}
-        if saved != here:
+        stored = {name: tuple(tensor.shape[1:]) for name, tensor in stack.tensors.items()}
+        if {name: tuple(shape) for name, _, shape in layout[:-1]} == stored:
+            return layout
+        saved, here = shapes_in(layout), {name: form.shape for name, form in stack.forms.items()}
+        if saved != here:  # not only the formats differ
             raise ValueError(
                 f"block {key} was saved with {sorted(saved.items())}, but here it has {sorted(here.items())}"
             )
@@ -309,7 +311,8 @@ def _fill(stack: BlockStack, row: int, layout: BlockLayout, parts: Sequence[Tens
     """Load a stored block's tensors into a row, still without state, of a live stack."""
     if any(kind.endswith(TRIANGLE) for _, kind, _ in layout):
         parts = whole_tensors(parts, layout)
-    stack.load_row(row, {name: part for (name, _, _), part in zip(layout, parts, strict=True)})
+    state = {name: part for (name, _, _), part in zip(layout, parts, strict=True)}
+    stack.load_row(row, state, *read_status(state.pop("status").tolist()))
 
 
 @dataclass

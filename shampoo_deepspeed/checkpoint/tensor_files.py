@@ -57,6 +57,7 @@ CODES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.int64: "I64",
+    torch.int8: "I8",
 }  # fmt: skip
 # A block's tensors as they are stored: name, dtype, shape.
 StoredForm = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]

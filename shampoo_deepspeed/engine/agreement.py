@@ -282,7 +282,10 @@ def _spike(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, Sham
     before = unit.elementwise.squares_so_far(steps, configs)
     for stack, taken in zip(unit.stacks, of_rows, strict=True):
         if any(taken):
-            before += stack.preconditioner.squares_so_far(stack.tensors, stack.shape, taken)
+            if stack.narrow:
+                before += stack.squares_so_far(taken)
+            else:
+                before += stack.preconditioner.squares_so_far(stack.tensors, stack.shape, taken)
     energies = torch.stack([_sum(terms, unit.device) for terms in (now, before)])
     if unit.group is not None:
         energies = _reduced(energies, dist.ReduceOp.SUM, unit.group)

@@ -21,6 +21,7 @@ import torch
 
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.algorithm.elementwise import Elementwise, ElementwiseShard
+from shampoo_deepspeed.algorithm.formats import base_name
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy, matrix_of, policy_of
 from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
@@ -33,6 +34,8 @@ from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.rules import expanded
 
 META = torch.device("meta")
+# Bytes for each element of 8-bit AdamW: two codes, and two float32 scales of 256 elements.
+ADAMW_8BIT = 2.0 + 2.0 * 4.0 / 256.0
 # Steps of a window that are listed one by one, if it has no block that refreshes later.
 LISTED = 1000
 
@@ -100,6 +103,17 @@ class Estimate:
         return [sum(kinds) for kinds in zip(*self.state.values(), strict=True)] or [0] * self.world_size
 
     @property
+    def adamw_8bit(self) -> list[float]:
+        """Bytes of 8-bit AdamW's moments on each rank: a byte each, and float32 scales of 256 elements (torchao)."""
+        return [size / 8.0 * ADAMW_8BIT for size in self.adamw]
+
+    @property
+    def bytes_per_element(self) -> float:
+        """Bytes of state for each element whose state a rank holds, replicas included."""
+        held = sum(self.adamw) / 8.0
+        return sum(self.state_bytes) / held if held else 0.0
+
+    @property
     def imbalance(self) -> float:
         """The slowest rank's load divided by the mean; 1.0 is perfect."""
         mean = sum(self.loads) / self.world_size
@@ -139,6 +153,8 @@ class Estimate:
             "state_bytes": {kind: _over_ranks(values) for kind, values in self.state.items()},
             "state_bytes_total": _over_ranks(self.state_bytes),
             "adamw_state_bytes": _over_ranks(self.adamw),
+            "adamw_8bit_state_bytes": _over_ranks(self.adamw_8bit),
+            "state_bytes_per_element": self.bytes_per_element,
             "bytes_sent_per_step": _over_ranks(self.sent),
             "bytes_received_per_step": _over_ranks(self.received),
             "collectives_per_step": self.collectives,
@@ -337,5 +353,5 @@ def _bytes_by_kind(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Bytes by name; names that differ only in a trailing number (factor matrices of each dim) are added up."""
     kinds: dict[str, int] = defaultdict(int)
     for name, tensor in tensors.items():
-        kinds[re.sub(r"_\d+$", "", name)] += tensor.nbytes
+        kinds[re.sub(r"_\d+$", "", base_name(name))] += tensor.nbytes
     return kinds

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.linalg.cholesky_qr import cholesky_qr
-from shampoo_deepspeed.linalg.inverse_root import RootOfEigenvalues, decomposed, non_finite
+from shampoo_deepspeed.linalg.inverse_root import RootOfEigenvalues, decomposed, non_finite, symmetric
 from shampoo_deepspeed.linalg.mode_products import product
 
 
@@ -170,9 +170,12 @@ def root_from_basis(
     damping: str,
     share: float | None = None,
 ) -> tuple[Tensor, list[int]]:
-    """Q diag(l)^(-1/root) Q' with the regularisation of ``inverse_root``, and the rows that are not finite."""
+    """Q diag(l)^(-1/root) Q' with the regularisation of ``inverse_root``, and the rows that are not finite.
+
+    The roots are symmetric to the last bit.
+    """
     order = values.argsort(dim=-1)
     scales = RootOfEigenvalues(root, epsilon, relative_epsilon, damping, share=share).of(values.gather(-1, order))
     columns = bases.gather(-1, order.unsqueeze(-2).expand_as(bases))
-    roots = product(columns * scales.unsqueeze(-2), columns.mT)
+    roots = symmetric(product(columns * scales.unsqueeze(-2), columns.mT))
     return roots, non_finite(roots)

@@ -65,7 +65,8 @@ def inverse_root(
             None: as they are.
 
     Returns:
-        The roots [B, d, d], and the rows that failed even in float64 (their content is undefined).
+        The roots [B, d, d], symmetric to the last bit, and the rows that failed even in float64 (their content is
+        undefined).
     """
     work = matrices if matrices.dtype == torch.float64 else matrices.float()
     rule = RootOfEigenvalues(root, epsilon, relative_epsilon, damping, conditions, share)
@@ -232,9 +233,10 @@ def checked(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stack_root(matrices: Tensor, rule: RootOfEigenvalues) -> Tensor:
-    """The roots; NaN for matrices whose decomposition failed."""
+    """The roots, symmetric to the last bit; NaN for matrices whose decomposition failed."""
     values, vectors = decomposed(matrices)
-    return product(vectors * rule.of(values).unsqueeze(-2), vectors.mT)
+    roots = product(vectors * rule.of(values).unsqueeze(-2), vectors.mT)
+    return roots.tril_() + roots.tril(-1).mT
 
 
 def regularised(values: Tensor, epsilon: float, relative_epsilon: float, damping: str = "shift") -> Tensor:

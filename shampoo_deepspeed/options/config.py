@@ -46,10 +46,12 @@ from shampoo_deepspeed.options.choices import (
     DEFAULT_RULES,
     DTYPES,
     ELEMENTWISE_METHODS,
+    FORMATS,
     GRAFTING_METHODS,
     KINDS,
     LARGE_DIMS,
     MATMUL_PRECISIONS,
+    MOMENT_FORMATS,
     REFRESHES,
     SIDES,
     SOLVERS,
@@ -59,7 +61,7 @@ from shampoo_deepspeed.options.combinations import check_together
 from shampoo_deepspeed.options.derived import DerivedValues
 from shampoo_deepspeed.options.family import FAMILY
 from shampoo_deepspeed.options.names import renamed
-from shampoo_deepspeed.options.presets import PRESET, without_preset
+from shampoo_deepspeed.options.presets import MEMORY, PRESET, without_preset
 
 _patterns = patterns_with(KINDS)
 _optional_dtype = nullable(dtype_name(*DTYPES))
@@ -103,13 +105,14 @@ class Property(Flag):
     """What an option may do, apart from being set when the optimizer is built."""
 
     FIXED = auto()  # it shapes blocks and state, so it may not change once there is state
+    CONVERTED = auto()  # ...except by a load, which converts the loaded state
     GROUP_ONLY = auto()  # the step of a whole parameter group uses it, so rules for single parameters cannot change it
     SHARED = auto()  # it shapes what ranks exchange, so all groups of an optimizer have one value
     NOT_STORED = auto()  # it does not shape the state; it says how ranks work or which parameters are meant
     SCHEDULED = auto()  # schedules change it, so it usually differs when a run resumes
 
 
-FIXED, GROUP_ONLY, SHARED, NOT_STORED, SCHEDULED = Property
+FIXED, CONVERTED, GROUP_ONLY, SHARED, NOT_STORED, SCHEDULED = Property
 _PLAIN = Property(0)
 
 # What runs did before there were these options. State without a value of theirs comes from such a run.
@@ -298,6 +301,21 @@ class ShampooConfig(DerivedValues):
     )
     factor_dtype: str = _option("float32", dtype_name(*WIDE_DTYPES), "dtype of factor matrices", FIXED)
     root_dtype: str = _option("float32", dtype_name(*DTYPES), "dtype of inverse roots and eigenbases", FIXED)
+    factor_format: str = _option(
+        "float32",
+        one_of(*FORMATS),
+        "how factor matrices are stored: float32 (in factor_dtype), packed (a triangle), bfloat16 or int8",
+        FIXED | CONVERTED,
+    )
+    root_format: str = _option(
+        "float32", one_of(*FORMATS), "how inverse roots and eigenbases are stored, likewise", FIXED | CONVERTED
+    )
+    moment_format: str = _option(
+        "float32",
+        one_of(*MOMENT_FORMATS),
+        "how moments of blocks are stored: float32, bfloat16 or int8",
+        FIXED | CONVERTED,
+    )
     master_weights: bool = _option(
         True, flag, "keep a float32 copy of 16-bit parameters if the framework keeps none", GROUP_ONLY
     )
@@ -392,7 +410,7 @@ class ShampooConfig(DerivedValues):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> ShampooConfig:
-        """Build from keyword or JSON options, among them ``preset``.
+        """Build from keyword or JSON options, among them ``preset`` and ``memory``.
 
         Raises:
             OptionError: naming the first wrong key, its value and what is allowed.
@@ -416,7 +434,7 @@ class ShampooConfig(DerivedValues):
 
 
 OPTION_NAMES = tuple(f.name for f in fields(ShampooConfig))
-GIVEN_NAMES = (*OPTION_NAMES, PRESET)  # what a user may give
+GIVEN_NAMES = (*OPTION_NAMES, PRESET, MEMORY)  # what a user may give
 
 
 @cache
@@ -426,7 +444,7 @@ def options_with(wanted: Property) -> tuple[str, ...]:
 
 
 def canonical(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options under our names, values unchecked; aliases and a preset are replaced.
+    """Options under our names, values unchecked; aliases and presets are replaced.
 
     Raises:
         OptionError: a name that is unknown or given twice, or an unknown preset.

@@ -52,6 +52,9 @@ class DerivedValues:
     elementwise: str | None
     elementwise_betas: tuple[float, float] | None
     exponent_override: float | tuple[float | None, ...] | None
+    factor_format: str
+    root_format: str
+    moment_format: str
 
     def _replaced(self, **changes: Any) -> Self:
         """These options with some changes."""
@@ -100,6 +103,11 @@ class DerivedValues:
         if peak == 0.0:
             raise bad("peak_lr", None, f"a number > 0 if lr starts at 0 and weight decay is {self.decay_type}")
         return self._replaced(peak_lr=peak)
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """The format of each kind of a block's state."""
+        return {"factor": self.factor_format, "root": self.root_format, "moment": self.moment_format}
 
     def sides(self, shape: tuple[int, ...]) -> tuple[Side, ...]:
         """What each dim of a merged shape, or of a block of it, has: a factor matrix, a diagonal or nothing."""

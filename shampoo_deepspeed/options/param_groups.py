@@ -22,7 +22,7 @@ from shampoo_deepspeed.options.config import (
     options_with,
 )
 from shampoo_deepspeed.options.names import ALIASES, IGNORED, ONLY_FALSE
-from shampoo_deepspeed.options.presets import PRESET, PRESETS
+from shampoo_deepspeed.options.presets import MEMORIES, MEMORY, PRESET, PRESETS
 
 # What torch, its schedulers and DeepSpeed keep in groups in addition to options.
 _OTHERS_KEYS = {
@@ -133,9 +133,12 @@ def signature_with_options(function: Callable[..., Any]) -> inspect.Signature:
         for f in fields(ShampooConfig)
         if f.name != "lr"
     ]
-    preset = inspect.Parameter(PRESET, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_names_of_presets())
-    return inspect.Signature([*kept, preset, *options])
+    presets = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_names_of(found))
+        for name, found in ((PRESET, PRESETS), (MEMORY, MEMORIES))
+    ]
+    return inspect.Signature([*kept, *presets, *options])
 
 
-def _names_of_presets() -> str:
-    return f"Literal[{', '.join(map(repr, PRESETS))}] | None"
+def _names_of(presets: Mapping[str, Any]) -> str:
+    return f"Literal[{', '.join(map(repr, presets))}] | None"

@@ -13,6 +13,7 @@ class _Options(TypedDict, total=False):
     """All options but those that `Options` and `DeferredOptions` add, and but for ``lr``."""
 
     preset: Literal["paper", "pretrain", "finetune", "lora"] | None
+    memory: Literal["full", "adamw", "half"] | None
     factor_beta: float | None
     beta3: float | None
     normalize_gradients: bool
@@ -56,6 +57,9 @@ class _Options(TypedDict, total=False):
     rules: Sequence[Mapping[str, Any]]
     factor_dtype: str
     root_dtype: str
+    factor_format: str
+    root_format: str
+    moment_format: str
     master_weights: bool
     stochastic_rounding: bool
     apply_dtype: str | None

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shampoo_deepspeed.algorithm.block_stack import BlockStack
+from shampoo_deepspeed.algorithm.block_stack import BlockStack, read_status
+from shampoo_deepspeed.algorithm.formats import stored_forms
 from shampoo_deepspeed.state.state_dict import StackState
 
 # A block's tensors in the order of its stored bytes: name, dtype, shape.
@@ -90,8 +91,19 @@ def unpack(stack: BlockStack, row: int, layout: BlockLayout, blob: Tensor) -> No
     pieces = torch.split(blob, [_bytes(part) for part in layout])
     # A view as a wider dtype must be aligned for that dtype.
     parts = [piece.clone().view(_dtype(kind)) for piece, (_, kind, _) in zip(pieces, layout, strict=True)]
-    tensors = whole_tensors(parts, layout)
-    stack.load_row(row, {name: tensor for (name, _, _), tensor in zip(layout, tensors, strict=True)})
+    whole = zip(layout, whole_tensors(parts, layout), strict=True)
+    state = {name: tensor for (name, _, _), tensor in whole}
+    stack.load_row(row, state, *read_status(state.pop("status").tolist()))
+
+
+def shapes_in(layout: BlockLayout) -> dict[str, tuple[int, ...]]:
+    """The shapes of a block's state as the mathematics sees it, by name.
+
+    Raises:
+        ValueError: if the stored tensors do not go together.
+    """
+    forms = stored_forms({name: (_dtype(kind), shape) for name, kind, shape in layout if name != STATUS[0]})
+    return {name: form.shape for name, form in forms.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.algorithm.elementwise import Elementwise
+from shampoo_deepspeed.algorithm.formats import stored_forms
 from shampoo_deepspeed.distributed.collectives import (
     all_gather_objects,
     first_rank_that,
@@ -113,7 +114,8 @@ class StackState:
 
     def check_fits(self, stack: BlockStack) -> None:
         """Raise ValueError if these blocks do not have the shape and the tensors of a live stack."""
-        shape, tensors, here = tuple(self.shape), _row_shapes(self.tensors), _row_shapes(stack.tensors)
+        here = {name: form.shape for name, form in sorted(stack.forms.items())}
+        shape, tensors = tuple(self.shape), _row_shapes(self.tensors)
         if shape != stack.shape or tensors != here:
             raise ValueError(
                 f"saved state of block {self.keys[0]} has shape {shape} and {tensors}; the options now ask for "
@@ -123,10 +125,9 @@ class StackState:
 
     def load_into(self, stack: BlockStack, row: int, own_row: int) -> None:
         """Copy the block of ``own_row`` into a row, still without state, of a live stack, which it must fit."""
-        for name, tensor in stack.tensors.items():
-            tensor[row].copy_(self.tensors[name][own_row])
+        state = {name: tensor[own_row] for name, tensor in self.tensors.items()}
         refreshed, pending = bool(self.refreshed[own_row]), bool(self.pending[own_row])
-        stack.resume_row(row, refreshed, int(self.failures[own_row]), pending)
+        stack.load_row(row, state, refreshed, int(self.failures[own_row]), pending)
 
 
 @dataclass
@@ -476,4 +477,6 @@ def view_of(buffer: Tensor, place: PlacedBox) -> Tensor:
 
 
 def _row_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape[1:]) for name, tensor in sorted(tensors.items())}
+    """Shapes of a block's state by name, in the order of the names; as the mathematics sees it."""
+    forms = stored_forms({name: (tensor.dtype, tensor.shape[1:]) for name, tensor in tensors.items()})
+    return {name: form.shape for name, form in sorted(forms.items())}

@@ -48,6 +48,11 @@ def on_ranks(row: Row, strict: bool) -> dict[str, Any]:
     return options
 
 
+def bound_of(row: Row) -> str:
+    """Return the name of the bound in float32; a narrow format magnifies an error that decides how it rounds."""
+    return "default" if options_of(row).get("root_format") in ("bfloat16", "int8") else "strict"
+
+
 CHECKS = []
 for number, row in enumerate(FEW):
     CHECKS += [
@@ -55,7 +60,7 @@ for number, row in enumerate(FEW):
             f"combination{number}_zero{stage}",
             2,
             "zero:final_parameters",
-            Scenario(stage=stage, steps=STEPS, options=on_ranks(row, strict=True)),
+            Scenario(settings=bound_of(row), stage=stage, steps=STEPS, options=on_ranks(row, strict=True)),
         )
         for stage in (2, 3)
     ]

@@ -63,6 +63,9 @@ def matrices(*of: tuple[int, ...]) -> list[Parameter]:
         {"solver": "qr"},
         {"betas": (0.0, 1.0), "grafting": "none", "elementwise": "sgd"},
         {"factor_dtype": "float64", "root_dtype": "bfloat16", "grafting": "sgd"},
+        {"factor_format": "packed", "root_format": "packed"},
+        {"preconditioner": "kl_soap", "root_format": "bfloat16", "moment_format": "bfloat16"},
+        {"factor_format": "int8", "root_format": "int8", "moment_format": "int8"},
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ from torch import nn
 from shampoo_deepspeed import OptionError, Shampoo, ShampooConfig
 from shampoo_deepspeed.integrations.trainer import deferred
 from shampoo_deepspeed.options.config import GIVEN_NAMES
-from shampoo_deepspeed.options.presets import PRESET, PRESETS
+from shampoo_deepspeed.options.presets import MEMORIES, MEMORY, PRESET, PRESETS
 from shampoo_deepspeed.options.typed import DeferredOptions, Options
 
 OTHERS = {  # what an option holds, and what may be written for it
@@ -31,7 +31,8 @@ def hints(options: type) -> dict[str, str]:
 
 def test_the_types_are_those_of_the_options() -> None:
     expected = {f.name: OTHERS.get(str(f.type), str(f.type)) for f in fields(ShampooConfig) if f.name != "lr"}
-    expected[PRESET] = f"Literal[{', '.join(map(repr, PRESETS))}] | None"
+    for name, presets in ((PRESET, PRESETS), (MEMORY, MEMORIES)):
+        expected[name] = f"Literal[{', '.join(map(repr, presets))}] | None"
     assert hints(Options) == expected
     auto = {name: f"{hint} | Literal['auto']" for name, hint in expected.items() if name in AUTO}
     assert hints(DeferredOptions) == expected | auto

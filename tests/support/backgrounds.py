@@ -28,6 +28,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "soap_muon": {"preconditioner": "soap_muon"},
     "soap_eigh": {"preconditioner": "soap", "solver": "eigh"},
     "every_step": {"precondition_frequency": 1},
+    "memory_half": {"memory": "half"},
+    "soap_bfloat16": {"preconditioner": "soap", "factor_format": "bfloat16", "root_format": "bfloat16"},
     "soap_every_step": {"preconditioner": "soap", "precondition_frequency": 1},
 }
 Compute = Callable[..., RefreshResult]

@@ -56,6 +56,12 @@ VALUES: dict[str, list[dict[str, Any]]] = {
     "one_sided": [{}, {"one_sided": "left"}, {"one_sided": "right"}, {"one_sided": "smaller"}],
     "large_dim": [{"large_dim": kind} for kind in ("block", "diagonal", "identity", "adagrad")],
     "split": [{}, {"rules": [{"match": "matrix", "split": [1, 3]}]}],
+    "formats": [
+        {},
+        {"factor_format": "packed", "root_format": "packed"},
+        {"factor_format": "bfloat16", "root_format": "bfloat16", "moment_format": "bfloat16"},
+        {"factor_format": "int8", "root_format": "int8", "moment_format": "int8"},
+    ],
     "merging": [{}, {"merge_small_dims": False}],
     "batch_dims": [{}, {"batch_dims": 1}],
     "block": [{"max_preconditioner_dim": n} for n in (4, 6, 1024)],

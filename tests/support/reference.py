@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.support.narrow import kept
+
 
 @dataclass(frozen=True)
 class Options:
@@ -61,6 +63,9 @@ class Options:
     elementwise_betas: tuple[float, float] | None = None
     normalize_gradients: bool = True
     matmul_precision: str = "highest"
+    factor_format: str = "float32"
+    root_format: str = "float32"
+    moment_format: str = "float32"
 
     @property
     def growth(self) -> float:
@@ -194,19 +199,18 @@ class Block:
     method: str
     factors: dict[int, Tensor]  # by dim: a matrix, or a vector of its diagonal
     second: Tensor
-    first: Tensor
+    first: Tensor  # SOAP: in the basis, once there is one
     roots: dict[int, Tensor] = field(default_factory=dict)
     bases: dict[int, Tensor] = field(default_factory=dict)
     scale: float = 1.0  # KL-Shampoo: scale of the product of the roots
-    whiteners: dict[int, Tensor] = field(default_factory=dict)  # KL-SOAP: roots of its factors, for its statistics
+    whiteners: dict[int, Tensor] = field(default_factory=dict)  # KL-SOAP: roots of eigenvalues, for its statistics
     rotated: Tensor = field(default_factory=lambda: torch.zeros(()))  # SOAP: weighted sum of (Q'G)^2
     weight: float = 0.0  # SOAP: sum of those weights
     phase: int | None = None  # staggered: steps from the start step to its first refresh
     seen: tuple[int, dict[int, Tensor]] | None = None  # background: step and factors of a refresh to be installed
     ready: bool = False  # whether it has been refreshed, or needs not be
     looks_ahead: bool = False  # whether its momentum is Nesterov's by default
-    entered: Tensor = field(default_factory=lambda: torch.zeros(()))  # the gradient of the step
-    share: float = 1.0  # its weight in M
+    key: str = ""  # "parameter/index", from which the random bits of its formats follow
 
 
 @dataclass
@@ -339,8 +343,7 @@ def whitened(block: Block, x: Tensor, dim: int, o: Options) -> Tensor:
     KL-SOAP's is known by basis and eigenvalues, and only the product with the basis is one of matrices.
     """
     if dim in block.whiteners:
-        q = block.bases[dim]
-        return multiply(multiply(x, q.T, dim, o), torch.diagonal(q.T @ block.whiteners[dim] @ q), dim)
+        return multiply(multiply(x, block.bases[dim].T, dim, o), block.whiteners[dim], dim)
     if dim in block.roots:
         return multiply(x, block.roots[dim], dim, o)
     return x if o.in_basis else low(x, o)
@@ -357,24 +360,15 @@ def first_moment_betas(block: Block, t: int, o: Options) -> tuple[float, float]:
     return beta3, 1.0 - beta3 * beta1 ** (t - 1) if o.use_bias_correction else 1.0
 
 
-def lost(block: Block, o: Options) -> Tensor:
-    """Return what a projection in low precision changes in the gradient, whose moments are kept in the basis."""
-    g = block.entered
-    if not (o.lowers and o.in_basis and block.bases):
-        return torch.zeros_like(g)
-    return back(rotate(g, block.bases, o.of_projections), block.bases) - g
-
-
 def adam_in_basis(block: Block, g: Tensor, m: Tensor, o: Options) -> Tensor:
-    """Return SOAP's update: v is the mean square of the rotated gradient, with the second moments' b2."""
+    """Return SOAP's update of a rotated gradient and moment: v is the mean square, with the second moments' b2."""
     b = o.graft_beta2
-    block.rotated = b * block.rotated + (1.0 - b) * rotate(g, block.bases, o.of_projections) ** 2
+    block.rotated = b * block.rotated + (1.0 - b) * g**2
     block.weight = b * block.weight + (1.0 - b)
     assert not isinstance(o.exponent_override, list)
     below = (block.rotated / block.weight) ** (1.0 / (o.exponent_override or 2.0))
     below = below + o.eps + o.relative_epsilon * below.max()
-    u = torch.where(below > 0, rotate(m, block.bases) / below, 0.0)
-    return back(u, block.bases, o.of_projections)
+    return back(torch.where(below > 0, m / below, 0.0), block.bases, o.of_projections)
 
 
 def orthogonalised(u: Tensor, o: Options) -> Tensor:
@@ -471,6 +465,8 @@ class Reference:
                 value, o, tuple(value.shape) if elementwise else merged, [], torch.zeros_like(value), o.lr, name in tied
             )
             self.params[name].blocks = self._blocks(self.params[name], elementwise)
+            for index, block in enumerate(self.params[name].blocks):
+                block.key = f"{name}/{index}"
         self._stagger()
 
     @staticmethod
@@ -540,29 +536,50 @@ class Reference:
             g = g / g.square().mean().sqrt()
         cls._factors(block, g, t, o)
         cls._second_moment(block, g, o)
-        m = cls._first_moment(block, g, t, o)
-        beta3, weights = first_moment_betas(block, t, o)
-        block.entered, block.share = g, (1.0 - beta3) / weights
-        if block.seen is not None:  # in the background: from the factors of the last step, with the moments of this one
+        moved = False
+        if block.seen is not None:  # in the background: from the factors of the last step
             (before, factors), block.seen, now = block.seen, None, block.factors
             block.factors = factors
-            cls._renew(block, m, before, o)
+            moved = cls._renew(block, before, o)
             block.factors = now
         if block.factors and cls._due(block, t, o):
             if o.refresh == "background":
                 block.seen = t, {dim: a.clone() for dim, a in block.factors.items()}
             else:
-                cls._renew(block, m, t, o)
-        block.first += (1.0 - o.betas[0]) * lost(block, o) if o.betas[0] else 0.0
-        return by * cls._update(block, g, m + block.share * lost(block, o), t, o)
+                moved = cls._renew(block, t, o)
+        if o.in_basis and block.ready:
+            g = rotate(g, block.bases, o.of_projections)
+        m = cls._first_moment(block, g, t, o)
+        if moved:
+            block.rotated = torch.maximum(block.rotated, block.weight * m**2)
+        update = by * cls._update(block, g, m, t, o)
+        if block.box != (...,) or block.factors:
+            cls._keep_moments(block, t, o)
+        return update
 
     @classmethod
-    def _renew(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
+    def _renew(cls, block: Block, t: int, o: Options) -> bool:
+        """Refresh roots or bases; return whether moments are in a basis that has moved."""
         block.ready = True
         if o.in_basis:
-            cls._refresh_soap(block, m, t, o)
+            moved = cls._refresh_soap(block, t, o)
         else:
-            (cls._refresh_kl if o.kl else cls._refresh)(block, m, t, o)
+            (cls._refresh_kl if o.kl else cls._refresh)(block, t, o)
+            moved = False
+        for kind, tensors in (("root", block.roots), ("basis", block.bases)):
+            for dim, x in tensors.items():
+                tensors[dim] = kept(x, o.root_format if x.ndim == 2 else "float32", f"{kind}_{dim}")
+        return moved
+
+    @staticmethod
+    def _keep_moments(block: Block, t: int, o: Options) -> None:
+        """Round moments as their format does. SOAP's second moment before its first refresh has the tensor of later."""
+        form, random = o.moment_format, (block.key, t)
+        block.first = kept(block.first, form, "rotated_exp_avg" if o.in_basis else "exp_avg", random)
+        own = o.in_basis and o.graft == "none"
+        block.second = kept(block.second, form, "rotated_second_moment" if own else "second_moment", random)
+        if block.rotated.shape == block.first.shape:
+            block.rotated = kept(block.rotated, form, "rotated_second_moment", random)
 
     @staticmethod
     def _due(block: Block, t: int, o: Options) -> bool:
@@ -588,6 +605,7 @@ class Reference:
             unfolded = x.movedim(dim, 0).reshape(g.shape[dim], -1)
             outer = unfolded @ unfolded.T
             a.mul_(beta2).add_(outer if a.ndim == 2 else outer.diagonal(), alpha=n if beta2 == 1.0 else 1.0 - beta2)
+            a.copy_(kept(a, o.factor_format if a.ndim == 2 else "float32", f"factor_{dim}", (block.key, t)))
 
     @staticmethod
     def _roots(block: Block, t: int, o: Options, p: float) -> dict[int, Tensor]:
@@ -610,14 +628,14 @@ class Reference:
         return roots
 
     @classmethod
-    def _refresh(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
+    def _refresh(cls, block: Block, t: int, o: Options) -> None:
         p = o.exponent_override
         if isinstance(p, (list, tuple)):
             p = p[len(block.factors) - 1] if len(block.factors) <= len(p) else None
         block.roots = cls._roots(block, t, o, p or 2 * len(block.factors))
 
     @classmethod
-    def _refresh_kl(cls, block: Block, m: Tensor, t: int, o: Options) -> None:
+    def _refresh_kl(cls, block: Block, t: int, o: Options) -> None:
         """Compute roots of factors scaled to a mean eigenvalue of 1; scale takes the means' geometric mean."""
         means = {}
         for place, (dim, a) in enumerate(sorted(block.factors.items())):
@@ -625,17 +643,18 @@ class Reference:
         unseen = {dim for dim, mean in means.items() if mean == 0}  # no gradient yet
         means = {dim: mean if mean > 0 else 1.0 for dim, mean in means.items()}
         block.roots = {dim: root * means[dim] ** 0.5 for dim, root in cls._roots(block, t, o, 2.0).items()}
-        block.roots |= {dim: torch.eye(len(block.roots[dim]), dtype=m.dtype) for dim in unseen}
+        block.roots |= {dim: torch.eye(len(block.roots[dim]), dtype=block.first.dtype) for dim in unseen}
         block.scale = 1.0
         for mean in means.values():
             block.scale /= mean ** (0.5 / len(means))
 
     @staticmethod
-    def _refresh_soap(block: Block, m: Tensor, t: int, o: Options) -> None:
+    def _refresh_soap(block: Block, t: int, o: Options) -> bool:
         """Compute eigenbases: by eigh at first, with v from the factors; later usually by an orthogonal step.
 
-        v is permuted like the columns. If a basis has moved, v is raised to at least M^2.
+        v is permuted like the columns, and the first moment follows; return whether a basis has moved.
         """
+        m, before = block.first, dict(block.bases)
         moved = not block.bases
         if not block.bases:
             block.weight = 1.0 - o.graft_beta2**t
@@ -660,12 +679,13 @@ class Reference:
                 moved = True
         for place, (dim, a) in enumerate(sorted(block.factors.items() if o.kl else ())):
             a, q = a / o.correction(t, place, len(block.factors)), block.bases[dim]
-            root = root_of(torch.diagonal(q.T @ a @ q), q, 2.0, replace(o, relative_epsilon=o.ridge(t)))
+            same = torch.eye(len(a), dtype=a.dtype)
+            root = root_of(torch.diagonal(q.T @ a @ q), same, 2.0, replace(o, relative_epsilon=o.ridge(t)))
             mean = a.trace() / len(a)
-            block.whiteners[dim] = root * mean**0.5 if mean > 0 else torch.eye(len(a), dtype=a.dtype)
+            block.whiteners[dim] = (root * mean**0.5 if mean > 0 else same).diagonal()
         if moved:
-            m = m + block.share * lost(block, o)
-            block.rotated = torch.maximum(block.rotated, block.weight * rotate(m, block.bases) ** 2)
+            block.first = rotate(back(m, before), block.bases)
+        return moved
 
     @staticmethod
     def _second_moment(block: Block, g: Tensor, o: Options) -> None:
@@ -693,8 +713,8 @@ class Reference:
     def _update(block: Block, g: Tensor, m: Tensor, t: int, o: Options) -> Tensor:
         weights = first_moment_betas(block, t, o)[1]  # products are of moments that are not corrected yet
         graft = m
-        if o.lowers and o.in_basis and block.ready:
-            graft = back(rotate(m * weights, block.bases), block.bases, o.of_projections) / weights
+        if o.in_basis and block.ready:
+            graft = back(m * weights, block.bases, o.of_projections) / weights
         if block.method != "sgd":
             correct = 1.0 - o.graft_beta2**t if block.method.endswith("adam") else 1.0
             graft = graft / ((block.second / correct).sqrt() + o.eps)

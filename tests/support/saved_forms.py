@@ -36,4 +36,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "qr": {"solver": "qr"},
     "kl_soap": {"preconditioner": "kl_soap"},
     "muon": {"preconditioner": "muon"},
+    "packed": {"factor_format": "packed", "root_format": "packed"},
+    "memory_adamw": {"memory": "adamw"},
+    "memory_half": {"memory": "half"},
+    "soap_bfloat16": {"preconditioner": "soap", "root_format": "bfloat16", "moment_format": "bfloat16"},
+    "soap_half": {"preconditioner": "soap", "memory": "half", "grafting": "adam"},
 }

@@ -91,6 +91,9 @@ USUAL: dict[str, st.SearchStrategy[Any]] = {
     "rules": st.sampled_from([(), ({"match": "matrix", "preconditioner": "soap"},), ({"match": "*", "eps": 0.0},)]),
     "factor_dtype": one_of(*choices.WIDE_DTYPES),
     "root_dtype": dtypes,
+    "factor_format": one_of(*choices.FORMATS),
+    "root_format": one_of(*choices.FORMATS),
+    "moment_format": one_of(*choices.MOMENT_FORMATS),
     "master_weights": st.booleans(),
     "stochastic_rounding": st.booleans(),
     "apply_dtype": st.none() | dtypes,
@@ -104,7 +107,7 @@ USUAL: dict[str, st.SearchStrategy[Any]] = {
 # What makes the others matter. An example has some of these and a few others, one of which may be anything at all.
 MAIN = (
     "lr", "preconditioner", "grafting", "elementwise", "normalize_gradients", "precondition_frequency", "refresh",
-    "exponent_override", "relative_epsilon", "betas",
+    "exponent_override", "relative_epsilon", "betas", "factor_format", "root_format", "moment_format",
 )  # fmt: skip
 anything = st.sampled_from(EDGES) | st.floats() | st.integers() | st.tuples(st.floats(), st.floats())
 dtypes_of_weights = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,37 +44,39 @@ class Preconditioner:
         """State of ``count`` blocks that have not seen a gradient; ``dtype`` is that of moments and updates."""
         return {}
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
+    def accumulate(self, state: Mapping[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
         """Add the gradients [B, *shape] of a step to the statistics, if it is one whose gradients they take."""
 
-    def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
+    def compute(self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         """Compute a refresh, its expensive part: reads factor matrices and bases, and changes nothing."""
         return RefreshResult({}, frozenset())
 
-    def install(self, state: dict[str, Tensor], result: RefreshResult) -> list[int]:
+    def install(self, state: Mapping[str, Tensor], result: RefreshResult) -> list[int]:
         """Install a computed refresh; returns the rows that failed, which stay as they were."""
         return sorted(result.failed)
 
-    def project(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
+    def project(self, state: Mapping[str, Tensor], gradients: Tensor) -> Tensor:
         """Gradients in the first moment's coordinates; called from a block's first refresh on."""
         return gradients
 
-    def follow_basis(self, state: dict[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
+    def follow_basis(self, state: Mapping[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
         """Complete a refresh, given the corrected first moments [B, *shape] of its step."""
 
-    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
+    def apply(
+        self, state: Mapping[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None
+    ) -> Tensor:
         """The preconditioned update of first moments [B, *shape], as a new tensor.
 
         ``entered`` are the gradients from ``project``. Called once in each step of blocks that have been refreshed.
         """
         raise NotImplementedError
 
-    def project_back(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
+    def project_back(self, state: Mapping[str, Tensor], moments: Tensor) -> Tensor:
         """First moments in the gradients' coordinates; undoes ``project``."""
         return moments
 
     def squares_so_far(
-        self, state: dict[str, Tensor], shape: tuple[int, ...], steps: Sequence[int]
+        self, state: Mapping[str, Tensor], shape: tuple[int, ...], steps: Sequence[int]
     ) -> list[tuple[Tensor, float]]:
         """The running mean of ||G||^2 of blocks [B, *shape] that had so many steps: float64 numbers and their factors.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -31,20 +33,20 @@ class KLSOAPPreconditioner(SOAPPreconditioner):
             state[f"whitening_{mode}"] = torch.zeros(count, shape[mode], dtype=self._basis_dtype, device=device)
         return state
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
+    def accumulate(self, state: Mapping[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
         whole = gradients.to(torch.promote_types(gradients.dtype, self._basis_dtype))
         self._factors.accumulate_whitened(
             state, whole, step, found_inf, lambda stack, mode: self._whitened(state, stack, mode)
         )
 
-    def _whitened(self, state: dict[str, Tensor], stack: Tensor, mode: int) -> Tensor:
+    def _whitened(self, state: Mapping[str, Tensor], stack: Tensor, mode: int) -> Tensor:
         """The stack times diag(l^(-1/2)) Q' along a mode; blocks without a basis stay as they are."""
         scales = state[f"whitening_{mode}"]
         known = (scales > 0).any(-1).view(-1, *[1] * (stack.ndim - 1))
         turned = multiply(stack, state[f"basis_{mode}"].mT, mode, self._precision)
         return torch.where(known, multiply(turned, scales, mode), stack)
 
-    def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
+    def compute(self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         result = super().compute(state, step, conditions)
         ridge = self._config.epsilon, relative_ridge(self._config, step)
         rule = RootOfEigenvalues(2.0, *ridge, self._config.damping, conditions, share=0.6)
@@ -56,7 +58,7 @@ class KLSOAPPreconditioner(SOAPPreconditioner):
             found[f"whitening_{mode}"] = torch.where(mean > 0, scales * mean.sqrt(), 1.0).to(self._basis_dtype)
         return RefreshResult({**result.tensors, **found}, result.failed)
 
-    def _trace(self, state: dict[str, Tensor], step: int) -> Tensor:
+    def _trace(self, state: Mapping[str, Tensor], step: int) -> Tensor:
         """The mean of ||G||^2 [B]: each factor has the scale of an element of the gradient, up to the others'."""
         modes, shape = modes_of(state), state["rotated_second_moment"].shape[1:]
         total = torch.full_like(state["rotated_weight"], float(shape.numel()))

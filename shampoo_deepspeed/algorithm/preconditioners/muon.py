@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -38,7 +39,9 @@ class MuonPreconditioner(Preconditioner):
 
     own_length = True
 
-    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
+    def apply(
+        self, state: Mapping[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None
+    ) -> Tensor:
         return orthogonal_updates(moments, self._config)
 
 
@@ -47,5 +50,7 @@ class SOAPMuonPreconditioner(SOAPPreconditioner):
 
     own_length = True
 
-    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
+    def apply(
+        self, state: Mapping[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None
+    ) -> Tensor:
         return orthogonal_updates(super().apply(state, entered, moments, found_inf), self._config)

@@ -84,11 +84,11 @@ class ShampooPreconditioner(Preconditioner):
             self._sides[shape] = self._config.sides(shape)
         return self._sides[shape]
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
+    def accumulate(self, state: Mapping[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
         self.add(state, [(mode, count, gradients) for mode, count in self._due(state, step)], found_inf)
 
     def accumulate_whitened(
-        self, state: dict[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None, whiten: Whitening
+        self, state: Mapping[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None, whiten: Whitening
     ) -> None:
         """Add the gradients to the factors whose step it is, each whitened along every other mode."""
         parts, modes = [], modes_of(state)
@@ -100,14 +100,14 @@ class ShampooPreconditioner(Preconditioner):
             parts.append((mode, count, whitened / math.sqrt(gradients[0].numel() // gradients.shape[mode + 1])))
         self.add(state, parts, found_inf)
 
-    def _due(self, state: dict[str, Tensor], step: int) -> list[tuple[int, int]]:
+    def _due(self, state: Mapping[str, Tensor], step: int) -> list[tuple[int, int]]:
         """The modes whose factor gets this step's gradient, and how many gradients it stands for."""
         modes = modes_of(state)
         counts = [self.sampling.stands_for(step, place, len(modes)) for place in range(len(modes))]
         return [(mode, count) for mode, count in zip(modes, counts, strict=True) if count]
 
     def add(
-        self, state: dict[str, Tensor], parts: Sequence[tuple[int, int, Tensor]], found_inf: FoundInf | None
+        self, state: Mapping[str, Tensor], parts: Sequence[tuple[int, int, Tensor]], found_inf: FoundInf | None
     ) -> None:
         """A <- b^n A + (1 - b^n) XX', for an X that stands for n gradients; for sums A + n XX'.
 
@@ -122,7 +122,7 @@ class ShampooPreconditioner(Preconditioner):
                 decay = 1.0
             add_gram_(factor, stack, mode, decay, weight, self._precision)
 
-    def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
+    def compute(self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         modes = modes_of(state)
         if len(modes) not in self._roots:
             self._roots[len(modes)] = self._config.root(len(modes))
@@ -135,12 +135,12 @@ class ShampooPreconditioner(Preconditioner):
             failed.update(wrong)
         return RefreshResult(result, frozenset(failed))
 
-    def install(self, state: dict[str, Tensor], result: RefreshResult) -> list[int]:
+    def install(self, state: Mapping[str, Tensor], result: RefreshResult) -> list[int]:
         write(state, result.tensors, result.failed)
         return sorted(result.failed)
 
     def squares_so_far(
-        self, state: dict[str, Tensor], shape: tuple[int, ...], steps: Sequence[int]
+        self, state: Mapping[str, Tensor], shape: tuple[int, ...], steps: Sequence[int]
     ) -> list[tuple[Tensor, float]]:
         """By the traces of the first mode's factors, if there are any."""
         modes = modes_of(state)
@@ -156,7 +156,7 @@ class ShampooPreconditioner(Preconditioner):
         """By what the statistics of a mode are divided."""
         return math.prod(shape) / shape[mode] if self._config.parts.statistics == "whitened" else 1.0
 
-    def corrected(self, state: dict[str, Tensor], mode: int, step: int) -> Tensor:
+    def corrected(self, state: Mapping[str, Tensor], mode: int, step: int) -> Tensor:
         """The factor matrices of a mode as a refresh sees them, in new tensors.
 
         They are wide enough to decompose. If asked, they are corrected for their zero start, and shrunk towards a
@@ -171,7 +171,7 @@ class ShampooPreconditioner(Preconditioner):
         return shrunk(matrices, min(1.0, self._config.shrinkage / counted.effective(self._beta)))
 
     def _refreshed(
-        self, state: dict[str, Tensor], mode: int, matrices: Tensor, root: float, step: int, conditions: list[Tensor]
+        self, state: Mapping[str, Tensor], mode: int, matrices: Tensor, root: float, step: int, conditions: list[Tensor]
     ) -> tuple[dict[str, Tensor], list[int]]:
         """The tensors of one mode that a refresh replaces, by name, and the rows that failed."""
         ridge, damping = (self._epsilon, relative_ridge(self._config, step)), self._config.damping
@@ -198,7 +198,9 @@ class ShampooPreconditioner(Preconditioner):
         """The share of the bounds in ``inverse_root`` that each mode's root has."""
         return 1.0 / modes
 
-    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
+    def apply(
+        self, state: Mapping[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None
+    ) -> Tensor:
         update = moments.to(self._apply_dtype or torch.promote_types(moments.dtype, self._root_dtype))
         roots = {mode: state[f"root_{mode}"] for mode in modes_of(state)}
         # Roots are symmetric, and products on the CPU are faster with transposed ones.
@@ -243,12 +245,12 @@ class KLShampooPreconditioner(ShampooPreconditioner):
             state[f"root_{mode}"].diagonal(dim1=-2, dim2=-1).fill_(1.0)
         return {**state, "scale": torch.ones(count, dtype=dtype, device=device)}
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
+    def accumulate(self, state: Mapping[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
         whole = gradients.to(torch.promote_types(gradients.dtype, self._root_dtype))
         roots = {mode: state[f"root_{mode}"] for mode in modes_of(state)}
         self.accumulate_whitened(state, whole, step, found_inf, partial(multiply_along, roots, self._precision))
 
-    def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
+    def compute(self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         modes = modes_of(state)
         scale = torch.ones_like(state["scale"])
         result: dict[str, Tensor] = {}
@@ -270,7 +272,9 @@ class KLShampooPreconditioner(ShampooPreconditioner):
     def _share(self, modes: int) -> float:
         return 0.6  # roots are scaled to mean eigenvalue 1 anyway, and statistics rely on that
 
-    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
+    def apply(
+        self, state: Mapping[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None
+    ) -> Tensor:
         update = super().apply(state, entered, moments, found_inf)
         return update * state["scale"].view(-1, *[1] * (moments.ndim - 1))
 
@@ -334,7 +338,7 @@ class Sampling(NamedTuple):
         return self.dense + 1 + place * self.frequency // modes
 
 
-def modes_of(state: dict[str, Tensor]) -> list[int]:
+def modes_of(state: Mapping[str, Tensor]) -> list[int]:
     """The modes that have a factor, in order."""
     return sorted(int(name.removeprefix("factor_")) for name in state if name.startswith("factor_"))
 
@@ -344,7 +348,7 @@ def wide(matrices: Tensor) -> Tensor:
     return matrices.to(torch.promote_types(matrices.dtype, torch.float32))
 
 
-def write(state: dict[str, Tensor], tensors: Mapping[str, Tensor], failed: Collection[int]) -> None:
+def write(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], failed: Collection[int]) -> None:
     """Write what a refresh has computed; rows for which one mode failed keep the old tensors of all modes."""
     for name, tensor in tensors.items():
         for row in failed:

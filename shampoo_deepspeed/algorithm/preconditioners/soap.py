@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -85,10 +85,10 @@ class SOAPPreconditioner(Preconditioner):
         state["rotated_weight"] = torch.zeros(count, dtype=dtype, device=device)
         return state
 
-    def accumulate(self, state: dict[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
+    def accumulate(self, state: Mapping[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
         self._factors.accumulate(state, gradients, step, found_inf)
 
-    def compute(self, state: dict[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
+    def compute(self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         """New bases, and how the second moment begins or how its columns move."""
         first = ~known(state[f"basis_{modes_of(state)[0]}"])
         moved = first
@@ -105,7 +105,7 @@ class SOAPPreconditioner(Preconditioner):
         result |= {"first": first, "moved": moved, "first_weight": weight, "trace": trace}
         return RefreshResult(result, frozenset(failed))
 
-    def install(self, state: dict[str, Tensor], result: RefreshResult) -> list[int]:
+    def install(self, state: Mapping[str, Tensor], result: RefreshResult) -> list[int]:
         """Install bases, and change the current second moment, which may have seen gradients since ``compute``."""
         found = result.tensors
         second = state["rotated_second_moment"].clone()
@@ -128,7 +128,7 @@ class SOAPPreconditioner(Preconditioner):
         write(state, {**bases, **changed}, result.failed)
         return sorted(result.failed)
 
-    def follow_basis(self, state: dict[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
+    def follow_basis(self, state: Mapping[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
         """Raise the second moment to at least M^2 in blocks whose basis moved."""
         rows = (-1, *[1] * (moments.ndim - 1))
         second = state["rotated_second_moment"]
@@ -136,13 +136,13 @@ class SOAPPreconditioner(Preconditioner):
         floored = torch.where(result.tensors["moved"].view(rows), torch.maximum(second, floor), second)
         write(state, {"rotated_second_moment": floored}, result.failed)
 
-    def project(self, state: dict[str, Tensor], gradients: Tensor) -> Tensor:
+    def project(self, state: Mapping[str, Tensor], gradients: Tensor) -> Tensor:
         return self._projected(state, gradients).to(gradients.dtype)
 
-    def project_back(self, state: dict[str, Tensor], moments: Tensor) -> Tensor:
+    def project_back(self, state: Mapping[str, Tensor], moments: Tensor) -> Tensor:
         return self._projected(state, moments, back=True).to(moments.dtype)
 
-    def _renewed_basis(self, state: dict[str, Tensor], mode: int) -> Renewed:
+    def _renewed_basis(self, state: Mapping[str, Tensor], mode: int) -> Renewed:
         """One mode's bases, and their eigenvalues divided by their sum."""
         # Decompositions are in float64: in the basis all directions count alike, even those of the smallest
         # eigenvalues, which float32 resolves poorly. A step from a known basis loses far less.
@@ -155,11 +155,11 @@ class SOAPPreconditioner(Preconditioner):
         values = torch.where(total > 0, values / total, 0.0)
         return Renewed(found.bases, values, found.columns, found.moved, found.stepped, failed)
 
-    def _trace(self, state: dict[str, Tensor], step: int) -> Tensor:
+    def _trace(self, state: Mapping[str, Tensor], step: int) -> Tensor:
         """The mean of ||G||^2 by the factor matrices [B]; the first mode's stands for all."""
         return self._mean_trace(state, 0, step)
 
-    def _mean_trace(self, state: dict[str, Tensor], place: int, step: int) -> Tensor:
+    def _mean_trace(self, state: Mapping[str, Tensor], place: int, step: int) -> Tensor:
         """The trace of the mean statistics [B] of one of the modes that have a factor."""
         modes = modes_of(state)
         seen = self._factors.sampling.counted(step, place, len(modes)).gradients
@@ -167,11 +167,13 @@ class SOAPPreconditioner(Preconditioner):
         return wide(state[f"factor_{modes[place]}"]).diagonal(dim1=-2, dim2=-1).sum(-1) / weight
 
     def squares_so_far(
-        self, state: dict[str, Tensor], shape: tuple[int, ...], steps: Sequence[int]
+        self, state: Mapping[str, Tensor], shape: tuple[int, ...], steps: Sequence[int]
     ) -> list[tuple[Tensor, float]]:
         return self._factors.squares_so_far(state, shape, steps)
 
-    def apply(self, state: dict[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None) -> Tensor:
+    def apply(
+        self, state: Mapping[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None
+    ) -> Tensor:
         second, weight = state["rotated_second_moment"], state["rotated_weight"]
         second.mul_(self._beta if found_inf is None else found_inf.keep(self._beta, second.dtype))
         second.addcmul_(entered, entered, value=1.0 - self._beta)
@@ -188,13 +190,13 @@ class SOAPPreconditioner(Preconditioner):
         update = torch.where(roots > 0, moments / roots, 0.0)
         return self._projected(state, update, back=True).to(moments.dtype)
 
-    def _projected(self, state: dict[str, Tensor], stack: Tensor, back: bool = False) -> Tensor:
+    def _projected(self, state: Mapping[str, Tensor], stack: Tensor, back: bool = False) -> Tensor:
         """``_rotated`` in the dtype and precision of a step's products."""
         return self._rotated(state, stack, self._apply_dtype, back, self._precision)
 
     def _rotated(
         self,
-        state: dict[str, Tensor],
+        state: Mapping[str, Tensor],
         stack: Tensor,
         dtype: torch.dtype | None = None,
         back: bool = False,
