@@ -47,7 +47,7 @@ def on_ranks(row: Row, strict: bool) -> dict[str, Any]:
 
 
 def bound_of(row: Row) -> str:
-    """Return the name of the bound in float32. A narrow format magnifies a rounding error that decides how it rounds."""
+    """Return the name of the bound in float32. A narrow format magnifies rounding errors that decide how it rounds."""
     return "default" if options_of(row).get("root_format") in ("bfloat16", "int8") else "strict"
 
 
