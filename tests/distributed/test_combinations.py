@@ -18,6 +18,7 @@ STEPS = 20
 FLOAT64_BOUND = 1e-10
 # An operand whose last bits differ may be rounded the other way, above all those of bases with close eigenvalues.
 LOWERED = {"float32": 5e-4, "float64": 1e-6}
+NARROW_AND_LOWERED = 5e-3  # in float32: an operand and then a stored root, each rounded the other way
 # The model's awkward shapes need some other numbers: its dims are 5 to 27, and an absolute ridge must fit the scale of
 # its gradients. Roots and bases start only when no factor is rank-deficient any more.
 OTHER: dict[str, Any] = {
@@ -83,7 +84,8 @@ def test_the_runs_hold_all_values() -> None:
 
 @pytest.mark.parametrize("check", CHECKS, ids=named)
 def test_under_zero_the_trajectory_is_that_of_the_reference(check: Check, ask: Ask) -> None:
-    assert_on_trajectory(check, ask, LOWERED["float32"] if "matmul_precision" in check.argument.options else None)
+    bound = LOWERED["float32"] if "matmul_precision" in check.argument.options else None
+    assert_on_trajectory(check, ask, bound and (NARROW_AND_LOWERED if check.argument.settings == "default" else bound))
 
 
 @pytest.mark.parametrize("check", FSDP, ids=named)
