@@ -253,6 +253,8 @@ def base_name(stored: str) -> str:
 
 def salts_of(keys: Sequence[str], device: torch.device) -> Tensor:
     """A number for each block: the CRC-32 of its key, int32 [B]."""
+    if not keys:
+        return torch.empty(0, dtype=torch.int32, device=device)  # a copy from the CPU would be waited for
     return torch.tensor([_signed(zlib.crc32(key.encode())) for key in keys], dtype=torch.int32, device=device)
 
 

@@ -24,7 +24,7 @@ from tests.support.stepping import made_up, parameter, same_bits
 SHAPES = {"vector": (5,), "matrix": (6, 4), "conv": (4, 6, 2), "experts": (3, 2, 3, 2)}
 STEPS = 14
 # Where the CPU waits in the first step of a parameter, and where in a step with a refresh.
-FIRST = ("any_gradient", "_parameters", "_shares", "_numels", "lanes_of", "lanes_here")
+FIRST = ("any_gradient", "_parameters", "_shares", "_numels", "lanes_of", "lanes_here", "in salts_of")
 REFRESHING = ("linalg/", "preconditioners/", "runtime/devices.py")  # the last one is whether the step is rejected
 SCHEDULES = {"shampoo": "staggered", "kl_shampoo": "background", "soap": "sync"}
 RULES: list[dict[str, Any]] = [{"preconditioner": rule, "refresh": how} for rule, how in SCHEDULES.items()]
@@ -92,7 +92,10 @@ def test_every_row_is_the_same_there_and_waits_only_where_it_may(row: Row, monke
     device = simulate(monkeypatch)
     found = trained(options, device)
     assert not device.mixed
-    assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) <= 1e-5
+    # Operands and narrow state may be rounded the other way where last bits differ, as products of other sizes do.
+    rounded = {"matmul_precision", "factor_format", "root_format", "moment_format"} & options.keys()
+    bound = 2e-3 if rounded else 1e-5
+    assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) <= bound
 
 
 @pytest.mark.parametrize("options", RULES, ids=str)

@@ -219,6 +219,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = func._schema.name
     here = [t for t in tree_leaves((args, kwargs)) if isinstance(t, OnDevice)]
     asked = None if kwargs.get("device") is None else torch.device(kwargs["device"])
+    if asked is not None and asked.type == "meta":
+        return func(*args, **kwargs)  # shapes without memory, on no device
     target = _target(asked, here)
     if here or target.type != "cpu":
         _note(func, name, args, kwargs, here, target)
