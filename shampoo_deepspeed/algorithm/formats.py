@@ -39,7 +39,7 @@ BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
 OCTAVES, EIGHTHS = 30, 8
 LARGEST_CODE = OCTAVES * EIGHTHS + EIGHTHS - 1
 # Names of stored tensors are that of the state's tensor and one of these; only "bfloat16" of other tensors has none.
-TRIANGLE, CODES, EXPONENTS, DIAGONAL = "_triangle", "_int8", "_exponent", "_diagonal"
+TRIANGLE, CODES, EXPONENTS, DIAGONAL = ("_" + part for part in ("triangle", "int8", "exponent", "diagonal"))
 # The state's tensors that options give a format, by how their names begin.
 FACTORS, ROOTS = ("factor_",), ("root_", "basis_")
 MOMENTS = ("exp_avg", "rotated_exp_avg", "second_moment", "rotated_second_moment")

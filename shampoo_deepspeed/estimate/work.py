@@ -96,7 +96,7 @@ class Refresh(NamedTuple):
 
 
 # By solver: of Shampoo's roots, and what the KL rules' scaling adds.
-ROOTS = {"eigh": Refresh(2.0, 14.0, 0.0, 107, 2), "qr": Refresh(6.0, 84.0, 0.0, 226, 12)}
+ROOTS = {"eigh": Refresh(2.0, 20.35, 0.0, 113, 2), "qr": Refresh(6.0, 91.8, 0.0, 232, 12)}
 SCALED = Refresh(0.0, 5.0, 0.0, 24, 0)
 # Of bases, and of KL-SOAP's eigenvalues. First moments are rotated back and forth: two products with the block a mode.
 BASES = {"eigh": Refresh(2.0, 49.5, 45.0, 119, 10), "qr": Refresh(4.0, 66.5, 45.0, 197, 12)}
@@ -104,7 +104,7 @@ WHITENED = Refresh(1.0, 13.5, 0.0, 94, 0)
 # An eigendecomposition in float64 is one of a matrix at a time: launches and reads for each block, both modes.
 ONE_BY_ONE_LAUNCHES, ONE_BY_ONE_READS = 50, 2
 # KL-Shampoo's with a small ridge computes the whole root so. The numbers are instead of those of `ROOTS` and `SCALED`.
-WIDE_ROOTS, WIDE_LAUNCHES, WIDE_READS, WIDE_BYTES = Refresh(2.0, 35.0, 0.0, 33, 0), 104, 2, 2.0
+WIDE_ROOTS, WIDE_LAUNCHES, WIDE_READS, WIDE_BYTES = Refresh(2.0, 48.0, 0.0, 33, 0), 110, 2, 2.0
 
 
 class Newton(NamedTuple):

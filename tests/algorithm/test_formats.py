@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_deepspeed.algorithm import formats
 from shampoo_deepspeed.algorithm.formats import Form, random_bits, salts_of, seeds_of, stored_forms
 from tests.support import narrow
+from tests.support.largest import Largest
 from tests.support.stepping import same_bits
 
 CPU = torch.device("cpu")
@@ -154,18 +154,6 @@ def test_random_bits_differ_between_blocks_tensors_steps_and_elements() -> None:
     centred = rows - rows.mean(1, keepdim=True)
     correlation = torch.corrcoef(torch.cat([centred, centred.roll(1, 1)])) - torch.eye(2 * len(rows))
     assert correlation.abs().max() < 0.08
-
-
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor that is made, in bytes."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and not any(isinstance(a, Tensor) and a.data_ptr() == out.data_ptr() for a in args):
-            self.nbytes = max(self.nbytes, out.nbytes)
-        return out
 
 
 @pytest.mark.parametrize(("name", "kind"), [("factor_0", "packed"), ("root_0", "int8"), ("exp_avg", "int8")])

@@ -19,7 +19,7 @@ from shampoo_deepspeed.estimate.model_shapes import parameters_of
 from shampoo_deepspeed.estimate.planner import block_bytes, estimate
 from shampoo_deepspeed.options.choices import PRECONDITIONERS
 from shampoo_deepspeed.options.presets import MEMORIES, MEMORY
-from tests.algorithm.test_formats import Largest
+from tests.support.largest import Largest
 from tests.support.stepping import drive, made_up, parameter, same_bits, shampoo, snapshot
 
 NARROW: dict[str, dict[str, Any]] = {

@@ -17,8 +17,8 @@ from shampoo_deepspeed.linalg.mode_products import add_gram_, lowered, multiply,
 from shampoo_deepspeed.linalg.precision import full_precision, rounded, tensor_float_32
 from shampoo_deepspeed.options.choices import PRECONDITIONERS
 from shampoo_deepspeed.options.family import FAMILY
-from tests.linalg.test_precision import NEW_NAMES, SWITCHES, readings
-from tests.linalg.test_precision import restored_switches as restored_switches
+from tests.support.precision_switches import NEW_NAMES, SWITCHES, readings
+from tests.support.precision_switches import restored_switches as restored_switches
 from tests.support.stepping import drive, made_up, parameter, same_bits, shampoo, snapshot
 
 BITS = {"high": 11, "medium": 8}

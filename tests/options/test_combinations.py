@@ -36,6 +36,8 @@ from tests.support.stepping import made_up, parameter
 F64 = torch.float64
 STEPS = 24
 BOUND = 1e-9
+# Of rows with narrow state and lowered operands: where the one ends in the middle, the other is rounded either way.
+NARROW_AND_LOWERED = 2e-5
 SHAPES = {"vector": (5,), "matrix": (6, 4), "conv": (4, 6, 2), "experts": (3, 2, 3, 2)}
 # Options that do not change the rule, and those with their own tests.
 NOT_OF_THE_RULE = {"bucket_mb", "overlap", "failure_limit", "strict_names"}
@@ -115,6 +117,8 @@ def test_updates_and_state_are_those_of_the_reference(row: Row) -> None:
     reference = reference_of(params, options)
     optimizer = Shampoo(params.items(), factor_dtype="float64", root_dtype="float64", **options)
     wrong: dict[str, Any]
+    both = "matmul_precision" in options and options.get("root_format", "packed") != "packed"
+    bound = NARROW_AND_LOWERED if both else BOUND
     for step in range(STEPS):
         for n, p in enumerate(params.values()):
             p.grad = made_up(p, step, n)
@@ -125,8 +129,8 @@ def test_updates_and_state_are_those_of_the_reference(row: Row) -> None:
         moved = {n: p.detach() - before[n] for n, p in params.items()}
         expected = {n: value - expected_before[n] for n, value in reference.values().items()}
         wrong = {n: deviation(moved[n], expected[n]) for n in params}
-        assert max(wrong.values()) < BOUND, (step, options, wrong)
+        assert max(wrong.values()) < bound, (step, options, wrong)
         if step % 6 == 5:
-            wrong = {n: value for n, value in state_deviations(optimizer, reference).items() if not value < BOUND}
+            wrong = {n: value for n, value in state_deviations(optimizer, reference).items() if not value < bound}
             assert not wrong, (step, options)
     assert all(torch.isfinite(p).all() for p in params.values())
