@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.combinations import FEW, IN_BASIS, OPTIONS, VALUES, Row, options_of
+from tests.support.combinations import BOTH_ROUND, FEW, FEW_ROUNDED, IN_BASIS, OPTIONS, VALUES, Row, options_of
 from tests.support.exactness import assert_on_trajectory, assert_ranks_agree
 from tests.support.fsdp_runs import Run
 from tests.support.fsdp_runs import expected as expected_run
@@ -18,6 +18,7 @@ STEPS = 20
 FLOAT64_BOUND = 1e-10
 # An operand whose last bits differ may be rounded the other way, above all those of bases with close eigenvalues.
 LOWERED = {"float32": 5e-4, "float64": 1e-6}
+KEPT_AND_LOWERED = 2e-3  # in float32, measured 1.1e-3: SOAP whose bases a tolerance keeps
 NARROW_AND_LOWERED = 5e-3  # in float32: an operand and then a stored root, each rounded the other way
 # The model's awkward shapes need some other numbers: its dims are 5 to 27, and an absolute ridge must fit the scale of
 # its gradients. Roots and bases start only when no factor is rank-deficient any more.
@@ -55,7 +56,8 @@ def bound_of(row: Row) -> str:
 
 
 CHECKS = []
-for number, row in enumerate(FEW):
+ROWS = [*FEW, *FEW_ROUNDED, *BOTH_ROUND]
+for number, row in enumerate(ROWS):
     CHECKS += [
         Check(
             f"combination{number}_zero{stage}",
@@ -72,20 +74,23 @@ FSDP = [
         "fsdp:final_parameters",
         Run(settings="default", dtype="float64", steps=STEPS, extra=on_ranks(row, strict=False)),
     )
-    for number, row in enumerate(FEW)
+    for number, row in enumerate(ROWS)
 ]
 
 
 def test_the_runs_hold_all_values() -> None:
-    held = {(option, number) for row in FEW for option, number in zip(OPTIONS, row, strict=True)}
+    held = {(option, number) for row in FEW + FEW_ROUNDED for option, number in zip(OPTIONS, row, strict=True)}
     assert held == {(option, number) for option, values in VALUES.items() for number in range(len(values))}
     assert len(FEW) <= 12
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=named)
 def test_under_zero_the_trajectory_is_that_of_the_reference(check: Check, ask: Ask) -> None:
-    bound = LOWERED["float32"] if "matmul_precision" in check.argument.options else None
-    assert_on_trajectory(check, ask, bound and (NARROW_AND_LOWERED if check.argument.settings == "default" else bound))
+    options, bound = check.argument.options, None
+    if "matmul_precision" in options:
+        bound = KEPT_AND_LOWERED if "refresh_tolerance" in options else LOWERED["float32"]
+        bound = NARROW_AND_LOWERED if check.argument.settings == "default" else bound
+    assert_on_trajectory(check, ask, bound)
 
 
 @pytest.mark.parametrize("check", FSDP, ids=named)

@@ -238,7 +238,8 @@ def test_collectives_of_accelerators_are_those_of_their_plan(framework: str, mon
 def test_advice_keeps_the_budgets_and_is_the_first_that_does(overhead: float) -> None:
     parameters, h100 = parameters_of("llama-3.2-1b"), HARDWARE["h100"]
     made = estimate(parameters, 8, "fsdp2", ShampooConfig())
-    budget = 1.5 * max(made.state_bytes)  # advice counts with the tolerance for blocks that stay where they are
+    # Advice is for the solver that is cheapest on accelerators, which keeps bases next to roots.
+    budget = 1.1 * max(estimate(parameters, 8, "fsdp2", ShampooConfig(solver="qr")).state_bytes)
     found = advise(parameters, ShampooConfig(), made, h100, overhead, budget, tokens=131072)
     assert found is not None
     assert found.prediction.over_adamw is not None and found.prediction.over_adamw <= overhead

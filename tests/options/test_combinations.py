@@ -17,6 +17,7 @@ from shampoo_deepspeed.algorithm.formats import stored_forms
 from shampoo_deepspeed.options.config import GROUP_ONLY, OPTION_NAMES, options_with
 from tests.support.combinations import (
     ALONE,
+    BOTH_ROUND,
     NO_PAIRS,
     OPTIONS,
     PAIRS,
@@ -107,7 +108,14 @@ def test_options_that_do_not_combine_are_an_error_that_names_what_is_allowed() -
 
 # In a hurry, every second value alone with the default preconditioner is enough.
 FAST = [row for row in ALONE if row[0] == 0][::2]
-ROWS = [*FAST, *(pytest.param(row, marks=pytest.mark.slow) for row in dict.fromkeys(ALONE + PAIRS) if row not in FAST)]
+ROWS = [
+    *FAST,
+    *(
+        pytest.param(row, marks=pytest.mark.slow)
+        for row in dict.fromkeys(ALONE + PAIRS + BOTH_ROUND)
+        if row not in FAST
+    ),
+]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=label)
@@ -117,8 +125,7 @@ def test_updates_and_state_are_those_of_the_reference(row: Row) -> None:
     reference = reference_of(params, options)
     optimizer = Shampoo(params.items(), factor_dtype="float64", root_dtype="float64", **options)
     wrong: dict[str, Any]
-    both = "matmul_precision" in options and options.get("root_format", "packed") != "packed"
-    bound = NARROW_AND_LOWERED if both else BOUND
+    bound = NARROW_AND_LOWERED if row in BOTH_ROUND else BOUND
     for step in range(STEPS):
         for n, p in enumerate(params.values()):
             p.grad = made_up(p, step, n)

@@ -116,7 +116,11 @@ LEFT_OUT: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
     ("bases", 1): {"schedule": (0, 3, 5)},
     ("bases", 2): {"regularisation": (2, 3), "schedule": (0, 3, 5)},
     ("bases", 4): {"regularisation": (2, 3), "schedule": (0, 3, 5)},
+    # Where rounded operands end in the middle of two stored numbers, the last bit decides: `BOTH_ROUND` holds these.
+    **{("precision", n): {"formats": (2, 3)} for n in (1, 2)},
 }
+# Values that round, by the indices of values: only up to that can runs agree whose last bits differ.
+ROUNDS: dict[str, tuple[int, ...]] = {"precision": (1, 2), "formats": (2, 3)}
 
 
 def _pairs_in(table: dict[tuple[str, int], dict[str, tuple[int, ...]]]) -> set[tuple[Value, Value]]:
@@ -183,18 +187,35 @@ def rows_with_bases_from_the_first_gradients() -> set[Row]:
     return {tuple(values.get(option, 0) for option in range(len(SIZES))) for values in plain}
 
 
+def exact_part(row: Row) -> Row:
+    """Return the row without values that round."""
+    return tuple(0 if n in ROUNDS.get(option, ()) else n for option, n in zip(OPTIONS, row, strict=True))
+
+
+def with_rounding(rows: list[Row]) -> list[Row]:
+    """Return rows with each value that rounds, in turn on these."""
+    values = [(OPTIONS.index(option), n) for option, numbers in ROUNDS.items() for n in numbers]
+    return [_with(rows[k], {option: n}) for k, (option, n) in enumerate(values)]
+
+
+def _with(row: Row, values: dict[int, int]) -> Row:
+    return tuple(values.get(option, n) for option, n in enumerate(row))
+
+
 def rows_of_all_values() -> list[Row]:
-    """Return few rows that together contain every value, and each preconditioner once at least.
+    """Return few rows that together contain every value that does not round, and each preconditioner once at least.
 
     Options of large dims have an effect only if there are large dims, which needs the smallest block size.
     """
     large, block = OPTIONS.index("large_dim"), OPTIONS.index("block")
-    missing = {(option, n) for option, size in enumerate(SIZES) for n in range(size)}
+    values = {(option, n) for option, size in enumerate(SIZES) for n in range(size)}
+    missing = {(option, n) for option, n in values if n not in ROUNDS.get(OPTIONS[option], ())}
     found: list[Row] = []
     for preconditioner in (1, 2, 0, 1, 5, 3, 4, 0, 1, 2, 1):
         chosen = {0: preconditioner}
         for option in sorted(range(1, len(SIZES)), key=lambda n: -SIZES[n]):
             able = [n for n in range(SIZES[option]) if all(combines((option, n), other) for other in chosen.items())]
+            able = [n for n in able if n not in ROUNDS.get(OPTIONS[option], ())]
             if (option == block and chosen[large]) or (option == large and preconditioner != 1):
                 able = [0]
             new = [n for n in able if (option, n) in missing]
@@ -207,6 +228,12 @@ def rows_of_all_values() -> list[Row]:
 PAIRS = rows_of_pairs()
 ALONE = rows_of_single_values()
 FEW = rows_of_all_values()
+FEW_ROUNDED = with_rounding(FEW)
+# Each of two rules with both kinds of rounding.
+BOTH_ROUND = [
+    _with(row_of((0, p)), {OPTIONS.index("precision"): precision, OPTIONS.index("formats"): form})
+    for p, precision, form in ((1, 1, 2), (2, 2, 3))
+]
 
 
 def label(row: Row) -> str:
