@@ -19,6 +19,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # else blocks would be comput
 import pytest
 from hypothesis import settings
 
+from shampoo_deepspeed.algorithm import background
 from tests.support.torch_settings import assert_same_settings, torch_settings
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
@@ -64,3 +65,14 @@ def _leaves_torch_as_it_was() -> Iterator[None]:
     before = torch_settings()
     yield
     assert_same_settings(before)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_refresh_under_way(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Else its thread would still compute during the next test, where operators are counted or replaced.
+
+    It asks for ``monkeypatch`` so that what the test has replaced is still in place meanwhile.
+    """
+    yield
+    if background._executor.cache_info().currsize:
+        background._executor().submit(int).result(timeout=60)  # the thread does one after another
