@@ -272,8 +272,13 @@ def random_bits(seeds: Tensor, start: int, count: int) -> Tensor:
     They are the lowest 16 bits of the hash "lowbias32" (Wellons, github.com/skeeto/hash-prospector) of the seed plus
     0x9e3779b9 times the element, all modulo 2^32.
     """
-    elements = torch.arange(start, start + count, dtype=torch.int32, device=seeds.device)
-    return _hashed_(elements.mul_(_signed(0x9E3779B9)) + seeds.unsqueeze(1)).bitwise_and_(0xFFFF)
+    return bits_of(seeds, torch.arange(start, start + count, dtype=torch.int32, device=seeds.device))
+
+
+def bits_of(seeds: Tensor, elements: Tensor) -> Tensor:
+    """`random_bits` of elements [n] by their numbers, which count modulo 2^32: int32 [B, n]."""
+    spread = elements.to(torch.int32) * _signed(0x9E3779B9)
+    return _hashed_(spread + seeds.unsqueeze(1)).bitwise_and_(0xFFFF)
 
 
 def _hashed_(x: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ results do not depend on how the parameter is sharded.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from shampoo_deepspeed.algorithm.formats import bits_of, salts_of, seeds_of, to_bfloat16
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.boxes import Box, row_major
 from shampoo_deepspeed.options.checks import OptionError
@@ -78,39 +78,25 @@ def _randomly_rounded(unit: StepUnit, tensor: int, wide: Tensor) -> Tensor:
     for shard in unit.layout.shards:
         if shard.tensor == tensor:
             parameter = unit.parameters[shard.parameter]
-            noise = random_bits(parameter.key, parameter.shape, shard.box, unit.steps[shard.parameter], wide.device)
+            bits = random_bits(parameter.key, parameter.shape, shard.box, unit.steps[shard.parameter], wide.device)
             part = rounded[shard.offset : shard.offset + shard.box.numel]
-            part.copy_(stochastically_rounded(part, noise))
+            part.copy_(stochastically_rounded(part, bits))
     return rounded
 
 
-def stochastically_rounded(values: Tensor, noise: Tensor) -> Tensor:
-    """Float32 values rounded to bfloat16's grid, up with the probability of their distance from the lower neighbour.
+def stochastically_rounded(values: Tensor, bits: Tensor) -> Tensor:
+    """Float32 values in bfloat16, up with the probability of their distance from the lower neighbour.
 
     Args:
-        noise: int64 in [0, 2^16), uniform, of the same shape.
+        bits: `random_bits` of the same shape.
     """
-    bits = values.float().view(torch.int32)
-    moved = ((bits.long() + noise) & ~0xFFFF).to(torch.int32).view(torch.float32)
-    return torch.where(torch.isfinite(values) & torch.isfinite(moved), moved, values)
+    return torch.where(values.isfinite(), to_bfloat16(values.float(), bits), values.to(torch.bfloat16))
 
 
 def random_bits(key: str, shape: Sequence[int], box: Box, step: int, device: torch.device) -> Tensor:
-    """16 random bits for each element of a box of a parameter, flat, as int64: SplitMix64 of (key, step, element)."""
+    """16 random bits for each element of a box of a parameter, flat: `formats.random_bits` of (key, step, element)."""
     place = torch.zeros((), dtype=torch.int64, device=device)
     for stride, offset, length in zip(row_major(shape), box.offsets, box.lengths, strict=True):
         place = place.unsqueeze(-1) + torch.arange(offset, offset + length, device=device) * stride
-    seed = _mixed(torch.full((), (zlib.crc32(key.encode()) << 31) ^ step, dtype=torch.int64, device=device))
-    return _mixed(place.reshape(-1) + seed) & 0xFFFF
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """SplitMix64's finalizer (Steele, Lea, Flood 2014) in wrapping int64 arithmetic."""
-    x = x * _signed(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
+    seeds = seeds_of(salts_of([key], device), "weight", step)
+    return bits_of(seeds, place.reshape(-1)).squeeze(0)

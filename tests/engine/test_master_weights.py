@@ -93,8 +93,8 @@ def test_steps_below_bfloat16s_resolution_are_lost_only_by_rounding_to_nearest(
 def test_stochastic_rounding_goes_up_as_often_as_the_distance_says() -> None:
     low, high = torch.tensor(1.0), torch.tensor(1.0078125)  # neighbours in bfloat16
     values = torch.full((100_000,), 1.0) + 0.3 * (high - low)
-    noise = random_bits("w", values.shape, whole(values.shape), 1, CPU)
-    rounded = stochastically_rounded(values, noise)
+    bits = random_bits("w", values.shape, whole(values.shape), 1, CPU)
+    rounded = stochastically_rounded(values, bits)
     assert set(rounded.unique().tolist()) == {low.item(), high.item()}
     assert (rounded == high).float().mean().item() == pytest.approx(0.3, abs=0.01)
 
@@ -102,9 +102,9 @@ def test_stochastic_rounding_goes_up_as_often_as_the_distance_says() -> None:
 def test_stochastic_rounding_leaves_what_bfloat16_holds() -> None:
     values = torch.tensor([0.0, -0.0, 1.5, -3.0, float("inf"), float("-inf"), 3.3895e38])
     values = values.to(torch.bfloat16).float()
-    noise = torch.full(values.shape, 0xFFFF)
-    assert same_bits(stochastically_rounded(values, noise), values)
-    assert stochastically_rounded(torch.tensor([float("nan")]), torch.tensor([5])).isnan().all()
+    bits = torch.full(values.shape, 0xFFFF, dtype=torch.int32)
+    assert same_bits(stochastically_rounded(values, bits).float(), values)
+    assert stochastically_rounded(torch.tensor([float("nan")]), torch.tensor([5], dtype=torch.int32)).isnan().all()
 
 
 def test_random_bits_depend_on_the_place_in_the_parameter_not_on_the_shard() -> None:
