@@ -1,6 +1,6 @@
 """Step time, whole training and peak memory on a GPU: Llama-like models of 350 M and 1 B parameters.
 
-    python -m benchmarks.accelerator [--size 350m 1b] [--block 1024 2048] [--solver eigh coupled_newton newton_db]
+    python -m benchmarks.accelerator [--size 350m 1b] [--block 1024 2048] [--solver eigh coupled_newton]
 
 Contestants are built, timed and freed one after the other, because two of them may not fit into memory together. Each
 starts from the same seeds, and all learning rates are 0. So all get the same gradients: those of random tokens in the
@@ -250,7 +250,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--size", nargs="+", default=["350m", "1b"], choices=SIZES)
     made.add_argument("--block", type=int, nargs="+", default=[1024, 2048], help="SOAP and the loop use the first")
-    made.add_argument("--solver", nargs="+", default=["eigh", "coupled_newton", "newton_db"], choices=SOLVERS)
+    made.add_argument("--solver", nargs="+", default=["eigh", "coupled_newton"], choices=SOLVERS)
     made.add_argument("--tokens", type=int, default=16384, help="per step; a multiple of --sequence-length")
     made.add_argument("--sequence-length", type=int, default=1024)
     made.add_argument("--recompute", action="store_true", help="activation checkpointing, if memory is short")

@@ -117,7 +117,6 @@ class Newton(NamedTuple):
 
 
 COUPLED = {True: Newton(99, 11, 70.0), False: Newton(100, 10, 69.0)}  # whether the root is 4
-DENMAN_BEAVERS = {True: Newton(112, 10, 99.0, 17), False: Newton(99, 10, 74.0)}
 QR_ON_CPU = 0.7
 BOUND = 6  # products of the bound of the largest eigenvalue
 # Passes of an iteration over each matrix, and over one that all blocks of a batch share: identities.
@@ -138,7 +137,7 @@ def factor_dims(shape: tuple[int, ...], config: ShampooConfig) -> list[int]:
 
 
 def solver_in_force(config: ShampooConfig, count: int, accelerator: bool = True) -> str:
-    """The solver of a block with so many factor matrices: eigh, qr, coupled_newton or newton_db."""
+    """The solver of a block with so many factor matrices: eigh, qr or coupled_newton."""
     if config.tracks_basis:
         return "qr"
     if config.parts.in_basis or config.keeps_basis:
@@ -242,18 +241,12 @@ def guarded_launches(config: ShampooConfig, order: int) -> tuple[float, float]:
     return of_stack, float(GUARD_LAUNCHES * (1 + parts.in_basis))
 
 
-def newton_iterations(solver: str, root: int, ridge: float) -> int:
+def newton_iterations(root: int, ridge: float) -> int:
     """Iterations until the smallest eigenvalue has converged, that is ``ridge`` times the largest.
 
-    It grows by (1 + 1/p)^p in each, from (p + 1) / 2 times the ridge in the coupled iteration; four more are quadratic.
-    ``newton_db`` takes square roots, of which the second one sees the root of the ridge.
+    It grows by (1 + 1/p)^p in each, from (p + 1) / 2 times the ridge; four more are quadratic.
     """
-    if solver == "coupled_newton":
-        return _until_converged(root, 0.5 * (root + 1) * ridge)
-    return sum(_until_converged(2, ridge ** (0.5**n)) for n in range(max(1, root.bit_length() - 1)))
-
-
-def _until_converged(root: int, start: float) -> int:
+    start = 0.5 * (root + 1) * ridge
     return max(0, math.ceil(-math.log(start) / (root * math.log1p(1.0 / root)))) + 4
 
 
@@ -291,19 +284,19 @@ def refresh_work(
             work += Work(full=turned, full_bytes=FLOAT * 2.0 * sum(2.0 * numel + d * d for d in dims))
         return work
     root = round(config.root(count))
-    iterations = newton_iterations(solver, root, config.relative_epsilon)
-    newton = (COUPLED if solver == "coupled_newton" else DENMAN_BEAVERS)[root == 4]
-    products = BOUND + iterations * _products_of_iteration(solver, root)
+    iterations = newton_iterations(root, config.relative_epsilon)
+    newton = COUPLED[root == 4]
+    products = BOUND + iterations * _products_of_iteration(root)
     passes = newton.passes + iterations * NEWTON_PASSES + (SCALED.passes if parts.whitens else 0.0)
     passes += (SHARED_AT_FIRST + iterations * SHARED_PASSES) / batch
-    squarings = BOUND + (iterations * (root.bit_length() - 1) if solver == "coupled_newton" else 0)
+    squarings = BOUND + iterations * (root.bit_length() - 1)
     moved = 3.0 * products - squarings  # these read one matrix
     return Work(full=2.0 * products * cubes, full_bytes=FLOAT * moved * squares, nbytes=FLOAT * passes * squares)
 
 
-def _products_of_iteration(solver: str, root: int) -> int:
-    """Products of an iteration: X E, the power of E by squarings, and its product with M; or Y E, E Z and Z Y."""
-    return 2 + root.bit_length() - 1 + bin(root).count("1") - 1 if solver == "coupled_newton" else 3
+def _products_of_iteration(root: int) -> int:
+    """Products of an iteration: X E, the power of E by squarings, and its product with M."""
+    return 2 + root.bit_length() - 1 + bin(root).count("1") - 1
 
 
 def _bytes_of(solver: str, in_basis: bool, whitens: bool) -> float:
@@ -326,8 +319,8 @@ def refresh_launches(config: ShampooConfig, order: int, batch: float, accelerato
             return launches + ONE_BY_ONE_LAUNCHES * batch, reads + ONE_BY_ONE_READS * batch
         return launches, reads
     root = round(config.root(order))
-    iterations = newton_iterations(solver, root, config.relative_epsilon)
-    newton = (COUPLED if solver == "coupled_newton" else DENMAN_BEAVERS)[root == 4]
+    iterations = newton_iterations(root, config.relative_epsilon)
+    newton = COUPLED[root == 4]
     of_mode = newton.launches + iterations * newton.launches_each
     launches = order * of_mode + (SCALED.launches if parts.whitens else 0)
     return float(launches), float(order * (newton.reads + iterations))

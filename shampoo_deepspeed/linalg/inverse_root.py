@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.linalg.mode_products import product
-from shampoo_deepspeed.linalg.newton import DB_ROOTS, coupled_newton, newton_db
+from shampoo_deepspeed.linalg.newton import coupled_newton
 from shampoo_deepspeed.linalg.precision import full_precision, no_switch_counts, power, row_means
 
 # From this many elements on, the CPU finds the extremes of a row faster by a separate call.
@@ -45,7 +45,7 @@ def inverse_root(
 ) -> tuple[Tensor, list[int]]:
     """A^(-1/root) of each matrix of a stack (arXiv 2309.06497, section 4.1).
 
-    Eigenvalues are regularised (``regularised``); one that is zero then gets root 0. The iterative solvers shift by an
+    Eigenvalues are regularised (``regularised``); one that is zero then gets root 0. Coupled Newton shifts by an
     upper bound of l_max (``newton.upper_bound``). A matrix that does not converge goes to the eigendecomposition; if
     that fails or is not finite, it is repeated in float64.
 
@@ -55,7 +55,7 @@ def inverse_root(
         root: p > 0.
         epsilon, relative_epsilon: absolute and relative regularisation, >= 0.
         dtype: dtype of the result.
-        solver: ``"auto" | "eigh" | "coupled_newton" | "newton_db"``; ``chosen_solver`` may replace it.
+        solver: ``"auto" | "eigh" | "coupled_newton"``; ``chosen_solver`` may replace it.
         damping: ``"shift" | "cutoff" | "saturate"``; the last two need the eigenvalues, so they always decompose.
         in_float64: decompose float32 matrices in float64 too. This takes about twice the time. The root is then
             accurate to rounding even if the ridge is near the rounding error of the largest eigenvalue.
@@ -75,10 +75,9 @@ def inverse_root(
         roots, failed = _by_eigh(work, rule, in_float64)
         return roots.to(dtype), failed
     work = symmetric(work)
-    iteration = coupled_newton if solver == "coupled_newton" else newton_db
     independent = no_switch_counts()
     with nullcontext() if independent else full_precision(work.device.type):
-        roots, left = iteration(work.double() if independent else work, int(root), epsilon, relative_epsilon)
+        roots, left = coupled_newton(work.double() if independent else work, int(root), epsilon, relative_epsilon)
     left = sorted({*left, *non_finite(roots)})
     if not left:
         return roots.to(dtype), []
@@ -100,8 +99,7 @@ def chosen_solver(solver: str, work: Tensor, root: float, relative_epsilon: floa
     if solver == "auto":
         covered = relative_epsilon >= 4.0 * torch.finfo(work.dtype).eps
         return "coupled_newton" if work.device.type != "cpu" and newton and covered else "eigh"
-    able = newton if solver == "coupled_newton" else root in DB_ROOTS
-    return solver if able else "eigh"
+    return solver if newton else "eigh"
 
 
 def inverse_power(values: Tensor, root: float) -> Tensor:

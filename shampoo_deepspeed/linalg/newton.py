@@ -1,14 +1,11 @@
-"""Inverse p-th roots by matrix products alone: coupled Newton and Newton-DB iterations on stacks. Pure functions.
+"""Inverse p-th roots by matrix products alone: the coupled Newton iteration on stacks. Pure functions.
 
-For devices on which an eigendecomposition is slow and products are fast. Both iterations start from a matrix M with
-eigenvalues in (0, (p + 1) / 2] and drive it to the identity by ``E = I - (M - I) / p``. Each matrix of a stack stops
-independently; one that does not converge is left to the caller.
+For devices on which an eigendecomposition is slow and products are fast. It starts from a matrix M with eigenvalues in
+(0, (p + 1) / 2] and drives it to the identity by ``E = I - (M - I) / p``. Each matrix of a stack stops independently;
+one that does not converge is left to the caller.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,10 +14,8 @@ from shampoo_deepspeed.linalg.mode_products import bmm
 from shampoo_deepspeed.linalg.precision import elementwise, power
 
 MAX_ITERATIONS = 100
-DB_ROOTS = (1, 2, 4, 8)  # those that newton_db can compute, by repeated square roots
 _SQUARINGS = 6
 _STALL_BELOW = 1e-2
-State: TypeAlias = tuple[Tensor, Tensor]
 
 
 def coupled_newton(matrices: Tensor, root: int, epsilon: float, relative_epsilon: float) -> tuple[Tensor, list[int]]:
@@ -40,38 +35,8 @@ def coupled_newton(matrices: Tensor, root: int, epsilon: float, relative_epsilon
     regular, bound = with_ridge(matrices, epsilon, relative_epsilon)
     scale = (root + 1) / (2.0 * bound)
     start = _identity(matrices) * power(scale, 1.0 / root)
-
-    def advance(state: State, step: Tensor) -> State:
-        return bmm(state[0], step), bmm(_whole_power(step, root), state[1])
-
-    (found, _), failed = _iterate((start, regular * scale), root, lambda state: state[1], advance)
+    found, failed = _iterate(start, regular * scale, root)
     return _symmetric(found), failed
-
-
-def newton_db(matrices: Tensor, root: int, epsilon: float, relative_epsilon: float) -> tuple[Tensor, list[int]]:
-    """A^(-1/root) by square roots of square roots, each by the product form of Denman and Beavers' iteration.
-
-    Y <- Y E and Z <- E Z with M = Z Y, from Y = A / s and Z = I, give A^(1/2) and A^(-1/2) (Higham, Functions of
-    Matrices, equation 6.35).
-
-    Args:
-        root: 1, 2, 4 or 8. The other arguments and the result are as for ``coupled_newton``.
-    """
-    regular, bound = with_ridge(matrices, epsilon, relative_epsilon)
-    square, failed = regular / bound, set()
-    inverse = square
-    for _ in range(max(1, root.bit_length() - 1)):
-        (square, inverse), wrong = _iterate(
-            (square, _identity(matrices)),
-            2,
-            lambda state: bmm(state[1], state[0]),
-            lambda state, step: (bmm(state[0], step), bmm(step, state[1])),
-        )
-        square = _symmetric(square)
-        failed.update(wrong)
-    if root == 1:
-        inverse = bmm(inverse, inverse)
-    return _symmetric(inverse) * power(bound, -1.0 / root), sorted(failed)
 
 
 def with_ridge(matrices: Tensor, epsilon: float, relative_epsilon: float) -> tuple[Tensor, Tensor]:
@@ -101,40 +66,36 @@ def upper_bound(matrices: Tensor) -> Tensor:
     return torch.where(size == 0, 0.0, elementwise(torch.exp, logarithm).to(matrices.dtype))
 
 
-def _iterate(
-    state: State, root: int, product: Callable[[State], Tensor], advance: Callable[[State, Tensor], State]
-) -> tuple[State, list[int]]:
-    """Advance each matrix until its M is the identity; return the state and the rows that did not converge.
+def _iterate(roots: Tensor, driven: Tensor, root: int) -> tuple[Tensor, list[int]]:
+    """X <- X E and M <- E^root M for each matrix until its M is the identity; X, and the rows that did not converge.
 
     With e = ||M - I||_F, the next step's error is O(e^2). So a matrix whose e is near the root of the rounding unit
     takes one more step and is done. So does one whose e is small but was not even halved: only rounding keeps it there.
     Converged matrices are removed from the batch.
     """
-    d, dtype = state[0].shape[-1], state[0].dtype
+    d, dtype = roots.shape[-1], roots.dtype
     tolerance = max(torch.finfo(dtype).eps ** 0.5, 4.0 * d * torch.finfo(dtype).eps)
     hopeless = 4.0 * (root + 1) * d**0.5
-    out = torch.full_like(state[0], torch.nan), torch.full_like(state[1], torch.nan)
-    rows, before = list(range(len(state[0]))), [torch.inf] * len(state[0])
+    out = torch.full_like(roots, torch.nan)
+    rows, before = list(range(len(roots))), [torch.inf] * len(roots)
     failed: list[int] = []
     for _ in range(MAX_ITERATIONS):
         if not rows:
             break
-        residual = product(state) - torch.eye(d, dtype=dtype, device=state[0].device)
+        residual = driven - torch.eye(d, dtype=dtype, device=roots.device)
         errors = torch.linalg.matrix_norm(residual).tolist()
-        step = torch.eye(d, dtype=dtype, device=state[0].device) - residual / root
+        step = torch.eye(d, dtype=dtype, device=roots.device) - residual / root
         stalled = [last <= _STALL_BELOW and error > last / 2 for error, last in zip(errors, before, strict=True)]
         done = [n for n, error in enumerate(errors) if error <= tolerance or (stalled[n] and error < _STALL_BELOW)]
         going = [n for n, error in enumerate(errors) if error < hopeless and n not in done]
         failed += [rows[n] for n in range(len(rows)) if not errors[n] < hopeless]
         if done:
-            last = advance((state[0][done], state[1][done]), step[done])
-            for whole, part in zip(out, last, strict=True):
-                whole[[rows[n] for n in done]] = part
+            out[[rows[n] for n in done]] = bmm(roots[done], step[done])
         if len(going) < len(rows):
-            state, step = (state[0][going], state[1][going]), step[going]
+            roots, driven, step = roots[going], driven[going], step[going]
             rows, errors = [rows[n] for n in going], [errors[n] for n in going]
         if rows:
-            state, before = advance(state, step), errors
+            roots, driven, before = bmm(roots, step), bmm(_whole_power(step, root), driven), errors
     return out, sorted(failed + rows)
 
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from shampoo_deepspeed.linalg.newton import DB_ROOTS
 from shampoo_deepspeed.options.checks import bad
 from shampoo_deepspeed.options.choices import OF_BASES
 
@@ -87,12 +86,8 @@ def _check_regularisation(config: ShampooConfig) -> None:
 def _check_solver(config: ShampooConfig) -> None:
     given = config.exponent_override
     for root in given if isinstance(given, tuple) else (given,):
-        allowed = None
         if config.solver == "coupled_newton" and root is not None and root != int(root):
             allowed = f"auto or eigh with exponent_override = {root}; coupled_newton needs an integer"
-        if config.solver == "newton_db" and root is not None and root not in DB_ROOTS:
-            allowed = f"auto or eigh with exponent_override = {root}; newton_db needs 1, 2, 4 or 8"
-        if allowed:
             raise bad("solver", config.solver, allowed)
 
 

@@ -136,10 +136,10 @@ OPTIONS_THAT_CLASH: list[tuple[Groups, dict[str, Any], str]] = [
     (({"params": NAMES, "start_preconditioning_step": 10},), {"precondition_frequency": 50}, ""),
     (
         apart(
-            PLAIN | {"solver": "newton_db", "exponent_override": 8},
-            PLAIN | {"solver": "newton_db", "exponent_override": 4},
+            PLAIN | {"solver": "coupled_newton", "exponent_override": 8},
+            PLAIN | {"solver": "coupled_newton", "exponent_override": 4},
         ),
-        PLAIN | {"exponent_override": 3},
+        PLAIN | {"exponent_override": 2.5},
         "group 0 keeps its own options except lr, as the checkpoint's do not fit them: Shampoo option 'solver'",
     ),
 ]

@@ -39,7 +39,7 @@ def on_ranks(row: Row, strict: bool) -> dict[str, Any]:
     long = options.get("grafting") in ("none", "normalized_adam") or "momentum" in options
     options |= {"rules": rules, "lr": 1e-3 if long else 1e-2}
     # Their relative ridge is not quite the reference's.
-    iterative = options.get("solver") in ("coupled_newton", "newton_db")
+    iterative = options.get("solver") == "coupled_newton"
     if options["preconditioner"] == "kl_shampoo" and iterative:  # in float32, roots -1/2 of singular factors are noise
         options["start_preconditioning_step"] = 13
     if options["preconditioner"] in IN_BASIS:  # larger factor matrices are nearly singular at its first basis

@@ -1,9 +1,8 @@
-"""Iterative solvers: roots of a float64 eigendecomposition, a bound that holds, and a fallback if they fail."""
+"""The iterative solver: roots of a float64 eigendecomposition, a bound that holds, and a fallback if they fail."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor
 from shampoo_deepspeed import OptionError, ShampooConfig
 from shampoo_deepspeed.linalg import newton
 from shampoo_deepspeed.linalg.inverse_root import chosen_solver, inverse_root
-from shampoo_deepspeed.linalg.newton import coupled_newton, newton_db, upper_bound, with_ridge
+from shampoo_deepspeed.linalg.newton import coupled_newton, upper_bound, with_ridge
 from shampoo_deepspeed.linalg.precision import full_precision
 from tests.support.matrices import basis, compose
 from tests.support.stepping import drive, parameter, shampoo, snapshot
@@ -33,11 +32,7 @@ SPECTRA: dict[str, Tensor] = {
     "geometric_1e-12": torch.logspace(0, -12, D, dtype=F64),
     "clustered": torch.tensor([1.0 if n % 3 else 1e-4 for n in range(D)], dtype=F64),
 }
-SOLVERS: list[tuple[Callable[..., Any], int]] = [
-    *((coupled_newton, p) for p in (1, 2, 3, 4, 6, 8)),
-    *((newton_db, p) for p in (1, 2, 4, 8)),
-]
-named = pytest.mark.parametrize(("solve", "p"), SOLVERS, ids=[f"{f.__name__}_{p}" for f, p in SOLVERS])
+roots = pytest.mark.parametrize("p", [1, 2, 3, 4, 6, 8])
 
 
 def stack(dtype: torch.dtype = F64) -> Tensor:
@@ -51,23 +46,21 @@ def exact(matrices: Tensor, p: int, ridge: Tensor) -> Tensor:
     return (q * (values.clamp_min(0.0) + ridge.flatten(1)).pow(-1.0 / p).unsqueeze(-2)) @ q.mT
 
 
-@named
-def test_float64_roots_are_those_of_the_eigendecomposition(solve: Callable[..., Any], p: int) -> None:
+@roots
+def test_float64_roots_are_those_of_the_eigendecomposition(p: int) -> None:
     matrices = stack()
-    found, failed = solve(matrices, p, 0.0, 1e-6)
+    found, failed = coupled_newton(matrices, p, 0.0, 1e-6)
     assert failed == []
     for name, root, expected in zip(SPECTRA, found, exact(matrices, p, 1e-6 * upper_bound(matrices)), strict=True):
         assert relative_error(root, expected) < 1e-9, name
 
 
-@named
+@roots
 @pytest.mark.parametrize("relative", [1e-6, 1e-4])
-def test_float32_roots_are_right_within_the_rounding_of_the_matrix(
-    solve: Callable[..., Any], p: int, relative: float
-) -> None:
+def test_float32_roots_are_right_within_the_rounding_of_the_matrix(p: int, relative: float) -> None:
     """As for eigh, dA moves the root by up to ||dA|| / (p * smallest eigenvalue), and dA is a few roundings."""
     matrices = stack(torch.float32)
-    found, failed = solve(matrices, p, 0.0, relative)
+    found, failed = coupled_newton(matrices, p, 0.0, relative)
     assert failed == []
     bound = upper_bound(matrices.double())
     for n, expected in enumerate(exact(matrices, p, relative * bound)):
@@ -77,11 +70,10 @@ def test_float32_roots_are_right_within_the_rounding_of_the_matrix(
         assert relative_error(found[n], expected) < allowed, list(SPECTRA)[n]
 
 
-@pytest.mark.parametrize("solve", [coupled_newton, newton_db])
-def test_what_gradients_see_of_a_float32_root_is_right(solve: Callable[..., Any]) -> None:
+def test_what_gradients_see_of_a_float32_root_is_right() -> None:
     """That is the error of A^(-1/4) A^(1/2), because directions of small eigenvalues are those of small gradients."""
     matrices = stack(torch.float32)
-    found, _ = solve(matrices, 4, 0.0, 1e-6)
+    found, _ = coupled_newton(matrices, 4, 0.0, 1e-6)
     values, q = torch.linalg.eigh(matrices.double())
     half = (q * values.clamp_min(0).sqrt().unsqueeze(-2)) @ q.mT
     expected = exact(matrices, 4, 1e-6 * upper_bound(matrices.double()))
@@ -122,24 +114,23 @@ BAD = {
 }
 
 
-@named
-def test_a_matrix_that_cannot_converge_is_reported_and_changes_no_other(solve: Callable[..., Any], p: int) -> None:
+@roots
+def test_a_matrix_that_cannot_converge_is_reported_and_changes_no_other(p: int) -> None:
     good = stack(torch.float32)
     mixed = torch.cat([torch.stack(list(BAD.values())), good])
-    found, failed = solve(mixed, p, 0.0, 1e-5)
+    found, failed = coupled_newton(mixed, p, 0.0, 1e-5)
     assert failed == list(range(len(BAD)))
-    alone, _ = solve(good, p, 0.0, 1e-5)
+    alone, _ = coupled_newton(good, p, 0.0, 1e-5)
     torch.testing.assert_close(found[len(BAD) :], alone, rtol=1e-5, atol=0.0)
 
 
-@pytest.mark.parametrize("solver", ["coupled_newton", "newton_db"])
-def test_rows_that_fail_fall_back_to_the_eigendecomposition(solver: str) -> None:
+def test_rows_that_fail_fall_back_to_the_eigendecomposition() -> None:
     matrices = torch.cat([torch.stack([BAD["indefinite"], BAD["nan"], BAD["zero"]]), stack(torch.float32)])
-    found, failed = inverse_root(matrices, 4.0, 0.0, 1e-5, torch.float32, solver)
+    found, failed = inverse_root(matrices, 4.0, 0.0, 1e-5, torch.float32, "coupled_newton")
     assert failed == [1]
     expected, _ = inverse_root(matrices[[0, 2]], 4.0, 0.0, 1e-5, torch.float32)
     torch.testing.assert_close(found[[0, 2]], expected)
-    iterated, _ = (coupled_newton if solver == "coupled_newton" else newton_db)(matrices[3:], 4, 0.0, 1e-5)
+    iterated, _ = coupled_newton(matrices[3:], 4, 0.0, 1e-5)
     torch.testing.assert_close(found[3:], iterated, rtol=1e-5, atol=0.0)
 
 
@@ -203,8 +194,6 @@ def test_products_of_an_iteration_run_in_full_precision(monkeypatch: pytest.Monk
         ("auto", "meta", torch.float32, 4.0, 1e-6, "cutoff", "eigh"),
         ("auto", "meta", torch.float32, 4.0, 1e-6, "saturate", "eigh"),
         ("eigh", "meta", torch.float32, 4.0, 1e-6, "shift", "eigh"),
-        ("newton_db", "cpu", torch.float32, 4.0, 1e-8, "shift", "newton_db"),
-        ("newton_db", "cpu", torch.float32, 6.0, 1e-6, "shift", "eigh"),
         ("coupled_newton", "cpu", torch.float32, 6.0, 1e-6, "shift", "coupled_newton"),
         ("coupled_newton", "cpu", torch.float32, 0.5, 1e-6, "shift", "eigh"),
     ],
@@ -216,18 +205,17 @@ def test_the_solver_is_chosen_by_device_root_and_ridge(
     assert chosen_solver(solver, work, p, relative, damping) == expected
 
 
-@pytest.mark.parametrize(("solver", "root"), [("coupled_newton", 2.5), ("newton_db", 3), ("newton_db", 16.0)])
-def test_a_root_that_the_chosen_solver_cannot_take_is_an_error(solver: str, root: float) -> None:
-    with pytest.raises(OptionError, match=f"'solver' = '{solver}'.*exponent_override = {float(root)}"):
-        ShampooConfig(preconditioner="shampoo", solver=solver, exponent_override=root)
-    ShampooConfig(preconditioner="shampoo", solver=solver, exponent_override=4)
+@pytest.mark.parametrize("root", [2.5, 0.5])
+def test_a_root_that_the_chosen_solver_cannot_take_is_an_error(root: float) -> None:
+    with pytest.raises(OptionError, match=f"'solver' = 'coupled_newton'.*exponent_override = {root}"):
+        ShampooConfig(preconditioner="shampoo", solver="coupled_newton", exponent_override=root)
+    ShampooConfig(preconditioner="shampoo", solver="coupled_newton", exponent_override=4)
 
 
-@pytest.mark.parametrize("solver", ["coupled_newton", "newton_db"])
-def test_a_whole_run_is_that_of_the_eigendecomposition(solver: str) -> None:
+def test_a_whole_run_is_that_of_the_eigendecomposition() -> None:
     by_eigh, iterated = parameter(12, 10, dtype=F64), parameter(12, 10, dtype=F64)
     options: dict[str, Any] = {"factor_dtype": "float64", "root_dtype": "float64", "relative_epsilon": 1e-4}
     drive(shampoo([by_eigh], **options), [by_eigh], range(10))
     start = snapshot([parameter(12, 10, dtype=F64)])[0]
-    drive(shampoo([iterated], solver=solver, **options), [iterated], range(10))
+    drive(shampoo([iterated], solver="coupled_newton", **options), [iterated], range(10))
     assert 0.0 < relative_error(iterated.detach() - start, by_eigh.detach() - start) < 1e-4

@@ -123,11 +123,11 @@ def test_a_rule_cannot_set_an_option_of_a_group(name: str) -> None:
     assert name in OPTION_NAMES
 
 
-NEWTON: dict[str, Any] = {"preconditioner": "shampoo", "solver": "newton_db", "exponent_override": 3}
+NEWTON: dict[str, Any] = {"preconditioner": "shampoo", "solver": "coupled_newton", "exponent_override": 2.5}
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"match": "*q*", "max_preconditioner_dims": 8}, "Unknown Shampoo option 'max_preconditioner_dims'"),
     ({"match": "*q*", "betas": [0.9, 2.0]}, r"'betas' = \[0.9, 2.0\]"),
-    ({"match": "q", **NEWTON}, r"in the rule for \['q'\].*'solver' = 'newton_db'"),
+    ({"match": "q", **NEWTON}, r"in the rule for \['q'\].*'solver' = 'coupled_newton'"),
     ({"match": "q", "one_sided": "left"}, r"in the rule for \['q'\].*'one_sided' = 'left'.*preconditioner = shampoo"),
     ({"match": ["kind:what"], "eps": 0.1}, "'kind:what' is not a kind"),
     ({"match": [], "eps": [0.1]}, "'eps' = "),

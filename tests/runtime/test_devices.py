@@ -21,7 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "as_it_is": {},
     "bare": BARE,
     "eigh": {"solver": "eigh"},
-    "newton_db": {"solver": "newton_db"},
+    "coupled_newton": {"solver": "coupled_newton"},
     "shampoo": {"preconditioner": "shampoo"},
     "soap": {"preconditioner": "soap"},
     "normalized_elementwise": {"elementwise": "normalized_adam"},

@@ -20,7 +20,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "kl_shampoo": {},
     "kept_bases": {"preconditioner": "shampoo", "refresh_tolerance": 0.5},
     "newton": {"preconditioner": "shampoo", "solver": "coupled_newton", "relative_epsilon": 1e-3},
-    "newton_db": {"preconditioner": "shampoo", "solver": "newton_db", "relative_epsilon": 1e-3},
     "soap": {"preconditioner": "soap"},
     "soap_tolerance": {"preconditioner": "soap", "refresh_tolerance": 0.5, "grafting": "adam"},
     "qr": {"solver": "qr"},

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-# Options in one value can only be used together. Iterative solvers have the reference's ridge only if it is absolute.
+# Options in one value can only be used together. Coupled Newton has the reference's ridge only if it is absolute.
 # The first value is the default, if the option has one; the schedule's and the factors' are those of the whole recipe.
 PRECONDITIONERS = ("kl_shampoo", "shampoo", "soap", "kl_soap", "soap_muon", "muon")
 IN_BASIS = ("soap", "kl_soap", "soap_muon")
@@ -39,7 +39,7 @@ VALUES: dict[str, list[dict[str, Any]]] = {
         {},
         {"damping": "cutoff"},
         {"solver": "coupled_newton", "epsilon": 1e-3, "relative_epsilon": 0.0, "early_relative_epsilon": 0.0},
-        {"solver": "newton_db", "epsilon": 1e-3, "relative_epsilon": 0.0, "early_relative_epsilon": 0.0},
+        {"epsilon": 1e-3, "relative_epsilon": 0.0, "early_relative_epsilon": 0.0},
         {"early_relative_epsilon": 0.3, "relative_epsilon": 0.02},
         {"damping": "saturate", "relative_epsilon": 0.02},
     ],
@@ -99,12 +99,12 @@ def row_of(*values: Value) -> Row:
 
 # Pairs that the package refuses, by the indices of values: with a value of one option, these of others are not allowed.
 SIDES: dict[str, tuple[int, ...]] = {"one_sided": (1, 2, 3), "large_dim": (1, 2)}
-WITHOUT_ROOTS: dict[str, tuple[int, ...]] = {"regularisation": (1, 2, 3, 5), "shrinkage": (1,), **SIDES}
+WITHOUT_ROOTS: dict[str, tuple[int, ...]] = {"regularisation": (1, 2, 5), "shrinkage": (1,), **SIDES}
 REFUSED: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
     **{("preconditioner", PRECONDITIONERS.index(name)): {"root": (2,), **WITHOUT_ROOTS} for name in IN_BASIS},
     ("preconditioner", 5): {"root": (1, 2), "bases": (1, 2, 3, 4), **WITHOUT_ROOTS},
     ("preconditioner", 0): {"root": (1, 2), "regularisation": (1,), **SIDES},
-    ("bases", 1): {"regularisation": (2, 3)},
+    ("bases", 1): {"regularisation": (2,)},
     ("split", 1): {"one_sided": (3,), "large_dim": (1, 2)},
 }
 # SOAP's basis of a factor matrix with several null directions is not unique, so there would be no unique trajectory to
@@ -112,8 +112,12 @@ REFUSED: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
 # ridge, is not unique either: KL-Shampoo's first refresh sees two, which leave 12 x 12 factors singular, and then both
 # the off-diagonal part that a tolerance judges and the next step depend on the choice of null directions.
 LEFT_OUT: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
-    **{("preconditioner", PRECONDITIONERS.index(name)): {"schedule": (0, 3, 5)} for name in IN_BASIS},
-    ("bases", 1): {"schedule": (0, 3, 5)},
+    **{
+        ("preconditioner", PRECONDITIONERS.index(name)): {"regularisation": (3,), "schedule": (0, 3, 5)}
+        for name in IN_BASIS
+    },
+    ("preconditioner", 5): {"regularisation": (3,)},  # Muon has no ridge
+    ("bases", 1): {"regularisation": (3,), "schedule": (0, 3, 5)},
     ("bases", 2): {"regularisation": (2, 3), "schedule": (0, 3, 5)},
     ("bases", 4): {"regularisation": (2, 3), "schedule": (0, 3, 5)},
     # Where rounded operands end in the middle of two stored numbers, the last bit decides: `BOTH_ROUND` holds these.
