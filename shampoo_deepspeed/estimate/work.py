@@ -113,10 +113,10 @@ class Newton(NamedTuple):
     launches: int
     launches_each: int
     passes: float
-    reads: int = 9
+    reads: int = 7
 
 
-COUPLED = {True: Newton(99, 11, 70.0), False: Newton(100, 10, 69.0)}  # whether the root is 4
+COUPLED = {True: Newton(93, 11, 64.0), False: Newton(95, 10, 63.5)}  # whether the root is 4
 QR_ON_CPU = 0.7
 BOUND = 6  # products of the bound of the largest eigenvalue
 # Passes of an iteration over each matrix, and over one that all blocks of a batch share: identities.
@@ -286,10 +286,10 @@ def refresh_work(
     root = round(config.root(count))
     iterations = newton_iterations(root, config.relative_epsilon)
     newton = COUPLED[root == 4]
-    products = BOUND + iterations * _products_of_iteration(root)
+    products = BOUND + (iterations - 1) * _products_of_iteration(root) + 1  # the last one computes X alone
     passes = newton.passes + iterations * NEWTON_PASSES + (SCALED.passes if parts.whitens else 0.0)
     passes += (SHARED_AT_FIRST + iterations * SHARED_PASSES) / batch
-    squarings = BOUND + iterations * (root.bit_length() - 1)
+    squarings = BOUND + (iterations - 1) * (root.bit_length() - 1)
     moved = 3.0 * products - squarings  # these read one matrix
     return Work(full=2.0 * products * cubes, full_bytes=FLOAT * moved * squares, nbytes=FLOAT * passes * squares)
 
