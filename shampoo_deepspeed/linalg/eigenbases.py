@@ -84,10 +84,10 @@ class Renewed(NamedTuple):
 
     Attributes:
         bases: [B, d, d].
-        values: eigenvalues [B, d] in the order of the columns; 0 for bases that took a step (see ``rayleigh``).
+        values: eigenvalues [B, d] in the order of the columns; 0 for bases that took steps (see ``rayleigh``).
         columns: [B, d]: column i continues column ``columns[:, i]`` of the basis before.
         moved: [B] bool: bases that were known and are not the same as before.
-        stepped: the rows among them whose bases took a step of orthogonal iteration.
+        stepped: the rows among them whose bases took steps of orthogonal iteration.
         failed: the rows whose content is undefined.
     """
 
@@ -100,14 +100,14 @@ class Renewed(NamedTuple):
 
 
 def renewed(
-    matrices: Tensor, bases: Tensor, tracks: bool, tolerance: float | None, ridge: float = 0.0, in_float64: bool = False
+    matrices: Tensor, bases: Tensor, steps: int, tolerance: float | None, ridge: float = 0.0, in_float64: bool = False
 ) -> Renewed:
     """Bring eigenbases up to date; those that are not known yet come from an eigendecomposition.
 
     Args:
         matrices: [B, d, d], symmetric.
         bases: the last ones [B, d, d].
-        tracks: known bases take one ``power_step`` with this ``ridge`` instead of a decomposition.
+        steps: known bases take so many of ``power_step`` with this ``ridge`` instead of a decomposition, unless 0.
         tolerance: bases that are ``good_enough`` stay; None: none does.
         in_float64: decompose in float64.
     """
@@ -119,8 +119,8 @@ def renewed(
         values = inside.diagonal(dim1=-2, dim2=-1).clone()
     out = bases.clone()
     columns = torch.arange(bases.shape[-1], device=bases.device).repeat(len(bases), 1)
-    stepping = (moved & tracks).nonzero().flatten()
-    decomposing = (~old if tracks else ~old | moved).nonzero().flatten()
+    stepping = (moved & (steps > 0)).nonzero().flatten()
+    decomposing = (~old if steps else ~old | moved).nonzero().flatten()
     failed: list[int] = []
     if len(decomposing):
         own = matrices[decomposing]
@@ -129,7 +129,11 @@ def renewed(
         failed = decomposing[wrong].tolist()
     if len(stepping):
         values[stepping] = 0.0
-        out[stepping], columns[stepping] = power_step(matrices[stepping], bases[stepping], ridge)
+        own, turned, order = matrices[stepping], bases[stepping], columns[stepping]
+        for _ in range(steps):
+            turned, moves = power_step(own, turned, ridge)
+            order = order.gather(-1, moves)
+        out[stepping], columns[stepping] = turned, order
         failed += stepping[non_finite(out[stepping])].tolist()
     return Renewed(out, values, columns, moved, stepping, sorted(failed))
 

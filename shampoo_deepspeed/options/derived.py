@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 BLOCK_SIZE = 1024
 # From this relative ridge on, KL-Shampoo's roots of float32 factor matrices are accurate enough in float32.
 WIDE_RIDGE = 1e-5
+# Steps of orthogonal iteration in each early refresh, in which factor matrices change most. With one the basis lags
+# behind: 0.4 of AdamW's budget then ends 0.5 % above exact roots, and with two as they do (docs/convergence.md).
+EARLY_STEPS = 2
 
 
 class DerivedValues:
@@ -217,8 +220,14 @@ class DerivedValues:
 
     @cached_property
     def tracks_basis(self) -> bool:
-        """Whether known eigenbases take a step of orthogonal iteration at a refresh, instead of being computed anew."""
+        """Whether known eigenbases take steps of orthogonal iteration at a refresh, instead of being computed anew."""
         return self.solver == "qr" or (self.solver == "auto" and self.parts.in_basis)
+
+    def orthogonal_steps(self, step: int) -> int:
+        """Steps of orthogonal iteration that a known eigenbasis takes in a refresh at this step; 0: computed anew."""
+        if not self.tracks_basis:
+            return 0
+        return EARLY_STEPS if step < self.early_windows[-1] else 1
 
     @cached_property
     def grafting_method(self) -> str:

@@ -125,13 +125,13 @@ def test_a_kept_basis_gets_new_eigenvalues_and_a_bad_one_is_recomputed(monkeypat
         return eigh(matrix)
 
     monkeypatch.setattr(torch.linalg, "eigh", counted)
-    found, values, _, moves, stepped, failed = renewed(now, bases, False, 0.01)
+    found, values, _, moves, stepped, failed = renewed(now, bases, 0, 0.01)
     assert (len(decomposed), failed, len(stepped)) == (2, [], 0)
     assert torch.equal(found[0], bases[0]) and moves.tolist() == [False, True, True]
     torch.testing.assert_close(values, torch.tensor([[1.0, 2.0, 4.0], [9.0, 2.0, 1.0], [3.0, 2.0, 1.0]], dtype=F64))
     torch.testing.assert_close((found[1:].mT @ new_bases[1:]).abs(), torch.eye(3, dtype=F64).expand(2, 3, 3))
     now[2] = math.nan
-    assert renewed(now, bases, False, 0.01).failed == [2]
+    assert renewed(now, bases, 0, 0.01).failed == [2]
 
 
 def test_a_tracked_basis_takes_a_step_and_only_an_unknown_one_is_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,19 +146,22 @@ def test_a_tracked_basis_takes_a_step_and_only_an_unknown_one_is_decomposed(monk
 
     monkeypatch.setattr(torch.linalg, "eigh", counted)
     now = torch.stack([matrices[0], moved[1], moved[2]])
-    found = renewed(now, before, True, 0.01, 0.1)
+    found = renewed(now, before, 1, 0.01, 0.1)
     assert (len(decomposed), found.stepped.tolist(), found.moved.tolist()) == (1, [1], [False, True, False])
     expected, order = power_step(now[1:2], before[1:2], 0.1)
     assert torch.equal(found.bases[1], expected[0]) and torch.equal(found.columns[1], order[0])
     assert torch.equal(found.bases[0], bases[0])
     torch.testing.assert_close(found.values[2], torch.tensor([3.0, 2.0, 1.0], dtype=F64))
+    twice, (second, moves) = renewed(now, before, 2, 0.01, 0.1), power_step(now[1:2], expected, 0.1)
+    assert torch.equal(twice.bases[1], second[0]) and torch.equal(twice.columns[1], order[0][moves[0]])
+    assert torch.equal(twice.bases[[0, 2]], found.bases[[0, 2]])
     now[1] = math.nan
-    assert renewed(now, before, True, None, 0.1).failed == [1]
+    assert renewed(now, before, 1, None, 0.1).failed == [1]
 
 
 def test_decomposed_again_columns_continue_those_with_their_place_in_the_order() -> None:
     matrices, bases = spectra([4.0, 2.0, 1.0])
-    found = renewed(matrices, bases[:, :, [2, 0, 1]], False, None)
+    found = renewed(matrices, bases[:, :, [2, 0, 1]], 0, None)
     assert found.columns.tolist() == [[1, 2, 0]]
     torch.testing.assert_close(found.bases.abs(), bases.abs())
     torch.testing.assert_close(rayleigh(matrices, found.bases), found.values)

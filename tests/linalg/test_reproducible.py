@@ -139,8 +139,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "eigenbasis": lambda a: eigenbasis(a)[:2],
     "power_step": lambda a: power_step(a, one_basis(a), 1e-6),
     "rayleigh": lambda a: (rayleigh(a, one_basis(a)),),
-    "kept_or_new": lambda a: renewed(a, one_basis(a), False, 0.3)[:3],
-    "tracked": lambda a: renewed(a, one_basis(a), True, 0.3, 1e-4)[:3],
+    "kept_or_new": lambda a: renewed(a, one_basis(a), 0, 0.3)[:3],
+    "tracked": lambda a: renewed(a, one_basis(a), 2, 0.3, 1e-4)[:3],
 }
 
 

@@ -522,6 +522,14 @@ def test_windows_as_long_as_the_frequency_are_not_early() -> None:
     assert ShampooConfig(precondition_frequency=1).dense_statistics == 2
 
 
+def test_tracked_bases_take_two_steps_in_early_refreshes() -> None:
+    tracked, regular = ShampooConfig(solver="qr"), ShampooConfig().early_windows[-1]
+    assert [tracked.orthogonal_steps(step) for step in (2, regular - 1, regular, 10 * regular)] == [2, 2, 1, 1]
+    assert {ShampooConfig().orthogonal_steps(step) for step in (2, regular)} == {0}
+    assert {ShampooConfig(preconditioner="soap").orthogonal_steps(step) for step in (10, 20)} == {1}
+    assert ShampooConfig(solver="qr", refresh_growth=0.0).orthogonal_steps(10) == 1
+
+
 @given(st.integers(1, 12), st.floats(0.01, 1.0) | st.just(0.0), st.integers(1, 20), st.integers(1, 300))
 def test_windows_of_refreshes_follow_each_other(freq: int, growth: float, start: int, step: int) -> None:
     config = ShampooConfig(precondition_frequency=freq, refresh_growth=growth, start_preconditioning_step=start)

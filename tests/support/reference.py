@@ -423,12 +423,18 @@ def fits(q: Tensor, a: Tensor, o: Options) -> bool:
     return bool(off_diagonal(q.T @ a @ q).norm() <= o.refresh_tolerance * a.norm())
 
 
-def orthogonal_step(a: Tensor, q: Tensor, o: Options) -> tuple[Tensor, Tensor]:
-    """Return the next basis, in descending order of q'aq, and that order; a ridge keeps directions without gradient."""
-    estimates = torch.diagonal(q.T @ a @ q)
-    order = estimates.argsort(descending=True)
-    ridge = o.relative_epsilon * estimates.max() * torch.eye(len(a), dtype=a.dtype)
-    return torch.linalg.qr((a + ridge) @ q[:, order]).Q, order
+def orthogonal_step(a: Tensor, q: Tensor, t: int, o: Options) -> tuple[Tensor, Tensor]:
+    """Return the next basis, in descending order of q'aq, and that order; a ridge keeps directions without gradient.
+
+    In early refreshes it is the one after the next.
+    """
+    whole = torch.arange(len(a))
+    for _ in range(2 if o.tracks and t < o.dense() else 1):
+        estimates = torch.diagonal(q.T @ a @ q)
+        order = estimates.argsort(descending=True)
+        ridge = o.relative_epsilon * estimates.max() * torch.eye(len(a), dtype=a.dtype)
+        q, whole = torch.linalg.qr((a + ridge) @ q[:, order]).Q, whole[order]
+    return q, whole
 
 
 class Reference:
@@ -621,7 +627,7 @@ class Reference:
             if kept is None or (not fits(kept, a, o) and not o.tracks):
                 lam, q = torch.linalg.eigh(a)
             else:
-                q = kept if fits(kept, a, o) else orthogonal_step(a, kept, o)[0]
+                q = kept if fits(kept, a, o) else orthogonal_step(a, kept, t, o)[0]
                 lam = torch.diagonal(q.T @ a @ q)
             block.bases[dim] = q
             roots[dim] = root_of(lam, q, p, o)
@@ -673,7 +679,7 @@ class Reference:
             for dim, a in block.factors.items():
                 if fits(block.bases[dim], a, o):
                     continue
-                q, order = orthogonal_step(a, block.bases[dim], o)
+                q, order = orthogonal_step(a, block.bases[dim], t, o)
                 block.bases[dim] = q if o.tracks else torch.linalg.eigh(a).eigenvectors.flip(1)
                 block.rotated = block.rotated.index_select(dim, order)
                 moved = True

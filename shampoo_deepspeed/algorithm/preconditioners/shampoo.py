@@ -37,8 +37,8 @@ class ShampooPreconditioner(Preconditioner):
 
     With ``refresh_tolerance`` or ``solver="qr"`` eigenbases are kept too. With a tolerance a refresh keeps a basis
     unless the factor matrix has moved out of it; the diagonal of Q'AQ gives the eigenvalues (arXiv 2506.03595). With
-    "qr" a basis that is not kept takes one step of orthogonal iteration instead of being computed anew, with the ridge
-    in force. Directions below the ridge then hardly move, but their roots are equal too.
+    "qr" a basis that is not kept takes a step of orthogonal iteration instead of being computed anew (two in early
+    refreshes), with the ridge in force. Directions below the ridge then hardly move, but their roots are equal too.
     """
 
     # In float32 a root -1/4 at the default ridge is accurate to 2e-4; see docs/solvers.md.
@@ -186,8 +186,8 @@ class ShampooPreconditioner(Preconditioner):
             )
             return {f"root_{mode}": roots}, failed
         matrices = symmetric(matrices)
-        before = state[f"basis_{mode}"].to(matrices.dtype)
-        found = renewed(matrices, before, self._config.tracks_basis, self._tolerance, ridge[1], self._in_float64)
+        before, steps = state[f"basis_{mode}"].to(matrices.dtype), self._config.orthogonal_steps(step)
+        found = renewed(matrices, before, steps, self._tolerance, ridge[1], self._in_float64)
         values, rows = found.values, found.stepped
         if len(rows):
             values[rows] = rayleigh(matrices[rows], found.bases[rows])

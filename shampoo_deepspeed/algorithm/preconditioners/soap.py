@@ -38,7 +38,7 @@ class SOAPPreconditioner(Preconditioner):
       product of the factors' eigenvalues over their trace^(k-1), with the weight of t gradients. That is Adafactor's
       estimate in this basis (claim 1 of the paper). From then on v <- b v + (1 - b) (Q'G)^2, and the sum of weights w
       follows alike; v / w is the corrected mean.
-    - Later refreshes: one step of orthogonal iteration, columns ordered by eigenvalue estimate, and v permuted alike.
+    - Later refreshes: one step of orthogonal iteration (two in early ones), columns ordered by eigenvalue estimate, and v permuted alike.
       It iterates with A + ``relative_epsilon`` l_max I, so that null directions of A stay as they are. With
       ``solver="eigh"`` a decomposition takes the place of the step.
     - When a basis moves, M gets components of which v has seen nothing, and M / sqrt(v) is unbounded. So at each
@@ -95,7 +95,7 @@ class SOAPPreconditioner(Preconditioner):
         result: dict[str, Tensor] = {}
         failed: set[int] = set()
         for mode in modes_of(state):
-            found = self._renewed_basis(state, mode)
+            found = self._renewed_basis(state, mode, step)
             bases = found.bases.to(self._basis_dtype)
             result |= {f"basis_{mode}": bases, f"values_{mode}": found.values, f"columns_{mode}": found.columns}
             moved = moved | found.moved
@@ -142,13 +142,13 @@ class SOAPPreconditioner(Preconditioner):
     def project_back(self, state: Mapping[str, Tensor], moments: Tensor) -> Tensor:
         return self._projected(state, moments, back=True).to(moments.dtype)
 
-    def _renewed_basis(self, state: Mapping[str, Tensor], mode: int) -> Renewed:
+    def _renewed_basis(self, state: Mapping[str, Tensor], mode: int, step: int) -> Renewed:
         """One mode's bases, and their eigenvalues divided by their sum."""
         # Decompositions are in float64: in the basis all directions count alike, even those of the smallest
         # eigenvalues, which float32 resolves poorly. A step from a known basis loses far less.
         matrices = symmetric(wide(state[f"factor_{mode}"]))
-        bases, tracks = state[f"basis_{mode}"].to(matrices.dtype), self._config.tracks_basis
-        found = renewed(matrices, bases, tracks, self._tolerance, self._relative_epsilon, in_float64=True)
+        bases, steps = state[f"basis_{mode}"].to(matrices.dtype), self._config.orthogonal_steps(step)
+        found = renewed(matrices, bases, steps, self._tolerance, self._relative_epsilon, in_float64=True)
         values = found.values.clamp_min(0.0)
         total = values.sum(-1, keepdim=True)
         failed = sorted({*found.failed, *non_finite(found.bases)})
