@@ -39,8 +39,8 @@ class SOAPPreconditioner(Preconditioner):
       estimate in this basis (claim 1 of the paper). From then on v <- b v + (1 - b) (Q'G)^2, and the sum of weights w
       follows alike; v / w is the corrected mean.
     - Later refreshes: one step of orthogonal iteration (two in early ones), columns ordered by eigenvalue estimate,
-      and v permuted alike. It iterates with A + ``relative_epsilon`` l_max I, so that null directions of A stay as they are. With
-      ``solver="eigh"`` a decomposition takes the place of the step.
+      and v permuted alike. It iterates with A + ``relative_epsilon`` l_max I, so that null directions of A stay as
+      they are. With ``solver="eigh"`` a decomposition takes the place of the step.
     - When a basis moves, M gets components of which v has seen nothing, and M / sqrt(v) is unbounded. So at each
       refresh that moves the basis v becomes max(v, M^2): no element of that step exceeds Adam's usual 1.
     - ``refresh_tolerance``: a mode's basis is kept if its factor is still diagonal in it to that tolerance.
