@@ -90,6 +90,10 @@ def apply_updates(
 
     ``updates`` are overwritten: their content is undefined afterwards.
     """
+    if unit.update_meter.due:
+        unit.update_meter.measure(
+            [updates[r.tensor][slice(*r.elements)] for r in unit.update_ranges if active[r.parameter]]
+        )
     values = [unit.layout.local(tensor) for tensor in unit.tensors]
     narrow = any(value.dtype != unit.dtype for value in values)
     if narrow:

@@ -31,7 +31,7 @@ from shampoo_deepspeed.options.checks import bad
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.runtime.devices import communication_device, device_of_blocks
-from shampoo_deepspeed.runtime.metrics import Measured
+from shampoo_deepspeed.runtime.metrics import Measured, UpdateMeter
 
 if TYPE_CHECKING:  # it imports this file
     from shampoo_deepspeed.engine.agreement import Unread
@@ -100,6 +100,7 @@ class StepUnit:
         self.policies = [policies[p.key] for p in self.parameters]
         self.configs = configs  # when it was built
         self._locals = [_kind(tensor) for tensor in locals_]
+        self.update_meter = UpdateMeter()
         self._reset_counts()
         self._build(configs, prior_loads or [0.0] * self.world_size)
 
@@ -345,7 +346,8 @@ class StepUnit:
 
     def measured(self) -> Measured:
         """The meters of this unit's steps on this rank."""
-        return Measured(self.exchange.meter, [stack.meter for stack in self.stacks], len(self.plan.owned[self.rank]))
+        stacks = [stack.meter for stack in self.stacks]
+        return Measured(self.exchange.meter, stacks, len(self.plan.owned[self.rank]), self.update_meter)
 
 
 def as_count(number: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""Measures the steps of one rank between two readings: time, bytes, refreshed blocks and condition numbers.
+"""Measures the steps of one rank between two readings: time, bytes, refreshed blocks, condition numbers and
+the length of updates.
 
 Measuring runs no collective and never waits for the device. An accelerator's times are those of its queue: they come
 from events that are read once they have passed.
@@ -6,6 +7,7 @@ from events that are read once they have passed.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -118,18 +120,55 @@ class RefreshMeter:
         return self._worst
 
 
+class UpdateMeter:
+    """Measures the updates of a unit's shards in the first step and in one after each reading; others cost nothing.
+
+    Attributes:
+        due: whether the next step is to be measured.
+    """
+
+    def __init__(self) -> None:
+        self.due = True
+        self._elements = 0
+        self._norm: float | None = None
+        self._arriving: Arriving | None = None
+
+    def measure(self, updates: Sequence[Tensor]) -> None:
+        """Measure a step's updates, before they are multiplied by the learning rate."""
+        self.due, self._elements = False, sum(update.numel() for update in updates)
+        if not self._elements:
+            return
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(update) for update in updates]))
+        if norm.device.type == "cpu":
+            self._norm = norm.item()
+        else:
+            self._arriving = Arriving(norm.view(1))
+
+    def read(self) -> tuple[float, int]:
+        """(sum of squares, elements) of the last step that was measured, zeros without any; asks for the next step.
+
+        On an accelerator, a step that the device has not finished counts in a later reading.
+        """
+        self.due = True
+        if self._arriving is not None and self._arriving.arrived:
+            (self._norm,), self._arriving = self._arriving.read(), None
+        return (0.0, 0) if self._norm is None else (self._norm**2, self._elements)
+
+
 class Measured(NamedTuple):
     """The meters of one step unit, and how many blocks its stacks hold on this rank."""
 
     exchange: ExchangeMeter
     stacks: Sequence[RefreshMeter]
     blocks: int
+    updates: UpdateMeter
 
 
 def read(units: Iterable[Measured], rejected_steps: int) -> dict[str, float]:
     """The metrics of an optimizer since the last reading; see ``UnitOptimizer.metrics``."""
     out = {"refresh_ms": 0.0, "exchange_ms": 0.0, "bytes_moved": 0.0}
-    refreshed = held = 0
+    refreshed = held = elements = 0
+    squares = 0.0
     conditions = []
     for unit in units:
         steps = max(1, unit.exchange.steps)
@@ -138,6 +177,8 @@ def read(units: Iterable[Measured], rejected_steps: int) -> dict[str, float]:
         out["bytes_moved"] += unit.exchange.bytes_moved / steps
         unit.exchange.steps = unit.exchange.bytes_moved = 0
         held += unit.blocks
+        own, count = unit.updates.read()
+        squares, elements = squares + own, elements + count
         for stack in unit.stacks:
             refreshed += len(stack.rows)
             stack.rows.clear()
@@ -146,4 +187,6 @@ def read(units: Iterable[Measured], rejected_steps: int) -> dict[str, float]:
     out["refreshed_share"] = refreshed / max(1, held)
     if conditions:
         out["largest_condition_number"] = max(conditions)
+    if elements:
+        out["update_rms"] = math.sqrt(squares / elements)
     return {**out, "rejected_steps": float(rejected_steps)}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_root
-from shampoo_deepspeed.runtime.metrics import ExchangeMeter, Measured, RefreshMeter, Stopwatch, read
+from shampoo_deepspeed.runtime.metrics import ExchangeMeter, Measured, RefreshMeter, Stopwatch, UpdateMeter, read
 from tests.support.stepping import drive, parameter, shampoo
 
 CPU = torch.device("cpu")
@@ -20,7 +20,9 @@ def test_metrics_cover_the_steps_since_the_last_call() -> None:
     optimizer = shampoo(params, refresh_growth=0.0)  # refreshes at every third step
     assert optimizer.metrics()["refreshed_share"] == 0.0
     drive(optimizer, params, range(2))
-    assert optimizer.metrics() == {
+    found = optimizer.metrics()
+    assert found.pop("update_rms") > 0.0
+    assert found == {
         "refresh_ms": 0.0, "exchange_ms": 0.0, "bytes_moved": 0.0, "refreshed_share": 0.0, "rejected_steps": 0.0,
     }  # fmt: skip
     drive(optimizer, params, range(2, 4))
@@ -87,13 +89,32 @@ def test_rejected_steps_are_counted_in_all_and_are_no_refresh() -> None:
     assert optimizer.metrics()["rejected_steps"] == 3.0
 
 
+def test_the_update_of_one_step_is_measured_after_each_reading() -> None:
+    """It is that of the weights, before the learning rate and decay; frozen and other parameters do not count."""
+    params = [parameter(12, 10), parameter(5)]
+    optimizer = shampoo(params, lr=1.0, weight_decay=0.0)
+    assert "update_rms" not in optimizer.metrics()
+    drive(optimizer, params, range(1))
+    first = optimizer.metrics()["update_rms"]
+    assert first == optimizer.metrics()["update_rms"]  # no step since
+    before = [p.detach().clone() for p in params]
+    drive(optimizer, params, range(1, 2))
+    moved = torch.cat([(p.detach() - old).flatten() for p, old in zip(params, before, strict=True)])
+    drive(optimizer, params, range(2, 4))
+    assert optimizer.metrics()["update_rms"] == pytest.approx(moved.square().mean().sqrt().item(), rel=1e-5)
+    before, params[1].grad = [p.detach().clone() for p in params], None
+    drive(optimizer, params[:1], range(4, 5))
+    own = (params[0].detach() - before[0]).square().mean().sqrt().item()
+    assert optimizer.metrics()["update_rms"] == pytest.approx(own, rel=1e-5) and optimizer.metrics()["update_rms"] > 0
+
+
 def test_means_are_over_the_steps_of_each_unit() -> None:
     """ZeRO steps its parameter groups one by one: their means add up to that of a training step."""
     units = []
     for steps, moved in ((4, 40), (2, 6)):
         meter = ExchangeMeter()
         meter.steps, meter.bytes_moved = steps, moved
-        units.append(Measured(meter, [], 0))
+        units.append(Measured(meter, [], 0, UpdateMeter()))
     assert read(units, 0)["bytes_moved"] == 40 / 4 + 6 / 2
     assert read(units, 0)["bytes_moved"] == 0.0
 
