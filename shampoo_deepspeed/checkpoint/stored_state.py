@@ -121,12 +121,12 @@ class StoredState:
         """
         for stack in unit.stacks:
             yield from self._wanted_blocks(stack, names, stepped)
-        views, needs = unit.elementwise.views, unit.elementwise.needs
-        for number, shard in enumerate(unit.elementwise.shards):
-            for moment in sorted(needs[shard.group, shard.method]) if shard.key in stepped else ():
-                view = views[moment][number]
-                box = Box((shard.elements.start,), (view.numel(),))
-                yield Wanted(Place(names[shard.key], f"elementwise/{moment}", box), view.copy_)
+        part = unit.elementwise
+        for number, shard in enumerate(part.shards):
+            for moment in sorted(part.needs[shard.group, shard.method]) if shard.key in stepped else ():
+                box = Box((shard.elements.start,), (shard.elements.size,))
+                take = partial(part.load, moment, number, slice(None))
+                yield Wanted(Place(names[shard.key], f"elementwise/{moment}", box), take)
         yield from self._wanted_buffers(unit, names)
 
     def _wanted_blocks(self, stack: BlockStack, names: Mapping[str, str], stepped: set[str]) -> Iterable[Wanted]:

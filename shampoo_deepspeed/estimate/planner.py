@@ -333,7 +333,7 @@ class _Unit:
     def _elementwise_bytes(self, number: int, method: str) -> dict[str, int]:
         """Bytes of one element's state by kind."""
         shard = ElementwiseShard(0, "", number, method, FlatRange(0, 1), 0, FlatRange(0, 1), 1.0, 1)
-        return _bytes_by_kind(Elementwise([shard], self.configs, META, self.dtype).tensors)
+        return _bytes_by_kind(dict(Elementwise([shard], self.configs, META, self.dtype).tensors))
 
 
 def _with_unit(step: Step, plan: Plan, offset: int) -> Step:

@@ -221,10 +221,10 @@ class TorchState:
             )
 
     def _fill_moments(self, unit: StepUnit, number: int, entry: Mapping[str, Tensor]) -> None:
-        for name, views in unit.elementwise.views.items():
-            for shard, view in zip(unit.elementwise.shards, views, strict=True):
-                if shard.tensor == number and name in entry:
-                    view.copy_(local_part(entry[name]).reshape(-1)[slice(*shard.local)])
+        part = unit.elementwise
+        for place, shard in enumerate(part.shards):
+            for name in part.needs[shard.group, shard.method] if shard.tensor == number else ():
+                part.load(name, place, slice(None), local_part(entry[name]).reshape(-1)[slice(*shard.local)])
         for kind in unit.buffers:
             if kind in entry:
                 unit.buffer(kind, number).copy_(local_part(entry[kind]).reshape(-1))
@@ -242,8 +242,10 @@ def _flat_moments(unit: StepUnit, number: int, configs: Mapping[int, ShampooConf
     config = configs[unit.layout.groups[number]]
     out: dict[str, Tensor] = {}
     if not unit.policies[number].preconditioned:
-        for name in sorted(moments_of(configs[unit.policies[number].options], unit.policies[number].method)):
-            out[name] = torch.zeros(unit.sizes[number], dtype=unit.dtype, device=unit.device)
+        own = configs[unit.policies[number].options]
+        dtype = torch.bfloat16 if own.elementwise_format == "bfloat16" else unit.dtype
+        for name in sorted(moments_of(own, unit.policies[number].method)):
+            out[name] = torch.zeros(unit.sizes[number], dtype=dtype, device=unit.device)
             for shard, view in zip(unit.elementwise.shards, unit.elementwise.views.get(name, []), strict=False):
                 if shard.tensor == number:
                     out[name][slice(*shard.local)].copy_(view)
