@@ -5,9 +5,9 @@ Moments are stored as ``elementwise_format`` says: as they are computed, or in b
 flattened *global* parameter, so they do not depend on how frameworks cut it.
 
 There is no ``"int8"`` here. Its runs of 32 elements share a scale, for which one rank must see all of a run. ZeRO and
-FSDP1 cut a parameter (or a flat buffer of many) at any element, FSDP2 at rows of any length, and another number of ranks
-cuts in other places. So an edge would have to be exchanged at each step, or training would depend on the cut. Blocks have
-no such edges: their state lies whole with its owner. bfloat16 needs nothing but the element itself.
+FSDP1 cut a parameter (or a flat buffer of many) at any element, FSDP2 at rows of any length, and another number of
+ranks cuts in other places. So an edge would have to be exchanged at each step, or training would depend on the cut.
+Blocks have no such edges: their state lies whole with its owner. bfloat16 needs nothing but the element itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from shampoo_deepspeed.options.config import ShampooConfig
 logger = logging.getLogger("shampoo_deepspeed")
 
 # Elements that are updated together, which bounds temporaries. An accelerator needs more of them for each launch.
-TOGETHER, TOGETHER_ON_ACCELERATORS = 1 << 20, 1 << 22
+TOGETHER, TOGETHER_ON_ACCELERATORS = 1 << 18, 1 << 22
 # Elements whose squares are summed in their own dtype; the sums of a longer tensor's rows are added in float64.
 NORM_ROW = 4096
 
@@ -213,7 +213,6 @@ class Elementwise:
             config = configs[group].for_elementwise
             own_rate: float | None = getattr(config, rate)
             scale = config.elementwise_lr if own_rate is None else own_rate
-            strengths = grafting.strengths(means, config.eps) if config.normalize_gradients else None
             for batch in self._batches(numbers):
                 own = [parts[n][where].to(self._dtype) for n, where in batch]
                 if found_inf is not None:
@@ -224,8 +223,8 @@ class Elementwise:
                 made, factor = self._updates(batch, own, method, step, config, found_inf, squared_norms)
                 factor *= scale
                 torch._foreach_copy_(places, made)
-                if strengths is not None:
-                    factors = (strengths * factor).unbind()
+                if config.normalize_gradients:
+                    factors = (grafting.strengths(means, config.eps) * factor).unbind()
                     torch._foreach_mul_(places, [factors[n] for n, _ in batch])
                 elif factor != 1.0:
                     torch._foreach_mul_(places, factor)
