@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -26,7 +26,7 @@ from torch import Tensor
 from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.formats import bits_of_ranges, salts_of, seeds_of, to_bfloat16
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
-from shampoo_deepspeed.geometry.boxes import FlatRange
+from shampoo_deepspeed.geometry.boxes import Box, FlatRange, PlacedBox
 from shampoo_deepspeed.linalg.precision import ACCURATE_NORMS
 from shampoo_deepspeed.options.config import ShampooConfig
 
@@ -61,6 +61,8 @@ class ElementwiseShard:
 
 # Some elements of one shard: its number, and where they are in it.
 Piece: TypeAlias = tuple[int, slice]
+# Gets updates of boxes of the unit's local tensors.
+Take: TypeAlias = Callable[[Sequence[tuple[int, PlacedBox]], Sequence[Tensor]], None]
 
 
 @dataclass
@@ -191,22 +193,24 @@ class Elementwise:
     def step(
         self,
         gradients: Sequence[Tensor],
-        updates: Sequence[Tensor],
+        updates: Sequence[Tensor] | Take,
         steps: Sequence[int],
         configs: Mapping[int, ShampooConfig],
         found_inf: FoundInf | None,
         squared_norms: Tensor | None,
     ) -> None:
-        """Write the shards' updates, given flat gradients and flat update buffers of the unit's tensors.
+        """Compute the shards' updates, given flat gradients of the unit's tensors.
 
         Args:
+            updates: flat buffers of the unit's tensors, which get them; or a function that gets them piece by piece,
+                with the place of each in a tensor.
             steps: each parameter's step number, counted from 1; parameters with 0 take no part.
         """
         cohorts: dict[tuple[int, str, str, int], list[int]] = defaultdict(list)
         for number, shard in enumerate(self.shards):
             if steps[shard.parameter] > 0:
                 cohorts[shard.group, shard.method, shard.rate, steps[shard.parameter]].append(number)
-        parts, targets = self._parts(gradients), self._parts(updates)
+        parts, targets = self._parts(gradients), [] if callable(updates) else self._parts(updates)
         means = self._root_mean_squares(squared_norms)
         divisors = means.unbind()
         for (group, method, rate, step), numbers in cohorts.items():
@@ -217,7 +221,10 @@ class Elementwise:
                 own = [parts[n][where].to(self._dtype) for n, where in batch]
                 if found_inf is not None:
                     own = found_inf.masked(own)
-                places = [targets[n][where] for n, where in batch]
+                if callable(updates):
+                    places = [torch.empty_like(g, memory_format=torch.contiguous_format) for g in own]
+                else:
+                    places = [targets[n][where] for n, where in batch]
                 if config.normalize_gradients:  # the updates' memory is free until they are copied into it
                     own = [torch.div(g, divisors[n], out=p) for (n, _), g, p in zip(batch, own, places, strict=True)]
                 made, factor = self._updates(batch, own, method, step, config, found_inf, squared_norms)
@@ -228,6 +235,15 @@ class Elementwise:
                     torch._foreach_mul_(places, [factors[n] for n, _ in batch])
                 elif factor != 1.0:
                     torch._foreach_mul_(places, factor)
+                if callable(updates):
+                    updates([self._place(piece) for piece in batch], places)
+
+    def _place(self, piece: Piece) -> tuple[int, PlacedBox]:
+        """The tensor of a piece, and where it is in that."""
+        number, where = piece
+        shard = self.shards[number]
+        box = Box((where.start,), (where.stop - where.start,))
+        return shard.tensor, PlacedBox.contiguous(box, shard.local.start + where.start)
 
     def _batches(self, numbers: Sequence[int]) -> Iterator[list[Piece]]:
         """The elements of these shards, in pieces that are updated together."""
