@@ -6,7 +6,7 @@
 
 ``dcp.load`` reads into a template, which must have the sizes of what was saved. Blocks are stored as their bytes, and
 other formats have other bytes. This planner gives the template of blocks the sizes that it finds in the checkpoint. The
-optimizer then converts them to its own formats (`TorchState`), which torch's default planner refuses.
+optimizer then converts them to its own formats. torch's default planner refuses other sizes.
 """
 
 from __future__ import annotations

@@ -99,6 +99,7 @@ class Elementwise:
         wide = [number for number, form in enumerate(formats) if form != "bfloat16"]
         found = [(wide, dtype), (narrow, torch.bfloat16)]
         self.stores = [Store(numbers, of, {}) for numbers, of in found if numbers or (of == dtype and not narrow)]
+        self.views: dict[str, list[Tensor]] = {}
         self.renew()
 
     @cached_property
@@ -126,7 +127,7 @@ class Elementwise:
 
     def renew(self) -> None:
         """Start with new state, also after `release`."""
-        self.views: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(self.shards) for name in self._used}
+        self.views = {name: [torch.empty(0)] * len(self.shards) for name in self._used}
         for store in self.stores:
             sizes = [self.sizes[number] for number in store.numbers]
             for name in self._used:

@@ -301,7 +301,7 @@ def _deliver(target: Sequence[Tensor] | Take, boxes: Sequence[BaseBox], pieces: 
     if callable(target):
         target(boxes, pieces)
     else:
-        _copy(views(target, boxes), pieces)
+        _copy(views(target, boxes), list(pieces))
 
 
 def staged_wire(group: dist.ProcessGroup | None, accelerator: torch.device) -> torch.device:

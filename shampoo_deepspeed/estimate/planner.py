@@ -37,7 +37,7 @@ META = torch.device("meta")
 # Bytes for each element of 8-bit AdamW: two codes, and two float32 scales of 256 elements.
 ADAMW_8BIT = 2.0 + 2.0 * 4.0 / 256.0
 # Temporaries of a step, measured on a CPU (`benchmarks.memory`). In rows that are computed together: those of passes
-# over moments, and those that a refresh finds. Then tensors of a refresh, and of element-wise elements that go together.
+# over moments, and those that a refresh finds. Then tensors of a refresh, and of element-wise pieces.
 WIDE_PASSES, NARROW_PASSES, NARROW_ROWS, REFRESHED_PIECES = 5, 9, 4, 9
 WIDE_PIECES, NARROW_PIECES = 4, 9
 IN_FLIGHT = 8  # buckets that move at a time, each way
@@ -360,10 +360,10 @@ class _Unit:
         pieces = (NARROW_PIECES if config.elementwise_format == "bfloat16" else WIDE_PIECES) * item
         wire = (DTYPES[config.communication_dtype] if config.communication_dtype else self.dtype).itemsize
         under_way = min(1.0, IN_FLIGHT / max(1, plan.bucket_count)) * wire
-        for rank, (bucket, block, traffic) in enumerate(zip(buckets, largest, plan.traffic, strict=True)):
-            rows, refreshed = min(CACHED_BYTES, bucket), max(block, min(REFRESHED_BYTES, bucket))
+        for rank, (most, block_size, traffic) in enumerate(zip(buckets, largest, plan.traffic, strict=True)):
+            rows, refreshed = min(CACHED_BYTES, most), max(block_size, min(REFRESHED_BYTES, most))
             held = (NARROW_ROWS if narrow else 1) * rows + REFRESHED_PIECES * refreshed
-            held = bucket + max(held, (NARROW_PASSES if narrow else WIDE_PASSES) * rows)
+            held = most + max(held, (NARROW_PASSES if narrow else WIDE_PASSES) * rows)
             if at_once:
                 held = max(held, pieces * min(TOGETHER, made.elementwise[rank]))
             else:
