@@ -40,7 +40,8 @@ CUTS: dict[str, dict[str, list[int]]] = {
 def trained(cuts: dict[str, list[int]], steps: range, options: dict[str, Any]) -> dict[str, Tensor]:
     """Return updates and moments of the whole parameters, whose shards lie in tensors of their own."""
     config = ShampooConfig.from_options({**NARROW, **options})
-    shards, gradients, sizes = [], [], []
+    shards: list[ElementwiseShard] = []
+    sizes: list[int] = []
     whole = {name: (number, size) for number, (name, size) in enumerate(SIZES.items())}
     for name, ends in cuts.items():
         for start, stop in zip([0, *ends[:-1]], ends, strict=True):
