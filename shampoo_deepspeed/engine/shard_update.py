@@ -158,13 +158,18 @@ class AppliedAtOnce:
         for (group, decays), pairs in chosen.items():
             # On the CPU one by one, so that copies of parts that are not contiguous are small.
             for some in [[pair] for pair in pairs] if self._unit.device.type == "cpu" else [pairs]:
-                weights = [weight.contiguous() for weight, _ in some]
+                apart = [
+                    (w, torch.empty(w.shape, dtype=w.dtype, device=w.device)) for w, _ in some if not w.is_contiguous()
+                ]
+                if apart:  # the kernel ignores strides
+                    torch._foreach_copy_([own for _, own in apart], [weight for weight, _ in apart])
+                copies = iter(apart)
+                weights = [weight if weight.is_contiguous() else next(copies)[1] for weight, _ in some]
                 steps = [piece.to(self._unit.dtype).contiguous() for _, piece in some]
                 decay = self._decays.get(group, 0.0) if decays else 0.0
                 _in_one_pass(weights, steps, self._rates[group], decay, self._found_inf)
-                for (weight, _), updated in zip(some, weights, strict=True):
-                    if updated is not weight:
-                        weight.copy_(updated)
+                if apart:
+                    torch._foreach_copy_([weight for weight, _ in apart], [own for _, own in apart])
 
     def finish(self) -> None:
         """Let autograd see that the weights have changed, after all of them."""

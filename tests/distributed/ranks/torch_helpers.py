@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from shampoo_deepspeed import LayoutError, Shampoo, load_shampoo, save_shampoo
-from shampoo_deepspeed.integrations.dcp import ConvertingLoadPlanner
+from shampoo_deepspeed.integrations.load_planner import ConvertingLoadPlanner
 from tests.distributed.ranks.folders import shared_folder
 from tests.distributed.ranks.fsdp import full
 from tests.support import zoo
