@@ -178,7 +178,7 @@ class FirstStep:
     def state(self) -> int:
         """Bytes of state."""
         stacks = [tensor for unit in self.optimizer.units for stack in unit.stacks for tensor in stack.tensors.values()]
-        rest = [tensor for unit in self.optimizer.units for tensor in unit.elementwise.tensors.values()]
+        rest = [tensor for unit in self.optimizer.units for _, tensor in unit.elementwise.tensors]
         return sum(tensor.nbytes for tensor in [*stacks, *rest])
 
     @property

@@ -78,7 +78,7 @@ def peak_of(step: Any) -> Peak:
 def held_bytes(optimizer: Shampoo) -> int:
     """Return the bytes of the state that the step units hold."""
     tensors = [t for unit in optimizer.units for stack in unit.stacks for t in stack.tensors.values()]
-    tensors += [t for unit in optimizer.units for t in unit.elementwise.tensors.values()]
+    tensors += [t for unit in optimizer.units for _, t in unit.elementwise.tensors]
     return sum(t.nbytes for t in tensors)
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from shampoo_deepspeed.distributed.collectives import decide_on_first_rank, job_group
 from shampoo_deepspeed.distributed.frameworks import Adapter, Entry, LayoutError, NewTensor
-from shampoo_deepspeed.state.dtensor_blocks import is_dtensor
+from shampoo_deepspeed.state.dcp_state import BLOCKS
+from shampoo_deepspeed.state.dtensor_blocks import is_dtensor, resized
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
 from .frames import frame_in_module
@@ -62,7 +63,30 @@ class TorchCheckpointAdapter(Adapter):
             return None
         if optimizer.state_is_external:
             return optimizer.external_entries(True, lambda _: (1,))
-        return optimizer.gathered_entries()
+        entries = optimizer.gathered_entries()
+        for tensor, total in self._sizes_given(optimizer).items():
+            known = entries.get(tensor, {}).get(BLOCKS)
+            if known is not None and known.numel() != total:
+                entries[tensor][BLOCKS] = resized(known, total)
+        return entries
+
+    def _sizes_given(self, optimizer: BlockOptimizer) -> dict[int, int]:
+        """Return the bytes of blocks, by tensor, in a full state dict that the helpers are loading; else nothing.
+
+        They ask for a template first, by which they cut what they were given. State of other formats has other sizes.
+        A collective if only the first rank was given the state dict.
+        """
+        frame = frame_in_module(HELPERS, "_load_optim_state_dict")
+        if frame is None or frame.f_locals["info"].fsdp_modules:
+            return {}
+        given, info = frame.f_locals["state_dict"] or {}, frame.f_locals["info"]
+        tensors = (tensor for group in optimizer.param_groups for tensor in group["params"])
+        named = {name: id(tensor) for tensor in tensors for name in info.fqn_param_mapping.get(tensor, ())}
+        state = given["state"] if "state" in given else _unflattened(given, named)
+        sizes = {name: entry[BLOCKS].numel() for name, entry in state.items() if name in named and BLOCKS in entry}
+        if info.broadcast_from_rank0:
+            sizes = decide_on_first_rank(sizes, lambda ranks: ranks[0], job_group())
+        return {named[name]: total for name, total in sizes.items()}
 
     def loaded_entries(self, optimizer: BlockOptimizer) -> dict[int, dict[str, Any]] | None:
         """Return the entries that the helpers were given. Full ones are only of use for frozen parameters.

@@ -316,6 +316,7 @@ def _table(made: Estimate) -> list[str]:
     rows += [(kinds.get(kind, kind), *_spread(values, _bytes)) for kind, values in made.state.items()]
     rows += [("all optimizer state", *_spread(made.state_bytes, _bytes)), ("AdamW's", *_spread(made.adamw, _bytes))]
     rows += [("8-bit AdamW's", *_spread(made.adamw_8bit, _bytes))]
+    rows += [("peak of a step on CPUs", *_spread(made.step_peak, _bytes))]
     rows += [("sent a step", *_spread(made.sent, _bytes)), ("received a step", *_spread(made.received, _bytes))]
     rows += [("work a step", *_spread(made.loads, _flops))]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -328,6 +329,7 @@ def _table(made: Estimate) -> list[str]:
         "",
         f"{made.bytes_per_element:.2f} bytes of state for each parameter; AdamW's are 8, those of 8-bit AdamW "
         f"{ADAMW_8BIT:.2f}",
+        f"peak of a step above weights, gradients and state: at most {made.peak_share:.1%} of the state, on CPUs",
         f"slowest rank: {made.imbalance:.3f} of the mean; {_flops(made.mean_step)} in the mean step, "
         f"{_flops(made.fastest_step)} in the fastest, {_flops(made.slowest_step)} in the slowest",
         f"{made.collectives} collectives a step on CPUs and {made.accelerator_collectives} on accelerators, "

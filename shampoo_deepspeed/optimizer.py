@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
-from shampoo_deepspeed.distributed.exchange import Bucket, Transit
+from shampoo_deepspeed.distributed.exchange import Bucket, Take, Transit
 from shampoo_deepspeed.engine.agreement import agree, rejections
 from shampoo_deepspeed.engine.parameter_registry import CHECKED_OPTIONS, Checked
-from shampoo_deepspeed.engine.shard_update import apply_updates, shard_gradients
+from shampoo_deepspeed.engine.shard_update import AppliedAtOnce, apply_updates, shard_gradients
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.linalg.precision import full_precision
 from shampoo_deepspeed.options.config import ShampooConfig
@@ -111,6 +111,13 @@ class Shampoo(BlockOptimizer):
             norms, steps = agreed.squared_norms(unit), agreed.count_step(unit, active)
             with full_precision(unit.compute_device.type):
                 self._show_step(unit)
+                # In one bucket all updates are there at once, so nothing would be saved.
+                if len(unit.exchange.buckets) > 1 and AppliedAtOnce.possible(unit, configs, rates):
+                    apply = AppliedAtOnce(unit, active, configs, rates, found_inf)
+                    _precondition(unit, gradients, apply, steps, configs, of_blocks)
+                    unit.elementwise.step(gradients, apply, steps, configs, found_inf, norms)
+                    apply.finish()
+                    continue
                 updates = [torch.empty(n, dtype=unit.dtype, device=unit.device) for n in unit.sizes]
                 _precondition(unit, gradients, updates, steps, configs, of_blocks)
                 unit.elementwise.step(gradients, updates, steps, configs, found_inf, norms)
@@ -174,7 +181,7 @@ def _same_rate(group: Mapping[str, Any], rates: Mapping[int, float | Tensor]) ->
 def _precondition(
     unit: StepUnit,
     gradients: Sequence[Tensor],
-    updates: Sequence[Tensor],
+    updates: Sequence[Tensor] | Take,
     steps: Sequence[int],
     configs: Mapping[int, ShampooConfig],
     found_inf: FoundInf | None,
@@ -197,13 +204,14 @@ def _precondition(
         if found_inf is not None:
             found_inf.mask_(blocks)
         made = []
-        for (place, (first, stop)), block in zip(bucket.rows, blocks, strict=True):
+        for index, (place, (first, stop)) in enumerate(bucket.rows):
             stack, parameters = unit.stacks[place], unit.parameters_of_rows[place][first:stop]
             rows = [steps[parameter] for parameter in parameters]
-            made.append(stack.step(first, block, rows, configs[stack.options], found_inf).contiguous())
+            made.append(stack.step(first, blocks[index], rows, configs[stack.options], found_inf).contiguous())
         if len(leaving) == IN_FLIGHT:
             exchange.receive_updates(*leaving.popleft(), updates)
         leaving.append((bucket, exchange.send_updates(bucket, made, updates)))
+        del blocks, made  # before those of the next bucket are made
     for bucket, transit in leaving:
         exchange.receive_updates(bucket, transit, updates)
 

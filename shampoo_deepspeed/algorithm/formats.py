@@ -281,6 +281,21 @@ def bits_of(seeds: Tensor, elements: Tensor) -> Tensor:
     return _hashed_(spread + seeds.unsqueeze(1)).bitwise_and_(0xFFFF)
 
 
+def bits_of_ranges(seeds: Sequence[Tensor], ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """`random_bits` of ranges of elements, one after the other: int32 [n].
+
+    Args:
+        seeds: of each range, 0-d int32.
+        ranges: first element, which counts modulo 2^32, and number of elements.
+    """
+    x = torch.cat([torch.arange(count, dtype=torch.int32, device=seeds[0].device) for _, count in ranges])
+    x *= _signed(0x9E3779B9)
+    parts = torch.split(x, [count for _, count in ranges])
+    for part, seed, (start, _) in zip(parts, seeds, ranges, strict=True):
+        part += seed + _signed(start * 0x9E3779B9 % (1 << 32))
+    return _hashed_(x).bitwise_and_(0xFFFF)
+
+
 def _hashed_(x: Tensor) -> Tensor:
     """lowbias32 of int32 numbers, in place; products wrap around."""
     x ^= (x >> 16).bitwise_and_(0xFFFF)  # a shift of a negative number keeps its sign

@@ -121,12 +121,14 @@ class StoredState:
         """
         for stack in unit.stacks:
             yield from self._wanted_blocks(stack, names, stepped)
-        views, needs = unit.elementwise.views, unit.elementwise.needs
-        for number, shard in enumerate(unit.elementwise.shards):
-            for moment in sorted(needs[shard.group, shard.method]) if shard.key in stepped else ():
-                view = views[moment][number]
+        part, stored = unit.elementwise, {} if self.files is None else self.files.tensors
+        for number, shard in enumerate(part.shards):
+            for moment in sorted(part.needs[shard.group, shard.method]) if shard.key in stepped else ():
+                view, kind = part.views[moment][number], f"elementwise/{moment}"
                 box = Box((shard.elements.start,), (view.numel(),))
-                yield Wanted(Place(names[shard.key], f"elementwise/{moment}", box), view.copy_)
+                same = stored.get((names[shard.key], kind), (view.dtype,))[0] == view.dtype
+                take = view.copy_ if same else partial(part.load, moment, number, slice(None))
+                yield Wanted(Place(names[shard.key], kind, box), take)
         yield from self._wanted_buffers(unit, names)
 
     def _wanted_blocks(self, stack: BlockStack, names: Mapping[str, str], stepped: set[str]) -> Iterable[Wanted]:

@@ -24,6 +24,8 @@ TransfersByPeer: TypeAlias = dict[int, list[Transfer]]
 # The number of a flat base tensor, and a box in it.
 BaseBox: TypeAlias = tuple[int, PlacedBox]
 Resolver: TypeAlias = Callable[[Transfer], BaseBox]
+# Gets boxes of this rank's shards, and the content of each.
+Take: TypeAlias = Callable[[Sequence[BaseBox], Sequence[Tensor]], None]
 
 
 def views(bases: Sequence[Tensor], boxes: Sequence[BaseBox]) -> list[Tensor]:
@@ -195,18 +197,20 @@ class Exchange:
         with self._measured(bucket.gradients):
             self._finish(transit, bucket.gradients, gradients)
 
-    def send_updates(self, bucket: Bucket, updates: Sequence[Tensor], shard_updates: Sequence[Tensor]) -> Transit:
-        """Start moving updates from the owners to all holders; what stays on this device is copied at once."""
+    def send_updates(
+        self, bucket: Bucket, updates: Sequence[Tensor], shard_updates: Sequence[Tensor] | Take
+    ) -> Transit:
+        """Start moving updates from the owners to all holders; what stays on this device is delivered at once."""
         if self._staging is None:
-            _copy(views(shard_updates, bucket.local_shards), self._rounded(views(updates, bucket.local_blocks)))
+            _deliver(shard_updates, bucket.local_shards, self._rounded(views(updates, bucket.local_blocks)))
         with self._measured(bucket.updates):
             staged = self._stage(updates, bucket.local_blocks)
             return self._start(bucket.updates, updates, self.shards_on, staged)
 
-    def receive_updates(self, bucket: Bucket, transit: Transit, shard_updates: Sequence[Tensor]) -> None:
-        """Fill this rank's parts of the updates."""
+    def receive_updates(self, bucket: Bucket, transit: Transit, shard_updates: Sequence[Tensor] | Take) -> None:
+        """Fill this rank's parts of the updates, or give them away."""
         if transit.staged is not None:
-            _copy(views(shard_updates, bucket.local_shards), _cut(transit.staged.arrive(), bucket.local_shards))
+            _deliver(shard_updates, bucket.local_shards, _cut(transit.staged.arrive(), bucket.local_shards))
         with self._measured(bucket.updates):
             self._finish(transit, bucket.updates, shard_updates)
 
@@ -271,7 +275,7 @@ class Exchange:
         wire = staged_wire(self.group, self.blocks_on)
         return packed if packed.device == wire else self._staging.begin(packed).arrive()
 
-    def _finish(self, transit: Transit, route: Route, bases: Sequence[Tensor]) -> None:
+    def _finish(self, transit: Transit, route: Route, bases: Sequence[Tensor] | Take) -> None:
         if transit.work is None or transit.incoming is None:
             return
         if transit.arriving is not None:
@@ -279,16 +283,25 @@ class Exchange:
         else:
             transit.work.wait()
             incoming = transit.incoming
-        if bases and incoming.device != bases[0].device:
+        there = self.shards_on if callable(bases) else bases[0].device if bases else incoming.device
+        if incoming.device != there:
             staged = None if self._staging is None else self._staging.begin(incoming)
-            incoming = incoming.to(bases[0].device) if staged is None else staged.arrive()
-        _copy(views(bases, route.receive), _cut(incoming, route.receive))
+            incoming = incoming.to(there) if staged is None else staged.arrive()
+        _deliver(bases, route.receive, _cut(incoming, route.receive))
 
     def _rounded(self, staying: list[Tensor]) -> list[Tensor]:
         """Tensors that stay here, rounded like those that are sent: else replicas and owners would drift apart."""
         if self.plan.world_size == 1:
             return staying
         return [t.to(self.dtype) if t.dtype.itemsize > self.dtype.itemsize else t for t in staying]
+
+
+def _deliver(target: Sequence[Tensor] | Take, boxes: Sequence[BaseBox], pieces: Sequence[Tensor]) -> None:
+    """Copy pieces to their boxes in base tensors, or give them to a function."""
+    if callable(target):
+        target(boxes, pieces)
+    else:
+        _copy(views(target, boxes), list(pieces))
 
 
 def staged_wire(group: dist.ProcessGroup | None, accelerator: torch.device) -> torch.device:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.grafting import FUSED_DEVICES
+from shampoo_deepspeed.distributed.exchange import views
 from shampoo_deepspeed.distributed.frameworks import LayoutError
 from shampoo_deepspeed.engine.master_weights import wide_weights, write_back
 from shampoo_deepspeed.engine.step_unit import StepUnit, UpdateRange
 from shampoo_deepspeed.engine.weight_averages import begin_averages, follow_weights
-from shampoo_deepspeed.geometry.boxes import FlatRange
+from shampoo_deepspeed.geometry.boxes import FlatRange, PlacedBox
 from shampoo_deepspeed.options.config import ShampooConfig
 
 
@@ -102,9 +103,7 @@ def apply_updates(
     if averages:
         begin_averages(unit, values, active, configs)
     for group, ranges in _ranges_by_group(unit, active).items():
-        config, rate = configs[group], rates[group]
-        if isinstance(rate, Tensor) and rate.device.type == "cpu":
-            rate = float(rate)  # copying it to the device would wait
+        config, rate = configs[group], _plain(rates[group])
         weights = [_elements(values[r.tensor], r.elements) for r in ranges]
         steps = [updates[r.tensor][slice(*r.elements)].view_as(w) for r, w in zip(ranges, weights, strict=True)]
         fused = [_fuses(w, s, config, rate) for w, s in zip(weights, steps, strict=True)]
@@ -121,8 +120,79 @@ def apply_updates(
         write_back(unit, values, configs)
     if averages:
         follow_weights(unit, values, active, configs, found_inf)
-    # A fused kernel and a write into a local part do not count as changes of the parameter. Autograd must see them, so
-    # that a second backward through a graph from before the step is an error and not a wrong gradient.
+    _show_changes(unit, active)
+
+
+class AppliedAtOnce:
+    """Step 8 on pieces of shards as soon as their updates are there, so that no buffer holds those of all weights.
+
+    Elements are updated one by one, so the weights are those of `apply_updates`, to the bit.
+    """
+
+    def __init__(
+        self,
+        unit: StepUnit,
+        active: Sequence[bool],
+        configs: Mapping[int, ShampooConfig],
+        rates: Mapping[int, float | Tensor],
+        found_inf: FoundInf | None,
+    ) -> None:
+        self._unit, self._active, self._found_inf = unit, active, found_inf
+        self._flat = [unit.layout.local(tensor).view(-1) for tensor in unit.tensors]
+        self._rates = {group: float(rates[group]) for group in set(unit.layout.groups)}
+        decaying = {group: configs[group] for group in self._rates if configs[group].weight_decay}
+        self._decays = {group: float(config.decay(self._rates[group])) for group, config in decaying.items()}
+
+    @staticmethod
+    def possible(unit: StepUnit, configs: Mapping[int, ShampooConfig], rates: Mapping[int, float | Tensor]) -> bool:
+        """Whether updates can be applied so: to weights in the dtype of updates, by one fused kernel."""
+        plain = {group: _plain(rate) for group, rate in rates.items()}
+        if any(configs[group].ema_decay for group in unit.layout.groups):
+            return False
+        pairs = zip(unit.local_tensors(), unit.layout.groups, strict=True)
+        return all(weight.dtype == unit.dtype and _fuses(weight, weight, configs[g], plain[g]) for weight, g in pairs)
+
+    def __call__(self, boxes: Sequence[tuple[int, PlacedBox]], pieces: Sequence[Tensor]) -> None:
+        """Update boxes of local tensors, each given by the number of its tensor."""
+        chosen: dict[tuple[int, bool], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for (tensor, place), weight, piece in zip(boxes, views(self._flat, boxes), pieces, strict=True):
+            found = self._unit.range_at(tensor, place.offset)
+            if self._active[found.parameter] and piece.numel():
+                chosen[self._unit.layout.groups[tensor], found.decays].append((weight, piece))
+        for (group, decays), pairs in chosen.items():
+            # On the CPU one by one, so that copies of parts that are not contiguous are small.
+            for some in [[pair] for pair in pairs] if self._unit.device.type == "cpu" else [pairs]:
+                apart = [
+                    (w, torch.empty(w.shape, dtype=w.dtype, device=w.device)) for w, _ in some if not w.is_contiguous()
+                ]
+                if apart:  # the kernel ignores strides
+                    torch._foreach_copy_([own for _, own in apart], [weight for weight, _ in apart])
+                copies = iter(apart)
+                weights = [weight if weight.is_contiguous() else next(copies)[1] for weight, _ in some]
+                steps = [piece.to(self._unit.dtype).contiguous() for _, piece in some]
+                decay = self._decays.get(group, 0.0) if decays else 0.0
+                _in_one_pass(weights, steps, self._rates[group], decay, self._found_inf)
+                if apart:
+                    torch._foreach_copy_([weight for weight, _ in apart], [own for _, own in apart])
+
+    def finish(self) -> None:
+        """Let autograd see that the weights have changed, after all of them."""
+        _show_changes(self._unit, self._active)
+
+
+def _plain(rate: float | Tensor) -> float | Tensor:
+    """A rate as a number, unless that needs a wait for a device."""
+    if isinstance(rate, Tensor) and rate.device.type == "cpu":
+        return float(rate)  # copying it to the device would wait
+    return rate
+
+
+def _show_changes(unit: StepUnit, active: Sequence[bool]) -> None:
+    """Count the step as a change of the parameters, as autograd must see it.
+
+    A fused kernel and a write into a local part do not count. So a second backward through a graph from before the step
+    would be a wrong gradient and not an error.
+    """
     changed = {r.tensor for r in unit.update_ranges if active[r.parameter]}
     torch.autograd.graph.increment_version([unit.tensors[number] for number in changed])
 

@@ -6,6 +6,7 @@ Built once, from a framework's layout, at the first step of its tensors.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -163,6 +164,9 @@ class StepUnit:
         ]
         self.shared_parts = self._shared_parts(places, everyone)
         self.update_ranges = self._joined_ranges()
+        self._ranges_of_tensor: dict[int, list[UpdateRange]] = defaultdict(list)
+        for joined in self.update_ranges:
+            self._ranges_of_tensor[joined.tensor].append(joined)
         elementwise = [t for t in self.policies if not t.preconditioned]
         self.needs_norms = any(is_normalized(t.method) for t in elementwise)
         # Whether a parameter's state shows how large its gradients have been, if they are not normalized.
@@ -319,6 +323,11 @@ class StepUnit:
             else:
                 joined.append(UpdateRange(shard.tensor, elements, shard.parameter, decays))
         return joined
+
+    def range_at(self, tensor: int, element: int) -> UpdateRange:
+        """The range of updates that has an element of a flattened local tensor."""
+        ranges = self._ranges_of_tensor[tensor]
+        return ranges[bisect_right(ranges, element, key=lambda joined: joined.elements.start) - 1]
 
     def local_tensors(self) -> list[Tensor]:
         """The local parts of the unit's tensors, as they are now; views that can be updated."""

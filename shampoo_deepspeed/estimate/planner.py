@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 
-from shampoo_deepspeed.algorithm.block_stack import BlockStack
-from shampoo_deepspeed.algorithm.elementwise import Elementwise, ElementwiseShard
+from shampoo_deepspeed.algorithm.block_stack import CACHED_BYTES, REFRESHED_BYTES, BlockStack
+from shampoo_deepspeed.algorithm.elementwise import TOGETHER, Elementwise, ElementwiseShard
 from shampoo_deepspeed.algorithm.formats import base_name
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import Policy, matrix_of, policy_of
@@ -36,6 +36,11 @@ from shampoo_deepspeed.options.rules import expanded
 META = torch.device("meta")
 # Bytes for each element of 8-bit AdamW: two codes, and two float32 scales of 256 elements.
 ADAMW_8BIT = 2.0 + 2.0 * 4.0 / 256.0
+# Temporaries of a step, measured on a CPU (`benchmarks.memory`). In rows that are computed together: those of passes
+# over moments, and those that a refresh finds. Then tensors of a refresh, and of element-wise pieces.
+WIDE_PASSES, NARROW_PASSES, NARROW_ROWS, REFRESHED_PIECES = 5, 9, 4, 9
+WIDE_PIECES, NARROW_PIECES = 4, 9
+IN_FLIGHT = 8  # buckets that move at a time, each way
 # Steps of a window that are listed one by one, if it has no block that refreshes later.
 LISTED = 1000
 
@@ -63,6 +68,7 @@ class Estimate:
         units: number of step units.
         state: bytes on each rank by kind of state ("factor", "root", "exp_avg", "second_moment", ...).
         adamw: bytes of AdamW's two float32 moments on each rank under the same framework.
+        step_peak: bytes that a step needs on each rank above weights, gradients and state, with blocks on CPUs.
         sent: bytes that each rank sends in a step.
         received: bytes that each rank receives in a step.
         collectives: all-to-all calls per step of ranks that compute on CPUs.
@@ -84,6 +90,7 @@ class Estimate:
     units: int = 0
     state: dict[str, list[int]] = field(default_factory=dict)
     adamw: list[int] = field(default_factory=list)
+    step_peak: list[int] = field(default_factory=list)
     sent: list[int] = field(default_factory=list)
     received: list[int] = field(default_factory=list)
     collectives: int = 0
@@ -106,6 +113,12 @@ class Estimate:
     def adamw_8bit(self) -> list[float]:
         """Bytes of 8-bit AdamW's moments on each rank: a byte each, and float32 scales of 256 elements (torchao)."""
         return [size / 8.0 * ADAMW_8BIT for size in self.adamw]
+
+    @property
+    def peak_share(self) -> float:
+        """The largest ``step_peak`` as a share of the state on its rank."""
+        pairs = zip(self.step_peak, self.state_bytes, strict=True)
+        return max((peak / state for peak, state in pairs if state), default=0.0)
 
     @property
     def bytes_per_element(self) -> float:
@@ -155,6 +168,7 @@ class Estimate:
             "adamw_state_bytes": _over_ranks(self.adamw),
             "adamw_8bit_state_bytes": _over_ranks(self.adamw_8bit),
             "state_bytes_per_element": self.bytes_per_element,
+            "peak_bytes_of_a_step": _over_ranks(self.step_peak),
             "bytes_sent_per_step": _over_ranks(self.sent),
             "bytes_received_per_step": _over_ranks(self.received),
             "collectives_per_step": self.collectives,
@@ -203,7 +217,7 @@ def estimate(
         weights_dtype = "float32"
     made = Estimate(world_size)
     made.adamw, made.loads = [0] * world_size, [0.0] * world_size
-    made.sent, made.received = [0] * world_size, [0] * world_size
+    made.sent, made.received, made.step_peak = ([0] * world_size for _ in range(3))
     made.held, made.elementwise = [0] * world_size, [0] * world_size
     made.stacks = [Counter() for _ in range(world_size)]
     made.configs = expanded({0: config})
@@ -219,6 +233,7 @@ def estimate(
             unit = _Unit(members, policies, layout, config, getattr(torch, weights_dtype), phases)
             unit.plan_onto(made)
             unit.measure_onto(made)
+            unit.peak_onto(made)
     return made
 
 
@@ -329,11 +344,39 @@ class _Unit:
             if self.config.master_weights and self.weights != self.dtype:
                 made.add_state("master", rank, size * self.dtype.itemsize)
 
+    def peak_onto(self, made: Estimate) -> None:
+        """Count what a step of this unit holds at most; units step one after another."""
+        plan, config, item = self.plan, self.config, self.dtype.itemsize
+        in_buckets: Counter[tuple[int, int]] = Counter()
+        largest = [0] * plan.world_size
+        for block, owner, bucket in zip(plan.blocks, plan.owners, plan.buckets, strict=True):
+            in_buckets[owner, bucket] += block.box.numel * item
+            largest[owner] = max(largest[owner], block.box.numel * item)
+        buckets = [0] * plan.world_size
+        for (owner, _), size in in_buckets.items():
+            buckets[owner] = max(buckets[owner], size)
+        at_once = plan.bucket_count > 1 and self.weights == self.dtype and not (config.momentum or config.ema_decay)
+        narrow = any(of != "float32" for of in config.formats.values())
+        pieces = (NARROW_PIECES if config.elementwise_format == "bfloat16" else WIDE_PIECES) * item
+        wire = (DTYPES[config.communication_dtype] if config.communication_dtype else self.dtype).itemsize
+        under_way = min(1.0, IN_FLIGHT / max(1, plan.bucket_count)) * wire
+        for rank, (most, block_size, traffic) in enumerate(zip(buckets, largest, plan.traffic, strict=True)):
+            rows, refreshed = min(CACHED_BYTES, most), max(block_size, min(REFRESHED_BYTES, most))
+            held = (NARROW_ROWS if narrow else 1) * rows + REFRESHED_PIECES * refreshed
+            held = most + max(held, (NARROW_PASSES if narrow else WIDE_PASSES) * rows)
+            if at_once:
+                held = max(held, pieces * min(TOGETHER, made.elementwise[rank]))
+            else:
+                updates = self.layout.sizes[rank] * item
+                copies = updates if config.momentum and not config.nesterov else 0
+                held = updates + max(held, copies)
+            made.step_peak[rank] = max(made.step_peak[rank], held + int(under_way * sum(traffic)))
+
     @cache  # noqa: B019  a unit lives as long as its estimate is made
     def _elementwise_bytes(self, number: int, method: str) -> dict[str, int]:
         """Bytes of one element's state by kind."""
         shard = ElementwiseShard(0, "", number, method, FlatRange(0, 1), 0, FlatRange(0, 1), 1.0, 1)
-        return _bytes_by_kind(Elementwise([shard], self.configs, META, self.dtype).tensors)
+        return _bytes_by_kind(dict(Elementwise([shard], self.configs, META, self.dtype).tensors))
 
 
 def _with_unit(step: Step, plan: Plan, offset: int) -> Step:

@@ -14,6 +14,7 @@ from shampoo_deepspeed.estimate.planner import Estimate
 from shampoo_deepspeed.estimate.recommend import BLOCK_SIZES, FREQUENCIES, blocks_of, owned_bytes
 from shampoo_deepspeed.estimate.work import (
     ADAMW_PASSES,
+    AT_ONCE_LAUNCHES,
     BUCKET_LAUNCHES,
     ELEMENTWISE_LAUNCHES,
     ELEMENTWISE_PASSES,
@@ -143,6 +144,8 @@ def predict_rank(
 ) -> Prediction:
     """The step of a rank with this work."""
     plain, launches = Work(), float(STEP_LAUNCHES + BUCKET_LAUNCHES * rank.buckets)
+    at_once = rank.buckets > 1 and not any(config.momentum or config.ema_decay for config in configs.values())
+    launches -= AT_ONCE_LAUNCHES * at_once
     by_precision: dict[str, float] = dict.fromkeys(MATMUL_PRECISIONS, 0.0)
     slices = len(rank.stacks) + max(0, rank.buckets - 1)
     refreshing = worst = reads = refresh_operators = guards = 0.0

@@ -125,6 +125,10 @@ NEWTON_PASSES, SHARED_PASSES, SHARED_AT_FIRST = 7.0, 4.0, 4.0
 # part. Passes over preconditioned elements on the ranks that hold them, and over element-wise ones with their update.
 STEP_LAUNCHES, BUCKET_LAUNCHES, STACK_LAUNCHES, ELEMENTWISE_LAUNCHES = 24, 3, 1, 31
 HELD_PASSES, ELEMENTWISE_PASSES = 8.0, 17.0
+# With several buckets updates are applied as they come: the kernel that does it takes the place of a copy into a
+# buffer, which is neither written nor read. Blocks that are strided in their weights are copied out and back instead,
+# which is as many passes more, so that the mean is that of one bucket.
+AT_ONCE_LAUNCHES, AT_ONCE_PASSES = 1, 2
 # What a decay costs that a rejected step must not apply: a number once in a step, and an operator where it is used, one
 # for each factor matrix that gets the gradient, two for a second moment in a basis.
 GUARD_LAUNCHES, GUARDED_MOMENT_LAUNCHES = 2, 2

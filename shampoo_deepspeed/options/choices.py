@@ -30,6 +30,7 @@ PRECONDITIONERS = tuple(FAMILY)
 MATMUL_PRECISIONS = ("highest", "high", "medium")  # torch's words, see linalg.precision.rounded
 FORMATS = ("float32", "packed", "bfloat16", "int8")  # of state; float32 stands for any dtype as it is
 MOMENT_FORMATS = ("float32", "bfloat16", "int8")
+ELEMENTWISE_FORMATS = ("float32", "bfloat16")  # why not int8: see algorithm.elementwise
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 WIDE_DTYPES = ("float32", "float64")  # in 16 bits a slow average neither decays nor registers small terms
 

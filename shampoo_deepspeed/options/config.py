@@ -45,6 +45,7 @@ from shampoo_deepspeed.options.choices import (
     DEFAULT_EXCLUDE,
     DEFAULT_RULES,
     DTYPES,
+    ELEMENTWISE_FORMATS,
     ELEMENTWISE_METHODS,
     FORMATS,
     GRAFTING_METHODS,
@@ -314,6 +315,12 @@ class ShampooConfig(DerivedValues):
         "float32",
         one_of(*MOMENT_FORMATS),
         "how moments of blocks are stored: float32, bfloat16 or int8",
+        FIXED | CONVERTED,
+    )
+    elementwise_format: str = _option(
+        "float32",
+        one_of(*ELEMENTWISE_FORMATS),
+        "how moments of element-wise parameters are stored: float32 or bfloat16",
         FIXED | CONVERTED,
     )
     master_weights: bool = _option(

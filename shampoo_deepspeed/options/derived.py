@@ -58,6 +58,7 @@ class DerivedValues:
     factor_format: str
     root_format: str
     moment_format: str
+    elementwise_format: str
 
     def _replaced(self, **changes: Any) -> Self:
         """These options with some changes."""

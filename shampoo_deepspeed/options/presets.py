@@ -96,13 +96,29 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# How much state blocks have. Bytes for each parameter of a large square block with the default recipe: 20, 7.1 and 3.1.
+# How much state there is. Bytes for each parameter of a large square block with the default recipe: 20, 7.1 and 3.1;
+# for each element-wise parameter: 8, 8 (AdamW's own) and 4.
 MEMORY = "memory"
 MEMORIES: dict[str, dict[str, Any]] = {
-    "full": {"factor_format": "float32", "root_format": "float32", "moment_format": "float32"},
+    "full": {
+        "factor_format": "float32",
+        "root_format": "float32",
+        "moment_format": "float32",
+        "elementwise_format": "float32",
+    },
     # Factor matrices keep all bits, as roots magnify the errors of their small eigenvalues.
-    "adamw": {"factor_format": "packed", "root_format": "int8", "moment_format": "bfloat16"},
-    "half": {"factor_format": "int8", "root_format": "int8", "moment_format": "int8"},
+    "adamw": {
+        "factor_format": "packed",
+        "root_format": "int8",
+        "moment_format": "bfloat16",
+        "elementwise_format": "float32",
+    },
+    "half": {
+        "factor_format": "int8",
+        "root_format": "int8",
+        "moment_format": "int8",
+        "elementwise_format": "bfloat16",
+    },
 }
 
 

@@ -60,6 +60,7 @@ class _Options(TypedDict, total=False):
     factor_format: str
     root_format: str
     moment_format: str
+    elementwise_format: str
     master_weights: bool
     stochastic_rounding: bool
     apply_dtype: str | None

@@ -11,8 +11,9 @@ what others keep in ``optimizer.state`` of the parameter, under its own name (se
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,10 +23,13 @@ from shampoo_deepspeed.algorithm.elementwise import moments_of
 from shampoo_deepspeed.distributed.collectives import all_gather_numbers, on_all_ranks
 from shampoo_deepspeed.engine.step_unit import StepUnit, as_count
 from shampoo_deepspeed.geometry.boxes import FlatRange
-from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
+from shampoo_deepspeed.options.config import CONVERTED, OPTION_NAMES, ShampooConfig, options_with
 from shampoo_deepspeed.options.param_groups import group_options
+from shampoo_deepspeed.options.rules import expanded
 from shampoo_deepspeed.state.dtensor_blocks import BlockBytes, as_sharded, bytes_here, local_part
 from shampoo_deepspeed.state.state_dict import FORMAT, SavedState, lacking
+
+logger = logging.getLogger("shampoo_deepspeed")
 
 BLOCKS, MARK, EXTERNAL = "shampoo_blocks", "shampoo_format", "shampoo_external"
 REJECTED = "shampoo_rejected"
@@ -125,20 +129,40 @@ def completed_group(group: Mapping[str, Any]) -> dict[str, Any]:
     return {n: () if isinstance(defaults[n], tuple) else defaults[n] for n in OPTION_NAMES} | own
 
 
+def with_own_formats(group: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group with the formats of state of the group that it is loaded into, to which state is converted."""
+    names = [name for name in options_with(CONVERTED) if group[name] != own[name]]
+    if names:
+        logger.warning(
+            "the state was saved with %s; it is converted to the formats given here, %s",
+            ", ".join(f"{name}={group[name]!r}" for name in names),
+            ", ".join(f"{name}={own[name]!r}" for name in names),
+        )
+    return {**group, **{name: own[name] for name in names}}
+
+
 @dataclass(frozen=True)
 class TorchState:
-    """Entries that torch's helpers have loaded, by parameter key, as a `StateSource`."""
+    """Entries that torch's helpers have loaded, by parameter key, as a `StateSource`.
+
+    Args:
+        options: those of the save, by number, which tell the formats of the bytes of blocks.
+    """
 
     entries: Mapping[str, Mapping[str, Tensor]]
     external: Mapping[str, Any] | None = None
     rejected_steps: int = 0
+    options: Mapping[int, ShampooConfig] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, state_dict: Mapping[str, Any], keys: Iterable[Sequence[str]]) -> TorchState:
+    def parse(
+        cls, state_dict: Mapping[str, Any], keys: Iterable[Sequence[str]], numbers: Sequence[int] = ()
+    ) -> TorchState:
         """Parse a state dict.
 
         Args:
             keys: of the parameters in each parameter group.
+            numbers: of these groups.
 
         Raises:
             ValueError: for another number of parameters, or another format.
@@ -159,7 +183,10 @@ class TorchState:
         wrong = {int(entry[MARK]) if MARK in entry else None for entry in entries.values()} - {FORMAT}
         if wrong:
             raise ValueError(f"Shampoo state format {wrong.pop()!r} is unknown here; this version reads {FORMAT}")
-        return cls(entries, None, max((int(entry.get(REJECTED, 0)) for entry in entries.values()), default=0))
+        groups = zip(numbers, map(completed_group, state_dict["param_groups"]), strict=False)
+        options = {n: ShampooConfig.from_saved({k: v for k, v in g.items() if k in OPTION_NAMES}) for n, g in groups}
+        rejected = max((int(entry.get(REJECTED, 0)) for entry in entries.values()), default=0)
+        return cls(entries, None, rejected, expanded(options))
 
     @property
     def steps(self) -> dict[str, int]:
@@ -183,7 +210,7 @@ class TorchState:
         Raises:
             ValueError: on all ranks alike, if the entries do not fit.
         """
-        blocks = BlockBytes(unit)
+        blocks = BlockBytes(unit, self.options)
         with on_all_ranks(unit.group, unit.device):
             self._check_fits(unit, blocks)
         mine = [bytes_here(self.entries.get(p.key, {}).get(BLOCKS)) for p in unit.parameters]
@@ -217,14 +244,23 @@ class TorchState:
         if policy.preconditioned and entry[BLOCKS].numel() != blocks.total(number):
             raise ValueError(
                 f"the saved blocks of {key!r} have {entry[BLOCKS].numel()} bytes, but here they have "
-                f"{blocks.total(number)}; its shape, max_preconditioner_dim, betas or grafting differ"
+                f"{blocks.total(number)}; {self._why(unit, policy.options)}"
             )
 
+    def _why(self, unit: StepUnit, number: int) -> str:
+        """What may explain that blocks have other bytes: the options that differ, with both values."""
+        before, now = self.options.get(number), unit.configs[number]
+        names = [] if before is None else [n for n in before.reshaped_by(now) if n not in options_with(CONVERTED)]
+        if before is None or not names:
+            return "its shape, max_preconditioner_dim, betas or grafting differ"
+        both = (f"{name} was {before.in_force(name)!r} and is {now.in_force(name)!r} here" for name in names)
+        return ", ".join(both)
+
     def _fill_moments(self, unit: StepUnit, number: int, entry: Mapping[str, Tensor]) -> None:
-        for name, views in unit.elementwise.views.items():
-            for shard, view in zip(unit.elementwise.shards, views, strict=True):
-                if shard.tensor == number and name in entry:
-                    view.copy_(local_part(entry[name]).reshape(-1)[slice(*shard.local)])
+        part = unit.elementwise
+        for place, shard in enumerate(part.shards):
+            for name in part.needs[shard.group, shard.method] if shard.tensor == number else ():
+                part.load(name, place, slice(None), local_part(entry[name]).reshape(-1)[slice(*shard.local)])
         for kind in unit.buffers:
             if kind in entry:
                 unit.buffer(kind, number).copy_(local_part(entry[kind]).reshape(-1))
@@ -242,8 +278,10 @@ def _flat_moments(unit: StepUnit, number: int, configs: Mapping[int, ShampooConf
     config = configs[unit.layout.groups[number]]
     out: dict[str, Tensor] = {}
     if not unit.policies[number].preconditioned:
-        for name in sorted(moments_of(configs[unit.policies[number].options], unit.policies[number].method)):
-            out[name] = torch.zeros(unit.sizes[number], dtype=unit.dtype, device=unit.device)
+        own = configs[unit.policies[number].options]
+        dtype = torch.bfloat16 if own.elementwise_format == "bfloat16" else unit.dtype
+        for name in sorted(moments_of(own, unit.policies[number].method)):
+            out[name] = torch.zeros(unit.sizes[number], dtype=dtype, device=unit.device)
             for shard, view in zip(unit.elementwise.shards, unit.elementwise.views.get(name, []), strict=False):
                 if shard.tensor == number:
                     out[name][slice(*shard.local)].copy_(view)

@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.distributed.collectives import all_reduce_maxima
 from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.boxes import FlatRange, chunk
+from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.runtime.devices import communication_device
-from shampoo_deepspeed.state.block_codec import block_layout, block_size, packed, unpack
+from shampoo_deepspeed.state.block_codec import BlockLayout, block_layout, block_size, packed, unpack
 from shampoo_deepspeed.state.state_dict import StackState
 
 Rows = Mapping[str, tuple[StackState, int]]
@@ -28,13 +30,18 @@ BytesOfBlocks = dict[int, FlatRange]
 
 
 class BlockBytes:
-    """The byte ranges of a unit's blocks in the bytes of its parameters. Building it is a collective."""
+    """The byte ranges of a unit's blocks in the bytes of its parameters. Building it is a collective.
 
-    def __init__(self, unit: StepUnit) -> None:
+    Args:
+        saved: options by number, if the bytes are those of a save whose formats may differ from the unit's.
+    """
+
+    def __init__(self, unit: StepUnit, saved: Mapping[int, ShampooConfig] | None = None) -> None:
         self.unit = unit
+        self._layouts = [_layout(stack, unit, saved or {}) for stack in unit.stacks]
         here = {
-            unit.plan.blocks[owned[0]].stack: block_size(block_layout(stack))
-            for stack, owned in zip(unit.stacks, unit.exchange.stacks, strict=True)
+            unit.plan.blocks[owned[0]].stack: block_size(layout)
+            for layout, owned in zip(self._layouts, unit.exchange.stacks, strict=True)
         }
         kinds = list(dict.fromkeys(block.stack for block in unit.plan.blocks))  # in the same order on all ranks
         found = all_reduce_maxima([here.get(kind, 0) for kind in kinds], unit.group, unit.device)
@@ -113,10 +120,10 @@ class BlockBytes:
             arriving = [self._common(number, unit.rank, theirs) for theirs in held]
             for b, common, content in self._exchanged(leaving, arriving):
                 blobs[b][slice(*common.shift(-own[b].start))] = content
-        for stack, owned in zip(unit.stacks, unit.exchange.stacks, strict=True):
+        for stack, layout, owned in zip(unit.stacks, self._layouts, unit.exchange.stacks, strict=True):
             for row, b in enumerate(owned):
                 if b in blobs:
-                    unpack(stack, row, block_layout(stack), blobs[b])
+                    unpack(stack, row, layout, blobs[b])
 
     def _common(self, number: int, owner: int, held: FlatRange) -> BytesOfBlocks:
         """The bytes of an owner's blocks within ``held``."""
@@ -150,6 +157,28 @@ class BlockBytes:
             of_ranks = dict(zip(mesh.mesh.flatten().tolist(), coordinates, strict=True))
             self._places[mesh] = [of_ranks[rank] for rank in dist.get_process_group_ranks(group)]
         return [_cut(total, mesh, place) for place in self._places[mesh]]
+
+
+def _layout(stack: BlockStack, unit: StepUnit, saved: Mapping[int, ShampooConfig]) -> BlockLayout:
+    """What a block of a stack consisted of in a save with these options, or consists of here."""
+    before, now = saved.get(stack.options), unit.configs.get(stack.options)
+    if before is None or now is None or before.formats == now.formats:
+        return block_layout(stack)
+    return block_layout(BlockStack([""], stack.shape, before, torch.device("meta"), unit.dtype))
+
+
+def resized(value: Tensor, total: int) -> Tensor:
+    """An empty tensor of so many bytes that is cut over the same mesh."""
+    if not is_dtensor(value):
+        return value.new_empty(total)
+    module: Any = sys.modules["torch.distributed.tensor"]
+    known = _dtensor(value)
+    mesh = known.device_mesh
+    local = known.to_local().new_empty(_cut(total, mesh, mesh.get_coordinate()).size)
+    made: Tensor = module.DTensor.from_local(
+        local, mesh, known.placements, run_check=False, shape=(total,), stride=(1,)
+    )
+    return made
 
 
 def bytes_here(value: Tensor | None) -> FlatRange:

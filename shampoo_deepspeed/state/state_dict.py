@@ -132,7 +132,7 @@ class StackState:
 
 @dataclass
 class ElementwiseState:
-    """Flat ranges of element-wise parameters, one after the other in every tensor.
+    """Flat ranges of element-wise parameters of one format, one after the other in every tensor.
 
     Args:
         segments: of each range the parameter key, first element in the flattened parameter, number of elements. Saved
@@ -143,10 +143,10 @@ class ElementwiseState:
     tensors: dict[str, Tensor]
 
     @classmethod
-    def of(cls, part: Elementwise) -> ElementwiseState:
-        """The state of a live part; tensors are the live ones."""
+    def of(cls, part: Elementwise) -> list[ElementwiseState]:
+        """The state of a live part by format; tensors are the live ones."""
         segments = [[s.key, s.elements.start, size] for s, size in zip(part.shards, part.sizes, strict=True)]
-        return cls(segments, dict(part.tensors))
+        return [cls([segments[n] for n in store.numbers], dict(store.tensors)) for store in part.stores]
 
     def without(self, keys: set[str]) -> ElementwiseState:
         """The ranges of all parameters except ``keys``; nothing is copied if they are not here."""
@@ -221,7 +221,7 @@ class SavedState:
         for unit in units:
             saved.steps.update((p.key, n) for p, n in zip(unit.parameters, unit.steps, strict=True))
             saved.stacks += [StackState.of(stack) for stack in unit.stacks]
-            saved.elementwise.append(ElementwiseState.of(unit.elementwise))
+            saved.elementwise += ElementwiseState.of(unit.elementwise)
             saved.buffers += [BufferState.of(unit, kind, n) for kind, found in unit.buffers.items() for n in found]
         return saved
 
@@ -408,9 +408,9 @@ class SavedState:
         for number, overlaps in self._overlaps(part).items():
             shard = part.shards[number]
             for common, place, saved in overlaps:
+                own = slice(*common.shift(-shard.elements.start))
                 for name in part.needs[shard.group, shard.method]:
-                    target = part.views[name][number][slice(*common.shift(-shard.elements.start))]
-                    target.copy_(saved.tensors[name][slice(*place)])
+                    part.load(name, number, own, saved.tensors[name][slice(*place)])
 
     def _overlaps(self, part: Elementwise) -> dict[int, list[tuple[FlatRange, FlatRange, ElementwiseState]]]:
         """The saved overlaps with each shard of a live part, by its number.

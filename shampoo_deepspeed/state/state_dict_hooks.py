@@ -22,6 +22,7 @@ from shampoo_deepspeed.state.dcp_state import (
     is_torch_state,
     others_state,
     robust_group,
+    with_own_formats,
 )
 from shampoo_deepspeed.state.dtensor_blocks import is_dtensor
 from shampoo_deepspeed.state.state_dict import START_ANEW, SavedState, lacking
@@ -181,11 +182,12 @@ def _taken_apart(
     """
     if "shampoo" not in state_dict and (optimizer.state_keeper.saved_as is not None or is_torch_state(state_dict)):
         torch_state = TorchState({}, optimizer.state_keeper.saved_as)
+        groups = [completed_group(group) for group in state_dict["param_groups"]]
         if is_torch_state(state_dict):
             keys = optimizer.registry.keys_by_group()
             numbers = [group["shampoo_group"] for group in optimizer.param_groups]
-            torch_state = TorchState.parse(state_dict, [keys[number] for number in numbers])
-        groups = [completed_group(group) for group in state_dict["param_groups"]]
+            torch_state = TorchState.parse(state_dict, [keys[number] for number in numbers], numbers)
+            groups = [with_own_formats(g, own) for g, own in zip(groups, optimizer.param_groups, strict=True)]
         return torch_state, {**state_dict, "state": others_state(state_dict), "param_groups": groups}
     if "shampoo" not in state_dict and os.environ.get(START_ANEW) == "1":
         logger.warning(

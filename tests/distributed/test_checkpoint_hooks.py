@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shampoo_deepspeed import ShampooConfig
 from tests.distributed.ranks.checkpoints import SAVED, STOP, TRAINING, Run, Seen, dies_in
 from tests.support.launch import Ask, Check, named
 from tests.support.zoo import relative_error
@@ -39,6 +40,12 @@ HELPERS = [
     for layout, ranks in (("fsdp2", 2), ("ddp", 2), ("hsdp", 4))
     for gathered, flat in ((False, False), (True, False), (False, True))
     if layout == "fsdp2" or not flat
+]
+HALF = {"memory": "half"}
+CONVERTED = [
+    Check(f"formats_{layout}_{gathered}_{name}", 2, "torch_helpers:into_other_formats", (layout, gathered, *formats))
+    for layout, gathered in (("fsdp2", False), ("fsdp2", True))
+    for name, formats in {"narrower": ({}, HALF), "wider": (HALF, {})}.items()
 ]
 MOVED = [Check(f"moved_twice_{layout}", 2, "torch_helpers:moved_twice", layout) for layout in ("fsdp2", "ddp")]
 REFUSED = Check("zero_redundancy", 2, "torch_helpers:zero_redundancy")
@@ -102,6 +109,25 @@ def test_a_run_resumes_through_torchs_helpers(check: Check, ask: Ask) -> None:
         assert same(resumed, uninterrupted)
         for parameters in whole:
             assert max(relative_error(p, uninterrupted[n]) for n, p in parameters.items()) <= 1e-5
+
+
+@pytest.mark.parametrize("check", CONVERTED, ids=named)
+def test_torchs_helpers_load_into_other_formats_which_converts_and_says_so(check: Check, ask: Ask) -> None:
+    _, gathered, before, after = check.argument
+    for seen in ask(check):
+        assert seen["options"] == {
+            n: v for n, v in ShampooConfig.from_options(after).to_json().items() if "_format" in n
+        }
+        assert ("torch.int8" in seen["dtypes"], "torch.bfloat16" in seen["dtypes"]) == (bool(after), bool(after))
+        (said,) = [text for text in seen["messages"] if text.startswith("the state was saved with ")]
+        for name in ("factor_format", "root_format", "moment_format", "elementwise_format"):
+            was, now = (getattr(ShampooConfig.from_options(options), name) for options in (before, after))
+            assert f"{name}={was!r}" in said.partition("; ")[0] and f"{name}={now!r}" in said.partition("; ")[2]
+        for name, converted in seen["converted"].items():
+            moved = (seen["uninterrupted"][name] - seen["saved"][name]).norm()
+            error = (converted - seen["uninterrupted"][name]).norm()
+            assert (error > 0.0 or not after) and error <= 0.15 * moved, name  # wider formats hold the same numbers
+        assert gathered or "Size mismatch" in seen["error"]  # of torch's default planner
 
 
 @pytest.mark.parametrize("check", MOVED, ids=named)

@@ -65,7 +65,7 @@ def matrices(*of: tuple[int, ...]) -> list[Parameter]:
         {"factor_dtype": "float64", "root_dtype": "bfloat16", "grafting": "sgd"},
         {"factor_format": "packed", "root_format": "packed"},
         {"preconditioner": "kl_soap", "root_format": "bfloat16", "moment_format": "bfloat16"},
-        {"factor_format": "int8", "root_format": "int8", "moment_format": "int8"},
+        {"factor_format": "int8", "root_format": "int8", "moment_format": "int8", "elementwise_format": "bfloat16"},
     ],
     ids=str,
 )
@@ -78,7 +78,7 @@ def test_state_is_that_of_an_optimizer_in_one_process(options: dict[str, Any], d
     optimizer.step()
     (unit,) = optimizer.units
     tensors = [tensor for stack in unit.stacks for tensor in stack.tensors.values()]
-    tensors += unit.elementwise.tensors.values()
+    tensors += [tensor for _, tensor in unit.elementwise.tensors]
     tensors += [buffer for buffers in unit.buffers.values() for buffer in buffers.values()]
     parameters = [e.parameter for e in optimizer.entries if e.parameter.key != "frozen.weight"]
     made = estimate(parameters, 1, "ddp", config(**options), weights_dtype=dtype)

@@ -372,6 +372,7 @@ def test_groups_with_and_without_momentum_go_on_together() -> None:
         ({}, {"factor_format": "packed"}),
         ({}, {"root_format": "int8"}),
         ({"moment_format": "bfloat16"}, {"moment_format": "float32"}),
+        ({}, {"elementwise_format": "bfloat16"}),
         ({}, {"preconditioner": "soap"}),
         ({"preconditioner": "kl_shampoo"}, {"preconditioner": "shampoo"}),
         ({"refresh_tolerance": 0.1}, {"refresh_tolerance": None}),

@@ -60,7 +60,7 @@ VALUES: dict[str, list[dict[str, Any]]] = {
         {},
         {"factor_format": "packed", "root_format": "packed"},
         {"factor_format": "bfloat16", "root_format": "bfloat16", "moment_format": "bfloat16"},
-        {"factor_format": "int8", "root_format": "int8", "moment_format": "int8"},
+        {"factor_format": "int8", "root_format": "int8", "moment_format": "int8", "elementwise_format": "bfloat16"},
     ],
     "merging": [{}, {"merge_small_dims": False}],
     "batch_dims": [{}, {"batch_dims": 1}],

@@ -66,6 +66,7 @@ class Options:
     factor_format: str = "float32"
     root_format: str = "float32"
     moment_format: str = "float32"
+    elementwise_format: str = "float32"
 
     @property
     def growth(self) -> float:
@@ -559,8 +560,7 @@ class Reference:
         if moved:
             block.rotated = torch.maximum(block.rotated, block.weight * m**2)
         update = by * cls._update(block, g, m, t, o)
-        if block.box != (...,) or block.factors:
-            cls._keep_moments(block, t, o)
+        cls._keep_moments(block, t, o)
         return update
 
     @classmethod
@@ -580,6 +580,11 @@ class Reference:
     @staticmethod
     def _keep_moments(block: Block, t: int, o: Options) -> None:
         """Round moments as their format does. SOAP's second moment before its first refresh has the tensor of later."""
+        if block.box == (...,) and not block.factors:  # element-wise, so its bits follow from the parameter's own key
+            random = (block.key.removesuffix("/0"), t)
+            block.first = kept(block.first, o.elementwise_format, "exp_avg", random)
+            block.second = kept(block.second, o.elementwise_format, "second_moment", random)
+            return
         form, random = o.moment_format, (block.key, t)
         block.first = kept(block.first, form, "rotated_exp_avg" if o.in_basis else "exp_avg", random)
         own = o.in_basis and o.graft == "none"

@@ -94,6 +94,7 @@ USUAL: dict[str, st.SearchStrategy[Any]] = {
     "factor_format": one_of(*choices.FORMATS),
     "root_format": one_of(*choices.FORMATS),
     "moment_format": one_of(*choices.MOMENT_FORMATS),
+    "elementwise_format": one_of(*choices.ELEMENTWISE_FORMATS),
     "master_weights": st.booleans(),
     "stochastic_rounding": st.booleans(),
     "apply_dtype": st.none() | dtypes,

@@ -31,7 +31,7 @@ def holdings(optimizer: Shampoo) -> dict[str, Any]:
     for unit in optimizer.units:
         for stack in unit.stacks:
             tensors += [(name, tensor.nbytes) for name, tensor in stack.tensors.items()]
-        tensors += [(name, tensor.nbytes) for name, tensor in unit.elementwise.tensors.items()]
+        tensors += [(name, tensor.nbytes) for name, tensor in unit.elementwise.tensors]
         for kind, buffers in unit.buffers.items():
             tensors += [(kind, buffer.nbytes) for buffer in buffers.values()]
     entries = [(entry.parameter, entry.reference()) for entry in optimizer.entries]

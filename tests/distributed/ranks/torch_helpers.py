@@ -5,6 +5,7 @@ This file is separate from checks with Transformers, because importing that take
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from shampoo_deepspeed import LayoutError, Shampoo, load_shampoo, save_shampoo
+from shampoo_deepspeed.integrations.load_planner import ConvertingLoadPlanner
 from tests.distributed.ranks.folders import shared_folder
 from tests.distributed.ranks.fsdp import full
 from tests.support import zoo
@@ -74,8 +76,61 @@ def helpers(argument: tuple[str, bool, bool]) -> list[dict[str, Tensor]]:
         return [{n.removeprefix("module."): full(p) for n, p in trained.named_parameters()} for trained, _, _ in runs]
 
 
-def sharded(layout: str, weights: dict[str, Tensor] | None = None) -> tuple[nn.Module, Shampoo]:
-    model = zoo.make_model("wide")
+def into_other_formats(argument: tuple[str, bool, dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+    """Return what becomes of a run whose state is loaded into other formats, by ``dcp.load`` or gathered.
+
+    The argument has the layout, whether the first rank gathers full state dicts, and the formats before and after. The
+    result has the parameters of the uninterrupted run and of the converted one a step later, those at the save, the
+    warnings, the new optimizer's options and dtypes, and the error of torch's default planner.
+    """
+    layout, gathered, before, after = argument
+    options = StateDictOptions(full_state_dict=gathered, cpu_offload=gathered, broadcast_from_rank0=gathered)
+    error, messages = "", Messages()
+    with shared_folder() as folder:
+        model, optimizer = sharded(layout, **before)
+        steps(model, optimizer, range(SAVED), layout)
+        weights = {n: full(p) for n, p in model.named_parameters()}
+        state: Any = get_optimizer_state_dict(model, optimizer, options=options)
+        again, second = sharded(layout, weights, **after)
+        logging.getLogger("shampoo_deepspeed").addHandler(messages)
+        if gathered:
+            set_optimizer_state_dict(again, second, state, options=options)
+        else:
+            dcp.save({"optimizer": state}, checkpoint_id=folder)
+            try:
+                dcp.load({"optimizer": get_optimizer_state_dict(again, second)}, checkpoint_id=folder)
+            except dcp.CheckpointException as raised:
+                error = str(raised)
+            loaded: Any = {"optimizer": get_optimizer_state_dict(again, second)}
+            dcp.load(loaded, checkpoint_id=folder, planner=ConvertingLoadPlanner())
+            set_optimizer_state_dict(again, second, loaded["optimizer"])
+        for trained, its in ((model, optimizer), (again, second)):
+            steps(trained, its, range(SAVED, SAVED + 1), layout)
+        logging.getLogger("shampoo_deepspeed").removeHandler(messages)
+    now, converted = ({n: full(p) for n, p in trained.named_parameters()} for trained in (model, again))
+    dtypes = {str(t.dtype) for unit in second.units for stack in unit.stacks for t in stack.tensors.values()}
+    dtypes |= {str(t.dtype) for unit in second.units for _, t in unit.elementwise.tensors}
+    options_now = {name: second.param_groups[0][name] for name in FORMATS}
+    found = {"uninterrupted": now, "converted": converted, "saved": weights, "messages": messages.texts}
+    return found | {"options": options_now, "dtypes": dtypes, "error": error}
+
+
+FORMATS = ("factor_format", "root_format", "moment_format", "elementwise_format")
+
+
+class Messages(logging.Handler):
+    """Collects what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def sharded(layout: str, weights: dict[str, Tensor] | None = None, **given: Any) -> tuple[nn.Module, Shampoo]:
+    model, options = zoo.make_model("wide"), {**OPTIONS, **given}
     if weights is not None:
         model.load_state_dict(weights)
     world = dist.get_world_size()
@@ -85,8 +140,8 @@ def sharded(layout: str, weights: dict[str, Tensor] | None = None) -> tuple[nn.M
         fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
     elif layout == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(model)
-        return wrapped, Shampoo(wrapped.named_parameters(), model=wrapped, **OPTIONS)
-    return model, Shampoo(model.named_parameters(), **OPTIONS)
+        return wrapped, Shampoo(wrapped.named_parameters(), model=wrapped, **options)
+    return model, Shampoo(model.named_parameters(), **options)
 
 
 def on_one_rank(weights: dict[str, Tensor], folder: Path) -> tuple[nn.Module, Shampoo]:
