@@ -137,7 +137,7 @@ def _dtensor(tensor: Tensor) -> DTensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return _dtensor(tensor.detach()).to_local()
+    return _dtensor(tensor).to_local().detach()  # in this order neither is an operation of DTensor's
 
 
 def _local_gradient(tensor: Tensor) -> Tensor | None:
@@ -146,7 +146,9 @@ def _local_gradient(tensor: Tensor) -> Tensor | None:
         return None
     gradient, placements = _dtensor(tensor.grad), _dtensor(tensor).placements
     if gradient.placements != placements:
-        gradient = gradient.redistribute(placements=placements)
+        # The collective has ended for all later reads, each of which would otherwise wait for it in Python.
+        moved = gradient.redistribute(placements=placements).to_local()
+        return moved.wait() if hasattr(moved, "wait") else moved
     return gradient.to_local()
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from shampoo_deepspeed.options.config import ShampooConfig
 
 # Elements whose squares are summed in their own dtype; the sums of a longer tensor's rows are added in float64.
 NORM_ROW = 4096
+# Elements that an accelerator steps at a time, such that what a step holds for a moment stays small next to embeddings.
+TOGETHER = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,17 @@ class ElementwiseShard:
     share: float
     numel: int
     rate: str = "elementwise_lr"
+
+
+class Piece(NamedTuple):
+    """Some elements of a shard, all if ``elements`` is None."""
+
+    number: int
+    elements: slice | None = None
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The piece of the shard's own tensor among those of all shards."""
+        return tensors[self.number] if self.elements is None else tensors[self.number][self.elements]
 
 
 class Elementwise:
@@ -145,47 +159,74 @@ class Elementwise:
         means = self._root_mean_squares(squared_norms)
         divisors = means.unbind()
         for (group, method, rate, step), numbers in cohorts.items():
-            own = [parts[n].to(self._dtype) for n in numbers]
-            if found_inf is not None:
-                own = found_inf.masked(own)
             config = configs[group].for_elementwise
-            if config.normalize_gradients:  # the updates' memory is free until they are copied into it
-                own = [torch.div(g, divisors[n], out=targets[n]) for n, g in zip(numbers, own, strict=True)]
-            second = []
-            if "second_moment" in self.needs[group, method]:
-                second = [self.views["second_moment"][n] for n in numbers]
-            made, factor = self._updates(numbers, own, second, method, step, config, found_inf, squared_norms)
             own_rate: float | None = getattr(config, rate)
-            factor *= config.elementwise_lr if own_rate is None else own_rate
             strengths = grafting.strengths(means, config.eps) if config.normalize_gradients else None
-            torch._foreach_copy_([targets[n] for n in numbers], made)
-            if strengths is not None:
-                factors = (strengths * factor).unbind()
-                torch._foreach_mul_([targets[n] for n in numbers], [factors[n] for n in numbers])
-            elif factor != 1.0:
-                torch._foreach_mul_([targets[n] for n in numbers], factor)
+            for pieces in self._pieces(numbers):
+                own = [piece.of(parts).to(self._dtype) for piece in pieces]
+                into = [piece.of(targets) for piece in pieces]
+                # The updates' memory is free until they are copied into it.
+                if config.normalize_gradients:
+                    of = [divisors[piece.number] for piece in pieces]
+                    own = [torch.div(g, d, out=t) for g, d, t in zip(own, of, into, strict=True)]
+                elif found_inf is not None:
+                    torch._foreach_copy_(into, own)
+                    own = into
+                if found_inf is not None:
+                    found_inf.mask_(own)
+                made, factor = self._updates(pieces, own, method, step, group, config, found_inf, squared_norms)
+                factor *= config.elementwise_lr if own_rate is None else own_rate
+                torch._foreach_copy_(into, made)
+                if strengths is not None:
+                    factors = (strengths * factor).unbind()
+                    torch._foreach_mul_(into, [factors[piece.number] for piece in pieces])
+                elif factor != 1.0:
+                    torch._foreach_mul_(into, factor)
+
+    def _pieces(self, numbers: Sequence[int]) -> Iterator[list[Piece]]:
+        """Shards that are stepped together: all on the CPU, on accelerators `TOGETHER` elements at most."""
+        if self._device.type == "cpu":
+            yield [Piece(n) for n in numbers]
+            return
+        now: list[Piece] = []
+        free = TOGETHER
+        for n in numbers:
+            start = 0
+            while start < self.sizes[n]:
+                count = min(free, self.sizes[n] - start)
+                now.append(Piece(n) if count == self.sizes[n] else Piece(n, slice(start, start + count)))
+                start, free = start + count, free - count
+                if not free:
+                    yield now
+                    now, free = [], TOGETHER
+        if now:
+            yield now
 
     def _updates(
         self,
-        numbers: Sequence[int],
+        pieces: Sequence[Piece],
         gradients: list[Tensor],
-        second: list[Tensor],
         method: str,
         step: int,
+        group: int,
         config: ShampooConfig,
         found_inf: FoundInf | None,
         squared_norms: Tensor | None,
     ) -> tuple[list[Tensor], float]:
         """Updates of some shards, up to a common factor."""
         scaled, normalizes = gradients, method.startswith(grafting.NORMALIZED)
+        shards = [self.shards[piece.number] for piece in pieces]
         if normalizes and config.normalize_gradients:  # the root mean square is 1 now
-            scaled = list(torch._foreach_div(gradients, [math.sqrt(self.shards[n].numel) for n in numbers]))
+            scaled = list(torch._foreach_div(gradients, [math.sqrt(shard.numel) for shard in shards]))
         elif normalizes and squared_norms is not None:
             norms = squared_norms.sqrt()
             scaled = [
-                grafting.normalized(g, norms[self.shards[n].parameter]) for n, g in zip(numbers, gradients, strict=True)
+                grafting.normalized(g, norms[shard.parameter]) for shard, g in zip(shards, gradients, strict=True)
             ]
-        first = [self.views["exp_avg"][n] for n in numbers] if config.betas[0] else []
+        first = [piece.of(self.views["exp_avg"]) for piece in pieces] if config.betas[0] else []
+        second = []
+        if "second_moment" in self.needs[group, method]:
+            second = [piece.of(self.views["second_moment"]) for piece in pieces]
         warm = grafting.advance(method, first, second, gradients, scaled, step, config, found_inf)
         return warm.updates, warm.factor
 
