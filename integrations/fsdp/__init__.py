@@ -128,7 +128,7 @@ def _group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
         return dist.group.WORLD
     if mesh.ndim == 1:
         return mesh.get_group()
-    return group_of_ranks(ranks)
+    return group_of_ranks(ranks, [mesh.get_group(dim) for dim in range(mesh.ndim)])
 
 
 def _dtensor(tensor: Tensor) -> DTensor:
@@ -146,9 +146,7 @@ def _local_gradient(tensor: Tensor) -> Tensor | None:
         return None
     gradient, placements = _dtensor(tensor.grad), _dtensor(tensor).placements
     if gradient.placements != placements:
-        # The collective has ended for all later reads, each of which would otherwise wait for it in Python.
-        moved = gradient.redistribute(placements=placements).to_local()
-        return moved.wait() if hasattr(moved, "wait") else moved
+        gradient = gradient.redistribute(placements=placements)
     return gradient.to_local()
 
 

@@ -25,7 +25,7 @@ UPDATE_RMS = 0.6
 # by rms / (rms + eps) with the root mean square of the gradient, as long as it is below this multiple of eps. So a
 # gradient that is only rounding, such as that of a bias of attention keys, counts as none, as with AdamW.
 SURE = 1e6
-# Stands for the root mean square of a gradient of zeros: a division by it leaves zeros, and no ``eps`` counts next to it.
+# The root mean square of a gradient of zeros seems to be this: zeros stay zeros, and no ``eps`` counts next to it.
 UNSEEN = 1e30
 NORMALIZED = "normalized_"  # prefix of the methods whose second moment is that of G / ||G||
 # Devices on which torch has one kernel for an optimizer's whole step, which reads and writes everything once.

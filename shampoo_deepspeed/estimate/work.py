@@ -73,7 +73,7 @@ PLAIN: dict[tuple[bool, bool], Passes] = {
 MUON = Passes(8.0, 0.0, 16, 0)
 # An iteration of Newton-Schulz is three products.
 ITERATION_LAUNCHES = 3
-# What is orthogonalised, SOAP's update or Muon's moment, is scaled before and has Nesterov's momentum and its own length.
+# What is orthogonalised, SOAP's update or Muon's moment, is scaled before, has Nesterov's momentum and a given length.
 ORTHOGONALISED = Passes(9.0, 0.0, 9, 0)
 
 
