@@ -161,7 +161,6 @@ class Elementwise:
         for (group, method, rate, step), numbers in cohorts.items():
             config = configs[group].for_elementwise
             own_rate: float | None = getattr(config, rate)
-            strengths = grafting.strengths(means, config.eps) if config.normalize_gradients else None
             for pieces in self._pieces(numbers):
                 own = [piece.of(parts).to(self._dtype) for piece in pieces]
                 into = [piece.of(targets) for piece in pieces]
@@ -177,8 +176,8 @@ class Elementwise:
                 made, factor = self._updates(pieces, own, method, step, group, config, found_inf, squared_norms)
                 factor *= config.elementwise_lr if own_rate is None else own_rate
                 torch._foreach_copy_(into, made)
-                if strengths is not None:
-                    factors = (strengths * factor).unbind()
+                if config.normalize_gradients:
+                    factors = (grafting.strengths(means, config.eps) * factor).unbind()
                     torch._foreach_mul_(into, [factors[piece.number] for piece in pieces])
                 elif factor != 1.0:
                     torch._foreach_mul_(into, factor)

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.algorithm import elementwise
+from shampoo_deepspeed.distributed.exchange import staged_wire
 from shampoo_deepspeed.distributed.frameworks import LayoutError
 from shampoo_deepspeed.engine import master_weights
 from shampoo_deepspeed.linalg.inverse_root import inverse_root
@@ -66,7 +68,7 @@ def test_an_element_wise_step_holds_little_more_than_the_update(
 
 def test_random_rounding_holds_little_and_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights in bfloat16 without masters, which are there to save memory."""
-    options = {"dtype": torch.bfloat16, "master_weights": False, "stochastic_rounding": True}
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "master_weights": False, "stochastic_rounding": True}
     expected, in_one, _ = stepped(simulate(monkeypatch), **options)
     monkeypatch.setattr(master_weights, "TOGETHER", FEW)
     monkeypatch.setattr(elementwise, "TOGETHER", FEW)
@@ -74,6 +76,17 @@ def test_random_rounding_holds_little_and_waits_for_nothing(monkeypatch: pytest.
     assert same_bits(found, expected)
     assert in_pieces <= 12.0 < 30.0 <= in_one  # the update, weights in float32 and rounded ones are 10
     assert not reads
+
+
+@pytest.mark.parametrize(
+    ("backends", "wire"), [("cuda:nccl", "cuda:3"), ("cuda:nccl,cpu:gloo", "cuda:3"), ("cpu:gloo", "cpu")]
+)
+def test_blocks_of_shards_on_the_cpu_travel_by_the_accelerators_backend_where_there_is_one(
+    backends: str, wire: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate gives a job both backends if FSDP keeps parameters on the CPU."""
+    monkeypatch.setattr(dist, "get_backend_config", lambda group=None: backends)
+    assert staged_wire(None, torch.device("cuda", 3)) == torch.device(wire)
 
 
 def test_a_device_without_float64_is_an_error_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,7 +192,7 @@ def test_a_gradient_that_is_summed_again_is_there_once_it_is_read() -> None:
     """Tensor parallelism may leave partial sums; each operation on an unfinished collective's result is Python's."""
     with world(0):
         mesh = init_device_mesh("cpu", (WORLD,))
-        weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate()]))
+        weight: Any = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate()]))
         weight.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()], run_check=False)
         assert type(_local_gradient(weight)) is Tensor
         assert type(_local(weight)) is Tensor and _local(weight).data_ptr() == weight.to_local().data_ptr()
