@@ -87,8 +87,14 @@ class Shampoo(BlockOptimizer):
 
         Raises:
             LayoutError: at the first step, if the framework's shards are inconsistent or not supported.
-            RuntimeError: if ``failure_limit`` steps in a row were rejected or roots of a block failed.
+            RuntimeError: if ``failure_limit`` steps in a row were rejected or roots of a block failed, or if a CUDA
+                graph is being captured.
         """
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step of Shampoo cannot be captured in a CUDA graph: it counts steps on the CPU, and refreshes read "
+                "the device; capture forward and backward, and call step() outside of the graph"
+            )
         if self.averages_in_use:
             raise in_use("step()")
         loss = None

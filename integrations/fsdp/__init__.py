@@ -128,7 +128,7 @@ def _group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
         return dist.group.WORLD
     if mesh.ndim == 1:
         return mesh.get_group()
-    return group_of_ranks(ranks)
+    return group_of_ranks(ranks, [mesh.get_group(dim) for dim in range(mesh.ndim)])
 
 
 def _dtensor(tensor: Tensor) -> DTensor:
@@ -137,7 +137,7 @@ def _dtensor(tensor: Tensor) -> DTensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return _dtensor(tensor.detach()).to_local()
+    return _dtensor(tensor).to_local().detach()  # in this order neither is an operation of DTensor's
 
 
 def _local_gradient(tensor: Tensor) -> Tensor | None:

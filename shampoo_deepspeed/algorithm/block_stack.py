@@ -7,6 +7,7 @@ import logging
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -76,6 +77,11 @@ class BlockStack:
         self._refreshes = any(name.startswith("factor_") for name in self.forms)
         self.meter = RefreshMeter()
         self._reset_counts()
+
+    @cached_property
+    def _least(self) -> Tensor:
+        """A number that vanishes next to the root mean square of a block whose largest element is 1."""
+        return torch.full((), 2.0**-60, dtype=self._dtype, device=self._device)
 
     def _reset_counts(self) -> None:
         self.refreshed = [not self._refreshes] * len(self.keys)
@@ -184,12 +190,19 @@ class BlockStack:
 
         Step 1 ends here too, as only the owner of a block has its whole gradient.
         """
-        doubtful = _normalize_(gradients, self._config.eps) if self._config.normalize_gradients else None
-        updates = self._after_normalizing(first, gradients, step, found_inf)
-        return updates if doubtful is None else updates * grafting.strengths(doubtful, self._config.eps)
+        if not self._config.normalize_gradients:
+            return self._after_normalizing(first, gradients, step, found_inf, None)
+        if gradients.device.type == "cpu":
+            doubtful = _normalize_(gradients, self._config.eps)
+            updates = self._after_normalizing(first, gradients, step, found_inf, None)
+            return updates if doubtful is None else updates * grafting.strengths(doubtful, self._config.eps)
+        means = _normalize_there_(gradients, self._least)
+        return self._after_normalizing(first, gradients, step, found_inf, means / (means + self._config.eps))
 
-    def _after_normalizing(self, first: int, gradients: Tensor, step: int, found_inf: FoundInf | None) -> Tensor:
-        """``_advance`` after step 1."""
+    def _after_normalizing(
+        self, first: int, gradients: Tensor, step: int, found_inf: FoundInf | None, strengths: Tensor | None
+    ) -> Tensor:
+        """``_advance`` after step 1; updates are multiplied by ``strengths`` [B, 1, ..., 1]."""
         rows = range(first, first + len(gradients))
         state = self._opened(slice(first, rows.stop), step)
         if self.pending:
@@ -199,13 +212,13 @@ class BlockStack:
             state.store(STATISTICS)
         installed = self._refresh(rows, state, step, found_inf)
         if not installed and len({self.refreshed[row] for row in rows}) == 1:
-            updates = self._updates(rows, state, gradients, None, step, found_inf)
+            updates = self._updates(rows, state, gradients, None, step, found_inf, strengths)
             if isinstance(state, Rows):
                 state.store(MOMENTS)
             return updates
         for here, result in self._alike(rows, installed):
-            part = _part(state, here)
-            gradients[here] = self._updates(rows[here], part, gradients[here], result, step, found_inf)
+            part, own = _part(state, here), None if strengths is None else strengths[here]
+            gradients[here] = self._updates(rows[here], part, gradients[here], result, step, found_inf, own)
         if isinstance(state, Rows):
             state.store(MOMENTS)
         return gradients
@@ -249,11 +262,13 @@ class BlockStack:
         result: RefreshResult | None,
         step: int,
         found_inf: FoundInf | None,
+        strengths: Tensor | None,
     ) -> Tensor:
         """Steps 5 to 7 for rows that are all preconditioned, or all not yet.
 
         Args:
             result: the refresh that was just installed for them, if any.
+            strengths: factors [B, 1, ..., 1] of the updates, if there are any.
         """
         config, preconditioner, method = self._config, self.preconditioner, self._config.warm_method
         ready, name = self.refreshed[rows[0]], self._second_moment
@@ -263,29 +278,38 @@ class BlockStack:
         if second and method.startswith(grafting.NORMALIZED):
             own = grafting.normalized(gradients, block_norms(gradients))
         if config.grafting_method == "rms" and not ready:
-            return self._warm_to_rms(kept, gradients, step, found_inf)
+            return self._warm_to_rms(kept, gradients, step, found_inf, strengths)
         if ready and (preconditioner.rotates_moments or not config.grafts):
             if second:
                 grafting.accumulate(method, second, [own], config.second_moment_beta, found_inf)
-            return self._updates_in_basis(state, kept, second, gradients, result, step, found_inf)
+            return self._updates_in_basis(state, kept, second, gradients, result, step, found_inf, strengths)
         grafted = grafting.advance(method, kept, second, [gradients], [own], step, config, found_inf)
         # Bias corrections are one factor, which is multiplied in last, because each pass over a block costs time.
+        factor = grafted.factor if strengths is None else strengths * grafted.factor
         if not ready:
-            return grafted.updates[0] if grafted.factor == 1.0 else grafted.updates[0] * grafted.factor
+            return grafted.updates[0] if isinstance(factor, float) and factor == 1.0 else grafted.updates[0] * factor
         moments = grafted.moments[0]
         if not config.normalize_gradients:
             moments, _ = _scaled_moments(moments)
         update = preconditioner.apply(state, gradients, moments, found_inf)
-        return _with_length_of(grafted.updates[0], grafted.factor, update, self._norms(update))
+        return _with_length_of(grafted.updates[0], factor, update, self._norms(update))
 
-    def _warm_to_rms(self, kept: list[Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> Tensor:
+    def _warm_to_rms(
+        self,
+        kept: list[Tensor],
+        gradients: Tensor,
+        step: int,
+        found_inf: FoundInf | None,
+        strengths: Tensor | None,
+    ) -> Tensor:
         """``_updates`` of the given length before the first refresh: in the direction of the first moment."""
         config = self._config
         beta1, corrected = config.betas[0], config.use_bias_correction
         (moments,), correction = grafting.first_moment(
             kept, [gradients], beta1, step, corrected, found_inf, config.beta3
         )
-        return moments * (_factors_to_rms(moments) * _presence(moments, correction, config))
+        factors = self._to_rms(moments, moments, correction)
+        return moments * (factors if strengths is None else factors * strengths)
 
     def _updates_in_basis(
         self,
@@ -296,6 +320,7 @@ class BlockStack:
         result: RefreshResult | None,
         step: int,
         found_inf: FoundInf | None,
+        strengths: Tensor | None,
     ) -> Tensor:
         """``_updates`` if first moments are in the preconditioner's own coordinates, or no length is grafted."""
         config, preconditioner = self._config, self.preconditioner
@@ -308,13 +333,18 @@ class BlockStack:
         update = preconditioner.apply(state, seen, scaled, found_inf)
         if config.grafting_method == "none":
             lengths = _presence(moments, correction, config) if preconditioner.own_length else correction * units
-            return update.mul_(_bounded_factors(update, self._norms(update), lengths))
+            factors = _bounded_factors(update, self._norms(update), lengths)
+            return update.mul_(factors if strengths is None else factors * strengths)
         if config.grafting_method == "rms":
-            return update.mul_(self._to_rms(update) * _presence(moments, correction, config))
+            factors = self._to_rms(update, moments, correction)
+            return update.mul_(factors if strengths is None else factors * strengths)
         moments = preconditioner.project_back(state, moments)
         method, beta2 = config.warm_method, config.second_moment_beta
         (length_of,), factor = grafting.update(method, [moments], second, step, beta2, config.eps)
-        return _with_length_of(length_of, factor * correction, update, self._norms(update))
+        factor *= correction
+        return _with_length_of(
+            length_of, factor if strengths is None else strengths * factor, update, self._norms(update)
+        )
 
     def _norms(self, update: Tensor) -> Tensor:
         """The norm of each block of ``update``, as [B, 1, ..., 1], also where its squares are out of range."""
@@ -323,11 +353,22 @@ class BlockStack:
         scales, norms = _scaled_norms(update)
         return scales * norms
 
-    def _to_rms(self, update: Tensor) -> Tensor:
-        """``_factors_to_rms`` of updates; those of normalized gradients were not made of scaled moments."""
-        if self._config.normalize_gradients:
-            return _factors_to_rms(update)
-        return _factors_to_rms(update, self._norms(update), FADED)
+    def _to_rms(self, update: Tensor, moments: Tensor, correction: float) -> Tensor:
+        """Factors [B, 1, ..., 1] that give each block of ``update`` the root mean square ``UPDATE_RMS``; 0 for zeros.
+
+        They are smaller where first moments have faded (``_presence``). When gradients end, a first moment decays until
+        squares underflow. Such a norm is too small, and the factor would be far too large, so these blocks get 0 too.
+        """
+        length = grafting.UPDATE_RMS * math.sqrt(update[0].numel())
+        # Updates of normalized gradients, and first moments themselves, were not made of scaled moments.
+        if self._config.normalize_gradients or update is moments:
+            own, faded = block_norms(update), math.sqrt(torch.finfo(update.dtype).tiny)
+        else:
+            own, faded = self._norms(update), FADED
+        least = math.sqrt(update[0].numel()) * faded
+        if own.device.type != "cpu":
+            return _presence(moments, correction, self._config, length) / torch.threshold(own, least, torch.inf)
+        return torch.where(own > least, length / own, 0.0) * _presence(moments, correction, self._config)
 
     def _refresh(
         self, rows: range, state: Mapping[str, Tensor], step: int, found_inf: FoundInf | None
@@ -516,8 +557,25 @@ def block_norms(stack: Tensor) -> Tensor:
     return torch.linalg.vector_norm(stack, dim=tuple(range(1, stack.ndim)), keepdim=True)
 
 
+def _normalize_there_(stack: Tensor, least: Tensor) -> Tensor:
+    """``_normalize_`` on an accelerator, with few operators and no temporary of the stack's size.
+
+    Args:
+        least: what a block of zeros is divided by, 0-d; added to all divisors, next to which it must vanish.
+
+    Returns:
+        The root mean squares [B, 1, ..., 1]; blocks of zeros seem to have a huge one.
+    """
+    # Squares are taken of elements the largest of which is 1, so they are in range, and a norm is 0 or at least 1.
+    dims, numel = tuple(range(1, stack.ndim)), math.prod(stack.shape[1:])
+    scales = torch.threshold(torch.linalg.vector_norm(stack, math.inf, dim=dims, keepdim=True), 0.0, grafting.UNSEEN)
+    means = torch.add(least, block_norms(stack.div_(scales)), alpha=1.0 / math.sqrt(numel))
+    stack.div_(means)
+    return means.mul_(scales)
+
+
 def _normalize_(stack: Tensor, eps: float) -> Tensor | None:
-    """Divide each block of [B, *shape] by its root mean square, in place; a block of zeros stays zero.
+    """Divide each block of [B, *shape] on the CPU by its root mean square, in place; a block of zeros stays zero.
 
     Returns:
         The root mean squares [B, 1, ..., 1], for ``grafting.strengths``; None if all of these are known to be 1.
@@ -525,7 +583,7 @@ def _normalize_(stack: Tensor, eps: float) -> Tensor | None:
     scales, norms = _scaled_norms(stack)
     means = norms / math.sqrt(math.prod(stack.shape[1:])) * scales
     stack.div_(torch.where(means > 0, means, 1.0))
-    if stack.device.type == "cpu" and ((means == 0) | (means > grafting.SURE * eps)).all():
+    if ((means == 0) | (means > grafting.SURE * eps)).all():
         return None
     return means
 
@@ -565,7 +623,7 @@ def _scaled_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
     return moments * torch.where(seen, 1.0 / units, 0.0), torch.where(seen, units, 0.0)
 
 
-def _with_length_of(other: Tensor, factor: float, update: Tensor, own: Tensor) -> Tensor:
+def _with_length_of(other: Tensor, factor: Tensor | float, update: Tensor, own: Tensor) -> Tensor:
     """Scale each block of ``update``, whose norms are ``own``, in place to the length of ``other`` times the factor."""
     lengths = block_norms(other) * factor
     return update.mul_(torch.where(own > 0, lengths / own, 0.0))
@@ -576,38 +634,22 @@ def _bounded_factors(update: Tensor, own: Tensor, factors: Tensor | float) -> Te
 
     Without grafting nothing else bounds the update along directions that the factor matrices have not seen before.
     """
-    longest = LONGEST_RMS * math.sqrt(update[0].numel())
-    return torch.where(own * factors > longest, longest / own, factors)
+    longest = LONGEST_RMS * math.sqrt(update[0].numel()) / own
+    return torch.minimum(longest, factors) if isinstance(factors, Tensor) else longest.clamp_max_(factors)
 
 
-def _presence(moments: Tensor, correction: float, config: ShampooConfig) -> Tensor | float:
-    """Factors [B, 1, ..., 1] up to 1 that shorten updates of a given length once gradients have ended.
+def _presence(moments: Tensor, correction: float, config: ShampooConfig, most: float = 1.0) -> Tensor | float:
+    """Factors [B, 1, ..., 1] up to ``most`` that shorten updates of a given length once gradients have ended.
 
     Of normalized gradients, which may be pure noise, the first moment M keeps at least about the root mean square
     sqrt((1 - b1) / (1 + b1)). So if it has less than half of that, as when an expert gets no tokens for some steps, the
     length follows M. Other gradients have no scale to tell that by.
     """
     if not config.normalize_gradients:
-        return 1.0
+        return most
     beta1 = config.betas[0]
     least = 0.5 * math.sqrt((1.0 - beta1) / (1.0 + beta1) * moments[0].numel())
-    return (block_norms(moments) * (correction / least)).clamp_max(1.0)
-
-
-def _factors_to_rms(update: Tensor, own: Tensor | None = None, faded: float | None = None) -> Tensor:
-    """Factors [B, 1, ..., 1] that give each block of ``update`` the root mean square ``UPDATE_RMS``; 0 for zeros.
-
-    When gradients end, a first moment decays until squares underflow. Such a norm is too small, and the factor would be
-    far too large, so these blocks get 0 too.
-
-    Args:
-        own: the blocks' norms, if they are known.
-        faded: the root mean square up to which a block counts as zero, if it is not where squares underflow.
-    """
-    numel = update[0].numel()
-    own = block_norms(update) if own is None else own
-    least = math.sqrt(numel) * (math.sqrt(torch.finfo(update.dtype).tiny) if faded is None else faded)
-    return torch.where(own > least, grafting.UPDATE_RMS * math.sqrt(numel) / own, 0.0)
+    return (block_norms(moments) * (correction / least * most)).clamp_max_(most)
 
 
 def read_status(status: Sequence[int]) -> tuple[bool, int, bool]:

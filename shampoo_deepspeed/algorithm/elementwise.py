@@ -33,7 +33,7 @@ from shampoo_deepspeed.options.config import ShampooConfig
 logger = logging.getLogger("shampoo_deepspeed")
 
 # Elements that are updated together, which bounds temporaries. An accelerator needs more of them for each launch.
-TOGETHER, TOGETHER_ON_ACCELERATORS = 1 << 18, 1 << 22
+TOGETHER, TOGETHER_ON_ACCELERATORS = 1 << 18, 16 << 20
 # Elements whose squares are summed in their own dtype; the sums of a longer tensor's rows are added in float64.
 NORM_ROW = 4096
 
@@ -220,15 +220,19 @@ class Elementwise:
             scale = config.elementwise_lr if own_rate is None else own_rate
             for batch in self._batches(numbers):
                 own = [parts[n][where].to(self._dtype) for n, where in batch]
-                if found_inf is not None:
-                    own = found_inf.masked(own)
                 if callable(updates):
                     places = [torch.empty_like(g, memory_format=torch.contiguous_format) for g in own]
                 else:
                     places = [targets[n][where] for n, where in batch]
-                if config.normalize_gradients:  # the updates' memory is free until they are copied into it
+                # The updates' memory is free until they are copied into it.
+                if config.normalize_gradients:
                     own = [torch.div(g, divisors[n], out=p) for (n, _), g, p in zip(batch, own, places, strict=True)]
-                made, factor = self._updates(batch, own, method, step, config, found_inf, squared_norms)
+                elif found_inf is not None:
+                    torch._foreach_copy_(places, own)
+                    own = places
+                if found_inf is not None:
+                    found_inf.mask_(own)
+                made, factor = self._updates(batch, own, method, step, group, config, found_inf, squared_norms)
                 factor *= scale
                 torch._foreach_copy_(places, made)
                 if config.normalize_gradients:
@@ -269,6 +273,7 @@ class Elementwise:
         gradients: list[Tensor],
         method: str,
         step: int,
+        group: int,
         config: ShampooConfig,
         found_inf: FoundInf | None,
         squared_norms: Tensor | None,
@@ -283,8 +288,7 @@ class Elementwise:
                 grafting.normalized(g, norms[self.shards[n].parameter])
                 for (n, _), g in zip(batch, gradients, strict=True)
             ]
-        needs = self.needs[self.shards[batch[0][0]].group, method]
-        moments = {name: self._moments(name, batch) for name in needs}
+        moments = {name: self._moments(name, batch) for name in self.needs[group, method]}
         first, second = moments.get("exp_avg", []), moments.get("second_moment", [])
         warm = grafting.advance(method, first, second, gradients, scaled, step, config, found_inf)
         for name, values in moments.items() if config.elementwise_format == "bfloat16" else ():

@@ -29,6 +29,7 @@ class FoundInf:
         self._dtype = dtype
         self._read = read
         self._keeps: dict[tuple[float, torch.dtype], Tensor] = {}
+        self._scales: dict[float, Tensor] = {}
 
     @cached_property
     def rejected(self) -> bool:
@@ -58,10 +59,11 @@ class FoundInf:
         return self._keeps[decay, dtype]
 
     def scale(self, factor: float | Tensor) -> Tensor:
-        """``factor``, or 0 if the step is rejected, as a 0-d tensor."""
+        """``factor``, or 0 if the step is rejected, as a 0-d tensor, which must not be changed."""
         device = self._flag.device
         if isinstance(factor, Tensor):
-            scalar = factor.detach().to(device=device, dtype=self._dtype).reshape(())
-        else:
+            return factor.detach().to(device=device, dtype=self._dtype).reshape(()).masked_fill(self._flag, 0.0)
+        if factor not in self._scales:
             scalar = torch.full((), factor, dtype=self._dtype, device=device)
-        return scalar.masked_fill(self._flag, 0.0)
+            self._scales[factor] = scalar.masked_fill_(self._flag, 0.0)
+        return self._scales[factor]

@@ -25,6 +25,8 @@ UPDATE_RMS = 0.6
 # by rms / (rms + eps) with the root mean square of the gradient, as long as it is below this multiple of eps. So a
 # gradient that is only rounding, such as that of a bias of attention keys, counts as none, as with AdamW.
 SURE = 1e6
+# The root mean square of a gradient of zeros seems to be this: zeros stay zeros, and no ``eps`` counts next to it.
+UNSEEN = 1e30
 NORMALIZED = "normalized_"  # prefix of the methods whose second moment is that of G / ||G||
 # Devices on which torch has one kernel for an optimizer's whole step, which reads and writes everything once.
 FUSED_DEVICES = ("cpu", "cuda")
@@ -46,6 +48,9 @@ def strengths(means: Tensor, eps: float) -> Tensor:
     Args:
         means: root mean squares of the gradients; zeros get the factor 1.
     """
+    if means.device.type != "cpu":  # factors that are 1 up to 1 / SURE need no operators of their own there
+        means = torch.threshold(means, 0.0, UNSEEN)
+        return means / (means + eps)
     return torch.where((means > 0) & (means <= SURE * eps), means / (means + eps), 1.0)
 
 
@@ -122,12 +127,17 @@ def first_moment(
     if beta1 == 0.0:
         return list(gradients), 1.0
     beta3 = beta1 if beta3 is None else beta3
-    ahead = list(moments)
-    if beta3 != beta1:
-        ahead = list(torch._foreach_mul(ahead, beta3))
-        torch._foreach_add_(ahead, list(gradients), alpha=1.0 - beta3)
-    torch._foreach_mul_(list(moments), beta1 if found_inf is None else found_inf.keep(beta1))
-    torch._foreach_add_(list(moments), list(gradients), alpha=1.0 - beta1)
+    if len(moments) == 1 and moments[0].device.type != "cpu" and moments[0].dtype == gradients[0].dtype:
+        (kept,), (seen,) = moments, gradients  # a stack, for which each pass is a launch and a reading of all of it
+        ahead = [kept if beta3 == beta1 else torch.lerp(kept, seen, 1.0 - beta3)]
+        kept.lerp_(seen, 1.0 - beta1 if found_inf is None else found_inf.scale(1.0 - beta1))
+    else:
+        ahead = list(moments)
+        if beta3 != beta1:
+            ahead = list(torch._foreach_mul(ahead, beta3))
+            torch._foreach_add_(ahead, list(gradients), alpha=1.0 - beta3)
+        torch._foreach_mul_(list(moments), beta1 if found_inf is None else found_inf.keep(beta1))
+        torch._foreach_add_(list(moments), list(gradients), alpha=1.0 - beta1)
     return ahead, 1.0 / (1.0 - beta3 * beta1 ** (step - 1)) if bias_correction else 1.0
 
 

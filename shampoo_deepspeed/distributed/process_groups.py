@@ -13,7 +13,11 @@ from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from shampoo_deepspeed.runtime.devices import communication_device
 
 EXIT_SECONDS = 0.1
 
@@ -102,16 +106,44 @@ def _alive(reference: weakref.ref[dist.ProcessGroup] | None) -> dist.ProcessGrou
     return group if group is not None and exists(group) else None
 
 
-def group_of_ranks(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """A group of these ranks, made once in a job. Only these ranks take part."""
+def group_of_ranks(ranks: Sequence[int], spanning: Sequence[dist.ProcessGroup] = ()) -> dist.ProcessGroup:
+    """A group of these ranks, made once in a job. Only these ranks take part.
+
+    Args:
+        spanning: groups of a mesh of these ranks that this rank is in, one for each dim of the mesh.
+
+    Raises:
+        RuntimeError: on all ranks alike, if they would wait for one another forever.
+    """
     known, key = job_state().groups_of_ranks, tuple(ranks)
     found = known.get(key)
     if found is None or not exists(found):
+        _check_counts(ranks, spanning)
         with _without_splitting():
             found = dist.new_group(list(key), timeout_of(_world()), use_local_synchronization=True)
         assert found is not None
         known[key] = found
     return found
+
+
+def _check_counts(ranks: Sequence[int], spanning: Sequence[dist.ProcessGroup]) -> None:
+    """Raise if these ranks are in different numbers of groups: torch names a group that only they make by that number.
+
+    Under two names each rank would wait for the others until the timeout. The largest and the smallest number travel
+    along one dim of the mesh after the other, so that all ranks know those of all.
+    """
+    count = len(distributed_c10d._world.pg_names)
+    numbers = torch.tensor([count, -count])
+    for group in spanning:
+        moved = numbers.to(communication_device(group, numbers.device))
+        dist.all_reduce(moved, dist.ReduceOp.MAX, group=group)
+        numbers = moved.cpu()
+    most, least = numbers[0].item(), -numbers[1].item()
+    if most != least:
+        raise RuntimeError(
+            f"ranks {list(ranks)} are in {least} to {most} process groups, so torch would give a group that they make "
+            "now different names and wait forever; make process groups on all ranks alike before the first step"
+        )
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta | None:

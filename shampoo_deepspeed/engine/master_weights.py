@@ -13,13 +13,15 @@ from torch import Tensor
 
 from shampoo_deepspeed.algorithm.formats import bits_of, salts_of, seeds_of, to_bfloat16
 from shampoo_deepspeed.engine.step_unit import StepUnit
-from shampoo_deepspeed.geometry.boxes import Box, row_major
+from shampoo_deepspeed.geometry.boxes import Box, FlatRange, row_major
 from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.config import ShampooConfig
 
 # Dtypes that end below this need a bound. Updates in float32 end far below bfloat16's largest number, as gradients that
 # are not normalized end at `agreement.LARGEST_GRADIENT` and learning rates at `checks.LARGEST_RATE`.
 SHORT_RANGE = 2.0**100
+# Elements that are rounded at random at a time; each holds about 60 bytes meanwhile.
+TOGETHER = 1 << 20
 
 
 def wide_weights(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> list[Tensor]:
@@ -74,13 +76,16 @@ def _bound_(wide: Tensor, largest: float) -> None:
 
 
 def _randomly_rounded(unit: StepUnit, tensor: int, wide: Tensor) -> Tensor:
-    rounded = wide.clone()
+    rounded = wide.to(torch.bfloat16)
     for shard in unit.layout.shards:
-        if shard.tensor == tensor:
-            parameter = unit.parameters[shard.parameter]
-            bits = random_bits(parameter.key, parameter.shape, shard.box, unit.steps[shard.parameter], wide.device)
-            part = rounded[shard.offset : shard.offset + shard.box.numel]
-            part.copy_(stochastically_rounded(part, bits))
+        if shard.tensor != tensor:
+            continue
+        parameter, step = unit.parameters[shard.parameter], unit.steps[shard.parameter]
+        for start in range(0, shard.box.numel, TOGETHER):
+            few = FlatRange(start, min(start + TOGETHER, shard.box.numel))
+            bits = random_bits(parameter.key, parameter.shape, shard.box, step, wide.device, few)
+            here = slice(*few.shift(shard.offset))
+            rounded[here].copy_(stochastically_rounded(wide[here], bits))
     return rounded
 
 
@@ -93,10 +98,20 @@ def stochastically_rounded(values: Tensor, bits: Tensor) -> Tensor:
     return torch.where(values.isfinite(), to_bfloat16(values.float(), bits), values.to(torch.bfloat16))
 
 
-def random_bits(key: str, shape: Sequence[int], box: Box, step: int, device: torch.device) -> Tensor:
-    """16 random bits for each element of a box of a parameter, flat: `formats.random_bits` of (key, step, element)."""
-    place = torch.zeros((), dtype=torch.int64, device=device)
-    for stride, offset, length in zip(row_major(shape), box.offsets, box.lengths, strict=True):
-        place = place.unsqueeze(-1) + torch.arange(offset, offset + length, device=device) * stride
-    seeds = seeds_of(salts_of([key], device), "weight", step)
-    return bits_of(seeds, place.reshape(-1)).squeeze(0)
+def random_bits(
+    key: str, shape: Sequence[int], box: Box, step: int, device: torch.device, few: FlatRange | None = None
+) -> Tensor:
+    """16 random bits for each element of a box of a parameter, flat: `formats.random_bits` of (key, step, element).
+
+    Args:
+        few: which elements of the flattened box; None: all.
+    """
+    start, stop = few or FlatRange(0, box.numel)
+    number = torch.arange(start, stop, device=device)
+    place = torch.zeros_like(number)
+    strides = zip(row_major(shape), row_major(box.lengths), box.offsets, box.lengths, strict=True)
+    for stride, inner, offset, length in strides:
+        place += ((number // inner) % length + offset) * stride
+    # The seed is made on the CPU, so that nothing is copied to an accelerator, which would be waited for.
+    seed = seeds_of(salts_of([key], torch.device("cpu")), "weight", step).item()
+    return bits_of(torch.full((1,), seed, dtype=torch.int32, device=device), place).squeeze(0)

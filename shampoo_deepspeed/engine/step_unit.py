@@ -31,7 +31,7 @@ from shampoo_deepspeed.geometry.shards import Messages, Sharding, Shards
 from shampoo_deepspeed.options.checks import bad
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
-from shampoo_deepspeed.runtime.devices import communication_device, device_of_blocks
+from shampoo_deepspeed.runtime.devices import communication_device, device_of_blocks, has_float64
 from shampoo_deepspeed.runtime.metrics import Measured, UpdateMeter
 
 if TYPE_CHECKING:  # it imports this file
@@ -135,6 +135,12 @@ class StepUnit:
     def _build(self, configs: Mapping[int, ShampooConfig], prior_loads: Sequence[float]) -> None:
         with on_all_ranks(self.group, self.device):
             self.compute_device = self._compute_device(configs[self.parameters[0].group].compute_device)
+            for device in dict.fromkeys((self.device, self.compute_device)):
+                if not has_float64(device):
+                    raise LayoutError(
+                        f"{device} has no float64, in which Shampoo decomposes matrices and adds squares of gradients; "
+                        "train on the CPU or on a device that has it"
+                    )
         places = self._placed_shards()
         everyone = self._gather(places, configs)
         self._check_tiling(everyone)

@@ -65,16 +65,16 @@ class Passes(NamedTuple):
 
 # By (whether statistics are whitened, whether updates are made in a basis); Muon has no statistics.
 PLAIN: dict[tuple[bool, bool], Passes] = {
-    (False, False): Passes(13.0, 0.0, 31, 1),
-    (True, False): Passes(15.0, 2.0, 32, 3),
-    (False, True): Passes(26.5, 0.0, 44, 1),
-    (True, True): Passes(26.5, 7.0, 44, 7),
+    (False, False): Passes(9.0, 0.0, 20, 1),
+    (True, False): Passes(11.0, 0.0, 21, 2),
+    (False, True): Passes(19.0, 0.0, 32, 1),
+    (True, True): Passes(19.0, 5.0, 32, 5),
 }
-MUON = Passes(12.0, 0.0, 26, 0)
-# Newton-Schulz: passes over the block and over its short side squared, and launches, for each iteration.
-ITERATION_ELEMENTS, ITERATION_SHORT, ITERATION_LAUNCHES = 8.0, 7.0, 10
-# SOAP-Muon orthogonalises what SOAP has computed.
-ORTHOGONALISED = Passes(0.0, 0.0, 3, 0)
+MUON = Passes(8.0, 0.0, 16, 0)
+# An iteration of Newton-Schulz is three products.
+ITERATION_LAUNCHES = 3
+# What is orthogonalised, SOAP's update or Muon's moment, is scaled before, has Nesterov's momentum and a given length.
+ORTHOGONALISED = Passes(9.0, 0.0, 9, 0)
 
 
 class Refresh(NamedTuple):
@@ -123,15 +123,15 @@ BOUND = 6  # products of the bound of the largest eigenvalue
 NEWTON_PASSES, SHARED_PASSES, SHARED_AT_FIRST = 7.0, 4.0, 4.0
 # Of a step, apart from its stacks: once, for each bucket, for each further stack in a bucket, and for the element-wise
 # part. Passes over preconditioned elements on the ranks that hold them, and over element-wise ones with their update.
-STEP_LAUNCHES, BUCKET_LAUNCHES, STACK_LAUNCHES, ELEMENTWISE_LAUNCHES = 24, 3, 1, 31
+STEP_LAUNCHES, BUCKET_LAUNCHES, STACK_LAUNCHES, ELEMENTWISE_LAUNCHES = 24, 3, 1, 28
 HELD_PASSES, ELEMENTWISE_PASSES = 8.0, 17.0
 # With several buckets updates are applied as they come: the kernel that does it takes the place of a copy into a
 # buffer, which is neither written nor read. Blocks that are strided in their weights are copied out and back instead,
 # which is as many passes more, so that the mean is that of one bucket.
 AT_ONCE_LAUNCHES, AT_ONCE_PASSES = 1, 2
-# What a decay costs that a rejected step must not apply: a number once in a step, and an operator where it is used, one
-# for each factor matrix that gets the gradient, two for a second moment in a basis.
-GUARD_LAUNCHES, GUARDED_MOMENT_LAUNCHES = 2, 2
+# What a decay costs that a rejected step must not apply: a number once in a step, of second moments in a basis two, and
+# an operator for each factor matrix that gets the gradient.
+GUARD_LAUNCHES = 2
 ADAMW_PASSES = 7.0  # fused: weights, gradient and two moments are read, all but the gradient written
 
 
@@ -209,7 +209,7 @@ def _orthogonalisation(shape: tuple[int, ...], config: ShampooConfig) -> Work:
     return Work(
         full=batch * ITERATIONS * 2.0 * (2.0 * short * short * long + short**3),
         full_bytes=batch * ITERATIONS * FLOAT * 4.0 * (numel + short * short),
-        nbytes=batch * ITERATIONS * FLOAT * (ITERATION_ELEMENTS * numel + ITERATION_SHORT * short * short),
+        nbytes=batch * FLOAT * ORTHOGONALISED.elements * numel,
     )
 
 
@@ -241,8 +241,7 @@ def guarded_launches(config: ShampooConfig, order: int) -> tuple[float, float]:
     parts = config.parts
     if not parts.statistics:
         return 0.0, 0.0
-    of_stack = order / config.sampling + GUARDED_MOMENT_LAUNCHES * parts.in_basis
-    return of_stack, float(GUARD_LAUNCHES * (1 + parts.in_basis))
+    return order / config.sampling, float(GUARD_LAUNCHES * (1 + 2 * parts.in_basis))
 
 
 def newton_iterations(root: int, ridge: float) -> int:

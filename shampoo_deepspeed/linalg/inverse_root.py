@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.linalg.mode_products import product
 from shampoo_deepspeed.linalg.newton import coupled_newton
-from shampoo_deepspeed.linalg.precision import full_precision, no_switch_counts, power, row_means
+from shampoo_deepspeed.linalg.precision import fast_float64, full_precision, no_switch_counts, power, row_means
 
 # From this many elements on, the CPU finds the extremes of a row faster by a separate call.
 LONG = 1 << 12
@@ -70,6 +70,8 @@ def inverse_root(
     """
     work = matrices if matrices.dtype == torch.float64 else matrices.float()
     rule = RootOfEigenvalues(root, epsilon, relative_epsilon, damping, conditions, share)
+    if solver == "auto" and work.device.type != "cpu" and no_switch_counts() and not fast_float64(work.device):
+        solver = "eigh"  # iterations would be in float64 (see ``precision``)
     solver = chosen_solver(solver, work, root, relative_epsilon, damping)
     if solver == "eigh":
         roots, failed = _by_eigh(work, rule, in_float64)

@@ -70,6 +70,7 @@ class _Switches:
         self._used = False
         self._within: set[object] = set()
         self._restore: list[Callable[[], None]] = []
+        self._older: str | None = None
 
     def begin(self, step: object) -> None:
         """Set the switches, if no other step has done so."""
@@ -96,12 +97,12 @@ class _Switches:
         with self._lock:
             alone = len(self._within) == 1
             if alone:
-                _set_products("tf32", "high")
+                self._set_products("tf32", "high")
             try:
                 yield alone
             finally:
                 if alone:
-                    _set_products("ieee", "highest")
+                    self._set_products("ieee", "highest")
 
     def after_fork(self) -> None:
         """In a forked process, in which only this thread goes on: restore what other threads have set.
@@ -123,20 +124,34 @@ class _Switches:
             return
         for backend in _backends():
             self._restore.append(partial(_set_precision, backend, backend.fp32_precision))
+        # Torch refuses to read the older switch where only the newer ones were changed, and its tuner of products
+        # (PYTORCH_TUNABLEOP_ENABLED) reads it. So the older one is changed too, unless a script has mixed them itself.
+        self._older = _older_precision()
+        if self._older not in (None, "highest"):
+            self._restore.append(partial(torch.set_float32_matmul_precision, self._older))
+            torch.set_float32_matmul_precision("highest")
+        for backend in _backends():
             backend.fp32_precision = "ieee"
+
+    def _set_products(self, precision: str, older: str) -> None:
+        """The precision of products within a step, by the name of the backends or by the older switch's."""
+        if self._older is not None or not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            torch.set_float32_matmul_precision(older)  # it sets the backends too
+            return
+        for backend in _backends():
+            backend.fp32_precision = precision
+
+
+def _older_precision() -> str | None:
+    """The older switch of the precision of products; None if it cannot be read."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 def _backends() -> list[Any]:
     return [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-
-
-def _set_products(precision: str, older: str) -> None:
-    """The precision of products within a step, by the name of the backends or by torch 2.8's older one."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        torch.set_float32_matmul_precision(older)
-        return
-    for backend in _backends():
-        backend.fp32_precision = precision
 
 
 def _set_precision(backend: Any, precision: str) -> None:
@@ -172,6 +187,17 @@ def independent_of_switches() -> Iterator[None]:
 def no_switch_counts() -> bool:
     """Whether this is within ``independent_of_switches``."""
     return INDEPENDENT.get()
+
+
+# NVIDIA's devices whose float64 is at most half as fast as float32; that of others is 1/32 or 1/64 as fast.
+WIDE_CAPABILITIES = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+
+
+def fast_float64(device: torch.device) -> bool:
+    """Whether a device's float64 is of use; True if that is not known, as for devices of other makers."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return tuple(torch.cuda.get_device_capability(device)) in WIDE_CAPABILITIES
 
 
 # The bits that are dropped from a significand, by precision: TF32 keeps 10 of float32's 23 bits, bfloat16 keeps 7.

@@ -101,6 +101,17 @@ def device_of_blocks(wanted: str, shards: torch.device, group: dist.ProcessGroup
     return named
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether a device can compute in float64; Apple's cannot, nor can some of Intel's. Nothing is read from it."""
+    if device.type in ("cpu", "meta"):
+        return True
+    try:
+        torch.ones((), dtype=torch.float64, device=device).mul_(0.5)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
 class Staging:
     """Copies between the CPU and an accelerator through pinned memory, on a stream of their own.
 

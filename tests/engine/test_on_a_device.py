@@ -245,7 +245,7 @@ def test_the_first_step_says_where_blocks_are_computed(
 
 
 # In a step without refresh of one stack and no element-wise parameter; about 20 of them are those of any step.
-OPERATORS = {"shampoo": 66, "kl_shampoo": 68, "soap": 84}
+OPERATORS = {"shampoo": 54, "kl_shampoo": 54, "soap": 72}
 
 
 def operators_of_a_step(layers: int, options: dict[str, Any], device: Device) -> Counter[str]:

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from shampoo_deepspeed import ShampooConfig
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
-from shampoo_deepspeed.estimate.work import plain_launches, plain_work, refresh_launches, refresh_work, solver_in_force
+from shampoo_deepspeed.estimate.work import (
+    guarded_launches,
+    plain_launches,
+    plain_work,
+    refresh_launches,
+    refresh_work,
+    solver_in_force,
+)
 from shampoo_deepspeed.linalg.precision import full_precision
 from shampoo_deepspeed.options.choices import MATMUL_PRECISIONS, PRECONDITIONERS
 from shampoo_deepspeed.options.family import FAMILY
@@ -73,6 +80,15 @@ def test_a_step_without_a_refresh(
     assert sum(work.other_bytes for work in found) == pytest.approx(planned.nbytes, rel=SMALL)
     assert sum(work.launches for work in found) == 2 * plain_launches(config, 2)
     assert sum(work.reads for work in found) == 0
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+def test_a_stack_has_few_operators_in_a_step_without_a_refresh(preconditioner: str) -> None:
+    """Under the default options, and with what a step adds because it may be rejected."""
+    config = ShampooConfig(preconditioner=preconditioner).for_blocks
+    found = plain_launches(config, 2) + guarded_launches(config, 2)[0]
+    # SOAP-Muon is both: 21 of its operators are products, 15 of them those of Newton and Schulz.
+    assert found <= (60 if preconditioner == "soap_muon" else 40)
 
 
 @pytest.mark.parametrize(

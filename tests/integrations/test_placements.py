@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shampoo_deepspeed import LayoutError
 from shampoo_deepspeed.geometry.boxes import tiling_error, whole
-from shampoo_deepspeed.integrations.fsdp import _group
+from shampoo_deepspeed.integrations.fsdp import _group, _local, _local_gradient
 from shampoo_deepspeed.integrations.fsdp.placements import local_boxes
 
 WORLD = 8
@@ -161,6 +161,41 @@ def test_a_group_of_some_ranks_is_made_without_the_others(monkeypatch: pytest.Mo
         monkeypatch.setattr(dist, "new_group", new_group)
         assert _group(mesh) is _group(mesh)
         assert seen == [([0, 1, 2, 3], True, None)] and job.bound_device_id == bound
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_ranks_in_different_numbers_of_groups_are_an_error_and_not_a_wait(
+    others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a rank of a pipeline's stage may be, whose first and last stages share a group for tied embeddings."""
+    with world(0):
+        mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2))
+        seen: list[Any] = []
+
+        def all_reduce(values: Tensor, operation: Any, group: Any) -> None:
+            """Along the second dim there is a rank that is in more groups."""
+            assert operation == dist.ReduceOp.MAX
+            seen.append(group)
+            if group is mesh.get_group(1):
+                values[0] += others
+
+        monkeypatch.setattr(dist, "all_reduce", all_reduce)
+        if others:
+            with pytest.raises(RuntimeError, match=r"ranks \[0, 1, 2, 3\] are in (\d) to (?!\1)\d process groups"):
+                _group(mesh)
+        else:
+            assert _group(mesh) is not None
+        assert seen == [mesh.get_group(0), mesh.get_group(1)]
+
+
+def test_a_gradient_that_is_summed_again_is_there_once_it_is_read() -> None:
+    """Tensor parallelism may leave partial sums; each operation on an unfinished collective's result is Python's."""
+    with world(0):
+        mesh = init_device_mesh("cpu", (WORLD,))
+        weight: Any = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate()]))
+        weight.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()], run_check=False)
+        assert type(_local_gradient(weight)) is Tensor
+        assert type(_local(weight)) is Tensor and _local(weight).data_ptr() == weight.to_local().data_ptr()
 
 
 def test_a_second_job_in_a_process_makes_groups_of_its_own() -> None:

@@ -18,7 +18,8 @@ from shampoo_deepspeed.algorithm.preconditioners.shampoo import ShampooPrecondit
 from shampoo_deepspeed.linalg.precision import full_precision
 from tests.support.precision_switches import NEW_NAMES, SWITCHES, backends, readings
 from tests.support.precision_switches import restored_switches as restored_switches
-from tests.support.stepping import drive, parameter, same_bits, shampoo, snapshot
+from tests.support.simulated_device import Mode, on_device, simulate
+from tests.support.stepping import drive, made_up, parameter, same_bits, shampoo, snapshot
 
 
 def trained() -> list[Tensor]:
@@ -190,3 +191,34 @@ assert torch.get_float32_matmul_precision() == "medium"
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("name", list(SWITCHES))
+def test_the_older_switch_can_be_read_in_a_step_wherever_it_could_before(
+    name: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's tuner of products (TunableOp) reads it at each float32 product, and an error there would end the step."""
+    SWITCHES[name]()
+    before = readings()
+    seen: set[Any] = set()
+    for product in ("bmm", "baddbmm"):
+        kept = getattr(torch, product)
+
+        def watched(*args: Any, kept: Callable[..., Any] = kept, **kwargs: Any) -> Any:
+            seen.add(readings()["legacy"])
+            return kept(*args, **kwargs)
+
+        monkeypatch.setattr(torch, product, watched)
+    simulate(monkeypatch)
+    with Mode():
+        weight = nn.Parameter(on_device(parameter(12, 10)))
+        optimizer = shampoo([weight], matmul_precision=precision, preconditioner="soap_muon")
+        optimizer_of_blocks = shampoo([weight], matmul_precision=precision)
+        for current in (optimizer, optimizer_of_blocks):
+            for step in range(4):
+                weight.grad = on_device(made_up(torch.empty(12, 10), step))
+                current.step()
+    assert readings() == before
+    if before["legacy"] in ("highest", "high", "medium"):
+        assert seen == ({"highest"} if precision == "highest" else {"highest", "high"})

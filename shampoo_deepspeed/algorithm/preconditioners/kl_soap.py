@@ -42,7 +42,7 @@ class KLSOAPPreconditioner(SOAPPreconditioner):
     def _whitened(self, state: Mapping[str, Tensor], stack: Tensor, mode: int) -> Tensor:
         """The stack times diag(l^(-1/2)) Q' along a mode; blocks without a basis stay as they are."""
         scales = state[f"whitening_{mode}"]
-        known = (scales > 0).any(-1).view(-1, *[1] * (stack.ndim - 1))
+        known = scales.any(-1).view(-1, *[1] * (stack.ndim - 1))
         turned = multiply(stack, state[f"basis_{mode}"].mT, mode, self._precision)
         return torch.where(known, multiply(turned, scales, mode), stack)
 

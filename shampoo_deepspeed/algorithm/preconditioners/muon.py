@@ -26,7 +26,7 @@ def orthogonal_updates(stack: Tensor, config: ShampooConfig) -> Tensor:
     """
     work = stack.to(DTYPES[config.apply_dtype] if config.apply_dtype else stack.dtype)
     matrices = work.reshape(len(work), work.shape[1 + config.batch_dims], -1)
-    out = orthogonalised(matrices) * (SCALE * math.sqrt(max(matrices.shape[1:])))
+    out = orthogonalised(matrices, SCALE * math.sqrt(max(matrices.shape[1:])))
     return out.reshape(stack.shape).to(stack.dtype)
 
 

@@ -85,19 +85,24 @@ class ShampooPreconditioner(Preconditioner):
         return self._sides[shape]
 
     def accumulate(self, state: Mapping[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None) -> None:
-        self.add(state, [(mode, count, gradients) for mode, count in self._due(state, step)], found_inf)
+        self.add(state, [(mode, count, gradients, 1.0) for mode, count in self._due(state, step)], found_inf)
 
     def accumulate_whitened(
         self, state: Mapping[str, Tensor], gradients: Tensor, step: int, found_inf: FoundInf | None, whiten: Whitening
     ) -> None:
         """Add the gradients to the factors whose step it is, each whitened along every other mode."""
-        parts, modes = [], modes_of(state)
+        parts: list[tuple[int, int, Tensor, float]] = []
+        modes = modes_of(state)
         for mode, count in self._due(state, step):
             whitened = gradients
             for other in modes:
                 if other != mode:
                     whitened = whiten(whitened, other)
-            parts.append((mode, count, whitened / math.sqrt(gradients[0].numel() // gradients.shape[mode + 1])))
+            others = gradients[0].numel() // gradients.shape[mode + 1]
+            if gradients.device.type == "cpu":
+                parts.append((mode, count, whitened / math.sqrt(others), 1.0))
+            else:  # a pass over the stack less
+                parts.append((mode, count, whitened, float(others)))
         self.add(state, parts, found_inf)
 
     def _due(self, state: Mapping[str, Tensor], step: int) -> list[tuple[int, int]]:
@@ -107,20 +112,20 @@ class ShampooPreconditioner(Preconditioner):
         return [(mode, count) for mode, count in zip(modes, counts, strict=True) if count]
 
     def add(
-        self, state: Mapping[str, Tensor], parts: Sequence[tuple[int, int, Tensor]], found_inf: FoundInf | None
+        self, state: Mapping[str, Tensor], parts: Sequence[tuple[int, int, Tensor, float]], found_inf: FoundInf | None
     ) -> None:
-        """A <- b^n A + (1 - b^n) XX', for an X that stands for n gradients; for sums A + n XX'.
+        """A <- b^n A + (1 - b^n) XX' / m, for an X that stands for n gradients; for sums A + n XX' / m.
 
         Args:
-            parts: for some modes the mode, n, and the stack whose unfolding along the mode is X.
+            parts: for some modes the mode, n, the stack whose unfolding along the mode is X, and m.
         """
-        for mode, count, stack in parts:
+        for mode, count, stack, divisor in parts:
             factor, decay = state[f"factor_{mode}"], self._beta**count
             weight = float(count) if self._beta == 1.0 else 1.0 - decay
             if found_inf is not None:
                 factor.mul_(found_inf.keep(decay, factor.dtype))
                 decay = 1.0
-            add_gram_(factor, stack, mode, decay, weight, self._precision)
+            add_gram_(factor, stack, mode, decay, weight / divisor, self._precision)
 
     def compute(self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         modes = modes_of(state)

@@ -187,8 +187,9 @@ class SOAPPreconditioner(Preconditioner):
             roots = power(bounded(mean, mean.amax(dims, keepdim=True), self._root), 1.0 / self._root)
             relative = max(relative, 2.0**-SPREAD)
         roots.add_(roots.amax(dims, keepdim=True).mul_(relative).add_(self._eps))
-        update = torch.where(roots > 0, moments / roots, 0.0)
-        return self._projected(state, update, back=True).to(moments.dtype)
+        if self._eps < torch.finfo(roots.dtype).tiny:  # a root may be 0 then, which must give 0
+            roots = torch.nn.functional.threshold(roots, 0.0, torch.inf, inplace=True)
+        return self._projected(state, moments / roots, back=True).to(moments.dtype)
 
     def _projected(self, state: Mapping[str, Tensor], stack: Tensor, back: bool = False) -> Tensor:
         """``_rotated`` in the dtype and precision of a step's products."""
