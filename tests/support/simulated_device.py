@@ -445,6 +445,7 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(torch, "Event", Event)
     monkeypatch.setattr(torch, "Stream", _Stream)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))  # an H100's
     accelerator: dict[str, Any] = {
         "current_stream": _Stream,
         "set_device_index": to_current,
