@@ -129,8 +129,9 @@ def renewed(
         failed = decomposing[wrong].tolist()
     if len(stepping):
         values[stepping] = 0.0
-        own, turned, order = matrices[stepping], bases[stepping], columns[stepping]
-        for _ in range(steps):
+        own = matrices[stepping]
+        turned, order = power_step(own, bases[stepping], ridge)
+        for _ in range(steps - 1):
             turned, moves = power_step(own, turned, ridge)
             order = order.gather(-1, moves)
         out[stepping], columns[stepping] = turned, order
