@@ -121,14 +121,14 @@ class RefreshMeter:
 
 
 class UpdateMeter:
-    """Measures the updates of a unit's shards in the first step and in one after each reading; others cost nothing.
+    """Measures the updates of a unit's shards in one step after each reading, so that other steps cost nothing.
 
     Attributes:
         due: whether the next step is to be measured.
     """
 
     def __init__(self) -> None:
-        self.due = True
+        self.due = False
         self._elements = 0
         self._norm: float | None = None
         self._arriving: Arriving | None = None

