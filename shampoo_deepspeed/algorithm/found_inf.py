@@ -46,10 +46,6 @@ class FoundInf:
         for gradient in gradients:
             gradient.masked_fill_(self._flag, 0.0)
 
-    def masked(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients, zero if the step is rejected."""
-        return [gradient.masked_fill(self._flag, 0.0) for gradient in gradients]
-
     def keep(self, decay: float, dtype: torch.dtype | None = None) -> Tensor:
         """``decay``, or 1 if the step is rejected, as a 0-d tensor, in the dtype of what it multiplies."""
         dtype = dtype or self._dtype

@@ -92,9 +92,8 @@ def apply_updates(
     ``updates`` are overwritten: their content is undefined afterwards.
     """
     if unit.update_meter.due:
-        unit.update_meter.measure(
-            [updates[r.tensor][slice(*r.elements)] for r in unit.update_ranges if active[r.parameter]]
-        )
+        parts = [updates[r.tensor][slice(*r.elements)] for r in unit.update_ranges if active[r.parameter]]
+        unit.update_meter.note([torch.linalg.vector_norm(part) for part in parts], sum(p.numel() for p in parts))
     values = [unit.layout.local(tensor) for tensor in unit.tensors]
     narrow = any(value.dtype != unit.dtype for value in values)
     if narrow:
@@ -142,6 +141,8 @@ class AppliedAtOnce:
         self._rates = {group: float(rates[group]) for group in set(unit.layout.groups)}
         decaying = {group: configs[group] for group in self._rates if configs[group].weight_decay}
         self._decays = {group: float(config.decay(self._rates[group])) for group, config in decaying.items()}
+        self._norms: list[Tensor] = []  # of the pieces so far, if they are to be measured
+        self._elements = 0
 
     @staticmethod
     def possible(unit: StepUnit, configs: Mapping[int, ShampooConfig], rates: Mapping[int, float | Tensor]) -> bool:
@@ -158,6 +159,9 @@ class AppliedAtOnce:
         for (tensor, place), weight, piece in zip(boxes, views(self._flat, boxes), pieces, strict=True):
             found = self._unit.range_at(tensor, place.offset)
             if self._active[found.parameter] and piece.numel():
+                if self._unit.update_meter.due:
+                    self._norms.append(torch.linalg.vector_norm(piece.to(self._unit.dtype)))
+                    self._elements += piece.numel()
                 chosen[self._unit.layout.groups[tensor], found.decays].append((weight, piece))
         for (group, decays), pairs in chosen.items():
             # On the CPU one by one, so that copies of parts that are not contiguous are small.
@@ -177,6 +181,8 @@ class AppliedAtOnce:
 
     def finish(self) -> None:
         """Let autograd see that the weights have changed, after all of them."""
+        if self._unit.update_meter.due:
+            self._unit.update_meter.note(self._norms, self._elements)
         _show_changes(self._unit, self._active)
 
 

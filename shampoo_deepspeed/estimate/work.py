@@ -126,9 +126,9 @@ NEWTON_PASSES, SHARED_PASSES, SHARED_AT_FIRST = 7.0, 4.0, 4.0
 STEP_LAUNCHES, BUCKET_LAUNCHES, STACK_LAUNCHES, ELEMENTWISE_LAUNCHES = 24, 3, 1, 28
 HELD_PASSES, ELEMENTWISE_PASSES = 8.0, 17.0
 # With several buckets updates are applied as they come: the kernel that does it takes the place of a copy into a
-# buffer, which is neither written nor read. Blocks that are strided in their weights are copied out and back instead,
-# which is as many passes more, so that the mean is that of one bucket.
-AT_ONCE_LAUNCHES, AT_ONCE_PASSES = 1, 2
+# buffer, two passes less. Blocks that are strided in their weights are copied out and back instead, as many passes
+# more, so that the mean is that of one bucket.
+AT_ONCE_LAUNCHES = 1
 # What a decay costs that a rejected step must not apply: a number once in a step, of second moments in a basis two, and
 # an operator for each factor matrix that gets the gradient.
 GUARD_LAUNCHES = 2

@@ -107,7 +107,9 @@ def has_float64(device: torch.device) -> bool:
         return True
     try:
         torch.ones((), dtype=torch.float64, device=device).mul_(0.5)
-    except (TypeError, RuntimeError):
+    except (TypeError, RuntimeError) as error:
+        if not any(word in str(error) for word in ("float64", "fp64", "double")):
+            raise  # such as a lack of memory
         return False
     return True
 

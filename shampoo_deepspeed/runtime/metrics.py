@@ -1,5 +1,4 @@
-"""Measures the steps of one rank between two readings: time, bytes, refreshed blocks, condition numbers and
-the length of updates.
+"""Measures the steps of one rank: time, bytes, refreshed blocks, condition numbers and the length of updates.
 
 Measuring runs no collective and never waits for the device. An accelerator's times are those of its queue: they come
 from events that are read once they have passed.
@@ -133,12 +132,12 @@ class UpdateMeter:
         self._norm: float | None = None
         self._arriving: Arriving | None = None
 
-    def measure(self, updates: Sequence[Tensor]) -> None:
-        """Measure a step's updates, before they are multiplied by the learning rate."""
-        self.due, self._elements = False, sum(update.numel() for update in updates)
-        if not self._elements:
+    def note(self, norms: Sequence[Tensor], elements: int) -> None:
+        """Note the norms, 0-d, of all parts of a step's updates, before they are multiplied by the learning rate."""
+        self.due, self._elements = False, elements
+        if not norms:
             return
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(update) for update in updates]))
+        norm = torch.linalg.vector_norm(torch.stack(list(norms)))
         if norm.device.type == "cpu":
             self._norm = norm.item()
         else:

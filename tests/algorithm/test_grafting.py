@@ -102,7 +102,8 @@ def test_a_zero_gradient_normalizes_to_zero() -> None:
 def test_a_rejected_step_keeps_every_bit_of_the_moments(method: str) -> None:
     second, first = [made_up(torch.empty(3, 4, dtype=F64), 0).abs()], [made_up(torch.empty(3, 4, dtype=F64), 1)]
     before = [second[0].clone(), first[0].clone()]
-    cleaned = REJECTED.masked([torch.full((3, 4), torch.nan, dtype=F64)])
+    cleaned = [torch.full((3, 4), torch.nan, dtype=F64)]
+    REJECTED.mask_(cleaned)
     grafting.accumulate(method, second, cleaned, BETA2, REJECTED)
     grafting.first_moment(first, cleaned, 0.9, 3, True, REJECTED)
     assert same_bits([second[0], first[0]], before)

@@ -48,6 +48,21 @@ def counted() -> Iterator[list[int]]:
         yield calls
 
 
+def test_the_length_of_updates_is_measured_alike() -> None:
+    """Frozen and other parameters without a gradient do not count, however updates are applied."""
+    found = []
+    for bucket_mb in (None, MANY):
+        params = named()
+        optimizer = shampoo(params.items(), bucket_mb=bucket_mb)
+        drive(optimizer, list(params.values()), range(1))
+        optimizer.metrics()
+        params["u"].grad = None
+        drive(optimizer, [p for name, p in params.items() if name != "u"], range(1, 3))
+        found.append(optimizer.metrics()["update_rms"])
+        assert (len(optimizer.units[0].exchange.buckets) > 1) == (bucket_mb is not None)
+    assert found[0] > 0.0 and found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def trained(bucket_mb: float | None, spike: bool = False, **options: Any) -> tuple[list[Tensor], int]:
     """Return the weights after some steps, and how many pieces were updated at once."""
     dtype = options.pop("dtype", torch.float32)
