@@ -45,7 +45,7 @@ class Shampoo(BlockOptimizer):
         A_i ← β A_i + (1 − β) (X_i)_(i) (X_i)_(i)ᵀ / n_i    along every dim i; β is ``factor_beta``, n_i the size of
         M ← β₁ M + (1 − β₁) G                               the other dims
         U = M ×₁ A_1^(−1/2) ··· ×ₖ A_k^(−1/2)
-        W ← W − lr (s U + wd · W)                           s gives s U a root mean square of 0.6 (``grafting``)
+        W ← W − lr (s U + wd · W)                           s gives s U a root mean square of 0.4 (``grafting``)
 
     Inverse roots are refreshed densely from the second step on, and every ``precondition_frequency`` steps later;
     before the first refresh U is M. The option ``preconditioner`` chooses Shampoo or SOAP instead. Vectors, scalars,

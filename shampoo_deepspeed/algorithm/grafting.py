@@ -19,8 +19,8 @@ from shampoo_deepspeed.linalg.precision import whole_registers
 from shampoo_deepspeed.options.config import ShampooConfig
 
 # Root mean square of a block's update with grafting "rms". Moonlight (arXiv 2502.16982, section 2.2) found 0.2 to 0.4
-# for AdamW's updates in language models. With somewhat more, AdamW's best rates were good ones (docs/convergence.md).
-UPDATE_RMS = 0.6
+# for AdamW's updates in language models. With 0.4, AdamW's best rates were good ones (docs/convergence.md).
+UPDATE_RMS = 0.4
 # Normalized gradients have no absolute scale, so Adam's eps would mean nothing to them. Instead, updates are multiplied
 # by rms / (rms + eps) with the root mean square of the gradient, as long as it is below this multiple of eps. So a
 # gradient that is only rounding, such as that of a bias of attention keys, counts as none, as with AdamW.

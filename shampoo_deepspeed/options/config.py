@@ -244,7 +244,7 @@ class ShampooConfig(DerivedValues):
     grafting: str | None = _option(
         None,
         _optional_grafting,
-        "method that gives updates of blocks their length; rms: a root mean square of 0.6; null: rms, or none in bases",
+        "method that gives updates of blocks their length; rms: a root mean square of 0.4; null: rms, or none in bases",
     )
     grafting_beta2: float | None = _option(
         None, optional_beta2, "decay of second moments; null: betas[1], or 0.999 if that is 1"

@@ -158,7 +158,7 @@ def test_it_keeps_the_first_moment_alone_and_begins_at_the_first_step() -> None:
     g = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(1))
     update = stack.step(0, g.clone(), [1], config, None)
     expected = orthogonalised(g)
-    torch.testing.assert_close(update, expected * (0.6 / expected.square().mean().sqrt()))
+    torch.testing.assert_close(update, expected * (0.4 / expected.square().mean().sqrt()))
 
 
 def test_soap_muon_is_soaps_update_orthogonalised() -> None:
@@ -174,5 +174,5 @@ def test_soap_muon_is_soaps_update_orthogonalised() -> None:
         expected = found["soap"]
         if step >= 3:
             expected = orthogonal_updates(expected, configs["soap"])
-            expected = expected * (0.6 / expected.square().mean().sqrt())
+            expected = expected * (0.4 / expected.square().mean().sqrt())
         torch.testing.assert_close(found["soap_muon"], expected, rtol=1e-9, atol=1e-9)

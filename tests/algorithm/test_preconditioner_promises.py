@@ -202,12 +202,12 @@ RECIPES: dict[str, dict[str, Any]] = {"default": {}, "bare": BARE}
 
 
 def longest_steps(model: LlamaForCausalLM, options: dict[str, Any]) -> dict[str, float]:
-    """Return how far parameters may move in a step, relative to lr: 3, or 0.6 if that is the length of all updates.
+    """Return how far parameters may move in a step, relative to lr: 3, or 0.4 if that is the length of all updates.
 
     Embeddings have a factor of their own. Weights near 1 are rounded to 1e-5 of a step, hence the last factor.
     """
     config = ShampooConfig.from_options(options)
-    own = 0.6 if config.grafting_method == "rms" else 3.0
+    own = 0.4 if config.grafting_method == "rms" else 3.0
     limits = {name: own if name.endswith("_proj.weight") else 3.0 for name, _ in model.named_parameters()}
     limits["model.embed_tokens.weight"] = max(3.0, config.embedding_lr or 0.0)
     return {name: limit * (1.0 + 1e-4) for name, limit in limits.items()}

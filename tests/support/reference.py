@@ -386,9 +386,9 @@ def orthogonalised(u: Tensor, o: Options) -> Tensor:
 
 
 def with_rms(u: Tensor) -> Tensor:
-    """Scale u to a root mean square of 0.6."""
+    """Scale u to a root mean square of 0.4."""
     rms = u.square().mean().sqrt()
-    return u * (0.6 / rms) if rms > 0 else torch.zeros_like(u)
+    return u * (0.4 / rms) if rms > 0 else torch.zeros_like(u)
 
 
 def presence(m: Tensor, o: Options) -> float:

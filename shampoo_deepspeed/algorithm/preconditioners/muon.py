@@ -34,7 +34,7 @@ class MuonPreconditioner(Preconditioner):
     """Update orthogonalised(M), without factor matrices (Keller Jordan, 2024; torch.optim.Muon).
 
     ``beta3`` is the square of ``betas[0]`` unless given, which is Nesterov's momentum. Without grafting the update has
-    a root mean square of 0.2; with ``grafting="rms"``, the default, 0.6.
+    a root mean square of 0.2; with ``grafting="rms"``, the default, 0.4.
     """
 
     own_length = True
