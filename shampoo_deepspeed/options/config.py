@@ -261,7 +261,7 @@ class ShampooConfig(DerivedValues):
         "the same for token embeddings that are not the output head too; null: as elementwise_lr",
     )
     tied_embedding_lr: float | None = _option(
-        6.0, nullable(rate), "the same for token embeddings that are the output head too; null: as elementwise_lr"
+        9.0, nullable(rate), "the same for token embeddings that are the output head too; null: as elementwise_lr"
     )
     elementwise_betas: tuple[float, float] | None = _option(
         None, nullable(beta_pair), "betas of element-wise parameters; null: betas and grafting_beta2", SCHEDULED

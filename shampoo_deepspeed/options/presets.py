@@ -80,7 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "grafting": None,  # rms
         "elementwise_lr": 3.0,
         "embedding_lr": 32.0,
-        "tied_embedding_lr": 6.0,
+        "tied_embedding_lr": 9.0,
         "normalize_gradients": True,
     },
     # All weights of a model that AdamW has trained: docs/fine-tuning.md. SOAP was the nearest to AdamW at equal rates.

@@ -267,7 +267,7 @@ IN_WORDS: dict[str, dict[str, Any]] = {
         "grafting": "rms",
         "elementwise": "adam",
         "elementwise_lr": 3.0,
-        "tied_embedding_lr": 6.0,
+        "tied_embedding_lr": 9.0,
         "normalize_gradients": True,
         "decoupled_weight_decay": True,
     },

@@ -59,7 +59,7 @@ class Options:
     early_relative_epsilon: float = 0.01
     refresh_growth: float | None = None
     elementwise_lr: float = 3.0
-    tied_embedding_lr: float | None = 6.0
+    tied_embedding_lr: float | None = 9.0
     elementwise_betas: tuple[float, float] | None = None
     normalize_gradients: bool = True
     matmul_precision: str = "highest"
