@@ -26,7 +26,7 @@ from torch import Tensor
 from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.formats import bits_of_ranges, salts_of, seeds_of, to_bfloat16
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
-from shampoo_deepspeed.geometry.boxes import Box, FlatRange, PlacedBox
+from shampoo_deepspeed.geometry.boxes import BaseBox, Box, FlatRange, PlacedBox
 from shampoo_deepspeed.linalg.precision import ACCURATE_NORMS
 from shampoo_deepspeed.options.config import ShampooConfig
 
@@ -62,7 +62,7 @@ class ElementwiseShard:
 # Some elements of one shard: its number, and where they are in it.
 Piece: TypeAlias = tuple[int, slice]
 # Gets updates of boxes of the unit's local tensors.
-Take: TypeAlias = Callable[[Sequence[tuple[int, PlacedBox]], Sequence[Tensor]], None]
+Take: TypeAlias = Callable[[Sequence[BaseBox], Sequence[Tensor]], None]
 
 
 @dataclass
@@ -243,7 +243,7 @@ class Elementwise:
                 if callable(updates):
                     updates([self._place(piece) for piece in batch], places)
 
-    def _place(self, piece: Piece) -> tuple[int, PlacedBox]:
+    def _place(self, piece: Piece) -> BaseBox:
         """The tensor of a piece, and where it is in that."""
         number, where = piece
         shard = self.shards[number]

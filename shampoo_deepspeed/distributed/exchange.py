@@ -15,14 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_deepspeed.geometry.boxes import FlatRange, PlacedBox
+from shampoo_deepspeed.geometry.boxes import BaseBox, FlatRange, PlacedBox
 from shampoo_deepspeed.geometry.plan import Plan, Transfer, Transfers
 from shampoo_deepspeed.runtime.devices import Copy, Staging, communication_device
 from shampoo_deepspeed.runtime.metrics import ExchangeMeter
 
 TransfersByPeer: TypeAlias = dict[int, list[Transfer]]
-# The number of a flat base tensor, and a box in it.
-BaseBox: TypeAlias = tuple[int, PlacedBox]
 Resolver: TypeAlias = Callable[[Transfer], BaseBox]
 # Gets boxes of this rank's shards, and the content of each.
 Take: TypeAlias = Callable[[Sequence[BaseBox], Sequence[Tensor]], None]

@@ -16,7 +16,7 @@ from shampoo_deepspeed.distributed.frameworks import LayoutError
 from shampoo_deepspeed.engine.master_weights import wide_weights, write_back
 from shampoo_deepspeed.engine.step_unit import StepUnit, UpdateRange
 from shampoo_deepspeed.engine.weight_averages import begin_averages, follow_weights
-from shampoo_deepspeed.geometry.boxes import FlatRange, PlacedBox
+from shampoo_deepspeed.geometry.boxes import BaseBox, FlatRange
 from shampoo_deepspeed.options.config import ShampooConfig
 
 
@@ -153,7 +153,7 @@ class AppliedAtOnce:
         pairs = zip(unit.local_tensors(), unit.layout.groups, strict=True)
         return all(weight.dtype == unit.dtype and _fuses(weight, weight, configs[g], plain[g]) for weight, g in pairs)
 
-    def __call__(self, boxes: Sequence[tuple[int, PlacedBox]], pieces: Sequence[Tensor]) -> None:
+    def __call__(self, boxes: Sequence[BaseBox], pieces: Sequence[Tensor]) -> None:
         """Update boxes of local tensors, each given by the number of its tensor."""
         chosen: dict[tuple[int, bool], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for (tensor, place), weight, piece in zip(boxes, views(self._flat, boxes), pieces, strict=True):

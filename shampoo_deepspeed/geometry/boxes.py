@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -80,6 +80,10 @@ class PlacedBox:
         """The place of a box inside this one."""
         start = self.offset + sum(i * s for i, s in zip(box.within(self.box), self.strides, strict=True))
         return PlacedBox(box, start, self.strides)
+
+
+# The number of a flat base tensor, and a box in it.
+BaseBox: TypeAlias = tuple[int, PlacedBox]
 
 
 def whole(shape: Sequence[int]) -> Box:
