@@ -26,11 +26,13 @@ REFRESH_CUBES = 25.0
 
 # With n equal buckets all of the exchange except one n-th each way can be hidden. On a CPU a bucket stays in the cache
 # while it is processed. More than eight hid no more. Buckets of less than half a million elements cost more in
-# calls than they hide; above four million a link gains nothing and memory is wasted (benchmarks.slow_link).
+# calls than they hide; above four million a link gains nothing and memory is wasted (benchmarks.slow_link). Where
+# nothing moves there is nothing to hide, and a bucket of half that is less memory in a step.
 BUCKETS, FEWEST_IN_BUCKET, MOST_IN_BUCKET = 8, 1 << 19, 1 << 22
+MOST_THAT_STAYS = 1 << 21
 # An accelerator has no such cache, and each bucket costs the CPU a millisecond of launches. So memory bounds its
 # buckets: 128 MiB of float32 if anything moves, as there are eight in flight, else 1 GiB.
-MOST_ON_ACCELERATORS, MOST_THAT_STAYS = 1 << 25, 1 << 28
+MOST_ON_ACCELERATORS, MOST_THAT_STAYS_ON_ACCELERATORS = 1 << 25, 1 << 28
 # Relative sizes of the first buckets, and in reverse of the last ones. They apply if there are at least this many
 # buckets and no block is larger than the smallest of them.
 TAPER, FEWEST_TAPERED = (0.25, 0.5), 4
@@ -234,9 +236,10 @@ class Plan:
         """
         totals = [sum(self.blocks[block].box.numel for block in owned) for owned in self.owned]
         if bucket_elements is None and on_accelerators and self._moves_nothing():
-            bucket_elements = MOST_THAT_STAYS
+            bucket_elements = MOST_THAT_STAYS_ON_ACCELERATORS
         if bucket_elements is None:
-            most = MOST_ON_ACCELERATORS if on_accelerators else MOST_IN_BUCKET
+            here = MOST_THAT_STAYS if self._moves_nothing() else MOST_IN_BUCKET
+            most = MOST_ON_ACCELERATORS if on_accelerators else here
             bucket_elements = min(max(max(totals) // BUCKETS, FEWEST_IN_BUCKET), most)
         largest = max((block.box.numel for block in self.blocks), default=0)
         count = -(-max(totals) // bucket_elements)

@@ -17,6 +17,8 @@ from shampoo_deepspeed.geometry.owners import LOCALITY_TOLERANCE
 from shampoo_deepspeed.geometry.plan import (
     FEWEST_IN_BUCKET,
     MOST_IN_BUCKET,
+    MOST_THAT_STAYS,
+    MOST_THAT_STAYS_ON_ACCELERATORS,
     Matrix,
     Plan,
     Transfer,
@@ -216,7 +218,7 @@ def test_a_block_stays_where_it_lies_when_balance_allows() -> None:
 def test_buckets_on_accelerators_follow_memory() -> None:
     matrices = [Matrix((4096, 4096), 1024, 0, 10)] * 32  # 512 blocks of 2^20 elements
     rows = [(n, whole((4096, 4096))) for n in range(32)]
-    assert Plan(matrices, [rows], None).bucket_count == 128
+    assert Plan(matrices, [rows], None).bucket_count == 256  # of 2 blocks
     assert Plan(matrices, [rows], None, on_accelerators=True).bucket_count == 2  # nothing moves
     halves = [[(n, Box((2048 * r, 0), (2048, 4096))) for n in range(32)] for r in range(2)]
     assert Plan(matrices, halves, None, on_accelerators=True).bucket_count == 1  # nothing moves
@@ -272,7 +274,8 @@ def filled_buckets(plan: Plan) -> list[list[int]]:
 def test_a_plan_that_may_choose_makes_eight_buckets_within_bounds(size: int, equal: int) -> None:
     """Buckets have half a million to four million elements for any owners; small ends add up to three buckets."""
     cuts = tuple((min(size, 256),) * (size // min(size, 256)) for _ in range(2))
-    shards = [[(0, Box((row, 0), (size // 2, size)))] for row in (0, size // 2)]
+    middle = size // 2 + 8  # some blocks lie on both, so that something moves
+    shards = [[(0, Box((0, 0), (middle, size)))], [(0, Box((middle, 0), (size - middle, size)))]]
     plan = Plan([Matrix((size, size), cuts, 0, 10)], shards, None)
     assert plan.bucket_count == (equal + 3 if equal > 1 else 1)
     for own in filled_buckets(plan):
@@ -280,6 +283,15 @@ def test_a_plan_that_may_choose_makes_eight_buckets_within_bounds(size: int, equ
         if equal > 1:
             assert min(own[2:-2]) >= 0.7 * FEWEST_IN_BUCKET
             assert max(own[0], own[-1]) <= 0.35 * max(own) and max(own[1], own[-2]) <= 0.6 * max(own)
+
+
+def test_where_nothing_moves_buckets_are_smaller() -> None:
+    """Two million elements at most on a CPU, a quarter of a billion on an accelerator."""
+    matrix = Matrix((16384, 4096), ((256,) * 64, (256,) * 16), 0, 10)
+    alone = [[(0, whole(matrix.shape))]]
+    for on_accelerators, most in ((False, MOST_THAT_STAYS), (True, MOST_THAT_STAYS_ON_ACCELERATORS)):
+        plan = Plan([matrix], alone, None, on_accelerators=on_accelerators)
+        assert plan.bucket_count == max(1, 16384 * 4096 // most)
 
 
 @pytest.mark.parametrize("count", [4, 8, 100])
