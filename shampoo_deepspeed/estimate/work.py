@@ -332,7 +332,7 @@ def refresh_launches(config: ShampooConfig, dims: Sequence[int], batch: float, a
 
 
 def refresh_waits(config: ShampooConfig, dims: Sequence[int], batch: float) -> float:
-    """How often that refresh waits for an accelerator: where torch's own ``eigh`` looks for errors, and nowhere else."""
+    """How often that refresh waits for an accelerator: where torch's own ``eigh`` looks for errors."""
     if solver_in_force(config, len(dims)) != "eigh":
         return 0.0
     alone = config.parts.in_basis or _roots_in_float64(config, "eigh")

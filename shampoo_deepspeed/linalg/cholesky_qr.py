@@ -11,8 +11,8 @@ from torch import Tensor
 from shampoo_deepspeed.linalg.mode_products import product
 
 PASSES = 3
-# Share of its diagonal that is added to the first Gram matrix. A Gram matrix squares the condition number, so float32 loses columns
-# that depend on others to 3e-4. With the shift they become orthogonal over the passes.
+# Share of its diagonal that is added to the first Gram matrix. A Gram matrix squares the condition number, so float32
+# loses columns that depend on others to 3e-4. With the shift they become orthogonal over the passes.
 SHIFT = 1e-5
 # If the last Gram matrix is the identity up to this, its pass leaves a deviation of rounding alone.
 NEARLY = 0.05

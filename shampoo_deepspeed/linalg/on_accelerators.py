@@ -1,8 +1,8 @@
 """Bases and roots of a whole stack on an accelerator, in few operators and without a read. Pure functions.
 
-What `eigenbases` and `inverse_root` compute row by row and mode by mode is here computed for all modes together. Modes of
-one size are one stack, and eigenvalues of all modes are one tensor. Nothing depends on data: every matrix takes every
-step, and what went wrong is a number for each matrix, which stays on the device.
+What `eigenbases` and `inverse_root` compute row by row and mode by mode is here computed for all modes together. Modes
+of one size are one stack, and eigenvalues of all modes are one tensor. Nothing depends on data: every matrix takes
+every step, and what went wrong is a number for each matrix, which stays on the device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Group(NamedTuple):
 
     Attributes:
         modes: their numbers.
-        places: where these modes are among all, in the order of `grouped`.
+        places: where they are in tensors of all modes, such as ``Bases.wrong``.
         matrices: [n B, d, d], symmetric.
         bases: [n B, d, d].
         order: [n B, d]: column i continues column ``order[:, i]`` of the bases before.
@@ -226,7 +226,7 @@ def scales(spectrum: Spectra, rule: RootOfEigenvalues, in_range: bool, power: fl
     if relative_epsilon < least:  # else the ridge does as much
         held = torch.maximum(held, (high + shift) * least)
     most = range_of_largest(values.dtype, root, share)
-    # With such a ridge no eigenvalue is 0, up to rounding. Else those of a zero matrix are and get the root of infinity, 0.
+    # With such a ridge no eigenvalue is 0, up to rounding. Else those of a zero matrix are, and their roots are 0.
     sure = epsilon >= torch.finfo(values.dtype).tiny and relative_epsilon >= SURE_RIDGE
     if not (in_range and sure and epsilon >= 1.0 / most):
         largest = high + shift
