@@ -170,7 +170,7 @@ class ShampooPreconditioner(Preconditioner):
     def _tracked(self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor] | None) -> RefreshResult:
         """A refresh by orthogonal iteration, of all modes together, without a read."""
         root, ridge = self._root_of(state), (self._epsilon, relative_ridge(self._config, step))
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for mode in modes_of(state):
             if state[f"factor_{mode}"].ndim == 2:
                 corrected = self.corrected(state, mode, step)
