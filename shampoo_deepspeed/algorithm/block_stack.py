@@ -6,8 +6,10 @@ import itertools
 import logging
 import math
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshRe
 from shampoo_deepspeed.algorithm.refresh_errors import free_cached_memory, survivable
 from shampoo_deepspeed.linalg.precision import ACCURATE_NORMS
 from shampoo_deepspeed.options.config import ShampooConfig
+from shampoo_deepspeed.runtime.devices import Arriving
 from shampoo_deepspeed.runtime.metrics import RefreshMeter
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,17 @@ MOST_REFRESHED = 8192
 LONGEST_RMS = 10.0 * grafting.UPDATE_RMS
 # The root mean square up to which a preconditioned update counts as zero, if moments were scaled to about 1 before.
 FADED = 2.0**-100
+
+
+class UnreadRefresh(NamedTuple):
+    """A refresh of these rows: which of them did not fail is on its way to the CPU.
+
+    If ``found_inf`` has rejected the step, nothing of it counts.
+    """
+
+    rows: range
+    good: Arriving
+    found_inf: FoundInf | None
 
 
 class BlockStack:
@@ -75,7 +89,7 @@ class BlockStack:
         self.tensors = self._new_tensors()
         # Without factor matrices there is nothing to refresh, and blocks are preconditioned from the start.
         self._refreshes = any(name.startswith("factor_") for name in self.forms)
-        self.meter = RefreshMeter()
+        self._meter = RefreshMeter()
         self._reset_counts()
 
     @cached_property
@@ -83,12 +97,37 @@ class BlockStack:
         """A number that vanishes next to the root mean square of a block whose largest element is 1."""
         return torch.full((), 2.0**-60, dtype=self._dtype, device=self._device)
 
+    @cached_property
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=self._dtype, device=self._device)
+
     def _reset_counts(self) -> None:
         self.refreshed = [not self._refreshes] * len(self.keys)
-        self.failures = [0] * len(self.keys)
+        self._failures = [0] * len(self.keys)
+        self._unread: deque[UnreadRefresh] = deque()
         # Rows whose refresh in the background is not installed yet; None if it has not begun since loading.
         self.pending: dict[int, Refresh | None] = {}
         self._has_converted = False
+
+    @property
+    def failures(self) -> list[int]:
+        """How many refreshes of each row have failed in a row; waits for the last one if that has not been read yet."""
+        self._take_unread(waits=True)
+        return self._failures
+
+    @property
+    def meter(self) -> RefreshMeter:
+        """The meter of the refreshes that the device has finished; waits for nothing."""
+        self._take_unread(waits=False)
+        return self._meter
+
+    def _take_unread(self, waits: bool) -> None:
+        """Note the refreshes that nobody has read yet, if they have arrived."""
+        while self._unread and (waits or self._unread[0].good.arrived):
+            refresh = self._unread.popleft()
+            if refresh.found_inf is None or not refresh.found_inf.rejected:
+                good = refresh.good.read()
+                self._note_refresh(refresh.rows, {place for place, found in enumerate(good) if not found})
 
     def _new_tensors(self) -> dict[str, Tensor]:
         """The stored state of blocks that have not seen a gradient."""
@@ -133,7 +172,7 @@ class BlockStack:
             for name, tensor in state.items():
                 self.tensors[name][row].copy_(tensor)
         self.refreshed[row] = refreshed
-        self.failures[row] = min(failures, self._config.failure_limit - 1)
+        self._failures[row] = min(failures, self._config.failure_limit - 1)
         if pending:
             self.pending[row] = None  # the row's next step begins the refresh again
 
@@ -211,14 +250,14 @@ class BlockStack:
         if isinstance(state, Rows):
             state.store(STATISTICS)
         installed = self._refresh(rows, state, step, found_inf)
-        if not installed and len({self.refreshed[row] for row in rows}) == 1:
-            updates = self._updates(rows, state, gradients, None, step, found_inf, strengths)
+        if len({self.refreshed[row] for row in rows}) == 1:
+            updates = self._updates(rows, state, gradients, installed, step, found_inf, strengths)
             if isinstance(state, Rows):
                 state.store(MOMENTS)
             return updates
-        for here, result in self._alike(rows, installed):
+        for here, found in self._alike(rows, installed):
             part, own = _part(state, here), None if strengths is None else strengths[here]
-            gradients[here] = self._updates(rows[here], part, gradients[here], result, step, found_inf, own)
+            gradients[here] = self._updates(rows[here], part, gradients[here], found, step, found_inf, own)
         if isinstance(state, Rows):
             state.store(MOMENTS)
         return gradients
@@ -238,28 +277,25 @@ class BlockStack:
 
     def _alike(
         self, rows: range, installed: Sequence[tuple[slice, RefreshResult]]
-    ) -> Iterator[tuple[slice, RefreshResult | None]]:
-        """Neighbouring rows that have all been refreshed or all not, and what was just installed for them."""
-        number_of = {n: number for number, (here, _) in enumerate(installed) for n in range(here.start, here.stop)}
-
-        def kind(place: int) -> tuple[bool, int | None]:
-            return self.refreshed[rows[place]], number_of.get(place)
-
-        for (_, number), places in itertools.groupby(range(len(rows)), kind):
+    ) -> Iterator[tuple[slice, list[tuple[slice, RefreshResult]]]]:
+        """Neighbouring rows that have all been refreshed or all not, and what was just installed for some of them."""
+        for _, places in itertools.groupby(range(len(rows)), lambda place: self.refreshed[rows[place]]):
             found = list(places)
-            here = slice(found[0], found[-1] + 1)
-            if number is None:
-                yield here, None
-            else:
-                whole, result = installed[number]
-                yield here, result.rows(here.start - whole.start, here.stop - whole.start)
+            first, stop = found[0], found[-1] + 1
+            within = []
+            for whole, result in installed:
+                begin, end = max(first, whole.start), min(stop, whole.stop)
+                if begin < end:
+                    own = result.rows(begin - whole.start, end - whole.start)
+                    within.append((slice(begin - first, end - first), own))
+            yield slice(first, stop), within
 
     def _updates(
         self,
         rows: range,
         state: Mapping[str, Tensor],
         gradients: Tensor,
-        result: RefreshResult | None,
+        installed: Sequence[tuple[slice, RefreshResult]],
         step: int,
         found_inf: FoundInf | None,
         strengths: Tensor | None,
@@ -267,7 +303,7 @@ class BlockStack:
         """Steps 5 to 7 for rows that are all preconditioned, or all not yet.
 
         Args:
-            result: the refresh that was just installed for them, if any.
+            installed: the refreshes that were just installed for some of them.
             strengths: factors [B, 1, ..., 1] of the updates, if there are any.
         """
         config, preconditioner, method = self._config, self.preconditioner, self._config.warm_method
@@ -282,7 +318,7 @@ class BlockStack:
         if ready and (preconditioner.rotates_moments or not config.grafts):
             if second:
                 grafting.accumulate(method, second, [own], config.second_moment_beta, found_inf)
-            return self._updates_in_basis(state, kept, second, gradients, result, step, found_inf, strengths)
+            return self._updates_in_basis(state, kept, second, gradients, installed, step, found_inf, strengths)
         grafted = grafting.advance(method, kept, second, [gradients], [own], step, config, found_inf)
         # Bias corrections are one factor, which is multiplied in last, because each pass over a block costs time.
         factor = grafted.factor if strengths is None else strengths * grafted.factor
@@ -317,7 +353,7 @@ class BlockStack:
         kept: list[Tensor],
         second: list[Tensor],
         gradients: Tensor,
-        result: RefreshResult | None,
+        installed: Sequence[tuple[slice, RefreshResult]],
         step: int,
         found_inf: FoundInf | None,
         strengths: Tensor | None,
@@ -327,13 +363,19 @@ class BlockStack:
         seen = preconditioner.project(state, gradients) if preconditioner.rotates_moments else gradients
         beta1, corrected = config.betas[0], config.use_bias_correction
         (moments,), correction = grafting.first_moment(kept, [seen], beta1, step, corrected, found_inf, config.beta3)
-        if result is not None:
-            preconditioner.follow_basis(state, result, moments * correction)
+        for here, result in installed:
+            preconditioner.follow_basis(_part(state, here), result, moments[here] * correction)
         scaled, units = (moments, 1.0) if config.normalize_gradients else _scaled_moments(moments)
         update = preconditioner.apply(state, seen, scaled, found_inf)
         if config.grafting_method == "none":
             lengths = _presence(moments, correction, config) if preconditioner.own_length else correction * units
-            factors = _bounded_factors(update, self._norms(update), lengths)
+            own = self._norms(update)
+            if own.device.type != "cpu" and strengths is not None and isinstance(lengths, float):
+                longest = LONGEST_RMS * math.sqrt(update[0].numel())
+                return update.mul_(
+                    torch.addcdiv(self._zero, strengths, own.clamp_min_(longest / lengths), value=longest)
+                )
+            factors = _bounded_factors(update, own, lengths)
             return update.mul_(factors if strengths is None else factors * strengths)
         if config.grafting_method == "rms":
             factors = self._to_rms(update, moments, correction)
@@ -367,7 +409,13 @@ class BlockStack:
             own, faded = self._norms(update), FADED
         least = math.sqrt(update[0].numel()) * faded
         if own.device.type != "cpu":
-            return _presence(moments, correction, self._config, length) / torch.threshold(own, least, torch.inf)
+            lengths = torch.threshold(own, least, torch.inf)
+            if not self._config.normalize_gradients:
+                return length / lengths
+            share = correction / _least_norm(moments, self._config)  # see `_presence`
+            return torch.addcdiv(
+                self._zero, block_norms(moments).clamp_max_(1.0 / share), lengths, value=share * length
+            )
         return torch.where(own > least, length / own, 0.0) * _presence(moments, correction, self._config)
 
     def _refresh(
@@ -380,8 +428,11 @@ class BlockStack:
         """
         waiting = list(self._waiting(rows)) if self.pending else []
         due = self._due(rows, step)
-        # A refresh waits for the device anyway, so the CPU may read the flag here.
-        if (not waiting and not due) or (found_inf is not None and found_inf.rejected):
+        if not waiting and not due:
+            return []
+        unread = not waiting and self._needs_no_read(rows, due)
+        # A refresh that waits for the device anyway lets the CPU read the flag here.
+        if not unread and found_inf is not None and found_inf.rejected:
             return []
         installed = [found for here, refresh in waiting for found in self._install(rows, state, here, refresh)]
         for here in due:
@@ -389,8 +440,20 @@ class BlockStack:
                 self._begin(rows[here], _part(state, here), step)
             else:
                 for few in self._few_at_a_time(here):
-                    installed += self._refresh_now(rows, state, few, step)
+                    installed += self._refresh_now(rows, state, few, step, unread, found_inf)
         return installed if self.preconditioner.rotates_moments else []
+
+    def _needs_no_read(self, rows: range, due: Sequence[slice]) -> bool:
+        """Whether these refreshes need no read of an accelerator, as the blocks have roots or bases to fall back to.
+
+        What fails on the device keeps the old ones, and is known before the next refresh, which then reads and tries
+        other ways. On the CPU a read costs nothing.
+        """
+        if self._device.type == "cpu" or self._config.refresh == "background" or self.preconditioner.reads:
+            return False
+        own = [row for here in due for row in rows[here]]
+        failures = self.failures
+        return all(self.refreshed[row] and not failures[row] for row in own)
 
     def _install(
         self, rows: range, state: Mapping[str, Tensor], here: slice, refresh: Refresh | None
@@ -398,14 +461,14 @@ class BlockStack:
         """Install what the background thread has computed for some of the rows; nothing if it could not."""
         assert refresh is not None
         whole = self._result_of(refresh)
-        self.meter.take(refresh.meter)
+        self._meter.take(refresh.meter)
         if whole is None:
             for row in rows[here]:
                 del self.pending[row]
             self._note_refresh(rows[here], set(range(len(rows[here]))))
             return []
         result = whole.rows(rows[here][0] - refresh.first, rows[here][-1] + 1 - refresh.first)
-        with self.meter.watch.span(self._device):
+        with self._meter.watch.span(self._device):
             part = _part(state, here)
             failed = set(self.preconditioner.install(part, result))
             if isinstance(part, Rows):
@@ -425,17 +488,37 @@ class BlockStack:
             return None
 
     def _refresh_now(
-        self, rows: range, state: Mapping[str, Tensor], here: slice, step: int
+        self,
+        rows: range,
+        state: Mapping[str, Tensor],
+        here: slice,
+        step: int,
+        unread: bool,
+        found_inf: FoundInf | None,
     ) -> list[tuple[slice, RefreshResult]]:
-        """Refresh some of the rows together; if the device cannot, one after the other. Other ranks must not wait."""
+        """Refresh some of the rows together; if the device cannot, one after the other. Other ranks must not wait.
+
+        Args:
+            unread: see ``_needs_no_read``; the step may then be rejected, which ``found_inf`` masks.
+        """
         part = _part(state, here)
         try:
-            with self.meter.refreshing(self._device) as conditions:
-                result = self.preconditioner.compute(part, step, conditions)
+            with self._meter.refreshing(self._device) as conditions:
+                if unread:
+                    asked = conditions if self._meter.asked else None
+                    result = self.preconditioner.compute_unread(part, step, asked)
+                    assert result.good is not None
+                    if found_inf is not None:
+                        found_inf.accepted_(result.good)
+                else:
+                    result = self.preconditioner.compute(part, step, conditions)
                 failed = set(self.preconditioner.install(part, result))
                 if isinstance(part, Rows):
                     part.store(REFRESHED)
-            self._note_refresh(rows[here], failed)
+            if result.good is None:
+                self._note_refresh(rows[here], failed)
+            else:
+                self._unread.append(UnreadRefresh(rows[here], Arriving(result.good), found_inf))
             return [(here, result)]
         except RuntimeError as error:
             if not survivable(error):
@@ -447,7 +530,7 @@ class BlockStack:
             self._note_refresh(rows[here], {0})
             return []
         ones = (slice(row, row + 1) for row in range(here.start, here.stop))
-        return [found for one in ones for found in self._refresh_now(rows, state, one, step)]
+        return [found for one in ones for found in self._refresh_now(rows, state, one, step, unread, found_inf)]
 
     def _few_at_a_time(self, here: slice) -> Iterator[slice]:
         """So few rows at a time that the temporaries of a refresh stay small."""
@@ -523,15 +606,15 @@ class BlockStack:
         for position, row in enumerate(rows):
             if position not in failed:
                 self.refreshed[row] = True
-                self.meter.rows.add(row)
-                self.failures[row] = 0
+                self._meter.rows.add(row)
+                self._failures[row] = 0
                 continue
-            self.failures[row] += 1
+            self._failures[row] += 1
             logger.warning(
                 "no new %s for block %s: its decomposition failed %d times in a row; the last good one is kept",
                 what,
                 self.keys[row],
-                self.failures[row],
+                self._failures[row],
             )
 
 
@@ -638,18 +721,22 @@ def _bounded_factors(update: Tensor, own: Tensor, factors: Tensor | float) -> Te
     return torch.minimum(longest, factors) if isinstance(factors, Tensor) else longest.clamp_max_(factors)
 
 
-def _presence(moments: Tensor, correction: float, config: ShampooConfig, most: float = 1.0) -> Tensor | float:
-    """Factors [B, 1, ..., 1] up to ``most`` that shorten updates of a given length once gradients have ended.
+def _presence(moments: Tensor, correction: float, config: ShampooConfig) -> Tensor | float:
+    """Factors [B, 1, ..., 1] up to 1 that shorten updates of a given length once gradients have ended.
 
     Of normalized gradients, which may be pure noise, the first moment M keeps at least about the root mean square
     sqrt((1 - b1) / (1 + b1)). So if it has less than half of that, as when an expert gets no tokens for some steps, the
     length follows M. Other gradients have no scale to tell that by.
     """
     if not config.normalize_gradients:
-        return most
+        return 1.0
+    return (block_norms(moments) * (correction / _least_norm(moments, config))).clamp_max_(1.0)
+
+
+def _least_norm(moments: Tensor, config: ShampooConfig) -> float:
+    """The norm of first moments up to which they show that gradients have ended."""
     beta1 = config.betas[0]
-    least = 0.5 * math.sqrt((1.0 - beta1) / (1.0 + beta1) * moments[0].numel())
-    return (block_norms(moments) * (correction / least * most)).clamp_max_(most)
+    return 0.5 * math.sqrt((1.0 - beta1) / (1.0 + beta1) * moments[0].numel())
 
 
 def read_status(status: Sequence[int]) -> tuple[bool, int, bool]:

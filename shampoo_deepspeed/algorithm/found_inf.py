@@ -46,6 +46,10 @@ class FoundInf:
         for gradient in gradients:
             gradient.masked_fill_(self._flag, 0.0)
 
+    def accepted_(self, rows: Tensor) -> Tensor:
+        """A mask of rows, made false in place if the step is rejected."""
+        return rows.masked_fill_(self._flag, False)
+
     def keep(self, decay: float, dtype: torch.dtype | None = None) -> Tensor:
         """``decay``, or 1 if the step is rejected, as a 0-d tensor, in the dtype of what it multiplies."""
         dtype = dtype or self._dtype

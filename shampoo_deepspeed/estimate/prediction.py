@@ -29,6 +29,7 @@ from shampoo_deepspeed.estimate.work import (
     plain_launches,
     plain_work,
     refresh_launches,
+    refresh_waits,
     refresh_work,
 )
 from shampoo_deepspeed.geometry.owners import LOCALITY_TOLERANCE
@@ -165,7 +166,7 @@ def predict_rank(
         one = refresh_work(shape, config, batch, device.accelerator)
         seconds = _refresh_seconds(one, device)
         refreshing += seconds * count / config.precondition_frequency
-        operators, waits = refresh_launches(config, len(dims), batch, device.accelerator)
+        operators, waits = refresh_launches(config, dims, batch, device.accelerator), refresh_waits(config, dims, batch)
         times = math.ceil(due / batch) * steps
         refresh_operators += operators * times
         reads += waits * times

@@ -8,6 +8,7 @@ accelerator, for each rule, solver and precision. Passes and launches are those 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 
 from shampoo_deepspeed.linalg.cholesky_qr import PASSES
 from shampoo_deepspeed.linalg.inverse_root import chosen_solver
+from shampoo_deepspeed.linalg.newton import iterations
 from shampoo_deepspeed.linalg.orthogonalise import ITERATIONS
 from shampoo_deepspeed.options.config import ShampooConfig
 
@@ -65,62 +67,66 @@ class Passes(NamedTuple):
 
 # By (whether statistics are whitened, whether updates are made in a basis); Muon has no statistics.
 PLAIN: dict[tuple[bool, bool], Passes] = {
-    (False, False): Passes(9.0, 0.0, 20, 1),
-    (True, False): Passes(11.0, 0.0, 21, 2),
-    (False, True): Passes(19.0, 0.0, 32, 1),
-    (True, True): Passes(19.0, 5.0, 32, 5),
+    (False, False): Passes(9.0, 0.0, 19, 1),
+    (True, False): Passes(11.0, 0.0, 20, 2),
+    (False, True): Passes(19.0, 0.0, 27, 1),
+    (True, True): Passes(19.0, 5.0, 27, 5),
 }
-MUON = Passes(8.0, 0.0, 16, 0)
+MUON = Passes(8.0, 0.0, 15, 0)
 # An iteration of Newton-Schulz is three products.
 ITERATION_LAUNCHES = 3
 # What is orthogonalised, SOAP's update or Muon's moment, is scaled before, has Nesterov's momentum and a given length.
-ORTHOGONALISED = Passes(9.0, 0.0, 9, 0)
+ORTHOGONALISED = Passes(7.0, 0.0, 6, 0)
+# A given length takes an operator more than a bound of the length does.
+GIVEN_LENGTH_LAUNCHES = 1
 
 
 class Refresh(NamedTuple):
-    """A refresh of all modes of a stack of matrices, or of one mode where it says so.
+    """A refresh of all modes of a stack of matrices that have been refreshed before. Nothing is read in it.
 
     Args:
         products: products of d x d matrices for each mode.
         passes: over each factor matrix.
         elements: over the block.
         launches: operators for the stack.
-        reads: waits of the CPU for the device.
+        launches_each: operators for the modes of one size, which are computed together.
     """
 
     products: float
     passes: float
     elements: float
     launches: int
-    reads: int
+    launches_each: int = 0
 
 
-# By solver: of Shampoo's roots, and what the KL rules' scaling adds.
-ROOTS = {"eigh": Refresh(2.0, 20.35, 0.0, 113, 2), "qr": Refresh(6.0, 91.8, 0.0, 232, 12)}
-SCALED = Refresh(0.0, 5.0, 0.0, 24, 0)
+# By solver: of Shampoo's roots, and what the KL rules' scaling adds (coupled Newton's is that of eigh).
+ROOTS = {"eigh": Refresh(2.0, 20.35, 0.0, 82), "qr": Refresh(6.0, 39.4, 0.0, 20, 24)}
+SCALED = {"eigh": Refresh(0.0, 4.65, 0.0, 22), "qr": Refresh(0.0, 0.0, 0.0, 7, 1)}
 # Of bases, and of KL-SOAP's eigenvalues. First moments are rotated back and forth: two products with the block a mode.
-BASES = {"eigh": Refresh(2.0, 49.5, 45.0, 119, 10), "qr": Refresh(4.0, 66.5, 45.0, 197, 12)}
-WHITENED = Refresh(1.0, 13.5, 0.0, 94, 0)
-# An eigendecomposition in float64 is one of a matrix at a time: launches and reads for each block, both modes.
-ONE_BY_ONE_LAUNCHES, ONE_BY_ONE_READS = 50, 2
+BASES = {"eigh": Refresh(2.0, 34.2, 19.5, 4, 16), "qr": Refresh(4.0, 32.2, 19.2, 20, 19)}
+WHITENED = Refresh(1.0, 3.3, 0.0, 15, 4)
+# Several modes of one size are one stack: their bases are copied. Eigenvalues of fewer columns are filled up.
+JOINED_LAUNCHES, JOINED_PASSES, FILLED_LAUNCHES = 1, 2.0, 1
+# An eigendecomposition in float64 is one of a matrix at a time: launches for each block, both modes.
+ONE_BY_ONE_LAUNCHES = 28
 # KL-Shampoo's with a small ridge computes the whole root so. The numbers are instead of those of `ROOTS` and `SCALED`.
-WIDE_ROOTS, WIDE_LAUNCHES, WIDE_READS, WIDE_BYTES = Refresh(2.0, 48.0, 0.0, 33, 0), 110, 2, 2.0
+WIDE_ROOTS, WIDE_LAUNCHES, WIDE_BYTES = Refresh(2.0, 45.9, 0.0, 34), 74, 2.0
 
 
 class Newton(NamedTuple):
-    """An iterative solver: launches, passes over each matrix and reads for each mode, and launches of an iteration."""
+    """An iterative solver: launches and passes over each matrix for each mode, and launches of an iteration."""
 
     launches: int
     launches_each: int
     passes: float
-    reads: int = 7
 
 
-COUPLED = {True: Newton(93, 11, 64.0), False: Newton(95, 10, 63.5)}  # whether the root is 4
+COUPLED = {True: Newton(66, 5, 51.0), False: Newton(67, 4, 50.4)}  # whether the root is 4
 QR_ON_CPU = 0.7
 BOUND = 6  # products of the bound of the largest eigenvalue
 # Passes of an iteration over each matrix, and over one that all blocks of a batch share: identities.
-NEWTON_PASSES, SHARED_PASSES, SHARED_AT_FIRST = 7.0, 4.0, 4.0
+NEWTON_PASSES, SHARED_PASSES, SHARED_AT_FIRST = 2.0, 1.0, 8.0
+SHARED_IF_SCALED = 2.0
 # Of a step, apart from its stacks: once, for each bucket, for each further stack in a bucket, and for the element-wise
 # part. Passes over preconditioned elements on the ranks that hold them, and over element-wise ones with their update.
 STEP_LAUNCHES, BUCKET_LAUNCHES, STACK_LAUNCHES, ELEMENTWISE_LAUNCHES = 24, 3, 1, 28
@@ -225,7 +231,7 @@ def plain_launches(config: ShampooConfig, order: int) -> float:
     if parts.whitens:
         launches += 2 * modes * (order - 1) * narrow
     if parts.orthogonalises:
-        return launches + ITERATIONS * ITERATION_LAUNCHES + ORTHOGONALISED.launches
+        return launches + ITERATIONS * ITERATION_LAUNCHES + ORTHOGONALISED.launches + GIVEN_LENGTH_LAUNCHES
     return launches + 2 * order * (2 if parts.in_basis else 1) * narrow
 
 
@@ -244,15 +250,6 @@ def guarded_launches(config: ShampooConfig, order: int) -> tuple[float, float]:
     return order / config.sampling, float(GUARD_LAUNCHES * (1 + 2 * parts.in_basis))
 
 
-def newton_iterations(root: int, ridge: float) -> int:
-    """Iterations until the smallest eigenvalue has converged, that is ``ridge`` times the largest.
-
-    It grows by (1 + 1/p)^p in each, from (p + 1) / 2 times the ridge; four more are quadratic.
-    """
-    start = 0.5 * (root + 1) * ridge
-    return max(0, math.ceil(-math.log(start) / (root * math.log1p(1.0 / root)))) + 4
-
-
 def refresh_work(
     shape: tuple[int, ...], config: ShampooConfig, batch: float = math.inf, accelerator: bool = True
 ) -> Work:
@@ -267,10 +264,12 @@ def refresh_work(
     cubes, squares = sum(float(d) ** 3 for d in dims), sum(float(d) ** 2 for d in dims)
     table = BASES if parts.in_basis else ROOTS
     if solver in table:
-        found, extra = table[solver], WHITENED if parts.in_basis else SCALED
+        found, extra = table[solver], WHITENED if parts.in_basis else SCALED[solver]
         products = found.products + (extra.products if parts.whitens else 0.0)
         passes = found.passes + (extra.passes if parts.whitens else 0.0)
         moved = _bytes_of(solver, parts.in_basis, parts.whitens)
+        if solver == "qr" and len(set(dims)) < count:
+            passes += JOINED_PASSES
         if _roots_in_float64(config, solver):
             passes, moved = WIDE_ROOTS.passes + 2.0 / batch, WIDE_BYTES * moved
         work = Work(full=2.0 * products * cubes, full_bytes=FLOAT * moved * squares)
@@ -287,12 +286,13 @@ def refresh_work(
             work += Work(full=turned, full_bytes=FLOAT * 2.0 * sum(2.0 * numel + d * d for d in dims))
         return work
     root = round(config.root(count))
-    iterations = newton_iterations(root, config.relative_epsilon)
+    # The CPU may read when a matrix has converged; the last step computes X alone.
+    steps = iterations(root, config.relative_epsilon) - (not accelerator)
     newton = COUPLED[root == 4]
-    products = BOUND + (iterations - 1) * _products_of_iteration(root) + 1  # the last one computes X alone
-    passes = newton.passes + iterations * NEWTON_PASSES + (SCALED.passes if parts.whitens else 0.0)
-    passes += (SHARED_AT_FIRST + iterations * SHARED_PASSES) / batch
-    squarings = BOUND + (iterations - 1) * (root.bit_length() - 1)
+    products = BOUND + steps * _products_of_iteration(root) + 1
+    passes = newton.passes + steps * NEWTON_PASSES + (SCALED["eigh"].passes if parts.whitens else 0.0)
+    passes += (SHARED_AT_FIRST + SHARED_IF_SCALED * parts.whitens + steps * SHARED_PASSES) / batch
+    squarings = BOUND + steps * (root.bit_length() - 1)
     moved = 3.0 * products - squarings  # these read one matrix
     return Work(full=2.0 * products * cubes, full_bytes=FLOAT * moved * squares, nbytes=FLOAT * passes * squares)
 
@@ -309,21 +309,31 @@ def _bytes_of(solver: str, in_basis: bool, whitens: bool) -> float:
     return 18.0 if solver == "qr" else 6.0
 
 
-def refresh_launches(config: ShampooConfig, order: int, batch: float, accelerator: bool = True) -> tuple[float, float]:
-    """(operators, reads) of a refresh of so many blocks together."""
-    parts, solver = config.parts, solver_in_force(config, order, accelerator)
+def refresh_launches(config: ShampooConfig, dims: Sequence[int], batch: float, accelerator: bool = True) -> float:
+    """Operators of a refresh of so many blocks together, whose factor matrices have these dims."""
+    parts, solver, order = config.parts, solver_in_force(config, len(dims), accelerator), len(dims)
     table = BASES if parts.in_basis else ROOTS
-    if solver in table:
-        found, extra = table[solver], WHITENED if parts.in_basis else SCALED
-        launches, reads = float(found.launches + extra.launches * parts.whitens), float(found.reads)
-        if _roots_in_float64(config, solver):
-            return WIDE_ROOTS.launches + WIDE_LAUNCHES * batch, WIDE_READS * batch
-        if parts.in_basis and solver == "eigh":
-            return launches + ONE_BY_ONE_LAUNCHES * batch, reads + ONE_BY_ONE_READS * batch
-        return launches, reads
-    root = round(config.root(order))
-    iterations = newton_iterations(root, config.relative_epsilon)
-    newton = COUPLED[root == 4]
-    of_mode = newton.launches + iterations * newton.launches_each
-    launches = order * of_mode + (SCALED.launches if parts.whitens else 0)
-    return float(launches), float(order * (newton.reads + iterations))
+    if solver not in table:
+        root = round(config.root(order))
+        newton = COUPLED[root == 4]
+        of_mode = newton.launches + iterations(root, config.relative_epsilon) * newton.launches_each
+        return float(order * of_mode + SCALED["eigh"].launches * parts.whitens)
+    if _roots_in_float64(config, solver):
+        return WIDE_ROOTS.launches + WIDE_LAUNCHES * batch
+    extra = WHITENED if parts.in_basis else SCALED[solver]
+    sizes = len(set(dims)) if solver == "qr" else order
+    launches = table[solver].launches + sizes * table[solver].launches_each
+    launches += parts.whitens * (extra.launches + sizes * extra.launches_each)
+    if solver == "qr":
+        launches += JOINED_LAUNCHES * sum(dims.count(d) > 1 for d in set(dims))
+    if parts.whitens or not parts.in_basis:
+        launches += FILLED_LAUNCHES * sum(d < max(dims) for d in set(dims)) * (solver == "qr" or parts.in_basis)
+    return launches + ONE_BY_ONE_LAUNCHES * batch * (parts.in_basis and solver == "eigh")
+
+
+def refresh_waits(config: ShampooConfig, dims: Sequence[int], batch: float) -> float:
+    """How often that refresh waits for an accelerator: where torch's own ``eigh`` looks for errors."""
+    if solver_in_force(config, len(dims)) != "eigh":
+        return 0.0
+    alone = config.parts.in_basis or _roots_in_float64(config, "eigh")
+    return float(len(dims) * (batch if alone else 1.0))

@@ -11,8 +11,8 @@ from torch import Tensor
 from shampoo_deepspeed.linalg.mode_products import product
 
 PASSES = 3
-# Added to the first Gram matrix of unit columns. A Gram matrix squares the condition number, so float32 loses columns
-# that depend on others to 3e-4. With the shift they become orthogonal over the passes.
+# Share of its diagonal that is added to the first Gram matrix. A Gram matrix squares the condition number, so float32
+# loses columns that depend on others to 3e-4. With the shift they become orthogonal over the passes.
 SHIFT = 1e-5
 # If the last Gram matrix is the identity up to this, its pass leaves a deviation of rounding alone.
 NEARLY = 0.05
@@ -30,15 +30,23 @@ def cholesky_qr(matrices: Tensor) -> Tensor:
     Returns:
         [B, d, d]; NaN for matrices whose columns are dependent or not finite, so that no basis comes of them.
     """
-    out = _unit_columns(matrices)
+    out, gram = passes(_unit_columns(matrices))
+    return out.masked_fill(_far_from_identity(gram)[:, None, None], torch.nan)
+
+
+def passes(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The passes of ``cholesky_qr``: Q, and the Gram matrices before the last one, by which to tell whether it is one.
+
+    Args:
+        columns: [B, d, d]. They may have any norms the squares of which are in range, for each pass scales columns.
+    """
     for number in range(PASSES):
-        gram = product(out.mT, out)
-        if number == PASSES - 1:
-            wrong = _far_from_identity(gram)
-        gram.diagonal(dim1=-2, dim2=-1).add_(0.0 if number else SHIFT)
+        gram = product(columns.mT, columns)
+        if number == 0:
+            gram.diagonal(dim1=-2, dim2=-1).mul_(1.0 + SHIFT)
         factor, _ = torch.linalg.cholesky_ex(gram)  # garbage or NaN if it fails, which the last Gram matrix shows
-        out = torch.linalg.solve_triangular(factor.mT, out, upper=True, left=False)
-    return out.masked_fill(wrong[:, None, None], torch.nan)
+        columns = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
+    return columns, gram
 
 
 def _unit_columns(matrices: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from shampoo_deepspeed.linalg.inverse_root import RootOfEigenvalues, decomposed,
 from shampoo_deepspeed.linalg.mode_products import product
 
 
-def eigenbasis(matrices: Tensor, in_float64: bool = False) -> tuple[Tensor, Tensor, list[int]]:
+def eigenbasis(matrices: Tensor, in_float64: bool = False, reads: bool = True) -> tuple[Tensor, Tensor, list[int]]:
     """Eigenvalues and eigenvectors in descending order.
 
     A matrix whose eigendecomposition fails or is not finite is tried again in float64.
@@ -24,6 +24,7 @@ def eigenbasis(matrices: Tensor, in_float64: bool = False) -> tuple[Tensor, Tens
     Args:
         matrices: [B, d, d], symmetric, float32 or float64.
         in_float64: decompose in float64 right away, one matrix after another.
+        reads: whether an accelerator may be read. If not, nothing is tried again, and what failed is NaN.
 
     Returns:
         Eigenvalues [B, d], bases [B, d, d], and the rows that failed even in float64 (their content is undefined).
@@ -32,9 +33,9 @@ def eigenbasis(matrices: Tensor, in_float64: bool = False) -> tuple[Tensor, Tens
     if not in_float64:
         values, vectors = decomposed(matrices)
     failed = []
-    for row in range(len(matrices)) if in_float64 else non_finite(vectors):
+    for row in range(len(matrices)) if in_float64 else non_finite(vectors) if reads else ():
         again = decomposed(matrices[row : row + 1].double())
-        if non_finite(again[1]):
+        if reads and non_finite(again[1]):
             failed.append(row)
         else:
             values[row], vectors[row] = again[0][0].to(values.dtype), again[1][0].to(vectors.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shampoo_deepspeed.linalg.mode_products import product
-from shampoo_deepspeed.linalg.newton import coupled_newton
+from shampoo_deepspeed.linalg.newton import coupled_newton, without_reads
 from shampoo_deepspeed.linalg.precision import fast_float64, full_precision, no_switch_counts, power, row_means
 
 # From this many elements on, the CPU finds the extremes of a row faster by a separate call.
@@ -42,6 +42,7 @@ def inverse_root(
     in_float64: bool = False,
     conditions: list[Tensor] | None = None,
     share: float | None = None,
+    reads: bool = True,
 ) -> tuple[Tensor, list[int]]:
     """A^(-1/root) of each matrix of a stack (arXiv 2309.06497, section 4.1).
 
@@ -63,10 +64,11 @@ def inverse_root(
             matrices, 0-d.
         share: bounds the roots, such that the product of several with these shares, whose sum is 1, is in range;
             None: as they are.
+        reads: whether an accelerator may be read. If not, what fails is not tried another way.
 
     Returns:
         The roots [B, d, d], symmetric to the last bit, and the rows that failed even in float64 (their content is
-        undefined).
+        undefined). Without reads no row is named, and the content of those that failed is not finite.
     """
     work = matrices if matrices.dtype == torch.float64 else matrices.float()
     rule = RootOfEigenvalues(root, epsilon, relative_epsilon, damping, conditions, share)
@@ -74,9 +76,11 @@ def inverse_root(
         solver = "eigh"  # iterations would be in float64 (see ``precision``)
     solver = chosen_solver(solver, work, root, relative_epsilon, damping)
     if solver == "eigh":
-        roots, failed = _by_eigh(work, rule, in_float64)
+        roots, failed = _by_eigh(work, rule, in_float64, reads)
         return roots.to(dtype), failed
     work = symmetric(work)
+    if not reads:
+        return without_reads(work, int(root), epsilon, relative_epsilon).to(dtype), []
     independent = no_switch_counts()
     with nullcontext() if independent else full_precision(work.device.type):
         roots, left = coupled_newton(work.double() if independent else work, int(root), epsilon, relative_epsilon)
@@ -111,6 +115,10 @@ def inverse_power(values: Tensor, root: float) -> Tensor:
     """
     if root not in (2.0, 4.0, 8.0):
         return power(values, -1.0 / root)
+    if values.device.type != "cpu":
+        for _ in range(int(root).bit_length() - 2):
+            values = values.sqrt()
+        return values.rsqrt()
     for _ in range(int(root).bit_length() - 1):
         values = values.sqrt()
     return values.reciprocal()
@@ -148,17 +156,26 @@ def bounded(values: Tensor, largest: Tensor, root: float, share: float = 1.0) ->
 
     Values are as they are if it is already. A root p < 1 has narrower bounds, because it amplifies more.
     """
-    most = 2.0 ** min(SCALE * share * min(root, root * root), math.log2(torch.finfo(values.dtype).max) - 2.0)
+    most = range_of_largest(values.dtype, root, share)
     target = largest.clamp(1.0 / most, most)
     return torch.where((target == largest) | (largest == 0), values, values / largest * target)
 
 
-def _by_eigh(work: Tensor, rule: RootOfEigenvalues, in_float64: bool) -> tuple[Tensor, list[int]]:
-    """The roots in the dtype of ``work``, and the rows that failed in float64 too."""
+def range_of_largest(dtype: torch.dtype, root: float, share: float) -> float:
+    """The number up to which ``bounded`` leaves the largest value, and down to whose reciprocal."""
+    return float(2.0 ** min(SCALE * share * min(root, root * root), math.log2(torch.finfo(dtype).max) - 2.0))
+
+
+def _by_eigh(work: Tensor, rule: RootOfEigenvalues, in_float64: bool, reads: bool = True) -> tuple[Tensor, list[int]]:
+    """The roots in the dtype of ``work``, and the rows that failed in float64 too; without ``reads`` these are NaN."""
     roots = torch.empty_like(work)
     if not in_float64:
         roots = _stack_root(work, rule)
-    failed = []
+    failed: list[int] = []
+    if not reads:
+        for row in range(len(work)) if in_float64 else ():
+            roots[row] = _stack_root(work[row : row + 1].double(), rule)[0]
+        return roots, failed
     for row in range(len(work)) if in_float64 else non_finite(roots):
         # One at a time: float64 copies of a whole stack would be most of the memory that a step needs.
         narrow = _stack_root(work[row : row + 1].double(), rule).to(roots.dtype)  # this may overflow
@@ -178,11 +195,14 @@ def diagonal_root(
     damping: str,
     conditions: list[Tensor] | None = None,
     share: float | None = None,
+    reads: bool = True,
 ) -> tuple[Tensor, list[int]]:
     """``inverse_root`` of diagonal matrices [B, d]; their entries are their eigenvalues."""
     work = diagonals if diagonals.dtype == torch.float64 else diagonals.float()
     rule = RootOfEigenvalues(root, epsilon, relative_epsilon, damping, conditions, share)
     roots = rule.of(work).to(dtype)
+    if not reads:  # the root of infinity is 0
+        return torch.where(work.isfinite().all(-1, keepdim=True), roots, torch.nan), []
     return roots, non_finite(torch.stack([work, roots.to(work.dtype)], dim=-1))  # the root of infinity is 0
 
 

@@ -68,11 +68,17 @@ class ExchangeMeter:
 
 
 class RefreshMeter:
-    """Measures the refreshes of a stack of blocks."""
+    """Measures the refreshes of a stack of blocks.
+
+    Attributes:
+        rows: those refreshed since the last reading.
+        asked: whether anybody has ever asked for condition numbers, which cost an accelerator operators.
+    """
 
     def __init__(self) -> None:
         self.watch = Stopwatch()
         self.rows: set[int] = set()
+        self.asked = False
         self._worst: float | None = None
         self._read = False
         self._arriving: deque[Arriving] = deque()  # condition numbers that the device has not computed yet
@@ -115,7 +121,7 @@ class RefreshMeter:
         A refresh that the device has not finished counts in a later reading.
         """
         self._note_arrived()
-        self._read = True
+        self._read = self.asked = True
         return self._worst
 
 

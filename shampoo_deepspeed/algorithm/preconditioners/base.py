@@ -28,12 +28,14 @@ class Preconditioner:
             ``project``, ``follow_basis`` and ``project_back`` do nothing.
         own_length: whether updates have a length of their own. If not, they are as long as moments are, so that
             ``apply`` is linear in them.
+        reads: whether later refreshes read the device, so that there is no ``compute_unread``.
     """
 
     first_moment = "exp_avg"
     filled_by_refresh: str | None = None
     rotates_moments = False
     own_length = False
+    reads = True
 
     def __init__(self, config: ShampooConfig) -> None:
         self._config = config
@@ -50,6 +52,13 @@ class Preconditioner:
     def compute(self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         """Compute a refresh, its expensive part: reads factor matrices and bases, and changes nothing."""
         return RefreshResult({}, frozenset())
+
+    def compute_unread(self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor] | None) -> RefreshResult:
+        """``compute`` on an accelerator, without a read, for blocks that have been refreshed before.
+
+        What fails is not tried another way. ``conditions`` is None if nobody asks for them.
+        """
+        raise NotImplementedError
 
     def install(self, state: Mapping[str, Tensor], result: RefreshResult) -> list[int]:
         """Install a computed refresh; returns the rows that failed, which stay as they were."""

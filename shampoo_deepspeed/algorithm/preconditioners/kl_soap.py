@@ -11,6 +11,7 @@ from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import modes_of, relative_ridge
 from shampoo_deepspeed.algorithm.preconditioners.soap import SOAPPreconditioner
+from shampoo_deepspeed.linalg import on_accelerators
 from shampoo_deepspeed.linalg.eigenbases import rayleigh
 from shampoo_deepspeed.linalg.inverse_root import RootOfEigenvalues, inverse_power, symmetric
 from shampoo_deepspeed.linalg.mode_products import multiply
@@ -57,6 +58,16 @@ class KLSOAPPreconditioner(SOAPPreconditioner):
             scales = rule.of(rayleigh(matrices, result.tensors[f"basis_{mode}"].to(matrices.dtype)))
             found[f"whitening_{mode}"] = torch.where(mean > 0, scales * mean.sqrt(), 1.0).to(self._basis_dtype)
         return RefreshResult({**result.tensors, **found}, result.failed)
+
+    def _with_bases(
+        self, state: Mapping[str, Tensor], bases: on_accelerators.Bases, step: int, conditions: list[Tensor] | None
+    ) -> dict[str, Tensor]:
+        spectrum = on_accelerators.spectra(bases, self._factors.divisors(bases, state, step), means=True)
+        ridge = self._config.epsilon, relative_ridge(self._config, step)
+        rule = RootOfEigenvalues(2.0, *ridge, self._config.damping, conditions, share=0.6)
+        scales = on_accelerators.scales(spectrum, rule, self._config.normalize_gradients) * spectrum.means.sqrt()
+        found = torch.where(spectrum.means > 0, scales, 1.0).to(self._basis_dtype)
+        return {f"whitening_{mode}": own for mode, own in spectrum.by_mode(found).items()}
 
     def _trace(self, state: Mapping[str, Tensor], step: int) -> Tensor:
         """The mean of ||G||^2 [B]: each factor has the scale of an element of the gradient, up to the others'."""

@@ -11,10 +11,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RefreshResult:
-    """What ``compute`` returns for n blocks: tensors with the block as first dim, and the rows that failed."""
+    """What ``compute`` returns for n blocks: tensors with the block as first dim, and the rows that failed.
+
+    Attributes:
+        good: [n] bool, of a refresh without reads: the rows that did not fail. The CPU does not know them yet, so that
+            ``failed`` is empty.
+    """
 
     tensors: dict[str, Tensor]
-    failed: frozenset[int]
+    failed: frozenset[int] = frozenset()
+    good: Tensor | None = None
 
     @staticmethod
     def joined(parts: Sequence[RefreshResult], places: Sequence[slice]) -> RefreshResult:
@@ -28,4 +34,5 @@ class RefreshResult:
     def rows(self, first: int, stop: int) -> RefreshResult:
         """The result for the blocks from ``first`` up to ``stop``, as views."""
         tensors = {name: tensor[first:stop] for name, tensor in self.tensors.items()}
-        return RefreshResult(tensors, frozenset(row - first for row in self.failed if first <= row < stop))
+        good = None if self.good is None else self.good[first:stop]
+        return RefreshResult(tensors, frozenset(row - first for row in self.failed if first <= row < stop), good)

@@ -7,7 +7,7 @@ Kullback-Leibler divergence.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -18,8 +18,16 @@ from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners.base import Preconditioner
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.geometry.blocks import Side
+from shampoo_deepspeed.linalg import on_accelerators
 from shampoo_deepspeed.linalg.eigenbases import rayleigh, renewed, root_from_basis
-from shampoo_deepspeed.linalg.inverse_root import diagonal_root, inverse_power, inverse_root, shrunk, symmetric
+from shampoo_deepspeed.linalg.inverse_root import (
+    RootOfEigenvalues,
+    diagonal_root,
+    inverse_power,
+    inverse_root,
+    shrunk,
+    symmetric,
+)
 from shampoo_deepspeed.linalg.mode_products import add_gram_, multiply_along, multiply_modes
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
@@ -58,6 +66,7 @@ class ShampooPreconditioner(Preconditioner):
         self._apply_dtype = DTYPES[config.apply_dtype] if config.apply_dtype else None
         # Of statistics and applications alone. Refreshes amplify rounding by the ridge's inverse and stay as they are.
         self._precision = config.matmul_precision
+        self.reads = self._tolerance is not None  # to compute only what is not good enough
 
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
@@ -128,20 +137,80 @@ class ShampooPreconditioner(Preconditioner):
             add_gram_(factor, stack, mode, decay, weight / divisor, self._precision)
 
     def compute(self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
-        modes = modes_of(state)
-        if len(modes) not in self._roots:
-            self._roots[len(modes)] = self._config.root(len(modes))
-        root = self._roots[len(modes)]
-        result: dict[str, Tensor] = {}
+        tensors, failed = self._computed(state, step, conditions)
+        return RefreshResult(tensors, frozenset(failed))
+
+    def compute_unread(self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor] | None) -> RefreshResult:
+        if self._config.keeps_basis:
+            return self._tracked(state, step, conditions)
+        tensors, _ = self._computed(state, step, conditions, reads=False)
+        found = on_accelerators.all_finite([t for name, t in tensors.items() if name != "scale"])
+        return RefreshResult(tensors, good=found)
+
+    def _computed(
+        self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor] | None, reads: bool = True
+    ) -> tuple[dict[str, Tensor], set[int]]:
+        """The tensors that a refresh replaces, and the rows that failed; without ``reads`` these are not finite."""
+        root, result = self._root_of(state), dict[str, Tensor]()
         failed: set[int] = set()
-        for mode in modes:
-            tensors, wrong = self._refreshed(state, mode, self.corrected(state, mode, step), root, step, conditions)
+        for mode in modes_of(state):
+            corrected = self.corrected(state, mode, step)
+            tensors, wrong = self._refreshed(state, mode, corrected, root, step, conditions, reads)
             result |= tensors
             failed.update(wrong)
-        return RefreshResult(result, frozenset(failed))
+        return result, failed
+
+    def _root_of(self, state: Mapping[str, Tensor]) -> float:
+        """p."""
+        modes = len(modes_of(state))
+        if modes not in self._roots:
+            self._roots[modes] = self._config.root(modes)
+        return self._roots[modes]
+
+    def _tracked(self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor] | None) -> RefreshResult:
+        """A refresh by orthogonal iteration, of all modes together, without a read."""
+        root, ridge = self._root_of(state), (self._epsilon, relative_ridge(self._config, step))
+        tensors: dict[str, Tensor] = {}
+        for mode in modes_of(state):
+            if state[f"factor_{mode}"].ndim == 2:
+                corrected = self.corrected(state, mode, step)
+                tensors |= self._refreshed(state, mode, corrected, root, step, conditions, reads=False)[0]
+        found = on_accelerators.all_finite([*tensors.values()]) if tensors else None
+        if len(tensors) == len(modes_of(state)):
+            return RefreshResult(tensors, good=found)
+        bases = self.tracked(state, step, ridge[1])
+        spectrum = on_accelerators.spectra(bases, self.divisors(bases, state, step), self._config.parts.whitens)
+        share = self._share(len(modes_of(state)))
+        rule = RootOfEigenvalues(root, *ridge, self._config.damping, None, share)
+        half = on_accelerators.scales(spectrum, rule, self._config.normalize_gradients, 2.0 * root)
+        half, more = self._half_roots(spectrum, half)
+        tensors |= {f"root_{mode}": own for mode, own in on_accelerators.roots(spectrum, half).items()} | more
+        good = bases.good(scaled=True)
+        for group in bases.groups:
+            tensors |= {f"basis_{mode}": basis for mode, basis in group.each(group.bases).items()}
+        return RefreshResult(tensors, good=good if found is None else good & found)
+
+    def _half_roots(self, spectrum: on_accelerators.Spectra, half: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Square roots of the eigenvalues of roots [modes, B, n], and other tensors that a refresh replaces."""
+        return half, {}
+
+    def tracked(self, state: Mapping[str, Tensor], step: int, ridge: float) -> on_accelerators.Bases:
+        """The bases of all modes after their step of orthogonal iteration; needs ``basis_i`` next to ``factor_i``."""
+        shrinks = self._config.shrinkage > 0.0
+        modes = [mode for mode in modes_of(state) if state[f"factor_{mode}"].ndim == 3]
+        matrices = {m: self.corrected(state, m, step) if shrinks else wide(state[f"factor_{m}"]) for m in modes}
+        bases = {mode: state[f"basis_{mode}"].to(matrix.dtype) for mode, matrix in matrices.items()}
+        return on_accelerators.tracked(matrices, bases, self._config.orthogonal_steps(step), ridge)
+
+    def divisors(self, bases: on_accelerators.Bases, state: Mapping[str, Tensor], step: int) -> list[float]:
+        """By what the matrices of ``tracked`` are to be divided, mode by mode."""
+        shrinks = self._config.shrinkage > 0.0  # then they are
+        return [
+            1.0 if shrinks else self._correction(state, mode, step) for group in bases.groups for mode in group.modes
+        ]
 
     def install(self, state: Mapping[str, Tensor], result: RefreshResult) -> list[int]:
-        write(state, result.tensors, result.failed)
+        write(state, result.tensors, result)
         return sorted(result.failed)
 
     def squares_so_far(
@@ -167,27 +236,43 @@ class ShampooPreconditioner(Preconditioner):
         They are wide enough to decompose. If asked, they are corrected for their zero start, and shrunk towards a
         multiple of the identity.
         """
-        modes = modes_of(state)
-        counted = self.sampling.counted(step, modes.index(mode), len(modes))
-        corrected = self._bias_correction and self._beta < 1.0
-        matrices = wide(state[f"factor_{mode}"]) / (1.0 - self._beta**counted.gradients if corrected else 1.0)
+        matrices = wide(state[f"factor_{mode}"]) / self._correction(state, mode, step)
         if self._config.shrinkage == 0.0:
             return matrices
+        counted = self._counted(state, mode, step)
         return shrunk(matrices, min(1.0, self._config.shrinkage / counted.effective(self._beta)))
 
+    def _counted(self, state: Mapping[str, Tensor], mode: int, step: int) -> Counted:
+        """The gradients in the factor of a mode."""
+        modes = modes_of(state)
+        return self.sampling.counted(step, modes.index(mode), len(modes))
+
+    def _correction(self, state: Mapping[str, Tensor], mode: int, step: int) -> float:
+        """By what factor matrices are divided for their zero start, if asked."""
+        if not self._bias_correction or self._beta >= 1.0:
+            return 1.0
+        return 1.0 - self._beta ** self._counted(state, mode, step).gradients
+
     def _refreshed(
-        self, state: Mapping[str, Tensor], mode: int, matrices: Tensor, root: float, step: int, conditions: list[Tensor]
+        self,
+        state: Mapping[str, Tensor],
+        mode: int,
+        matrices: Tensor,
+        root: float,
+        step: int,
+        conditions: list[Tensor] | None,
+        reads: bool,
     ) -> tuple[dict[str, Tensor], list[int]]:
         """The tensors of one mode that a refresh replaces, by name, and the rows that failed."""
         ridge, damping = (self._epsilon, relative_ridge(self._config, step)), self._config.damping
         share = self._share(len(modes_of(state)))
         if matrices.ndim == 2:
-            roots, failed = diagonal_root(matrices, root, *ridge, self._root_dtype, damping, conditions, share)
+            roots, failed = diagonal_root(matrices, root, *ridge, self._root_dtype, damping, conditions, share, reads)
             return {f"root_{mode}": roots}, failed
         if not self._config.keeps_basis:
             solver = self._config.solver
             roots, failed = inverse_root(
-                matrices, root, *ridge, self._root_dtype, solver, damping, self._in_float64, conditions, share
+                matrices, root, *ridge, self._root_dtype, solver, damping, self._in_float64, conditions, share, reads
             )
             return {f"root_{mode}": roots}, failed
         matrices = symmetric(matrices)
@@ -255,7 +340,9 @@ class KLShampooPreconditioner(ShampooPreconditioner):
         roots = {mode: state[f"root_{mode}"] for mode in modes_of(state)}
         self.accumulate_whitened(state, whole, step, found_inf, partial(multiply_along, roots, self._precision))
 
-    def compute(self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
+    def _computed(
+        self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor] | None, reads: bool = True
+    ) -> tuple[dict[str, Tensor], set[int]]:
         modes = modes_of(state)
         scale = torch.ones_like(state["scale"])
         result: dict[str, Tensor] = {}
@@ -265,14 +352,23 @@ class KLShampooPreconditioner(ShampooPreconditioner):
             mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
             unseen = (mean == 0).view(-1, 1, 1)  # without a gradient roots stay identities, however small the ridge is
             mean = torch.where(mean > 0, mean, 1.0)
-            tensors, wrong = self._refreshed(state, mode, matrices, 2.0, step, conditions)
+            tensors, wrong = self._refreshed(state, mode, matrices, 2.0, step, conditions, reads)
             found = tensors[f"root_{mode}"] * mean.sqrt().view(-1, 1, 1)
             identity = torch.eye(found.shape[-1], dtype=found.dtype, device=found.device)
             tensors[f"root_{mode}"] = torch.where(unseen, identity, found)
             scale *= inverse_power(mean, 2.0 * len(modes))
             result |= tensors
             failed.update(wrong)
-        return RefreshResult({**result, "scale": scale}, frozenset(failed))
+        return {**result, "scale": scale}, failed
+
+    def _root_of(self, state: Mapping[str, Tensor]) -> float:
+        return 2.0
+
+    def _half_roots(self, spectrum: on_accelerators.Spectra, half: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        seen = spectrum.means > 0
+        root = torch.where(seen, spectrum.means, 1.0).pow_(0.25)
+        scale = inverse_power(root.prod(0).squeeze(-1), 0.5 * spectrum.count)
+        return torch.where(seen, half * root, 1.0), {"scale": scale}
 
     def _share(self, modes: int) -> float:
         return 0.6  # roots are scaled to mean eigenvalue 1 anyway, and statistics rely on that
@@ -353,9 +449,18 @@ def wide(matrices: Tensor) -> Tensor:
     return matrices.to(torch.promote_types(matrices.dtype, torch.float32))
 
 
-def write(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], failed: Collection[int]) -> None:
+def write(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], result: RefreshResult) -> None:
     """Write what a refresh has computed; rows for which one mode failed keep the old tensors of all modes."""
     for name, tensor in tensors.items():
-        for row in failed:
+        if result.good is not None:
+            old = state[name]
+            torch.where(by_row(result.good, old), tensor.to(old.dtype), old, out=old)
+            continue
+        for row in result.failed:
             tensor[row] = state[name][row]
         state[name].copy_(tensor)
+
+
+def by_row(numbers: Tensor, stack: Tensor) -> Tensor:
+    """Numbers [B] such that each counts for its block of [B, *shape]."""
+    return numbers.view(-1, *[1] * (stack.ndim - 1))

@@ -17,6 +17,7 @@ from shampoo_deepspeed.algorithm.preconditioners.shampoo import (
     wide,
     write,
 )
+from shampoo_deepspeed.linalg import on_accelerators
 from shampoo_deepspeed.linalg.eigenbases import Renewed, known, renewed
 from shampoo_deepspeed.linalg.inverse_root import SPREAD, bounded, non_finite, symmetric
 from shampoo_deepspeed.linalg.mode_products import multiply_modes
@@ -66,6 +67,8 @@ class SOAPPreconditioner(Preconditioner):
         self._precision = "highest" if config.parts.orthogonalises else config.matmul_precision
         self._factor_dtype = DTYPES[config.factor_dtype]
         self._factors = ShampooPreconditioner(config)
+        self.reads = self._tolerance is not None  # to compute only what is not good enough
+        self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
     def new_state(
         self, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
@@ -105,8 +108,45 @@ class SOAPPreconditioner(Preconditioner):
         result |= {"first": first, "moved": moved, "first_weight": weight, "trace": trace}
         return RefreshResult(result, frozenset(failed))
 
+    def compute_unread(self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor] | None) -> RefreshResult:
+        """New bases, and how the columns of the second moment move."""
+        if self._config.orthogonal_steps(step):
+            found = self._factors.tracked(state, step, self._relative_epsilon)
+        else:
+            matrices = {mode: wide(state[f"factor_{mode}"]) for mode in modes_of(state)}
+            before = {mode: state[f"basis_{mode}"].to(matrix.dtype) for mode, matrix in matrices.items()}
+            found = on_accelerators.decomposed_anew(matrices, before)
+        tensors = self._with_bases(state, found, step, conditions)
+        good = found.good(scaled=bool(tensors))
+        for group in found.groups:
+            bases, order = group.each(group.bases.to(self._basis_dtype)), group.each(group.order)
+            tensors |= {f"basis_{mode}": basis for mode, basis in bases.items()}
+            tensors |= {f"columns_{mode}": columns for mode, columns in order.items()}
+        return RefreshResult(tensors, good=good)
+
+    def _with_bases(
+        self, state: Mapping[str, Tensor], bases: on_accelerators.Bases, step: int, conditions: list[Tensor] | None
+    ) -> dict[str, Tensor]:
+        """What else a refresh replaces; what fails in it is noted in ``bases.wrong``."""
+        return {}
+
+    def _install_unread(self, state: Mapping[str, Tensor], result: RefreshResult) -> None:
+        """``install`` of what ``compute_unread`` returns: all blocks have bases, and all of these move."""
+        found, second = result.tensors, state["rotated_second_moment"]
+        for mode in modes_of(state):
+            along = [-1, *[d if n == mode else 1 for n, d in enumerate(second.shape[1:])]]
+            second = second.gather(mode + 1, found[f"columns_{mode}"].view(along).expand_as(second))
+        changed = {name: tensor for name, tensor in found.items() if name in state} | {"rotated_second_moment": second}
+        if self.first_moment in state:
+            kept = state[self.first_moment]
+            changed[self.first_moment] = self._rotated(found, self._rotated(state, kept, back=True)).to(kept.dtype)
+        write(state, changed, result)
+
     def install(self, state: Mapping[str, Tensor], result: RefreshResult) -> list[int]:
         """Install bases, and change the current second moment, which may have seen gradients since ``compute``."""
+        if result.good is not None:
+            self._install_unread(state, result)
+            return []
         found = result.tensors
         second = state["rotated_second_moment"].clone()
         rows = (-1, *[1] * (second.ndim - 1))
@@ -125,16 +165,20 @@ class SOAPPreconditioner(Preconditioner):
             plain = torch.where(found["first"].view(rows), kept, self._rotated(state, kept, back=True).to(kept.dtype))
             rotated = self._rotated(bases, plain).to(kept.dtype)
             changed[self.first_moment] = torch.where(found["moved"].view(rows), rotated, kept)
-        write(state, {**bases, **changed}, result.failed)
+        write(state, {**bases, **changed}, result)
         return sorted(result.failed)
 
     def follow_basis(self, state: Mapping[str, Tensor], result: RefreshResult, moments: Tensor) -> None:
         """Raise the second moment to at least M^2 in blocks whose basis moved."""
         rows = (-1, *[1] * (moments.ndim - 1))
-        second = state["rotated_second_moment"]
-        floor = state["rotated_weight"].view(rows) * moments.square().to(second.dtype)
+        second, weight = state["rotated_second_moment"], state["rotated_weight"]
+        if result.good is not None:  # second moments are not negative, so a floor of zero is none
+            floor = moments.square().to(second.dtype).mul_((weight * result.good).view(rows))
+            torch.maximum(second, floor, out=second)
+            return
+        floor = weight.view(rows) * moments.square().to(second.dtype)
         floored = torch.where(result.tensors["moved"].view(rows), torch.maximum(second, floor), second)
-        write(state, {"rotated_second_moment": floored}, result.failed)
+        write(state, {"rotated_second_moment": floored}, result)
 
     def project(self, state: Mapping[str, Tensor], gradients: Tensor) -> Tensor:
         return self._projected(state, gradients).to(gradients.dtype)
@@ -177,19 +221,38 @@ class SOAPPreconditioner(Preconditioner):
         second, weight = state["rotated_second_moment"], state["rotated_weight"]
         second.mul_(self._beta if found_inf is None else found_inf.keep(self._beta, second.dtype))
         second.addcmul_(entered, entered, value=1.0 - self._beta)
-        weight.mul_(self._beta if found_inf is None else found_inf.keep(self._beta, weight.dtype))
-        weight.add_(1.0 - self._beta if found_inf is None else found_inf.scale(1.0 - self._beta))
-        mean = second / weight.clamp_min(torch.finfo(weight.dtype).tiny).view(-1, *[1] * (second.ndim - 1))
+        there = weight.device.type != "cpu"
+        if there:  # in one operator; blocks whose bases are known have a weight
+            weight.lerp_(
+                self._constant(1.0, weight),
+                1.0 - self._beta if found_inf is None else found_inf.scale(1.0 - self._beta),
+            )
+            mean = second / weight.view(-1, *[1] * (second.ndim - 1))
+        else:
+            weight.mul_(self._beta if found_inf is None else found_inf.keep(self._beta, weight.dtype))
+            weight.add_(1.0 - self._beta if found_inf is None else found_inf.scale(1.0 - self._beta))
+            mean = second / weight.clamp_min(torch.finfo(weight.dtype).tiny).view(-1, *[1] * (second.ndim - 1))
         dims, relative = tuple(range(1, mean.ndim)), self._relative_epsilon
         if self._root == 2.0:
             roots = mean.sqrt_()
         else:  # another root may be out of the dtype's range, or so small that the update would be
             roots = power(bounded(mean, mean.amax(dims, keepdim=True), self._root), 1.0 / self._root)
             relative = max(relative, 2.0**-SPREAD)
-        roots.add_(roots.amax(dims, keepdim=True).mul_(relative).add_(self._eps))
+        largest = roots.amax(dims, keepdim=True)
+        if there:
+            roots.add_(torch.add(self._constant(self._eps, roots), largest, alpha=relative))
+        else:
+            roots.add_(largest.mul_(relative).add_(self._eps))
         if self._eps < torch.finfo(roots.dtype).tiny:  # a root may be 0 then, which must give 0
             roots = torch.nn.functional.threshold(roots, 0.0, torch.inf, inplace=True)
         return self._projected(state, moments / roots, back=True).to(moments.dtype)
+
+    def _constant(self, value: float, like: Tensor) -> Tensor:
+        """A number as a 0-d tensor, which is made once."""
+        key = value, like.dtype, like.device
+        if key not in self._constants:
+            self._constants[key] = torch.full((), value, dtype=like.dtype, device=like.device)
+        return self._constants[key]
 
     def _projected(self, state: Mapping[str, Tensor], stack: Tensor, back: bool = False) -> Tensor:
         """``_rotated`` in the dtype and precision of a step's products."""
