@@ -65,6 +65,10 @@ class BlockStack:
         dtype: dtype of moments and updates, float32 or float64.
         phases: each row's refresh phase, in ascending order; None if all rows refresh together.
         options: the number of the blocks' options (``Policy.options``).
+
+    Attributes:
+        unread: refreshes of which the CPU does not know yet what failed.
+        counted_failures: ``failures``, without those of ``unread``.
     """
 
     def __init__(
@@ -103,8 +107,8 @@ class BlockStack:
 
     def _reset_counts(self) -> None:
         self.refreshed = [not self._refreshes] * len(self.keys)
-        self._failures = [0] * len(self.keys)
-        self._unread: deque[UnreadRefresh] = deque()
+        self.counted_failures = [0] * len(self.keys)
+        self.unread: deque[UnreadRefresh] = deque()
         # Rows whose refresh in the background is not installed yet; None if it has not begun since loading.
         self.pending: dict[int, Refresh | None] = {}
         self._has_converted = False
@@ -113,7 +117,7 @@ class BlockStack:
     def failures(self) -> list[int]:
         """How many refreshes of each row have failed in a row; waits for the last one if that has not been read yet."""
         self._take_unread(waits=True)
-        return self._failures
+        return self.counted_failures
 
     @property
     def meter(self) -> RefreshMeter:
@@ -123,8 +127,8 @@ class BlockStack:
 
     def _take_unread(self, waits: bool) -> None:
         """Note the refreshes that nobody has read yet, if they have arrived."""
-        while self._unread and (waits or self._unread[0].good.arrived):
-            refresh = self._unread.popleft()
+        while self.unread and (waits or self.unread[0].good.arrived):
+            refresh = self.unread.popleft()
             if refresh.found_inf is None or not refresh.found_inf.rejected:
                 good = refresh.good.read()
                 self._note_refresh(refresh.rows, {place for place, found in enumerate(good) if not found})
@@ -172,7 +176,7 @@ class BlockStack:
             for name, tensor in state.items():
                 self.tensors[name][row].copy_(tensor)
         self.refreshed[row] = refreshed
-        self._failures[row] = min(failures, self._config.failure_limit - 1)
+        self.counted_failures[row] = min(failures, self._config.failure_limit - 1)
         if pending:
             self.pending[row] = None  # the row's next step begins the refresh again
 
@@ -518,7 +522,7 @@ class BlockStack:
             if result.good is None:
                 self._note_refresh(rows[here], failed)
             else:
-                self._unread.append(UnreadRefresh(rows[here], Arriving(result.good), found_inf))
+                self.unread.append(UnreadRefresh(rows[here], Arriving(result.good), found_inf))
             return [(here, result)]
         except RuntimeError as error:
             if not survivable(error):
@@ -607,14 +611,14 @@ class BlockStack:
             if position not in failed:
                 self.refreshed[row] = True
                 self._meter.rows.add(row)
-                self._failures[row] = 0
+                self.counted_failures[row] = 0
                 continue
-            self._failures[row] += 1
+            self.counted_failures[row] += 1
             logger.warning(
                 "no new %s for block %s: its decomposition failed %d times in a row; the last good one is kept",
                 what,
                 self.keys[row],
-                self._failures[row],
+                self.counted_failures[row],
             )
 
 

@@ -231,7 +231,9 @@ def _flags(unit: StepUnit, gradients: ShardGradients, configs: Mapping[int, Sham
     if used and gradients.decayed is not gradients.raw:
         decayed = _peaks([gradients.decayed[t] for t in used], unit.dtype)
     failing = sum(
-        failures >= configs[stack.options].failure_limit for stack in unit.stacks for failures in stack.failures
+        failures >= configs[stack.options].failure_limit
+        for stack in unit.stacks
+        for failures in (stack.failures if stack.unread else stack.counted_failures)  # those of the last step arrived
     )
     limit = _largest(unit, configs)
     bad, some = ~((peak <= limit) & (decayed <= limit)).all(), (peak != 0).any()  # NaN is bad too

@@ -88,7 +88,8 @@ class StackState:
         """The state of a live stack; tensors are the live ones."""
         pending = [row in stack.pending for row in range(len(stack.keys))]
         keys, shape, tensors = list(stack.keys), list(stack.shape), dict(stack.tensors)
-        return cls(keys, shape, list(stack.refreshed), list(stack.failures), pending, tensors)
+        failures = stack.failures if stack.unread else stack.counted_failures
+        return cls(keys, shape, list(stack.refreshed), list(failures), pending, tensors)
 
     @classmethod
     def parse(cls, saved: Mapping[str, Any]) -> StackState:
