@@ -47,7 +47,7 @@ def steps(model: nn.Module, **options: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("options", "factors"),
     [
-        ({}, (3.0, 32.0, 6.0)),
+        ({}, (3.0, 32.0, 9.0)),
         ({"elementwise_lr": 2.0, "embedding_lr": 16.0, "tied_embedding_lr": 5.0}, (2.0, 16.0, 5.0)),
         ({"tied_embedding_lr": None}, (3.0, 32.0, 3.0)),
     ],
