@@ -387,17 +387,10 @@ class TensorFiles:
         Raises:
             CheckpointError: naming the first file and tensor whose bytes are not those that were saved.
         """
-        every = [
-            (rank, stored, n)
-            for rank, items in self._of_rank.items()
-            for stored in items
-            for n in (range(len(stored.form)) if stored.place.parameter in names else ())
-        ]
-        every.sort(key=lambda entry: (entry[0], entry[1].starts[entry[2]]))
-        total = sum(size_of(stored.form[n]) for _, stored, n in every)
+        total = sum(s.size for items in self._of_rank.values() for s in items if s.place.parameter in names)
         mine, begin, unfit = range(total * part // parts, total * (part + 1) // parts), 0, {}
         with progress("checking the checkpoint", len(mine), mebibytes) if total >= LARGE else UNSHOWN as advance:
-            for rank, stored, n in every:
+            for rank, stored, n in self._in_file_order(names):
                 size = size_of(stored.form[n])
                 step = size if stored.place.box is None else SLAB
                 for start in range(0, size, max(step, 1)):
@@ -408,6 +401,17 @@ class TensorFiles:
                         advance(stop - start)
                 begin += size
         return unfit
+
+    def _in_file_order(self, names: set[str]) -> Iterator[tuple[int, Stored, int]]:
+        """Rank, item and number in it of each stored tensor of these parameters."""
+        for rank, items in sorted(self._of_rank.items()):
+            own = [stored for stored in items if stored.place.parameter in names]
+            # Numbers, of which Python's garbage collector keeps no account; one collection takes as long as reading a GB.
+            item_of = [number for number, stored in enumerate(own) for _ in stored.form]
+            part_of = [n for stored in own for n in range(len(stored.form))]
+            starts = [start for stored in own for start in stored.starts]
+            for place in sorted(range(len(starts)), key=starts.__getitem__):
+                yield rank, own[item_of[place]], part_of[place]
 
     def _is_sound(self, rank: int, stored: Stored, n: int, bytes_: range) -> bool:
         """Whether these bytes are finite values; raises CheckpointError if they are not those that were saved."""
