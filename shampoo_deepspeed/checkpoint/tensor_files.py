@@ -406,7 +406,7 @@ class TensorFiles:
         """Rank, item and number in it of each stored tensor of these parameters."""
         for rank, items in sorted(self._of_rank.items()):
             own = [stored for stored in items if stored.place.parameter in names]
-            # Numbers, of which Python's garbage collector keeps no account; one collection takes as long as reading a GB.
+            # Numbers, of which the garbage collector keeps no account; a collection takes as long as reading a GB.
             item_of = [number for number, stored in enumerate(own) for _ in stored.form]
             part_of = [n for stored in own for n in range(len(stored.form))]
             starts = [start for stored in own for start in stored.starts]
