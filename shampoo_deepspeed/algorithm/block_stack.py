@@ -513,7 +513,7 @@ class BlockStack:
                     result = self.preconditioner.compute_unread(part, step, asked)
                     assert result.good is not None
                     if found_inf is not None:
-                        found_inf.accepted_(result.good)
+                        found_inf.mask_([result.good])
                 else:
                     result = self.preconditioner.compute(part, step, conditions)
                 failed = set(self.preconditioner.install(part, result))

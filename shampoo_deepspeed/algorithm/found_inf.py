@@ -41,14 +41,10 @@ class FoundInf:
         """The flag as torch's fused optimizers know it: float32, 1 if nothing may change."""
         return self._flag.float()
 
-    def mask_(self, gradients: Sequence[Tensor]) -> None:
-        """Set the gradients of a rejected step to zero, in place."""
-        for gradient in gradients:
-            gradient.masked_fill_(self._flag, 0.0)
-
-    def accepted_(self, rows: Tensor) -> Tensor:
-        """A mask of rows, made false in place if the step is rejected."""
-        return rows.masked_fill_(self._flag, False)
+    def mask_(self, tensors: Sequence[Tensor]) -> None:
+        """Set what belongs to a rejected step, gradients or truth values, to zero or false, in place."""
+        for tensor in tensors:
+            tensor.masked_fill_(self._flag, 0)
 
     def keep(self, decay: float, dtype: torch.dtype | None = None) -> Tensor:
         """``decay``, or 1 if the step is rejected, as a 0-d tensor, in the dtype of what it multiplies."""

@@ -235,12 +235,14 @@ class Plan:
         Otherwise each owner fills one bucket after another.
         """
         totals = [sum(self.blocks[block].box.numel for block in owned) for owned in self.owned]
-        if bucket_elements is None and on_accelerators and self._moves_nothing():
-            bucket_elements = MOST_THAT_STAYS_ON_ACCELERATORS
         if bucket_elements is None:
-            here = MOST_THAT_STAYS if self._moves_nothing() else MOST_IN_BUCKET
-            most = MOST_ON_ACCELERATORS if on_accelerators else here
-            bucket_elements = min(max(max(totals) // BUCKETS, FEWEST_IN_BUCKET), most)
+            stays = self._moves_nothing()
+            if on_accelerators:
+                most = MOST_THAT_STAYS_ON_ACCELERATORS if stays else MOST_ON_ACCELERATORS
+            else:
+                most = MOST_THAT_STAYS if stays else MOST_IN_BUCKET
+            hides = not (on_accelerators and stays)  # else one bucket is best, as nothing is under way
+            bucket_elements = min(max(max(totals) // BUCKETS, FEWEST_IN_BUCKET), most) if hides else most
         largest = max((block.box.numel for block in self.blocks), default=0)
         count = -(-max(totals) // bucket_elements)
         tapers = self.world_size > 1 and count >= FEWEST_TAPERED and largest <= TAPER[0] * bucket_elements

@@ -15,20 +15,19 @@ ITERATIONS = 5
 LEAST_NORM = 2.0**-40
 
 
-def orthogonalised(matrices: Tensor, scale: float = 1.0, in_range: bool = False) -> Tensor:
+def orthogonalised(matrices: Tensor, scale: float = 1.0) -> Tensor:
     """Each matrix with its singular vectors, and singular values near 1 (arXiv 2502.16982, section 2.1).
 
     Args:
-        matrices: [B, m, n]. Their scale does not matter, even if squares are out of range.
+        matrices: [B, m, n]. On CPUs their scale does not matter, even if squares are out of range. On accelerators they
+            must be of about 1, as updates are: smaller ones, as after the last gradient, fade to zero.
         scale: what the result is multiplied by.
-        in_range: whether matrices are either of about 1 or so small that they do not matter, which saves accelerators
-            a look at their scale.
 
     Returns:
         A new tensor [B, m, n]. A zero matrix stays zero. Each result depends on its own matrix alone.
     """
     if matrices.device.type != "cpu" and not no_switch_counts():
-        return _with_few_operators(matrices, scale, in_range)
+        return _with_few_operators(matrices, scale)
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalised(matrices.mT, scale).mT.contiguous()
     a, b, c = COEFFICIENTS
@@ -42,19 +41,15 @@ def orthogonalised(matrices: Tensor, scale: float = 1.0, in_range: bool = False)
     return out if scale == 1.0 else out * scale
 
 
-def _with_few_operators(matrices: Tensor, scale: float, in_range: bool) -> Tensor:
+def _with_few_operators(matrices: Tensor, scale: float) -> Tensor:
     """``orthogonalised`` on accelerators: three products in an iteration, with all sums in them, and no copies.
 
     Tall matrices are multiplied from the right instead of being transposed: X <- X (a I + b X'X + c (X'X)^2).
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
-    if in_range:  # squares of matrices of this norm have not underflowed, and smaller ones stay small
-        out = matrices / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp_min_(LEAST_NORM)
-    else:
-        peaks = torch.linalg.vector_norm(matrices, torch.inf, dim=(1, 2), keepdim=True)
-        out = matrices / torch.threshold(peaks, 0.0, 1.0)
-        out.div_(torch.linalg.vector_norm(out, dim=(1, 2), keepdim=True).clamp_min_(1.0))
+    # Squares of matrices of this norm have not underflowed, and smaller ones stay small.
+    out = matrices / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp_min_(LEAST_NORM)
     for number in range(ITERATIONS):
         factor = scale if number == ITERATIONS - 1 else 1.0
         gram = torch.bmm(out.mT, out) if tall else torch.bmm(out, out.mT)

@@ -26,8 +26,7 @@ def orthogonal_updates(stack: Tensor, config: ShampooConfig) -> Tensor:
     """
     work = stack.to(DTYPES[config.apply_dtype] if config.apply_dtype else stack.dtype)
     matrices = work.reshape(len(work), work.shape[1 + config.batch_dims], -1)
-    # Gradients are normalized or moments scaled to about 1, so only what has faded is smaller.
-    out = orthogonalised(matrices, SCALE * math.sqrt(max(matrices.shape[1:])), in_range=True)
+    out = orthogonalised(matrices, SCALE * math.sqrt(max(matrices.shape[1:])))
     return out.reshape(stack.shape).to(stack.dtype)
 
 
