@@ -37,9 +37,8 @@ CACHED_BYTES = 2 << 20
 REFRESHED_BYTES = 512 << 10
 REFRESHED_ON_ACCELERATORS = 256 << 20
 MOST_REFRESHED = 8192
-# The largest root mean square of a block's update without grafting: ten times that of grafting "rms". Without shocks
-# these updates reach about 1.
-LONGEST_RMS = 10.0 * grafting.UPDATE_RMS
+# The largest root mean square of a block's update without grafting. Without shocks these updates reach about 1.
+LONGEST_RMS = 6.0
 # The root mean square up to which a preconditioned update counts as zero, if moments were scaled to about 1 before.
 FADED = 2.0**-100
 
