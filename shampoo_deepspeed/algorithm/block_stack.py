@@ -164,16 +164,20 @@ class BlockStack:
         self.tensors = self._new_tensors()
 
     def load_row(self, row: int, state: Mapping[str, Tensor], refreshed: bool, failures: int, pending: bool) -> None:
-        """Load a stored block into a row that has no state yet: its tensors, perhaps of other formats, and its status.
-
-        A run that ended with too many failures may resume: one more ends it again.
-        """
+        """Load a stored block, its tensors, perhaps of other formats, and its status, into a row without state."""
         other = state.keys() != self.tensors.keys()
         if other or (self.narrow and any(t.dtype != self.tensors[name].dtype for name, t in state.items())):
             self._load_other_formats(row, state)
         else:
             for name, tensor in state.items():
                 self.tensors[name][row].copy_(tensor)
+        self.row_is_loaded(row, refreshed, failures, pending)
+
+    def row_is_loaded(self, row: int, refreshed: bool, failures: int, pending: bool) -> None:
+        """Note the status of a stored block whose tensors are in a row by now.
+
+        A run that ended with too many failures may resume: one more ends it again.
+        """
         self.refreshed[row] = refreshed
         self.counted_failures[row] = min(failures, self._config.failure_limit - 1)
         if pending:

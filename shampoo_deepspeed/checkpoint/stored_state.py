@@ -25,16 +25,22 @@ from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
 from shampoo_deepspeed.geometry.boxes import Box, whole
 from shampoo_deepspeed.runtime.progress import LARGE, UNSHOWN, mebibytes, progress
-from shampoo_deepspeed.state.block_codec import TRIANGLE, BlockLayout, shapes_in, whole_tensors
+from shampoo_deepspeed.state.block_codec import TRIANGLE, BlockLayout, dtype_name, shapes_in, whole_tensors
 from shampoo_deepspeed.state.state_dict import BufferState, ElementwiseState, SavedState, StackState, view_of
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A block, or any box of a stored tensor, that this rank wants; ``take`` gets the stored tensors, or the box."""
+    """A block, or any box of a stored tensor, that this rank wants.
+
+    Args:
+        take: gets the stored tensors, or the box.
+        memory: where to read a block's tensors, as bytes, so that they need not be copied there; None: anywhere.
+    """
 
     place: Place
     take: Callable[[Any], object]
+    memory: Sequence[Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,10 @@ class StoredState:
                 options = self.manifest.parameters[names[parameter]]["options"]
                 if options not in layouts:
                     layouts[options] = self._layout(options, stack, key)
-                yield Wanted(Place(names[parameter], int(index)), partial(_fill, stack, row, layouts[options]))
+                place, layout = Place(names[parameter], int(index)), layouts[options]
+                memory = _memory(stack, row, layout)
+                take = partial(_fill, stack, row, layout) if memory is None else partial(_note, stack, row)
+                yield Wanted(place, take, memory)
 
     def _wanted_buffers(self, unit: StepUnit, names: Mapping[str, str]) -> Iterable[Wanted]:
         stored = {} if self.files is None else self.files.tensors
@@ -232,15 +241,17 @@ def read(files: TensorFiles, wanted: Iterable[Wanted]) -> None:
     total = sum(sizes)
     with progress("loading", total, mebibytes) if total >= LARGE else UNSHOWN as advance:
         for want, size in zip(asked, sizes, strict=True):
-            want.take(read_one(files, want.place))
+            want.take(read_one(files, want.place, want.memory))
             advance(size)
 
 
-def read_one(files: TensorFiles, place: Place) -> Any:
-    """A block's stored tensors, or any box of a stored tensor, on the CPU."""
+def read_one(files: TensorFiles, place: Place, memory: Sequence[Tensor | None] | None = None) -> Any:
+    """A block's stored tensors, in ``memory`` if it is given, or any box of a stored tensor, on the CPU."""
     if place.box is None:
         rank, stored = _block(files, place)
-        return [files.values(rank, stored, n, 0, size_of(part)).view(part[2]) for n, part in enumerate(stored.form)]
+        where = [None] * len(stored.form) if memory is None else memory
+        parts = enumerate(zip(stored.form, where, strict=True))
+        return [files.values(rank, stored, n, 0, size_of(form), own).view(form[2]) for n, (form, own) in parts]
     dtype, _, boxes = _tensor(files, place)
     out, filled = torch.zeros(place.box.lengths, dtype=dtype, device="cpu"), 0
     for rank, stored in boxes:
@@ -309,12 +320,27 @@ def _common(one: Box, other: Box) -> Box | None:
     return Box(tuple(start for start, _ in found), tuple(stop - start for start, stop in found))
 
 
+def _memory(stack: BlockStack, row: int, layout: BlockLayout) -> list[Tensor | None] | None:
+    """The bytes of a row of a live stack for each stored tensor; None if they are not what is stored."""
+    here = {name: (dtype_name(tensor.dtype), tuple(tensor.shape[1:])) for name, tensor in stack.tensors.items()}
+    on_cpu = all(tensor.device.type == "cpu" for tensor in stack.tensors.values())
+    if not on_cpu or {name: (kind, tuple(shape)) for name, kind, shape in layout[:-1]} != here:
+        return None
+    rows = [stack.tensors[name][row] for name, _, _ in layout[:-1]]
+    return [*(tensor.reshape(-1).view(torch.uint8) for tensor in rows), None]
+
+
 def _fill(stack: BlockStack, row: int, layout: BlockLayout, parts: Sequence[Tensor]) -> None:
     """Load a stored block's tensors into a row, still without state, of a live stack."""
     if any(kind.endswith(TRIANGLE) for _, kind, _ in layout):
         parts = whole_tensors(parts, layout)
     state = {name: part for (name, _, _), part in zip(layout, parts, strict=True)}
     stack.load_row(row, state, *read_status(state.pop("status").tolist()))
+
+
+def _note(stack: BlockStack, row: int, parts: Sequence[Tensor]) -> None:
+    """Note the status, the last part, of a stored block that was read into the memory of its row."""
+    stack.row_is_loaded(row, *read_status(parts[-1].tolist()))
 
 
 @dataclass

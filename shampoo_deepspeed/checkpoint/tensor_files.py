@@ -437,13 +437,17 @@ class TensorFiles:
         """The place and the form of all that is stored."""
         yield from ((stored.place, stored.form) for items in self._of_rank.values() for stored in items)
 
-    def values(self, rank: int, stored: Stored, n: int, start: int, stop: int) -> Tensor:
-        """Elements of a stored tensor, from a range of its bytes; what is verified is what is returned."""
+    def values(self, rank: int, stored: Stored, n: int, start: int, stop: int, memory: Tensor | None = None) -> Tensor:
+        """Elements of a stored tensor, from a range of its bytes; what is verified is what is returned.
+
+        Args:
+            memory: bytes for all of the tensor, where they are read if it is given.
+        """
         size, piece = size_of(stored.form[n]), stored.place.piece
         step = piece or max(size, 1)
         first, last = start // step, max(start // step + 1, -(-stop // step))
         low = first * step
-        values = self._raw(rank, stored, n, range(low, min(last * step, size)))
+        values = self._raw(rank, stored, n, range(low, min(last * step, size)), memory)
         self._compare(rank, stored, n, n if piece is None else first, checksums_of(memory_of(values), piece))
         return values[start - low : stop - low].view(stored.form[n][1])
 

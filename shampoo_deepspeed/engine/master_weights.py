@@ -37,17 +37,22 @@ def wide_weights(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> list[T
             continue
         config, flat = configs[unit.layout.groups[number]], value.reshape(-1)
         if not config.master_weights:
-            if config.stochastic_rounding and value.dtype != torch.bfloat16:
-                raise OptionError(
-                    f"Shampoo option 'stochastic_rounding' = True is not allowed for parameters in {value.dtype}: "
-                    "bfloat16 only; use master_weights"
-                )
+            refuse_rounding(config, value.dtype)  # it may have been another dtype when the options were checked
             out.append(flat.to(unit.dtype))
             continue
         master = unit.buffer("master", number)
         master.copy_(torch.where(master.to(flat.dtype) == flat, master, flat.to(master.dtype)))
         out.append(master)
     return out
+
+
+def refuse_rounding(config: ShampooConfig, dtype: torch.dtype) -> None:
+    """Raise OptionError if weights of a dtype cannot be rounded as the options ask."""
+    if config.stochastic_rounding and dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        raise OptionError(
+            f"Shampoo option 'stochastic_rounding' = True is not allowed for parameters in {dtype}: bfloat16 only; use "
+            "master_weights"
+        )
 
 
 def write_back(unit: StepUnit, wide: Sequence[Tensor], configs: Mapping[int, ShampooConfig]) -> None:

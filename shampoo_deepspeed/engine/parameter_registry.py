@@ -23,6 +23,7 @@ from shampoo_deepspeed.distributed.frameworks import (
     plain_layouts,
 )
 from shampoo_deepspeed.engine.first_step_log import nameless_matrices, places_of_work, policy_table, unmatched_patterns
+from shampoo_deepspeed.engine.master_weights import refuse_rounding
 from shampoo_deepspeed.engine.policy import Policy, policy_of
 from shampoo_deepspeed.engine.refresh_schedule import refresh_phases
 from shampoo_deepspeed.engine.step_unit import StepUnit
@@ -129,8 +130,12 @@ class ParameterRegistry:
         config = ShampooConfig(**{name: group[name] for name in OPTION_NAMES})
         if known is not None and any(p.group == number for unit in units for p in unit.parameters):
             _refuse_reshaping(known.config, config)
-        own = [entry.parameter for entry in self.entries if entry.parameter.group == number]
-        self.policies |= {parameter.key: policy_of(parameter, config) for parameter in own}
+        own = [entry for entry in self.entries if entry.parameter.group == number]
+        for entry in own:
+            tensor = entry.reference()
+            if tensor is not None:
+                refuse_rounding(config, tensor.dtype)
+        self.policies |= {entry.parameter.key: policy_of(entry.parameter, config) for entry in own}
         group.update({name: getattr(config, name) for name in OPTION_NAMES})
         values = [group[name] for name in CHECKED_OPTIONS]
         self.checked[number] = Checked(values, list(map(type, values)), config)

@@ -136,8 +136,16 @@ def test_a_step_without_a_change_keeps_the_bits() -> None:
 def test_stochastic_rounding_wants_bfloat16_and_no_master() -> None:
     with pytest.raises(OptionError, match="stochastic_rounding.*master_weights"):
         Shampoo([parameter(2, 2)], stochastic_rounding=True)
-    p = parameter(2, 2, dtype=torch.float16)
+    with pytest.raises(OptionError, match="float16: bfloat16 only"):
+        shampoo([("w", parameter(2, 2, dtype=torch.float16))], master_weights=False, stochastic_rounding=True)
+    p = parameter(2, 2, dtype=torch.bfloat16)
     optimizer = shampoo([("w", p)], master_weights=False, stochastic_rounding=True)
+    with pytest.raises(OptionError, match="float16: bfloat16 only"):
+        optimizer.add_param_group({"params": [("v", parameter(3, 3, dtype=torch.float16))]})
+    assert len(optimizer.param_groups) == 1
+    p.data = p.data.half()
     p.grad = torch.ones_like(p)
-    with pytest.raises(OptionError, match="bfloat16 only"):
+    before = snapshot([p])
+    with pytest.raises(OptionError, match="float16: bfloat16 only"):
         optimizer.step()
+    assert same_bits(snapshot([p]), before)

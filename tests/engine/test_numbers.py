@@ -147,6 +147,32 @@ def test_decay_that_makes_a_gradient_infinite_rejects_the_step() -> None:
     assert not stepped(optimizer, [p], 0, 1.0)
 
 
+@pytest.mark.parametrize("first", [1e-38, 1e-25])
+@pytest.mark.parametrize("factors", ["float32", "float64"])
+@pytest.mark.parametrize("preconditioner", choices.PRECONDITIONERS)
+def test_tiny_first_gradients_are_forgotten(preconditioner: str, factors: str, first: float) -> None:
+    """They are all that the first factor matrices know; later gradients must still get in."""
+    moved = []
+    for scale in (first, 0.0):
+        params = [parameter(6, 5), parameter(3, 4, 2)]
+        optimizer = shampoo(
+            params, preconditioner=preconditioner, factor_dtype=factors, normalize_gradients=False, grafting="rms",
+            weight_decay=0.0, precondition_frequency=3, statistics_frequency=1, factor_beta=0.8, failure_limit=90,
+        )  # fmt: skip
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.zeros_like(p)
+                p.grad[0] = scale
+            optimizer.step()
+        drive(optimizer, params, range(3, 36))
+        assert optimizer.rejected_steps <= SPIKES
+        before = snapshot(params)
+        drive(optimizer, params, range(36, 39))
+        moved.append([p - b for p, b in zip(snapshot(params), before, strict=True)])
+    for one, other in zip(*moved, strict=True):
+        assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.95
+
+
 @pytest.mark.parametrize("tiny", [1e-46, 1e-40, 5e-324])
 @pytest.mark.parametrize("grafting", ["adam", "rmsprop", "adagrad", "none", "rms"])
 @pytest.mark.parametrize("normalizes", [True, False])

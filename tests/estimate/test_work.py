@@ -31,7 +31,7 @@ SHAPE, BATCH = (48, 80), 3
 SMALL = 0.04
 # All operators of a step with a refresh of square blocks. KL-SOAP whitens as KL-Shampoo and has SOAP's moments;
 # 25 of SOAP-Muon's are those of Newton and Schulz.
-REFRESHING = {"shampoo": 66, "kl_shampoo": 77, "soap": 69, "kl_soap": 96, "soap_muon": 91}
+REFRESHING = {"shampoo": 66, "kl_shampoo": 78, "soap": 69, "kl_soap": 97, "soap_muon": 91}
 WITH_FACTORS = [name for name in PRECONDITIONERS if FAMILY[name].statistics]
 SOLVERS = {name: ("auto", "eigh", "qr", "coupled_newton") for name in ("shampoo", "kl_shampoo")}
 

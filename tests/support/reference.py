@@ -652,7 +652,7 @@ class Reference:
         for place, (dim, a) in enumerate(sorted(block.factors.items())):
             means[dim] = a.trace().item() / len(a) / o.correction(t, place, len(block.factors))
         unseen = {dim for dim, mean in means.items() if mean == 0}  # no gradient yet
-        means = {dim: mean if mean > 0 else 1.0 for dim, mean in means.items()}
+        means = {dim: max(mean, o.epsilon) if mean > 0 else 1.0 for dim, mean in means.items()}
         block.roots = {dim: root * means[dim] ** 0.5 for dim, root in cls._roots(block, t, o, 2.0).items()}
         block.roots |= {dim: torch.eye(len(block.roots[dim]), dtype=block.first.dtype) for dim in unseen}
         block.scale = 1.0
@@ -692,7 +692,7 @@ class Reference:
             a, q = a / o.correction(t, place, len(block.factors)), block.bases[dim]
             same = torch.eye(len(a), dtype=a.dtype)
             root = root_of(torch.diagonal(q.T @ a @ q), same, 2.0, replace(o, relative_epsilon=o.ridge(t)))
-            mean = a.trace() / len(a)
+            mean = (a.trace() / len(a)).clamp_min(o.epsilon if a.trace() > 0 else 0.0)
             block.whiteners[dim] = (root * mean**0.5 if mean > 0 else same).diagonal()
         if moved:
             block.first = rotate(back(m, before), block.bases)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
-from shampoo_deepspeed.algorithm.preconditioners.shampoo import modes_of, relative_ridge
+from shampoo_deepspeed.algorithm.preconditioners.shampoo import KL_SHARE, modes_of, relative_ridge, scale_of
 from shampoo_deepspeed.algorithm.preconditioners.soap import SOAPPreconditioner
 from shampoo_deepspeed.linalg import on_accelerators
 from shampoo_deepspeed.linalg.eigenbases import rayleigh
@@ -50,13 +50,14 @@ class KLSOAPPreconditioner(SOAPPreconditioner):
     def compute(self, state: Mapping[str, Tensor], step: int, conditions: list[Tensor]) -> RefreshResult:
         result = super().compute(state, step, conditions)
         ridge = self._config.epsilon, relative_ridge(self._config, step)
-        rule = RootOfEigenvalues(2.0, *ridge, self._config.damping, conditions, share=0.6)
+        rule = RootOfEigenvalues(2.0, *ridge, self._config.damping, conditions, KL_SHARE)
         found = {}
         for mode in modes_of(state):
             matrices = symmetric(self._factors.corrected(state, mode, step))
             mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
             scales = rule.of(rayleigh(matrices, result.tensors[f"basis_{mode}"].to(matrices.dtype)))
-            found[f"whitening_{mode}"] = torch.where(mean > 0, scales * mean.sqrt(), 1.0).to(self._basis_dtype)
+            scales *= scale_of(mean, self._config.epsilon).sqrt()
+            found[f"whitening_{mode}"] = torch.where(mean > 0, scales, 1.0).to(self._basis_dtype)
         return RefreshResult({**result.tensors, **found}, result.failed)
 
     def _with_bases(
@@ -64,8 +65,9 @@ class KLSOAPPreconditioner(SOAPPreconditioner):
     ) -> dict[str, Tensor]:
         spectrum = on_accelerators.spectra(bases, self._factors.divisors(bases, state, step), means=True)
         ridge = self._config.epsilon, relative_ridge(self._config, step)
-        rule = RootOfEigenvalues(2.0, *ridge, self._config.damping, conditions, share=0.6)
-        scales = on_accelerators.scales(spectrum, rule, self._config.normalize_gradients) * spectrum.means.sqrt()
+        rule = RootOfEigenvalues(2.0, *ridge, self._config.damping, conditions, KL_SHARE)
+        scales = on_accelerators.scales(spectrum, rule, self._config.normalize_gradients)
+        scales *= scale_of(spectrum.means, self._config.epsilon).sqrt()
         found = torch.where(spectrum.means > 0, scales, 1.0).to(self._basis_dtype)
         return {f"whitening_{mode}": own for mode, own in spectrum.by_mode(found).items()}
 

@@ -25,6 +25,7 @@ from shampoo_deepspeed.linalg.inverse_root import (
     diagonal_root,
     inverse_power,
     inverse_root,
+    range_of_largest,
     shrunk,
     symmetric,
 )
@@ -32,6 +33,9 @@ from shampoo_deepspeed.linalg.mode_products import add_gram_, multiply_along, mu
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
 
+# KL-Shampoo's share of the bounds in ``inverse_root``: its roots are scaled to mean eigenvalue 1 anyway, and statistics
+# rely on that.
+KL_SHARE = 0.6
 # Multiplies a stack along a mode by the inverse root of that mode's factor, up to a rotation of the mode.
 Whitening: TypeAlias = Callable[[Tensor, int], Tensor]
 
@@ -351,7 +355,7 @@ class KLShampooPreconditioner(ShampooPreconditioner):
             matrices = self.corrected(state, mode, step)
             mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
             unseen = (mean == 0).view(-1, 1, 1)  # without a gradient roots stay identities, however small the ridge is
-            mean = torch.where(mean > 0, mean, 1.0)
+            mean = torch.where(mean > 0, scale_of(mean, self._epsilon), 1.0)
             tensors, wrong = self._refreshed(state, mode, matrices, 2.0, step, conditions, reads)
             found = tensors[f"root_{mode}"] * mean.sqrt().view(-1, 1, 1)
             identity = torch.eye(found.shape[-1], dtype=found.dtype, device=found.device)
@@ -366,18 +370,28 @@ class KLShampooPreconditioner(ShampooPreconditioner):
 
     def _half_roots(self, spectrum: on_accelerators.Spectra, half: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         seen = spectrum.means > 0
-        root = torch.where(seen, spectrum.means, 1.0).pow_(0.25)
+        root = torch.where(seen, scale_of(spectrum.means, self._epsilon), 1.0).pow_(0.25)
         scale = inverse_power(root.prod(0).squeeze(-1), 0.5 * spectrum.count)
         return torch.where(seen, half * root, 1.0), {"scale": scale}
 
     def _share(self, modes: int) -> float:
-        return 0.6  # roots are scaled to mean eigenvalue 1 anyway, and statistics rely on that
+        return KL_SHARE
 
     def apply(
         self, state: Mapping[str, Tensor], entered: Tensor, moments: Tensor, found_inf: FoundInf | None
     ) -> Tensor:
         update = super().apply(state, entered, moments, found_inf)
         return update * state["scale"].view(-1, *[1] * (moments.ndim - 1))
+
+
+def scale_of(means: Tensor, epsilon: float) -> Tensor:
+    """By what KL-Shampoo's factors with these mean eigenvalues are divided to have about 1.
+
+    Where the ridge, or a bound of the root, takes the place of smaller eigenvalues, it takes that of the mean too.
+    Roots would else be far from 1 there, and so would what they make of the next gradients.
+    """
+    most = range_of_largest(means.dtype, 2.0, KL_SHARE)
+    return means.clamp(max(epsilon, 1.0 / most), most)
 
 
 def weight_of(beta: float, gradients: int) -> float:
