@@ -3,8 +3,9 @@
     python -m benchmarks.checkpoints [--state-gb 1] [--rounds 3] [--folder DIR]
     torchrun --nproc-per-node 2 -m benchmarks.checkpoints
 
-A load is `load_shampoo`, which checks the files, and what the next step takes longer than a step without a load. "held
-up" is how long a save in the background keeps the caller, and "copy" how long copying the state in memory takes.
+"held up" is how long a save in the background keeps the caller, and "copy" how long copying the state in memory takes.
+A load is `load_shampoo`, which checks the files, and the first step of a new process, less another new process's first
+step. "again" is a load into an optimizer that has state, and what its next step takes longer.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -40,9 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--state-gb", type=float, default=1.0, help="state of all ranks together")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", help="where to save; default: a temporary folder")
+    parser.add_argument("--new", choices=("load", "step"), help="only a first step, with a load or without")
     given = parser.parse_args(arguments)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
+    if given.new:
+        print(first_step(given.state_gb, Path(given.folder) if given.new == "load" else None))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
     made = [given.folder or tempfile.mkdtemp(prefix="shampoo-checkpoints-")]
     if dist.is_initialized():
         dist.broadcast_object_list(made)
@@ -58,14 +67,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measured(state_gb: float, rounds: int, folder: Path) -> list[tuple[str, str]]:
     """The rows of the table."""
+    path = folder / "saved"
+    medians = in_one_process(state_gb, rounds, path, folder / "background")
+    new = {what: [in_new_process(what, state_gb, path) for _ in range(rounds)] for what in ("load", "step")}
+    medians["load"] = statistics.median(new["load"]) - statistics.median(new["step"])
+    nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return [*((name, f"{found:.3f} s") for name, found in medians.items()), ("bytes", f"{nbytes:,}")]
+
+
+def in_one_process(state_gb: float, rounds: int, path: Path, background: Path) -> dict[str, float]:
+    """Median seconds of what is done again and again, by name."""
     torch.manual_seed(0)
     params, optimizer = build(state_gb)
     step(params, optimizer)
     times: dict[str, list[float]] = {}
-    path, futures = folder / "saved", []
+    futures = []
 
     def save_in_the_background() -> None:
-        futures.append(save_shampoo(optimizer, folder / "background", asynchronous=True))
+        futures.append(save_shampoo(optimizer, background, asynchronous=True))
 
     for number in range(rounds):
         times.setdefault("step", []).append(timed(lambda: step(params, optimizer)))
@@ -73,11 +92,33 @@ def measured(state_gb: float, rounds: int, folder: Path) -> list[tuple[str, str]
         times.setdefault("save in the background, held up", []).append(timed(save_in_the_background))
         futures[-1].result()
         times.setdefault("copy", []).append(timed(lambda: copied(optimizer)))
-        times.setdefault("load", []).append(timed(lambda: load_shampoo(optimizer, path)))
-        times["load"][number] += timed(lambda: step(params, optimizer)) - times["step"][number]
-    nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    rows = [(name, f"{statistics.median(found):.3f} s") for name, found in times.items()]
-    return [*rows, ("bytes", f"{nbytes:,}")]
+        times.setdefault("load again", []).append(timed(lambda: load_shampoo(optimizer, path)))
+        times["load again"][number] += timed(lambda: step(params, optimizer)) - times["step"][number]
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def in_new_process(what: str, state_gb: float, path: Path) -> float:
+    """Seconds of a first step in a new process of each rank."""
+    given = ["--new", what, "--state-gb", str(state_gb), "--folder", str(path)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    if dist.is_initialized():
+        environment["MASTER_PORT"] = str(int(environment["MASTER_PORT"]) + 1)
+    command = [sys.executable, "-m", "benchmarks.checkpoints", *given]
+    text = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return float(text.split()[-1])
+
+
+def first_step(state_gb: float, path: Path | None) -> float:
+    """Seconds of a first step, and of the load before it if a checkpoint is given."""
+    torch.manual_seed(0)
+    params, optimizer = build(state_gb)
+
+    def first() -> None:
+        if path is not None:
+            load_shampoo(optimizer, path)
+        step(params, optimizer)
+
+    return timed(first)
 
 
 def build(state_gb: float) -> tuple[list[nn.Parameter], Shampoo]:

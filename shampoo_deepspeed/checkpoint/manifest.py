@@ -21,7 +21,7 @@ from shampoo_deepspeed.state.block_codec import BlockLayout
 
 NAME = "manifest.json"
 # A manifest is shorter than the data that it describes, except that of parameters without state. More is not read.
-MOST_BYTES, MOST_VALUES = 1 << 24, 1 << 20
+MOST_BYTES, MOST_VALUES = 1 << 24, 1 << 19
 DATA_PER_VALUE = 16  # bytes
 LONGEST_NUMBER = 20  # digits; 64 bits have 19
 

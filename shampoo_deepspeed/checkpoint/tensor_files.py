@@ -389,6 +389,7 @@ class TensorFiles:
         """
         total = sum(s.size for items in self._of_rank.values() for s in items if s.place.parameter in names)
         mine, begin, unfit = range(total * part // parts, total * (part + 1) // parts), 0, {}
+        memory = torch.empty(PIECE, dtype=torch.uint8, device="cpu")
         with progress("checking the checkpoint", len(mine), mebibytes) if total >= LARGE else UNSHOWN as advance:
             for rank, stored, n in self._in_file_order(names):
                 size = size_of(stored.form[n])
@@ -396,7 +397,7 @@ class TensorFiles:
                 for start in range(0, size, max(step, 1)):
                     if begin + start in mine:
                         stop = min(start + step, size)
-                        if not self._is_sound(rank, stored, n, range(start, stop)):
+                        if not self._is_sound(rank, stored, n, range(start, stop), memory):
                             unfit[stored.place.parameter] = name_of(stored.place, stored.form[n])
                         advance(stop - start)
                 begin += size
@@ -413,10 +414,13 @@ class TensorFiles:
             for place in sorted(range(len(starts)), key=starts.__getitem__):
                 yield rank, own[item_of[place]], part_of[place]
 
-    def _is_sound(self, rank: int, stored: Stored, n: int, bytes_: range) -> bool:
-        """Whether these bytes are finite values; raises CheckpointError if they are not those that were saved."""
+    def _is_sound(self, rank: int, stored: Stored, n: int, bytes_: range, memory: Tensor) -> bool:
+        """Whether these bytes are finite values; raises CheckpointError if they are not those that were saved.
+
+        Args:
+            memory: for a piece of them.
+        """
         value, sums, sound = 0, [], True
-        memory = torch.empty(min(PIECE, len(bytes_)), dtype=torch.uint8, device="cpu")
         for start in range(bytes_.start, bytes_.stop, PIECE):
             values = self._raw(rank, stored, n, range(start, min(start + PIECE, bytes_.stop)), memory)
             value = zlib.crc32(memory_of(values), value if stored.place.box is None else 0)
