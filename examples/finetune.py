@@ -8,7 +8,8 @@
 
 The task is to write the summary of a function of Python's library, given its signature; docstrings.py makes it. Without
 `--model` a small model comes from a package of PyPI (pretrained.py), so no hub is needed. The Trainer evaluates both
-texts before and while it trains: eval_task_loss, eval_task_accuracy and eval_general_loss are in its log.
+texts before and while it trains: eval_task_loss, eval_task_accuracy and eval_general_loss are in its log, and how far
+the weights have moved (displacement).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from deepspeed_start import HAS_ACCELERATOR, prepare_deepspeed
 from docstrings import IGNORED, general_rows, task_rows
 from language_model import TRAINER_DEFAULTS, PrintLoss
 from pretrained import smollm2
+from shampoo_deepspeed.integrations.displacement import Displacement
 from shampoo_deepspeed.integrations.trainer import ShampooTrainer, deferred
 
 # Differences from the Trainer's own defaults; the command line overrides each.
@@ -118,7 +120,7 @@ def main() -> None:
         train_dataset=task,
         eval_dataset={"task": held_out, "general": general},
         processing_class=tokenizer,
-        callbacks=[PrintLoss],
+        callbacks=[PrintLoss, Displacement],
         compute_metrics=accuracy,
         preprocess_logits_for_metrics=predicted,
         optimizers=optimizers(arguments),

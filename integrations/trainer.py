@@ -31,6 +31,7 @@ from shampoo_deepspeed.state.unwrap import inner_optimizer
 
 from .accelerate import check_inner_optimizer, refuse_foreign_parameters, refuse_offload
 from .checkpoints import TrainerCheckpoints, check_resumed
+from .displacement import DISPLACEMENT, Displacement
 from .fsdp1.tensors import is_flat, refuse_flat
 from .transformers_names import NAME, add_check, add_name, options_from_text
 
@@ -136,7 +137,7 @@ class ShampooTrainerMixin(TrainerCheckpoints):
     FSDP and DeepSpeed (without "optimizer" in its JSON). Other optimizers are passed on to the Trainer. Under DDP, a
     deferred Shampoo divides its work among the replicas; a finished one does if it was given a ``process_group``.
     ``optim="shampoo"`` counts as deferred. The Trainer's training logs include ``Shampoo.metrics()`` of the rank that
-    logs.
+    logs, and what the callback ``Displacement`` measures if there is one.
 
     Raises:
         ValueError: if another optimizer or scheduler than the given one would train.
@@ -203,6 +204,9 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         optimizer = inner_optimizer(self.optimizer)
         if "loss" in logs and isinstance(optimizer, Shampoo):
             logs = logs | _prefixed(optimizer.metrics())
+        for callback in self.callback_handler.callbacks if "loss" in logs else ():
+            if isinstance(callback, Displacement):
+                logs = logs | {DISPLACEMENT: callback.measured()}
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.launch import Ask, Check, named
 from tests.support.trainer_routes import DEFAULT, FIRST, ROUTES, TRAINING, WRAPPERS, run
-from tests.support.trainings import BOUND, RATE, Expected, Training, expected
+from tests.support.trainings import BOUND, RATE, Expected, Training, expected, make_model
 from tests.support.zoo import relative_error
 
 FLAT = [run(route, "fsdp1_flat") for route in ("deferred", "factory", "name")]
@@ -70,6 +70,23 @@ def test_every_way_is_the_training_of_one_process(check: Check, ask: Ask, record
 def test_all_ways_agree(first: Check, check: Check, ask: Ask) -> None:
     wanted, seen = ask(first)[0], ask(check)[0]
     assert seen["losses"] == pytest.approx(wanted["losses"], rel=BOUND["strict"])
+
+
+@pytest.mark.parametrize("check", ROUTES + FLAT + OFFLOAD + JSON, ids=named)
+def test_ranks_know_how_far_their_weights_have_moved(check: Check, ask: Ask) -> None:
+    """Ranks hold all of the weights or parts of them, so that sums over ranks have the ratio of the whole."""
+    ranks = ask(check)
+    first = {name: p.detach().double() for name, p in make_model(TRAINING.model).named_parameters()}
+    last = ranks[0]["parameters"]
+    moved = sum((last[name].double() - p).square().sum().item() for name, p in first.items())
+    begun = sum(p.square().sum().item() for p in first.values())
+    squares = [sum(seen["squares"][n] for seen in ranks) for n in (0, 1)]
+    assert squares[0] / squares[1] == pytest.approx(moved / begun, rel=1e-4)
+    for seen in ranks:
+        history = [entry["displacement"] for entry in seen["moved"]]
+        assert len(history) == TRAINING.steps and history[0] == 0.0 < history[1] < history[-1]  # the first rate is 0
+        logged = [entry["displacement"] for entry in seen["logs"] if "displacement" in entry]
+        assert logged in ([], history)
 
 
 @pytest.mark.parametrize("check", OWN_SCHEDULE, ids=named)

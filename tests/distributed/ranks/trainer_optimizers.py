@@ -17,6 +17,7 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle
 from transformers import Trainer, TrainingArguments
 
 from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.integrations.displacement import Displacement
 from shampoo_deepspeed.integrations.trainer import (
     ShampooCallback,
     ShampooFactory,
@@ -69,13 +70,14 @@ def train(argument: tuple[str, str, Training]) -> dict[str, Any]:
 
 def train_once(route: str, framework: str, training: Training, folder: Path, resume: bool = False) -> dict[str, Any]:
     with clean_process():
-        seen = Losses()
-        trainer = make_trainer(route, framework, training, folder, [seen])
+        seen, moved = Losses(), Displacement()
+        trainer = make_trainer(route, framework, training, folder, [seen, moved])
         trainer.train(resume_from_checkpoint=resume)
         wrapped: Any = trainer.model_wrapped
         assert trainer.model is not None
         result: dict[str, Any] = {"losses": seen.losses, "rates": seen.rates, "wrapper": type(wrapped).__name__}
         result |= {"parameters": whole(trainer.model), "traffic": inner_optimizer(trainer.optimizer).comm_stats()}
+        result |= {"squares": moved.squares(), "moved": moved.history}
         result |= {"history": seen.history, "logs": trainer.state.log_history, "phases": phases_of(trainer.optimizer)}
         if hasattr(wrapped, "destroy"):
             wrapped.destroy()
