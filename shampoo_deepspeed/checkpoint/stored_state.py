@@ -25,7 +25,7 @@ from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.blocks import cut_into_blocks
 from shampoo_deepspeed.geometry.boxes import Box, whole
 from shampoo_deepspeed.runtime.progress import LARGE, UNSHOWN, mebibytes, progress
-from shampoo_deepspeed.state.block_codec import TRIANGLE, BlockLayout, dtype_name, shapes_in, whole_tensors
+from shampoo_deepspeed.state.block_codec import TRIANGLE, BlockLayout, shapes_in, whole_tensors
 from shampoo_deepspeed.state.state_dict import BufferState, ElementwiseState, SavedState, StackState, view_of
 
 
@@ -322,9 +322,9 @@ def _common(one: Box, other: Box) -> Box | None:
 
 def _memory(stack: BlockStack, row: int, layout: BlockLayout) -> list[Tensor | None] | None:
     """The bytes of a row of a live stack for each stored tensor; None if they are not what is stored."""
-    here = {name: (dtype_name(tensor.dtype), tuple(tensor.shape[1:])) for name, tensor in stack.tensors.items()}
+    here = {name: (str(tensor.dtype), tuple(tensor.shape[1:])) for name, tensor in stack.tensors.items()}
     on_cpu = all(tensor.device.type == "cpu" for tensor in stack.tensors.values())
-    if not on_cpu or {name: (kind, tuple(shape)) for name, kind, shape in layout[:-1]} != here:
+    if not on_cpu or {name: (f"torch.{kind}", tuple(shape)) for name, kind, shape in layout[:-1]} != here:
         return None
     rows = [stack.tensors[name][row] for name, _, _ in layout[:-1]]
     return [*(tensor.reshape(-1).view(torch.uint8) for tensor in rows), None]

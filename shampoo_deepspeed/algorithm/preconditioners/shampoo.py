@@ -21,11 +21,11 @@ from shampoo_deepspeed.geometry.blocks import Side
 from shampoo_deepspeed.linalg import on_accelerators
 from shampoo_deepspeed.linalg.eigenbases import rayleigh, renewed, root_from_basis
 from shampoo_deepspeed.linalg.inverse_root import (
+    SCALE,
     RootOfEigenvalues,
     diagonal_root,
     inverse_power,
     inverse_root,
-    range_of_largest,
     shrunk,
     symmetric,
 )
@@ -36,6 +36,7 @@ from shampoo_deepspeed.options.config import ShampooConfig
 # KL-Shampoo's share of the bounds in ``inverse_root``: its roots are scaled to mean eigenvalue 1 anyway, and statistics
 # rely on that.
 KL_SHARE = 0.6
+KL_RANGE = 2.0 ** (2.0 * SCALE * KL_SHARE)  # of largest eigenvalues whose roots no bound changes; float32 holds it
 # Multiplies a stack along a mode by the inverse root of that mode's factor, up to a rotation of the mode.
 Whitening: TypeAlias = Callable[[Tensor, int], Tensor]
 
@@ -390,8 +391,7 @@ def scale_of(means: Tensor, epsilon: float) -> Tensor:
     Where the ridge, or a bound of the root, takes the place of smaller eigenvalues, it takes that of the mean too.
     Roots would else be far from 1 there, and so would what they make of the next gradients.
     """
-    most = range_of_largest(means.dtype, 2.0, KL_SHARE)
-    return means.clamp(max(epsilon, 1.0 / most), most)
+    return means.clamp(max(epsilon, 1.0 / KL_RANGE), KL_RANGE)
 
 
 def weight_of(beta: float, gradients: int) -> float:
