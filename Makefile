@@ -50,7 +50,7 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow" --ignore=tests/distributed
 
-# Kills, damage, failing disks and ranks, hostile files, any options and numbers, long runs: about an hour on two idle
+# Kills, damage, failing disks and ranks, hostile files, any options and numbers, long runs: some hours on two
 # cores. Writes the table of docs/reliability.md; a short form of each part is in `make test`.
 torture: $(STAMP)
 	$(BIN)/python -m tests.torture --write

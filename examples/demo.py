@@ -1,7 +1,7 @@
 """Trains one small language model twice, with Shampoo and with AdamW, and compares the two runs.
 
 Both runs are causal_lm_deepspeed.py with the same data, model, schedule and seed on the same ranks; they
-differ in the DeepSpeed JSON and in the learning rate, which was tuned for each.
+differ in the DeepSpeed JSON and in the learning rate, which was tuned for AdamW only.
 """
 
 from __future__ import annotations

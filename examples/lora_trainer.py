@@ -65,6 +65,7 @@ class LoraArguments:
 def preconditioning(lora: LoraArguments) -> dict[str, Any]:
     """Return Shampoo's options for matrices with one short side. Nothing else here is special to LoRA."""
     return {
+        "preset": "lora",
         "max_preconditioner_dim": lora.max_preconditioner_dim or 4 * lora.lora_rank,
         "precondition_frequency": lora.precondition_frequency,
     }

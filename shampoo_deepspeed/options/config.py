@@ -154,7 +154,7 @@ class ShampooConfig(DerivedValues):
         1e-3, learning_rate, "learning rate, read every step; AdamW's scale when grafted", GROUP_ONLY | SCHEDULED
     )
     betas: tuple[float, float] = _option(
-        (0.9, 0.999), beta_pair, "decay of the first moment; decay of second moments and factor matrices", SCHEDULED
+        (0.9, 0.999), beta_pair, "decay of the first moment, and of second moments", SCHEDULED
     )
     factor_beta: float | None = _option(
         0.95, optional_factor_beta, "decay of the factor matrices; null: betas[1]", SCHEDULED

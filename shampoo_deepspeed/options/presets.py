@@ -96,7 +96,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# How much state there is. Bytes for each parameter of a large square block with the default recipe: 20, 7.1 and 3.1;
+# How much state there is. Bytes for each parameter of a large square block with the default recipe: 20, 7.04 and 3.10;
 # for each element-wise parameter: 8, 8 (AdamW's own) and 4.
 MEMORY = "memory"
 MEMORIES: dict[str, dict[str, Any]] = {

@@ -739,8 +739,8 @@ class Reference:
             u = orthogonalised(u, o)
             if o.graft == "none":
                 return u * presence(m, o)
-        if o.graft == "none":  # at most ten times as long as with "rms"
-            return u * min(1.0, 4.0 / max(u.square().mean().sqrt().item(), 1e-300))
+        if o.graft == "none":  # no update is very long
+            return u * min(1.0, 6.0 / max(u.square().mean().sqrt().item(), 1e-300))
         if o.graft == "rms":
             return with_rms(u) * presence(m, o)
         norm = u.norm()

@@ -1,7 +1,7 @@
 """Runs all parts of the torture one after the other, and prints a table of what they tried and found.
 
     python -m tests.torture --scale 0.01 --parts damage disk
-    make torture                        # all parts, about an hour on two cores; the table goes into docs/reliability.md
+    make torture                        # all parts, some hours on two cores; the table goes into docs/reliability.md
 
 Each part is a process of its own, whose output is kept in a file. The exit code is 1 if a part has found a fault.
 """
