@@ -20,17 +20,14 @@ OLDEST_STAMP := $(OLDEST_VENV)/.installed
 OLDEST_CHECKS := odd_zero3_2ranks or fsdp2_odd_default_float64_2ranks
 STACKS_VENV ?= .venv-stacks
 STACKS_STAMP := $(STACKS_VENV)/.installed
-# Stacks that work with the versions that they pin only; each has a virtual environment and a test of its own.
-OWN_PINS := axolotl torchtune
-GPU_PINS := llamafactory
+# Stacks that work with older versions only; each has a virtual environment and a test of its own.
+OWN_PINS := axolotl llamafactory torchtune
 OWN_STAMPS := $(OWN_PINS:%=$(STACKS_VENV)-%/.installed)
-GPU_STAMPS := $(GPU_PINS:%=$(STACKS_VENV)-%/.installed)
-STACKS_TESTS := $(filter-out $(OWN_PINS:%=tests/stacks/test_%.py) $(GPU_PINS:%=tests/stacks/test_%.py),\
-	$(wildcard tests/stacks/test_*.py))
+STACKS_TESTS := $(filter-out $(OWN_PINS:%=tests/stacks/test_%.py),$(wildcard tests/stacks/test_*.py))
 WHEEL_DIR ?= build/wheel
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
-.PHONY: demo finetune test test-fast test-oldest test-stacks test-stacks-gpu test-wheel torture lint docs bench dist
+.PHONY: demo finetune test test-fast test-oldest test-stacks test-wheel torture lint docs bench dist
 
 # Trains one causal language model with Shampoo and with AdamW and draws both curves: demo_output/.
 demo: $(STAMP)
@@ -66,11 +63,6 @@ test-oldest: $(OLDEST_STAMP)
 test-stacks: $(STACKS_STAMP) $(OWN_STAMPS)
 	set -e; for file in $(STACKS_TESTS); do $(STACKS_VENV)/bin/python -m pytest $$file; done
 	set -e; for stack in $(OWN_PINS); do \
-		$(STACKS_VENV)-$$stack/bin/python -m pytest tests/stacks/test_$$stack.py; done
-
-# Stacks that import nothing without a CUDA build of torch.
-test-stacks-gpu: $(GPU_STAMPS)
-	set -e; for stack in $(GPU_PINS); do \
 		$(STACKS_VENV)-$$stack/bin/python -m pytest tests/stacks/test_$$stack.py; done
 
 # Wheel and source distribution in an empty environment of each Python, without the checkout.
@@ -117,10 +109,12 @@ $(STACKS_STAMP): setup.cfg pyproject.toml constraints.txt tests/stacks/requireme
 	$(STACKS_VENV)/bin/python -m pip install --no-deps -r tests/stacks/requirements.txt
 	touch $@
 
-$(OWN_STAMPS) $(GPU_STAMPS): $(STACKS_VENV)-%/.installed: setup.cfg pyproject.toml constraints.txt tests/stacks/own_pins/%.txt
+$(OWN_STAMPS): $(STACKS_VENV)-%/.installed: setup.cfg pyproject.toml constraints.txt tests/stacks/own_pins/%.txt
 	$(PYTHON) -m venv $(STACKS_VENV)-$*
 	$(STACKS_VENV)-$*/bin/python -m pip install -c $(CONSTRAINTS) torch
 	$(STACKS_VENV)-$*/bin/python -m pip install -r tests/stacks/own_pins/$*.txt
+	set -e; for alone in $(wildcard tests/stacks/own_pins/$*.alone.txt); do \
+		$(STACKS_VENV)-$*/bin/python -m pip install --no-deps -r $$alone; done
 	$(STACKS_VENV)-$*/bin/python -m pip install --no-deps -e .
 	touch $@
 
