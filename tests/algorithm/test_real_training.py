@@ -199,8 +199,9 @@ COSINES = {"high": 0.999, "medium": 0.99}
 @pytest.mark.parametrize("precision", list(COSINES))
 @pytest.mark.parametrize("preconditioner", [name for name in PRECONDITIONERS if FAMILY[name].statistics])
 def test_products_of_less_precision_leave_updates_near_those_of_float64(preconditioner: str, precision: str) -> None:
-    """Each step is compared from the same state: before, at and after each refresh."""
-    assert_aligned(Twins(preconditioner=preconditioner, matmul_precision=precision), True, COSINES[precision])
+    """Each step is compared from the same state: before, at and after each refresh. The rate is as above: no tie."""
+    twins = Twins(preconditioner=preconditioner, matmul_precision=precision, lr=1.5e-3)
+    assert_aligned(twins, True, COSINES[precision])
 
 
 @pytest.mark.parametrize("precision", list(COSINES))
