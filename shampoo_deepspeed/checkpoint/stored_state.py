@@ -138,17 +138,20 @@ class StoredState:
         yield from self._wanted_buffers(unit, names)
 
     def _wanted_blocks(self, stack: BlockStack, names: Mapping[str, str], stepped: set[str]) -> Iterable[Wanted]:
-        layouts: dict[str, BlockLayout] = {}  # by options, as blocks of other groups may have joined
+        # By options, as blocks of other groups may have joined: the layout, and whether rows hold just what is stored.
+        layouts: dict[str, tuple[BlockLayout, bool]] = {}
         for row, key in enumerate(stack.keys):
             parameter, _, index = key.rpartition("/")
             if parameter in stepped:
                 options = self.manifest.parameters[names[parameter]]["options"]
                 if options not in layouts:
-                    layouts[options] = self._layout(options, stack, key)
-                place, layout = Place(names[parameter], int(index)), layouts[options]
-                memory = _memory(stack, row, layout)
-                take = partial(_fill, stack, row, layout) if memory is None else partial(_note, stack, row)
-                yield Wanted(place, take, memory)
+                    layout = self._layout(options, stack, key)
+                    layouts[options] = layout, _is_in_rows(stack, layout)
+                place, (layout, same) = Place(names[parameter], int(index)), layouts[options]
+                if same:
+                    yield Wanted(place, partial(_note, stack, row), _memory(stack, row, layout))
+                else:
+                    yield Wanted(place, partial(_fill, stack, row, layout))
 
     def _wanted_buffers(self, unit: StepUnit, names: Mapping[str, str]) -> Iterable[Wanted]:
         stored = {} if self.files is None else self.files.tensors
@@ -320,12 +323,15 @@ def _common(one: Box, other: Box) -> Box | None:
     return Box(tuple(start for start, _ in found), tuple(stop - start for start, stop in found))
 
 
-def _memory(stack: BlockStack, row: int, layout: BlockLayout) -> list[Tensor | None] | None:
-    """The bytes of a row of a live stack for each stored tensor; None if they are not what is stored."""
+def _is_in_rows(stack: BlockStack, layout: BlockLayout) -> bool:
+    """Whether rows of a live stack on the CPU have the bytes that are stored of a block."""
     here = {name: (str(tensor.dtype), tuple(tensor.shape[1:])) for name, tensor in stack.tensors.items()}
     on_cpu = all(tensor.device.type == "cpu" for tensor in stack.tensors.values())
-    if not on_cpu or {name: (f"torch.{kind}", tuple(shape)) for name, kind, shape in layout[:-1]} != here:
-        return None
+    return on_cpu and {name: (f"torch.{kind}", tuple(shape)) for name, kind, shape in layout[:-1]} == here
+
+
+def _memory(stack: BlockStack, row: int, layout: BlockLayout) -> list[Tensor | None]:
+    """The bytes of a row of a live stack for each stored tensor; none for the status."""
     rows = [stack.tensors[name][row] for name, _, _ in layout[:-1]]
     return [*(tensor.reshape(-1).view(torch.uint8) for tensor in rows), None]
 

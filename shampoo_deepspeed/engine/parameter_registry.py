@@ -133,7 +133,7 @@ class ParameterRegistry:
         own = [entry for entry in self.entries if entry.parameter.group == number]
         for entry in own:
             tensor = entry.reference()
-            if tensor is not None:
+            if tensor is not None and tensor.requires_grad:
                 refuse_rounding(config, tensor.dtype)
         self.policies |= {entry.parameter.key: policy_of(entry.parameter, config) for entry in own}
         group.update({name: getattr(config, name) for name in OPTION_NAMES})

@@ -143,6 +143,8 @@ def test_stochastic_rounding_wants_bfloat16_and_no_master() -> None:
     with pytest.raises(OptionError, match="float16: bfloat16 only"):
         optimizer.add_param_group({"params": [("v", parameter(3, 3, dtype=torch.float16))]})
     assert len(optimizer.param_groups) == 1
+    frozen = parameter(3, 3, dtype=torch.float16).requires_grad_(False)  # such as the base of adapters
+    optimizer.add_param_group({"params": [("base", frozen)]})
     p.data = p.data.half()
     p.grad = torch.ones_like(p)
     before = snapshot([p])
