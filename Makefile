@@ -117,6 +117,7 @@ $(OWN_STAMPS): $(STACKS_VENV)-%/.installed: setup.cfg pyproject.toml constraints
 		$(STACKS_VENV)-$*/bin/python -m pip install --no-deps -r $$alone; done
 	$(STACKS_VENV)-$*/bin/python -m pip install --no-deps -e .
 	touch $@
+$(STACKS_VENV)-llamafactory/.installed: tests/stacks/own_pins/llamafactory.alone.txt
 
 $(DOCS_STAMP): docs/site/requirements.txt
 	$(PYTHON) -m venv $(DOCS_VENV)

@@ -27,6 +27,9 @@ RECIPES: dict[str, Recipe] = {
     "adam_length": Recipe("shampoo", {"grafting": "adam"}, RATES),
     "power_half": Recipe("shampoo", {**POWER_HALF, "grafting": "adam"}, RATES),
     "soap": Recipe("shampoo", {"preconditioner": "soap"}, RATES),
+    # The presets as users set them. SHARED agrees with what they say of rates.
+    "finetune": Recipe("shampoo", {"preset": "finetune"}, RATES),
+    "lora": Recipe("shampoo", {"preset": "lora"}, RATES),
 }
 
 

@@ -21,14 +21,18 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, wraps
 
 import torch
 from torch import Tensor
 
 # Elements of which temporaries are made at a time: 16 MiB in float32 or int32.
 PIECE = 1 << 22
+# The largest dim of matrices for which it is kept where each element is stored: 6 MiB for each such dim.
+KEPT = 1024
+Places = Callable[[int, int, int, torch.device], Tensor]
 # Elements that share a scale, as in the OCP specification.
 RUN = 32
 # The range of exponents of scales. 127 times the largest is finite in float32, and the smallest is a normal number.
@@ -154,32 +158,47 @@ class Form:
         part.copy_(codes)
         stored[self.name + EXPONENTS][rows, columns.start // RUN : -(-columns.stop // RUN)] = exponents
 
-    def _bands(self) -> Iterator[tuple[int, int, slice]]:
-        """The rows of a triangle's rectangle that are stored at a time, and their elements."""
-        d = self.shape[0]
-        height, width = d + 1 - d % 2, (d + 1) // 2
-        step = max(RUN, PIECE // width // RUN * RUN)  # so that bands begin with a run
+    def _strips(self, height: int, width: int) -> Iterator[tuple[int, int]]:
+        """So few of these rows at a time that their elements are at most PIECE, and begin with a run."""
+        step = max(RUN, PIECE // width // RUN * RUN)
         for begin in range(0, height, step):
-            end = min(height, begin + step)
-            yield begin, end, slice(begin * width, end * width)
+            yield begin, min(begin + step, height)
 
     def _encode_matrices(
         self, stored: Mapping[str, Tensor], rows: slice, matrices: Tensor, seeds: Tensor | None
     ) -> None:
+        d, flat = self.shape[0], matrices.flatten(1)
         if self.format == "int8":
             stored[self.name + DIAGONAL][rows] = matrices.diagonal(dim1=-2, dim2=-1).to(torch.float32)
-        for begin, end, columns in self._bands():
-            band = triangles(matrices, begin, end)
+        height, width = rectangle(d)
+        for begin, end in self._strips(height, width):
+            columns = slice(begin * width, end * width)
+            places = places_in_matrix(d, begin, end, flat.device)
+            if self.format == "packed":
+                self._flat(stored)[rows, columns] = flat.index_select(1, places)
+                continue
+            band = flat.index_select(1, places)
             if self.format == "int8":  # the diagonal, which is the largest, would spoil the scales of the others
                 for offset in (0, 1):
-                    band.diagonal(begin - 1 + self.shape[0] % 2 + offset, 1, 2).zero_()
-            self._write(stored, rows, columns, band.flatten(1), seeds)
+                    diagonal = begin - 1 + d % 2 + offset
+                    band.unflatten(1, (end - begin, width)).diagonal(diagonal, 1, 2).zero_()
+            self._write(stored, rows, columns, band, seeds)
 
     def _decode_matrices(self, stored: Mapping[str, Tensor], rows: slice, out: Tensor) -> None:
-        for begin, end, columns in self._bands():
-            band = self._values(stored, rows, columns).unflatten(1, (end - begin, -1))
-            put_triangles_(out, band.to(out.dtype), begin)
-        complete_(out)
+        source, d, scales = self._flat(stored)[rows], self.shape[0], None
+        if source.shape[1] <= PIECE:  # choosing among float32 numbers is several times as fast
+            source = self._values(stored, rows, slice(0, source.shape[1])).to(out.dtype)
+        elif self.format == "int8":
+            scales = _power_of_two(stored[self.name + EXPONENTS][rows].int().clamp_(SMALLEST, LARGEST))
+        for begin, end in self._strips(d, d):
+            places = places_in_triangle(d, begin, end, out.device)
+            target = out[:, begin:end].view(len(out), -1)  # all of the matrices, or a part of a single one
+            if source.dtype == out.dtype:
+                torch.index_select(source, 1, places, out=target)
+                continue
+            target.copy_(source.index_select(1, places))
+            if scales is not None:
+                target *= scales.index_select(1, places >> RUN.bit_length() - 1)  # the run of each
         if self.format == "int8":
             out.diagonal(dim1=-2, dim2=-1).copy_(stored[self.name + DIAGONAL][rows])
 
@@ -269,16 +288,19 @@ def seeds_of(salts: Tensor, name: str, step: int) -> Tensor:
 def random_bits(seeds: Tensor, start: int, count: int) -> Tensor:
     """Random numbers from 0 to 65,535 for the elements from ``start`` on: int32 [B, count].
 
-    They are the lowest 16 bits of the hash "lowbias32" (Wellons, github.com/skeeto/hash-prospector) of the seed plus
-    0x9e3779b9 times the element, all modulo 2^32.
+    Elements 2n and 2n + 1 share a hash and take its lower and its upper 16 bits. It is "lowbias32" (Wellons,
+    github.com/skeeto/hash-prospector) of the seed plus 0x9e3779b9 times n, all modulo 2^32.
     """
-    return bits_of(seeds, torch.arange(start, start + count, dtype=torch.int32, device=seeds.device))
+    first, stop = start // 2, -(-(start + count) // 2)
+    pairs = torch.arange(first, stop, dtype=torch.int32, device=seeds.device).mul_(_SPREAD) + seeds.unsqueeze(1)
+    return _halves(pairs)[:, start - 2 * first :][:, :count].int().bitwise_and_(0xFFFF)
 
 
 def bits_of(seeds: Tensor, elements: Tensor) -> Tensor:
     """`random_bits` of elements [n] by their numbers, which count modulo 2^32: int32 [B, n]."""
-    spread = elements.to(torch.int32) * _signed(0x9E3779B9)
-    return _hashed_(spread + seeds.unsqueeze(1)).bitwise_and_(0xFFFF)
+    numbers = elements.to(torch.int32)
+    hashes = _hashed_((numbers >> 1).bitwise_and_(0x7FFFFFFF).mul_(_SPREAD) + seeds.unsqueeze(1))
+    return (hashes >> (numbers.bitwise_and_(1) << 4)).bitwise_and_(0xFFFF)
 
 
 def bits_of_ranges(seeds: Sequence[Tensor], ranges: Sequence[tuple[int, int]]) -> Tensor:
@@ -288,12 +310,18 @@ def bits_of_ranges(seeds: Sequence[Tensor], ranges: Sequence[tuple[int, int]]) -
         seeds: of each range, 0-d int32.
         ranges: first element, which counts modulo 2^32, and number of elements.
     """
-    x = torch.cat([torch.arange(count, dtype=torch.int32, device=seeds[0].device) for _, count in ranges])
-    x *= _signed(0x9E3779B9)
-    parts = torch.split(x, [count for _, count in ranges])
-    for part, seed, (start, _) in zip(parts, seeds, ranges, strict=True):
-        part += seed + _signed(start * 0x9E3779B9 % (1 << 32))
-    return _hashed_(x).bitwise_and_(0xFFFF)
+    counts = [(start % 2 + count + 1) // 2 for start, count in ranges]
+    x = torch.cat([torch.arange(count, dtype=torch.int32, device=seeds[0].device) for count in counts]).mul_(_SPREAD)
+    for part, seed, (start, _) in zip(torch.split(x, counts), seeds, ranges, strict=True):
+        part += seed + _signed(start % (1 << 32) // 2 * 0x9E3779B9 % (1 << 32))
+    parts = torch.split(_halves(x), [2 * count for count in counts])
+    own = [part[start % 2 :][:count] for part, (start, count) in zip(parts, ranges, strict=True)]
+    return torch.cat(own).int().bitwise_and_(0xFFFF)
+
+
+def _halves(x: Tensor) -> Tensor:
+    """The lower and then the upper half of the hash of each int32 number, as int16; the numbers are overwritten."""
+    return _hashed_(x).view(torch.int16)
 
 
 def _hashed_(x: Tensor) -> Tensor:
@@ -309,6 +337,9 @@ def _hashed_(x: Tensor) -> Tensor:
 def _signed(number: int) -> int:
     """The int32 with these 32 bits."""
     return number - (1 << 32) if number >= 1 << 31 else number
+
+
+_SPREAD = _signed(0x9E3779B9)
 
 
 def to_bfloat16(values: Tensor, bits: Tensor | None) -> Tensor:
@@ -403,64 +434,49 @@ def _square(shape: tuple[int, ...]) -> tuple[int, int]:
     return d, d
 
 
-def triangles(matrices: Tensor, begin: int, end: int) -> Tensor:
-    """Some rows of the rectangles that hold the lower triangles of [B, d, d].
+def rectangle(d: int) -> tuple[int, int]:
+    """Height and width of the rectangle that holds the lower triangle of a matrix [d, d], row by row.
 
-    The rectangle has k = (d + 1) // 2 columns, and d rows, or d + 1 if d is even. The columns of the matrix from k on
-    have room above the diagonal of its first k columns (LAPACK's rectangular full packed format; Gustavson et al., ACM
-    TOMS 37(2), 2010). With s = 1 for even d, else 0: row r, column c holds A[r - s, c] if r - s >= c, and
+    It has k = (d + 1) // 2 columns, and d rows, or d + 1 if d is even. The columns of the matrix from k on have room
+    above the diagonal of its first k columns (LAPACK's rectangular full packed format; Gustavson et al., ACM TOMS
+    37(2), 2010). With s = 1 for even d, else 0: row r, column c holds A[r - s, c] if r - s >= c, and
     A[k - 1 + s + c, k + r] otherwise.
     """
-    d = matrices.shape[-1]
-    k, s = (d + 1) // 2, 1 - d % 2
-    out = matrices.new_empty(len(matrices), end - begin, k)
-    low = max(begin, s)
-    out[:, low - begin :] = matrices[:, low - s : end - s, :k]
-    stop = min(end, d - k)  # rows that hold a row of the last columns' triangle
-    if begin < stop:
-        above = matrices[:, k:, k + begin : k + stop].mT
-        target = out[:, : stop - begin, 1 - s :]
-        target.copy_(torch.where(_above(begin, stop, d - k, out.device), above, target))
-    return out
+    return d + 1 - d % 2, (d + 1) // 2
 
 
-def put_triangles_(matrices: Tensor, band: Tensor, begin: int) -> None:
-    """Write rows of the rectangles from ``begin`` on where they need no transposition; `complete_` must follow.
+def _kept_if_few(places: Places) -> Places:
+    """Make the places of matrices of usual size once."""
+    kept = lru_cache(maxsize=32)(places)
 
-    These are the lower triangles of the first k columns of [B, d, d], and the upper ones of the other rows and columns.
-    """
-    d, end = matrices.shape[-1], begin + band.shape[1]
-    k, s = (d + 1) // 2, 1 - d % 2
-    low = max(begin, s)
-    matrices[:, low - s : end - s, :k] = band[:, low - begin :]
-    stop = min(end, d - k)
-    if begin < stop:
-        matrices[:, k + begin : k + stop, k:] = band[:, : stop - begin, 1 - s :]
+    def found(d: int, begin: int, end: int, device: torch.device) -> Tensor:
+        return (kept if d <= KEPT else places)(d, begin, end, device)
+
+    return wraps(places)(found)
 
 
-def _above(begin: int, stop: int, width: int, device: torch.device) -> Tensor:
-    """Which elements of rows ``begin`` to ``stop`` are on or above the diagonal."""
-    return torch.ones(stop - begin, width, dtype=torch.bool, device=device).triu(begin)
+@_kept_if_few
+def places_in_matrix(d: int, begin: int, end: int, device: torch.device) -> Tensor:
+    """Where in a matrix [d, d] the elements of some rows of its rectangle are: flat, int32 or, if needed, int64."""
+    k, s = rectangle(d)[1], 1 - d % 2
+    row = torch.arange(begin, end, dtype=_whole(d), device=device).unsqueeze(1)
+    column = torch.arange(k, dtype=row.dtype, device=device)
+    return torch.where(row - s >= column, (row - s) * d + column, (column + (k - 1 + s)) * d + row + k).flatten()
 
 
-def complete_(matrices: Tensor) -> None:
-    """Make matrices [B, d, d] symmetric that `put_triangles_` has written, bit for bit."""
-    d = matrices.shape[-1]
-    k, step = (d + 1) // 2, max(1, PIECE // d)
-    for begin in range(0, d, step):
-        end = min(d, begin + step)
-        written = torch.ones(end - begin, d, dtype=torch.bool, device=matrices.device).tril_(begin)
-        low = max(begin, k)
-        if low < end:
-            last = written[low - begin :, k:]
-            last.copy_(torch.ones_like(last).triu_(low - k))
-        if matrices.device.type != "cpu":
-            rows = matrices[:, begin:end]
-            rows.copy_(torch.where(written, rows, matrices[:, :, begin:end].mT))
-            continue
-        for matrix in matrices:  # the CPU transposes a matrix five times as fast as each of a stack
-            across = matrix.new_empty(end - begin, d).copy_(matrix[:, begin:end].mT)
-            torch.where(written, matrix[begin:end], across, out=matrix[begin:end])
+@_kept_if_few
+def places_in_triangle(d: int, begin: int, end: int, device: torch.device) -> Tensor:
+    """Where in its rectangle the elements of some rows of a symmetric matrix [d, d] are, as `places_in_matrix`."""
+    k, s = rectangle(d)[1], 1 - d % 2
+    row = torch.arange(begin, end, dtype=_whole(d), device=device).unsqueeze(1)
+    column = torch.arange(d, dtype=row.dtype, device=device)
+    low, high = torch.minimum(row, column), torch.maximum(row, column)
+    return torch.where(low < k, (high + s) * k + low, (low - k) * k + high - (k - 1 + s)).flatten()
+
+
+def _whole(d: int) -> torch.dtype:
+    """Numbers that count the elements of a matrix [d, d]; smaller ones take half the time."""
+    return torch.int32 if d * d < 1 << 31 else torch.int64
 
 
 def _rows(values: Tensor) -> Iterator[slice]:

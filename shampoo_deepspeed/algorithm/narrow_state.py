@@ -21,7 +21,8 @@ class Rows(Mapping[str, Tensor]):
         stored: the stored tensors' rows, by stored name; `store` writes to them.
         salts: int32 [B], of the rows' blocks (`formats.salts_of`).
         step: the blocks' step, counted from 1.
-        whole: the rows of which these are some, and which; moments are decoded and stored there, once a step.
+        whole: the rows of which these are some, and which. Moments are decoded and stored there, once a step, and what
+            else has been decoded there is not decoded again.
     """
 
     def __init__(
@@ -39,12 +40,16 @@ class Rows(Mapping[str, Tensor]):
         form = self._forms[name]
         if form.format == "float32":
             return self._stored[name]
-        if self._whole is not None and _is_moment(name):
-            whole, rows = self._whole
-            return whole[name][rows]
         if name not in self._decoded:
+            if self._whole is not None and (_is_moment(name) or self._whole[0].has_decoded(name)):
+                whole, rows = self._whole
+                return whole[name][rows]
             self._decoded[name] = form.decode(self._stored)
         return self._decoded[name]
+
+    def has_decoded(self, name: str) -> bool:
+        """Whether a tensor is there as the mathematics sees it."""
+        return name in self._decoded
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._forms)
@@ -59,16 +64,18 @@ class Rows(Mapping[str, Tensor]):
 
     def store(self, kind: tuple[str, ...]) -> None:
         """Store what was decoded of a kind: STATISTICS, REFRESHED or MOMENTS. Later reads see what is stored."""
-        for name in [name for name in self._decoded if name.startswith(kind) or (not kind and _is_moment(name))]:
+        for name, form in self._forms.items():
+            if form.format == "float32" or not (name.startswith(kind) if kind else _is_moment(name)):
+                continue
+            shared = self._whole is not None and self._whole[0].has_decoded(name)
+            if not shared and name not in self._decoded:
+                continue
             # Roots and bases are made anew, so nothing accumulates in them.
             seeds = None if kind == REFRESHED else seeds_of(self._salts, name, self._step)
-            self._forms[name].encode_(self._stored, self._decoded[name], seeds)
-            self._forget(name)
-
-    def _forget(self, name: str) -> None:
-        self._decoded.pop(name, None)
-        if self._whole is not None:
-            self._whole[0]._forget(name)
+            form.encode_(self._stored, self[name], seeds)
+            self._decoded.pop(name, None)
+            if shared:
+                self[name].copy_(form.decode(self._stored))
 
 
 def _is_moment(name: str) -> bool:

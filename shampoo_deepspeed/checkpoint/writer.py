@@ -20,7 +20,7 @@ from typing import Any
 import safetensors
 
 from shampoo_deepspeed.checkpoint.errors import CheckpointError, printable
-from shampoo_deepspeed.checkpoint.manifest import NAME, Manifest
+from shampoo_deepspeed.checkpoint.manifest import NAME, Manifest, to_be_replaced
 from shampoo_deepspeed.checkpoint.schema import FORMAT, SchemaError, check
 from shampoo_deepspeed.checkpoint.tensor_files import (
     Item,
@@ -97,13 +97,15 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
     except SchemaError as error:
         raise CheckpointError(f"the ranks' parts do not make up a whole checkpoint: {error}") from None
     file, aside, content = path / NAME, path / f"{NAME}.{manifest.directory}", encoded(body)
-    before = file.read_bytes() if file.exists() else None
+    before = to_be_replaced(path)
     try:
         _write(aside, content)
         os.replace(aside, file)
     except BaseException:
-        with suppress(OSError):  # where a rename is not atomic, one that fails may have lost the old one
-            if before is not None and not (file.exists() and file.read_bytes() in (before, content)):
+        with suppress(
+            OSError, CheckpointError
+        ):  # where a rename is not atomic, one that fails may have lost the old one
+            if before is not None and to_be_replaced(path) not in (before, content):
                 _write(file, before)
         aside.unlink(missing_ok=True)
         raise

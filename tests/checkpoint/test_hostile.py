@@ -29,6 +29,7 @@ from shampoo_deepspeed.checkpoint.manifest import Manifest
 from shampoo_deepspeed.geometry.boxes import Box
 from tests.support.manifests import body_of, put
 from tests.support.stepping import drive, parameter, same_bits, shampoo, state_of
+from tests.torture.figures import at_most
 
 STEPS = 3
 
@@ -326,6 +327,39 @@ def test_links_and_other_things_in_the_folder_are_refused_by_name(
     target = {"manifest.json": path / "manifest.json", "data": data, "file": data / "rank-0.safetensors"}[what]
     how(target, tmp_path / "moved")
     assert str(target) in refusal(path)
+
+
+def endless(target: Path, elsewhere: Path) -> None:
+    target.rename(elsewhere)
+    target.symlink_to("/dev/zero")
+
+
+def huge(target: Path, elsewhere: Path) -> None:
+    target.rename(elsewhere)
+    with target.open("wb") as file:
+        file.truncate(1 << 40)  # one hole
+
+
+@pytest.mark.parametrize("how", [link_to, pipe, a_socket, dangling, endless, huge])
+def test_a_save_replaces_what_is_in_the_manifests_place_and_does_not_read_it(
+    how: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    path = tmp_path / "saved"
+    saved(path)
+    before = (path / "manifest.json").read_bytes()
+    how(path / "manifest.json", tmp_path / "moved")
+    with at_most(20):
+        saved(path)
+    assert not (path / "manifest.json").is_symlink()
+    loaded(path)
+    assert (tmp_path / "moved").read_bytes() == before
+
+
+def test_a_folder_in_the_manifests_place_is_an_error(tmp_path: Path) -> None:
+    saved(tmp_path)
+    folder(tmp_path / "manifest.json", tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="cannot be written: .*manifest.json"):
+        saved(tmp_path)
 
 
 def test_links_above_the_folder_are_followed_and_hard_links_are_files(tmp_path: Path) -> None:

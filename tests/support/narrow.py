@@ -25,7 +25,8 @@ def hashed(x: int) -> int:
 def random_bits(key: str, name: str, step: int, element: int) -> int:
     """Return the 16 bits of an element of a block's tensor in a step."""
     seed = hashed(zlib.crc32(key.encode()) ^ zlib.crc32(f"{name}/{step}".encode()))
-    return hashed((seed + 0x9E3779B9 * element) % WORD) % 2**16
+    pair, odd = divmod(element % WORD, 2)
+    return hashed((seed + 0x9E3779B9 * pair) % WORD) >> (16 if odd else 0) & 0xFFFF
 
 
 def order_of_triangle(d: int) -> list[tuple[int, int]]:
