@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from shampoo_deepspeed.linalg.precision import full_precision
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.param_groups import signature_with_options
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
-from shampoo_deepspeed.state.units import in_use
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -95,15 +94,24 @@ class Shampoo(BlockOptimizer):
                 "a step of Shampoo cannot be captured in a CUDA graph: it counts steps on the CPU, and refreshes read "
                 "the device; capture forward and backward, and call step() outside of the graph"
             )
-        if self.averages_in_use:
-            raise in_use("step()")
+        self.refuse_now("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self.refuse_now("step()")
         units = self._units_now()  # the first time: describes shards, assigns owners, plans transfers
+        self.in_step = True  # a signal's handler must not save what is half done
+        try:
+            self._step_units(units)
+        finally:
+            self.in_step = False
+        return loss
+
+    def _step_units(self, units: Sequence[StepUnit]) -> None:
+        """Take one step of these units."""
         configs = self.configs()
-        rates = {group["shampoo_group"]: group["lr"] for group in self.param_groups}
+        rates = self.registry.rates | {group["shampoo_group"]: group["lr"] for group in self.param_groups}
         self._finish_step(units)
         self.state_keeper.consolidated = None
         work = [(unit, shard_gradients(unit, configs)) for unit in units]
@@ -128,21 +136,25 @@ class Shampoo(BlockOptimizer):
                 _precondition(unit, gradients, updates, steps, configs, of_blocks)
                 unit.elementwise.step(gradients, updates, steps, configs, found_inf, norms)
                 apply_updates(unit, updates, active, configs, rates, found_inf)
-        return loss
 
     def _units_now(self) -> list[StepUnit]:
         """The step units of the current ``param_groups``; new tensors with a gradient get theirs here."""
-        if self.state_keeper.released:
+        if self.state_keeper.released or len(self.state) < len(self.unit_of):
             self._take_released()
         units: dict[int, StepUnit] = {}
+        present, lacks_units, has_changed = Counter[int](), False, False
         for group in self.param_groups:
             for tensor in group["params"]:
                 unit = self.unit_of.get(id(tensor))
                 if unit is not None:
                     units[id(unit)] = unit
+                    present[id(unit)] += 1
+                    has_changed |= self.group_of[id(tensor)] != group["shampoo_group"]
                 elif tensor.requires_grad or tensor.grad is not None:
-                    return self._units_in_step()
-        return list(units.values()) or self._units_in_step()
+                    lacks_units = True
+        if has_changed or any(unit.left_out or present[n] != len(unit.tensors) for n, unit in units.items()):
+            self._note_groups(units.values())
+        return self._units_in_step() if lacks_units or not units else list(units.values())
 
     def configs(self) -> Mapping[int, ShampooConfig]:
         """Options by number as in the groups now, checked again only if one has changed; ``lr`` may be live."""

@@ -39,7 +39,6 @@ from shampoo_deepspeed.options.rules import STRIDE
 from shampoo_deepspeed.state.block_codec import BlockLayout, Form, block_layout, dtype_name, stored_tensors
 from shampoo_deepspeed.state.state_dict import SavedState, view_of
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
-from shampoo_deepspeed.state.units import in_use
 from shampoo_deepspeed.state.unwrap import unwrap
 
 logger = logging.getLogger("shampoo_deepspeed")
@@ -85,8 +84,7 @@ def save_shampoo(
         raise ValueError(f"moments_dtype = {moments_dtype} is not allowed: None, bfloat16, float32 or float64")
     if WRITER.unfinished:
         WRITER.wait(optimizer)
-    if optimizer.averages_in_use:
-        raise in_use("save_shampoo()")
+    optimizer.refuse_now("save_shampoo()")
     keeper = optimizer.state_keeper
     if keeper.external is not None:
         raise CheckpointError(

@@ -294,7 +294,8 @@ def plain_layouts(
         if len(parameters) != len(items):
             raise LayoutError(
                 "some tensors in param_groups are not the parameters that the optimizer was built with, and no known "
-                "framework has put them there; build the optimizer after wrapping the model"
+                "framework has put them there; build the optimizer after wrapping the model, and add new parameters by "
+                "add_param_group()"
             )
         _refuse_resized(parameters, items)
         layout = whole_tensors(parameters, items)

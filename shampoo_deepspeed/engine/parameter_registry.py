@@ -6,11 +6,13 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from shampoo_deepspeed.distributed.frameworks import (
     REBUILD,
@@ -37,6 +39,9 @@ logger = logging.getLogger("shampoo_deepspeed")
 
 # Options that are checked again when a group has changed one; lr is read at every step and may be a tensor.
 CHECKED_OPTIONS = tuple(name for name in OPTION_NAMES if name != "lr")
+
+# The dtypes of weights that can be trained. Frozen ones may have any.
+TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Names and kinds of parameters, by ``id``.
 Known: TypeAlias = dict[int, tuple[str | None, frozenset[str]]]
@@ -105,7 +110,7 @@ class ParameterRegistry:
         Raises:
             OptionError: for an option that does not fit, and for parameters that cannot be trained; nothing is added.
         """
-        number = len(self.checked)
+        number = max(self.checked, default=-1) + 1
         try:
             self.entries += self._new_entries(group, number, self._known_of(group["params"]))
             group["shampoo_group"] = number
@@ -131,16 +136,20 @@ class ParameterRegistry:
         if known is not None and any(p.group == number for unit in units for p in unit.parameters):
             _refuse_reshaping(known.config, config)
         own = [entry for entry in self.entries if entry.parameter.group == number]
-        for entry in own:
-            tensor = entry.reference()
-            if tensor is not None and tensor.requires_grad:
-                refuse_rounding(config, tensor.dtype)
+        self.refuse_dtypes(number, config)
         self.policies |= {entry.parameter.key: policy_of(entry.parameter, config) for entry in own}
         group.update({name: getattr(config, name) for name in OPTION_NAMES})
         values = [group[name] for name in CHECKED_OPTIONS]
         self.checked[number] = Checked(values, list(map(type, values)), config)
         self.rates[number] = config.lr
         self.configs = expanded({known: config for known, (_, _, config) in self.checked.items()})
+
+    def refuse_dtypes(self, number: int, config: ShampooConfig) -> None:
+        """Raise OptionError if these options cannot be those of a group's trained parameters, by their dtypes."""
+        for entry in self.entries:
+            tensor = entry.reference()
+            if entry.parameter.group == number and tensor is not None and tensor.requires_grad:
+                refuse_rounding(config, tensor.dtype)
 
     def check_again(
         self, groups: Sequence[dict[str, Any]], changed: Sequence[dict[str, Any]], units: Iterable[StepUnit]
@@ -170,12 +179,24 @@ class ParameterRegistry:
                 named = f" ({short(group['name'])})" if group.get("name") is not None else ""
                 raise OptionError(f"in parameter group {place}{named}: {error}") from None
 
-    def keys_by_group(self) -> dict[int, list[str]]:
-        """Keys of the parameters of each group, in order; frameworks replace tensors and keep their order."""
+    def keys_by_group(self, groups: Sequence[Mapping[str, Any]]) -> dict[int, list[str]]:
+        """Keys of the parameters of each group by its number, in the order of its tensors.
+
+        Frameworks replace tensors and keep their order, so it is that in which they were given.
+        """
         keys: dict[int, list[str]] = {number: [] for number in self.checked}
         for entry in self.entries:
             keys[entry.parameter.group].append(entry.parameter.key)
+        known = self.keys_by_tensor()
+        for group in groups:
+            if all(id(tensor) in known for tensor in group["params"]):
+                keys[group["shampoo_group"]] = [known[id(tensor)] for tensor in group["params"]]
         return keys
+
+    def keys_by_tensor(self) -> dict[int, str]:
+        """The key of each parameter that is a tensor of its own, by the tensor's ``id``, unless it was replaced."""
+        counts = Counter(id(entry.reference()) for entry in self.entries)
+        return {n: e.parameter.key for e in self.entries if counts[n := id(e.reference())] == 1 and n != id(None)}
 
     def new_units(
         self, optimizer: torch.optim.Optimizer, fresh: Sequence[NewTensor], loads: Mapping[int, Sequence[float]]
@@ -186,6 +207,7 @@ class ParameterRegistry:
             loads: the loads of each process group's ranks by all units, including the last one; by the group's ``id``.
         """
         self._refuse_nameless()
+        self._rehome(fresh)
         candidates = (adapter.layouts(optimizer, self.entries, fresh) for adapter in adapters())
         layouts = next((found for found in candidates if found is not None), None)
         if layouts is None:
@@ -194,6 +216,16 @@ class ParameterRegistry:
         for layout in layouts:
             prior_loads = loads.get(id(layout.process_group))
             yield StepUnit(layout, self.policies, self.configs, prior_loads, phases)
+
+    def _rehome(self, fresh: Sequence[NewTensor]) -> None:
+        """Give parameters that were moved to another group before their first step the options of that one."""
+        numbers = {id(item.tensor): item.group for item in fresh}
+        for place, entry in enumerate(self.entries):
+            parameter, number = entry.parameter, numbers.get(id(entry.reference()))
+            if number is not None and number != parameter.group:
+                moved = replace(parameter, group=number)
+                self.entries[place] = replace(entry, parameter=moved)
+                self.policies[moved.key] = policy_of(moved, self.checked[number].config)
 
     def _refuse_nameless(self) -> None:
         """Raise OptionError on all ranks under ``strict_names`` if nothing tells which parameters are embeddings."""
@@ -265,11 +297,24 @@ class ParameterRegistry:
         """The entries of a new group's parameters."""
         tensors = group["params"]
         given = group.get("param_names", [None] * len(tensors))
+        for name in given:
+            if name is not None and not isinstance(name, str):
+                raise OptionError(f"{name!r} is not allowed as the name of a parameter: a string is")
         names = _names(tensors, given, known)
         found = []
         for index, (tensor, name) in enumerate(zip(tensors, names, strict=True)):
             if tensor.is_complex():
                 raise OptionError(f"parameter {name or index} is complex; Shampoo supports real parameters only")
+            if is_lazy(tensor):
+                raise OptionError(f"parameter {name or index} of a lazy module has no shape yet; run one forward first")
+            if tensor.requires_grad and _is_view_of_others(tensor):
+                raise OptionError(
+                    f"parameter {name or index} cannot be written to: its elements share memory, or are negated when "
+                    "they are read; give a copy, nn.Parameter(tensor.detach().clone())"
+                )
+            if tensor.requires_grad and tensor.dtype not in TRAINED:
+                allowed = ", ".join(str(dtype) for dtype in TRAINED)
+                raise OptionError(f"parameter {name or index} is in {tensor.dtype} and is trained; allowed: {allowed}")
             kinds = known[id(tensor)][1] if id(tensor) in known else frozenset[str]()
             found += [(index, member) for member in _members(tensor, name, kinds)]
         taken = {entry.parameter.key for entry in self.entries}
@@ -328,6 +373,15 @@ def _members(tensor: Tensor, name: str | None, kinds: frozenset[str]) -> Sequenc
         if members is not None:
             return members
     return [FlatMember("", _shape(tensor), name, kinds)]
+
+
+def _is_view_of_others(tensor: Tensor) -> bool:
+    """Whether writing to an element would change others, or is what torch's kernels do not support."""
+    if tensor.layout is not torch.strided:
+        return False
+    return tensor.is_neg() or any(
+        size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

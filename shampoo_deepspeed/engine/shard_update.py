@@ -36,6 +36,8 @@ def shard_gradients(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> Sha
         LayoutError: for a tensor that has another size or a wider dtype than at its first step.
     """
     gradients = [unit.layout.gradient(tensor) for tensor in unit.tensors]
+    if unit.left_out:
+        gradients = [None if number in unit.left_out else gradient for number, gradient in enumerate(gradients)]
     active = _taking_part(unit, gradients)
     flat = []
     for number, (size, gradient) in enumerate(zip(unit.sizes, gradients, strict=True)):
@@ -44,7 +46,9 @@ def shard_gradients(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> Sha
             continue
         if gradient.layout is not torch.strided:
             raise RuntimeError("Shampoo does not support sparse gradients; build the embedding with sparse=False")
-        if gradient.numel() != size or gradient.dtype.itemsize > unit.dtype.itemsize:
+        shape = unit.shapes[number]
+        reshaped = gradient.shape != shape and gradient.ndim > 1 and len(shape) > 1
+        if gradient.numel() != size or reshaped or gradient.dtype.itemsize > unit.dtype.itemsize:
             raise _replaced(unit, number, gradient)
         flat.append(gradient.detach().reshape(-1).contiguous())  # strides of 0 or 2 survive a reshape
     coupled = [g for g, c in configs.items() if c.weight_decay and c.decay_type == "l2"]
@@ -65,7 +69,8 @@ def _replaced(unit: StepUnit, number: int, gradient: Tensor) -> LayoutError:
     keys = dict.fromkeys(unit.parameters[s.parameter].key for s in unit.layout.shards if s.tensor == number)
     return LayoutError(
         f"{', '.join(keys)} had {unit.sizes[number]} elements, computed in {unit.dtype}, at its first step, but its "
-        f"gradient has {gradient.numel()} elements in {gradient.dtype} now; build a new optimizer for new parameters"
+        f"gradient has {gradient.numel()} elements in {gradient.dtype} now (shape {tuple(unit.shapes[number])}, now "
+        f"{tuple(gradient.shape)}); build a new optimizer for new parameters"
     )
 
 

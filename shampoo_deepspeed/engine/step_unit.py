@@ -77,6 +77,7 @@ class StepUnit:
         LayoutError: on all ranks alike, if ranks disagree or the shards do not tile the parameters.
     """
 
+    @torch.inference_mode(False)  # state that is made in it could not be changed later; so for all that makes some
     def __init__(
         self,
         layout: Layout,
@@ -101,6 +102,8 @@ class StepUnit:
         self.policies = [policies[p.key] for p in self.parameters]
         self.configs = configs  # when it was built
         self._locals = [_kind(tensor) for tensor in locals_]
+        self.shapes = [tensor.shape for tensor in locals_]
+        self.left_out: frozenset[int] = frozenset()  # local tensors that are in none of the groups now
         self.update_meter = UpdateMeter()
         self._reset_counts()
         self._build(configs, prior_loads or [0.0] * self.world_size)
@@ -122,6 +125,7 @@ class StepUnit:
             stack.release()
         self.elementwise.release()
 
+    @torch.inference_mode(False)
     def new_state(self) -> None:
         """Start again with new state, after `release_state`; all else stays as it was built."""
         for stack in self.stacks:
@@ -129,7 +133,7 @@ class StepUnit:
         self.elementwise.renew()
 
     def has_its_tensors(self) -> bool:
-        """Whether the local tensors still have the sizes, dtypes and devices that the unit was built for."""
+        """Whether the local tensors still have the shapes, dtypes and devices that the unit was built for."""
         return [_kind(tensor) for tensor in self.local_tensors()] == self._locals
 
     def _build(self, configs: Mapping[int, ShampooConfig], prior_loads: Sequence[float]) -> None:
@@ -347,6 +351,7 @@ class StepUnit:
         dist.all_reduce(values, group=self.group)
         return [value > 0 for value in values.tolist()]
 
+    @torch.inference_mode(False)
     def buffer(self, kind: str, tensor: int) -> Tensor:
         """The flat buffer of a kind for a local tensor, of the same size; zeros at first."""
         buffers = self.buffers[kind]
@@ -365,13 +370,14 @@ class StepUnit:
         return Measured(self.exchange.meter, stacks, len(self.plan.owned[self.rank]), self.update_meter)
 
 
+@torch.inference_mode(False)
 def as_count(number: int) -> Tensor:
     """A count as torch's optimizers hold it, always float32 on the CPU: in 16 bits 1,001 would be 1,000."""
     return torch.tensor(float(number), dtype=torch.float32, device="cpu")
 
 
-def _kind(local: Tensor) -> tuple[torch.device, torch.dtype, int]:
-    return local.device, local.dtype, local.numel()
+def _kind(local: Tensor) -> tuple[torch.device, torch.dtype, torch.Size]:
+    return local.device, local.dtype, local.shape
 
 
 def _by_box(placed: tuple[int, int, PlacedBox]) -> tuple[int, Box]:

@@ -63,22 +63,41 @@ def follow_weights(
             torch._foreach_add_(averages, torch._foreach_mul(new, found_inf.scale(1.0 - decay)))
 
 
-def use_averages(unit: StepUnit, configs: Mapping[int, ShampooConfig]) -> None:
-    """Put the averages into the unit's local tensors, and keep the weights that were there."""
-    for tensor, value in enumerate(unit.local_tensors()):
-        average = unit.buffers[AVERAGE].get(tensor)
-        if average is not None and _decay(unit, tensor, configs) and tensor not in unit.own_weights:
-            unit.own_weights[tensor] = value.clone()
-            value.copy_(average.view(value.shape))
+def use_averages(units: Sequence[StepUnit], configs: Mapping[int, ShampooConfig]) -> None:
+    """Put the averages into the units' local tensors, and keep the weights that were there.
+
+    If it fails, nothing has changed.
+    """
+    found = []
+    for unit in units:
+        for tensor, value in enumerate(unit.local_tensors()):
+            average = unit.buffers[AVERAGE].get(tensor)
+            if average is not None and _decay(unit, tensor, configs) and tensor not in unit.own_weights:
+                found.append((unit, tensor, value, average.view(value.shape)))
+    kept = [value.clone() for _, _, value, _ in found]  # memory may be too small
+    try:
+        for (unit, tensor, value, average), own in zip(found, kept, strict=True):
+            unit.own_weights[tensor] = own
+            value.copy_(average)
             torch.autograd.graph.increment_version(unit.tensors[tensor])
+    except BaseException:
+        for unit, tensor, value, _ in found:
+            _put_back(unit, tensor, value)
+        raise
 
 
 def use_weights(unit: StepUnit) -> None:
     """Put the weights back, to the bit."""
     for tensor, value in enumerate(unit.local_tensors()):
-        if tensor in unit.own_weights:
-            value.copy_(unit.own_weights.pop(tensor))
-            torch.autograd.graph.increment_version(unit.tensors[tensor])
+        _put_back(unit, tensor, value)
+
+
+def _put_back(unit: StepUnit, tensor: int, value: Tensor) -> None:
+    own = unit.own_weights.get(tensor)
+    if own is not None:
+        value.copy_(own)
+        del unit.own_weights[tensor]  # not before, so that an interrupt loses nothing
+        torch.autograd.graph.increment_version(unit.tensors[tensor])
 
 
 def _averaged_shards(unit: StepUnit, active: Sequence[bool], configs: Mapping[int, ShampooConfig]) -> list[Shard]:

@@ -15,6 +15,7 @@ from shampoo_deepspeed.state.copies import Copies
 class Averages(Copies):
     """Part of a blockwise optimizer: which weights the model has, the optimizer's own or their averages."""
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def use_averages(self) -> None:
         """Put the moving averages (option ``ema_decay``) into the model; call it on all ranks, between two steps.
@@ -22,17 +23,22 @@ class Averages(Copies):
         Meanwhile there is a second copy of the shards, and steps and saves raise RuntimeError. Parameters without an
         average keep their weights: those of groups whose ``ema_decay`` is 0, and all before the first step.
         """
+        self.refuse_in_step("use_averages()")
         if not any(group["ema_decay"] for group in self.param_groups):
             return
         self.finish_step()
         if self.state_keeper.waiting is not None or self.state_keeper.released:
             self._build_missing(self._trained())  # of a loaded state, which else comes with the next step
-        configs = self.configs()
-        for unit in self.units:
-            use_averages(unit, configs)
+        configs, before = self.configs(), self.averages_in_use
         self.averages_in_use = bool(self.units)
+        try:
+            use_averages(self.units, configs)
+        except BaseException:
+            self.averages_in_use = before
+            raise
         self._pass_weights_on()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def use_weights(self) -> None:
         """Put the weights back into the model, to the bit; call it on all ranks. Does nothing if they are there."""
@@ -46,8 +52,8 @@ class Averages(Copies):
     def averaged_weights(self) -> Iterator[None]:
         """``with optimizer.averaged_weights(): evaluate(model)``: `use_averages`, and `use_weights` at its end."""
         already = self.averages_in_use
-        self.use_averages()
         try:
+            self.use_averages()
             yield
         finally:
             if not already:

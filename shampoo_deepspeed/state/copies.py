@@ -12,7 +12,7 @@ from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.param_groups import group_options
 from shampoo_deepspeed.state.state_dict import SavedState
 from shampoo_deepspeed.state.state_dict_hooks import StateDicts
-from shampoo_deepspeed.state.units import StateKeeper, in_use
+from shampoo_deepspeed.state.units import StateKeeper
 
 
 class Copies(StateDicts):
@@ -21,15 +21,29 @@ class Copies(StateDicts):
     def __getstate__(self) -> dict[str, Any]:
         if any(unit.group is not None for unit in self.units):
             raise RuntimeError("this optimizer cannot be copied: its state is divided among ranks; use state_dict()")
-        if self.averages_in_use:
-            raise in_use("a copy")
+        self.refuse_now("a copy")
         self.finish_step()
         base, note = super().__getstate__(), self.external_state
         if note is None:
             self.take_waiting()
         own = self.state_keeper.state_of(self.units, self.rejected_steps)
         state = own if note is None else SavedState(external=note)
-        return {**base, "shampoo": state.to_dict(), "entries": [asdict(e.parameter) for e in self.entries]}
+        return {**base, "shampoo": state.to_dict(), "entries": self._entries_by_place()}
+
+    def _entries_by_place(self) -> list[tuple[dict[str, Any], int]]:
+        """Each parameter, and the place of its tensor among those of all groups; those in no group are left out.
+
+        Raises:
+            RuntimeError: if a framework has put others in their place.
+        """
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        places = {id(tensor): place for place, tensor in enumerate(tensors)}
+        found = [(asdict(e.parameter), places[n]) for e in self.entries if (n := id(e.reference())) in places]
+        if sorted(place for _, place in found) != list(range(len(tensors))):
+            raise RuntimeError(
+                "this optimizer cannot be copied while a framework has replaced its parameters by flat shards"
+            )
+        return found
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved, parameters = state.pop("shampoo", None), state.pop("entries", None)
@@ -40,14 +54,10 @@ class Copies(StateDicts):
         if parameters is None:
             return
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        if len(tensors) != len(parameters):
-            raise RuntimeError(
-                "this optimizer cannot be copied while a framework has replaced its parameters by flat shards"
-            )
         self.registry, self._warned = ParameterRegistry(None), False
         self.registry.reported = True
         self.entries, self.policies = self.registry.entries, self.registry.policies
-        self.entries += [Entry(Parameter(**p), weakref.ref(t)) for p, t in zip(parameters, tensors, strict=True)]
+        self.entries += [Entry(Parameter(**p), weakref.ref(tensors[place])) for p, place in parameters]
         self._without_units()
         waiting = SavedState.parse({"shampoo": saved})
         self.state_keeper = StateKeeper()

@@ -26,6 +26,7 @@ from shampoo_deepspeed.engine.step_unit import StepUnit
 from shampoo_deepspeed.geometry.boxes import Box, FlatRange, PlacedBox
 
 FORMAT = 1
+MOST_STEPS = 1 << 53
 # An environment variable: "1" lets a run continue from a checkpoint that has no Shampoo state.
 START_ANEW = "SHAMPOO_START_ANEW"
 
@@ -201,6 +202,10 @@ class BufferState:
             yield key, PlacedBox.contiguous(Box(tuple(offsets), tuple(lengths)), offset)
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < MOST_STEPS
+
+
 @dataclass
 class SavedState:
     """The ``"shampoo"`` part of a state dict: steps by parameter key, and the state that ranks and units had.
@@ -231,7 +236,7 @@ class SavedState:
         """Parse a state dict.
 
         Raises:
-            ValueError: if it has no Shampoo state, or one of another format.
+            ValueError: if it has no Shampoo state, or one of another format, or one that no save has made.
         """
         found = state_dict.get("shampoo")
         if not isinstance(found, Mapping):
@@ -246,13 +251,37 @@ class SavedState:
             )
         if "external" in found:
             return cls(external=found["external"])
-        return cls(
-            dict(found["steps"]),
-            [StackState.parse(saved) for saved in found["stacks"]],
-            [ElementwiseState(**saved) for saved in found["elementwise"]],
-            [BufferState(**saved) for saved in found["buffers"]],
-            int(found["rejected_steps"]),
-        )
+        try:
+            made = cls(
+                dict(found["steps"]),
+                [StackState.parse(saved) for saved in found["stacks"]],
+                [ElementwiseState(**saved) for saved in found["elementwise"]],
+                [BufferState(**saved) for saved in found["buffers"]],
+                int(found["rejected_steps"]),
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"the 'shampoo' entry of this state dict is damaged: {error!r}") from error
+        made._check_fields()
+        return made
+
+    def _check_fields(self) -> None:
+        """Raise ValueError for numbers and lists that no save has written."""
+        for key, steps in [*self.steps.items(), ("the optimizer", self.rejected_steps)]:
+            if not _is_count(steps):
+                raise ValueError(
+                    f"the saved state of {key} counts {steps!r:.40} steps; allowed: whole numbers from 0 on"
+                )
+        for stack in self.stacks:
+            what, count = f"the saved state of block {stack.keys[:1]}", len(stack.keys)
+            for name in ("refreshed", "failures", "pending"):
+                numbers = getattr(stack, name)
+                if not isinstance(numbers, list) or len(numbers) != count or not all(map(_is_count, numbers)):
+                    raise ValueError(
+                        f"{what} has {name} = {numbers!r:.40}; allowed: a number for each of {count} blocks"
+                    )
+            for name, tensor in stack.tensors.items():
+                if not isinstance(tensor, Tensor) or tensor.ndim == 0 or len(tensor) != count:
+                    raise ValueError(f"{what} has no {name!r} for each of {count} blocks")
 
     def to_dict(self) -> dict[str, Any]:
         """Builtins and tensors; ``parse`` reads them back."""

@@ -27,7 +27,6 @@ from shampoo_deepspeed.state.dcp_state import (
 from shampoo_deepspeed.state.dtensor_blocks import is_dtensor
 from shampoo_deepspeed.state.state_dict import START_ANEW, SavedState, lacking
 from shampoo_deepspeed.state.tool_entries import EntriesForTools, refuse_own_keys
-from shampoo_deepspeed.state.units import in_use
 
 logger = logging.getLogger("shampoo_deepspeed")
 
@@ -48,8 +47,7 @@ class StateDicts(EntriesForTools):
                 ``consolidate_state_dict`` was not called since the last step; or if a tool calls it that cannot carry
                 this state.
         """
-        if self.averages_in_use:
-            raise in_use("state_dict()")
+        self.refuse_now("state_dict()")
         # Torch calls this hook first of all that are registered, so that those of users see the whole state dict.
         handle = self.register_state_dict_post_hook(lambda _, made: self._add_own_state(made), prepend=True)
         try:
@@ -116,8 +114,7 @@ class StateDicts(EntriesForTools):
             ValueError: if this is not a Shampoo state dict, or does not fit the parameters. For parameters that have
                 not stepped yet, the next step raises it.
         """
-        if self.averages_in_use:
-            raise in_use("load_state_dict()")
+        self.refuse_now("load_state_dict()")
         numbers = [group["shampoo_group"] for group in self.param_groups]
         loaded: list[SavedState | TorchState] = []
 
@@ -184,10 +181,11 @@ def _taken_apart(
         torch_state = TorchState({}, optimizer.state_keeper.saved_as)
         groups = [completed_group(group) for group in state_dict["param_groups"]]
         if is_torch_state(state_dict):
-            keys = optimizer.registry.keys_by_group()
+            keys = optimizer.registry.keys_by_group(optimizer.param_groups)
             numbers = [group["shampoo_group"] for group in optimizer.param_groups]
             torch_state = TorchState.parse(state_dict, [keys[number] for number in numbers], numbers)
             groups = [with_own_formats(g, own) for g, own in zip(groups, optimizer.param_groups, strict=True)]
+        _checked_options(groups, optimizer)
         return torch_state, {**state_dict, "state": others_state(state_dict), "param_groups": groups}
     if "shampoo" not in state_dict and os.environ.get(START_ANEW) == "1":
         logger.warning(
@@ -197,14 +195,25 @@ def _taken_apart(
         return SavedState(), {"state": {}, "param_groups": own}
     saved = SavedState.parse(state_dict)
     rest = {key: value for key, value in state_dict.items() if key != "shampoo"}
+    configs = _checked_options(state_dict["param_groups"], optimizer)
     if saved.external is not None:
         return saved, {**rest, "state": _without_placeholders(state_dict["state"])}
     _check_parameters(saved, optimizer.entries)
-    groups = state_dict["param_groups"]
-    configs = [ShampooConfig.from_saved({n: g[n] for n in OPTION_NAMES if n in g}) for g in groups]
     if len(configs) == len(optimizer.param_groups):
         _check_units(saved, optimizer, configs)
     return saved, rest
+
+
+def _checked_options(groups: Sequence[Mapping[str, Any]], optimizer: StateDicts) -> list[ShampooConfig]:
+    """The options of loaded groups; torch itself refuses another number of these than here.
+
+    Raises:
+        OptionError: if they are not allowed, or not for the parameters here.
+    """
+    configs = [ShampooConfig.from_saved({n: g[n] for n in OPTION_NAMES if n in g}) for g in groups]
+    for group, config in zip(optimizer.param_groups, configs, strict=False):
+        optimizer.registry.refuse_dtypes(group["shampoo_group"], config)
+    return configs
 
 
 def _check_parameters(saved: SavedState, entries: Sequence[Entry]) -> None:

@@ -87,6 +87,8 @@ class BlockOptimizer(Averages):
         Raises:
             OptionError: for an option that is unknown, out of range, or that all groups must share.
         """
+        if not isinstance(param_group, dict):
+            super().add_param_group(param_group)  # raises
         known = {key for earlier in self.param_groups for key in earlier}
         for key in sorted(unknown_keys(param_group) - known):
             logger.warning(

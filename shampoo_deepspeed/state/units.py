@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shampoo_deepspeed.distributed.frameworks import Entry, NewTensor, adapters
+from shampoo_deepspeed.distributed.frameworks import Entry, LayoutError, NewTensor, Parameter, adapters
 from shampoo_deepspeed.engine.parameter_registry import ParameterRegistry
 from shampoo_deepspeed.engine.policy import Policy
 from shampoo_deepspeed.engine.step_unit import StepUnit, as_count
@@ -134,6 +134,7 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
         registry: the parameters and their options; its ``entries`` and ``policies`` are the optimizer's too.
         state_keeper: state that no unit has.
         units: the step units that have been built; ``unit_of`` is the unit of each tensor, by its ``id``.
+        group_of: the number of the group of each of these tensors when its unit was built.
         rejected_steps: how many steps were rejected because a gradient was not finite; the last one is not known yet.
     """
 
@@ -143,12 +144,14 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
     state_keeper: StateKeeper
     rejected_steps: int
     averages_in_use: bool = False  # whether the model has averages in place of weights
+    in_step: bool = False  # whether a step is under way
     _warned: bool  # whether a warning that a step did nothing was logged
 
     def _without_units(self) -> None:
         """Begin without units."""
         self.units: list[StepUnit] = []
         self.unit_of: dict[int, StepUnit] = {}
+        self.group_of: dict[int, int] = {}
         self._loads: dict[int, list[float]] = {}  # of each process group's ranks, by all units
 
     def configs(self) -> Mapping[int, ShampooConfig]:
@@ -236,8 +239,55 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
         self.registry.report(made)
         return made
 
+    def refuse_now(self, what: str) -> None:
+        """Raise RuntimeError for what cannot be done within a step or while averages are in use."""
+        self.refuse_in_step(what)
+        if self.averages_in_use:
+            raise in_use(what)
+
+    def refuse_in_step(self, what: str) -> None:
+        """Raise RuntimeError for what must wait until a step has returned."""
+        if self.in_step:
+            raise RuntimeError(f"{what} within a step, which has changed only a part of the state: wait for its end")
+
+    def _note_groups(self, units: Iterable[StepUnit]) -> None:
+        """Let tensors of these units that are in no group take no part in steps until one has them again.
+
+        Raises:
+            LayoutError: for a tensor that is in another group than at its first step.
+        """
+        key_of = self.registry.keys_by_tensor()
+        now = {id(tensor): group["shampoo_group"] for group in self.param_groups for tensor in group["params"]}
+        for unit in units:
+            for tensor in unit.tensors:
+                if now.get(id(tensor), self.group_of[id(tensor)]) != self.group_of[id(tensor)]:
+                    raise LayoutError(
+                        f"{key_of.get(id(tensor), 'a tensor')} was in another parameter group at its first step: the "
+                        "options of its group shape its blocks and state; change those of its own group instead, or "
+                        "build a new optimizer"
+                    )
+            # A framework may keep its flat tensors out of the groups between steps.
+            gone = {n for n, tensor in enumerate(unit.tensors) if id(tensor) in key_of and id(tensor) not in now}
+            unit.left_out = frozenset(gone)
+
+    def _begin_anew(self) -> None:
+        """Start again with new state where somebody has removed a tensor's entries from ``self.state``."""
+        lost = {p.key for unit in self.units for p in self._without_entry(unit)}
+        if lost:
+            logger.warning("new state for %d parameters, whose optimizer.state was removed", len(lost))
+            self.finish_step()
+            self.take_state(self.state_keeper.state_of(self.units, self.rejected_steps).without(lost))
+
+    def _without_entry(self, unit: StepUnit) -> list[Parameter]:
+        """The unit's parameters that have taken steps and of whose tensors ``self.state`` does not tell it."""
+        gone = [number for number, tensor in enumerate(unit.tensors) if "step" not in self.state.get(tensor, ())]
+        homes = unit.layout.homes or [0] * len(unit.parameters)
+        return [p for p, home, steps in zip(unit.parameters, homes, unit.steps, strict=True) if steps and home in gone]
+
     def _take_released(self) -> None:
         """Reuse units from before the last load, with the loaded state."""
+        if len(self.state) < len(self.unit_of):
+            self._begin_anew()
         keeper = self.state_keeper
         if keeper.released and keeper.external is None:
             present = {id(tensor) for group in self.param_groups for tensor in group["params"]}
@@ -250,6 +300,7 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
         self._loads[id(unit.group)] = unit.loads_so_far
         self.units.append(unit)
         self.unit_of.update((id(tensor), unit) for tensor in unit.tensors)
+        self.group_of.update((id(t), number) for t, number in zip(unit.tensors, unit.layout.groups, strict=True))
 
     def _warn_if_nothing_steps(self, units: Mapping[int, StepUnit]) -> None:
         """Warn once if no parameter steps: a wrapper may have replaced the parameters unknown to the optimizer."""
@@ -262,8 +313,7 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
 
     def take_state(self, source: StateSource) -> None:
         """Continue from this state at the next step, and drop the present one; call it on all ranks."""
-        if self.averages_in_use:
-            raise in_use("a load")
+        self.refuse_now("a load")
         self._release_units()
         self._forget_steps()
         self.state_keeper.take(source)
@@ -305,7 +355,7 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
     def _loaded_tensors(self) -> list[NewTensor]:
         """The tensors, trained or frozen, whose loaded state no unit has taken."""
         found: list[NewTensor] = []
-        waiting, keys = self.state_keeper.waiting, self.registry.keys_by_group()
+        waiting, keys = self.state_keeper.waiting, self.registry.keys_by_group(self.param_groups)
         steps = {} if waiting is None else waiting.steps
         for group in self.param_groups if any(steps.values()) else ():
             number, tensors = group["shampoo_group"], group["params"]

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_deepspeed import OptionError, Shampoo, load_shampoo, save_shampoo
-from tests.support.stepping import drive, parameter, same_bits, shampoo, snapshot
+from tests.support.stepping import drive, parameter, same_bits, shampoo, snapshot, state_of
 
 DECAY = 0.9
 
@@ -128,6 +129,66 @@ def test_bfloat16_weights_come_back_and_train_as_if_never_replaced(options: dict
         looked_at.use_weights()
         looked_at.use_weights()
         assert same_bits([p.detach()], [q.detach()])
+
+
+class Failing(TorchDispatchMode):
+    """Lets the n-th of some operators fail."""
+
+    def __init__(self, operator: str, number: int, error: BaseException) -> None:
+        super().__init__()
+        self.operator, self.left, self.error = operator, number, error
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= func._schema.name == self.operator
+        if not self.left and func._schema.name == self.operator:
+            raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), KeyboardInterrupt()], ids=type)
+@pytest.mark.parametrize(("operator", "number"), [("aten::clone", 2), ("aten::copy_", 1), ("aten::copy_", 2)])
+def test_averages_that_cannot_be_put_in_leave_all_weights(operator: str, number: int, error: BaseException) -> None:
+    params = [parameter(6, 4), parameter(3, 5), parameter(7)]
+    optimizer = shampoo(params, ema_decay=0.5)
+    drive(optimizer, params, range(4))
+    before = snapshot(params)
+    with pytest.raises(type(error)), Failing(operator, number, error), optimizer.averaged_weights():
+        raise AssertionError("averages are in use")
+    assert same_bits(snapshot(params), before) and not optimizer.averages_in_use
+    drive(optimizer, params, [4])
+    after = snapshot(params)
+    with optimizer.averaged_weights():
+        assert not same_bits(snapshot(params), after)
+    assert same_bits(snapshot(params), after)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_weights_that_could_not_be_put_back_are_not_lost(number: int) -> None:
+    params = [parameter(6, 4), parameter(3, 5), parameter(7)]
+    optimizer = shampoo(params, ema_decay=0.5)
+    drive(optimizer, params, range(4))
+    before = snapshot(params)
+    optimizer.use_averages()
+    with pytest.raises(KeyboardInterrupt), Failing("aten::copy_", number, KeyboardInterrupt()):
+        optimizer.use_weights()
+    optimizer.use_weights()
+    assert same_bits(snapshot(params), before) and not optimizer.averages_in_use
+
+
+def test_averages_that_a_closure_puts_in_are_noticed_before_the_step() -> None:
+    p = parameter(6, 4)
+    optimizer = shampoo([p], ema_decay=0.5)
+    drive(optimizer, [p], range(3))
+    steps = state_of(optimizer)["steps"]
+
+    def closure() -> float:
+        optimizer.use_averages()
+        return 0.0
+
+    with pytest.raises(RuntimeError, match="averaged weights"):
+        optimizer.step(closure)
+    optimizer.use_weights()
+    assert state_of(optimizer)["steps"] == steps
 
 
 def test_steps_saves_loads_and_copies_are_refused_while_averages_are_in_use(tmp_path: Path) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from shampoo_deepspeed import Shampoo, load_shampoo, save_shampoo
 from shampoo_deepspeed import optimizer as face
 from shampoo_deepspeed.algorithm.block_stack import BlockStack
 from shampoo_deepspeed.algorithm.elementwise import Elementwise
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import KLShampooPreconditioner
 from shampoo_deepspeed.engine.agreement import Agreement
 from shampoo_deepspeed.engine.parameter_registry import ParameterRegistry
-from tests.support.stepping import drive, parameter, shampoo
+from tests.support.stepping import drive, parameter, same_bits, shampoo, snapshot, state_of
 
 PLACES: list[tuple[Any, str]] = [
     (ParameterRegistry, "new_units"),
@@ -92,3 +96,39 @@ def test_an_interrupt_passes_through_and_training_can_go_on(
             optimizer.load_state_dict(optimizer.state_dict())
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+CALLS: dict[str, Callable[[Shampoo, Path], Any]] = {
+    "save_shampoo": save_shampoo,
+    "load_shampoo": load_shampoo,
+    "state_dict": lambda optimizer, _: optimizer.state_dict(),
+    "load_state_dict": lambda optimizer, _: optimizer.load_state_dict({}),
+    "a copy": lambda optimizer, _: copy.deepcopy(optimizer),
+    "use_averages": lambda optimizer, _: optimizer.use_averages(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_handler_of_a_signal_that_comes_within_a_step_cannot_see_half_of_it(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets an error, and the step goes on as if nothing had happened; between two steps the same call works."""
+    params, others = [parameter(6, 4), parameter(5)], [parameter(6, 4), parameter(5)]
+    optimizer, plain = (shampoo(own, ema_decay=0.5) for own in (params, others))
+    drive(optimizer, params, range(2))
+    drive(plain, others, range(3))
+    save_shampoo(optimizer, tmp_path)
+    step, seen = BlockStack.step, list[str]()
+
+    def interrupted(self: BlockStack, *args: Any) -> Any:
+        with pytest.raises(RuntimeError, match="within a step") as found:
+            CALLS[call](optimizer, tmp_path)
+        seen.append(str(found.value))
+        return step(self, *args)
+
+    monkeypatch.setattr(BlockStack, "step", interrupted)
+    drive(optimizer, params, [2])
+    monkeypatch.undo()
+    assert seen and same_bits(snapshot(params), snapshot(others))
+    assert same_bits(state_of(optimizer), state_of(plain))
+    save_shampoo(optimizer, tmp_path / "after")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from shampoo_deepspeed import LayoutError, Shampoo
+from shampoo_deepspeed import LayoutError, OptionError, Shampoo
 from tests.support.stepping import drive, made_up, parameter, same_bits, shampoo, snapshot, state_of
 
 
@@ -50,6 +50,59 @@ OPTIONS: dict[str, Any] = {"momentum": 0.9, "refresh": "staggered"}
 def made(dtype: torch.dtype = torch.float32) -> tuple[list[nn.Parameter], Shampoo]:
     params = [parameter(12, 10, dtype=dtype), parameter(5, dtype=dtype), parameter(dtype=dtype)]
     return params, shampoo(params, **OPTIONS)
+
+
+@pytest.mark.parametrize("change", [lambda p: p.t(), lambda p: p.reshape(5, 6), lambda p: p.reshape(3, 10)])
+@pytest.mark.parametrize("loads", [False, True])
+def test_a_parameter_of_another_shape_and_the_same_size_is_an_error(
+    change: Callable[[Tensor], Tensor], loads: bool
+) -> None:
+    p = parameter(6, 5)
+    optimizer = shampoo([("w", p)])
+    drive(optimizer, [p], range(3))
+    if loads:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    p.grad, p.data = None, change(p.data)
+    before = snapshot([p])
+    with pytest.raises(LayoutError, match=r"w (had|has) .*(shape|the shape)"):
+        drive(optimizer, [p], [3])
+    assert same_bits(snapshot([p]), before)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [torch._neg_view, lambda t: t[:1].expand(8, 6), lambda t: t[:, :1].expand(8, 6)],
+    ids=["neg", "row", "column"],
+)
+def test_weights_that_cannot_be_written_to_are_refused_by_name(view: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(OptionError, match="parameter w cannot be written to: .* give a copy"):
+        Shampoo([("w", nn.Parameter(view(torch.ones(8, 6))))])
+    with torch.no_grad():
+        Shampoo([("w", nn.Parameter(view(torch.ones(8, 6)), requires_grad=False)), ("b", parameter(4))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_trained_weights_of_other_dtypes_are_refused_at_once(dtype: torch.dtype) -> None:
+    with pytest.raises(OptionError, match=f"parameter w is in {dtype} and is trained; allowed: .*torch.bfloat16"):
+        Shampoo([("w", nn.Parameter(torch.ones(4, 4).to(dtype)))])
+    Shampoo([("w", nn.Parameter(torch.ones(4, 4).to(dtype), requires_grad=False)), ("b", parameter(4))])
+
+
+def test_a_lazy_module_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(4))
+    with pytest.raises(OptionError, match="parameter 1.weight of a lazy module has no shape yet; run one forward"):
+        Shampoo(model.named_parameters())
+
+
+def test_a_name_that_is_no_text_is_refused() -> None:
+    layer = nn.Linear(3, 3)
+    with pytest.raises(OptionError, match="1 is not allowed as the name of a parameter"):
+        Shampoo([(1, layer.weight)])
+
+
+def test_a_group_that_is_no_dict_gets_torchs_error() -> None:
+    with pytest.raises(TypeError, match="must be a dict"):
+        shampoo([parameter(3)]).add_param_group([parameter(3)])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from shampoo_deepspeed import Shampoo, load_shampoo, save_shampoo
+from shampoo_deepspeed import OptionError, Shampoo, load_shampoo, save_shampoo
 from shampoo_deepspeed.options.choices import GRAFTING_METHODS
 from shampoo_deepspeed.options.config import BEFORE
 from shampoo_deepspeed.state.dcp_state import as_count
@@ -404,6 +404,70 @@ def test_a_state_dict_with_a_bad_option_changes_nothing() -> None:
         optimizer.load_state_dict(saved)
     drive(optimizer, [p], range(2, 4))
     assert optimizer.param_groups[0]["eps"] >= 0
+
+
+EXTERNAL = {"format": 1, "external": {"place": "elsewhere"}}
+
+
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"lr": float("nan")}, {"stochastic_rounding": True, "master_weights": False}, {"betas": (0.9, 2.0)}]
+)
+def test_options_that_are_not_allowed_here_leave_the_state(options: dict[str, Any], external: bool) -> None:
+    p = parameter(6, 5, dtype=torch.float16)
+    optimizer = shampoo([("w", p)])
+    drive(optimizer, [p], range(4))
+    before = state_of(optimizer), optimizer.param_groups[0]["lr"]
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0].update(options)
+    if external:
+        state["shampoo"] = EXTERNAL
+    with pytest.raises(OptionError, match="lr|stochastic_rounding|betas"):
+        optimizer.load_state_dict(state)
+    assert same_bits((state_of(optimizer), optimizer.param_groups[0]["lr"]), before)
+    drive(optimizer, [p], [4])
+    assert state_of(optimizer)["steps"] == {"w": 5}
+
+
+def first_stack(own: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = own["stacks"][0]
+    return found
+
+
+DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no steps": lambda own: own.pop("steps"),
+    "no stacks": lambda own: own.pop("stacks"),
+    "no keys": lambda own: first_stack(own).pop("keys"),
+    "another field": lambda own: first_stack(own).update(more=1),
+    "a list of steps": lambda own: own.update(steps=[1, 2]),
+    "a number of steps": lambda own: own.update(steps=3),
+    "steps in words": lambda own: own["steps"].update(w="x"),
+    "no number": lambda own: own["steps"].update(w=None),
+    "many steps": lambda own: own["steps"].update(w=10**400),
+    "fewer than none": lambda own: own["steps"].update(w=-3),
+    "rejected": lambda own: own.update(rejected_steps="many"),
+    "rejected, fewer than none": lambda own: own.update(rejected_steps=-1),
+    "refreshed": lambda own: first_stack(own).update(refreshed=[]),
+    "failures": lambda own: first_stack(own).update(failures=[]),
+    "failures in words": lambda own: first_stack(own).update(failures=["x"] * len(first_stack(own)["keys"])),
+    "pending": lambda own: first_stack(own).update(pending=None),
+    "rows": lambda own: first_stack(own)["tensors"].update(factor_0=torch.zeros(1, 8, 8)),
+    "no tensor": lambda own: first_stack(own)["tensors"].update(factor_0=7),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_state_is_one_clear_error_and_changes_nothing(damage: str) -> None:
+    params = [parameter(16, 16), parameter(5)]
+    optimizer = shampoo(list(zip(("w", "b"), params, strict=True)))
+    drive(optimizer, params, range(4))
+    before = state_of(optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    DAMAGE[damage](state["shampoo"])
+    with pytest.raises(ValueError, match=r"the 'shampoo' entry of this state dict is damaged|the saved state of "):
+        optimizer.load_state_dict(state)
+    assert same_bits(state_of(optimizer), before)
+    drive(optimizer, params, [4])
 
 
 def test_a_state_dict_may_bring_other_options_to_an_optimizer_that_has_stepped() -> None:
