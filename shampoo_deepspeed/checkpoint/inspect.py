@@ -20,7 +20,7 @@ def describe(path: Path) -> str:
         CheckpointError: if there is no complete checkpoint, or a file is damaged.
     """
     manifest, files = _opened(path)
-    not_finite = files.verify(0, 1, set(manifest.parameters))
+    unfit = files.verify(0, 1, set(manifest.parameters))
     size = sum(facts["bytes"] for facts in manifest.files.values())
     steps = {record["steps"] for record in manifest.parameters.values()}
     ranks = f"{manifest.world_size} rank{'s' * (manifest.world_size != 1)}"
@@ -30,7 +30,7 @@ def describe(path: Path) -> str:
         f"{len(manifest.files)} files, {_megabytes(size)}, all checksums match",
         f"steps: {_range(steps)}; rejected: {manifest.rejected_steps}",
     ]
-    lines += [f"NOT FINITE: {tensor}" for tensor in not_finite.values()]
+    lines += [f"{problem.upper()}: {tensor}" for tensor, problem in unfit.values()]
     lines += [f"group {number}: {_changed(options)}" for number, options in sorted(manifest.groups.items())]
     rows = [_row(name, record) for name, record in manifest.parameters.items()]
     header = ("parameter", "shape", "group", "steps", "state")

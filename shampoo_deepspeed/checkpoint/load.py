@@ -179,9 +179,9 @@ def _verified(
     if first_rank_that(bool(found), group) is None:
         return {}
     return {
-        keys_of[name]: f"it was saved with values that are not finite, in {printable(tensor)}"
+        keys_of[name]: f"it was saved with values that are {problem}, in {printable(tensor)}"
         for part in all_gather_objects(found, group)
-        for name, tensor in part.items()
+        for name, (tensor, problem) in part.items()
     }
 
 

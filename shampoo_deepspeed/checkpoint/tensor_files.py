@@ -361,7 +361,7 @@ class TensorFiles:
         logger.warning(
             "%s has more files than this process may have open: keep the folder until all of its state is in use, or "
             "raise `ulimit -n`",
-            self.directory,
+            printable(str(self.directory)),
         )
         for rank in sorted(self._open)[len(self._open) // 2 :]:
             self._open.pop(rank).close()
@@ -378,17 +378,19 @@ class TensorFiles:
                     key = place.parameter, place.part
                     self.tensors.setdefault(key, (stored.form[0][1], shape, []))[2].append((rank, stored))
 
-    def verify(self, part: int, parts: int, names: set[str]) -> dict[str, str]:
+    def verify(self, part: int, parts: int, names: set[str]) -> dict[str, tuple[str, str]]:
         """Verify one of several equal parts of all bytes of the parameters with these stored names, in little memory.
 
         Returns:
-            By stored name of each parameter, a tensor of it that has values that are not finite.
+            By stored name of each parameter, a tensor of it with values that cannot be, and what they are: "not finite"
+            or "negative".
 
         Raises:
             CheckpointError: naming the first file and tensor whose bytes are not those that were saved.
         """
         total = sum(s.size for items in self._of_rank.values() for s in items if s.place.parameter in names)
-        mine, begin, unfit = range(total * part // parts, total * (part + 1) // parts), 0, {}
+        mine, begin = range(total * part // parts, total * (part + 1) // parts), 0
+        unfit: dict[str, tuple[str, str]] = {}
         memory = torch.empty(PIECE, dtype=torch.uint8, device="cpu")
         with progress("checking the checkpoint", len(mine), mebibytes) if total >= LARGE else UNSHOWN as advance:
             for rank, stored, n in self._in_file_order(names):
@@ -397,8 +399,9 @@ class TensorFiles:
                 for start in range(0, size, max(step, 1)):
                     if begin + start in mine:
                         stop = min(start + step, size)
-                        if not self._is_sound(rank, stored, n, range(start, stop), memory):
-                            unfit[stored.place.parameter] = name_of(stored.place, stored.form[n])
+                        problem = self._problem(rank, stored, n, range(start, stop), memory)
+                        if problem is not None:
+                            unfit[stored.place.parameter] = name_of(stored.place, stored.form[n]), problem
                         advance(stop - start)
                 begin += size
         return unfit
@@ -414,18 +417,18 @@ class TensorFiles:
             for place in sorted(range(len(starts)), key=starts.__getitem__):
                 yield rank, own[item_of[place]], part_of[place]
 
-    def _is_sound(self, rank: int, stored: Stored, n: int, bytes_: range, memory: Tensor) -> bool:
-        """Whether these bytes are finite values; raises CheckpointError if they are not those that were saved.
+    def _problem(self, rank: int, stored: Stored, n: int, bytes_: range, memory: Tensor) -> str | None:
+        """`problem_of` these bytes; raises CheckpointError if they are not those that were saved.
 
         Args:
             memory: for a piece of them.
         """
-        value, sums, sound = 0, [], True
+        value, sums, problem = 0, [], None
         for start in range(bytes_.start, bytes_.stop, PIECE):
             values = self._raw(rank, stored, n, range(start, min(start + PIECE, bytes_.stop)), memory)
             value = zlib.crc32(memory_of(values), value if stored.place.box is None else 0)
             sums += [value]
-            sound = sound and is_finite(values.view(stored.form[n][1]), stored.form[n], start)
+            problem = problem or problem_of(values.view(stored.form[n][1]), stored.form[n], stored.place, start)
         number = n if stored.place.box is None else bytes_.start // PIECE
         self._compare(rank, stored, n, number, sums[-1:] if stored.place.box is None else sums)
         if stored.form[n][0] == STATUS[0]:
@@ -435,7 +438,7 @@ class TensorFiles:
                     f"{self._paths[rank]} is not valid: {printable(name_of(stored.place, stored.form[n]))} is "
                     f"{[flags, failures]}; allowed: flags from 0 to 3, and how often a refresh has failed in a row"
                 )
-        return sound
+        return problem
 
     def items(self) -> Iterator[tuple[Place, StoredForm]]:
         """The place and the form of all that is stored."""
@@ -491,22 +494,30 @@ def _stored(
                 yield rank, Place(name, kind, box), (("", getattr(torch, found["dtype"]), box.lengths),), checksums
 
 
-def is_finite(values: Tensor, part: tuple[str, torch.dtype, tuple[int, ...]], start: int = 0) -> bool:
-    """Whether values are finite, as far as they are ever read: of a factor matrix only the lower triangle is.
+def problem_of(
+    values: Tensor, part: tuple[str, torch.dtype, tuple[int, ...]], place: Place, start: int = 0
+) -> str | None:
+    """What values are that no run can resume from, "not finite" or "negative" where they are means of squares.
+
+    Only what is ever read counts: of a factor matrix the lower triangle.
 
     Args:
         part: name, dtype and shape of the stored tensor.
+        place: where it is stored.
         start: the byte of it where the flat values begin.
     """
     name, dtype, shape = part
     if not dtype.is_floating_point or not values.numel():
-        return True
-    if all(math.isfinite(value.item()) for value in torch.aminmax(values)):
-        return True
+        return None
+    low, high = (value.item() for value in torch.aminmax(values))
+    if math.isfinite(low) and math.isfinite(high):
+        # Its root would be NaN. Codes of eight bits stand for no negative square.
+        squares = (name or str(place.part)).endswith("second_moment")
+        return "negative" if squares and low < 0.0 else None
     if not name.startswith("factor_") or len(shape) != 2:
-        return False
+        return "not finite"
     places = torch.isfinite(values).logical_not_().nonzero().view(-1) + start // dtype.itemsize
-    return not bool((places % shape[1] <= places // shape[1]).any())
+    return "not finite" if bool((places % shape[1] <= places // shape[1]).any()) else None
 
 
 def memory_of(tensor: Tensor) -> memoryview:

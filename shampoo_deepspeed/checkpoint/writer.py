@@ -28,10 +28,10 @@ from shampoo_deepspeed.checkpoint.tensor_files import (
     checksums_of,
     file_name,
     in_hexadecimal,
-    is_finite,
     laid_out,
     memory_of,
     name_of,
+    problem_of,
     sizes,
     write_range,
 )
@@ -59,9 +59,10 @@ def write(items: Sequence[Item], directory: Path, rank: int) -> tuple[list[Writt
                 tensor = content.detach().to("cpu").contiguous()
                 if (tensor.dtype, tuple(tensor.shape)) != part[1:]:
                     raise CheckpointError(f"{name_of(item.place, part)} has changed while it was saved")
-                if not is_finite(tensor.view(-1), part):
+                problem = problem_of(tensor.view(-1), part, item.place)
+                if problem is not None:
                     raise CheckpointError(
-                        f"{printable(name_of(item.place, part))} has values that are not finite: a run cannot resume "
+                        f"{printable(name_of(item.place, part))} has values that are {problem}: a run cannot resume "
                         "from them, so nothing is saved, and an earlier checkpoint stays"
                     )
                 memory = memory_of(tensor)

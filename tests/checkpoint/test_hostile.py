@@ -39,8 +39,8 @@ def made(seed: int = 0, **options: Any) -> tuple[list[nn.Parameter], Shampoo]:
     return params, shampoo(list(zip(["w", "v", "b"], params, strict=True)), momentum=0.9, **options)
 
 
-def saved(path: Path) -> tuple[list[nn.Parameter], Shampoo]:
-    params, optimizer = made()
+def saved(path: Path, **options: Any) -> tuple[list[nn.Parameter], Shampoo]:
+    params, optimizer = made(**options)
     drive(optimizer, params, range(STEPS))
     save_shampoo(optimizer, path)
     return params, optimizer
@@ -446,7 +446,7 @@ def test_files_of_another_save_are_refused(tmp_path: Path) -> None:
     assert "is damaged" in refusal(tmp_path / "a")
 
 
-def not_finite(path: Path, name: str, value: float) -> None:
+def put_value(path: Path, name: str, value: float) -> None:
     """Put a value into a tensor of a checkpoint, with right checksums, as a stranger could."""
     found = Manifest.read(path)
     files = found.open_files(path)
@@ -478,7 +478,7 @@ def test_values_that_are_not_finite_are_refused_by_name(
     name: str, value: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     saved(tmp_path)
-    not_finite(tmp_path, name, value)
+    put_value(tmp_path, name, value)
     with pytest.raises(CheckpointError, match=re.escape(f"values that are not finite, in {name}")):
         loaded(tmp_path)
     assert f"NOT FINITE: {name}" in describe(tmp_path)
@@ -488,6 +488,44 @@ def test_values_that_are_not_finite_are_refused_by_name(
     assert set(report.left_out) == {key} and name in caplog.text
     drive(optimizer, params, range(STEPS, STEPS + 1))
     assert state_of(optimizer)["steps"] == {k: 1 if k == key else STEPS + 1 for k in ("w", "v", "b")}
+
+
+NARROW = {"elementwise_format": "bfloat16", "moment_format": "bfloat16"}
+SQUARES: list[tuple[dict[str, Any], str]] = [
+    ({}, "elementwise/b/second_moment[0:6]"),
+    (NARROW, "elementwise/b/second_moment[0:6]"),
+    ({"preconditioner": "soap"}, "elementwise/b/second_moment[0:6]"),
+    ({"preconditioner": "soap"}, "blocks/w/0/rotated_second_moment"),
+    ({"preconditioner": "soap", **NARROW}, "blocks/w/0/rotated_second_moment"),
+    ({"preconditioner": "shampoo", "grafting": "adam"}, "blocks/w/0/second_moment"),
+]
+
+
+@pytest.mark.parametrize("options, name", SQUARES)
+def test_negative_means_of_squares_are_refused_by_name(
+    options: dict[str, Any], name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path, **options)
+    put_value(tmp_path, name, -0.0)
+    load_shampoo(made(**options)[1], tmp_path)
+    put_value(tmp_path, name, -1.0)
+    params, optimizer = made(**options)
+    with pytest.raises(CheckpointError, match=re.escape(f"values that are negative, in {name}")):
+        load_shampoo(optimizer, tmp_path)
+    assert f"NEGATIVE: {name}" in describe(tmp_path)
+    key = name.split("/")[1]
+    report = load_shampoo(optimizer, tmp_path, strict=False)
+    assert set(report.left_out) == {key} and name in caplog.text
+    drive(optimizer, params, range(STEPS, STEPS + 1))
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_negative_means_of_squares_are_not_saved(tmp_path: Path) -> None:
+    _, optimizer = saved(tmp_path)
+    optimizer.units[0].elementwise.views["second_moment"][0].fill_(-1.0)
+    with pytest.raises(CheckpointError, match=re.escape("elementwise/b/second_moment[0:6] has values that are neg")):
+        save_shampoo(optimizer, tmp_path)
+    loaded(tmp_path)
 
 
 def test_state_that_is_not_finite_is_not_saved_and_the_last_save_stays(tmp_path: Path) -> None:
