@@ -22,6 +22,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo
+from shampoo_deepspeed.checkpoint.errors import printable
 from shampoo_deepspeed.checkpoint.manifest import open_checkpoint
 from shampoo_deepspeed.state.state_dict import SavedState
 from shampoo_deepspeed.state.unwrap import inner_optimizer, unwrap
@@ -168,10 +169,10 @@ def newest_complete(output_dir: str | os.PathLike[str]) -> str | None:
         problem = what_is_missing(path)
         if problem is None:
             return str(path)
-        logger.warning("not resumed from %s: %s", path, problem)
+        logger.warning("not resumed from %s: %s", printable(str(path)), printable(problem))
         skipped.append(f"{path.name}: {problem}")
     if skipped:
-        raise ValueError(f"no checkpoint in {output_dir} is complete ({'; '.join(skipped)})")
+        raise ValueError(printable(f"no checkpoint in {output_dir} is complete ({'; '.join(skipped)})"))
     return None
 
 

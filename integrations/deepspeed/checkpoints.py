@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo_deepspeed.checkpoint import load_shampoo, save_shampoo
-from shampoo_deepspeed.checkpoint.errors import CheckpointError
+from shampoo_deepspeed.checkpoint.errors import CheckpointError, printable
 from shampoo_deepspeed.checkpoint.manifest import Manifest
 from shampoo_deepspeed.distributed.collectives import first_rank_that, job_group, object_of_rank
 from shampoo_deepspeed.state.state_dict import START_ANEW, SavedState
@@ -123,7 +123,7 @@ def resume(optimizer: BlockOptimizer, folder: Path | None = None, again: bool = 
         return
     missing = object_of_rank(without, reasons, group)
     if os.environ.get(START_ANEW) == "1":
-        logger.warning("%s; Shampoo starts with new state (%s = 1)", missing, START_ANEW)
+        logger.warning("%s; Shampoo starts with new state (%s = 1)", printable(missing), START_ANEW)
         optimizer.take_state(SavedState())
     else:
         raise CheckpointError(

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-from shampoo_deepspeed.checkpoint.errors import CheckpointError
+from shampoo_deepspeed.checkpoint.errors import CheckpointError, printable
 from shampoo_deepspeed.distributed.process_groups import exists
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
@@ -119,7 +119,7 @@ def _write(path: Path, write: Callable[[], None], group: dist.ProcessGroup | Non
                 "shampoo_deepspeed.wait_for_saves(), or result() of the future, on all ranks before "
                 "destroy_process_group()"
             )
-        logger.error("the asynchronous save into %s has failed: %s", path, failure)
+        logger.error("the asynchronous save into %s has failed: %s", printable(str(path)), failure)
         raise failure from error
 
 

@@ -11,6 +11,10 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 class CheckpointError(RuntimeError):
     """A checkpoint is incomplete, damaged, of an unknown format, or does not fit; the message says which and why."""
 
+    def __init__(self, message: str) -> None:
+        """Take a message; what a terminal would obey in it, as in a path or a name, becomes an escape."""
+        super().__init__("\n".join(map(printable, message.split("\n"))))
+
 
 class MissingError(CheckpointError):
     """A file or folder of a checkpoint is not there."""

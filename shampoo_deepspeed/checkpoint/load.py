@@ -76,10 +76,9 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
     optimizer = optimizer if isinstance(optimizer, BlockOptimizer) else unwrap(optimizer)
     if WRITER.unfinished:
         WRITER.wait(optimizer)
-    # The files are read later, when the script may have changed directory, or a link to its newest checkpoint.
-    # Unlike `Path.resolve`, this leaves a link that leads in a circle to the error that names it.
-    folder, group = Path(os.path.realpath(path)), job_group()
+    group = job_group()
     with on_all_ranks(group):
+        folder = _resolved(path)
         manifest, files = _opened(folder)
     keys_of = {name: base_key(name) for name in manifest.parameters}
     records = {keys_of[name]: record for name, record in manifest.parameters.items()}
@@ -96,15 +95,16 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
     if strict and left_out:
         raise CheckpointError(_what_does_not_fit(folder, left_out))
     for key, why in left_out.items():
-        logger.warning("%s: %s%s", key, why, "" if key in unused else "; it starts with new state")
+        logger.warning("%s: %s%s", printable(key), why, "" if key in unused else "; it starts with new state")
     going_on = [parameter for parameter in known if parameter.key in records and parameter.key not in unfit]
     keys = frozenset(parameter.key for parameter in going_on)
     optimizer.take_state(StoredState(folder, manifest, keys, files).without(set()))
     if options:
         _restore_options(optimizer, going_on, configs, records, manifest)
     steps = sorted({records[parameter.key]["steps"] for parameter in going_on})
-    if steps and (group is None or dist.get_rank() == 0):
-        logger.info("resumed Shampoo's state of step %d from %s (%d parameters)", steps[-1], folder, len(keys))
+    if steps and logger.isEnabledFor(logging.INFO) and (group is None or dist.get_rank() == 0):
+        shown = printable(str(folder))
+        logger.info("resumed Shampoo's state of step %d from %s (%d parameters)", steps[-1], shown, len(keys))
     return LoadReport(tuple(sorted(keys)), left_out)
 
 
@@ -144,6 +144,21 @@ def _joined(path: Path, ranks: Sequence[_Seen]) -> tuple[dict[str, str], set[str
         )
     unfit = {key: why for seen in ranks for key, why in seen.unfit.items()}
     return unfit, {key for seen in ranks for key in seen.keys}
+
+
+def _resolved(path: str | PathLike[str]) -> Path:
+    """The folder at a path as it is now.
+
+    The files are read later, when the script may have changed directory, or a link to its newest checkpoint. Unlike
+    `Path.resolve`, this leaves a link that leads in a circle to the error that names it.
+
+    Raises:
+        CheckpointError: for a path that no folder can have.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:  # a null byte, or text that cannot be encoded
+        raise CheckpointError(f"{quoted(path)} cannot be read: {error}") from error
 
 
 def _opened(path: Path) -> tuple[Manifest, TensorFiles]:
@@ -243,7 +258,7 @@ def _other_blocks(policy: Policy, record: Mapping[str, Any], manifest: Manifest)
 
 
 def _what_does_not_fit(path: Path, problems: Mapping[str, str]) -> str:
-    lines = [f"  {key}: {why}" for key, why in list(problems.items())[:5]]
+    lines = [f"  {printable(key)}: {why}" for key, why in list(problems.items())[:5]]
     more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
     return (
         f"the checkpoint {path} does not fit {len(problems)} parameters:\n"
@@ -278,7 +293,7 @@ def _restore_kept_by_others(group: dict[str, Any], saved: set[str], manifest: Ma
     differing = []
     for key in sorted({key for kept in found for key in kept}):
         if any(kept.get(key) != found[0].get(key) for kept in found):
-            differing.append(key)
+            differing.append(printable(key))
         else:
             value = from_json(found[0][key])
             _put(group, key, tuple(value) if isinstance(group.get(key), tuple) and isinstance(value, list) else value)
@@ -396,7 +411,7 @@ def _restore_decay(
             "give the same no_decay patterns or parameter groups as then (a DeepSpeed JSON leaves out norms and biases "
             "unless it says otherwise), or options=False to keep all of today's options",
             len(others),
-            others[0],
+            printable(others[0]),
             was[others[0]],
             now[others[0]],
         )

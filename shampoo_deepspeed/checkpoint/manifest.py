@@ -64,8 +64,9 @@ class Manifest:
         Raises:
             CheckpointError: if there is none, or it is damaged, of another format, or says what no save can have said.
         """
-        file, data = path / NAME, _data_bytes(path)
+        file = path / NAME
         try:
+            data = _data_bytes(path)
             content = _content(file, MOST_BYTES + data)
         except MissingError:
             begun = any(path.glob("data-*")) if path.is_dir() else False
@@ -73,6 +74,8 @@ class Manifest:
                 f"{path} holds no complete Shampoo checkpoint: it has no {NAME}"
                 + ("; a save into it was interrupted" if begun else "")
             ) from None
+        except ValueError as error:  # a null byte in the path, or text that cannot be encoded
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
         body = _body(file, content, MOST_VALUES + data // DATA_PER_VALUE)
         try:
             check(body)

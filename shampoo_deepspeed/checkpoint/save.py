@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shampoo_deepspeed._version import __version__
 from shampoo_deepspeed.checkpoint.async_writer import WRITER
-from shampoo_deepspeed.checkpoint.errors import CheckpointError
+from shampoo_deepspeed.checkpoint.errors import CheckpointError, printable
 from shampoo_deepspeed.checkpoint.lock import FolderLock
 from shampoo_deepspeed.checkpoint.manifest import NAME as MANIFEST
 from shampoo_deepspeed.checkpoint.manifest import Manifest
@@ -428,7 +428,8 @@ def _remove_replaced(path: Path, directory: str) -> None:
     try:
         replaced = [found for found in path.iterdir() if _OURS.fullmatch(found.name) and found.name != directory]
     except OSError as error:
-        logger.warning("the files of earlier saves in %s could not be removed: %s", path, error)
+        shown = printable(str(path)), printable(str(error))
+        logger.warning("the files of earlier saves in %s could not be removed: %s", *shown)
         return
     for old in replaced:
         try:
@@ -437,4 +438,5 @@ def _remove_replaced(path: Path, directory: str) -> None:
             else:
                 old.unlink()
         except OSError as error:
-            logger.warning("%s is from an earlier save and could not be removed: %s", old, error)
+            shown = printable(str(old)), printable(str(error))
+            logger.warning("%s is from an earlier save and could not be removed: %s", *shown)

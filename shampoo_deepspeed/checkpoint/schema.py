@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from shampoo_deepspeed.checkpoint.errors import quoted
+from shampoo_deepspeed.checkpoint.errors import CheckpointError, quoted
 from shampoo_deepspeed.geometry.boxes import Box
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
 from shampoo_deepspeed.state.block_codec import STATUS, TRIANGLE
@@ -404,10 +404,16 @@ def stored_name(key: str, part: int | None) -> str:
     """A parameter's key in checkpoints: with expert parallelism, ranks hold different ones under the same name.
 
     A key that looks like that of a part gets an "@" at its end.
+
+    Raises:
+        CheckpointError: for a key that no manifest can hold.
     """
-    if part is None:
-        return f"{key}@" if _NUMBERED.fullmatch(key) else key
-    return f"{key}@{part}"
+    name = f"{key}@{part}" if part is not None else f"{key}@" if _NUMBERED.fullmatch(key) else key
+    try:
+        NAME.check(name)
+    except SchemaError as error:
+        raise CheckpointError(f"the name of a parameter {error.problem}; give it another one") from None
+    return name
 
 
 def base_key(name: str) -> str:

@@ -88,7 +88,8 @@ class StoredState:
 
         Raises:
             ValueError: on all ranks of the unit, if the state does not fit it.
-            CheckpointError: on all ranks of the unit, if a file cannot be read, or has changed since it was loaded.
+            CheckpointError: on all ranks of the unit, if a file cannot be read, or has changed since it was loaded, or
+                if there is no memory for it.
         """
         try:
             with on_all_ranks(unit.group, unit.device):
@@ -97,10 +98,11 @@ class StoredState:
                 if self.files is not None:
                     read(self.files, self._wanted(unit, names, {key for key, count in steps.items() if count}))
                 unit.steps = [steps.get(p.key, 0) for p in unit.parameters]
-        except CheckpointError as error:
-            raise CheckpointError(f"the checkpoint {self.path} cannot be loaded: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"the checkpoint {printable(str(self.path))} cannot be loaded: {error}") from error
         except Exception as error:
-            raise ValueError(f"the checkpoint {self.path} cannot be loaded: {error}") from error
+            why = str(error) or repr(error)  # a MemoryError has no message
+            raise CheckpointError(f"the checkpoint {self.path} cannot be loaded: {why}") from error
 
     def _steps(self, name: str, parts: int) -> int:
         """How many steps a parameter had taken.

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shampoo, wait_for_saves
+from shampoo_deepspeed.checkpoint.inspect import describe
 from shampoo_deepspeed.checkpoint.manifest import Manifest
 from shampoo_deepspeed.distributed.frameworks import Layout, plain_layouts
 from tests.support.stepping import drive, parameter, same_bits, shampoo, state_of
@@ -308,3 +310,26 @@ def test_the_interpreter_s_exit_waits_for_a_save_and_nothing_of_ours_holds_its_p
     command = [sys.executable, "-c", AT_EXIT, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == "1 made\nsaved: True\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a\ud800b"], ids=ascii)
+@pytest.mark.parametrize("use", [save_shampoo, load_shampoo, lambda _, path: describe(Path(path))])
+def test_a_path_that_no_folder_can_have_is_refused(use: Callable[[Shampoo, str], Any], path: str) -> None:
+    _, optimizer = trained()
+    with pytest.raises(CheckpointError, match=r"a\\(x00|ud800)b.* cannot be (read|written)"):
+        use(optimizer, path)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("shape", [(8, 6), (6,)], ids=str)
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("name", ["a\ud800", "n" * 70_000], ids=["surrogate", "long"])
+def test_a_name_that_no_manifest_can_hold_is_named(
+    name: str, stepped: bool, shape: tuple[int, ...], asynchronous: bool, tmp_path: Path
+) -> None:
+    w = parameter(*shape)
+    optimizer = shampoo([(name, w)])
+    drive(optimizer, [w], range(int(stepped)))
+    with pytest.raises(CheckpointError, match=r"the name of a parameter is '(a\\ud800|nn+\.\.\.n+)'"):
+        save_shampoo(optimizer, tmp_path, asynchronous=asynchronous).result()
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -239,3 +240,27 @@ def test_moments_are_not_saved_in_dtypes_without_their_range(tmp_path: Path) -> 
     for dtype in (torch.float16, torch.int8):
         with pytest.raises(ValueError, match=r"moments_dtype = torch\.\w+ is not allowed: None, bfloat16"):
             save_shampoo(optimizer, tmp_path, moments_dtype=dtype)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error"), RuntimeError("boom")], ids=repr)
+def test_state_that_fails_while_it_is_read_stays_to_be_read_again(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = two()
+    optimizer = optimizer_of(params)
+    drive(optimizer, params, range(1))
+    save_shampoo(optimizer, tmp_path)
+    load_shampoo(optimizer, tmp_path)
+
+    text = re.escape(str(error) or repr(error))
+
+    def broken(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shampoo_deepspeed.checkpoint.stored_state.read_one", broken)
+        with pytest.raises(CheckpointError, match=f"cannot be loaded: .*({text})") as caught:
+            drive(optimizer, params, range(1, 2))
+    assert caught.value.__cause__ is error
+    drive(optimizer, params, range(1, 2))
+    assert set(state_of(optimizer)["steps"].values()) == {2}

@@ -107,6 +107,23 @@ def test_a_killed_and_resumed_training_is_the_uninterrupted_one_to_the_bit(
     assert from_a_path.losses == uninterrupted.losses[STOP:]
 
 
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_folders_that_are_not_resumed_from_are_printed_escaped(
+    content: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their path and what DeepSpeed's file names may hold anything."""
+    folder = tmp_path / "evil\x1b[2J" / "checkpoint-1"
+    folder.mkdir(parents=True)
+    (folder / "latest").write_text("evil\x1b]0;title\x07")
+    if content is not None:
+        (folder / "trainer_state.json").write_text(content)
+    with pytest.raises(ValueError) as caught:
+        newest_complete(folder.parent)
+    (record,) = caplog.records
+    for text in (str(caught.value), record.getMessage()):
+        assert text.isprintable() and r"evil\x1b" in text
+
+
 def test_without_its_state_in_the_checkpoint_the_optimizer_starts_only_on_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
