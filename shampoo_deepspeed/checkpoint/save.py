@@ -136,7 +136,7 @@ def share_of(optimizer: BlockOptimizer, form: Form, copies: bool = False) -> Sha
     configs = {number: config for number, config in optimizer.configs().items() if number < STRIDE}
     groups = {str(n): options_record(config, live.get(n, config.lr)) for n, config in configs.items()}
     others = {
-        str(group["shampoo_group"]): {key: value for key, value in kept_by_others(group).items() if fits(value)}
+        str(group["shampoo_group"]): {key: value for key, value in kept_by_others(group).items() if fits(key, value)}
         for group in optimizer.param_groups
         if group.keys() - KEYS_OF_GROUPS
     }

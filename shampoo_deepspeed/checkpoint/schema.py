@@ -12,14 +12,16 @@ import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from shampoo_deepspeed.checkpoint.errors import CheckpointError, quoted
 from shampoo_deepspeed.geometry.boxes import Box
+from shampoo_deepspeed.options.choices import DTYPES as DTYPES_OF_OPTIONS
 from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
+from shampoo_deepspeed.options.param_groups import DTYPE, FORMS, KEYS_OF_GROUPS, NOT_FINITE, NOT_FINITES, SCALAR
 from shampoo_deepspeed.state.block_codec import STATUS, TRIANGLE
 
 FORMAT = 2
@@ -67,6 +69,7 @@ class Text:
 
     pattern: str = r"(?s:.*)"
     longest: int = 1 << 16
+    reserved: frozenset[str] = frozenset()  # texts that have another meaning
 
     def check(self, value: Any) -> None:
         if type(value) is not str or len(value) > self.longest:
@@ -75,6 +78,8 @@ class Text:
             raise SchemaError(f"is {quoted(value)}, which is no valid Unicode")
         if re.fullmatch(self.pattern, value) is None:
             raise SchemaError(f"is {quoted(value)}; allowed: {self.pattern}")
+        if value in self.reserved:
+            raise SchemaError(f"is {quoted(value)}, which is reserved for torch or this package; allowed: other names")
 
 
 @dataclass(frozen=True)
@@ -193,10 +198,34 @@ class Option:
                 raise SchemaError("is nested too deeply")
             if _count(value, self.most) > self.most:
                 raise SchemaError(f"has too many values; allowed: at most {self.most}")
-            kind = Option(self.depth - 1, self.most)
+            kind = replace(self, depth=self.depth - 1)
             (ListOf(kind) if isinstance(value, list) else MapOf(NAME, kind)).check(value)
         else:
             (NAME if isinstance(value, str) else Number()).check(value)
+
+
+@dataclass(frozen=True)
+class Kept(Option):
+    """What somebody else keeps in a parameter group, as `param_groups.kept_by_others` writes it."""
+
+    def check(self, value: Any) -> None:
+        super().check(value)
+        if isinstance(value, dict) and set(value) in FORMS:
+            for name, kind in (_KEPT_TENSOR if DTYPE in value else _KEPT_NUMBER).items():
+                _within(name, kind, value[name])
+
+
+@dataclass(frozen=True)
+class KeptNumber:
+    """A number, perhaps one that is not finite."""
+
+    def check(self, value: Any) -> None:
+        if not (isinstance(value, dict) and set(value) == {NOT_FINITE}):
+            Number().check(value)
+
+
+_KEPT_NUMBER: dict[str, Kind] = {NOT_FINITE: Text("|".join(NOT_FINITES))}
+_KEPT_TENSOR: dict[str, Kind] = {SCALAR: KeptNumber(), DTYPE: Text("|".join(DTYPES_OF_OPTIONS))}
 
 
 def _count(value: Any, most: int) -> int:
@@ -220,6 +249,7 @@ def _within(step: str | int, kind: Kind, value: Any) -> None:
 
 
 COUNT, NAME = Int(), Text()
+KEPT_NAME = Text(reserved=KEYS_OF_GROUPS)
 CHECKSUMS = Text(rf"([0-9a-f]{{{DIGITS}}})*", 2**53)
 DIRECTORY = Text(r"data-[0-9a-f]{12}")
 FILE = Text(r"rank-(0|[1-9][0-9]{0,6})\.safetensors")
@@ -258,7 +288,7 @@ MANIFEST = Record(
         "files": MapOf(FILE, Record({"bytes": COUNT})),
         "parameters": MapOf(NAME, PARAMETER),
     },
-    {"versions": MapOf(NAME, NAME), "kept_by_others": MapOf(Text(_NUMBER), MapOf(NAME, Option()))},
+    {"versions": MapOf(NAME, NAME), "kept_by_others": MapOf(Text(_NUMBER), MapOf(KEPT_NAME, Kept()))},
 )
 
 
@@ -277,10 +307,11 @@ def check(body: Any) -> None:
             raise SchemaError(problem, "parameters", name, step)
 
 
-def fits(value: Any) -> bool:
-    """Whether a manifest can hold a value of somebody else's in a parameter group."""
+def fits(key: Any, value: Any) -> bool:
+    """Whether a manifest can hold what somebody else keeps in a parameter group under a key."""
     try:
-        Option().check(value)
+        KEPT_NAME.check(key)
+        Kept().check(value)
     except SchemaError:
         return False
     return True

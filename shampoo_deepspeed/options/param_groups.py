@@ -29,8 +29,11 @@ _OTHERS_KEYS = {
     "params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "name", "moe",
     "shampoo_group",
 }  # fmt: skip
-# Keys of every group that are no options of somebody else's: ours, and what says which group it is.
-KEYS_OF_GROUPS = frozenset({*OPTION_NAMES, "params", "param_names", "name", "moe", "shampoo_group"})
+# Keys of groups that are no options of somebody else's: ours, what says which group it is, and DeepSpeed's note of
+# where the state is.
+KEYS_OF_GROUPS = frozenset(
+    {*OPTION_NAMES, "params", "param_names", "name", "moe", "shampoo_group", "shampoo_checkpoint"}
+)
 _OWN = {*GIVEN_NAMES, *ALIASES, *IGNORED, *ONLY_FALSE}
 
 
@@ -49,14 +52,16 @@ def kept_by_others(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _NOT_JSON = object()
-_TENSOR, _DTYPE = "tensor of 0 dims", "dtype"  # schedulers keep such tensors if lr is one
-_NOT_FINITE = "number"  # as text, which JSON has no other form for
+# What JSON has no other form for: an object with just these keys. Schedulers keep such tensors if lr is one.
+SCALAR, DTYPE = "tensor of 0 dims", "dtype"
+NOT_FINITE, NOT_FINITES = "number", ("inf", "-inf", "nan")
+FORMS = ({SCALAR, DTYPE}, {NOT_FINITE})
 
 
 def _in_json(value: Any) -> Any:
     """A number, a string, None or a list or dict of these, in JSON types; `_NOT_JSON` for anything else."""
     if isinstance(value, float) and not math.isfinite(value):
-        return {_NOT_FINITE: str(value)}
+        return {NOT_FINITE: str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
@@ -65,9 +70,9 @@ def _in_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         named = {key: _in_json(item) for key, item in value.items()}
         fits = all(isinstance(key, str) for key in named) and _NOT_JSON not in named.values()
-        return named if fits else _NOT_JSON
+        return named if fits and set(named) not in FORMS else _NOT_JSON
     if isinstance(value, torch.Tensor) and value.ndim == 0 and _name(value.dtype) in DTYPES:
-        return {_TENSOR: _in_json(value.item()), _DTYPE: _name(value.dtype)}
+        return {SCALAR: _in_json(value.item()), DTYPE: _name(value.dtype)}
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # numpy's
         return _in_json(value.item())
     return _NOT_JSON
@@ -75,10 +80,11 @@ def _in_json(value: Any) -> Any:
 
 def from_json(value: Any) -> Any:
     """A value as `kept_by_others` found it, but lists for tuples."""
-    if isinstance(value, Mapping) and set(value) == {_TENSOR, _DTYPE}:
-        return torch.tensor(from_json(value[_TENSOR]), dtype=DTYPES[value[_DTYPE]], device="cpu")
-    if isinstance(value, Mapping) and set(value) == {_NOT_FINITE}:
-        return float(value[_NOT_FINITE])
+    if isinstance(value, Mapping) and set(value) == {SCALAR, DTYPE}:
+        with torch.inference_mode(False):  # a scheduler will change it in place
+            return torch.tensor(float(from_json(value[SCALAR])), dtype=DTYPES[value[DTYPE]], device="cpu")
+    if isinstance(value, Mapping) and set(value) == {NOT_FINITE}:
+        return float(value[NOT_FINITE])
     if isinstance(value, list):
         return [from_json(item) for item in value]
     return {key: from_json(item) for key, item in value.items()} if isinstance(value, Mapping) else value

@@ -27,6 +27,7 @@ from shampoo_deepspeed.checkpoint import schema, tensor_files
 from shampoo_deepspeed.checkpoint.inspect import describe
 from shampoo_deepspeed.checkpoint.manifest import Manifest
 from shampoo_deepspeed.geometry.boxes import Box
+from shampoo_deepspeed.options.param_groups import KEYS_OF_GROUPS
 from tests.support.manifests import body_of, put
 from tests.support.stepping import drive, parameter, same_bits, shampoo, state_of
 from tests.torture.figures import at_most
@@ -558,3 +559,39 @@ def test_boxes_tile_a_shape_only_if_each_element_is_in_one(shape: tuple[int, ...
         assert not schema.tiles(shape, [cut[0], moved])
         outside = Box((3, *whole.offsets[1:]), cut[1].lengths)
         assert not schema.tiles(shape, [cut[0], outside])
+
+
+RESERVED = ["params", "param_names", "shampoo_group", "betas", "rules", "lr", "shampoo_checkpoint"]
+
+
+@pytest.mark.parametrize("key", RESERVED)
+def test_no_key_of_torch_or_of_this_package_comes_from_what_others_keep(key: str, kept: Path, body: Any) -> None:
+    body["kept_by_others"] = {"0": {key: []}}
+    put(kept, body)
+    assert f"kept_by_others['0'] has a key that is {key!r}, which is reserved" in refusal(kept)
+
+
+def test_no_reserved_key_of_a_group_is_known_to_the_schema(body: Any) -> None:
+    for key in KEYS_OF_GROUPS:
+        with pytest.raises(schema.SchemaError, match="is reserved for torch or this package"):
+            schema.check({**body, "kept_by_others": {"0": {key: 0}}})
+
+
+SCALAR: dict[str, Any] = {"tensor of 0 dims": 1.0, "dtype": "float32"}
+NO_NUMBERS: list[Any] = ["x", None, True, [], {}, {"number": "x"}, SCALAR]
+FORMS: list[Any] = [
+    {"number": "x"}, {"number": ""}, {"number": 1.0}, {"number": None}, {"number": []}, {"number": "1e999"},
+    {**SCALAR, "dtype": "load"}, {**SCALAR, "dtype": "float16"}, {**SCALAR, "dtype": None}, {**SCALAR, "dtype": 1},
+    *({**SCALAR, "tensor of 0 dims": wrong} for wrong in NO_NUMBERS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", FORMS, ids=str)
+@pytest.mark.parametrize("around", [lambda v: v, lambda v: [0, v], lambda v: {"a": v}], ids=["", "list", "object"])
+def test_numbers_and_tensors_that_others_keep_are_checked(
+    value: Any, around: Callable[[Any], Any], kept: Path, body: Any
+) -> None:
+    body["kept_by_others"] = {"0": {"foo": around(value)}}
+    put(kept, body)
+    with pytest.raises(CheckpointError, match=r"is not valid: kept_by_others\['0'\]\['foo'\]"):
+        Manifest.read(kept)
