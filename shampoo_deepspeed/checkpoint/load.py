@@ -29,8 +29,10 @@ from shampoo_deepspeed.distributed.collectives import (
     on_all_ranks,
 )
 from shampoo_deepspeed.distributed.frameworks import Parameter
+from shampoo_deepspeed.engine.master_weights import refuse_rounding
+from shampoo_deepspeed.engine.parameter_registry import Entry
 from shampoo_deepspeed.engine.policy import Policy, decays_under
-from shampoo_deepspeed.options.checks import LARGEST_RATE, OptionError
+from shampoo_deepspeed.options.checks import LARGEST_RATE, OptionError, real
 from shampoo_deepspeed.options.config import CONVERTED, NOT_STORED, OPTION_NAMES, SCHEDULED, ShampooConfig, options_with
 from shampoo_deepspeed.options.param_groups import from_json
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
@@ -98,9 +100,12 @@ def load_shampoo(optimizer: Any, path: str | PathLike[str], *, strict: bool = Tr
         logger.warning("%s: %s%s", printable(key), why, "" if key in unused else "; it starts with new state")
     going_on = [parameter for parameter in known if parameter.key in records and parameter.key not in unfit]
     keys = frozenset(parameter.key for parameter in going_on)
+    # Before the state is taken, so that an error here leaves the optimizer as it was.
+    restored = _restored_options(optimizer, going_on, configs, records, manifest) if options else []
     optimizer.take_state(StoredState(folder, manifest, keys, files).without(set()))
-    if options:
-        _restore_options(optimizer, going_on, configs, records, manifest)
+    for own, values in restored:
+        for name, value in values.items():
+            _put(own, name, value)
     steps = sorted({records[parameter.key]["steps"] for parameter in going_on})
     if steps and logger.isEnabledFor(logging.INFO) and (group is None or dist.get_rank() == 0):
         shown = printable(str(folder))
@@ -268,35 +273,40 @@ def _what_does_not_fit(path: Path, problems: Mapping[str, str]) -> str:
     )
 
 
-def _restore_options(
+def _restored_options(
     optimizer: BlockOptimizer,
     going_on: Sequence[Parameter],
     configs: Mapping[int, ShampooConfig],
     records: Mapping[str, Mapping[str, Any]],
     manifest: Manifest,
-) -> None:
-    """Restore the options of saved groups in the current groups that resume from them.
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The current groups, each with the values that it gets from the saved groups from which it resumes.
 
     If the saved groups of a group's parameters differ in an option, the group keeps its own, with a warning. Weight
     decay is compared by its effect on each parameter: one framework has two groups, another one and ``no_decay``.
     """
+    restored = []
     for group in optimizer.param_groups:
-        members = [parameter for parameter in going_on if parameter.group == group["shampoo_group"]]
-        _restore_kept_by_others(group, {str(records[parameter.key]["group"]) for parameter in members}, manifest)
+        number = group["shampoo_group"]
+        members = [parameter for parameter in going_on if parameter.group == number]
+        values = _kept_by_others(group, {str(records[parameter.key]["group"]) for parameter in members}, manifest)
         if members and not _as_saved(group, members, optimizer.policies, configs, records, manifest):
-            _restore_group(group, members, configs[group["shampoo_group"]], records, manifest)
+            entries = [entry for entry in optimizer.entries if entry.parameter.group == number]
+            values |= _saved_options(group, members, entries, configs[number], records, manifest)
+        restored.append((group, values))
+    return restored
 
 
-def _restore_kept_by_others(group: dict[str, Any], saved: set[str], manifest: Manifest) -> None:
-    """Restore what schedulers and users keep in a group, where the saved groups of its parameters agree."""
+def _kept_by_others(group: Mapping[str, Any], saved: set[str], manifest: Manifest) -> dict[str, Any]:
+    """What schedulers and users kept in a group, where the saved groups of its parameters agree."""
     found = [manifest.kept_by_others.get(number, {}) for number in sorted(saved)]
-    differing = []
+    values, differing = {}, []
     for key in sorted({key for kept in found for key in kept}):
         if any(kept.get(key) != found[0].get(key) for kept in found):
             differing.append(printable(key))
         else:
             value = from_json(found[0][key])
-            _put(group, key, tuple(value) if isinstance(group.get(key), tuple) and isinstance(value, list) else value)
+            values[key] = tuple(value) if isinstance(group.get(key), tuple) and isinstance(value, list) else value
     if differing:
         logger.warning(
             "group %s keeps its own %s: its parameters were in the groups %s of the checkpoint, which differ in them",
@@ -304,6 +314,7 @@ def _restore_kept_by_others(group: dict[str, Any], saved: set[str], manifest: Ma
             ", ".join(differing),
             ", ".join(sorted(saved)),
         )
+    return values
 
 
 def _as_saved(
@@ -321,27 +332,36 @@ def _as_saved(
     return all(manifest.groups[number] == own for number in {str(records[p.key]["group"]) for p in members})
 
 
-def _restore_group(
-    group: dict[str, Any],
+def _saved_options(
+    group: Mapping[str, Any],
     members: Sequence[Parameter],
+    entries: Sequence[Entry],
     config: ShampooConfig,
     records: Mapping[str, Mapping[str, Any]],
     manifest: Manifest,
-) -> None:
-    """Restore one group's options; ``members`` are its parameters that resume, ``config`` its current options."""
+) -> dict[str, Any]:
+    """The options that one group restores.
+
+    Args:
+        members: its parameters that resume.
+        entries: all of its parameters.
+        config: its current options.
+    """
     origin = {parameter.key: str(records[parameter.key]["group"]) for parameter in members}
     saved = {number: ShampooConfig.from_saved(manifest.groups[number]) for number in sorted(set(origin.values()))}
-    _take_over(group, config, saved)
+    values = _shared_options(group["shampoo_group"], entries, config, saved)
     was = {}
     for parameter in members:
         before = saved[origin[parameter.key]]
         was[parameter.key] = before.weight_decay if records[parameter.key]["decays"] else 0.0
-    _restore_decay(group, [p for p in members if not p.frozen], config, was)
+    return values | _saved_decay(group["weight_decay"], [p for p in members if not p.frozen], config, was)
 
 
-def _take_over(group: dict[str, Any], config: ShampooConfig, saved: Mapping[str, ShampooConfig]) -> None:
-    """Restore the options, except weight decay, in which the saved groups of a group's parameters agree."""
-    number, first = group["shampoo_group"], next(iter(saved.values()))
+def _shared_options(
+    number: int, entries: Sequence[Entry], config: ShampooConfig, saved: Mapping[str, ShampooConfig]
+) -> dict[str, Any]:
+    """The options, except weight decay, in which the saved groups of a group's parameters agree, where they fit."""
+    first = next(iter(saved.values()))
     shared, differing = _restorable(list(saved.values()), config)
     if differing:
         logger.warning(
@@ -352,10 +372,12 @@ def _take_over(group: dict[str, Any], config: ShampooConfig, saved: Mapping[str,
         )
     own = {name: getattr(config, name) for name in OPTION_NAMES}
     try:
-        ShampooConfig(**{**own, **{name: getattr(first, name) for name in shared}})
+        _refuse_rounding(entries, ShampooConfig(**{**own, **{name: getattr(first, name) for name in shared}}))
     except OptionError as error:
         logger.warning(
-            "group %s keeps its own options except lr, as the checkpoint's do not fit them: %s", number, error
+            "group %s keeps its own options except lr, as the checkpoint's do not fit them: %s",
+            number,
+            printable(str(error)),
         )
         shared = [name for name in shared if name == "lr"]
     changed = [n for n in shared if n not in options_with(SCHEDULED) and own[n] != getattr(first, n)]
@@ -365,8 +387,14 @@ def _take_over(group: dict[str, Any], config: ShampooConfig, saved: Mapping[str,
             number,
             ", ".join(f"{name} = {getattr(first, name)!r} (given here: {own[name]!r})" for name in changed),
         )
-    for name in shared:
-        _put(group, name, getattr(first, name))
+    return {name: getattr(first, name) for name in shared}
+
+
+def _refuse_rounding(entries: Sequence[Entry], config: ShampooConfig) -> None:
+    """Raise OptionError if trained parameters here have a dtype that cannot be rounded as the options ask."""
+    for tensor in [entry.reference() for entry in entries]:
+        if tensor is not None and tensor.requires_grad:
+            refuse_rounding(config, tensor.dtype)
 
 
 def _restorable(saved: Sequence[ShampooConfig], config: ShampooConfig) -> tuple[list[str], list[str]]:
@@ -384,27 +412,32 @@ def _restorable(saved: Sequence[ShampooConfig], config: ShampooConfig) -> tuple[
 
 
 def _put(group: dict[str, Any], name: str, value: Any) -> None:
-    if isinstance(group.get(name), torch.Tensor):  # lr, which a compiled step or a scheduler may hold
-        group[name].fill_(value)
-    else:
+    """Put a value into a group: a number into its floating tensor, which a compiled step or a scheduler may hold."""
+    own, number = group.get(name), real(value)
+    if number is None or not (isinstance(own, torch.Tensor) and own.numel() == 1 and own.is_floating_point()):
         group[name] = value
+        return
+    number = torch.tensor(number, dtype=own.dtype, device="cpu").item()  # one beyond its range fills it with infinity
+    # One that was made in inference mode can be changed only in that mode, and a leaf only while nothing is recorded.
+    with torch.inference_mode(own.is_inference()), torch.no_grad():
+        own.fill_(number)
 
 
-def _restore_decay(
-    group: dict[str, Any], members: Sequence[Parameter], config: ShampooConfig, was: Mapping[str, float]
-) -> None:
-    """Restore the weight decay of the group's decaying parameters, and warn about those that had another.
+def _saved_decay(
+    now: float, members: Sequence[Parameter], config: ShampooConfig, was: Mapping[str, float]
+) -> dict[str, float]:
+    """The weight decay that the group's decaying parameters had, if they agree; warns about those that had another.
 
     Args:
+        now: the group's present one.
         members: the group's parameters that resume and are trained.
         was: the weight decay in force for each of them when it was saved, by key.
     """
     decaying = {p.key for p in members if decays_under(p, config)}
     wanted = {was[key] for key in decaying}
-    if len(wanted) == 1:
-        group["weight_decay"] = wanted.pop()
-    now = {p.key: group["weight_decay"] if p.key in decaying else 0.0 for p in members}
-    others = [key for key in now if now[key] != was[key]]
+    restored = {"weight_decay": wanted.pop()} if len(wanted) == 1 else {}
+    here = {p.key: restored.get("weight_decay", now) if p.key in decaying else 0.0 for p in members}
+    others = [key for key in here if here[key] != was[key]]
     if others:
         logger.warning(
             "%d parameters have a different weight decay than in the checkpoint's run, such as %s: %g there, %g here; "
@@ -413,5 +446,6 @@ def _restore_decay(
             len(others),
             printable(others[0]),
             was[others[0]],
-            now[others[0]],
+            here[others[0]],
         )
+    return restored
