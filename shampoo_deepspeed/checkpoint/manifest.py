@@ -91,20 +91,6 @@ class Manifest:
         return TensorFiles(path / self.directory, self.files, self.parameters, self.layouts)
 
 
-def to_be_replaced(path: Path) -> bytes | None:
-    """The manifest that a save into a folder will replace; None if none is there, or what is there cannot be one.
-
-    Raises:
-        CheckpointError: if it cannot be read.
-    """
-    file, most_bytes = path / NAME, MOST_BYTES + _data_bytes(path)
-    with suppress(FileNotFoundError, MissingError):  # the second if it has just been removed
-        found = file.lstat()
-        if stat.S_ISREG(found.st_mode) and found.st_size <= most_bytes:
-            return _content(file, most_bytes)
-    return None
-
-
 def _content(file: Path, most_bytes: int) -> bytes:
     with open_file(file) as stream:
         size = os.fstat(stream.fileno()).st_size

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from typing import Any
 import safetensors
 
 from shampoo_deepspeed.checkpoint.errors import CheckpointError, printable
-from shampoo_deepspeed.checkpoint.manifest import NAME, Manifest, to_be_replaced
+from shampoo_deepspeed.checkpoint.manifest import NAME, Manifest
 from shampoo_deepspeed.checkpoint.schema import FORMAT, SchemaError, check
 from shampoo_deepspeed.checkpoint.tensor_files import (
     Item,
@@ -36,6 +37,9 @@ from shampoo_deepspeed.checkpoint.tensor_files import (
     write_range,
 )
 from shampoo_deepspeed.runtime.progress import LARGE, UNSHOWN, mebibytes, progress
+
+# The most bytes of a manifest that a save keeps until its own is in place. That of ten million blocks has less.
+LARGEST_BEFORE = 1 << 30
 
 
 def write(items: Sequence[Item], directory: Path, rank: int) -> tuple[list[Written], int]:
@@ -98,19 +102,33 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
     except SchemaError as error:
         raise CheckpointError(f"the ranks' parts do not make up a whole checkpoint: {error}") from None
     file, aside, content = path / NAME, path / f"{NAME}.{manifest.directory}", encoded(body)
-    before = to_be_replaced(path)
+    before = _in_place(file)
     try:
         _write(aside, content)
         os.replace(aside, file)
     except BaseException:
-        with suppress(
-            OSError, CheckpointError
-        ):  # where a rename is not atomic, one that fails may have lost the old one
-            if before is not None and to_be_replaced(path) not in (before, content):
+        with suppress(OSError):  # where a rename is not atomic, one that fails may have lost the old one
+            if before is not None and _in_place(file) not in (before, content):
                 _write(file, before)
         aside.unlink(missing_ok=True)
         raise
     sync_directory(path)
+
+
+def _in_place(file: Path) -> bytes | None:
+    """The manifest that a save is about to replace; None if none is there, or what is there cannot be one."""
+    try:  # O_NONBLOCK: opening a pipe would wait for a writer
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):  # the last two: a link, a socket
+            return None
+        raise
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST_BEFORE:
+        os.close(descriptor)
+        return None
+    with open(descriptor, "rb") as stream:
+        return stream.read()
 
 
 def encoded(body: Mapping[str, Any]) -> bytes:
