@@ -304,11 +304,13 @@ def device_name(key: str, value: object) -> str:
     allowed = 'auto, shard, or a device such as "cuda" or "cuda:1"'
     if isinstance(value, str) and value.lower() in ("auto", "shard"):
         return value.lower()
+    if not isinstance(value, (str, torch.device)):  # torch takes numbers too, for devices of this machine
+        raise bad(key, value, allowed)
     try:
-        device = torch.device(value.lower() if isinstance(value, str) else value)  # type: ignore[call-overload]
-    except (RuntimeError, TypeError):
+        device = torch.device(value.lower() if isinstance(value, str) else value)
+    except (RuntimeError, TypeError, ValueError):
         raise bad(key, value, allowed) from None
-    if device.type == "meta" or not isinstance(value, (str, torch.device)):
+    if device.type == "meta":
         raise bad(key, value, allowed)
     return str(device)
 

@@ -167,7 +167,10 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("compute_device", "gpu", "auto, shard, or a device"),
     ("compute_device", "meta", "auto, shard, or a device"),
     ("compute_device", None, "auto, shard, or a device"),
-    ("compute_device", 1, "auto, shard, or a device"),
+    *[
+        ("compute_device", wrong, "auto, shard, or a device")
+        for wrong in (1, -1, 2**63, -(2**70), True, 1.5, "cuda:x", f"cuda:{2**70}", "cuda:-2", "\udcff", "c\0", "")
+    ],
     ("bucket_mb", -1, "null or a number >= 0"),
     ("bucket_mb", "auto", "null or a number >= 0"),
     ("master_weights", "no", FLAG),
