@@ -455,7 +455,7 @@ def base_key(name: str) -> str:
 
 def options_record(config: ShampooConfig, lr: float | Tensor) -> dict[str, Any]:
     """A group's options as a manifest has them, in JSON types; ``lr`` is the present one."""
-    record: dict[str, Any] = json.loads(
-        json.dumps({name: getattr(config, name) for name in OPTION_NAMES} | {"lr": float(lr)})
-    )
+    rate = float(lr.detach() if isinstance(lr, Tensor) else lr)
+    options = {name: getattr(config, name) for name in OPTION_NAMES} | {"lr": rate}
+    record: dict[str, Any] = json.loads(json.dumps(options))
     return record
