@@ -94,12 +94,14 @@ class Shampoo(BlockOptimizer):
                 "a step of Shampoo cannot be captured in a CUDA graph: it counts steps on the CPU, and refreshes read "
                 "the device; capture forward and backward, and call step() outside of the graph"
             )
-        self.refuse_now("step()")
+        if self.averages_in_use or self.in_step:
+            self.refuse_now("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            self.refuse_now("step()")
+            if self.averages_in_use:
+                self.refuse_now("step()")
         units = self._units_now()  # the first time: describes shards, assigns owners, plans transfers
         self.in_step = True  # a signal's handler must not save what is half done
         try:

@@ -84,7 +84,8 @@ def save_shampoo(
         raise ValueError(f"moments_dtype = {moments_dtype} is not allowed: None, bfloat16, float32 or float64")
     if WRITER.unfinished:
         WRITER.wait(optimizer)
-    optimizer.refuse_now("save_shampoo()")
+    if optimizer.averages_in_use or optimizer.in_step:
+        optimizer.refuse_now("save_shampoo()")
     keeper = optimizer.state_keeper
     if keeper.external is not None:
         raise CheckpointError(
