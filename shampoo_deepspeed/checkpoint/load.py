@@ -28,9 +28,8 @@ from shampoo_deepspeed.distributed.collectives import (
     object_of_rank,
     on_all_ranks,
 )
-from shampoo_deepspeed.distributed.frameworks import Parameter
+from shampoo_deepspeed.distributed.frameworks import Entry, Parameter
 from shampoo_deepspeed.engine.master_weights import refuse_rounding
-from shampoo_deepspeed.engine.parameter_registry import Entry
 from shampoo_deepspeed.engine.policy import Policy, decays_under
 from shampoo_deepspeed.options.checks import LARGEST_RATE, OptionError, real
 from shampoo_deepspeed.options.config import CONVERTED, NOT_STORED, OPTION_NAMES, SCHEDULED, ShampooConfig, options_with

@@ -36,6 +36,8 @@ def short(value: object, longest: int = LONGEST) -> str:
         text = repr(value)
     except ValueError:  # Python prints no integer of more than 4,300 digits
         return f"a value that contains an integer of more than {sys.get_int_max_str_digits():,} digits"
+    except Exception:  # whatever the value's own method raises
+        return f"a {type(value).__name__} that cannot be printed"
     return text if len(text) <= longest else f"{text[:longest]}... ({len(text):,} characters)"
 
 

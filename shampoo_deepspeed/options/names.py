@@ -114,11 +114,11 @@ def renamed(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in options.items():
         if key in IGNORED:
-            if value:
+            if not _is_off(value):
                 logger.info("Shampoo ignores %r: its kernels are batched over blocks already", key)
             continue
         if key in ONLY_FALSE:
-            if value:
+            if not _is_off(value):
                 raise bad(key, value, "false; Shampoo has no such mode")
             continue
         name = ALIASES.get(key, key)
@@ -129,6 +129,14 @@ def renamed(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
             raise OptionError(f"Shampoo option {name!r} is given twice (as {key!r} = {short(value)} too).")
         out[name] = value
     return out
+
+
+def _is_off(value: object) -> bool:
+    """Whether a switch is off; what has no truth value, such as an array, is not."""
+    try:
+        return not value
+    except Exception:  # whatever the value's own method raises
+        return False
 
 
 def _refuse_foreign(options: Mapping[str, Any]) -> None:
