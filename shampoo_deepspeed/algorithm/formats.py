@@ -174,9 +174,6 @@ class Form:
         for begin, end in self._strips(height, width):
             columns = slice(begin * width, end * width)
             places = places_in_matrix(d, begin, end, flat.device)
-            if self.format == "packed":
-                self._flat(stored)[rows, columns] = flat.index_select(1, places)
-                continue
             band = flat.index_select(1, places)
             if self.format == "int8":  # the diagonal, which is the largest, would spoil the scales of the others
                 for offset in (0, 1):

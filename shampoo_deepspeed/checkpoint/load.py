@@ -28,8 +28,8 @@ from shampoo_deepspeed.distributed.collectives import (
     object_of_rank,
     on_all_ranks,
 )
-from shampoo_deepspeed.distributed.frameworks import Entry, Parameter
-from shampoo_deepspeed.engine.master_weights import refuse_rounding
+from shampoo_deepspeed.distributed.frameworks import Parameter
+from shampoo_deepspeed.engine.parameter_registry import ParameterRegistry
 from shampoo_deepspeed.engine.policy import Policy, decays_under
 from shampoo_deepspeed.options.checks import LARGEST_RATE, OptionError, real
 from shampoo_deepspeed.options.config import CONVERTED, NOT_STORED, OPTION_NAMES, SCHEDULED, ShampooConfig, options_with
@@ -290,8 +290,7 @@ def _restored_options(
         members = [parameter for parameter in going_on if parameter.group == number]
         values = _kept_by_others(group, {str(records[parameter.key]["group"]) for parameter in members}, manifest)
         if members and not _as_saved(group, members, optimizer.policies, configs, records, manifest):
-            entries = [entry for entry in optimizer.entries if entry.parameter.group == number]
-            values |= _saved_options(group, members, entries, configs[number], records, manifest)
+            values |= _saved_options(group, members, optimizer.registry, configs[number], records, manifest)
         restored.append((group, values))
     return restored
 
@@ -334,7 +333,7 @@ def _as_saved(
 def _saved_options(
     group: Mapping[str, Any],
     members: Sequence[Parameter],
-    entries: Sequence[Entry],
+    registry: ParameterRegistry,
     config: ShampooConfig,
     records: Mapping[str, Mapping[str, Any]],
     manifest: Manifest,
@@ -343,12 +342,12 @@ def _saved_options(
 
     Args:
         members: its parameters that resume.
-        entries: all of its parameters.
+        registry: the optimizer's.
         config: its current options.
     """
     origin = {parameter.key: str(records[parameter.key]["group"]) for parameter in members}
     saved = {number: ShampooConfig.from_saved(manifest.groups[number]) for number in sorted(set(origin.values()))}
-    values = _shared_options(group["shampoo_group"], entries, config, saved)
+    values = _shared_options(group["shampoo_group"], registry, config, saved)
     was = {}
     for parameter in members:
         before = saved[origin[parameter.key]]
@@ -357,7 +356,7 @@ def _saved_options(
 
 
 def _shared_options(
-    number: int, entries: Sequence[Entry], config: ShampooConfig, saved: Mapping[str, ShampooConfig]
+    number: int, registry: ParameterRegistry, config: ShampooConfig, saved: Mapping[str, ShampooConfig]
 ) -> dict[str, Any]:
     """The options, except weight decay, in which the saved groups of a group's parameters agree, where they fit."""
     first = next(iter(saved.values()))
@@ -371,7 +370,8 @@ def _shared_options(
         )
     own = {name: getattr(config, name) for name in OPTION_NAMES}
     try:
-        _refuse_rounding(entries, ShampooConfig(**{**own, **{name: getattr(first, name) for name in shared}}))
+        taken = ShampooConfig(**{**own, **{name: getattr(first, name) for name in shared}})
+        registry.refuse_dtypes(number, taken)
     except OptionError as error:
         logger.warning(
             "group %s keeps its own options except lr, as the checkpoint's do not fit them: %s",
@@ -387,13 +387,6 @@ def _shared_options(
             ", ".join(f"{name} = {getattr(first, name)!r} (given here: {own[name]!r})" for name in changed),
         )
     return {name: getattr(first, name) for name in shared}
-
-
-def _refuse_rounding(entries: Sequence[Entry], config: ShampooConfig) -> None:
-    """Raise OptionError if trained parameters here have a dtype that cannot be rounded as the options ask."""
-    for tensor in [entry.reference() for entry in entries]:
-        if tensor is not None and tensor.requires_grad:
-            refuse_rounding(config, tensor.dtype)
 
 
 def _restorable(saved: Sequence[ShampooConfig], config: ShampooConfig) -> tuple[list[str], list[str]]:

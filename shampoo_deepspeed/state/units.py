@@ -243,7 +243,9 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
         """Raise RuntimeError for what cannot be done within a step or while averages are in use."""
         self.refuse_in_step(what)
         if self.averages_in_use:
-            raise in_use(what)
+            raise RuntimeError(
+                f"{what} while the model has averaged weights: call optimizer.use_weights() on all ranks first"
+            )
 
     def refuse_in_step(self, what: str) -> None:
         """Raise RuntimeError for what must wait until a step has returned."""
@@ -267,8 +269,9 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
                         "build a new optimizer"
                     )
             # A framework may keep its flat tensors out of the groups between steps.
-            gone = {n for n, tensor in enumerate(unit.tensors) if id(tensor) in key_of and id(tensor) not in now}
-            unit.left_out = frozenset(gone)
+            unit.left_out = frozenset(
+                n for n, tensor in enumerate(unit.tensors) if id(tensor) in key_of and id(tensor) not in now
+            )
 
     def _begin_anew(self) -> None:
         """Start again with new state where somebody has removed a tensor's entries from ``self.state``."""
@@ -285,7 +288,7 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
         return [p for p, home, steps in zip(unit.parameters, homes, unit.steps, strict=True) if steps and home in gone]
 
     def _take_released(self) -> None:
-        """Reuse units from before the last load, with the loaded state."""
+        """Reuse units from before the last load, with the loaded state; or, where ``self.state`` lost it, new state."""
         if len(self.state) < len(self.unit_of):
             self._begin_anew()
         keeper = self.state_keeper
@@ -372,11 +375,6 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
             for place, tensor in enumerate(group["params"])
             if tensor.requires_grad
         ]
-
-
-def in_use(what: str) -> RuntimeError:
-    """The error of what cannot be done while averages are in use."""
-    return RuntimeError(f"{what} while the model has averaged weights: call optimizer.use_weights() on all ranks first")
 
 
 # Options that every step reads from the groups; units do not depend on them.

@@ -218,14 +218,20 @@ def test_unreadable_files_are_reported_like_corruption(tmp_path: Path, monkeypat
                 load_shampoo(optimizer, tmp_path)
 
 
-def test_state_that_cannot_be_read_when_needed_is_an_error_on_all_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def just_loaded(folder: Path) -> tuple[list[nn.Parameter], Shampoo]:
+    """Return an optimizer that has loaded its own save and not read the blocks yet, and its parameters."""
     params = two()
     optimizer = optimizer_of(params)
     drive(optimizer, params, range(1))
-    save_shampoo(optimizer, tmp_path)
-    load_shampoo(optimizer, tmp_path)
+    save_shampoo(optimizer, folder)
+    load_shampoo(optimizer, folder)
+    return params, optimizer
+
+
+def test_state_that_cannot_be_read_when_needed_is_an_error_on_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, optimizer = just_loaded(tmp_path)
 
     def broken(*_: Any) -> None:
         raise OSError(5, "Input/output error")
@@ -246,11 +252,7 @@ def test_moments_are_not_saved_in_dtypes_without_their_range(tmp_path: Path) -> 
 def test_state_that_fails_while_it_is_read_stays_to_be_read_again(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params = two()
-    optimizer = optimizer_of(params)
-    drive(optimizer, params, range(1))
-    save_shampoo(optimizer, tmp_path)
-    load_shampoo(optimizer, tmp_path)
+    params, optimizer = just_loaded(tmp_path)
 
     text = re.escape(str(error) or repr(error))
 

@@ -242,7 +242,7 @@ def test_what_a_manifest_cannot_hold_is_left_out(odd: dict[Any, Any], tmp_path: 
     assert again.param_groups[0]["bar"] == 1 and not {*odd, "3"} & again.param_groups[0].keys()
 
 
-@pytest.mark.parametrize("place", ["from_json", "options_record", "refuse_rounding", "_shared_options"])
+@pytest.mark.parametrize("place", ["from_json", "options_record", "ParameterRegistry.refuse_dtypes", "_shared_options"])
 def test_an_error_about_options_leaves_the_optimizer_as_it_was(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
