@@ -20,6 +20,7 @@ import pytest
 from hypothesis import settings
 
 from shampoo_deepspeed.algorithm import background
+from shampoo_deepspeed.checkpoint.async_writer import WRITER
 from tests.support.torch_settings import assert_same_settings, torch_settings
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
@@ -76,3 +77,12 @@ def _leaves_no_refresh_under_way(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     yield
     if background._executor.cache_info().currsize:
         background._executor().submit(int).result(timeout=60)  # the thread does one after another
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_failure_of_a_save() -> Iterator[None]:
+    """Else `wait_for_saves` of the next test in this process would raise it."""
+    yield
+    if WRITER.unfinished:
+        WRITER.thread.submit(int).result(timeout=60)  # the thread writes one after another
+        WRITER.forget()

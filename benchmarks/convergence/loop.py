@@ -8,8 +8,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
@@ -39,6 +39,7 @@ class Kind:
 
     run: type
     program: str
+    environment: Mapping[str, str] = field(default_factory=dict)  # of its process
 
 
 CONVERGENCE = Kind(Run, "benchmarks.convergence.training")
@@ -67,22 +68,22 @@ class Worker:
         return Result(self.run, self.title, record)
 
 
-def start(experiment: Wanting, run: Any, tokens: Path, logs: Path, program: str) -> Worker:
+def start(experiment: Wanting, run: Any, tokens: Path, logs: Path, kind: Kind) -> Worker:
     """A worker in the experiment's checkout, with the Python of its environment."""
     tree = Path(experiment.tree) if experiment.tree else ROOT
     own = tree / ".venv" / "bin" / "python"
     python = str(own) if experiment.tree and own.exists() else sys.executable
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(tree)}
+    own_environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(tree)}
     errors = (logs / f"worker_{os.getpid()}_{time.monotonic_ns()}.log").open("w+")
     Path(errors.name).unlink()  # it lives for as long as it is open
     process = subprocess.Popen(
-        [python, "-m", program],
+        [python, "-m", kind.program],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
         cwd=tree,
-        env=environment,
+        env={**os.environ, **own_environment, **kind.environment},
     )
     assert process.stdin is not None
     process.stdin.write(json.dumps({"run": asdict(run), "tokens": str(tokens.resolve())}))
@@ -109,7 +110,7 @@ def work(
                 chosen = next_run(queue(), results, text, {w.run.key for w in workers})
                 if chosen is None:
                     break
-                workers.append(start(*chosen, tokens, output.parent, kind.program))
+                workers.append(start(*chosen, tokens, output.parent, kind))
             if not workers and not wait:
                 return
             time.sleep(0.5 if workers else 10)

@@ -118,7 +118,7 @@ def build_optimizers(
         return [Around(optimizer, [p for _, p in hidden], weight_decay, **around) if around else optimizer]
     optimizers: list[Stepping] = []
     if kind == "muon":
-        own = {name: options.pop(name) for name in ("momentum", "scale", "iterations") if name in options}
+        own = {name: options.pop(name) for name in ("momentum", "scale", "iterations", "dtype") if name in options}
         optimizers.append(Muon(hidden, lr, weight_decay=weight_decay, **own))
         lr *= options.pop("rest", 1.0)  # the rate of all other parameters, as a factor
         known = {id(p) for _, p in hidden}
@@ -132,5 +132,6 @@ def build_optimizers(
     ]
     groups = [group for group in groups if group["params"]]
     if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=lr, foreach=True, **options))
+        options.setdefault("foreach", not options.get("fused", False))
+        optimizers.append(torch.optim.AdamW(groups, lr=lr, **options))
     return optimizers

@@ -19,7 +19,7 @@ from benchmarks.convergence.recipes import Stepping, build_optimizers
 from benchmarks.convergence.training import Clocked, commit
 from benchmarks.convergence.variants import Around
 from benchmarks.finetuning.evaluation import figures
-from benchmarks.finetuning.tasks import LENGTHS, Tasks, load_tasks
+from benchmarks.finetuning.tasks import ATTENTION, LENGTHS, Tasks, load_tasks
 from benchmarks.memory import held_bytes
 from shampoo_deepspeed import Shampoo
 
@@ -66,7 +66,7 @@ def prepared(folder: Path, method: str, seed: int) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=ATTENTION)
     if method == "full":
         return model.train()
     from peft import LoraConfig, get_peft_model
