@@ -105,7 +105,7 @@ def work(
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         while True:
-            results = read(output, kind.run)
+            results = read(output, kind.run) if len(workers) < jobs else []
             while len(workers) < jobs:
                 chosen = next_run(queue(), results, text, {w.run.key for w in workers})
                 if chosen is None:

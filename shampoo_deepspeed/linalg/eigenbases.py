@@ -14,6 +14,7 @@ from torch import Tensor
 from shampoo_deepspeed.linalg.cholesky_qr import cholesky_qr
 from shampoo_deepspeed.linalg.inverse_root import RootOfEigenvalues, decomposed, non_finite, symmetric
 from shampoo_deepspeed.linalg.mode_products import product
+from shampoo_deepspeed.linalg.precision import fast_float64
 
 
 def eigenbasis(matrices: Tensor, in_float64: bool = False, reads: bool = True) -> tuple[Tensor, Tensor, list[int]]:
@@ -23,12 +24,14 @@ def eigenbasis(matrices: Tensor, in_float64: bool = False, reads: bool = True) -
 
     Args:
         matrices: [B, d, d], symmetric, float32 or float64.
-        in_float64: decompose in float64 right away, one matrix after another.
+        in_float64: decompose in float64 right away, one matrix after another; not on devices whose float64 is slow,
+            where that would take minutes.
         reads: whether an accelerator may be read. If not, nothing is tried again, and what failed is NaN.
 
     Returns:
         Eigenvalues [B, d], bases [B, d, d], and the rows that failed even in float64 (their content is undefined).
     """
+    in_float64 = in_float64 and fast_float64(matrices.device)
     values, vectors = torch.empty_like(matrices[..., 0]), torch.empty_like(matrices)
     if not in_float64:
         values, vectors = decomposed(matrices)

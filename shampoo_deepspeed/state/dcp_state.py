@@ -26,7 +26,7 @@ from shampoo_deepspeed.geometry.boxes import FlatRange
 from shampoo_deepspeed.options.config import CONVERTED, OPTION_NAMES, ShampooConfig, options_with
 from shampoo_deepspeed.options.param_groups import group_options
 from shampoo_deepspeed.options.rules import expanded
-from shampoo_deepspeed.state.dtensor_blocks import BlockBytes, as_sharded, bytes_here, local_part
+from shampoo_deepspeed.state.dtensor_blocks import BlockBytes, as_sharded, bytes_here, local_part, on_cpu
 from shampoo_deepspeed.state.state_dict import FORMAT, SavedState, lacking
 
 logger = logging.getLogger("shampoo_deepspeed")
@@ -82,7 +82,7 @@ def external_entry(tensor: Tensor, step: Tensor, external: bool, shape: tuple[in
 def unit_entries(
     unit: StepUnit, configs: Mapping[int, ShampooConfig], consolidated: SavedState | None, rejected_steps: int
 ) -> list[Entry]:
-    """The entries of a unit's tensors, as copies. A collective if they are DTensors.
+    """The entries of a unit's tensors, as copies on the CPU. A collective if they are DTensors.
 
     Args:
         consolidated: for replicas, the state of all of them, on the first one.
@@ -98,9 +98,10 @@ def unit_entries(
             raise RuntimeError(FLAT_SHARDS)
         entry = {"step": as_count(unit.steps[number]), MARK: as_count(FORMAT)}
         entry[REJECTED] = as_count(rejected_steps)
-        entry |= {name: as_sharded(tensor, flat) for name, flat in _flat_moments(unit, number, configs).items()}
+        flat_moments = _flat_moments(unit, number, configs)
+        entry |= {name: on_cpu(as_sharded(tensor, flat)) for name, flat in flat_moments.items()}
         stored = blocks.collected(number, rows) if unit.policies[number].preconditioned else None
-        entries.append(entry if stored is None else entry | {BLOCKS: stored})
+        entries.append(entry if stored is None else entry | {BLOCKS: on_cpu(stored)})
     return entries
 
 

@@ -80,8 +80,8 @@ class BlockBytes:
         blobs = {b: _packed(rows[key]) for b in of_blocks if (key := unit.block_key(b)) in rows}
         if not is_dtensor(tensor):
             if len(blobs) == len(of_blocks):
-                return torch.cat([blobs[b] for b in of_blocks]).to(unit.device)
-            return torch.zeros(total, dtype=torch.uint8, device=unit.device) if unit.fresh else None
+                return torch.cat([blobs[b] for b in of_blocks])
+            return torch.zeros(total, dtype=torch.uint8, device="cpu") if unit.fresh else None
         held = self._held_by_ranks(tensor, total)
         leaving = [
             [blobs[b][slice(*common.shift(-of_blocks[b].start))] for b, common in found.items()]
@@ -179,6 +179,11 @@ def resized(value: Tensor, total: int) -> Tensor:
         local, mesh, known.placements, run_check=False, shape=(total,), stride=(1,)
     )
     return made
+
+
+def on_cpu(value: Any) -> Any:
+    """A tensor on the CPU; a DTensor is one of the same mesh whose local part is there. Other values as they are."""
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def bytes_here(value: Tensor | None) -> FlatRange:

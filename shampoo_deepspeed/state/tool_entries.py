@@ -10,6 +10,7 @@ from torch import Tensor
 from shampoo_deepspeed.distributed.frameworks import adapters
 from shampoo_deepspeed.engine.step_unit import as_count
 from shampoo_deepspeed.state.dcp_state import blank_entry, external_entry, unit_entries, with_others
+from shampoo_deepspeed.state.dtensor_blocks import on_cpu
 from shampoo_deepspeed.state.units import UnitsOfOptimizer
 
 
@@ -40,6 +41,9 @@ class EntriesForTools(UnitsOfOptimizer):
     def gathered_entries(self) -> dict[int, dict[str, Tensor]]:
         """Entries for `Adapter.state_entries` that hold the state. A collective if parameters are sharded.
 
+        They are on the CPU, so that no second copy of the state is on an accelerator: tools first ask for all of them,
+        and only then move them.
+
         Raises:
             RuntimeError: for parameters whose state torch's helpers cannot carry.
         """
@@ -50,11 +54,12 @@ class EntriesForTools(UnitsOfOptimizer):
         entries: dict[int, dict[str, Any]] = {}
         for unit in self.units:
             made = unit_entries(unit, configs, self.state_keeper.consolidated, self.rejected_steps)
-            entries |= {id(tensor): entry for tensor, entry in zip(unit.tensors, made, strict=True)}
+            entries |= dict(zip(map(id, unit.tensors), made, strict=True))
         for tensor in (tensor for group in self.param_groups for tensor in group["params"]):
             kept = self.state.get(tensor, {})
             if id(tensor) in entries or set(kept) - {"step"}:
-                entries[id(tensor)] = with_others(entries.get(id(tensor), blank_entry()), kept)
+                others = {name: on_cpu(value) for name, value in kept.items()}
+                entries[id(tensor)] = with_others(entries.get(id(tensor), blank_entry()), others)
         return entries
 
     def _numbered(self, entries: Mapping[int, Any]) -> dict[int, Any]:

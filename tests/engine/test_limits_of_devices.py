@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -142,3 +143,28 @@ def test_no_iteration_is_in_float64_on_devices_where_that_is_slow(
     assert (work.decomposed > 0) == decomposes
     assert (work.by_name["bmm"] > 10) != decomposes
     assert matrices.device == DEVICE
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((9, 0), torch.float64), ((8, 9), torch.float32)])
+@pytest.mark.parametrize("solver", ["qr", "eigh"])
+def test_no_basis_is_decomposed_in_float64_on_devices_where_that_is_slow(
+    capability: tuple[int, int], dtype: torch.dtype, solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eigh, found = torch.linalg.eigh, set[torch.dtype]()
+    expected = stepped_by_soap(torch.clone, solver)
+    simulate(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrices: (found.add(matrices.dtype), eigh(matrices))[1])
+    with Mode():
+        weight = stepped_by_soap(on_device, solver)
+    assert found == {dtype}
+    assert (weight - expected).abs().max() < 1e-5
+
+
+def stepped_by_soap(place: Callable[[Tensor], Tensor], solver: str) -> Tensor:
+    weight = nn.Parameter(place(made_up(torch.empty(6, 4), 0)))
+    optimizer = Shampoo([weight], preconditioner="soap", solver=solver, precondition_frequency=2)
+    for step in range(1, 6):
+        weight.grad = place(made_up(torch.empty(6, 4), step))
+        optimizer.step()
+    return values_of(weight)

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.utils._pytree import tree_leaves
 
 from shampoo_deepspeed import OptionError, Shampoo, load_shampoo, save_shampoo
 from tests.support.combinations import FEW, PAIRS, Row, exact_part, label, options_of
@@ -142,9 +144,9 @@ def test_a_rejected_step_waits_for_no_more_and_changes_nothing(
     assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) <= 1e-5
 
 
-@pytest.mark.parametrize("way", ["file", "state dict"])
+@pytest.mark.parametrize("way", ["file", "state dict", "helpers", "helpers, full"])
 @pytest.mark.parametrize("options", RULES, ids=str)
-def test_a_run_resumes_to_the_bit_and_a_save_to_files_takes_no_memory_there(
+def test_a_run_resumes_to_the_bit_and_a_save_takes_no_memory_there(
     options: dict[str, Any], way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     options = options | {"precondition_frequency": 3, "max_preconditioner_dim": 4, "lr": 1e-2, "momentum": 0.5}
@@ -161,6 +163,19 @@ def test_a_run_resumes_to_the_bit_and_a_save_to_files_takes_no_memory_there(
             save_shampoo(optimizer, tmp_path)
             assert device.peak == before or options["refresh"] == "background"  # whose thread computes meanwhile
             load_shampoo(resumed, tmp_path)
+        elif "helpers" in way:
+            how = StateDictOptions(full_state_dict="full" in way)
+            optimizer.state[params["matrix"]]["kept by others"] = on_device(torch.ones(6, 4))
+            model, model_again = as_model(params), as_model(again)
+            live = device.live
+            saved = get_optimizer_state_dict(model, optimizer, options=how)
+            # Copies of elements and buffers are there one parameter at a time.
+            assert device.live <= live
+            assert device.peak - live <= 0.1 * live or options["refresh"] == "background"
+            tensors = [value for value in tree_leaves(saved) if isinstance(value, Tensor)]
+            assert {str(tensor.device) for tensor in tensors} == {"cpu"}
+            set_optimizer_state_dict(model_again, resumed, saved, options=how)
+            assert str(resumed.state[again["matrix"]]["kept by others"].device) == "cuda:0"
         else:
             resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         for number in range(7, 11):
@@ -182,6 +197,14 @@ def offloaded(options: dict[str, Any], device: Device | None, bad: Sequence[int]
                 device.catch_up()
         optimizer.finish_step()
     return optimizer, [values_of(p) for p in params.values()]
+
+
+def as_model(params: dict[str, nn.Parameter]) -> nn.Module:
+    """A module with these parameters; Shampoo was given the same names."""
+    module = nn.Module()
+    for name, tensor in params.items():
+        module.register_parameter(name, tensor)
+    return module
 
 
 def devices_of(optimizer: Shampoo) -> set[str]:
