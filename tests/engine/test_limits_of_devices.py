@@ -151,10 +151,15 @@ def test_no_basis_is_decomposed_in_float64_on_devices_where_that_is_slow(
     capability: tuple[int, int], dtype: torch.dtype, solver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     eigh, found = torch.linalg.eigh, set[torch.dtype]()
+
+    def noting(matrices: Tensor) -> Any:
+        found.add(matrices.dtype)
+        return eigh(matrices)
+
     expected = stepped_by_soap(torch.clone, solver)
     simulate(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.linalg, "eigh", lambda matrices: (found.add(matrices.dtype), eigh(matrices))[1])
+    monkeypatch.setattr(torch.linalg, "eigh", noting)
     with Mode():
         weight = stepped_by_soap(on_device, solver)
     assert found == {dtype}

@@ -172,8 +172,8 @@ def test_a_run_resumes_to_the_bit_and_a_save_takes_no_memory_there(
             # Copies of elements and buffers are there one parameter at a time.
             assert device.live <= live
             assert device.peak - live <= 0.1 * live or options["refresh"] == "background"
-            tensors = [value for value in tree_leaves(saved) if isinstance(value, Tensor)]
-            assert {str(tensor.device) for tensor in tensors} == {"cpu"}
+            leaves = [value for value in tree_leaves(saved) if isinstance(value, Tensor)]
+            assert {str(leaf.device) for leaf in leaves} == {"cpu"}
             set_optimizer_state_dict(model_again, resumed, saved, options=how)
             assert str(resumed.state[again["matrix"]]["kept by others"].device) == "cuda:0"
         else:
