@@ -5,9 +5,10 @@ The placements of a DTensor show which boxes of the global tensor its local one 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from shampoo_deepspeed.distributed.frameworks import (
 )
 from shampoo_deepspeed.distributed.process_groups import group_of_ranks
 from shampoo_deepspeed.geometry.boxes import Box
+from shampoo_deepspeed.options.model_search import living_modules
 from shampoo_deepspeed.state.dtensor_blocks import is_dtensor
 
 from .placements import local_boxes
@@ -68,6 +70,16 @@ class DTensorAdapter(Adapter):
         plain = [item for item in fresh if not is_dtensor(item.tensor)]
         sharded = [_layout(mesh, items, entries) for (mesh, _), items in units.items()]
         return [*sharded, *_replicated(list(meshes), plain, len(fresh), entries)]
+
+    def weights_will_change(self, optimizer: torch.optim.Optimizer) -> None:
+        """Free whole parameters. After a forward without a backward, FSDP2 keeps the root's for the next forward."""
+        module: Any = sys.modules.get("torch.distributed.fsdp")
+        tensors = (tensor for group in optimizer.param_groups for tensor in group["params"])
+        if module is not None and any(map(is_dtensor, tensors)):
+            # The root may hold none of the tensors while its parameters are whole, so it is not searched for by them.
+            wrapped: list[Any] = living_modules(module.FSDPModule)
+            for part in wrapped:
+                part.reshard()
 
 
 def _replicated(

@@ -29,6 +29,7 @@ from shampoo_deepspeed.distributed.frameworks import (
     compute_dtype,
 )
 from shampoo_deepspeed.geometry.boxes import FlatRange, range_to_boxes
+from shampoo_deepspeed.options.model_search import living_modules
 from shampoo_deepspeed.options.parameter_names import (
     clean_name,
     clean_path,
@@ -209,6 +210,19 @@ class FSDP1Adapter(Adapter):
         if _holds_fsdp1(optimizer):
             load_from_folder(optimizer)
 
+    def weights_will_change(self, optimizer: torch.optim.Optimizer) -> None:
+        """Free whole parameters, as torch does after a backward. A forward without one leaves those of the root."""
+        module = sys.modules.get("torch.distributed.fsdp")
+        if module is None or not _holds_fsdp1(optimizer):
+            return
+        wrapped: list[Any] = living_modules(module.FullyShardedDataParallel)
+        for handle in (part._handle for part in wrapped):
+            # What is sharded has such a tensor from the first forward on.
+            if handle is not None and handle.uses_sharded_strategy and hasattr(handle.flat_param, "_full_param_padded"):
+                handle.reshard(True)
+                handle.post_reshard()
+                handle._prefetched = False
+
     def _remember(
         self,
         tensor: Tensor,
@@ -225,7 +239,7 @@ class FSDP1Adapter(Adapter):
         return known if known is not None and known.tensor() is tensor else None
 
 
-def _holds_fsdp1(optimizer: BlockOptimizer) -> bool:
+def _holds_fsdp1(optimizer: torch.optim.Optimizer) -> bool:
     return any(is_fsdp1(tensor) for group in optimizer.param_groups for tensor in group["params"])
 
 

@@ -37,11 +37,15 @@ Places = Callable[[int, int, int, torch.device], Tensor]
 RUN = 32
 # The range of exponents of scales. 127 times the largest is finite in float32, and the smallest is a normal number.
 SMALLEST, LARGEST = -126, 121
+# The fraction of 127 / 64 in float32.
+ABOVE_127 = 63 << 17
 # Largest magnitude of bfloat16.
 BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
 # Codes of second moments count in eighths of an octave, from 30 octaves below that of the largest in the run.
 OCTAVES, EIGHTHS = 30, 8
 LARGEST_CODE = OCTAVES * EIGHTHS + EIGHTHS - 1
+# The largest finite number of float32, in eighths of an octave.
+LARGEST_SQUARE = 254 * EIGHTHS + EIGHTHS - 1
 # Names of stored tensors are that of the state's tensor and one of these; only "bfloat16" of other tensors has none.
 TRIANGLE, CODES, EXPONENTS, DIAGONAL = ("_" + part for part in ("triangle", "int8", "exponent", "diagonal"))
 # The state's tensors that options give a format, by how their names begin.
@@ -277,9 +281,11 @@ def salts_of(keys: Sequence[str], device: torch.device) -> Tensor:
 def seeds_of(salts: Tensor, name: str, step: int) -> Tensor:
     """Seeds of rows for the rounding of a tensor in a step: int32 [B], of the blocks' salts, its name and the step.
 
-    They are `random_bits`' hash, all 32 bits of it, of the salt XOR the CRC-32 of ``name/step``.
+    They are `random_bits`' hash, all 32 bits of it, of the salt XOR that hash of the CRC-32 of ``name/step``. Without
+    the inner one, blocks whose keys differ by a number as steps do would have each other's bits in other steps, because
+    CRCs are linear.
     """
-    return _hashed_(salts ^ _signed(zlib.crc32(f"{name}/{step}".encode())))
+    return _hashed_(salts ^ _signed(_hashed_number(zlib.crc32(f"{name}/{step}".encode()))))
 
 
 def random_bits(seeds: Tensor, start: int, count: int) -> Tensor:
@@ -331,6 +337,13 @@ def _hashed_(x: Tensor) -> Tensor:
     return x
 
 
+def _hashed_number(x: int) -> int:
+    """lowbias32 of a number below 2^32."""
+    x = (x ^ x >> 16) * 0x7FEB352D % (1 << 32)
+    x = (x ^ x >> 15) * 0x846CA68B % (1 << 32)
+    return x ^ x >> 16
+
+
 def _signed(number: int) -> int:
     """The int32 with these 32 bits."""
     return number - (1 << 32) if number >= 1 << 31 else number
@@ -360,15 +373,27 @@ def to_int8(values: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
     """float32 values [B, n] as int8 codes [B, n] and exponents of scales, int8 [B, runs(n)].
 
     The scale of a run is the power of two for which the largest code is from 64 to 127. Errors are below one scale,
-    that is 1/64 of the run's largest magnitude; to nearest they are half as large, except that 128 becomes 127.
+    that is 1/64 of the run's largest magnitude; to nearest they are half as large, except that 128 becomes 127. At
+    random, a run whose largest magnitude is above 127 scales has errors of up to two scales. If it could only become
+    127, a slow average would never pass a power of two.
     """
     parts = _in_runs(values)
-    biased = (parts.abs().amax(-1).view(torch.int32) >> 23).bitwise_and_(0xFF)
+    largest = parts.abs().amax(-1).view(torch.int32)
+    biased = largest >> 23
     exponents = torch.where(biased > 0, (biased - 133).clamp_(SMALLEST, LARGEST), 0)
+    if bits is not None:  # the largest of such a run becomes 63 or 64 of twice the scale
+        doubled = (largest.bitwise_and_(0x7FFFFF) > ABOVE_127) & (biased > 6) & (biased < 254)
+        exponents += doubled
     # Down to 2^-126 a number is normal; the run of one below that counts as zeros.
     sizes = (parts * _power_of_two(-exponents).unsqueeze(-1)).abs_()
     # The magnitude is rounded, so that opposite values get opposite codes. A sum with 16 bits is exact if it matters.
-    sizes = sizes.round_() if bits is None else sizes.add_(_in_runs(bits).float().mul_(2.0**-16)).floor_()
+    if bits is None:
+        sizes = sizes.round_()
+    else:
+        sizes = sizes.add_(_in_runs(bits).float().mul_(2.0**-16)).floor_()
+        halved = (doubled & (sizes.amax(-1) < 64.0)).int()  # so that what was read is stored unchanged
+        exponents -= halved
+        sizes.mul_((halved + 1).unsqueeze(-1))
     codes = sizes.clamp_(max=127.0).masked_fill_(biased.unsqueeze(-1) == 0, 0.0).copysign_(parts).to(torch.int8)
     return codes.flatten(1)[:, : values.shape[1]], exponents.to(torch.int8)
 
@@ -382,14 +407,16 @@ def from_int8(codes: Tensor, exponents: Tensor) -> Tensor:
 def to_squares(values: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
     """Non-negative float32 values [B, n] as codes and exponents, as `to_int8`, accurate to an eighth of each value.
 
-    Positive values more than 30 octaves below the largest in their run become the smallest positive code.
+    Positive values more than 30 octaves below the largest in their run become the smallest positive code. The exponent
+    is that of the largest after rounding, or a slow average would never pass a power of two.
     """
     parts = _in_runs(values).view(torch.int32)
-    biased = parts.amax(-1) >> 23
     carry = 1 << 19 if bits is None else _in_runs(bits) << 4
+    codes = (parts + carry >> 20).clamp_max_(LARGEST_SQUARE)
+    biased = codes.amax(-1) >> 3
     first = (biased - OCTAVES).mul_(EIGHTHS).unsqueeze(-1)
-    codes = (parts + carry >> 20) - first
-    codes = torch.maximum(codes, (1 - first).clamp_min_(1)).clamp_max_(LARGEST_CODE).masked_fill_(parts <= 0, 0)
+    codes -= first
+    codes = torch.maximum(codes, (1 - first).clamp_min_(1)).masked_fill_(parts <= 0, 0)
     return codes.to(torch.uint8).view(torch.int8).flatten(1)[:, : values.shape[1]], (biased - 128).to(torch.int8)
 
 

@@ -245,6 +245,9 @@ class Adapter(ABC):
         on the ranks one after another.
         """
 
+    def weights_will_change(self, optimizer: Any) -> None:  # noqa: B027 (most models have no copies of weights)
+        """Drop copies of weights that are about to be changed between two steps. Called on all ranks together."""
+
     def weights_changed(self, optimizer: Any) -> None:  # noqa: B027 (most models hold the optimizer's tensors)
         """Pass weights on to the model that were changed between two steps. Called on all ranks together."""
 

@@ -106,6 +106,11 @@ def _fitness(module: nn.Module, wanted: Iterable[int]) -> tuple[int, bool, int, 
     return len(held), trained == held, sum(1 for _ in module.modules()), min(own)
 
 
+def living_modules(kind: type) -> list[nn.Module]:
+    """All modules of the process that are of a class, except those that ``gc.freeze`` has hidden."""
+    return [module for module in _living_modules() if isinstance(module, kind)]
+
+
 def _holders_and_parents(wanted: set[int]) -> tuple[dict[int, list[nn.Module]], dict[int, list[nn.Module]]]:
     """The modules that hold each wanted tensor, by its ``id``, and the parents of each module, by its own."""
     holders: dict[int, list[nn.Module]] = defaultdict(list)

@@ -30,6 +30,7 @@ class Averages(Copies):
         if self.state_keeper.waiting is not None or self.state_keeper.released:
             self._build_missing(self._trained())  # of a loaded state, which else comes with the next step
         configs, before = self.configs(), self.averages_in_use
+        self._announce_change()
         self.averages_in_use = bool(self.units)
         try:
             use_averages(self.units, configs)
@@ -43,6 +44,7 @@ class Averages(Copies):
     def use_weights(self) -> None:
         """Put the weights back into the model, to the bit; call it on all ranks. Does nothing if they are there."""
         if self.averages_in_use:
+            self._announce_change()
             for unit in self.units:
                 use_weights(unit)
             self.averages_in_use = False
@@ -58,6 +60,10 @@ class Averages(Copies):
         finally:
             if not already:
                 self.use_weights()
+
+    def _announce_change(self) -> None:
+        for adapter in adapters():
+            adapter.weights_will_change(self)
 
     def _pass_weights_on(self) -> None:
         for adapter in adapters():

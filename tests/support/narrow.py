@@ -24,7 +24,7 @@ def hashed(x: int) -> int:
 
 def random_bits(key: str, name: str, step: int, element: int) -> int:
     """Return the 16 bits of an element of a block's tensor in a step."""
-    seed = hashed(zlib.crc32(key.encode()) ^ zlib.crc32(f"{name}/{step}".encode()))
+    seed = hashed(zlib.crc32(key.encode()) ^ hashed(zlib.crc32(f"{name}/{step}".encode())))
     pair, odd = divmod(element % WORD, 2)
     return hashed((seed + 0x9E3779B9 * pair) % WORD) >> (16 if odd else 0) & 0xFFFF
 
@@ -84,20 +84,18 @@ def nearby(value: float, digits: int, bits: int | None) -> float:
 
 
 def scaled(run: list[float], bits: list[int | None]) -> list[float]:
-    """Return a run of numbers in 127 steps of one power of two up to each side."""
+    """Return a run of numbers in 127 steps of one power of two up to each side; at random 128 is 64 of the next."""
     peak = max(map(abs, run))
     if peak < 2.0**-126:
         return [0.0] * len(run)
     step = 2.0 ** max(math.frexp(peak)[1] - 7, -126)
+    if peak > 127 * step and None not in bits:
+        step *= 2.0
     return [math.copysign(min(127, rounded(abs(v) / step, r)) * step, v) for v, r in zip(run, bits, strict=True)]
 
 
 def squares(run: list[float], bits: list[int | None]) -> list[float]:
-    """Return a run of numbers >= 0 with four binary digits, neither above the largest's octave nor far below it."""
-    top = math.frexp(max(run))[1]
-    most, least = 15.0 * 2.0 ** (top - 4), 9.0 * 2.0 ** (top - 34)
-    found = []
-    for value, r in zip(run, bits, strict=True):
-        near = nearby(value, 4, 2**15 if r is None else r)  # half of a step is rounded up
-        found.append(min(max(near, least), most) if value > 0.0 else 0.0)
-    return found
+    """Return a run of numbers >= 0 with four binary digits, none of them far below the largest's octave."""
+    near = [nearby(value, 4, 2**15 if r is None else r) for value, r in zip(run, bits, strict=True)]  # half: up
+    least = 9.0 * 2.0 ** (math.frexp(max(near))[1] - 34)
+    return [max(number, least) if value > 0.0 else 0.0 for value, number in zip(run, near, strict=True)]

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -57,7 +58,23 @@ def under_fsdp(run: Run) -> dict[str, Any]:
         with FullyShardedDataParallel.summon_full_params(model):
             return {clean_name(n): p.detach().clone() for n, p in model.named_parameters()}
 
-    return observed(optimizer, parameters)
+    seen = observed(optimizer, parameters)
+    return seen | {"forward": evaluated_with_averages(model, optimizer, piece)}
+
+
+def evaluated_with_averages(model: torch.nn.Module, optimizer: Shampoo, piece: dict[str, Any]) -> list[bool]:
+    """Whether evaluations and the next training step compute with what the optimizer has put into the model."""
+
+    @torch.no_grad()
+    def evaluated() -> float:
+        return float(model(**piece))
+
+    weights, averages = [evaluated()], []
+    for _ in range(2):
+        with optimizer.averaged_weights():
+            averages.append(evaluated())
+        weights.append(float(model(**piece).detach()))
+    return [averages[0] != weights[0], averages[0] == averages[1], weights == weights[:1] * 3]
 
 
 def observed(optimizer: Shampoo, parameters: Callable[[], dict[str, Tensor]]) -> dict[str, Any]:
