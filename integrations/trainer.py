@@ -92,7 +92,7 @@ class ShampooFactory:
 
     def __call__(self, model: nn.Module, lr: float | Tensor = ShampooConfig.lr, **options: Unpack[Options]) -> Shampoo:
         if is_initialized():
-            _refuse_deepspeed(getattr(AcceleratorState(), "deepspeed_plugin", None), None)
+            _refuse_deepspeed(_deepspeed_plugin(), None)
         return build(model, {"lr": lr, **options}, _trainer_rule)
 
 
@@ -157,7 +157,7 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         if not _is_ours(optimizer):
             super().__init__(*args, optimizers=optimizers, **kwargs)  # type: ignore[arg-type, misc]
             self._take_name(optimizer, scheduler)
-            if _json_names_shampoo(self.args):
+            if _json_names_shampoo(self.args, _deepspeed_plugin()):
                 self._watch()
             return
         _check_scheduler(optimizer, scheduler)
@@ -219,6 +219,11 @@ class ShampooTrainerMixin(TrainerCheckpoints):
         with nullcontext() if _internal_call else self._averaged_weights():
             super().save_model(output_dir, _internal_call=_internal_call)
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push the model as ``save_model`` saves it; the Trainer saves it by a call like that for a checkpoint."""
+        with self._averaged_weights():
+            return super().push_to_hub(*args, **kwargs)
+
     def _averaged_weights(self) -> AbstractContextManager[None]:
         optimizer = inner_optimizer(self.optimizer)
         return optimizer.averaged_weights() if isinstance(optimizer, Shampoo) else nullcontext()
@@ -274,7 +279,8 @@ class ShampooCallback(TrainerCallback):
         # A second train() of the same Trainer begins at step 0 too, and continues with the optimizer's present state.
         if self.start_from is not None and state.global_step == 0 and not inner.has_state:
             load_shampoo(inner, self.start_from, options=False)
-        if not (args.deepspeed and inner.external_state):  # the adapter loads it at the next step, or raises
+        # DeepSpeed's adapter loads external state at the next step, or raises; accelerate's launcher may use it too.
+        if _deepspeed_plugin() is None or not inner.external_state:
             check_resumed(inner, state, self.require_state)
 
     def on_log(
@@ -300,7 +306,7 @@ class NamedOptimizerCheck(TrainerCallback):
     ) -> None:
         if args.optim != NAME:
             return
-        _refuse_deepspeed(getattr(AcceleratorState(), "deepspeed_plugin", None), None)
+        _refuse_deepspeed(_deepspeed_plugin(), None)
         check_inner_optimizer(
             optimizer, 'optim="shampoo" asks for Shampoo too; leave out one of them, as only one optimizer can train'
         )
@@ -359,11 +365,17 @@ def _named(arguments: TrainingArguments) -> Deferred:
     return Deferred(dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto") | given)
 
 
-def _json_names_shampoo(arguments: TrainingArguments) -> bool:
-    """Whether DeepSpeed's JSON asks for Shampoo; accelerate may ignore the JSON (ACCELERATE_USE_CPU)."""
-    json = getattr(arguments, "hf_deepspeed_config", None)
-    optimizer = json.config.get("optimizer", {}) if json is not None else {}
-    return str(optimizer.get("type", "")).lower() == NAME
+def _deepspeed_plugin() -> DeepSpeedPlugin | None:
+    """Return how accelerate uses DeepSpeed, by TrainingArguments or by its launcher; None if it does not."""
+    found: DeepSpeedPlugin | None = getattr(AcceleratorState(), "deepspeed_plugin", None)
+    return found
+
+
+def _json_names_shampoo(arguments: TrainingArguments, plugin: DeepSpeedPlugin | None) -> bool:
+    """Whether DeepSpeed's JSON asks for Shampoo; accelerate may ignore that of the arguments (ACCELERATE_USE_CPU)."""
+    known = (getattr(arguments, "hf_deepspeed_config", None), plugin.hf_ds_config if plugin is not None else None)
+    optimizers = [json.config.get("optimizer", {}) for json in known if json is not None]
+    return any(str(optimizer.get("type", "")).lower() == NAME for optimizer in optimizers)
 
 
 def _prefixed(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -25,13 +25,18 @@ def clean_path(model: nn.Module, path: str) -> str:
     for part in path.split("."):
         inner = wrapped_part(module, outer) if module is not None else None
         while module is not None and inner is not None and part != inner:  # FSDP1 leaves its own part out of names
-            module = module._modules[inner]
+            module = _children(module)[inner]
             inner = wrapped_part(module, outer) if module is not None else None
         if inner is None:
             kept.append(part)
             outer = False
-        module = module._modules.get(part) if module is not None else None
+        module = _children(module).get(part) if module is not None else None
     return ".".join(kept)
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The parts of a module by name; a ScriptModule keeps them in something that is no dict."""
+    return dict(module.__dict__.get("_modules", {}).items())
 
 
 def wrapped_part(module: nn.Module, outer: bool) -> str | None:
@@ -40,7 +45,7 @@ def wrapped_part(module: nn.Module, outer: bool) -> str | None:
     Args:
         outer: whether only wrappers are around it. There a module that holds nothing but a ``module`` is a wrapper too.
     """
-    children = module.__dict__.get("_modules", {})
+    children = _children(module)
     if len(children) != 1 or any(p is not None for p in module._parameters.values()):
         return None
     (name,) = children

@@ -86,7 +86,9 @@ def trained(
     return trainer, seen
 
 
-def test_the_trainer_evaluates_and_saves_averages_and_checkpoints_hold_weights(arguments: Any, tmp_path: Path) -> None:
+def test_the_trainer_evaluates_and_saves_averages_and_checkpoints_hold_weights(
+    arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model("llama")
     data = make_data(TRAINING.steps)
     trainer = ShampooTrainer(
@@ -103,6 +105,15 @@ def test_the_trainer_evaluates_and_saves_averages_and_checkpoints_hold_weights(a
     trainer.save_model(str(tmp_path / "averaged"))
     saved = load_file(tmp_path / "averaged" / "model.safetensors")
     assert not torch.equal(saved["model.norm.weight"], weights["model.norm.weight"])
+    pushed: list[str] = []
+    hub = SimpleNamespace(upload_folder=lambda **given: pushed.append(given["folder_path"]))
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    monkeypatch.setattr(trainer, "init_hf_repo", lambda **_: setattr(trainer, "hub_model_id", "somebody/model"))
+    monkeypatch.setattr(trainer, "create_model_card", lambda **_: None)
+    trainer.push_to_hub()
+    assert pushed == [trainer.args.output_dir]
+    again = load_file(Path(pushed[0]) / "model.safetensors")
+    assert all(torch.equal(again[n], saved[n]) for n in saved)
     newest = max(tmp_path.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
     assert int(newest.name.rpartition("-")[2]) == TRAINING.steps
     kept = load_file(newest / "model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -322,3 +323,20 @@ def test_every_model_inside_tells_its_head() -> None:
     both = nn.ModuleDict({"first": Telling(), "second": nn.ModuleDict({"deep": Telling()})})
     heads = {name for name, kinds in names_and_kinds(both).values() if "lm_head" in kinds and name.endswith("weight")}
     assert heads == {f"{path}.out.{n}.weight" for path in ("first", "second.deep") for n in (0, 1)}
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("make", [torch.jit.script, lambda part: torch.jit.trace(part, torch.ones(1, 4))])
+def test_a_part_in_torchscript_has_names_too(make: Any, freeze: bool) -> None:
+    """torch's ``_modules`` of such a part is no dict."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = nn.Sequential(make(nn.Sequential(nn.Linear(4, 4))), nn.Linear(4, 4))
+    for frozen in model[0].parameters() if freeze else ():
+        frozen.requires_grad_(False)
+    for given in (model.parameters(), model.named_parameters(), model[1].parameters()):
+        optimizer = shampoo(given, model=model)
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        found = {parameter.key for unit in optimizer.units for parameter in unit.parameters}
+        assert found <= {"0.0.weight", "0.0.bias", "1.weight", "1.bias"} and "1.weight" in found
