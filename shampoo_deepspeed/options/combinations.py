@@ -104,7 +104,10 @@ def _check_decay(config: ShampooConfig) -> None:
     shares = {"corrected": rate * rate / peak if peak else 0.0, "independent": rate / peak if peak else 1.0}
     share = shares.get(config.decay_type, rate)
     if config.decay_type == "l2" and not config.normalize_gradients and config.elementwise_method in ("none", "sgd"):
-        share *= max(1.0, config.elementwise_lr, config.embedding_lr or 0.0)
+        share *= max(1.0, config.elementwise_lr, config.embedding_lr or 0.0, config.tied_embedding_lr or 0.0)
+    if config.nesterov:  # whose steps with momentum m are stable up to 2 (1 + m) / ((1 + 2 m) (1 - dampening))
+        m = config.momentum
+        share *= max(1.0, (1.0 + 2.0 * m) * (1.0 - config.dampening) / (1.0 + m))
     if config.weight_decay * share >= LARGEST_DECAY:
         allowed = f"less than {LARGEST_DECAY / share:g} with this learning rate, or weights would change sign and grow"
         raise bad("weight_decay", config.weight_decay, allowed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import cache
 from typing import Any
 
@@ -223,6 +224,10 @@ def test_a_number_that_leaves_float32_is_an_option_error(name: str, value: Any) 
             build()
 
 
+# With which updates of sgd are at most as long as gradients.
+SLOW = {"normalize_gradients": False, "elementwise_lr": 1.0, "embedding_lr": None, "tied_embedding_lr": None}
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -230,11 +235,38 @@ def test_a_number_that_leaves_float32_is_an_option_error(name: str, value: Any) 
         {"lr": 1.0, "weight_decay": 2.0, "weight_decay_type": "corrected"},
         {"lr": 1e-3, "weight_decay": 2.0, "weight_decay_type": "independent"},
         {"lr": 0.1, "peak_lr": 1e-3, "weight_decay": 0.1, "weight_decay_type": "independent"},
+        {"lr": 1.0, "weight_decay": 1.5, "momentum": 0.9, "nesterov": True},
+        *(
+            {"lr": 0.1, "weight_decay": 0.5, "weight_decay_type": "l2", "elementwise": "sgd", **SLOW, name: 50.0}
+            for name in SLOW
+            if name != "normalize_gradients"
+        ),
     ],
 )
 def test_a_decay_that_would_let_weights_grow_is_an_option_error(given: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=r"'weight_decay' = .* less than \S+ with this learning rate"):
         Shampoo([parameter(3)], **given)
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.2])
+def test_the_largest_decay_with_nesterov_is_where_weights_begin_to_grow(dampening: float) -> None:
+    given: dict[str, Any] = {"lr": 1.0, "elementwise_lr": 0.0, "momentum": 0.9, "nesterov": True}
+    given["dampening"] = dampening
+    with pytest.raises(OptionError, match="weights would change sign and grow") as refusal:
+        Shampoo([parameter(3)], weight_decay=1.99, **given)
+    found = re.search(r"less than (\S+) with", str(refusal.value))
+    assert found
+    weights = parameter(3)
+    before = weights.detach().norm()
+    optimizer = Shampoo([weights], weight_decay=0.99 * float(found[1]), **given)
+    for _ in range(400):
+        weights.grad = torch.ones_like(weights)
+        optimizer.step()
+    assert weights.detach().norm() < 0.5 * before
+    # A little more would grow, by the eigenvalues of the step on weights and momentum.
+    decay = 1.01 * float(found[1]) * (1.0 - dampening)
+    step = torch.tensor([[1.0 - decay * 1.9, -0.81], [decay, 0.9]])
+    assert torch.linalg.eigvals(step).abs().max() > 1.0
 
 
 @pytest.mark.parametrize(
