@@ -113,6 +113,8 @@ def renamed(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     for key, value in options.items():
+        if not isinstance(key, str):
+            raise OptionError(f"Unknown Shampoo option {short(key)} = {short(value)}{nearest(key, names)}")
         if key in IGNORED:
             if not _is_off(value):
                 logger.info("Shampoo ignores %r: its kernels are batched over blocks already", key)
@@ -150,8 +152,10 @@ def _refuse_foreign(options: Mapping[str, Any]) -> None:
         raise OptionError(f"Shampoo does not have these options of other optimizers, delete them ({of}). {ALL_OPTIONS}")
 
 
-def nearest(key: str, names: Sequence[str]) -> str:
+def nearest(key: object, names: Sequence[str]) -> str:
     """The end of a message about an unknown name: up to three that look like it, and where all of them are."""
+    if not isinstance(key, str):
+        return f": names of options are text. {ALL_OPTIONS}"
     if key in INSTEAD:
         return f": {INSTEAD[key]}. {ALL_OPTIONS}"
     if key in _OWNERS:

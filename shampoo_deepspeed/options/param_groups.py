@@ -94,8 +94,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def unknown_keys(group: Mapping[str, Any]) -> set[str]:
-    """Keys of a group that neither this package nor a framework that it knows reads."""
+def unknown_keys(group: Mapping[Any, Any]) -> set[Any]:
+    """Keys of a group that neither this package nor a framework that it knows reads; they may be no text."""
     return {key for key in group if key not in _OTHERS_KEYS and key not in _OWN}
 
 
@@ -106,7 +106,7 @@ def checked_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[st
     for key in list(group):
         if key in _OWN:
             own[key] = group.pop(key)
-        elif key in unknown_keys(group) and difflib.get_close_matches(key, GIVEN_NAMES, n=1, cutoff=0.85):
+        elif key in unknown_keys(group) and difflib.get_close_matches(str(key), GIVEN_NAMES, n=1, cutoff=0.85):
             canonical({key: group[key]})  # raises
     options = {**{name: defaults[name] for name in OPTION_NAMES}, **canonical(own)}
     for name in options_with(SHARED):

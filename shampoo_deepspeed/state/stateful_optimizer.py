@@ -90,7 +90,7 @@ class BlockOptimizer(Averages):
         if not isinstance(param_group, dict):
             super().add_param_group(param_group)  # raises
         known = {key for earlier in self.param_groups for key in earlier}
-        for key in sorted(unknown_keys(param_group) - known):
+        for key in sorted(unknown_keys(param_group) - known, key=str):
             logger.warning(
                 "Shampoo has no option %r (= %s in a parameter group) and ignores it%s",
                 key,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 import re
 from typing import Any
@@ -246,6 +247,27 @@ def test_an_unknown_option_is_an_error_that_suggests_the_nearest(wrong: str, mea
     assert ("did you mean" in text) == (meant is not None)
     assert meant is None or f"did you mean {meant!r}" in text
     assert "All options: docs/options.md" in text
+
+
+@pytest.mark.parametrize("key", [5, None, ("lr",), b"lr", 0.5])
+def test_a_name_that_is_no_text_is_an_error_and_in_a_group_a_warning(
+    key: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = parameter(3)
+    for build in (
+        lambda: ShampooConfig.from_options({key: 1}),
+        lambda: Shampoo([("w", weights)], rules=[{"match": "*", key: 1}]),
+    ):
+        with pytest.raises(OptionError, match=re.escape(f"Unknown Shampoo option {key!r} = 1: names of options are")):
+            build()
+    with caplog.at_level(logging.WARNING, logger="shampoo_deepspeed"):
+        optimizer = Shampoo([{"params": [weights], key: 1, "extra": 2}])
+    assert f"Shampoo has no option {key!r} (= 1 in a parameter group) and ignores it" in caplog.text
+    weights.grad = torch.ones_like(weights)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0][key] == 1 and repr(optimizer)
+    optimizer.load_state_dict(saved)
 
 
 @pytest.mark.parametrize(
