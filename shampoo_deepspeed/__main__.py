@@ -15,6 +15,7 @@ from shampoo_deepspeed.checkpoint.errors import CheckpointError
 from shampoo_deepspeed.checkpoint.inspect import describe
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.estimate import Estimate, estimate
+from shampoo_deepspeed.estimate.deepspeed_json import Described, read_deepspeed
 from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, SUB_GROUP_SIZE
 from shampoo_deepspeed.estimate.hardware import HARDWARE, Hardware, calibrated
 from shampoo_deepspeed.estimate.model_shapes import BUILT_IN, parameters_of, parameters_of_file
@@ -248,28 +249,14 @@ def _own_options(given: argparse.Namespace) -> dict[str, Any]:
     return canonical(options)
 
 
-def _from_deepspeed(path: str, framework: str | None) -> tuple[str, dict[str, Any], int]:
-    """(framework, options, sub_group_size) of a DeepSpeed JSON; what the Trainer would fill in keeps its default."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UsageError(f"--ds-config {path!r} is not a JSON file that can be read: {error}") from None
-    optimizer, zero = found.get("optimizer", {}), found.get("zero_optimization", {})
-    kind = optimizer.get("type", "Shampoo")
-    if str(kind).lower() != "shampoo":
-        raise UsageError(f"--ds-config {path!r}: optimizer.type = {kind!r} is not allowed: Shampoo")
-    stage = zero.get("stage", 0)
-    stages = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
-    if stage not in stages:
-        raise UsageError(f"--ds-config {path!r}: zero_optimization.stage = {stage!r} is not allowed: 0, 1, 2 or 3")
-    if framework is not None and framework != stages[stage]:
+def _from_deepspeed(path: str, framework: str | None) -> Described:
+    """What the DeepSpeed JSON says, which must agree with ``--framework`` if that is given."""
+    found = read_deepspeed(path)
+    if framework is not None and framework != found.framework:
         raise UsageError(
-            f"--framework {framework!r} does not agree with {path!r}: ZeRO stage {stage}, that is {stages[stage]}"
+            f"--framework {framework!r} does not agree with {path!r}, whose ZeRO stage is {found.framework}"
         )
-    size = zero.get("sub_group_size", SUB_GROUP_SIZE)
-    size = SUB_GROUP_SIZE if size == "auto" else int(size)
-    options = {name: value for name, value in optimizer.get("params", {}).items() if value != "auto"}
-    return stages[stage], canonical(options), size
+    return found
 
 
 def _speed(given: argparse.Namespace) -> Speed | None:

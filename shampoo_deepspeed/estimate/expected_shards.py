@@ -70,7 +70,9 @@ def layouts(
     if framework == "zero3":
         groups = _sub_groups([-(-math.prod(shape) // world_size) for shape in shapes], sub_group_size)
         return [_per_parameter(group, [shapes[n] for n in group], world_size, 1, _flat_part) for group in groups]
-    sharded = world_size if framework == "fsdp2" else shard_ranks or world_size
+    sharded = world_size if framework == "fsdp2" or shard_ranks is None else shard_ranks
+    if sharded < 1:
+        raise ValueError(f"shard_ranks {sharded} is not allowed: an integer >= 1 that divides world_size")
     if world_size % sharded:
         raise ValueError(f"shard_ranks {sharded} is not allowed: it must divide world_size, which is {world_size}")
     # The mesh is (replicate, shard): neighbours share a replica.

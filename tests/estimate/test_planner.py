@@ -23,7 +23,8 @@ from shampoo_deepspeed import Shampoo, ShampooConfig
 from shampoo_deepspeed.__main__ import _parser, main
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.estimate import Estimate, Step, estimate
-from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, layouts
+from shampoo_deepspeed.estimate.deepspeed_json import read_deepspeed
+from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, SUB_GROUP_SIZE, layouts
 from shampoo_deepspeed.estimate.model_shapes import ModelError, llama_shapes, parameters_of, parameters_of_file
 from shampoo_deepspeed.estimate.recommend import Speed, expected_overhead, recommend
 from shampoo_deepspeed.geometry.boxes import Box, tiling_error
@@ -170,6 +171,10 @@ def test_work_is_spread_over_the_window_as_the_refreshes_are() -> None:
         (
             {"framework": "hsdp", "shard_ranks": 3},
             "shard_ranks 3 is not allowed: it must divide world_size, which is 4",
+        ),
+        *(
+            ({"framework": "hsdp", "shard_ranks": n}, f"shard_ranks {n} is not allowed: an integer >= 1")
+            for n in (0, -1, -2)
         ),
         ({"weights_dtype": "float8"}, "weights_dtype 'float8' is not allowed"),
     ],
@@ -431,6 +436,56 @@ def test_a_bad_deepspeed_json_is_named(
             ["estimate", "--model", "llama-3-8b", "--world-size", "2", "--framework", "zero3", "--ds-config", str(path)]
         )
     assert message in capsys.readouterr().err
+
+
+STAGE = "zero_optimization.stage = "
+SIZE = "zero_optimization.sub_group_size = "
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "must hold one JSON object, not []"),
+        ("null", "must hold one JSON object, not None"),
+        (b'{"optimizer": "\xff"}', "is not a JSON file that can be read: 'utf-8' codec"),
+        ("[" * 100_000, "is not a JSON file that can be read: it is nested too deeply"),
+        ('{"optimizer": null}', "optimizer = None is not allowed: a JSON object"),
+        ('{"optimizer": []}', "optimizer = [] is not allowed: a JSON object"),
+        ('{"optimizer": {"type": []}}', "optimizer.type = [] is not allowed: Shampoo"),
+        ('{"optimizer": {"params": [1]}}', "optimizer.params = [1] is not allowed: a JSON object"),
+        ('{"zero_optimization": null}', "zero_optimization = None is not allowed: a JSON object"),
+        ('{"zero_optimization": []}', "zero_optimization = [] is not allowed"),
+        ('{"zero_optimization": true}', "zero_optimization = True is not allowed"),
+        ('{"zero_optimization": {"stage": []}}', f"{STAGE}[] is not allowed: 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": true}}', f"{STAGE}True is not allowed"),
+        ('{"zero_optimization": {"stage": null}}', f"{STAGE}None is not allowed"),
+        *(
+            (f'{{"zero_optimization": {{"stage": 3, "sub_group_size": {size}}}}}', f"{SIZE}{shown} is not allowed: an")
+            for size, shown in {
+                "null": None, "1e400": math.inf, "NaN": math.nan, '"x"': "'x'", "-5": -5, "true": True, "2.5": 2.5,
+                "[]": [],
+            }.items()
+        ),
+    ],
+    ids=range(22),
+)  # fmt: skip
+def test_a_deepspeed_json_of_any_form_is_taken_or_named(
+    content: str | bytes, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as ended:
+        main(["estimate", "--model", "llama-3-8b", "--world-size", "2", "--ds-config", str(path)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and message in error and f"--ds-config {str(path)!r}" in error
+
+
+@pytest.mark.parametrize(("size", "expected"), [("1e8", 10**8), ('"auto"', SUB_GROUP_SIZE), ("0", 0), ("7", 7)])
+def test_what_deepspeed_takes_is_read(size: str, expected: int, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    zero = f'{{"stage": 3, "sub_group_size": {size}}}'
+    path.write_text(f'{{"optimizer": {{"type": "shampoo", "params": null}}, "zero_optimization": {zero}}}')
+    assert read_deepspeed(str(path)) == ("zero3", {}, expected)
 
 
 def test_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
