@@ -25,8 +25,8 @@ def transformers_parameters(model: str) -> list[Parameter] | None:
         config = AutoConfig.from_pretrained(model)
         with torch.device("meta"):
             built = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        logger.warning("Transformers has no causal language model for %r: %s", model, error)
+    except Exception as error:  # whatever a model's own code raises for values that it does not expect
+        logger.warning("Transformers has no causal language model for %r: %s: %s", model, type(error).__name__, error)
         return None
     known = names_and_kinds(built)
     found = [(*known[id(p)], tuple(p.shape)) for p in built.parameters() if p.requires_grad]

@@ -22,12 +22,20 @@ from shampoo_deepspeed.estimate.model_shapes import BUILT_IN, parameters_of, par
 from shampoo_deepspeed.estimate.planner import ADAMW_8BIT
 from shampoo_deepspeed.estimate.prediction import Advice, Prediction, advise, predict
 from shampoo_deepspeed.estimate.recommend import Overhead, Recommendation, Speed, expected_overhead, recommend
+from shampoo_deepspeed.options.checks import short
 from shampoo_deepspeed.options.config import ShampooConfig, canonical
+from shampoo_deepspeed.options.names import BRIEF
+from shampoo_deepspeed.runtime import json_text
 from shampoo_deepspeed.runtime.report import page
 from shampoo_deepspeed.runtime.run_log import read_log
 
 # Float32 products run at about a tenth of the speed of bfloat16 ones on current accelerators.
 FLOAT32_SHARE = 0.1
+OVERHEAD = 0.05  # --overhead-budget if none is given
+SPEEDS = ("optimizer_tflops", "refresh_tflops", "bandwidth")
+NUMBERS = ("tokens_per_step", "tflops", *SPEEDS, "memory_budget", "overhead_budget")
+SMALLEST, LARGEST = 1e-30, 1e30  # of these; their products stay finite
+MOST_RANKS = 2**20
 
 ESTIMATE_EXAMPLE = """\
   python -m shampoo_deepspeed estimate --model llama-3-8b --world-size 64 --framework zero3
@@ -65,8 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         print(_encodable(_answer(given)))
-    except (ValueError, CheckpointError) as error:  # the package's own errors are all of these kinds
-        parser.exit(1 if isinstance(error, CheckpointError) else 2, _encodable(f"{parser.prog}: error: {error}\n"))
+    except (ValueError, CheckpointError, OSError) as error:  # the package's own errors are of the first two kinds
+        status = 2 if isinstance(error, ValueError) else 1
+        parser.exit(status, _encodable(f"{parser.prog}: error: {error}\n"))
     return 0
 
 
@@ -123,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--refresh-tflops", type=float, help="what it reaches in refreshes; default: the same")
     command.add_argument("--bandwidth", type=float, help="GB/s of a rank between ranks; default: exchange is hidden")
     command.add_argument("--memory-budget", type=float, help="GiB of optimizer state a rank may hold: recommends")
-    command.add_argument("--overhead-budget", type=float, default=0.05, help="share of forward and backward, 0.05")
+    command.add_argument("--overhead-budget", type=float, help=f"share of forward and backward, {OVERHEAD}")
     command.add_argument("--json", action="store_true", help="JSON instead of a table")
     look = commands.add_parser(
         "inspect",
@@ -159,6 +168,7 @@ def _report(given: argparse.Namespace) -> str:
 
 
 def _estimate(given: argparse.Namespace) -> str:
+    _check_numbers(given)
     framework, sub_group_size = given.framework, SUB_GROUP_SIZE
     options: dict[str, Any] = {}
     if given.ds_config is not None:
@@ -238,11 +248,13 @@ def _own_options(given: argparse.Namespace) -> dict[str, Any]:
     for text in given.option:
         name, equals, value = text.partition("=")
         if not equals:
-            raise UsageError(f"--option {text!r} is not allowed: NAME=JSON, as in betas=[0.9,0.95]")
+            raise UsageError(f"--option {short(text)} is not allowed: NAME=JSON, as in betas=[0.9,0.95]")
         try:
-            options[name] = json.loads(value)
+            options[name] = json_text.parse(value)
         except json.JSONDecodeError:
             options[name] = value
+        except ValueError as error:
+            raise UsageError(f"--option {short(name, BRIEF)} = {short(value, BRIEF)} is not allowed: {error}") from None
     for name in ("max_preconditioner_dim", "precondition_frequency"):
         if getattr(given, name) is not None:
             options[name] = getattr(given, name)
@@ -259,22 +271,45 @@ def _from_deepspeed(path: str, framework: str | None) -> Described:
     return found
 
 
-def _speed(given: argparse.Namespace) -> Speed | None:
-    for name in ("tokens_per_step", "tflops", "optimizer_tflops", "refresh_tflops", "bandwidth", "memory_budget"):
+def _check_numbers(given: argparse.Namespace) -> None:
+    """Raise UsageError for numbers of no use, and for those that nothing here would read."""
+    if not 1 <= given.world_size <= MOST_RANKS:
+        raise UsageError(f"--world-size {given.world_size} is not allowed: an integer from 1 to {MOST_RANKS:,}")
+    for name in NUMBERS:
         value = getattr(given, name)
-        if value is not None and value <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {value:g} is not allowed: a number > 0")
-    if given.device or given.calibrate:
+        if value is not None and not SMALLEST <= value <= LARGEST:  # NaN fails too
+            allowed = f"a number > 0, from {SMALLEST:g} to {LARGEST:g}"
+            raise UsageError(f"{_flag(name)} {value:g} is not allowed: {allowed}")
+    device = "--calibrate" if given.calibrate else "--device" if given.device else None
+    if device is not None:
         if given.tflops is not None and given.tokens_per_step is None:
             raise UsageError("--tflops is not allowed without --tokens-per-step")
-        place = "--calibrate" if given.calibrate else "--device"
-        for name in ("optimizer_tflops", "refresh_tflops", "bandwidth"):
-            if getattr(given, name) is not None:
-                raise UsageError(f"--{name.replace('_', '-')} is not allowed with {place}, which has its own speeds")
-        return None
-    if (given.tokens_per_step is None) != (given.tflops is None):
+        _refuse(given, SPEEDS, f"with {device}, which has its own speeds")
+    elif (given.tokens_per_step is None) != (given.tflops is None):
         raise UsageError("--tokens-per-step and --tflops go together: both, or none")
-    if given.tflops is None:
+    elif given.tflops is None:
+        _refuse(given, SPEEDS, "without --tokens-per-step and --tflops")
+    if given.tokens_per_step is None:
+        _refuse(given, ["overhead_budget"], "without --tokens-per-step, of whose time it is a share")
+    if device is None and given.memory_budget is None:
+        _refuse(given, ["overhead_budget"], "without --memory-budget, --device or --calibrate, which recommend options")
+    if given.overhead_budget is None:
+        given.overhead_budget = OVERHEAD
+
+
+def _refuse(given: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    for name in names:
+        if getattr(given, name) is not None:
+            raise UsageError(f"{_flag(name)} is not allowed {why}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _speed(given: argparse.Namespace) -> Speed | None:
+    """The speed that was given; a device has its own."""
+    if given.device or given.calibrate or given.tflops is None:
         return None
     slower = given.optimizer_tflops or FLOAT32_SHARE * given.tflops
     return Speed(given.tokens_per_step, given.tflops, slower, given.refresh_tflops or slower, given.bandwidth)

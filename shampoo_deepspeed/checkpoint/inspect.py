@@ -43,6 +43,8 @@ def _opened(path: Path) -> tuple[Manifest, TensorFiles]:
     """The checkpoint in this folder; the error names one that is farther below, as in a Trainer's checkpoint."""
     try:
         return open_checkpoint(path)
+    except OSError as error:  # such as for a name that is too long
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
     except CheckpointError as error:
         below = [] if (path / NAME).exists() else other_saves(path)
         if not below:

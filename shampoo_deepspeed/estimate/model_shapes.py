@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from shampoo_deepspeed.distributed.frameworks import Parameter
+from shampoo_deepspeed.options.checks import short
+from shampoo_deepspeed.options.names import BRIEF
+from shampoo_deepspeed.runtime import json_text
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
@@ -72,10 +74,15 @@ def parameters_of(model: str) -> list[Parameter]:
     """
     if model.lower() in BUILT_IN:
         return _named(llama_shapes(BUILT_IN[model.lower()], model))
-    path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
-    if path.is_file():
+    path = _config_file(model)
+    if path is not None:
         config = _read(path)
-        if isinstance(config, dict) and config.get("model_type") in LLAMA_LIKE:
+        if not isinstance(config, dict):
+            raise ModelError(f"{path} must hold one JSON object, not {short(config, BRIEF)}")
+        kind = config.get("model_type", "")
+        if not isinstance(kind, str):
+            raise ModelError(f"{path}: model_type = {short(kind)} is not allowed: a name, such as {LLAMA_LIKE[0]!r}")
+        if kind in LLAMA_LIKE:
             return _named(llama_shapes(config, str(path)))
     for point in entry_points(group=ENTRY_POINTS):
         found: list[Parameter] | None = point.load()(model)
@@ -84,9 +91,18 @@ def parameters_of(model: str) -> list[Parameter]:
     close = difflib.get_close_matches(model.lower(), BUILT_IN, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     raise ModelError(
-        f"--model {model!r} is not known{hint} Built in: {', '.join(BUILT_IN)}; or a config.json with model_type "
+        f"--model {short(model)} is not known{hint} Built in: {', '.join(BUILT_IN)}; or a config.json with model_type "
         f"{', '.join(LLAMA_LIKE)}; other models need transformers, or --shapes with a JSON file of names and shapes"
     )
+
+
+def _config_file(model: str) -> Path | None:
+    """The config.json that a name stands for, if it is a file or a folder with one."""
+    try:
+        path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
+        return path if path.is_file() else None
+    except (OSError, ValueError) as error:  # such as for a name that is too long
+        raise ModelError(f"--model {short(model)} is no path that can be read: {error}") from None
 
 
 def parameters_of_file(path: str) -> list[Parameter]:
@@ -105,7 +121,7 @@ def parameters_of_file(path: str) -> list[Parameter]:
             and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
         )
         if not good:
-            raise ModelError(f"{path}: {name!r} = {shape!r} is not allowed: a list of one or more integers > 0")
+            raise ModelError(f"{path}: {name!r} = {short(shape)} is not allowed: a list of one or more integers > 0")
     return _named({name: tuple(shape) for name, shape in found.items()})
 
 
@@ -115,10 +131,10 @@ def _named(shapes: Shapes) -> list[Parameter]:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json_text.read(path)
     except FileNotFoundError:
         raise ModelError(f"there is no file {path}") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} is not a JSON file that can be read: {error}") from None
 
 
@@ -163,5 +179,5 @@ def llama_shapes(config: Mapping[str, Any], source: str) -> Shapes:
 def _dim(config: Mapping[str, Any], key: str, source: str) -> int:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ModelError(f"{source}: {key} = {value!r} is not allowed: an integer >= 1")
+        raise ModelError(f"{source}: {key} = {short(value)} is not allowed: an integer >= 1")
     return value

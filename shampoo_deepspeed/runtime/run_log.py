@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from shampoo_deepspeed.runtime import json_text
 
 TRAINER_STATE = "trainer_state.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -45,10 +46,13 @@ def find_log(run: Path) -> Path:
     Raises:
         LogError: if there is none, or several files of JSON lines.
     """
-    if run.is_file():
-        return run
-    if not run.is_dir():
-        raise LogError(f"{run}: no such file or folder")
+    try:
+        if run.is_file():
+            return run
+        if not run.is_dir():
+            raise LogError(f"{run}: no such file or folder")
+    except OSError as error:  # such as for a name that is too long
+        raise LogError(f"{run} cannot be read: {error}") from None
     if (run / TRAINER_STATE).is_file():
         return run / TRAINER_STATE
     saved = [(int(m[1]), p) for p in run.glob(f"*/{TRAINER_STATE}") if (m := CHECKPOINT.fullmatch(p.parent.name))]
@@ -86,9 +90,9 @@ def _records(file: Path) -> Iterable[Mapping[str, Any]]:
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".jsonl":
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+            found = [json_text.parse(line) for line in text.splitlines() if line.strip()]
         else:
-            whole = json.loads(text)
+            whole = json_text.parse(text)
             found = whole["log_history"] if isinstance(whole, dict) else None
     except (OSError, ValueError, KeyError) as error:
         raise LogError(f"{file} cannot be read as a log: {type(error).__name__}: {error}") from None

@@ -358,6 +358,9 @@ def test_a_deepspeed_json_sets_framework_and_options(capsys: pytest.CaptureFixtu
     assert (out["options"]["precondition_frequency"], out["options"]["max_preconditioner_dim"]) == (5, 512)
 
 
+LLAMA = ["--model", "llama-3-8b", "--framework", "ddp"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -378,6 +381,34 @@ def test_a_deepspeed_json_sets_framework_and_options(capsys: pytest.CaptureFixtu
             "--tokens-per-step and --tflops go together",
         ),
         (["--model", "llama-3-8b", "--framework", "ddp", "--tflops", "-4"], "--tflops -4 is not allowed: a number > 0"),
+        *(
+            (
+                ["--model", "llama-3-8b", "--framework", "ddp", name, value],
+                f"{name} {value} is not allowed: a number > 0",
+            )
+            for name in ("--tokens-per-step", "--tflops", "--bandwidth", "--memory-budget", "--overhead-budget")
+            for value in ("nan", "inf", "-3", "0", "1e+300")
+        ),
+        *(
+            (
+                ["--model", "llama-3-8b", "--framework", "ddp", name, "3"],
+                f"{name} is not allowed without --tokens-per-step",
+            )
+            for name in ("--optimizer-tflops", "--refresh-tflops", "--bandwidth", "--overhead-budget")
+        ),
+        (
+            [*LLAMA, "--tflops", "4", "--tokens-per-step", "1e6", "--overhead-budget", "0.1"],
+            "--overhead-budget is not allowed without --memory-budget, --device or --calibrate",
+        ),
+        (
+            [*LLAMA, "--device", "h100", "--overhead-budget", "0.1"],
+            "--overhead-budget is not allowed without --tokens-per-step",
+        ),
+        ([*LLAMA, "--world-size", "0"], "--world-size 0 is not allowed: an int"),
+        (
+            ["--model", "llama-3-8b", "--framework", "ddp", "--world-size", "9" * 30],
+            "is not allowed: an integer from 1",
+        ),
         (["--model", "llama-3-8b", "--ds-config", "missing.json"], "--ds-config 'missing.json' is not a JSON file"),
         (
             ["--model", "llama-3-8b", "--framework", "ddp", "--max-preconditioner-dim", "0"],
