@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,16 +54,27 @@ def find_log(run: Path) -> Path:
             raise LogError(f"{run}: no such file or folder")
     except OSError as error:  # such as for a name that is too long
         raise LogError(f"{run} cannot be read: {error}") from None
-    if (run / TRAINER_STATE).is_file():
-        return run / TRAINER_STATE
+    own = run / TRAINER_STATE
     saved = [(int(m[1]), p) for p in run.glob(f"*/{TRAINER_STATE}") if (m := CHECKPOINT.fullmatch(p.parent.name))]
-    if saved:
-        return max(saved)[1]
+    last = max(saved)[1] if saved else None
+    if own.is_file() and (last is None or _last_step(own) >= _last_step(last)):
+        return own
+    if last is not None:
+        return last
     lines = sorted(run.glob("*.jsonl"))
     if len(lines) == 1:
         return lines[0]
     found = f"several files of JSON lines, {', '.join(p.name for p in lines)}; name one of them" if lines else "no log"
     raise LogError(f"{run} has {found}: a {TRAINER_STATE}, also in a checkpoint-N, or one *.jsonl file is needed")
+
+
+def _last_step(state: Path) -> int:
+    """The step at which a Trainer wrote its state."""
+    whole = _content(state)
+    step = whole.get("global_step") if isinstance(whole, dict) else None
+    if type(step) is not int:
+        raise LogError(f"{state}: global_step = {reprlib.repr(step)} is not allowed: a whole number")
+    return step
 
 
 def read_log(run: Path) -> RunLog:
@@ -86,22 +98,28 @@ def read_log(run: Path) -> RunLog:
 
 def _records(file: Path) -> Iterable[Mapping[str, Any]]:
     """The objects of a log, each with a step."""
-    found: Any
-    try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".jsonl":
-            found = [json_text.parse(line) for line in text.splitlines() if line.strip()]
-        else:
-            whole = json_text.parse(text)
-            found = whole["log_history"] if isinstance(whole, dict) else None
-    except (OSError, ValueError, KeyError) as error:
-        raise LogError(f"{file} cannot be read as a log: {type(error).__name__}: {error}") from None
+    found = _content(file)
+    if file.suffix != ".jsonl":
+        if isinstance(found, dict) and "log_history" not in found:
+            raise LogError(f"{file} cannot be read as a log: KeyError: 'log_history'")
+        found = found["log_history"] if isinstance(found, dict) else None
     if not isinstance(found, list):
         raise LogError(f"{file} is neither a {TRAINER_STATE} nor a file of JSON lines (*.jsonl)")
     for number, record in enumerate(found, 1):
         if not isinstance(record, dict) or type(record.get(STEP)) is not int:
             raise LogError(f"{file}: entry {number} has no whole number as {STEP!r}")
     return found
+
+
+def _content(file: Path) -> Any:
+    """The value that a file holds; of JSON lines the list of their values."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".jsonl":
+            return [json_text.parse(line) for line in text.split("\n") if line.strip()]
+        return json_text.parse(text)
+    except (OSError, ValueError) as error:
+        raise LogError(f"{file} cannot be read as a log: {type(error).__name__}: {error}") from None
 
 
 def finite(points: Iterable[tuple[int, float]]) -> Points:

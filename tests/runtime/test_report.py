@@ -81,6 +81,18 @@ def test_the_latest_checkpoint_has_the_log(tmp_path: Path) -> None:
     assert find_log(trainer_state(tmp_path)) == find_log(tmp_path) == tmp_path / "trainer_state.json"
 
 
+def test_of_a_runs_own_state_and_its_checkpoints_the_one_with_the_last_step_counts(tmp_path: Path) -> None:
+    """A run that was continued leaves the state of its first end in its folder."""
+    own, checkpoint = trainer_state(tmp_path), trainer_state(tmp_path / "checkpoint-2000")
+    for steps, found in (((1000, 2000), checkpoint), ((2000, 2000), own), ((3000, 2000), own)):
+        for file, step in zip((own, checkpoint), steps, strict=True):
+            file.write_text(json.dumps({"global_step": step, "log_history": HISTORY}))
+        assert find_log(tmp_path) == found
+    own.write_text(json.dumps({"global_step": [], "log_history": HISTORY}))
+    with pytest.raises(LogError, match=re.escape(f"{own}: global_step = [] is not allowed: a whole number")):
+        find_log(tmp_path)
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
