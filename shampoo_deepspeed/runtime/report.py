@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from html import escape
@@ -16,6 +17,8 @@ WIDTH, HEIGHT = 560, 240  # of a plot, in pixels
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 12, 32  # of its frame
 MOST_POINTS = 1000  # of a line; more would not be seen
 LOGARITHMIC = 1e2  # the ratio of the largest to the smallest value from which a panel has a logarithmic scale
+NARROW = 1e-9  # a range that is a smaller share of its values is drawn as one value
+TINY = 1e-290  # values below are drawn as 0
 COLOURS = ("#3b6fb6", "#c8354a", "#3c8d5a", "#a5720f", "#7a5195")
 
 
@@ -56,12 +59,18 @@ td:first-child, th:first-child { text-align: left; } tr { border-bottom: 1px sol
 def page(log: RunLog, title: str) -> str:
     """The page of a run; as XML it is well-formed too."""
     panels = "\n".join(_section(panel, log) for panel in _panels(log))
-    intro = f"{log.steps:,} steps, from {escape(log.source.name)}."
+    intro = f"{log.steps:,} steps, from {_shown(log.source.name)}."
+    title = _shown(title)
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n"
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/><title>{title}</title>'
+        f"<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n"
         f"<p>{intro}</p>\n{_table(log)}\n<main>\n{panels}\n</main></body></html>\n"
     )
+
+
+def _shown(text: str) -> str:
+    """Text as HTML. What XML or UTF-8 cannot hold, such as half of a surrogate pair, becomes an escape."""
+    return escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text))
 
 
 def _panels(log: RunLog) -> Iterator[Panel]:
@@ -80,11 +89,16 @@ def _table(log: RunLog) -> str:
     for panel in _panels(log):
         for name in panel.names:
             values = [value for _, value in finite(log.series[name])]
-            shown = [values[0], values[-1], min(values), statistics.median(values), max(values)] if values else []
+            shown = [values[0], values[-1], min(values), _median(values), max(values)] if values else []
             cells = "".join(f"<td>{number(value)}</td>" for value in shown) or '<td colspan="5">not finite</td>'
-            rows.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
+            rows.append(f"<tr><td>{_shown(name)}</td>{cells}</tr>")
     heads = "".join(f"<th>{head}</th>" for head in ("", "first", "last", "least", "median", "largest"))
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _median(values: Sequence[float]) -> float:
+    found = statistics.median(values)
+    return found if math.isfinite(found) else 2.0 * statistics.median(value / 2.0 for value in values)
 
 
 def _section(panel: Panel, log: RunLog) -> str:
@@ -92,14 +106,14 @@ def _section(panel: Panel, log: RunLog) -> str:
     wrong = sum(len(log.series[name]) - len(points) for name, points in drawn.items())
     note = f'<p class="note">values that are not finite: {wrong}</p>' if wrong else ""
     plot = _plot({name: points for name, points in drawn.items() if points})
-    return f"<section><h2>{escape(panel.title)}</h2>{note}{_legend(log, panel)}{plot}</section>"
+    return f"<section><h2>{_shown(panel.title)}</h2>{note}{_legend(log, panel)}{plot}</section>"
 
 
 def _legend(log: RunLog, panel: Panel) -> str:
     """The names of a plot's lines in their colours, each with its last value."""
     names = [name for name in panel.names if finite(log.series[name])]
     parts = [
-        f'<span style="color:{colour}">{escape(name)} {number(finite(log.series[name])[-1][1])}</span>'
+        f'<span style="color:{colour}">{_shown(name)} {number(finite(log.series[name])[-1][1])}</span>'
         for name, colour in zip(names, cycle(COLOURS), strict=False)
     ]
     return f'<p class="legend">{" ".join(parts)}</p>'
@@ -116,18 +130,20 @@ class Scale(NamedTuple):
 
     def __call__(self, value: float) -> float:
         low, high, value = (math.log10(x) if self.logarithmic else x for x in (self.low, self.high, value))
-        return self.begin + (value - low) / (high - low) * (self.end - self.begin)
+        half = 1.0 if math.isfinite(high - low) else 0.5  # of values near the ends of floats, whose difference is none
+        share = (half * value - half * low) / (half * high - half * low)
+        return self.begin + share * (self.end - self.begin)
 
     def ticks(self) -> list[float]:
         """Round values within the range, about five."""
         if self.logarithmic:
             first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
             return [10.0**n for n in range(first, last + 1, max(1, (last - first) // 4))]
-        rough = (self.high - self.low) / 5
+        rough = self.high / 5 - self.low / 5
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(power * n for n in (1, 2, 5, 10) if power * n >= rough)
         first = math.ceil(self.low / step)
-        return [step * n for n in range(first, math.floor(self.high / step * (1 + 1e-12)) + 1)]
+        return [step * n for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
 def _plot(series: dict[str, Points]) -> str:
@@ -143,7 +159,7 @@ def _plot(series: dict[str, Points]) -> str:
     for (name, points), colour in zip(series.items(), cycle(COLOURS), strict=False):
         line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in thinned(points))
         dots = f'<circle cx="{x(points[0][0]):.1f}" cy="{y(points[0][1]):.1f}" r="3" fill="{colour}"/>'
-        curve = f'<polyline class="curve" data-name="{escape(name)}" stroke="{colour}" points="{line}"/>'
+        curve = f'<polyline class="curve" data-name="{_shown(name)}" stroke="{colour}" points="{line}"/>'
         parts.append(curve if len(points) > 1 else dots)
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
 
@@ -161,10 +177,14 @@ def _axes(x: Scale, y: Scale) -> str:
 
 def _widened(low: float, high: float, margin: float) -> tuple[float, float]:
     """A range that is not empty, with a margin on both sides."""
-    if low == high:
-        spare = abs(low) / 10 or 1.0
-        return low - spare, high + spare
-    return low - margin * (high - low), high + margin * (high - low)
+    size = max(abs(low), abs(high))
+    if size < TINY:
+        spare = 1.0
+    elif high - low <= NARROW * size:
+        spare = size / 10
+    else:
+        spare = margin * high - margin * low
+    return max(low - spare, -sys.float_info.max), min(high + spare, sys.float_info.max)
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> Points:

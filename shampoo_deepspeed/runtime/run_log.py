@@ -18,6 +18,7 @@ PREFIX = "shampoo/"  # of `Shampoo.metrics()` in a Trainer's log
 STEP = "step"
 # What a Trainer adds to logs that is no measurement of training.
 LEFT_OUT = re.compile(rf"{STEP}|epoch|total_flos|(\w+_)?runtime|\w+_per_second")
+LARGEST_STEP = 2**53  # as float64 it is still exact
 
 Points = list[tuple[int, float]]
 
@@ -90,7 +91,7 @@ def read_log(run: Path) -> RunLog:
     for record in _records(file):
         for name, value in record.items():
             if not LEFT_OUT.fullmatch(name) and type(value) in (int, float):
-                series.setdefault(name.removeprefix(PREFIX), {})[record[STEP]] = float(value)
+                series.setdefault(name.removeprefix(PREFIX), {})[record[STEP]] = _as_float(value)
     if not series:
         raise LogError(f"{file} holds no numbers by step")
     return RunLog(file, {name: sorted(points.items()) for name, points in series.items()})
@@ -106,8 +107,9 @@ def _records(file: Path) -> Iterable[Mapping[str, Any]]:
     if not isinstance(found, list):
         raise LogError(f"{file} is neither a {TRAINER_STATE} nor a file of JSON lines (*.jsonl)")
     for number, record in enumerate(found, 1):
-        if not isinstance(record, dict) or type(record.get(STEP)) is not int:
-            raise LogError(f"{file}: entry {number} has no whole number as {STEP!r}")
+        step = record.get(STEP) if isinstance(record, dict) else None
+        if type(step) is not int or abs(step) > LARGEST_STEP:
+            raise LogError(f"{file}: entry {number} has no whole number as {STEP!r}, at most 2**53")
     return found
 
 
@@ -120,6 +122,14 @@ def _content(file: Path) -> Any:
         return json_text.parse(text)
     except (OSError, ValueError) as error:
         raise LogError(f"{file} cannot be read as a log: {type(error).__name__}: {error}") from None
+
+
+def _as_float(value: float) -> float:
+    """A number; an integer that is too large for a float is infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def finite(points: Iterable[tuple[int, float]]) -> Points:

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from shampoo_deepspeed.__main__ import main
-from shampoo_deepspeed.runtime.report import MOST_POINTS, Scale, page, thinned
+from shampoo_deepspeed.runtime.report import HEIGHT, LEFT, MOST_POINTS, WIDTH, Scale, page, thinned
 from shampoo_deepspeed.runtime.run_log import LogError, RunLog, find_log, read_log
 from tests.support.stepping import drive, parameter, shampoo
 
@@ -164,6 +164,53 @@ def test_any_range_has_a_plot_within_its_frame(values: list[float]) -> None:
         for name in ("y1", "y2", "cy", "y"):
             assert 0 <= float(element.get(name, 0)) <= 240
     assert all(0 <= x <= 560 and 0 <= y <= 240 for points in curves(html).values() for x, y in points)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.001, 0.0010000000000000002] * 3,
+        [1.0, 1.0 + 1e-15],
+        [1e308, -1e308],
+        [1.7e308, 1.7e308],
+        [-1.7e308, -1.6e308, 1.7e308],
+        [5e-324, 1e308],
+        [0.0, 5e-324],
+        [1e-320, 3e-320],
+        [-1e-300, 1e-300],
+        [1e15, 1e15 + 1],
+    ],
+    ids=range(10),
+)
+def test_values_of_any_size_have_few_ticks_and_a_curve_within_the_frame(values: list[float]) -> None:
+    html = page(log_of(loss=values), "run")
+    assert 2 <= len(re.findall('class="grid"', html)) <= 12 and len(html) < 10_000
+    assert not re.search(r"\b(nan|inf)\b", html.split("</style>")[1])
+    [curve] = curves(html).values()
+    assert all(LEFT <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in curve)
+
+
+def test_integers_of_hundreds_of_digits_count_as_not_finite(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    file.write_text(f'{{"step": 1, "loss": {"9" * 400}, "mine": -{"9" * 400}}}\n{{"step": 2, "loss": 1.5}}\n')
+    log = read_log(file)
+    assert log.series == {"loss": [(1, math.inf), (2, 1.5)], "mine": [(1, -math.inf)]}
+    assert "values that are not finite: 1" in page(log, "run")
+    file.write_text(f'{{"step": {"9" * 400}, "loss": 1}}\n')
+    with pytest.raises(LogError, match=re.escape(f"{file}: entry 1 has no whole number as 'step', at most 2**53")):
+        read_log(file)
+
+
+def test_names_of_any_characters_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only a line feed ends a line of JSON; what HTML cannot hold becomes an escape."""
+    names = {"a\u2028b": "a\\u2028b", "c\ud800": "c\\ud800", "d\0": "d\\x00", "e\x85<": "e\\x85<", "f\u00e9": "f\u00e9"}
+    file = tmp_path / "log.jsonl"
+    lines = [json.dumps({"step": step, **dict.fromkeys(names, 1.0)}, ensure_ascii=False) for step in (1, 2)]
+    file.write_bytes("\r\n".join(lines).replace("\ud800", "\\ud800").encode())
+    assert main(["report", str(file), "--title", "t\udcff"]) == 0
+    html = Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8")
+    assert set(curves(html)) == set(names.values())
+    assert "<h1>t\\udcff</h1>" in html
 
 
 def test_condition_numbers_have_a_logarithmic_scale() -> None:
