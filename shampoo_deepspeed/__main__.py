@@ -22,7 +22,7 @@ from shampoo_deepspeed.estimate.model_shapes import BUILT_IN, parameters_of, par
 from shampoo_deepspeed.estimate.planner import ADAMW_8BIT
 from shampoo_deepspeed.estimate.prediction import Advice, Prediction, advise, predict
 from shampoo_deepspeed.estimate.recommend import Overhead, Recommendation, Speed, expected_overhead, recommend
-from shampoo_deepspeed.options.checks import short
+from shampoo_deepspeed.options.checks import LARGEST_INT, short
 from shampoo_deepspeed.options.config import ShampooConfig, canonical
 from shampoo_deepspeed.options.names import BRIEF
 from shampoo_deepspeed.runtime import json_text
@@ -317,10 +317,12 @@ def _speed(given: argparse.Namespace) -> Speed | None:
 
 def _heading(given: argparse.Namespace, framework: str, config: ShampooConfig) -> list[str]:
     ranks = f"{given.world_size} rank{'s' if given.world_size > 1 else ''}"
-    blocks = f"blocks of at most {config.block_size}, refresh every {config.precondition_frequency} steps"
+    blocks = "whole matrices" if config.block_size == LARGEST_INT else f"blocks of at most {config.block_size}"
+    if any(under.parts.statistics for under in (config, *config.by_rule)):
+        blocks += f", refresh every {config.precondition_frequency} steps"
     lines = [f"{given.model or given.shapes} under {framework} on {ranks}, {blocks}"]
     refreshes, steps = config.early_refreshes()
-    if refreshes:
+    if refreshes and config.parts.statistics:
         first, last = config.start, config.start + steps
         lines.append(f"refresh_growth: each block refreshes {refreshes} times from step {first} to step {last}")
     return [*lines, ""]

@@ -345,6 +345,27 @@ def test_early_refreshes_are_counted(capsys: pytest.CaptureFixture[str]) -> None
     assert "refresh_growth" not in run(capsys, *common, "--option", "refresh_growth=0")
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["preconditioner=muon"], "whole matrices\n"),
+        (["preconditioner=muon", "max_preconditioner_dim=512", "refresh_growth=0.25"], "blocks of at most 512\n"),
+        (
+            ["preconditioner=muon", 'rules=[{"match": "*q_proj*", "preconditioner": "soap"}]'],
+            "whole matrices, refresh every 10 steps\n",
+        ),
+        (["preconditioner=soap"], "blocks of at most 1024, refresh every 10 steps\n"),
+    ],
+    ids=range(4),
+)
+def test_the_heading_has_blocks_and_refreshes_only_where_there_are_some(
+    options: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [argument for option in options for argument in ("--option", option)]
+    shown = run(capsys, "--model", "llama-3.2-1b", "--world-size", "2", "--framework", "ddp", *given)
+    assert f"llama-3.2-1b under ddp on 2 ranks, {expected}" in shown and "refresh_growth" not in shown
+
+
 def test_a_deepspeed_json_sets_framework_and_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     params = {"lr": "auto", "max_preconditioner_dim": 512, "precondition_frequency": 20}
