@@ -35,6 +35,7 @@ from shampoo_deepspeed.estimate.work import (
 from shampoo_deepspeed.geometry.owners import LOCALITY_TOLERANCE
 from shampoo_deepspeed.options.choices import MATMUL_PRECISIONS
 from shampoo_deepspeed.options.config import ShampooConfig
+from shampoo_deepspeed.options.rules import expanded
 
 # Rules by the tokens that they need for AdamW's loss, the best first: docs/convergence.md.
 BY_QUALITY = ("kl_shampoo", "shampoo", "soap", "kl_soap", "muon")
@@ -277,31 +278,27 @@ def advise(
     """
     model = model_milliseconds(made, device, tokens, tflops)
     moved = max((max(pair) for pair in zip(made.sent, made.received, strict=True)), default=0)
-    with_shards = max(0.0, max(made.state_bytes) - _owned(parameters, config, made))
+    with_shards = max(0.0, max(made.state_bytes) - owned_bytes(blocks_of(parameters, config), config, made.world_size))
     for rule in BY_QUALITY:
         for size in reversed(BLOCK_SIZES):
             base = _candidate(config, rule, size, device.accelerator)
-            owned = owned_bytes(blocks_of(parameters, base), base, made.world_size)
+            blocks = blocks_of(parameters, base)
+            owned = owned_bytes(blocks, base, made.world_size)
             if budget is not None and with_shards + owned > budget:
                 continue
-            blocks = blocks_of(parameters, base)
             share = (1.0 if made.world_size == 1 else 1.0 + LOCALITY_TOLERANCE) / made.world_size
-            stacks = {(0, shape): many * share for shape, many in blocks.items()}
+            stacks = {key: many * share for key, many in blocks.items()}
             held, elementwise = (max(values, default=0) for values in (made.held, made.elementwise))
             rank = RankWork(stacks, made.accelerator_buckets, moved, held, elementwise, made.world_size, offloaded)
             for frequency in FREQUENCIES:
                 for precision in MATMUL_PRECISIONS:
                     own = replace(base, precondition_frequency=frequency, matmul_precision=precision)
-                    found = predict_rank(rank, {0: own}, device, model)
+                    found = predict_rank(rank, expanded({0: own}), device, model)
                     if found.over_adamw is not None and found.over_adamw <= overhead:
                         return Advice(rule, own.solver, size, frequency, precision, with_shards + owned, found)
                 if not base.parts.statistics:
                     break
     return None
-
-
-def _owned(parameters: Sequence[Parameter], config: ShampooConfig, made: Estimate) -> float:
-    return owned_bytes(blocks_of(parameters, config), config, made.world_size) if config.parts.statistics else 0.0
 
 
 def _candidate(config: ShampooConfig, rule: str, size: int, accelerator: bool) -> ShampooConfig:

@@ -9,14 +9,19 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.policy import policy_of
 from shampoo_deepspeed.estimate.planner import Estimate, block_bytes
 from shampoo_deepspeed.geometry.owners import LOCALITY_TOLERANCE
-from shampoo_deepspeed.geometry.plan import refresh_cost, step_cost
+from shampoo_deepspeed.geometry.plan import iteration_cost, refresh_cost, step_cost
+from shampoo_deepspeed.linalg.orthogonalise import ITERATIONS
 from shampoo_deepspeed.options.config import ShampooConfig
+from shampoo_deepspeed.options.rules import expanded
 
+# How many blocks there are, by the number of their options and by shape.
+Blocks: TypeAlias = Mapping[tuple[int, tuple[int, ...]], int]
 # Larger values are not practical: eigendecompositions of larger blocks take seconds each, and older roots are stale.
 BLOCK_SIZES = (128, 256, 512, 1024, 2048)
 FREQUENCIES = (1, 2, 5, 10, 20, 50, 100)
@@ -117,50 +122,52 @@ def recommend(
     return fitting
 
 
-def blocks_of(parameters: Sequence[Parameter], config: ShampooConfig) -> Mapping[tuple[int, ...], int]:
-    """How many blocks there are of each shape."""
-    shapes: Counter[tuple[int, ...]] = Counter()
+def blocks_of(parameters: Sequence[Parameter], config: ShampooConfig) -> Blocks:
+    """How many blocks there are by the number of their options and by shape."""
+    alike: Counter[tuple[int, tuple[tuple[int, ...], ...]]] = Counter()
     for parameter in parameters:
         policy = policy_of(parameter, config)
         if policy.preconditioned:
-            shapes[policy.merged] += 1
-    blocks: Counter[tuple[int, ...]] = Counter()
-    for shape, times in shapes.items():
-        cut: dict[tuple[int, ...], int] = {(): times}
-        for n in shape:
-            whole, rest = divmod(n, config.block_size)
-            lengths = [(config.block_size, whole), (rest, 1 if rest else 0)]
-            cut = {(*head, d): many * some for head, many in cut.items() for d, some in lengths if some}
-        blocks.update(cut)
+            alike[policy.options, policy.cuts] += 1
+    blocks: Counter[tuple[int, tuple[int, ...]]] = Counter()
+    for (number, cuts), times in alike.items():
+        shapes: dict[tuple[int, ...], int] = {(): times}
+        for along in map(Counter, cuts):
+            shapes = {(*head, d): many * some for head, many in shapes.items() for d, some in along.items()}
+        blocks.update({(number, shape): many for shape, many in shapes.items()})
     return blocks
 
 
-def owned_bytes(blocks: Mapping[tuple[int, ...], int], config: ShampooConfig, ranks: int) -> float:
+def owned_bytes(blocks: Blocks, config: ShampooConfig, ranks: int) -> float:
     """Bytes of blocks on the fullest rank: the mean with the planner's tolerance, or whole blocks if there are few."""
-    sizes = {shape: sum(block_bytes(shape, config).values()) for shape in blocks}
-    total = sum(sizes[shape] * many for shape, many in blocks.items())
+    configs = expanded({0: config})
+    sizes = {(number, shape): sum(block_bytes(shape, configs[number]).values()) for number, shape in blocks}
+    total = sum(sizes[key] * many for key, many in blocks.items())
     whole_blocks = math.ceil(sum(blocks.values()) / ranks) * max(sizes.values(), default=0)
     mean = total / ranks
     return mean if ranks == 1 else max((1.0 + LOCALITY_TOLERANCE) * mean, min(whole_blocks, total))
 
 
 def _frequency(
-    blocks: Mapping[tuple[int, ...], int],
-    config: ShampooConfig,
-    made: Estimate,
-    speed: Speed | None,
-    overhead: float,
+    blocks: Blocks, config: ShampooConfig, made: Estimate, speed: Speed | None, overhead: float
 ) -> int | None:
     if speed is None:
         return None
-    costs = {shape: step_cost(shape, products=config.products(len(shape) - config.batch_dims)) for shape in blocks}
-    step = sum(costs[shape] * many for shape, many in blocks.items()) / made.world_size
-    refresh = (
-        sum(config.decompositions * refresh_cost(shape) * many for shape, many in blocks.items()) / made.world_size
-    )
     nbytes = max((max(pair) for pair in zip(made.sent, made.received, strict=True)), default=0)
     for frequency in FREQUENCIES:
-        products, refreshes = (1.0 + LOCALITY_TOLERANCE) * step, (1.0 + LOCALITY_TOLERANCE) * refresh / frequency
+        configs = expanded({0: replace(config, precondition_frequency=frequency)})
+        costs = [(many, *_costs(shape, configs[number])) for (number, shape), many in blocks.items()]
+        share = (1.0 + LOCALITY_TOLERANCE) / made.world_size
+        products, refreshes = (share * sum(cost[0] * cost[n] for cost in costs) for n in (1, 2))
         if speed.overhead(products, refreshes, nbytes, made.elements, made.world_size) <= overhead:
             return frequency
     return None
+
+
+def _costs(shape: tuple[int, ...], config: ShampooConfig) -> tuple[float, float]:
+    """FLOPs of a block in a step without refresh, and the share of a step in those of a refresh, as in the plan."""
+    sides, batch = config.sides(shape), config.batch_dims
+    step = step_cost(shape, sides, config.products(len(shape) - batch))
+    if config.parts.orthogonalises:
+        step += ITERATIONS * iteration_cost(shape[batch:])
+    return step, config.decompositions * refresh_cost(shape, sides) / config.precondition_frequency

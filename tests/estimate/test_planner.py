@@ -26,7 +26,7 @@ from shampoo_deepspeed.estimate import Estimate, Step, estimate
 from shampoo_deepspeed.estimate.deepspeed_json import read_deepspeed
 from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, SUB_GROUP_SIZE, layouts
 from shampoo_deepspeed.estimate.model_shapes import ModelError, llama_shapes, parameters_of, parameters_of_file
-from shampoo_deepspeed.estimate.recommend import Speed, expected_overhead, recommend
+from shampoo_deepspeed.estimate.recommend import BLOCK_SIZES, Speed, expected_overhead, recommend
 from shampoo_deepspeed.geometry.boxes import Box, tiling_error
 from tests.support.strategies import shapes
 from tests.support.zoo import gradients, make_batch, make_model
@@ -289,6 +289,50 @@ def test_a_recommended_block_size_fits_and_is_the_largest_that_does() -> None:
     assert needs[1024] <= found.state_bytes <= needs[1024] * 1.06
     assert found.frequency is None
     assert recommend(parameters, options, made, 0.5 * min(needs.values())) is None
+
+
+EXPERTS = [{"match": "*", "batch_dims": 1}]
+
+
+@pytest.mark.parametrize(
+    ("options", "of"),
+    [
+        ({"rules": EXPERTS}, [(8, 512, 1024)] * 2),
+        ({"rules": [{"match": "*", "preconditioner": "muon"}]}, [(1024, 2048)] * 4),
+        ({"rules": [{"match": "layer1", "preconditioner": "soap", "max_preconditioner_dim": 256}]}, [(512, 512)] * 2),
+        ({"preconditioner": "shampoo", "one_sided": "smaller"}, [(16, 4096)] * 4),
+        ({"preconditioner": "shampoo", "large_dim": "diagonal"}, [(512, 8192)] * 4),
+        ({"split": [3072, 1024, 1024]}, [(5120, 1024)] * 2),
+        ({"batch_dims": 1, "factor_format": "packed"}, [(4, 640, 384)] * 3),
+    ],
+    ids=["experts", "rule", "rules", "one_sided", "diagonal", "split", "batch_dims"],
+)
+def test_recommended_state_is_that_of_a_full_plan(options: dict[str, Any], of: list[tuple[int, ...]]) -> None:
+    """On one rank to the byte, with blocks as options and rules cut them."""
+    parameters, own = matrices(*of), config(**options)
+    made = estimate(parameters, 1, "ddp", own)
+    for size in BLOCK_SIZES:
+        state = max(estimate(parameters, 1, "ddp", replace(own, max_preconditioner_dim=size)).state_bytes)
+        found = recommend(parameters, own, made, 1.001 * state)
+        assert found is not None, size
+        planned = replace(own, max_preconditioner_dim=found.max_preconditioner_dim)
+        assert found.max_preconditioner_dim >= size
+        assert found.state_bytes == max(estimate(parameters, 1, "ddp", planned).state_bytes)
+
+
+def test_a_recommended_frequency_counts_work_as_a_full_plan_does() -> None:
+    """Also of diagonals, of Muon's iterations, and of a rule's own frequency."""
+    for options, of in (
+        ({"preconditioner": "shampoo", "large_dim": "diagonal", "one_sided": "left"}, [(512, 8192)] * 4),
+        ({"rules": [{"match": "layer0", "preconditioner": "muon"}]}, [(1024, 1024)] * 2),
+        ({"rules": [{"match": "layer0", "precondition_frequency": 50}]}, [(1024, 1024)] * 2),
+    ):
+        parameters, own = matrices(*of), config(**options, max_preconditioner_dim=2048)
+        speed = Speed(tokens=4096, tflops=1.0, optimizer_tflops=0.5, refresh_tflops=0.25)
+        plans = {f: estimate(parameters, 1, "ddp", replace(own, precondition_frequency=f)) for f in (5, 10, 20)}
+        shares = {f: expected_overhead(made, speed).mean for f, made in plans.items()}
+        found = recommend(parameters, own, plans[10], 10 * GIB, speed, 1.051 * shares[10])
+        assert found is not None and (found.max_preconditioner_dim, found.frequency) == (2048, 10), (options, shares)
 
 
 def test_a_recommended_frequency_keeps_the_overhead_and_a_more_frequent_one_does_not() -> None:
