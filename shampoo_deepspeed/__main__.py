@@ -396,7 +396,7 @@ def _prediction_lines(given: argparse.Namespace, device: Hardware, timed: Predic
 def _advice_lines(given: argparse.Namespace, advice: Advice | None) -> list[str]:
     if advice is None:
         return [f"no options keep within {given.overhead_budget:.1%} over AdamW by these predictions"]
-    options = ", ".join(f"{name} {value}" for name, value in advice.options().items())
+    options = ", ".join(f"{name} {'null' if value is None else value}" for name, value in advice.options().items())
     share, state = advice.prediction.over_adamw or 0.0, _bytes(advice.state_bytes)
     return [f"predicted best within {given.overhead_budget:.1%} over AdamW ({share:.1%}, {state} a rank): {options}"]
 

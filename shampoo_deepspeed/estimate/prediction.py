@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from shampoo_deepspeed.algorithm.block_stack import REFRESHED_ON_ACCELERATORS
 from shampoo_deepspeed.distributed.frameworks import Parameter
@@ -33,14 +34,18 @@ from shampoo_deepspeed.estimate.work import (
     refresh_work,
 )
 from shampoo_deepspeed.geometry.owners import LOCALITY_TOLERANCE
+from shampoo_deepspeed.options.checks import OptionError
 from shampoo_deepspeed.options.choices import MATMUL_PRECISIONS
 from shampoo_deepspeed.options.config import ShampooConfig
+from shampoo_deepspeed.options.param_groups import group_options
 from shampoo_deepspeed.options.rules import expanded
 
 # Rules by the tokens that they need for AdamW's loss, the best first: docs/convergence.md.
 BY_QUALITY = ("kl_shampoo", "shampoo", "soap", "kl_soap", "muon")
 # The solver that a recommendation names where the rule takes roots: the one with the least work on accelerators.
 LIGHT_SOLVER = "qr"
+# Options that only some rules take.
+OF_SOME = ("exponent_override", "one_sided", "large_dim", "refresh_tolerance", "damping", "shrinkage")
 # NCCL's buffers for each peer, direction and channel: NCCL_BUFFSIZE's default and two channels (NCCL's manual,
 # "Environment Variables"). Eight buckets are in flight (`Plan`).
 NCCL_BUFFER, NCCL_CHANNELS, IN_FLIGHT = 4 << 20, 2, 8
@@ -236,7 +241,11 @@ def _exposed(seconds: float, busy: float, buckets: int) -> float:
 
 @dataclass(frozen=True)
 class Advice:
-    """Options for a budget, and what is predicted for them."""
+    """Options for a budget, and what is predicted for them.
+
+    Args:
+        dropped: options that were given and that this preconditioner does not take, with their defaults.
+    """
 
     preconditioner: str
     solver: str
@@ -245,11 +254,12 @@ class Advice:
     matmul_precision: str
     state_bytes: float
     prediction: Prediction
+    dropped: Mapping[str, object] = field(default_factory=dict)
 
     def options(self) -> dict[str, object]:
-        """As options of ``Shampoo``."""
+        """As options of ``Shampoo``, to be set next to those that were given."""
         names = ("preconditioner", "solver", "max_preconditioner_dim", "precondition_frequency", "matmul_precision")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, **self.dropped}
 
 
 def advise(
@@ -267,7 +277,7 @@ def advise(
     """The best options whose whole training is at most ``overhead`` slower than AdamW's, by predictions.
 
     The rule that needs the fewest tokens comes first (`BY_QUALITY`), then the largest block, the most frequent refresh
-    and the highest precision.
+    and the highest precision. Other options, such as formats of state, stay as they are if the rule takes them.
 
     Args:
         made: the estimate under ``config``, from which bytes that move and elements on ranks are taken.
@@ -282,6 +292,8 @@ def advise(
     for rule in BY_QUALITY:
         for size in reversed(BLOCK_SIZES):
             base = _candidate(config, rule, size, device.accelerator)
+            if base is None:
+                continue
             blocks = blocks_of(parameters, base)
             owned = owned_bytes(blocks, base, made.world_size)
             if budget is not None and with_shards + owned > budget:
@@ -295,15 +307,31 @@ def advise(
                     own = replace(base, precondition_frequency=frequency, matmul_precision=precision)
                     found = predict_rank(rank, expanded({0: own}), device, model)
                     if found.over_adamw is not None and found.over_adamw <= overhead:
-                        return Advice(rule, own.solver, size, frequency, precision, with_shards + owned, found)
+                        dropped = {n: getattr(own, n) for n in OF_SOME if getattr(own, n) != getattr(config, n)}
+                        state = with_shards + owned
+                        return Advice(rule, own.solver, size, frequency, precision, state, found, dropped)
                 if not base.parts.statistics:
                     break
     return None
 
 
-def _candidate(config: ShampooConfig, rule: str, size: int, accelerator: bool) -> ShampooConfig:
-    """Default options for the rule, but for those that shape parameters."""
-    kept = ("merge_small_dims", "batch_dims", "exclude", "rules", "betas", "refresh", "master_weights")
-    own = {name: getattr(config, name) for name in kept}
+def _candidate(config: ShampooConfig, rule: str, size: int, accelerator: bool) -> ShampooConfig | None:
+    """The options with another preconditioner and block size, or None if rules of parameters do not combine with it.
+
+    Options that this preconditioner does not take get their defaults.
+    """
     solver = LIGHT_SOLVER if accelerator and rule in ("kl_shampoo", "shampoo") else "auto"
-    return ShampooConfig(preconditioner=rule, solver=solver, max_preconditioner_dim=size, **own)
+    chosen = {"preconditioner": rule, "solver": solver, "max_preconditioner_dim": size}
+    kept = {name: getattr(config, name) for name in OF_SOME}
+    own = {name: value for name, value in kept.items() if _combine({**chosen, name: value})}
+    defaults = {name: getattr(ShampooConfig(), name) for name in OF_SOME if name not in own}
+    changed = {**chosen, **defaults}
+    return replace(config, **changed) if _combine({**group_options(config), **changed}) else None
+
+
+def _combine(options: Mapping[str, Any]) -> bool:
+    try:
+        ShampooConfig.from_options(options)
+    except OptionError:
+        return False
+    return True

@@ -256,6 +256,45 @@ def test_advice_keeps_the_budgets_and_is_the_first_that_does(overhead: float) ->
     assert found.preconditioner == BY_QUALITY[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"memory": "half"}, {"preconditioner": "kl_shampoo"}),
+        ({"memory": "half", "factor_dtype": "float32", "elementwise_format": "float32"}, {}),
+        ({"preconditioner": "shampoo", "one_sided": "left"}, {"preconditioner": "kl_shampoo", "one_sided": None}),
+        ({"preconditioner": "shampoo", "large_dim": "diagonal"}, {"large_dim": "block"}),
+        ({"split": [512, 512], "moment_format": "bfloat16"}, {}),
+        ({"batch_dims": 1, "root_dtype": "bfloat16", "rules": [{"match": "*1", "factor_format": "packed"}]}, {}),
+        # Only Shampoo takes what this rule sets.
+        (
+            {"preconditioner": "shampoo", "rules": [{"match": "*1", "one_sided": "right"}]},
+            {"preconditioner": "shampoo"},
+        ),
+    ],
+    ids=range(7),
+)
+def test_advice_keeps_the_options_that_were_given(options: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Together with these, it is what a full plan predicts."""
+    parameters = [Parameter(f"w{n}", (1024, 4096), 0, f"w{n}") for n in range(4)]
+    config, h100 = ShampooConfig.from_options(options), HARDWARE["h100"]
+    made = estimate(parameters, 1, "ddp", config)
+    found = advise(parameters, config, made, h100, 0.9, tokens=1e6)
+    assert found is not None and expected.items() <= found.options().items()
+    planned = estimate(parameters, 1, "ddp", ShampooConfig.from_options({**options, **found.options()}))
+    assert found.state_bytes == max(planned.state_bytes)
+    assert found.prediction.mean == pytest.approx(predict(planned, h100, 1e6).mean, rel=0.01)
+
+
+def test_formats_of_state_count_in_a_memory_budget(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "shapes.json"
+    path.write_text(json.dumps({f"w{n}": [1024, 4096] for n in range(4)}))
+    budgets = ["--memory-budget", "0.1", "--overhead-budget", "0.9", "--tokens-per-step", "1e6", "--device", "h100"]
+    given = ["--shapes", str(path), "--world-size", "1", "--framework", "ddp", "--option", "memory=half"]
+    assert main(["estimate", *given, *budgets]) == 0
+    assert "predicted best within 90.0% over AdamW" in (text := capsys.readouterr().out)
+    assert "a rank): preconditioner kl_shampoo" in text
+
+
 def test_no_advice_where_nothing_fits() -> None:
     parameters = parameters_of("llama-3.2-1b")
     made = estimate(parameters, 8, "fsdp2", ShampooConfig())
