@@ -58,6 +58,16 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 }
 # Architectures whose parameters are those of Llama, except for biases and norms of q, k and v.
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+# What Transformers 5 takes where a config.json lacks the key; in others heads and widths follow from the other numbers.
+# A null always means that they do.
+DEFAULTS: dict[str, dict[str, int]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+# The kinds that read these keys; others never have such biases, but for those of q, k and v that Qwen2 always has.
+BIASES = {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}
 # Entry points of this group are functions of a model's name or path; they return its parameters, or None.
 ENTRY_POINTS = "shampoo_deepspeed.models"
 
@@ -142,15 +152,20 @@ def llama_shapes(config: Mapping[str, Any], source: str) -> Shapes:
     """Names and shapes as in Transformers' Llama, Mistral, Qwen2 and Qwen3 for causal language modelling.
 
     Raises:
-        ModelError: for a key that is missing or not a positive integer.
+        ModelError: for a key that is missing or not a positive integer, and for heads without a width.
     """
+    kind = config.get("model_type", "llama")
+    config = {**DEFAULTS[kind], **config}
     width, inner = _dim(config, "hidden_size", source), _dim(config, "intermediate_size", source)
     layers, heads = _dim(config, "num_hidden_layers", source), _dim(config, "num_attention_heads", source)
     vocabulary = _dim(config, "vocab_size", source)
     groups = heads if config.get("num_key_value_heads") is None else _dim(config, "num_key_value_heads", source)
     head = width // heads if config.get("head_dim") is None else _dim(config, "head_dim", source)
-    kind = config.get("model_type")
-    biased = kind == "qwen2" or bool(config.get("attention_bias"))
+    if head == 0 or (kind == "llama" and width % heads):
+        allowed = f"a divisor of hidden_size, which is {width}"
+        raise ModelError(f"{source}: num_attention_heads = {heads} is not allowed: {allowed}")
+    has = {key: kind in kinds and _is_true(config, key, source) for key, kinds in BIASES.items()}
+    biased = kind == "qwen2" or has["attention_bias"]
     shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, width)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
@@ -166,12 +181,12 @@ def llama_shapes(config: Mapping[str, Any], source: str) -> Shapes:
             shapes[f"{prefix}.self_attn.k_norm.weight"] = (head,)
         for name, shape in (("gate", (inner, width)), ("up", (inner, width)), ("down", (width, inner))):
             shapes[f"{prefix}.mlp.{name}_proj.weight"] = shape
-            if config.get("mlp_bias"):
+            if has["mlp_bias"]:
                 shapes[f"{prefix}.mlp.{name}_proj.bias"] = shape[:1]
         shapes[f"{prefix}.input_layernorm.weight"] = (width,)
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (width,)
     shapes["model.norm.weight"] = (width,)
-    if not config.get("tie_word_embeddings"):
+    if not _is_true(config, "tie_word_embeddings", source):
         shapes["lm_head.weight"] = (vocabulary, width)
     return shapes
 
@@ -181,3 +196,10 @@ def _dim(config: Mapping[str, Any], key: str, source: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ModelError(f"{source}: {key} = {short(value)} is not allowed: an integer >= 1")
     return value
+
+
+def _is_true(config: Mapping[str, Any], key: str, source: str) -> bool:
+    value = config.get(key, False)
+    if value is not None and not isinstance(value, bool):
+        raise ModelError(f"{source}: {key} = {short(value)} is not allowed: true or false")
+    return bool(value)

@@ -25,7 +25,13 @@ from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.estimate import Estimate, Step, estimate
 from shampoo_deepspeed.estimate.deepspeed_json import read_deepspeed
 from shampoo_deepspeed.estimate.expected_shards import FRAMEWORKS, SUB_GROUP_SIZE, layouts
-from shampoo_deepspeed.estimate.model_shapes import ModelError, llama_shapes, parameters_of, parameters_of_file
+from shampoo_deepspeed.estimate.model_shapes import (
+    LLAMA_LIKE,
+    ModelError,
+    llama_shapes,
+    parameters_of,
+    parameters_of_file,
+)
 from shampoo_deepspeed.estimate.recommend import BLOCK_SIZES, Speed, expected_overhead, recommend
 from shampoo_deepspeed.geometry.boxes import Box, tiling_error
 from tests.support.strategies import shapes
@@ -212,6 +218,45 @@ def test_names_and_shapes_are_those_that_transformers_builds(kind: str, extra: d
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     saved = parameters_of(str(tmp_path))
     assert [(p.name, p.shape) for p in saved] == list(expected.items())
+
+
+OPTIONAL: dict[str, Any] = {
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "tie_word_embeddings": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+}
+
+
+@pytest.mark.parametrize("kind", LLAMA_LIKE)
+@pytest.mark.parametrize(
+    "given", [{}, *({key: 1 if "_bias" not in key and key[0] != "t" else True} for key in OPTIONAL)]
+)
+def test_what_a_config_lacks_is_what_transformers_takes(kind: str, given: dict[str, Any], tmp_path: Path) -> None:
+    """Every kind that the reader knows, with each key that a config.json may lack and without it."""
+    needed = {key: value for key, value in SMALL.items() if key not in OPTIONAL} | given | {"model_type": kind}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(needed))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert {p.name: p.shape for p in parameters_of(str(path))} == expected
+
+
+def test_a_null_means_as_many_groups_as_heads_and_as_wide_as_they_are() -> None:
+    for kind in LLAMA_LIKE:
+        found = llama_shapes({**SMALL, "model_type": kind, "num_key_value_heads": None, "head_dim": None}, "here")
+        assert found["model.layers.0.self_attn.k_proj.weight"] == (64, 64)
+
+
+@pytest.mark.parametrize("kind", LLAMA_LIKE)
+def test_heads_without_a_width_are_refused(kind: str) -> None:
+    small = {**SMALL, "model_type": kind, "hidden_size": 4, "head_dim": None}
+    with pytest.raises(ModelError, match="here: num_attention_heads = 8 is not allowed: a divisor of hidden_size"):
+        llama_shapes(small, "here")
+    with pytest.raises(ModelError, match="here: tie_word_embeddings = 'no' is not allowed: true or false"):
+        llama_shapes({**SMALL, "model_type": kind, "tie_word_embeddings": "no"}, "here")
 
 
 def test_other_models_come_through_the_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
