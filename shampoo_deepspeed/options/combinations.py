@@ -27,6 +27,8 @@ def check_together(config: ShampooConfig) -> None:
     """
     if config.nesterov and config.momentum == 0.0:
         raise bad("nesterov", config.nesterov, "true only together with momentum > 0")
+    if config.dampening and config.momentum == 0.0:
+        raise bad("dampening", config.dampening, "0 unless momentum > 0")
     if config.stochastic_rounding and config.master_weights:
         raise bad("stochastic_rounding", config.stochastic_rounding, "true only together with master_weights = false")
     _check_preconditioner(config)

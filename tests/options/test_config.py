@@ -610,6 +610,7 @@ def test_elementwise_parameters_follow_the_grafting_method_unless_told_otherwise
 
 SPLIT: dict[str, Any] = {"preconditioner": "shampoo", "split": [2, 3]}
 IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
+    ({"dampening": 0.1}, "'dampening' = 0.1 is not allowed: 0 unless momentum > 0"),
     ({"beta3": 0.5, "betas": (0.0, 0.9)}, "'beta3' = 0.5.*null if betas"),
     ({"weight_decay_type": "corrected", "decoupled_weight_decay": False}, "'weight_decay_type' = 'corrected'"),
     ({**SPLIT, "large_dim": "diagonal"}, "'large_dim' = 'diagonal'.*together with split"),
