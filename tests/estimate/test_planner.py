@@ -616,7 +616,7 @@ SIZES = {
             for size, shown in SIZES.items()
         ),
     ],
-    ids=range(21),
+    ids=range(22),
 )  # fmt: skip
 def test_a_deepspeed_json_of_any_form_is_taken_or_named(
     content: str | bytes, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
