@@ -11,6 +11,10 @@ import json
 import logging
 import os
 import re
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +29,7 @@ from shampoo_deepspeed import CheckpointError, Shampoo, load_shampoo, save_shamp
 from shampoo_deepspeed.checkpoint.errors import printable
 from shampoo_deepspeed.checkpoint.manifest import open_checkpoint
 from shampoo_deepspeed.state.state_dict import SavedState
+from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 from shampoo_deepspeed.state.unwrap import inner_optimizer, unwrap
 
 if TYPE_CHECKING:
@@ -84,7 +89,8 @@ def add_to_save_state(accelerator: Accelerator, optimizer: object) -> None:
 
     Call this function after ``accelerator.prepare``; ``prepare`` of this package does so. As always with accelerate,
     call ``save_state`` and ``load_state`` on all ranks. A second Shampoo's folder is ``shampoo_1``, and so on, in the
-    order of these calls.
+    order of these calls. An optimizer that ``accelerator.free_memory()`` has dropped no longer counts, and is not kept
+    alive.
 
     Raises:
         TypeError: if the optimizer is not Shampoo.
@@ -92,38 +98,90 @@ def add_to_save_state(accelerator: Accelerator, optimizer: object) -> None:
     inner = unwrap(optimizer)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return
-    attached = getattr(accelerator.save_state, "shampoos", ())
-    if any(found is inner for found in attached):
-        return
-    name = f"{FOLDER}_{len(attached)}" if attached else FOLDER
+    attached: list[_Attached] | None = getattr(accelerator.save_state, "attached", None)
+    if attached is None:
+        attached = _wrap_save_and_load(accelerator)
+    if all(found.reference() is not inner for found in attached):
+        attached.append(_Attached(weakref.ref(inner), inner))
+    _included(accelerator, attached)
+
+
+@dataclass
+class _Attached:
+    """A Shampoo that an accelerator saves; ``not_prepared`` keeps it alive until accelerate has prepared it."""
+
+    reference: weakref.ref[BlockOptimizer]
+    not_prepared: BlockOptimizer | None
+
+
+def _included(accelerator: Accelerator, attached: list[_Attached]) -> dict[str, BlockOptimizer]:
+    """Return what is saved and loaded now, by the names of the folders.
+
+    A prepared optimizer counts as long as the accelerator has it, whether or not anything else keeps it alive, so that
+    all ranks agree.
+    """
+    attached[:] = [found for found in attached if found.reference() is not None]
+    prepared = {id(inner_optimizer(wrapper)) for wrapper in accelerator._optimizers}
+    included = []
+    for found in attached:
+        optimizer = found.reference()
+        if id(optimizer) in prepared:
+            found.not_prepared = None
+        if optimizer is not None and (id(optimizer) in prepared or found.not_prepared is not None):
+            included.append(optimizer)
+    return {f"{FOLDER}_{number}" if number else FOLDER: optimizer for number, optimizer in enumerate(included)}
+
+
+def _wrap_save_and_load(accelerator: Accelerator) -> list[_Attached]:
+    """Let ``save_state`` and ``load_state`` of an accelerator include the state of what the returned list holds."""
     save_state, load_state = accelerator.save_state, accelerator.load_state
+    attached: list[_Attached] = []
     loaded_from: list[Path] = []
 
     def write(_: list[nn.Module], __: list[dict[str, Any]], output_dir: str) -> None:
-        save_shampoo(inner, Path(output_dir) / name)
+        for name, optimizer in _included(accelerator, attached).items():
+            save_shampoo(optimizer, Path(output_dir) / name)
 
     def note(_: list[nn.Module], input_dir: str) -> None:
         loaded_from.append(Path(input_dir))
 
     @wraps(save_state)
     def save(*args: Any, **kwargs: Any) -> Any:
-        with inner.with_external_state({"folder": name}):
+        with _external(_included(accelerator, attached)):
             return save_state(*args, **kwargs)
 
     @wraps(load_state)
     def load(*args: Any, **kwargs: Any) -> None:
         loaded_from.clear()
-        with inner.with_external_state({"folder": name}):
+        included = _included(accelerator, attached)
+        with _external(included):
             load_state(*args, **kwargs)
-        folder = loaded_from[-1] / name
-        if folder.is_dir() or not inner.has_state:  # a single process may have saved without this hook
-            load_shampoo(inner, folder)
+        for name, optimizer in included.items():
+            folder = loaded_from[-1] / _noted(optimizer, name)
+            if folder.is_dir() or not optimizer.has_state:  # a single process may have saved without this hook
+                load_shampoo(optimizer, folder)
 
     accelerator.register_save_state_pre_hook(write)
     accelerator.register_load_state_pre_hook(note)
-    save.shampoos = (*attached, inner)  # type: ignore[attr-defined]
+    save.attached = attached  # type: ignore[attr-defined]
     accelerator.save_state = save  # type: ignore[method-assign]
     accelerator.load_state = load  # type: ignore[method-assign]
+    return attached
+
+
+@contextmanager
+def _external(included: Mapping[str, BlockOptimizer]) -> Iterator[None]:
+    """Let the state dicts of these optimizers say in which folders their state is."""
+    with ExitStack() as stack:
+        for name, optimizer in included.items():
+            stack.enter_context(optimizer.with_external_state({"folder": name}))
+        yield
+
+
+def _noted(optimizer: BlockOptimizer, name: str) -> str:
+    """Return the name of the folder that the loaded state dict says, if it says one; else the given name."""
+    found = (optimizer.external_state or {}).get("folder")
+    return found if isinstance(found, str) and re.fullmatch(rf"{FOLDER}(_\d+)?", found) else name
 
 
 def check_resumed(optimizer: Shampoo, state: TrainerState, required: bool = True) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.integrations.accelerate import check_inner_optimizer, prepare, refuse_offload
+from shampoo_deepspeed.integrations.checkpoints import add_to_save_state
 from shampoo_deepspeed.state.unwrap import inner_optimizer
 
 
@@ -77,6 +81,59 @@ def test_another_optimizer_in_the_place_of_shampoo_is_named() -> None:
         RuntimeError, match=r"the optimizer that trains is torch\.optim\.sgd\.SGD, not Shampoo; do this"
     ):
         check_inner_optimizer(other, "do this")
+
+
+def prepared(accelerator: Accelerator, steps: int) -> tuple[nn.Module, Shampoo]:
+    """A model and its Shampoo, prepared and trained after all earlier ones were dropped."""
+    accelerator.free_memory()
+    model = nn.Linear(8, 4)
+    model, optimizer = prepare(accelerator, model, Shampoo(model.named_parameters(), model=model, lr=1e-2))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        accelerator.backward(model(torch.randn(3, 8)).square().mean())
+        optimizer.step()
+    return model, inner_optimizer(optimizer)
+
+
+def test_an_attempt_that_was_given_up_is_not_kept_alive(accelerator: Accelerator) -> None:
+    model, optimizer = prepared(accelerator, steps=1)
+    alive = weakref.ref(model.weight), weakref.ref(optimizer)
+    del model, optimizer
+    accelerator.free_memory()
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
+
+
+def test_an_attempt_that_was_given_up_is_neither_saved_nor_resumed(accelerator: Accelerator, tmp_path: Path) -> None:
+    given_up = prepared(accelerator, steps=3)  # an exception's traceback, too, may keep it alive
+    _, optimizer = prepared(accelerator, steps=5)
+    accelerator.save_state(str(tmp_path))
+    assert [path.name for path in tmp_path.glob("shampoo*")] == ["shampoo"]
+    for steps in (0, 2):
+        _, resumed = prepared(accelerator, steps)
+        accelerator.load_state(str(tmp_path))
+        assert steps_of(resumed) == steps_of(optimizer) == {"weight": 5, "bias": 5}
+    assert steps_of(given_up[1]) == {"weight": 3, "bias": 3}
+
+
+def test_the_state_is_loaded_from_the_folder_that_the_optimizers_file_says(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    """Another Shampoo, which is not prepared again, may have had the first folder."""
+    other = Shampoo([("other", nn.Parameter(torch.ones(2)))])
+    add_to_save_state(accelerator, other)
+    prepared(accelerator, steps=5)
+    accelerator.save_state(str(tmp_path))
+    assert {path.name for path in tmp_path.glob("shampoo*")} == {"shampoo", "shampoo_1"}
+    again = Accelerator(cpu=True)
+    _, resumed = prepared(again, steps=0)
+    again.load_state(str(tmp_path))
+    assert steps_of(resumed) == {"weight": 5, "bias": 5}
+
+
+def steps_of(optimizer: Shampoo) -> dict[str, int]:
+    steps: dict[str, int] = optimizer.state_dict()["shampoo"]["steps"]
+    return steps
 
 
 @pytest.mark.parametrize(
