@@ -26,7 +26,7 @@ from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
 from ..frames import calling_frame
 from .checkpoints import is_loading, note_folder, resume, wrap_checkpointing
-from .layouts import is_partition, paired, partition_layout, replicated
+from .layouts import is_partition, paired, partition_layout, replicated, stage3_partitions
 from .weights import pass_on
 from .whole_step import WholeStep, needs_decision
 
@@ -159,6 +159,13 @@ class DeepSpeedAdapter(Adapter):
     def resume(self, optimizer: BlockOptimizer) -> None:
         """Load external state that is still missing, because no engine was known when ``load_checkpoint`` ran."""
         resume(optimizer)
+
+    def kept_out(self, optimizer: BlockOptimizer) -> list[NewTensor]:
+        """Return the partitions of ZeRO-3, which has them in ``param_groups`` only while it steps or saves."""
+        engine = self._engine_of(optimizer)
+        if engine is None or engine.zero_optimization_stage() != 3:
+            return []
+        return stage3_partitions(engine.optimizer, optimizer.entries)
 
     def _engine_of(self, optimizer: torch.optim.Optimizer) -> Engine | None:
         """Return the engine whose inner optimizer this is: one seen before, or the one that is calling us now.

@@ -94,6 +94,13 @@ def partition_layout(item: NewTensor, entries: Sequence[Entry]) -> Layout:
     return _stage12_layout(item, entries)
 
 
+def stage3_partitions(wrapper: ZeroOptimizer, entries: Sequence[Entry]) -> list[NewTensor]:
+    """Return all partitions of ZeRO-3, each in the group of its parameters."""
+    groups = {id(entry.reference()): entry.parameter.group for entry in entries}
+    pairs = zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True)
+    return [NewTensor(flat, groups[id(members[0])], 0) for members, flat in pairs]
+
+
 def _originals(entries: Sequence[Entry], group: int) -> list[tuple[Parameter, Tensor]]:
     """Return the parameters of a group that DeepSpeed optimizes, in order: trainable, not empty (runtime/utils.py)."""
     found = []

@@ -254,8 +254,12 @@ class Adapter(ABC):
     def resume(self, optimizer: Any) -> None:  # noqa: B027 (most frameworks keep no state of their own)
         """Load the state that ``optimizer.external_state`` names, if there is any.
 
-        Called on all ranks together, in steps that may build units.
+        Called on all ranks together, in steps that may build units, and before averages of a loaded state are used.
         """
+
+    def kept_out(self, optimizer: Any) -> list[NewTensor]:
+        """The tensors that the framework steps but keeps out of ``param_groups`` between steps."""
+        return []
 
 
 @cache

@@ -22,13 +22,15 @@ class Averages(Copies):
 
         Meanwhile there is a second copy of the shards, and steps and saves raise RuntimeError. Parameters without an
         average keep their weights: those of groups whose ``ema_decay`` is 0, and all before the first step.
+
+        Raises:
+            RuntimeError: within a step, or if a loaded state cannot be taken before the first step.
         """
         self.refuse_in_step("use_averages()")
         if not any(group["ema_decay"] for group in self.param_groups):
             return
         self.finish_step()
-        if self.state_keeper.waiting is not None or self.state_keeper.released:
-            self._build_missing(self._trained())  # of a loaded state, which else comes with the next step
+        self.build_loaded()
         configs, before = self.configs(), self.averages_in_use
         self._announce_change()
         self.averages_in_use = bool(self.units)

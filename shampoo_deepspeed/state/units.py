@@ -287,13 +287,18 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
         homes = unit.layout.homes or [0] * len(unit.parameters)
         return [p for p, home, steps in zip(unit.parameters, homes, unit.steps, strict=True) if steps and home in gone]
 
-    def _take_released(self) -> None:
-        """Reuse units from before the last load, with the loaded state; or, where ``self.state`` lost it, new state."""
+    def _take_released(self, others: Iterable[Tensor] = ()) -> None:
+        """Reuse units from before the last load, with the loaded state; or, where ``self.state`` lost it, new state.
+
+        Args:
+            others: tensors that may be stepped though they are in no group now.
+        """
         if len(self.state) < len(self.unit_of):
             self._begin_anew()
         keeper = self.state_keeper
         if keeper.released and keeper.external is None:
             present = {id(tensor) for group in self.param_groups for tensor in group["params"]}
+            present.update(map(id, others))
             for unit in keeper.taken_again(present, self.configs()):
                 self._join(unit)
 
@@ -348,9 +353,34 @@ class UnitsOfOptimizer(torch.optim.Optimizer):
         if isinstance(self.state_keeper.waiting, TorchState):
             self._build_missing(self._loaded_tensors())
 
-    def _build_missing(self, wanted: Iterable[NewTensor]) -> None:
+    def build_loaded(self) -> None:
+        """Build the units of all tensors if a state was loaded, which they otherwise take at the next step.
+
+        A collective if ranks divide the work.
+
+        Raises:
+            RuntimeError: if there are no tensors that can take it, or the state is still missing.
+        """
+        keeper = self.state_keeper
+        if not self.units:
+            for adapter in adapters():
+                adapter.resume(self)
+        if keeper.waiting is None and not keeper.released:
+            return
+        kept_out = [item for adapter in adapters() for item in adapter.kept_out(self)]
+        self._build_missing([*self._trained(), *self._loaded_tensors(), *kept_out])
+        for tensor in (item.tensor for item in kept_out):  # the load has noted the steps of those in the groups only
+            if any(self.unit_of[id(tensor)].steps):
+                self.state[tensor].setdefault("step", as_count(max(self.unit_of[id(tensor)].steps)))
+        if not self.units and self.has_state:
+            raise RuntimeError(
+                "the averages of the loaded state cannot be used yet: the optimizer's param_groups hold none of its "
+                "tensors, and no known framework keeps them; take a training step first"
+            )
+
+    def _build_missing(self, wanted: Sequence[NewTensor]) -> None:
         """Build units of those of these tensors that have none. A collective if ranks divide the work."""
-        self._take_released()
+        self._take_released(item.tensor for item in wanted)
         fresh = {id(item.tensor): item for item in wanted if id(item.tensor) not in self.unit_of}
         if fresh:
             self._new_units(list(fresh.values()))

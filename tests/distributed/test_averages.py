@@ -32,6 +32,23 @@ ZERO = [
         ),
     )
 ]
+RESUMED = [
+    Check(
+        f"averages_resumed_zero{stage}_{'given' if given else 'json'}{ranks}",
+        ranks,
+        "averages:resumed_under_zero",
+        (Scenario(stage=stage, options=EXTRA, steps=5, ranks=ranks, groups=groups, zero=zero), given),
+    )
+    for stage, given, ranks, groups, zero in (
+        (0, True, 2, True, {}),
+        (1, True, 2, True, {}),
+        (2, False, 2, True, {}),
+        (2, True, 1, True, {}),
+        (3, False, 2, True, {"sub_group_size": 100}),
+        (3, True, 2, True, {}),
+        (3, False, 1, False, {}),
+    )
+]
 RUN = Run(settings="default", dtype="float64", steps=8, resumed_at=4, extra=EXTRA)
 LAYOUTS: list[tuple[str, int, str, dict[str, Any]]] = [
     ("rows", 2, "odd", {}),
@@ -64,6 +81,16 @@ def test_averages_are_those_of_the_reference_under_zero(check: Check, ask: Ask) 
     found, wanted = seen[0]["averages"], reference_run(check.argument, averages=True)
     assert max(relative_error(found[n], wanted[n].float()) for n in wanted) <= 1e-5
     assert_weights_come_back(seen)
+
+
+@pytest.mark.parametrize("check", RESUMED, ids=named)
+def test_averages_are_used_right_after_a_load_under_zero(check: Check, ask: Ask) -> None:
+    """Before any step; the steps that follow are those of the uninterrupted run."""
+    for seen in ask(check):
+        assert any(not torch.equal(seen["whole"]["weights"][n], a) for n, a in seen["whole"]["averages"].items())
+        for name, wanted in seen["whole"].items():
+            for way in ("new", "again"):
+                assert all(torch.equal(seen[way][name][n], w) for n, w in wanted.items()), f"{way}: {name}"
 
 
 @pytest.mark.parametrize("check", [c for c in ZERO if c.argument.half], ids=named)

@@ -112,6 +112,30 @@ def test_averages_are_saved_and_used_at_once_after_a_load(way: str, tmp_path: Pa
     assert same_bits([p.detach()], [again.detach()])
 
 
+def test_a_parameter_that_was_frozen_before_the_load_gets_its_average(tmp_path: Path) -> None:
+    optimizer, p, _ = averages_by_hand((6, 4), 6)
+    save_shampoo(optimizer, tmp_path)
+    again = nn.Parameter(p.detach().clone(), requires_grad=False)
+    resumed = shampoo([("w", again)], ema_decay=DECAY)
+    load_shampoo(resumed, tmp_path)
+    with optimizer.averaged_weights(), resumed.averaged_weights():
+        assert same_bits([p.detach()], [again.detach()])
+
+
+def test_averages_of_a_loaded_state_without_its_tensors_are_an_error(tmp_path: Path) -> None:
+    """A framework may put its tensors into the groups only while it steps."""
+    optimizer, p, _ = averages_by_hand((6, 4), 6)
+    save_shampoo(optimizer, tmp_path)
+    resumed = shampoo([("w", nn.Parameter(p.detach().clone()))], ema_decay=DECAY)
+    resumed.param_groups[0]["params"] = []
+    with resumed.averaged_weights():  # nothing was loaded yet
+        pass
+    load_shampoo(resumed, tmp_path)
+    with pytest.raises(RuntimeError, match=r"averages of the loaded state cannot be used yet.*take a training step"):
+        resumed.use_averages()
+    assert not resumed.averages_in_use
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"master_weights": False}, {"master_weights": False, "stochastic_rounding": True}],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from shampoo_deepspeed import Shampoo
 from shampoo_deepspeed.options.parameter_names import clean_name
 from tests.distributed.ranks import zero
+from tests.distributed.ranks.folders import shared_folder
 from tests.distributed.ranks.fsdp import built, cast, full, mesh_rank, sharded
+from tests.distributed.ranks.zero_checkpoints import client_engine
 from tests.support.fsdp_runs import Run
 from tests.support.scenarios import Scenario
 from tests.support.zoo import make_batch, micro_batches
@@ -26,6 +29,36 @@ def under_zero(scenario: Scenario) -> dict[str, Any]:
         optimizer: Shampoo = engine.basic_optimizer
         seen = observed(optimizer, lambda: zero.full_parameters(engine))
         return seen if scenario.half else seen | {"forward": forward_with_averages(engine, scenario)}
+
+
+def resumed_under_zero(argument: tuple[Scenario, bool]) -> dict[str, Any]:
+    """What new engines, and one that has stepped, evaluate right after a load, and their weights after later steps."""
+    scenario, given = argument
+    last, made = scenario.steps - 1, client_engine if given else zero.engine_of
+    seen: dict[str, Any] = {}
+    with shared_folder() as folder, made(scenario) as engine:
+        zero.train(engine, scenario, range(last))
+        engine.save_checkpoint(str(folder))
+        weights, averages = both(engine)
+        zero.train(engine, scenario, range(last, scenario.steps))
+        seen["whole"] = {"weights": weights, "averages": averages, "final": zero.full_parameters(engine)}
+        seen["again"] = after_a_load(engine, scenario, folder)
+        with made(scenario) as other:
+            seen["new"] = after_a_load(other, scenario, folder)
+    return seen
+
+
+def after_a_load(engine: Any, scenario: Scenario, folder: Path) -> dict[str, Any]:
+    engine.load_checkpoint(str(folder))
+    weights, averages = both(engine)
+    zero.train(engine, scenario, range(scenario.steps - 1, scenario.steps))
+    return {"weights": weights, "averages": averages, "final": zero.full_parameters(engine)}
+
+
+def both(engine: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    with engine.basic_optimizer.averaged_weights():
+        averages = zero.full_parameters(engine)
+    return zero.full_parameters(engine), averages
 
 
 def forward_with_averages(engine: Any, scenario: Scenario) -> list[bool]:
