@@ -19,8 +19,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # else blocks would be comput
 import pytest
 from hypothesis import settings
 
-from shampoo_deepspeed.algorithm import background
 from shampoo_deepspeed.checkpoint.async_writer import WRITER
+from tests.support.backgrounds import wait_for_refreshes
 from tests.support.torch_settings import assert_same_settings, torch_settings
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
@@ -75,8 +75,7 @@ def _leaves_no_refresh_under_way(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     It asks for ``monkeypatch`` so that what the test has replaced is still in place meanwhile.
     """
     yield
-    if background._executor.cache_info().currsize:
-        background._executor().submit(int).result(timeout=60)  # the thread does one after another
+    wait_for_refreshes()
 
 
 @pytest.fixture(autouse=True)

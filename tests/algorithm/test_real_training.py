@@ -2,11 +2,18 @@
 
 A float64 twin gets the gradients and the parameters of the float32 run. It either keeps its own state, or takes the
 float32 run's state before each step, so that single steps are compared.
+
+Orthogonal iteration orders columns by their eigenvalues. Two that are equal up to rounding may be ordered either way,
+and span the same plane with other columns then: in float64 too, where noise of the size of that rounding decides. So a
+single step must be near one of those that float64 does from gradients with such noise.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +31,7 @@ pytestmark = pytest.mark.slow
 
 WIDTH, HEADS, LAYERS, LENGTH, BATCH = 48, 4, 2, 48, 12
 STEPS = 60
+ROUNDING = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}  # of a product's operands, relative
 
 
 class RMSNorm(nn.Module):
@@ -112,26 +120,42 @@ class Twins:
         if FAMILY[self.optimizer.param_groups[0]["preconditioner"]].takes_roots:
             wide["solver"] = "eigh"
         wide["matmul_precision"] = "highest"
+        self.rounding = ROUNDING[options.get("matmul_precision", "highest")]
         self.reference = Shampoo(self.exact.items(), **(common | wide))
         self.losses: list[float] = []
 
-    def step(self, row: Tensor) -> dict[str, float]:
-        """Do one step of both, and return the cosine of each parameter's two steps."""
+    def step(self, row: Tensor) -> tuple[dict[str, float], Iterator[dict[str, float]]]:
+        """Do one step of both.
+
+        Returns:
+            The cosine of each parameter's two steps, and the same with noise in float64's gradients, again and again.
+        """
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.model(row[:, :-1]).flatten(0, 1), row[:, 1:].flatten())
         loss.backward()
         self.losses.append(loss.item())
-        for name, p in self.own.items():
-            self.exact[name].data.copy_(p.detach())
-            assert p.grad is not None
-            self.exact[name].grad = p.grad.double()
-        before = {name: p.detach().clone() for name, p in self.own.items()}
+        before = {name: p.detach().double() for name, p in self.own.items()}
+        gradients = {name: p.grad.double() for name, p in self.own.items() if p.grad is not None}
+        state = copy.deepcopy(self.reference.state_dict())
         self.optimizer.step()
-        self.reference.step()
-        return {
-            name: cosine(p.detach() - before[name], self.exact[name].detach() - before[name].double())
-            for name, p in self.own.items()
-        }
+
+        def cosines(noise: Callable[[Tensor], Tensor | float]) -> dict[str, float]:
+            for name, p in self.exact.items():
+                p.data.copy_(before[name])
+                p.grad = gradients[name] * (1 + noise(p))
+            self.reference.step()
+            return {
+                name: cosine(p.detach() - before[name], self.exact[name].detach() - before[name])
+                for name, p in self.own.items()
+            }
+
+        def repeated() -> Iterator[dict[str, float]]:
+            generator = torch.Generator().manual_seed(11)
+            while True:
+                self.reference.load_state_dict(state)
+                yield cosines(lambda p: self.rounding * (2 * torch.rand(p.shape, generator=generator) - 1))
+
+        return cosines(lambda p: 0.0), repeated()
 
     def share_state(self) -> None:
         """Copy the float32 run's state into the twin's blocks; both are the optimizers' own tensors."""
@@ -148,17 +172,22 @@ class Twins:
 
 def assert_aligned(twins: Twins, shared: bool, cosine: float = 0.999) -> None:
     """Check each step of the run, so before, at and after every refresh."""
-    worst = {}
+    worst, ties = {}, list[int]()
     for step, row in enumerate(batches(), start=1):
         if shared:
             twins.share_state()
-        found = twins.step(row)
+        found, others = twins.step(row)
+        if shared and min(found.values()) < cosine:  # blocks do not depend on each other
+            ties.append(step)
+            for again in islice(others, 8):
+                found = {name: max(found[name], again[name]) for name in found}
         worst[step] = min(found.values()), min(found, key=lambda name: found[name])
     assert twins.losses[-1] < 0.75 * twins.losses[0]  # it trains
     assert twins.refreshed() == LAYERS * (4 + 3) + 2  # every matrix of the layers, positions, and the head
     least = sorted(worst.items(), key=lambda item: item[1])[:5]
-    print(least)  # shown by pytest -rP
+    print(ties, least)  # shown by pytest -rP
     assert least[0][1][0] >= cosine, least
+    assert len(ties) <= STEPS // 20, ties
 
 
 FREE: dict[str, dict[str, Any]] = {
@@ -185,11 +214,7 @@ def test_float32_updates_are_those_of_a_float64_run_at_the_default_settings(opti
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 def test_float32_updates_are_those_of_float64_from_the_same_state(preconditioner: str) -> None:
-    """Single float32 steps are compared at the default settings: before, at and after each refresh.
-
-    Orthogonal iteration orders columns by their eigenvalues. Two that are equal up to rounding may be ordered either
-    way, and span the same plane with other columns then. At this rate no step of the run has such a pair.
-    """
+    """Single float32 steps are compared at the default settings: before, at and after each refresh."""
     assert_aligned(Twins(preconditioner=preconditioner, lr=1.5e-3), shared=True)
 
 
@@ -199,7 +224,7 @@ COSINES = {"high": 0.999, "medium": 0.99}
 @pytest.mark.parametrize("precision", list(COSINES))
 @pytest.mark.parametrize("preconditioner", [name for name in PRECONDITIONERS if FAMILY[name].statistics])
 def test_products_of_less_precision_leave_updates_near_those_of_float64(preconditioner: str, precision: str) -> None:
-    """Each step is compared from the same state: before, at and after each refresh. The rate is as above: no tie."""
+    """Each step is compared from the same state: before, at and after each refresh."""
     twins = Twins(preconditioner=preconditioner, matmul_precision=precision, lr=1.5e-3)
     assert_aligned(twins, True, COSINES[precision])
 

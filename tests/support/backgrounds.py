@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from shampoo_deepspeed import Shampoo
+from shampoo_deepspeed.algorithm.background import _executor
 from shampoo_deepspeed.algorithm.preconditioners.refresh_result import RefreshResult
 from shampoo_deepspeed.algorithm.preconditioners.shampoo import KLShampooPreconditioner, ShampooPreconditioner
 from shampoo_deepspeed.algorithm.preconditioners.soap import SOAPPreconditioner
@@ -50,6 +51,12 @@ def trained(steps: int, **options: Any) -> tuple[list[nn.Parameter], Shampoo]:
     optimizer = background(params, **options)
     drive(optimizer, params, range(steps))
     return params, optimizer
+
+
+def wait_for_refreshes() -> None:
+    """Wait until no thread computes a refresh any more; the results are not yet installed."""
+    if _executor.cache_info().currsize:
+        _executor().submit(int).result(timeout=60)  # the thread does one after another
 
 
 def pending(optimizer: Shampoo) -> list[str]:
