@@ -174,10 +174,9 @@ class ShampooTrainerMixin(TrainerCheckpoints):
     def _take(self, optimizer: Shampoo | Deferred, scheduler: LRScheduler | None, by_name: bool = False) -> None:
         if self.optimizer_cls_and_kwargs is not None:
             raise ValueError("both optimizers= and optimizer_cls_and_kwargs= are given; leave one out")
-        state = self.accelerator.state
-        _refuse_deepspeed(getattr(state, "deepspeed_plugin", None), scheduler)
+        _refuse_deepspeed(_deepspeed_plugin(), scheduler)
         if isinstance(optimizer, Shampoo):
-            refuse_flat(getattr(state, "fsdp_plugin", None))
+            refuse_flat(getattr(self.accelerator.state, "fsdp_plugin", None))
             factory: Callable[[], Callable[..., Shampoo]] = _Prebuilt(optimizer)
         else:
 

@@ -29,6 +29,7 @@ from shampoo_deepspeed.distributed.process_groups import group_of_ranks
 from shampoo_deepspeed.geometry.boxes import Box
 from shampoo_deepspeed.options.model_search import living_modules
 from shampoo_deepspeed.state.dtensor_blocks import is_dtensor
+from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 
 from .placements import local_boxes
 
@@ -71,13 +72,13 @@ class DTensorAdapter(Adapter):
         sharded = [_layout(mesh, items, entries) for (mesh, _), items in units.items()]
         return [*sharded, *_replicated(list(meshes), plain, len(fresh), entries)]
 
-    def weights_will_change(self, optimizer: torch.optim.Optimizer) -> None:
+    def weights_will_change(self, optimizer: BlockOptimizer) -> None:
         """Free whole parameters. After a forward without a backward, FSDP2 keeps the root's for the next forward."""
         module: Any = sys.modules.get("torch.distributed.fsdp")
         tensors = (tensor for group in optimizer.param_groups for tensor in group["params"])
         if module is not None and any(map(is_dtensor, tensors)):
             # The root may hold none of the tensors while its parameters are whole, so it is not searched for by them.
-            wrapped: list[Any] = living_modules(module.FSDPModule)
+            wrapped: list[Any] = living_modules(module.FSDPModule, optimizer.registry.models)
             for part in wrapped:
                 part.reshard()
 

@@ -210,12 +210,12 @@ class FSDP1Adapter(Adapter):
         if _holds_fsdp1(optimizer):
             load_from_folder(optimizer)
 
-    def weights_will_change(self, optimizer: torch.optim.Optimizer) -> None:
+    def weights_will_change(self, optimizer: BlockOptimizer) -> None:
         """Free whole parameters, as torch does after a backward. A forward without one leaves those of the root."""
         module = sys.modules.get("torch.distributed.fsdp")
         if module is None or not _holds_fsdp1(optimizer):
             return
-        wrapped: list[Any] = living_modules(module.FullyShardedDataParallel)
+        wrapped: list[Any] = living_modules(module.FullyShardedDataParallel, optimizer.registry.models)
         for handle in (part._handle for part in wrapped):
             # What is sharded has such a tensor from the first forward on.
             if handle is not None and handle.uses_sharded_strategy and hasattr(handle.flat_param, "_full_param_padded"):
@@ -239,7 +239,7 @@ class FSDP1Adapter(Adapter):
         return known if known is not None and known.tensor() is tensor else None
 
 
-def _holds_fsdp1(optimizer: torch.optim.Optimizer) -> bool:
+def _holds_fsdp1(optimizer: BlockOptimizer) -> bool:
     return any(is_fsdp1(tensor) for group in optimizer.param_groups for tensor in group["params"])
 
 

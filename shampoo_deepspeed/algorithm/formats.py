@@ -327,20 +327,23 @@ def _halves(x: Tensor) -> Tensor:
     return _hashed_(x).view(torch.int16)
 
 
+_FACTORS = 0x7FEB352D, 0x846CA68B  # of lowbias32
+
+
 def _hashed_(x: Tensor) -> Tensor:
     """lowbias32 of int32 numbers, in place; products wrap around."""
     x ^= (x >> 16).bitwise_and_(0xFFFF)  # a shift of a negative number keeps its sign
-    x *= 0x7FEB352D
+    x *= _signed(_FACTORS[0])
     x ^= (x >> 15).bitwise_and_(0x1FFFF)
-    x *= _signed(0x846CA68B)
+    x *= _signed(_FACTORS[1])
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     return x
 
 
 def _hashed_number(x: int) -> int:
-    """lowbias32 of a number below 2^32."""
-    x = (x ^ x >> 16) * 0x7FEB352D % (1 << 32)
-    x = (x ^ x >> 15) * 0x846CA68B % (1 << 32)
+    """lowbias32 of a number below 2^32, of which no tensor is needed."""
+    x = (x ^ x >> 16) * _FACTORS[0] % (1 << 32)
+    x = (x ^ x >> 15) * _FACTORS[1] % (1 << 32)
     return x ^ x >> 16
 
 
@@ -381,7 +384,7 @@ def to_int8(values: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
     largest = parts.abs().amax(-1).view(torch.int32)
     biased = largest >> 23
     exponents = torch.where(biased > 0, (biased - 133).clamp_(SMALLEST, LARGEST), 0)
-    if bits is not None:  # the largest of such a run becomes 63 or 64 of twice the scale
+    if bits is not None:  # the largest of such a run becomes 63 or 64 of twice the scale, if both are in range
         doubled = (largest.bitwise_and_(0x7FFFFF) > ABOVE_127) & (biased > 6) & (biased < 254)
         exponents += doubled
     # Down to 2^-126 a number is normal; the run of one below that counts as zeros.

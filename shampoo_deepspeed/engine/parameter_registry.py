@@ -85,6 +85,11 @@ class ParameterRegistry:
         self._searched: set[bool] = set()  # for replaced parameters, in a step without and in one with gradients
         self._known: Known | None = None  # while the optimizer is built
 
+    @property
+    def models(self) -> list[nn.Module]:
+        """Models that have named parameters, as far as they still exist."""
+        return [model for reference in self._models if (model := reference()) is not None]
+
     def attach_model(self, model: nn.Module) -> None:
         """Attach the wrapped model of the parameters."""
         if self.replicas is None and isinstance(model, nn.parallel.DistributedDataParallel):

@@ -106,16 +106,11 @@ def _fitness(module: nn.Module, wanted: Iterable[int]) -> tuple[int, bool, int, 
     return len(held), trained == held, sum(1 for _ in module.modules()), min(own)
 
 
-def living_modules(kind: type) -> list[nn.Module]:
-    """All modules of the process that are of a class, except those that ``gc.freeze`` has hidden."""
-    return [module for module in _living_modules() if isinstance(module, kind)]
-
-
 def _holders_and_parents(wanted: set[int]) -> tuple[dict[int, list[nn.Module]], dict[int, list[nn.Module]]]:
     """The modules that hold each wanted tensor, by its ``id``, and the parents of each module, by its own."""
     holders: dict[int, list[nn.Module]] = defaultdict(list)
     parents: dict[int, list[nn.Module]] = defaultdict(list)
-    for module in _living_modules():
+    for module in living_modules():
         parts = module.__dict__  # of a module that is being built, it may lack these
         for parameter in list(parts.get("_parameters", {}).values()):
             if id(parameter) in wanted:
@@ -125,8 +120,11 @@ def _holders_and_parents(wanted: set[int]) -> tuple[dict[int, list[nn.Module]], 
     return dict(holders), dict(parents)
 
 
-def _living_modules() -> list[nn.Module]:
-    """All modules of the process, except those that ``gc.freeze`` has hidden.
+def living_modules(kind: type = nn.Module, known: Iterable[nn.Module] = ()) -> list[nn.Module]:
+    """All modules of the process that are of a class, except those that ``gc.freeze`` has hidden.
+
+    Args:
+        known: models whose parts are found even then.
 
     ``gc.get_objects`` also gives what other threads are building right now. A tuple cannot grow while anything else
     holds it, so a single call into C, during which no other thread runs, drops tuples and most other objects.
@@ -134,10 +132,11 @@ def _living_modules() -> list[nn.Module]:
     runs = groupby(chain.from_iterable(map(gc.get_objects, (None,))), type)
     drop: Callable[[type, Iterable[Any]], Iterable[Any]] = _DROPPED.get
     objects: list[Any] = list(chain.from_iterable(starmap(drop, runs)))  # a run of other types stays
-    modules = set(map(id, kinds := _subclasses(nn.Module)))
+    modules = set(map(id, kinds := _subclasses(kind)))
     found = list(compress(objects, map(modules.__contains__, map(id, map(type, objects)))))
     del kinds  # until here ids are of living classes
-    return found
+    parts = chain(found, (part for model in known for part in model.modules() if isinstance(part, kind)))
+    return list({id(part): part for part in parts}.values())
 
 
 def _subclasses(kind: type) -> list[type]:

@@ -102,7 +102,7 @@ def _records(file: Path) -> Iterable[Mapping[str, Any]]:
     found = _content(file)
     if file.suffix != ".jsonl":
         if isinstance(found, dict) and "log_history" not in found:
-            raise LogError(f"{file} cannot be read as a log: KeyError: 'log_history'")
+            raise LogError(f"{file} cannot be read as a log: it has no 'log_history'")
         found = found["log_history"] if isinstance(found, dict) else None
     if not isinstance(found, list):
         raise LogError(f"{file} is neither a {TRAINER_STATE} nor a file of JSON lines (*.jsonl)")

@@ -55,6 +55,7 @@ LAYOUTS: list[tuple[str, int, str, dict[str, Any]]] = [
     ("hsdp", 4, "odd", {}),
     ("replicas", 2, "odd", {"resumed_at": 0}),
     ("fsdp1_full_shard", 2, "odd", {}),
+    ("fsdp1_shard_grad_op", 2, "odd", {}),
     ("units_full_shard", 2, "odd", {}),
     ("tensor_parallel", 4, "wide", {}),
 ]

@@ -97,7 +97,7 @@ def test_of_a_runs_own_state_and_its_checkpoints_the_one_with_the_last_step_coun
     "content, message",
     [
         ("{", "cannot be read as a log: JSONDecodeError"),
-        ("{}", "cannot be read as a log: KeyError: 'log_history'"),
+        ("{}", "cannot be read as a log: it has no 'log_history'"),
         ("[]", "is neither a trainer_state.json nor a file of JSON lines"),
         ('{"log_history": [{"loss": 1.0}]}', "entry 1 has no whole number as 'step'"),
         ('{"log_history": [{"step": 1, "loss": "high"}]}', "holds no numbers by step"),

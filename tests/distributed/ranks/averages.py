@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -96,18 +97,27 @@ def under_fsdp(run: Run) -> dict[str, Any]:
 
 
 def evaluated_with_averages(model: torch.nn.Module, optimizer: Shampoo, piece: dict[str, Any]) -> list[bool]:
-    """Whether evaluations and the next training step compute with what the optimizer has put into the model."""
+    """Whether evaluations and the next training step compute with what the optimizer has put into the model.
+
+    The first averages come right after a step, the second ones after a forward. Then modules are hidden from the
+    garbage collector too, as scripts do to save time.
+    """
 
     @torch.no_grad()
     def evaluated() -> float:
-        return float(model(**piece))
+        model.eval()
+        loss = float(model(**piece))
+        model.train()
+        return loss
 
-    weights, averages = [evaluated()], []
-    for _ in range(2):
+    weights, averages = list[float](), list[float]()
+    for hides in (lambda: None, gc.freeze):
+        hides()
         with optimizer.averaged_weights():
             averages.append(evaluated())
         weights.append(float(model(**piece).detach()))
-    return [averages[0] != weights[0], averages[0] == averages[1], weights == weights[:1] * 3]
+    gc.unfreeze()
+    return [averages[0] != weights[0], averages[0] == averages[1], weights == weights[:1] * 2]
 
 
 def observed(optimizer: Shampoo, parameters: Callable[[], dict[str, Tensor]]) -> dict[str, Any]:
