@@ -19,6 +19,12 @@ from shampoo_deepspeed import Shampoo
 
 RULES = ("shampoo", "soap", "kl_shampoo")
 REFRESHES = ("sync", "staggered")
+FORMATS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "packed": {"factor_format": "packed", "root_format": "packed"},
+    "adamw": {"memory": "adamw"},
+    "half": {"memory": "half"},
+}
 PEERS = {"heavyball": "heavyball", "pytorch_optimizer": "pytorch-optimizer"}
 
 

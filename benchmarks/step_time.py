@@ -1,6 +1,7 @@
 """Measures the time of an optimizer step on the small GPT: mean, median and slowest, and the ratio to torch AdamW's.
 
     python -m benchmarks.step_time [--preconditioner shampoo soap kl_shampoo] [--refresh sync staggered]
+        [--formats full packed adamw half]
 
 All optimizers get the same gradients, those of a model that AdamW trains on 512 tokens a step. They step one after
 another, and each round starts with the next one, so that disturbances of the machine affect all alike. Times are CPU
@@ -16,11 +17,12 @@ import copy
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from benchmarks.contestants import REFRESHES, RULES, Contestant, adamw, missing_peers, ours, peers
+from benchmarks.contestants import FORMATS, REFRESHES, RULES, Contestant, adamw, missing_peers, ours, peers
 from benchmarks.gpt import Size, batch, build
 from benchmarks.report import machine, mean, ratio_of_means, slowest, table
 
@@ -88,10 +90,16 @@ def rows(seconds: dict[str, list[float]], base: str, frequency: int) -> list[lis
     return out
 
 
+def named(contestant: Contestant, formats: str) -> Contestant:
+    """The contestant with its formats of state in its name, unless they are the defaults."""
+    return contestant if formats == "full" else replace(contestant, name=f"{contestant.name}, {formats}")
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--preconditioner", nargs="+", default=list(RULES), choices=RULES)
     made.add_argument("--refresh", nargs="+", default=list(REFRESHES), choices=REFRESHES)
+    made.add_argument("--formats", nargs="+", default=["full"], choices=FORMATS, help="of state, as docs/memory.md")
     made.add_argument("--layers", type=int, default=4)
     made.add_argument("--width", type=int, default=256)
     made.add_argument("--block", type=int, default=256)
@@ -109,7 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     contestants = [adamw(), adamw(fused=True)]
     contestants += [
-        ours(rule, refresh, args.block, args.frequency) for rule in args.preconditioner for refresh in args.refresh
+        named(ours(rule, refresh, args.block, args.frequency, **FORMATS[formats]), formats)
+        for rule in args.preconditioner
+        for refresh in args.refresh
+        for formats in args.formats
     ]
     if not args.no_peers:
         contestants += peers(args.block, args.frequency)

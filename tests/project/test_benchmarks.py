@@ -60,11 +60,18 @@ def test_state_is_the_planners_and_a_peak_is_above_what_a_step_leaves() -> None:
             ("torch AdamW, foreach", "soap, staggered", "kl_shampoo, sync"),
         ),
         (
+            lambda: step_time.main(
+                ["--preconditioner", "kl_shampoo", "--refresh", "staggered", "--formats", "full", "packed", "half"]
+                + ["--width", "32", "--block", "32", "--frequency", "2", "--rounds", "1", "--no-peers"]
+            ),
+            ("kl_shampoo, staggered ", "kl_shampoo, staggered, packed", "kl_shampoo, staggered, half"),
+        ),
+        (
             lambda: end_to_end.main(["--tokens", "64", "--width", "32", "--frequency", "2", "--rounds", "1"]),
             ("shampoo, staggered", "soap, staggered"),
         ),
     ],
-    ids=["step_time", "end_to_end"],
+    ids=["step_time", "formats", "end_to_end"],
 )
 def test_tables_name_every_contestant(
     run: Callable[[], None], phrases: tuple[str, ...], capsys: pytest.CaptureFixture[str]
