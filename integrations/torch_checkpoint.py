@@ -6,7 +6,7 @@ only tensors that they can gather or shard. torch has no hook by which an optimi
 Before they load, they leave out the state of frozen parameters and, of a flattened dict, values whose names are not in
 ``optimizer.state`` yet. Both are looked up in what they were given.
 
-torch's ZeroRedundancyOptimizer carries only ``optimizer.state`` and loads into it directly, so it is refused.
+torch's ZeroRedundancyOptimizer and _NamedOptimizer carry only ``optimizer.state``, so they are refused.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .frames import frame_in_module
 
 HELPERS = "torch.distributed.checkpoint.state_dict"
 ZERO_REDUNDANCY = "torch.distributed.optim.zero_redundancy_optimizer"
+NAMED = "torch.distributed.optim.named_optimizer"
 # Precedes the names of parameters in the keys of a flattened state dict.
 STATE = "state."
 
@@ -43,11 +44,19 @@ class TorchCheckpointAdapter(Adapter):
         """Return None: FSDP2's adapter describes DTensors, and other tensors are unsharded."""
 
     def admit(self, optimizer_class: type) -> None:
-        """Refuse to be built by torch's ZeroRedundancyOptimizer, whose checkpoints would hold no state.
+        """Refuse to be built by those of torch's optimizers whose checkpoints would hold no state.
 
         Raises:
-            LayoutError: if it is building the optimizer.
+            LayoutError: if one of them is building the optimizer.
         """
+        if frame_in_module(NAMED) is not None:
+            name = optimizer_class.__name__
+            raise LayoutError(
+                f"_NamedOptimizer(optimizer_class={name}) is not supported: its state dict would hold nothing of "
+                f"{name}'s state but the steps. {name}'s own state is keyed by names: use "
+                f"{name}(model.named_parameters(), model=model, ...) with its state_dict() and load_state_dict(), or "
+                "save_shampoo and load_shampoo"
+            )
         if frame_in_module(ZERO_REDUNDANCY) is not None:
             name = optimizer_class.__name__
             raise LayoutError(

@@ -14,8 +14,8 @@ from torch import Tensor
 from shampoo_deepspeed.distributed.frameworks import Entry, Parameter, adapters
 from shampoo_deepspeed.engine.policy import policy_of
 from shampoo_deepspeed.engine.step_unit import as_count
-from shampoo_deepspeed.options.checks import plain
-from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig
+from shampoo_deepspeed.options.checks import plain, short
+from shampoo_deepspeed.options.config import OPTION_NAMES, SCHEDULED, ShampooConfig, options_with
 from shampoo_deepspeed.state.dcp_state import (
     TorchState,
     completed_group,
@@ -107,8 +107,9 @@ class StateDicts(EntriesForTools):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load options and state; blocks go to their owners at the next step.
 
-        Parameters that had no gradient when the state was saved start with new state. What others keep in
-        ``optimizer.state`` is loaded as torch does it.
+        A warning names each option that was given otherwise here, except those that schedules change. Parameters that
+        had no gradient when the state was saved start with new state. What others keep in ``optimizer.state`` is loaded
+        as torch does it.
 
         Raises:
             ValueError: if this is not a Shampoo state dict, or does not fit the parameters. For parameters that have
@@ -149,13 +150,28 @@ class StateDicts(EntriesForTools):
         self._release_units()
         for group, number in zip(self.param_groups, numbers, strict=True):
             group["shampoo_group"] = number
+        given = {number: checked.config for number, checked in self.registry.checked.items()}
         self.configs()
+        self._show_other_options(given)
         self.take_state(loaded)
         if self._divided():
             self.take_waiting()  # torch's helpers load on all ranks together, but one rank alone may save later
         if self.external_state is not None and self.state_keeper.saved_as is None:  # else the caller knows where it is
             for adapter in adapters():
                 adapter.note_load(self)
+
+    def _show_other_options(self, given: Mapping[int, ShampooConfig]) -> None:
+        """Warn of options that a loaded state dict has replaced, except those that schedules change.
+
+        Args:
+            given: the options from before the load, by the groups' numbers.
+        """
+        for number, before in given.items():
+            now = self.registry.checked[number].config
+            pairs = ((n, getattr(before, n), getattr(now, n)) for n in OPTION_NAMES if n not in options_with(SCHEDULED))
+            changed = [f"{n} = {short(new)} (given here: {short(old)})" for n, old, new in pairs if old != new]
+            if changed:
+                logger.warning("group %s now uses the loaded state dict's %s", number, ", ".join(changed))
 
     def _divided(self) -> bool:
         """Whether the state of some parameter may be divided among ranks."""

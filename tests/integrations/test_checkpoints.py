@@ -21,9 +21,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.optim import _NamedOptimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from shampoo_deepspeed import CheckpointError, Shampoo, ShampooConfig
+from shampoo_deepspeed import CheckpointError, LayoutError, Shampoo, ShampooConfig
 from shampoo_deepspeed.integrations.checkpoints import add_to_save_state, newest_complete
 from shampoo_deepspeed.integrations.trainer import ShampooCallback, ShampooFactory, ShampooTrainer, deferred
 from shampoo_deepspeed.options.config import OPTION_NAMES
@@ -330,3 +331,9 @@ def test_torchs_helpers_and_other_blocks() -> None:
     set_optimizer_state_dict(again, second, state)
     with pytest.raises(ValueError, match=r"the saved blocks of 'embed\.weight' have \d+ bytes, but here they have \d+"):
         train(again, second, range(1))
+
+
+def test_torchs_named_optimizer_is_refused_with_what_to_use_instead() -> None:
+    """Its state dicts would hold only steps, and a run that loads one would begin with new state without a word."""
+    with pytest.raises(LayoutError, match=r"^_NamedOptimizer\(optimizer_class=Shampoo\) is not .* save_shampoo"):
+        _NamedOptimizer(nn.Linear(4, 4).named_parameters(), Shampoo, lr=0.1)  # type: ignore[arg-type]

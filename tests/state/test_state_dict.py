@@ -132,6 +132,20 @@ def test_options_of_the_state_dict_win_as_in_torch() -> None:
     assert torch.equal(p, other)
 
 
+def test_options_that_a_state_dict_replaces_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """As `load_shampoo` does. Else a run that resumes with other options seems to use them."""
+    saved = shampoo([parameter(12, 10)], lr=0.5, precondition_frequency=3).state_dict()
+    shampoo([parameter(12, 10)], lr=0.25, precondition_frequency=3).load_state_dict(saved)
+    assert "now uses" not in caplog.text  # a schedule's rate differs at most resumptions
+    other = shampoo([parameter(12, 10)], precondition_frequency=7, preconditioner="soap")
+    other.load_state_dict(saved)
+    given = saved["param_groups"][0]["preconditioner"]
+    named = f"precondition_frequency = 3 (given here: 7), preconditioner = {given!r} (given here: 'soap')"
+    assert all(part in caplog.text for part in ("group 0 now uses the loaded state dict's", *named.split(", ")))
+    other.load_state_dict(saved)
+    assert caplog.text.count("now uses") == 1
+
+
 def test_an_option_that_an_older_state_does_not_know_has_its_default() -> None:
     p = parameter(12, 10)
     saved = shampoo([parameter(12, 10)]).state_dict()
