@@ -172,7 +172,8 @@ class Shampoo(BlockOptimizer):
 
     def _finish_step(self, units: Iterable[StepUnit]) -> None:
         """Count these units' last step if it was rejected."""
-        for _ in rejections(units, self.param_groups[0]["failure_limit"]):
+        configs = self.registry.configs.values()  # which stay if all groups are taken out
+        for _ in rejections(units, next((config.failure_limit for config in configs), 1)):
             self.rejected_steps += 1
             logger.warning(
                 "a step was rejected: a gradient was not finite or too large (%d so far)", self.rejected_steps

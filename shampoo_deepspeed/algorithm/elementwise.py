@@ -15,8 +15,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -89,9 +89,8 @@ class Elementwise:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.shards = tuple(shards)
+        self._take(shards, configs)
         self._dtype, self._device = dtype, device
-        self.needs = {(s.group, s.method): moments_of(configs[s.group], s.method) for s in shards}
         self._used = [n for n in ("exp_avg", "second_moment") if any(n in needs for needs in self.needs.values())]
         self.sizes = [s.elements.size for s in shards]
         formats = [configs[s.group].elementwise_format for s in shards]
@@ -101,6 +100,14 @@ class Elementwise:
         self.stores = [Store(numbers, of, {}) for numbers, of in found if numbers or (of == dtype and not narrow)]
         self.views: dict[str, list[Tensor]] = {}
         self.renew()
+
+    def _take(self, shards: Iterable[ElementwiseShard], configs: Mapping[int, ShampooConfig]) -> None:
+        self.shards = tuple(shards)
+        self.needs = {(s.group, s.method): moments_of(configs[s.group], s.method) for s in self.shards}
+
+    def use_methods(self, methods: Sequence[str], configs: Mapping[int, ShampooConfig]) -> None:
+        """Update by these methods of all parameters from now on; they need the moments that are there."""
+        self._take([replace(shard, method=methods[shard.parameter]) for shard in self.shards], configs)
 
     @cached_property
     def _parameters(self) -> Tensor:

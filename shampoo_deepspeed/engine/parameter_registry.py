@@ -137,7 +137,7 @@ class ParameterRegistry:
         """
         number = group["shampoo_group"]
         known = self.checked.get(number)
-        config = ShampooConfig(**{name: group[name] for name in OPTION_NAMES})
+        config = ShampooConfig(**{name: group[name] for name in OPTION_NAMES}).with_peak()
         if known is not None and any(p.group == number for unit in units for p in unit.parameters):
             _refuse_reshaping(known.config, config)
         own = [entry for entry in self.entries if entry.parameter.group == number]
@@ -157,7 +157,7 @@ class ParameterRegistry:
                 refuse_rounding(config, tensor.dtype)
 
     def check_again(
-        self, groups: Sequence[dict[str, Any]], changed: Sequence[dict[str, Any]], units: Iterable[StepUnit]
+        self, groups: Sequence[dict[str, Any]], changed: Sequence[dict[str, Any]], units: Sequence[StepUnit]
     ) -> None:
         """Check what has changed in param groups since they were checked; a faulty scheduler changes no parameter.
 
@@ -166,7 +166,7 @@ class ParameterRegistry:
         Args:
             groups: all of the optimizer.
             changed: those of which options other than ``lr`` have changed.
-            units: those that have been built.
+            units: those that have been built, which follow.
 
         Raises:
             OptionError: as `check`, for the first group that has a wrong value; all groups keep their options then.
@@ -183,6 +183,9 @@ class ParameterRegistry:
                 self.policies |= before[3]
                 named = f" ({short(group['name'])})" if group.get("name") is not None else ""
                 raise OptionError(f"in parameter group {place}{named}: {error}") from None
+        if changed:
+            for unit in units:
+                unit.follow(self.policies, self.configs)
 
     def keys_by_group(self, groups: Sequence[Mapping[str, Any]]) -> dict[int, list[str]]:
         """Keys of the parameters of each group by its number, in the order of its tensors.
@@ -212,6 +215,11 @@ class ParameterRegistry:
             loads: the loads of each process group's ranks by all units, including the last one; by the group's ``id``.
         """
         self._refuse_nameless()
+        keys = self.keys_by_tensor()
+        for item in fresh:  # they may have been frozen until now
+            _refuse_untrainable(item.tensor, keys.get(id(item.tensor), item.place))
+            if item.tensor.requires_grad:
+                refuse_rounding(self.checked[item.group].config, item.tensor.dtype)
         self._rehome(fresh)
         candidates = (adapter.layouts(optimizer, self.entries, fresh) for adapter in adapters())
         layouts = next((found for found in candidates if found is not None), None)
@@ -312,14 +320,7 @@ class ParameterRegistry:
                 raise OptionError(f"parameter {name or index} is complex; Shampoo supports real parameters only")
             if is_lazy(tensor):
                 raise OptionError(f"parameter {name or index} of a lazy module has no shape yet; run one forward first")
-            if tensor.requires_grad and _is_view_of_others(tensor):
-                raise OptionError(
-                    f"parameter {name or index} cannot be written to: its elements share memory, or are negated when "
-                    "they are read; give a copy, nn.Parameter(tensor.detach().clone())"
-                )
-            if tensor.requires_grad and tensor.dtype not in TRAINED:
-                allowed = ", ".join(str(dtype) for dtype in TRAINED)
-                raise OptionError(f"parameter {name or index} is in {tensor.dtype} and is trained; allowed: {allowed}")
+            _refuse_untrainable(tensor, name or index)
             kinds = known[id(tensor)][1] if id(tensor) in known else frozenset[str]()
             found += [(index, member) for member in _members(tensor, name, kinds)]
         taken = {entry.parameter.key for entry in self.entries}
@@ -378,6 +379,20 @@ def _members(tensor: Tensor, name: str | None, kinds: frozenset[str]) -> Sequenc
         if members is not None:
             return members
     return [FlatMember("", _shape(tensor), name, kinds)]
+
+
+def _refuse_untrainable(tensor: Tensor, name: str | int) -> None:
+    """Raise OptionError for a tensor that requires a gradient and that no step could update."""
+    if not tensor.requires_grad:
+        return
+    if _is_view_of_others(tensor):
+        raise OptionError(
+            f"parameter {name} cannot be written to: its elements share memory, or are negated when they are read; "
+            "give a copy, nn.Parameter(tensor.detach().clone())"
+        )
+    if tensor.dtype not in TRAINED:
+        allowed = ", ".join(str(dtype) for dtype in TRAINED)
+        raise OptionError(f"parameter {name} is in {tensor.dtype} and is trained; allowed: {allowed}")
 
 
 def _is_view_of_others(tensor: Tensor) -> bool:

@@ -100,7 +100,7 @@ class StepUnit:
         self.device = locals_[0].device if locals_ else torch.device("cpu")
         self.dtype = compute_dtype(locals_[0]) if locals_ else torch.float32
         self.policies = [policies[p.key] for p in self.parameters]
-        self.configs = configs  # when it was built
+        self.configs = configs  # as they were when an option changed last
         self._locals = [_kind(tensor) for tensor in locals_]
         self.shapes = [tensor.shape for tensor in locals_]
         self.left_out: frozenset[int] = frozenset()  # local tensors that are in none of the groups now
@@ -177,12 +177,24 @@ class StepUnit:
         self._ranges_of_tensor: dict[int, list[UpdateRange]] = defaultdict(list)
         for joined in self.update_ranges:
             self._ranges_of_tensor[joined.tensor].append(joined)
-        elementwise = [t for t in self.policies if not t.preconditioned]
-        self.needs_norms = any(is_normalized(t.method) for t in elementwise)
+        # The numbers of the options of element-wise parameters, which may ask for norms at any step.
+        self.elementwise_options = {t.options for t in self.policies if not t.preconditioned}
+        self._note_methods()
+
+    def _note_methods(self) -> None:
+        """Note what the methods of element-wise parameters mean for a step."""
+        self.needs_norms = any(is_normalized(t.method) for t in self.policies if not t.preconditioned)
         # Whether a parameter's state shows how large its gradients have been, if they are not normalized.
         self.scaled = [t.preconditioned or not is_normalized(t.method) for t in self.policies]
-        # The numbers of the options of element-wise parameters, which may ask for norms at any step.
-        self.elementwise_options = {t.options for t in elementwise}
+
+    def follow(self, policies: Mapping[str, Policy], configs: Mapping[int, ShampooConfig]) -> None:
+        """Use options that have changed since. Methods of element-wise parameters may be others; all else is fixed."""
+        self.configs = configs
+        methods = [policies[p.key].method for p in self.parameters]
+        if methods != [policy.method for policy in self.policies]:
+            self.policies = [policies[p.key] for p in self.parameters]
+            self.elementwise.use_methods(methods, configs)
+            self._note_methods()
 
     def _placed_shards(self) -> list[tuple[int, int, PlacedBox]]:
         """This rank's shards as (parameter, tensor, place in its merged shape)."""

@@ -201,3 +201,92 @@ def test_a_parameter_without_its_entry_in_state_begins_anew(lost: int) -> None:
     for number, (p, q) in enumerate(zip(params, kept, strict=True)):
         assert same_bits(p.detach(), (alone if number == lost else q).detach())
     assert steps_of(optimizer)[NAMES[lost]] == 5
+
+
+def with_methods() -> tuple[list[nn.Parameter], Shampoo]:
+    """Return a vector and a matrix, the vector with Adam's method."""
+    params = [parameter(7), parameter(6, 5, seed=1)]
+    options = {"elementwise": "adam", "grafting": "adam", "normalize_gradients": False}
+    return params, shampoo([{"params": [("v", params[0])], **options}, {"params": [("m", params[1])], **options}])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"elementwise": "adagrad"}, {"elementwise": "normalized_adam"}, {"elementwise": None, "grafting": "rmsprop"}],
+    ids=str,
+)
+def test_another_method_of_element_wise_parameters_holds_from_the_next_step(changed: dict[str, Any]) -> None:
+    params, optimizer = with_methods()
+    drive(optimizer, params, range(4))
+    again, copied = copy.deepcopy((params, optimizer))  # which builds its units anew
+    unchanged, other = copy.deepcopy((params, optimizer))
+    for each in (optimizer, copied):
+        each.param_groups[0].update(changed)
+    for each, own in ((optimizer, params), (copied, again), (other, unchanged)):
+        drive(each, own, range(4, 8))
+    assert same_bits(snapshot(params), snapshot(again))
+    assert not torch.equal(params[0], unchanged[0])
+    assert torch.equal(params[1], unchanged[1])
+
+
+def test_a_method_that_was_changed_goes_back_with_a_load() -> None:
+    params, optimizer = with_methods()
+    drive(optimizer, params, range(4))
+    saved = copy.deepcopy((optimizer.state_dict(), snapshot(params)))
+    drive(optimizer, params, range(4, 8))
+    wanted = snapshot(params)
+    optimizer.param_groups[0]["elementwise"] = "adagrad"
+    drive(optimizer, params, [8])
+    optimizer.load_state_dict(saved[0])
+    with torch.no_grad():
+        for p, value in zip(params, saved[1], strict=True):
+            p.copy_(value)
+    drive(optimizer, params, range(4, 8))
+    assert same_bits(snapshot(params), wanted)
+
+
+def test_with_a_value_that_is_refused_all_groups_keep_their_methods() -> None:
+    params, optimizer = with_methods()
+    drive(optimizer, params, range(4))
+    others, reference = copy.deepcopy((params, optimizer))
+    optimizer.param_groups[0]["elementwise"] = "adagrad"
+    optimizer.param_groups[1]["eps"] = -1.0
+    with pytest.raises(OptionError, match="in parameter group 1: .*'eps' = -1.0"):
+        drive(optimizer, params, [4])
+    optimizer.param_groups[0]["elementwise"] = "adam"
+    optimizer.param_groups[1]["eps"] = 1e-8
+    drive(optimizer, params, range(4, 8))
+    drive(reference, others, range(4, 8))
+    assert same_bits(snapshot(params), snapshot(others))
+
+
+def test_without_any_group_a_step_does_nothing() -> None:
+    params, optimizer = made()
+    drive(optimizer, params, range(3))
+    before, groups = snapshot(params), optimizer.param_groups[:]
+    optimizer.param_groups.clear()
+    drive(optimizer, params, range(3, 5))
+    optimizer.finish_step()
+    assert same_bits(snapshot(params), before)
+    optimizer.param_groups.extend(groups)
+    drive(optimizer, params, [5])
+    assert not torch.equal(params[0], before[0])
+
+
+@pytest.mark.parametrize("kind", ["corrected", "independent"])
+def test_another_kind_of_decay_scales_by_the_rate_at_that_moment(kind: str) -> None:
+    params, optimizer = made()
+    others, reference = made()
+    drive(optimizer, params, range(3))
+    drive(reference, others, range(3))
+    for group in optimizer.param_groups:
+        group["weight_decay_type"] = kind
+    for group in reference.param_groups:
+        group.update(weight_decay_type=kind, peak_lr=group["lr"])
+    drive(optimizer, params, range(3, 6))
+    drive(reference, others, range(3, 6))
+    assert same_bits(snapshot(params), snapshot(others))
+    optimizer.param_groups[0].update(lr=0.0, peak_lr=None)
+    with pytest.raises(OptionError, match="'peak_lr' = None is not allowed: a number > 0 if lr starts at 0"):
+        drive(optimizer, params, [6])
+    assert same_bits(snapshot(params), snapshot(others))

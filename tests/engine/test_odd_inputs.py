@@ -81,6 +81,32 @@ def test_weights_that_cannot_be_written_to_are_refused_by_name(view: Callable[[T
         Shampoo([("w", nn.Parameter(view(torch.ones(8, 6)), requires_grad=False)), ("b", parameter(4))])
 
 
+def test_frozen_weights_that_cannot_be_trained_are_refused_by_name_once_they_are_trained() -> None:
+    """The step raises before it changes anything."""
+    view = nn.Parameter(torch.ones(8, 1).expand(8, 6), requires_grad=False)
+    eighth = nn.Parameter(torch.ones(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
+    half = nn.Parameter(torch.ones(4, 4).half(), requires_grad=False)
+    b = parameter(4)
+    named = {"view": view, "eighth": eighth, "half": half, "b": b}
+    optimizer = Shampoo(list(named.items()), master_weights=False, stochastic_rounding=True)
+    drive(optimizer, [b], range(2))
+    before = b.detach().clone()
+    for late, message in (
+        (view, "parameter view cannot be written to: .* give a copy"),
+        (eighth, "parameter eighth is in torch.float8_e4m3fn and is trained; allowed: .*torch.bfloat16"),
+        (half, "'stochastic_rounding' = True is not allowed for parameters in torch.float16"),
+    ):
+        late.requires_grad_(True)
+        late.grad = torch.ones(late.shape).to(late.dtype)
+        with pytest.raises(OptionError, match=message):
+            drive(optimizer, [b], [2])
+        assert torch.equal(b, before)
+        late.requires_grad_(False)
+        late.grad = None
+    drive(optimizer, [b], [2])
+    assert not torch.equal(b, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_trained_weights_of_other_dtypes_are_refused_at_once(dtype: torch.dtype) -> None:
     with pytest.raises(OptionError, match=f"parameter w is in {dtype} and is trained; allowed: .*torch.bfloat16"):
