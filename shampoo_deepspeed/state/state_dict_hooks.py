@@ -150,9 +150,9 @@ class StateDicts(EntriesForTools):
         self._release_units()
         for group, number in zip(self.param_groups, numbers, strict=True):
             group["shampoo_group"] = number
-        given = {number: checked.config for number, checked in self.registry.checked.items()}
+        before = {number: checked.config for number, checked in self.registry.checked.items()}
         self.configs()
-        self._show_other_options(given)
+        self._show_other_options(before)
         self.take_state(loaded)
         if self._divided():
             self.take_waiting()  # torch's helpers load on all ranks together, but one rank alone may save later
