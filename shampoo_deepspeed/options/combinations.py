@@ -107,12 +107,28 @@ def _check_decay(config: ShampooConfig) -> None:
     share = shares.get(config.decay_type, rate)
     if config.decay_type == "l2" and not config.normalize_gradients and config.elementwise_method in ("none", "sgd"):
         share *= max(1.0, config.elementwise_lr, config.embedding_lr or 0.0, config.tied_embedding_lr or 0.0)
+        beta1, beta3 = config.for_elementwise.betas[0], config.for_elementwise.beta3
+        if beta3 is not None and beta3 > beta1:  # M is then late, and stable up to (1 - beta1) / (beta3 - beta1)
+            share *= max(1.0, LARGEST_DECAY * (beta3 - beta1) / (1.0 - beta1))
     if config.nesterov:  # whose steps with momentum m are stable up to 2 (1 + m) / ((1 + 2 m) (1 - dampening))
         m = config.momentum
         share *= max(1.0, (1.0 + 2.0 * m) * (1.0 - config.dampening) / (1.0 + m))
     if config.weight_decay * share >= LARGEST_DECAY:
         allowed = f"less than {LARGEST_DECAY / share:g} with this learning rate, or weights would change sign and grow"
         raise bad("weight_decay", config.weight_decay, allowed)
+
+
+def refuse_unused_peak(config: ShampooConfig) -> None:
+    """Raise an error if ``peak_lr`` is given and nothing reads it.
+
+    Only what a user gives is checked so: a group may keep its peak while its kind of decay is changed by hand.
+
+    Raises:
+        OptionError: naming it, its value, and what is allowed with this kind of decay.
+    """
+    if config.peak_lr is not None and config.decay_type not in ("corrected", "independent"):
+        allowed = f"null if weight decay is {config.decay_type}; only corrected and independent decay are scaled by it"
+        raise bad("peak_lr", config.peak_lr, allowed)
 
 
 def _known(rate: float | Tensor) -> float | None:

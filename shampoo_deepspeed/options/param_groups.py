@@ -13,6 +13,7 @@ import torch
 
 from shampoo_deepspeed.options.checks import OptionError, short
 from shampoo_deepspeed.options.choices import DTYPES
+from shampoo_deepspeed.options.combinations import refuse_unused_peak
 from shampoo_deepspeed.options.config import (
     GIVEN_NAMES,
     OPTION_NAMES,
@@ -108,14 +109,18 @@ def checked_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[st
             own[key] = group.pop(key)
         elif key in unknown_keys(group) and difflib.get_close_matches(str(key), GIVEN_NAMES, n=1, cutoff=0.85):
             canonical({key: group[key]})  # raises
-    options = {**{name: defaults[name] for name in OPTION_NAMES}, **canonical(own)}
+    own = canonical(own)
+    options = {**{name: defaults[name] for name in OPTION_NAMES}, **own}
     for name in options_with(SHARED):
         if options[name] != defaults[name]:
             raise OptionError(
                 f"Shampoo option {name!r} = {short(options[name])} in a parameter group is not allowed: all groups "
                 f"share one value, here {defaults[name]!r}."
             )
-    return {**group, **group_options(ShampooConfig.from_options(options).with_peak())}
+    config = ShampooConfig.from_options(options)
+    if "peak_lr" in own:
+        refuse_unused_peak(config)
+    return {**group, **group_options(config.with_peak())}
 
 
 def printed_group(number: int, group: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shampoo_deepspeed.distributed.frameworks import UNEVEN_INPUTS, LayoutError, adapters
 from shampoo_deepspeed.engine.parameter_registry import ParameterRegistry
 from shampoo_deepspeed.options.checks import OptionError
+from shampoo_deepspeed.options.combinations import refuse_unused_peak
 from shampoo_deepspeed.options.config import GIVEN_NAMES, ShampooConfig, canonical
 from shampoo_deepspeed.options.model_search import FoundModels, find_models
 from shampoo_deepspeed.options.names import nearest
@@ -22,6 +23,9 @@ from shampoo_deepspeed.state.averages import Averages
 from shampoo_deepspeed.state.units import StateKeeper
 
 logger = logging.getLogger("shampoo_deepspeed")
+
+# What gives a group a kind of weight decay of its own, which may read the ``peak_lr`` of all groups.
+OF_DECAY = frozenset({"weight_decay_type", "decoupled_weight_decay", "use_decoupled_weight_decay", "preset"})
 
 
 class BlockOptimizer(Averages):
@@ -40,6 +44,8 @@ class BlockOptimizer(Averages):
         _check_types(params, model, process_group)
         given = [_with_list(item) for item in params]
         options = canonical(options)
+        if not any(isinstance(item, dict) and OF_DECAY & item.keys() for item in given):
+            refuse_unused_peak(ShampooConfig.from_options(options))
         for adapter in adapters():
             adapter.admit(type(self))
             if model is None:

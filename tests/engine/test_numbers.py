@@ -248,6 +248,30 @@ def test_a_decay_that_would_let_weights_grow_is_an_option_error(given: dict[str,
         Shampoo([parameter(3)], **given)
 
 
+@pytest.mark.parametrize("beta1", [0.5, 0.9])
+def test_the_largest_l2_decay_with_a_late_first_moment_is_where_weights_begin_to_grow(beta1: float) -> None:
+    """With ``beta3`` above ``betas[0]`` SGD's weights grow from a smaller decay on than 2."""
+    given: dict[str, Any] = {"lr": 1.0, "elementwise": "sgd", "weight_decay_type": "l2", **SLOW, "beta3": 0.99}
+    given |= {"betas": (beta1, 0.9), "use_bias_correction": False}
+    with pytest.raises(OptionError, match="weights would change sign and grow") as refusal:
+        Shampoo([parameter(3)], weight_decay=1.99, **given)
+    found = re.search(r"less than (\S+) with", str(refusal.value))
+    assert found
+    weights = parameter(3)
+    before = weights.detach().norm()
+    optimizer = Shampoo([weights], weight_decay=0.95 * float(found[1]), **given)
+    for _ in range(400):
+        weights.grad = torch.full_like(weights, 1e-9)
+        optimizer.step()
+    assert weights.detach().norm() < 0.5 * before
+    # A little more would grow, by the eigenvalues of the step on weights and the first moment.
+    decay = 1.01 * float(found[1])
+    step = torch.tensor([[1.0 - decay * 0.01, -decay * 0.99], [1.0 - beta1, beta1]])
+    assert torch.linalg.eigvals(step).abs().max() > 1.0
+    # Without a first moment of element-wise parameters, beta3 changes nothing.
+    Shampoo([parameter(3)], weight_decay=1.99, elementwise_betas=(0.0, 0.9), **given)
+
+
 @pytest.mark.parametrize("dampening", [0.0, 0.2])
 def test_the_largest_decay_with_nesterov_is_where_weights_begin_to_grow(dampening: float) -> None:
     given: dict[str, Any] = {"lr": 1.0, "elementwise_lr": 0.0, "momentum": 0.9, "nesterov": True}

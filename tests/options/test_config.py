@@ -681,3 +681,18 @@ def test_the_peak_of_a_scaled_decay_is_the_learning_rate_that_a_group_starts_wit
         Shampoo([parameter(3)], lr=0.0, weight_decay_type="independent")
     optimizer = Shampoo([parameter(3)], lr=0.0, weight_decay_type="independent", peak_lr=0.1)
     assert optimizer.param_groups[0]["peak_lr"] == 0.1
+
+
+@pytest.mark.parametrize("kind", [{}, {"weight_decay_type": "decoupled"}, {"decoupled_weight_decay": False}], ids=str)
+def test_a_peak_that_nothing_reads_is_an_error(kind: dict[str, Any]) -> None:
+    name = "l2" if "decoupled_weight_decay" in kind else "decoupled"
+    expected = f"'peak_lr' = 0.1 is not allowed: null if weight decay is {name}; only corrected and independent"
+    with pytest.raises(OptionError, match=expected):
+        Shampoo([parameter(3)], peak_lr=0.1, weight_decay=0.1, **kind)
+    with pytest.raises(OptionError, match=expected):
+        Shampoo([{"params": [parameter(3)], "peak_lr": 0.1, **kind}], weight_decay=0.1)
+    groups = [{"params": [parameter(3)], "weight_decay_type": "corrected"}, {"params": [parameter(3)], **kind}]
+    optimizer = Shampoo(groups, lr=0.2, peak_lr=0.1)  # which one of the groups reads
+    assert [group["peak_lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+    optimizer.param_groups[0]["weight_decay_type"] = "decoupled"  # by hand, while the group keeps its peak
+    optimizer.configs()
