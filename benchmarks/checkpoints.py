@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks.ranks import free_port
 from benchmarks.report import machine, table
 from shampoo_deepspeed import Shampoo, load_shampoo, save_shampoo
 
@@ -102,7 +103,9 @@ def in_new_process(what: str, state_gb: float, path: Path) -> float:
     given = ["--new", what, "--state-gb", str(state_gb), "--folder", str(path)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
     if dist.is_initialized():
-        environment["MASTER_PORT"] = str(int(environment["MASTER_PORT"]) + 1)
+        found = [free_port()]  # of the first rank, whose process listens on it
+        dist.broadcast_object_list(found)
+        environment["MASTER_PORT"] = str(found[0])
     command = [sys.executable, "-m", "benchmarks.checkpoints", *given]
     text = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     return float(text.split()[-1])

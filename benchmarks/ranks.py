@@ -22,7 +22,7 @@ def run_on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> l
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         processes = [
             context.Process(target=_rank, args=(rank, count, port, folder, function, arguments))
             for rank in range(count)
@@ -58,7 +58,8 @@ def _rank(rank: int, count: int, port: int, folder: str, function: Callable[...,
     torch.save(result, Path(folder) / f"{rank}.pt")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])

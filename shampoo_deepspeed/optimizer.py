@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
-from shampoo_deepspeed.distributed.exchange import Bucket, Take, Transit
+from shampoo_deepspeed.distributed.exchange import Bucket, Transit
 from shampoo_deepspeed.engine.agreement import agree, rejections
 from shampoo_deepspeed.engine.parameter_registry import CHECKED_OPTIONS, Checked
 from shampoo_deepspeed.engine.shard_update import AppliedAtOnce, apply_updates, shard_gradients
 from shampoo_deepspeed.engine.step_unit import StepUnit
+from shampoo_deepspeed.geometry.boxes import Take
 from shampoo_deepspeed.linalg.precision import full_precision
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.options.param_groups import signature_with_options
@@ -202,7 +203,7 @@ def _same_rate(group: Mapping[str, Any], rates: Mapping[int, float | Tensor]) ->
 def _precondition(
     unit: StepUnit,
     gradients: Sequence[Tensor],
-    updates: Sequence[Tensor] | Take,
+    updates: Sequence[Tensor] | Take[Tensor],
     steps: Sequence[int],
     configs: Mapping[int, ShampooConfig],
     found_inf: FoundInf | None,

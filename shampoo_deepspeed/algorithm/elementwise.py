@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
@@ -26,7 +26,7 @@ from torch import Tensor
 from shampoo_deepspeed.algorithm import grafting
 from shampoo_deepspeed.algorithm.formats import bits_of_ranges, salts_of, seeds_of, to_bfloat16
 from shampoo_deepspeed.algorithm.found_inf import FoundInf
-from shampoo_deepspeed.geometry.boxes import BaseBox, Box, FlatRange, PlacedBox
+from shampoo_deepspeed.geometry.boxes import BaseBox, Box, FlatRange, PlacedBox, Take
 from shampoo_deepspeed.linalg.precision import ACCURATE_NORMS
 from shampoo_deepspeed.options.config import ShampooConfig
 
@@ -61,8 +61,6 @@ class ElementwiseShard:
 
 # Some elements of one shard: its number, and where they are in it.
 Piece: TypeAlias = tuple[int, slice]
-# Gets updates of boxes of the unit's local tensors.
-Take: TypeAlias = Callable[[Sequence[BaseBox], Sequence[Tensor]], None]
 
 
 @dataclass
@@ -201,7 +199,7 @@ class Elementwise:
     def step(
         self,
         gradients: Sequence[Tensor],
-        updates: Sequence[Tensor] | Take,
+        updates: Sequence[Tensor] | Take[Tensor],
         steps: Sequence[int],
         configs: Mapping[int, ShampooConfig],
         found_inf: FoundInf | None,

@@ -15,15 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_deepspeed.geometry.boxes import BaseBox, FlatRange, PlacedBox
+from shampoo_deepspeed.geometry.boxes import BaseBox, FlatRange, PlacedBox, Take
 from shampoo_deepspeed.geometry.plan import Plan, Transfer, Transfers
 from shampoo_deepspeed.runtime.devices import Copy, Staging, communication_device
 from shampoo_deepspeed.runtime.metrics import ExchangeMeter
 
 TransfersByPeer: TypeAlias = dict[int, list[Transfer]]
 Resolver: TypeAlias = Callable[[Transfer], BaseBox]
-# Gets boxes of this rank's shards, and the content of each.
-Take: TypeAlias = Callable[[Sequence[BaseBox], Sequence[Tensor]], None]
 
 
 def views(bases: Sequence[Tensor], boxes: Sequence[BaseBox]) -> list[Tensor]:
@@ -196,7 +194,7 @@ class Exchange:
             self._finish(transit, bucket.gradients, gradients)
 
     def send_updates(
-        self, bucket: Bucket, updates: Sequence[Tensor], shard_updates: Sequence[Tensor] | Take
+        self, bucket: Bucket, updates: Sequence[Tensor], shard_updates: Sequence[Tensor] | Take[Tensor]
     ) -> Transit:
         """Start moving updates from the owners to all holders; what stays on this device is delivered at once."""
         if self._staging is None:
@@ -205,7 +203,7 @@ class Exchange:
             staged = self._stage(updates, bucket.local_blocks)
             return self._start(bucket.updates, updates, self.shards_on, staged)
 
-    def receive_updates(self, bucket: Bucket, transit: Transit, shard_updates: Sequence[Tensor] | Take) -> None:
+    def receive_updates(self, bucket: Bucket, transit: Transit, shard_updates: Sequence[Tensor] | Take[Tensor]) -> None:
         """Fill this rank's parts of the updates, or give them away."""
         if transit.staged is not None:
             _deliver(shard_updates, bucket.local_shards, _cut(transit.staged.arrive(), bucket.local_shards))
@@ -273,7 +271,7 @@ class Exchange:
         wire = staged_wire(self.group, self.blocks_on)
         return packed if packed.device == wire else self._staging.begin(packed).arrive()
 
-    def _finish(self, transit: Transit, route: Route, bases: Sequence[Tensor] | Take) -> None:
+    def _finish(self, transit: Transit, route: Route, bases: Sequence[Tensor] | Take[Tensor]) -> None:
         if transit.work is None or transit.incoming is None:
             return
         if transit.arriving is not None:
@@ -294,7 +292,7 @@ class Exchange:
         return [t.to(self.dtype) if t.dtype.itemsize > self.dtype.itemsize else t for t in staying]
 
 
-def _deliver(target: Sequence[Tensor] | Take, boxes: Sequence[BaseBox], pieces: Sequence[Tensor]) -> None:
+def _deliver(target: Sequence[Tensor] | Take[Tensor], boxes: Sequence[BaseBox], pieces: Sequence[Tensor]) -> None:
     """Copy pieces to their boxes in base tensors, or give them to a function."""
     if callable(target):
         target(boxes, pieces)

@@ -153,7 +153,7 @@ class AppliedAtOnce:
     def possible(unit: StepUnit, configs: Mapping[int, ShampooConfig], rates: Mapping[int, float | Tensor]) -> bool:
         """Whether updates can be applied so: to weights in the dtype of updates, by one fused kernel."""
         plain = {group: _plain(rate) for group, rate in rates.items()}
-        if any(configs[group].ema_decay for group in unit.layout.groups):
+        if not all(configs[group].applies_at_once for group in unit.layout.groups):
             return False
         pairs = zip(unit.local_tensors(), unit.layout.groups, strict=True)
         return all(weight.dtype == unit.dtype and _fuses(weight, weight, configs[g], plain[g]) for weight, g in pairs)

@@ -355,7 +355,7 @@ class _Unit:
         buckets = [0] * plan.world_size
         for (owner, _), size in in_buckets.items():
             buckets[owner] = max(buckets[owner], size)
-        at_once = plan.bucket_count > 1 and self.weights == self.dtype and not (config.momentum or config.ema_decay)
+        at_once = plan.bucket_count > 1 and self.weights == self.dtype and config.applies_at_once
         narrow = any(of != "float32" for of in config.formats.values())
         pieces = (NARROW_PIECES if config.elementwise_format == "bfloat16" else WIDE_PIECES) * item
         wire = (DTYPES[config.communication_dtype] if config.communication_dtype else self.dtype).itemsize

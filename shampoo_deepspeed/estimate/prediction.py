@@ -151,7 +151,7 @@ def predict_rank(
 ) -> Prediction:
     """The step of a rank with this work."""
     plain, launches = Work(), float(STEP_LAUNCHES + BUCKET_LAUNCHES * rank.buckets)
-    at_once = rank.buckets > 1 and not any(config.momentum or config.ema_decay for config in configs.values())
+    at_once = rank.buckets > 1 and all(config.applies_at_once for config in configs.values())
     launches -= AT_ONCE_LAUNCHES * at_once
     by_precision: dict[str, float] = dict.fromkeys(MATMUL_PRECISIONS, 0.0)
     slices = len(rank.stacks) + max(0, rank.buckets - 1)

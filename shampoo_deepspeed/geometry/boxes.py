@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -84,6 +84,9 @@ class PlacedBox:
 
 # The number of a flat base tensor, and a box in it.
 BaseBox: TypeAlias = tuple[int, PlacedBox]
+Content = TypeVar("Content")
+# Gets boxes of this rank's flat tensors, and the content of each.
+Take: TypeAlias = Callable[[Sequence[BaseBox], Sequence[Content]], None]
 
 
 def whole(shape: Sequence[int]) -> Box:

@@ -35,6 +35,8 @@ class DerivedValues:
     beta3: float | None
     weight_decay: float
     decoupled_weight_decay: bool
+    momentum: float
+    ema_decay: float
     weight_decay_type: str | None
     peak_lr: float | None
     relative_epsilon: float
@@ -107,6 +109,11 @@ class DerivedValues:
         if peak == 0.0:
             raise bad("peak_lr", None, f"a number > 0 if lr starts at 0 and weight decay is {self.decay_type}")
         return self._replaced(peak_lr=peak)
+
+    @cached_property
+    def applies_at_once(self) -> bool:
+        """Whether weights can change piece by piece, as updates arrive: momentum and averages need whole tensors."""
+        return not (self.momentum or self.ema_decay)
 
     @property
     def formats(self) -> dict[str, str]:
