@@ -28,7 +28,7 @@ from shampoo_deepspeed.engine.policy import Policy, matrix_of
 from shampoo_deepspeed.geometry.boxes import Box, FlatRange, PlacedBox, merged_places, tiling_error
 from shampoo_deepspeed.geometry.plan import Matrix, Plan, bucket_elements
 from shampoo_deepspeed.geometry.shards import Messages, Sharding, Shards
-from shampoo_deepspeed.options.checks import bad
+from shampoo_deepspeed.options.checks import bad, short
 from shampoo_deepspeed.options.choices import DTYPES
 from shampoo_deepspeed.options.config import ShampooConfig
 from shampoo_deepspeed.runtime.devices import communication_device, device_of_blocks, has_float64
@@ -209,7 +209,7 @@ class StepUnit:
         return placed
 
     def _gather(self, places: Sequence[tuple[int, int, PlacedBox]], configs: Mapping[int, ShampooConfig]) -> Shards:
-        """All ranks' shards; raises on all of them if any two see different parameters or options.
+        """All ranks' shards; raises on all of them if any two see different parameters, policies or options.
 
         Every rank receives one short message of every other: a digest of what must be equal, and the boxes, which
         are named once for all layers. What differs is fetched from the two ranks that the error names.
@@ -220,10 +220,14 @@ class StepUnit:
             if self.layout.problem:
                 raise LayoutError(self.layout.problem)
             return Shards.of_ranks([mine], len(self.parameters))
-        options = {g: str(sorted(configs[g].to_json().items())) for g in {p.group for p in self.parameters}}
+        options = {g: configs[g].to_json() for g in sorted({p.group for p in self.parameters})}
         phases = {key: hash(found) for key, found in self._phases.items()}  # all blocks' phases would be megabytes
-        signature = [(p.key, p.shape, p.group, options[p.group], phases.get(p.key)) for p in self.parameters]
-        common = (signature, str(self.dtype))
+        described = (str(replace(policy, cuts=())) for policy in self.policies)  # cuts follow from the rest
+        signature = [
+            (p.key, p.shape, p.group, policy, phases.get(p.key))
+            for p, policy in zip(self.parameters, described, strict=True)
+        ]
+        common = (options, signature, str(self.dtype))
         digest = int.from_bytes(sha256(repr(common).encode()).digest()[:7], "big")
         messages = Messages([(p.key, t.merged) for p, t in zip(self.parameters, self.policies, strict=True)])
         numbers = [int(self.layout.problem is not None), digest, int(self._on_accelerators), *messages.write(mine)]
@@ -233,7 +237,7 @@ class StepUnit:
                 raise LayoutError(f"rank {rank}: {object_of_rank(rank, self.layout.problem, self.group, self.device)}")
             if other != gathered[0][1]:
                 left, right = (object_of_rank(r, common, self.group, self.device) for r in (0, rank))
-                raise LayoutError(f"ranks 0 and {rank} disagree: {_first_difference(left, right)}")
+                raise LayoutError(f"ranks 0 and {rank} disagree: {_difference(left, right)}")
         self._on_accelerators = any(numbers[2] for numbers in gathered)
         return messages.read([numbers[3:] for numbers in gathered])
 
@@ -398,8 +402,17 @@ def _by_box(placed: tuple[int, int, PlacedBox]) -> tuple[int, Box]:
     return parameter, place.box
 
 
-def _first_difference(left: Any, right: Any) -> str:
-    for a, b in zip(left[0], right[0], strict=False):
+def _difference(left: Any, right: Any) -> str:
+    """The first difference between what two ranks have in common with others: options, parameters and the dtype."""
+    for group in left[0].keys() & right[0].keys():
+        of_left, of_right = left[0][group], right[0][group]
+        names = [name for name, value in of_left.items() if repr(value) != repr(of_right[name])]
+        if names:
+            values = (f"{name!r} = {short(of_left[name])} against {short(of_right[name])}" for name in names)
+            return f"options of parameter group {group}, which all ranks must give alike: {'; '.join(values)}"
+    for a, b in zip(left[1], right[1], strict=False):
         if a != b:
-            return f"{a} against {b}"
-    return f"{len(left[0])} parameters in {left[1]} against {len(right[0])} in {right[1]}"
+            kinds = ("name", "shape", "group", "policy", "phases of refreshes")
+            differing = (f"{kind} {x} against {y}" for kind, x, y in zip(kinds, a, b, strict=True) if x != y)
+            return f"parameter {a[0]!r}: {'; '.join(differing)}"
+    return f"{len(left[1])} parameters in {left[2]} against {len(right[1])} in {right[2]}"

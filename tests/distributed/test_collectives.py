@@ -32,10 +32,14 @@ def test_an_error_of_one_rank_is_raised_on_all(check: Check, ask: Ask) -> None:
         assert seen["numbers"] == [[7], [7, 7, 7]] and seen["of the second"] == "of rank 1"
         assert seen["first"] == [None, 1, 0]
         refused = seen["layouts"]
-        assert (
-            refused["options"].startswith("ranks 0 and 1 disagree: ('w', (8, 8), 0, ")
-            and " against " in refused["options"]
-        )
+        first = "ranks 0 and 1 disagree: options of parameter group 0, which all ranks must give alike: "
+        assert refused["options"].startswith(f"{first}'max_preconditioner_dim' = 4 against 8; 'factor_format' = ")
+        assert "'moment_format' = 'float32' against 'int8'" in refused["options"]
+        assert refused["lr"] == f"{first}'lr' = 0.001 against 0.5"
+        assert refused["rules"].startswith(f"{first}'rules' = [") and "'factor_beta': 0.5" in refused["rules"]
+        left, right = refused["kinds"].split(" against ")
+        assert left.startswith("ranks 0 and 1 disagree: parameter 'w': policy Policy(") and "reason=None" in left
+        assert "excluded by 'kind:embedding'" in right
         assert refused["problem"] == "rank 1: it is damaged"
         assert "w (8, 8): 48 of 64 elements are covered" in refused["rows"]
 

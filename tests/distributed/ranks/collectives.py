@@ -38,6 +38,13 @@ ERRORS = {
     "two": NeedsTwo("block", "too large"),
 }
 
+# Options that the second rank gives otherwise.
+OTHERS: dict[str, dict[str, Any]] = {
+    "options": {"max_preconditioner_dim": 8, "memory": "half"},
+    "lr": {"lr": 0.5},
+    "rules": {"rules": [{"match": "*w*", "factor_beta": 0.5}]},
+}
+
 
 def shared_errors(_: None) -> dict[str, Any]:
     """Return type, message and cause of each error that the second rank raises."""
@@ -66,11 +73,16 @@ def shared_errors(_: None) -> dict[str, Any]:
 
 
 def refused_layouts(rank: int) -> dict[str, str]:
-    """Return what is raised if the second rank has other options or a problem, or if nobody holds a row."""
+    """Return what is raised if the second rank has other options, kinds or a problem, or if nobody holds a row.
+
+    Without phases of a staggered refresh, which would show another policy too.
+    """
     seen = {}
-    for name in ("options", "problem", "rows"):
-        config = ShampooConfig.from_options({"max_preconditioner_dim": 8 if rank and name == "options" else 4})
-        parameter = Parameter("w", (8, 8), 0, "w")
+    for name in ("options", "lr", "rules", "kinds", "problem", "rows"):
+        other = OTHERS.get(name, {}) if rank else {}
+        config = ShampooConfig.from_options({"max_preconditioner_dim": 4, "refresh": "sync", **other})
+        kinds = frozenset({"embedding"} if rank and name == "kinds" else ())
+        parameter = Parameter("w", (8, 8), 0, "w", kinds)
         shard = Shard(0, Box((4 * rank, 0), (4 - (name == "rows"), 8)), 0, 0)
         layout = Layout([parameter], [torch.zeros(shard.box.lengths)], [0], [shard], dist.group.WORLD)
         layout.problem = "it is damaged" if rank and name == "problem" else None
