@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -105,17 +107,60 @@ def _check_decay(config: ShampooConfig) -> None:
     peak = config.peak_lr or rate
     shares = {"corrected": rate * rate / peak if peak else 0.0, "independent": rate / peak if peak else 1.0}
     share = shares.get(config.decay_type, rate)
+    momentum = config.momentum, config.dampening, config.nesterov
     if config.decay_type == "l2" and not config.normalize_gradients and config.elementwise_method in ("none", "sgd"):
         share *= max(1.0, config.elementwise_lr, config.embedding_lr or 0.0, config.tied_embedding_lr or 0.0)
         beta1, beta3 = config.for_elementwise.betas[0], config.for_elementwise.beta3
-        if beta3 is not None and beta3 > beta1:  # M is then late, and stable up to (1 - beta1) / (beta3 - beta1)
-            share *= max(1.0, LARGEST_DECAY * (beta3 - beta1) / (1.0 - beta1))
-    if config.nesterov:  # whose steps with momentum m are stable up to 2 (1 + m) / ((1 + 2 m) (1 - dampening))
-        m = config.momentum
-        share *= max(1.0, (1.0 + 2.0 * m) * (1.0 - config.dampening) / (1.0 + m))
-    if config.weight_decay * share >= LARGEST_DECAY:
-        allowed = f"less than {LARGEST_DECAY / share:g} with this learning rate, or weights would change sign and grow"
+        largest = _largest_decay(beta1, beta1 if beta3 is None else beta3, *momentum)
+    else:
+        largest = _largest_decay(0.0, 0.0, *momentum)
+    if config.weight_decay * share >= largest:
+        allowed = f"less than {largest / share:g} with this learning rate, or weights would change sign and grow"
         raise bad("weight_decay", config.weight_decay, allowed)
+
+
+def _largest_decay(beta1: float, beta3: float, momentum: float, dampening: float, nesterov: bool) -> float:
+    """The decay in a step, relative to the weights, from which on they grow; at most LARGEST_DECAY.
+
+    A step is linear in weights w, first moment M and momentum B. With the decay s, and no gradient but w, it is
+    U = beta3 M + (1 - beta3) w, M <- beta1 M + (1 - beta1) w, B <- momentum B + (1 - dampening) U, and w <- w - s B, or
+    with Nesterov w - s ((1 - dampening) U + momentum B). Weights grow from where an eigenvalue is above 1, which
+    Jury's stability criterion tells from the characteristic polynomial z^3 + a z^2 + b z + c.
+
+    Args:
+        beta1: 0 if the decay does not pass through a first moment.
+    """
+    first, late, m, kept = map(Fraction, (beta1, beta3, momentum, 1.0 - dampening))  # exact: their 1 - x may be tiny
+    buffer = kept * (1 - late), kept * late, m  # of w, M and B
+    change = (buffer[0] * (1 + m), buffer[1] * (1 + m), m * m) if nesterov else buffer
+    # Each coefficient is linear in s: what it is without decay, and its slope.
+    a = -(1 + first + m), change[0]
+    b = first + m + first * m, change[1] * (1 - first) + change[2] * buffer[0] - change[0] * (first + m)
+    c = (
+        -first * m,
+        (
+            change[0] * first * m
+            - change[1] * (1 - first) * m
+            + change[2] * ((1 - first) * buffer[1] - first * buffer[0])
+        ),
+    )
+    squares = c[0] * c[0], 2 * c[0] * c[1], c[1] * c[1]
+    crossed = c[0] * a[0] - b[0], c[0] * a[1] + c[1] * a[0] - b[1], c[1] * a[1]
+    conditions: list[tuple[Fraction, ...]] = [(1 - a[0] + b[0] - c[0], b[1] - a[1] - c[1], Fraction(0))]
+    for sign in (1, -1):
+        conditions.append((1 + sign * c[0], sign * c[1], Fraction(0)))
+        conditions.append(tuple(one - x + sign * y for one, x, y in zip((1, 0, 0), squares, crossed, strict=True)))
+    return min(LARGEST_DECAY, *(_first_root(*map(float, condition)) for condition in conditions))
+
+
+def _first_root(constant: float, slope: float, curvature: float) -> float:
+    """Where a quadratic that is positive at 0 becomes negative above it, or infinity."""
+    square = slope * slope - 4.0 * constant * curvature
+    if square < 0.0:
+        return math.inf
+    part = -0.5 * (slope + math.copysign(math.sqrt(square), slope))
+    roots = [above / below for above, below in ((part, curvature), (constant, part)) if below]
+    return min((root for root in roots if root > 0.0), default=math.inf)
 
 
 def refuse_unused_peak(config: ShampooConfig) -> None:

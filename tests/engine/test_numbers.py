@@ -272,6 +272,34 @@ def test_the_largest_l2_decay_with_a_late_first_moment_is_where_weights_begin_to
     Shampoo([parameter(3)], weight_decay=1.99, elementwise_betas=(0.0, 0.9), **given)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("beta3", [None, 0.8, 0.95])
+def test_the_largest_l2_decay_through_first_moment_and_momentum_is_where_weights_begin_to_grow(
+    beta3: float | None, nesterov: bool
+) -> None:
+    """Both delay the decay; at 0.9 and 0.9 weights grow from 0.023 on."""
+    given: dict[str, Any] = {"lr": 1.0, "elementwise": "sgd", "weight_decay_type": "l2", **SLOW, "beta3": beta3}
+    given |= {"betas": (0.9, 0.9), "use_bias_correction": False, "momentum": 0.9, "nesterov": nesterov}
+    with pytest.raises(OptionError, match="weights would change sign and grow") as refusal:
+        Shampoo([parameter(3)], weight_decay=0.5, **given)
+    found = re.search(r"less than (\S+) with", str(refusal.value))
+    assert found
+    weights = parameter(3)
+    before = weights.detach().norm()
+    optimizer = Shampoo([weights], weight_decay=0.8 * float(found[1]), **given)
+    for _ in range(1000):
+        weights.grad = torch.full_like(weights, 1e-9)
+        optimizer.step()
+    assert weights.detach().norm() < 0.5 * before
+    # A little more would grow, by the eigenvalues of the step on weights, first moment and momentum.
+    decay, late = 1.01 * float(found[1]), 0.9 if beta3 is None else beta3
+    buffer = torch.tensor([1.0 - late, late, 0.9], dtype=torch.float64)
+    change = 0.9 * buffer + torch.tensor([1.0 - late, late, 0.0]) if nesterov else buffer
+    kept = torch.tensor([[1.0, 0.0, 0.0], [0.1, 0.9, 0.0]], dtype=torch.float64)
+    step = torch.stack([kept[0] - decay * change, kept[1], buffer])
+    assert torch.linalg.eigvals(step).abs().max() > 1.0
+
+
 @pytest.mark.parametrize("dampening", [0.0, 0.2])
 def test_the_largest_decay_with_nesterov_is_where_weights_begin_to_grow(dampening: float) -> None:
     given: dict[str, Any] = {"lr": 1.0, "elementwise_lr": 0.0, "momentum": 0.9, "nesterov": True}
