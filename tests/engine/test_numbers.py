@@ -248,75 +248,62 @@ def test_a_decay_that_would_let_weights_grow_is_an_option_error(given: dict[str,
         Shampoo([parameter(3)], **given)
 
 
-@pytest.mark.parametrize("beta1", [0.5, 0.9])
-def test_the_largest_l2_decay_with_a_late_first_moment_is_where_weights_begin_to_grow(beta1: float) -> None:
-    """With ``beta3`` above ``betas[0]`` SGD's weights grow from a smaller decay on than 2."""
-    given: dict[str, Any] = {"lr": 1.0, "elementwise": "sgd", "weight_decay_type": "l2", **SLOW, "beta3": 0.99}
-    given |= {"betas": (beta1, 0.9), "use_bias_correction": False}
+def largest_decay(given: dict[str, Any]) -> float:
+    """The weight decay from which on the optimizer is refused with these options."""
     with pytest.raises(OptionError, match="weights would change sign and grow") as refusal:
         Shampoo([parameter(3)], weight_decay=1.99, **given)
     found = re.search(r"less than (\S+) with", str(refusal.value))
     assert found
-    weights = parameter(3)
-    before = weights.detach().norm()
-    optimizer = Shampoo([weights], weight_decay=0.95 * float(found[1]), **given)
-    for _ in range(400):
-        weights.grad = torch.full_like(weights, 1e-9)
-        optimizer.step()
-    assert weights.detach().norm() < 0.5 * before
-    # A little more would grow, by the eigenvalues of the step on weights and the first moment.
-    decay = 1.01 * float(found[1])
-    step = torch.tensor([[1.0 - decay * 0.01, -decay * 0.99], [1.0 - beta1, beta1]])
-    assert torch.linalg.eigvals(step).abs().max() > 1.0
-    # Without a first moment of element-wise parameters, beta3 changes nothing.
-    Shampoo([parameter(3)], weight_decay=1.99, elementwise_betas=(0.0, 0.9), **given)
+    return float(found[1])
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("beta3", [None, 0.8, 0.95])
-def test_the_largest_l2_decay_through_first_moment_and_momentum_is_where_weights_begin_to_grow(
-    beta3: float | None, nesterov: bool
-) -> None:
-    """Both delay the decay; at 0.9 and 0.9 weights grow from 0.023 on."""
-    given: dict[str, Any] = {"lr": 1.0, "elementwise": "sgd", "weight_decay_type": "l2", **SLOW, "beta3": beta3}
-    given |= {"betas": (0.9, 0.9), "use_bias_correction": False, "momentum": 0.9, "nesterov": nesterov}
-    with pytest.raises(OptionError, match="weights would change sign and grow") as refusal:
-        Shampoo([parameter(3)], weight_decay=0.5, **given)
-    found = re.search(r"less than (\S+) with", str(refusal.value))
-    assert found
+def shrinks(decay: float, gradient: float, given: dict[str, Any]) -> bool:
+    """Whether weights become less than half as large with this decay and these gradients."""
     weights = parameter(3)
     before = weights.detach().norm()
-    optimizer = Shampoo([weights], weight_decay=0.8 * float(found[1]), **given)
+    optimizer = Shampoo([weights], weight_decay=decay, **given)
     for _ in range(1000):
-        weights.grad = torch.full_like(weights, 1e-9)
+        weights.grad = torch.full_like(weights, gradient)
         optimizer.step()
-    assert weights.detach().norm() < 0.5 * before
-    # A little more would grow, by the eigenvalues of the step on weights, first moment and momentum.
-    decay, late = 1.01 * float(found[1]), 0.9 if beta3 is None else beta3
-    buffer = torch.tensor([1.0 - late, late, 0.9], dtype=torch.float64)
-    change = 0.9 * buffer + torch.tensor([1.0 - late, late, 0.0]) if nesterov else buffer
-    kept = torch.tensor([[1.0, 0.0, 0.0], [0.1, 0.9, 0.0]], dtype=torch.float64)
-    step = torch.stack([kept[0] - decay * change, kept[1], buffer])
-    assert torch.linalg.eigvals(step).abs().max() > 1.0
+    return bool(weights.detach().norm() < 0.5 * before)
+
+
+@pytest.mark.parametrize("momentum, nesterov", [(0.0, False), (0.9, False), (0.9, True)])
+@pytest.mark.parametrize("beta1, beta3", [(0.5, 0.99), (0.9, 0.99), (0.9, None), (0.9, 0.8)])
+def test_the_largest_l2_decay_through_moments_is_where_weights_begin_to_grow(
+    beta1: float, beta3: float | None, momentum: float, nesterov: bool
+) -> None:
+    """SGD's first moment and momentum both delay the decay; with 0.9 and 0.9 weights grow from 0.023 on."""
+    given: dict[str, Any] = {"lr": 1.0, "elementwise": "sgd", "weight_decay_type": "l2", **SLOW, "beta3": beta3}
+    given |= {"betas": (beta1, 0.9), "use_bias_correction": False, "momentum": momentum, "nesterov": nesterov}
+    if momentum == 0.0 and (beta3 or 0.0) <= beta1:  # then only the usual limit holds
+        with pytest.raises(OptionError, match="less than 2 with"):
+            Shampoo([parameter(3)], weight_decay=2.0, **given)
+        return
+    limit = largest_decay(given)
+    assert shrinks(0.8 * limit, 1e-9, given)
+    # Somewhat less would not grow and somewhat more would: eigenvalues of a step of weights, first moment and momentum.
+    late = beta1 if beta3 is None else beta3
+    update = torch.tensor([1.0 - late, late, 0.0], dtype=torch.float64)
+    buffer = update + torch.tensor([0.0, 0.0, momentum])
+    change = update + momentum * buffer if nesterov else buffer
+    kept = torch.tensor([[1.0, 0.0, 0.0], [1.0 - beta1, beta1, 0.0]], dtype=torch.float64)
+    for decay, grows in ((0.99 * limit, False), (1.01 * limit, True)):
+        step = torch.stack([kept[0] - decay * change, kept[1], buffer])
+        assert bool(torch.linalg.eigvals(step).abs().max() > 1.0) == grows
+    # Without a first moment of element-wise parameters, beta3 changes nothing.
+    if momentum == 0.0:
+        Shampoo([parameter(3)], weight_decay=1.99, elementwise_betas=(0.0, 0.9), **given)
 
 
 @pytest.mark.parametrize("dampening", [0.0, 0.2])
 def test_the_largest_decay_with_nesterov_is_where_weights_begin_to_grow(dampening: float) -> None:
     given: dict[str, Any] = {"lr": 1.0, "elementwise_lr": 0.0, "momentum": 0.9, "nesterov": True}
     given["dampening"] = dampening
-    with pytest.raises(OptionError, match="weights would change sign and grow") as refusal:
-        Shampoo([parameter(3)], weight_decay=1.99, **given)
-    found = re.search(r"less than (\S+) with", str(refusal.value))
-    assert found
-    weights = parameter(3)
-    before = weights.detach().norm()
-    optimizer = Shampoo([weights], weight_decay=0.99 * float(found[1]), **given)
-    for _ in range(400):
-        weights.grad = torch.ones_like(weights)
-        optimizer.step()
-    assert weights.detach().norm() < 0.5 * before
+    limit = largest_decay(given)
+    assert shrinks(0.99 * limit, 1.0, given)
     # A little more would grow, by the eigenvalues of the step on weights and momentum.
-    decay = 1.01 * float(found[1]) * (1.0 - dampening)
+    decay = 1.01 * limit * (1.0 - dampening)
     step = torch.tensor([[1.0 - decay * 1.9, -0.81], [decay, 0.9]])
     assert torch.linalg.eigvals(step).abs().max() > 1.0
 
