@@ -26,8 +26,20 @@ from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 from .frames import frame_in_module
 
 HELPERS = "torch.distributed.checkpoint.state_dict"
-ZERO_REDUNDANCY = "torch.distributed.optim.zero_redundancy_optimizer"
-NAMED = "torch.distributed.optim.named_optimizer"
+# Classes of torch that build an optimizer and save no more than their own part of it, and what to use instead.
+REFUSED = {
+    "torch.distributed.optim.zero_redundancy_optimizer": (
+        "ZeroRedundancyOptimizer",
+        "Shampoo divides its state and its work over DDP's ranks itself: use Shampoo(model.named_parameters(), "
+        "model=model, ...) with the DDP-wrapped model, or process_group=; before state_dict() call "
+        "consolidate_state_dict() on all ranks, or use save_shampoo and load_shampoo",
+    ),
+    "torch.distributed.optim.named_optimizer": (
+        "_NamedOptimizer",
+        "Shampoo's own state is keyed by names: use Shampoo(model.named_parameters(), model=model, ...) with its "
+        "state_dict() and load_state_dict(), or save_shampoo and load_shampoo",
+    ),
+}
 # Precedes the names of parameters in the keys of a flattened state dict.
 STATE = "state."
 
@@ -49,22 +61,12 @@ class TorchCheckpointAdapter(Adapter):
         Raises:
             LayoutError: if one of them is building the optimizer.
         """
-        if frame_in_module(NAMED) is not None:
-            name = optimizer_class.__name__
-            raise LayoutError(
-                f"_NamedOptimizer(optimizer_class={name}) is not supported: its state dict would hold nothing of "
-                f"{name}'s state but the steps. {name}'s own state is keyed by names: use "
-                f"{name}(model.named_parameters(), model=model, ...) with its state_dict() and load_state_dict(), or "
-                "save_shampoo and load_shampoo"
-            )
-        if frame_in_module(ZERO_REDUNDANCY) is not None:
-            name = optimizer_class.__name__
-            raise LayoutError(
-                f"ZeroRedundancyOptimizer(optimizer_class={name}) is not supported: its checkpoints would hold nothing "
-                f"of {name}'s state but the steps. {name} divides its state and its work over DDP's ranks itself: use "
-                f"{name}(model.named_parameters(), model=model, ...) with the DDP-wrapped model, or process_group=; "
-                "before state_dict() call consolidate_state_dict() on all ranks, or use save_shampoo and load_shampoo"
-            )
+        for module, (wrapper, instead) in REFUSED.items():
+            if frame_in_module(module) is not None:
+                raise LayoutError(
+                    f"{wrapper}(optimizer_class={optimizer_class.__name__}) is not supported: its checkpoints would "
+                    f"hold nothing of the optimizer's state but the steps; {instead}"
+                )
 
     def state_entries(self, optimizer: BlockOptimizer) -> dict[int, dict[str, Tensor]] | None:
         """Return the state in a form that the helpers handle, or a note that it is external. This is a collective."""

@@ -32,7 +32,14 @@ from shampoo_deepspeed.distributed.frameworks import Parameter
 from shampoo_deepspeed.engine.parameter_registry import ParameterRegistry
 from shampoo_deepspeed.engine.policy import Policy, decays_under
 from shampoo_deepspeed.options.checks import LARGEST_RATE, OptionError, real
-from shampoo_deepspeed.options.config import CONVERTED, NOT_STORED, OPTION_NAMES, SCHEDULED, ShampooConfig, options_with
+from shampoo_deepspeed.options.config import (
+    CONVERTED,
+    NOT_STORED,
+    OPTION_NAMES,
+    ShampooConfig,
+    options_with,
+    replaced_options,
+)
 from shampoo_deepspeed.options.param_groups import from_json
 from shampoo_deepspeed.state.stateful_optimizer import BlockOptimizer
 from shampoo_deepspeed.state.unwrap import unwrap
@@ -379,13 +386,9 @@ def _shared_options(
             printable(str(error)),
         )
         shared = [name for name in shared if name == "lr"]
-    changed = [n for n in shared if n not in options_with(SCHEDULED) and own[n] != getattr(first, n)]
+    changed = replaced_options(config, first, shared)
     if changed:
-        logger.warning(
-            "group %s now uses the checkpoint's %s",
-            number,
-            ", ".join(f"{name} = {getattr(first, name)!r} (given here: {own[name]!r})" for name in changed),
-        )
+        logger.warning("group %s now uses the checkpoint's %s", number, changed)
     return {name: getattr(first, name) for name in shared}
 
 

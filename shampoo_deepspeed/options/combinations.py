@@ -171,7 +171,7 @@ def refuse_unused_peak(config: ShampooConfig) -> None:
     Raises:
         OptionError: naming it, its value, and what is allowed with this kind of decay.
     """
-    if config.peak_lr is not None and config.decay_type not in ("corrected", "independent"):
+    if config.peak_lr is not None and not config.decays_by_peak:
         allowed = f"null if weight decay is {config.decay_type}; only corrected and independent decay are scaled by it"
         raise bad("peak_lr", config.peak_lr, allowed)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Flag, auto
 from functools import cache, cached_property
@@ -457,3 +457,10 @@ def canonical(options: Mapping[str, Any]) -> dict[str, Any]:
         OptionError: a name that is unknown or given twice, or an unknown preset.
     """
     return without_preset(renamed(options, GIVEN_NAMES))
+
+
+def replaced_options(given: ShampooConfig, loaded: ShampooConfig, names: Iterable[str] = OPTION_NAMES) -> str:
+    """For a warning: which of these options have other values now, except those that schedules change."""
+    scheduled = options_with(SCHEDULED)
+    pairs = ((n, getattr(given, n), getattr(loaded, n)) for n in names if n not in scheduled)
+    return ", ".join(f"{n} = {short(new)} (given here: {short(old)})" for n, old, new in pairs if old != new)

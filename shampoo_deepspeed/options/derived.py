@@ -101,9 +101,14 @@ class DerivedValues:
         assert self.peak_lr is not None
         return self.weight_decay * (rate if self.decay_type == "corrected" else 1.0) / self.peak_lr
 
+    @property
+    def decays_by_peak(self) -> bool:
+        """Whether weight decay is scaled by ``peak_lr``, which nothing else reads."""
+        return self.decay_type in ("corrected", "independent")
+
     def with_peak(self) -> Self:
         """These options, with the current learning rate as the peak if one is needed and none is given."""
-        if self.peak_lr is not None or self.decay_type not in ("corrected", "independent"):
+        if self.peak_lr is not None or not self.decays_by_peak:
             return self
         peak = float(self.lr)
         if peak == 0.0:

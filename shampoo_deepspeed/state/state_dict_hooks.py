@@ -14,8 +14,8 @@ from torch import Tensor
 from shampoo_deepspeed.distributed.frameworks import Entry, Parameter, adapters
 from shampoo_deepspeed.engine.policy import policy_of
 from shampoo_deepspeed.engine.step_unit import as_count
-from shampoo_deepspeed.options.checks import plain, short
-from shampoo_deepspeed.options.config import OPTION_NAMES, SCHEDULED, ShampooConfig, options_with
+from shampoo_deepspeed.options.checks import plain
+from shampoo_deepspeed.options.config import OPTION_NAMES, ShampooConfig, replaced_options
 from shampoo_deepspeed.state.dcp_state import (
     TorchState,
     completed_group,
@@ -167,11 +167,9 @@ class StateDicts(EntriesForTools):
             given: the options from before the load, by the groups' numbers.
         """
         for number, before in given.items():
-            now = self.registry.checked[number].config
-            pairs = ((n, getattr(before, n), getattr(now, n)) for n in OPTION_NAMES if n not in options_with(SCHEDULED))
-            changed = [f"{n} = {short(new)} (given here: {short(old)})" for n, old, new in pairs if old != new]
+            changed = replaced_options(before, self.registry.checked[number].config)
             if changed:
-                logger.warning("group %s now uses the loaded state dict's %s", number, ", ".join(changed))
+                logger.warning("group %s now uses the loaded state dict's %s", number, changed)
 
     def _divided(self) -> bool:
         """Whether the state of some parameter may be divided among ranks."""
